@@ -1,0 +1,69 @@
+"""The joint pixel budget: all references of a sample share one number of pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["SIDE_MULTIPLE", "fit_to_budget"]
+
+SIDE_MULTIPLE = 16
+"""Pixels a side is a multiple of: 8x VAE times 2x2 patches."""
+
+
+def fit_to_budget(
+    sizes: Sequence[tuple[int, int]], budget: int, *, upscale: bool = False
+) -> list[tuple[int, int]]:
+    """Resize images jointly so that the sum of their areas fits a pixel budget.
+
+    One scale factor for all images, the largest that fits, so that their relative sizes stay as they are; each side is
+    then the nearest multiple of 16. So a side differs from exact scaling, and with it the aspect ratio, by less than
+    one 16-pixel step. No side goes under 16: an image that is tiny, or more elongated than the budget can hold, keeps
+    a short side of 16 and loses its exact ratio.
+
+    Args:
+        sizes: (width, height) of each image in pixels; may be empty.
+        budget: pixels for all images together, e.g. ``1024**2``.
+        upscale: also enlarge images until the budget is used; by default images are only ever made smaller (but for
+            rounding to a multiple of 16).
+
+    Returns:
+        (width, height) of each image, in order.
+
+    Raises:
+        ValueError: for a size below 1, or a budget under 256 pixels (16 x 16) an image.
+    """
+    for i, (width, height) in enumerate(sizes):
+        if width < 1 or height < 1:
+            raise ValueError(f"image {i + 1} has size {width} x {height}; sides must be at least 1 pixel")
+    smallest = SIDE_MULTIPLE**2 * len(sizes)
+    if budget < smallest:
+        raise ValueError(
+            f"{len(sizes)} images cannot fit a budget of {budget} pixels: each needs at least "
+            f"{SIDE_MULTIPLE} x {SIDE_MULTIPLE}, together {smallest}"
+        )
+    if not sizes:
+        return []
+    high = math.sqrt(budget / min(w * h for w, h in sizes)) * 2 if upscale else 1.0
+    if _area(_scaled(sizes, high)) <= budget:
+        return _scaled(sizes, high)
+    low = 0.0
+    for _ in range(64):  # the area is a monotone step function of the scale
+        middle = (low + high) / 2
+        if _area(_scaled(sizes, middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return _scaled(sizes, low)
+
+
+def _scaled(sizes: Sequence[tuple[int, int]], scale: float) -> list[tuple[int, int]]:
+    return [(_side(width * scale), _side(height * scale)) for width, height in sizes]
+
+
+def _side(length: float) -> int:
+    return max(math.floor(length / SIDE_MULTIPLE + 0.5), 1) * SIDE_MULTIPLE
+
+
+def _area(sizes: Sequence[tuple[int, int]]) -> int:
+    return sum(width * height for width, height in sizes)

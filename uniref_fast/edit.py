@@ -1,0 +1,214 @@
+"""`edit(pipe, requests)`: many unlike requests in one packed denoising loop.
+
+Every request keeps its own prompt, references, size, seed, guidance and number of steps; both predictions of guidance
+ride in the same pack. A request's result does not depend on what it is packed with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.request import EditRequest, Geometry, geometry, validated
+from uniref_fast.visibility import Rule
+
+__all__ = ["edit"]
+
+
+def edit(
+    pipe: Any,
+    requests: Sequence[EditRequest | Mapping[str, Any]],
+    *,
+    budget: int | None = None,
+    max_tokens: int | None = None,
+    visibility: str | Rule = "full",
+    impl: str | None = None,
+    output_type: str = "pil",
+    progress: bool = True,
+) -> list[Any]:
+    """Run several edit requests together.
+
+    Args:
+        pipe: a `QwenImageEditPlusPipeline`; it need not be patched, and is left as it is.
+        requests: `EditRequest`s or mappings of its fields; any number of references of any sizes, each its own.
+        budget: joint pixel budget of each request's references; None sizes each reference as diffusers does.
+        max_tokens: most tokens in one pack; a step then runs as several packs. None puts all in one.
+        visibility: policy or rule; anything but "full" needs a model trained for it.
+        impl: implementation forced on every op; None picks by device.
+        output_type: "pil", "np", "pt", or "latent" (packed latents `[1, N, C]`).
+        progress: show the pipeline's progress bar, one step a tick.
+
+    Returns:
+        one result a request, in order.
+
+    Raises:
+        ValueError, TypeError: for requests or pipelines that cannot run, before any work is done.
+    """
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    transformer = find_transformer(pipe)
+    _refuse_hooks(transformer)
+    requests = validated(requests)
+    geometries = [geometry(pipe, request, budget) for request in requests]
+    model = PackedQwenImage(transformer, visibility=visibility, impl=impl)
+    with torch.no_grad():
+        jobs = [_prepare(pipe, *pair) for pair in zip(requests, geometries, strict=True)]
+        _denoise(pipe, model, jobs, max_tokens, progress)
+        results = [_decode(pipe, job, output_type) for job in jobs]
+    pipe.maybe_free_model_hooks()
+    return results
+
+
+@dataclass
+class _Job:
+    """A request on its way: what the loop needs, `[tokens, channels]` tensors."""
+
+    request: EditRequest
+    geometry: Geometry
+    prompts: list[Tensor]  # the prompt's embeddings and, when guided, the negative prompt's
+    references: Tensor
+    latents: Tensor  # [1, N, C], as the scheduler and the VAE expect
+    scheduler: Any
+    timesteps: Tensor
+
+    def samples(self) -> list[Sample]:
+        return [self.geometry.sample(len(prompt)) for prompt in self.prompts]
+
+
+def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
+    """Encode prompt and references with the pipeline's own methods, draw the noise, set the schedule."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+
+    device = pipe._execution_device
+    processor = pipe.image_processor
+    pairs = list(zip(request.images, sizes.condition_sizes, sizes.reference_sizes, strict=True))
+    condition = [processor.resize(image, height, width) for image, (width, height), _ in pairs] or None
+    pixels = [processor.preprocess(image, height, width).unsqueeze(2) for image, _, (width, height) in pairs] or None
+    texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
+    prompts = []
+    for text in texts:
+        embeds, mask = pipe.encode_prompt(prompt=text, image=condition, device=device)
+        prompts.append(embeds[0] if mask is None else embeds[0][mask[0].bool()])
+    generator = request.generator
+    if request.seed is not None:
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+    width, height = sizes.size
+    channels = pipe.transformer.config.in_channels // 4
+    latents, references = pipe.prepare_latents(
+        pixels, 1, channels, height, width, prompts[0].dtype, device, generator, request.latents
+    )
+    expected = (1, height // sizes.patch * (width // sizes.patch), 4 * channels)
+    if tuple(latents.shape) != expected:
+        raise ValueError(f"latents have shape {list(latents.shape)}, a {width} x {height} result needs {list(expected)}")
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    config = scheduler.config
+    mu = stock.calculate_shift(
+        latents.shape[1],
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    steps = request.num_inference_steps
+    timesteps, _ = stock.retrieve_timesteps(scheduler, steps, device, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    scheduler.set_begin_index(0)
+    references = latents[0, :0] if references is None else references[0]
+    return _Job(request, sizes, prompts, references, latents, scheduler, timesteps)
+
+
+def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None, progress: bool) -> None:
+    hook = getattr(model.transformer, "_hf_hook", None)
+    if hook is not None:  # model offloading: bring the weights in, as a call of the model itself would
+        hook.pre_forward(model.transformer)
+    steps = max(len(job.timesteps) for job in jobs)
+    bar = pipe.progress_bar(total=steps) if progress else None
+    for step in range(steps):
+        active = [job for job in jobs if step < len(job.timesteps)]
+        for job, velocities in zip(active, _predict(model, active, step, max_tokens), strict=True):
+            velocity = velocities[0]
+            if job.request.guided:
+                velocity = _guide(velocities[0], velocities[1], job.request.true_cfg_scale)
+            stepped = job.scheduler.step(velocity[None], job.timesteps[step], job.latents, return_dict=False)[0]
+            job.latents = stepped.to(job.latents.dtype)
+        if bar is not None:
+            bar.update()
+    if bar is not None:
+        bar.close()
+
+
+def _predict(model: PackedQwenImage, jobs: list[_Job], step: int, max_tokens: int | None) -> list[list[Tensor]]:
+    """Velocities `[N_target, C]` of each job: one, or two when guided."""
+    rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples(), strict=True)]
+    velocities: list[Tensor] = []
+    zero_cond_t = bool(model.transformer.config.zero_cond_t)
+    for pack in _packs(rows, max_tokens):
+        layout = SelfLayout.qwen([sample for *_, sample in pack], zero_cond_t=zero_cond_t)
+        image = torch.cat([part for job, *_ in pack for part in (job.latents[0], job.references)])
+        text = torch.cat([prompt for _, prompt, _ in pack])
+        t = torch.stack([job.timesteps[step].to(job.latents.dtype) / 1000 for job, *_ in pack])
+        out = model(image, text, t, layout)
+        velocities += out.split([segment.length for segment in layout.targets])
+    at = iter(velocities)
+    return [[next(at) for _ in job.prompts] for job in jobs]
+
+
+def _packs(rows: list[tuple[_Job, Tensor, Sample]], max_tokens: int | None) -> list[list[tuple[_Job, Tensor, Sample]]]:
+    """Consecutive samples together while they fit; a sample over the limit runs alone."""
+    packs: list[list[tuple[_Job, Tensor, Sample]]] = []
+    filled = 0
+    for row in rows:
+        tokens = SelfLayout.qwen([row[2]]).joint_length
+        if not packs or (max_tokens is not None and filled + tokens > max_tokens):
+            packs.append([])
+            filled = 0
+        packs[-1].append(row)
+        filled += tokens
+    return packs
+
+
+def _guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance with the norm of the positive prediction kept per token, as the pipeline does."""
+    combined = negative + scale * (positive - negative)
+    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+
+def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
+    if output_type == "latent":
+        return job.latents
+    vae = pipe.vae
+    width, height = job.geometry.size
+    latents = pipe._unpack_latents(job.latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
+    mean, std = (
+        torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    image = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+    return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+
+
+def _refuse_hooks(transformer: torch.nn.Module) -> None:
+    """The packed loop calls the parts of a block, not the block: hooks around blocks would be skipped silently."""
+    for name, block in transformer.transformer_blocks.named_children():
+        registry = getattr(block, "_diffusers_hook", None)
+        names = list(registry.hooks) if registry is not None else []
+        if names or hasattr(block, "_hf_hook"):
+            raise ValueError(
+                f"transformer_blocks.{name} has hooks ({', '.join(names) or 'accelerate'}) that a packed loop would skip; "
+                "disable the cache or the block-level offloading first, or call the patched pipeline one request at a time"
+            )
+        processor = type(block.attn.processor).__name__
+        if processor not in ("QwenDoubleStreamAttnProcessor2_0", "UniRefAttnProcessor"):
+            raise ValueError(
+                f"transformer_blocks.{name}.attn has its own processor {processor}, which a packed loop would skip"
+            )
+        if getattr(block.attn.processor, "_parallel_config", None) is not None:
+            raise ValueError("context parallel splits sequences over ranks; a packed loop needs the whole sequence")

@@ -1,0 +1,266 @@
+"""`estimate(pipe, requests)`: tokens, floating point operations and memory of an edit, before it runs.
+
+Operations count multiply and add as two; they are exact for the transformer and the VAE (`torch.utils.flop_counter`
+on the meta device for the VAE) and leave out what is not a matrix product or convolution. Activation memory is the
+peak of the stage's largest step, an estimate; weights are what the modules hold.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from uniref_fast.layout import SelfLayout
+from uniref_fast.models.qwen_image import find_transformer
+from uniref_fast.request import EditRequest, Geometry, geometry, validated
+from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
+
+__all__ = ["Estimate", "Stage", "estimate"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of an edit.
+
+    Attributes:
+        name: "text encoder", "VAE encode", "transformer", "VAE decode".
+        flops: floating point operations over the whole edit.
+        weight_bytes: memory of its weights.
+        activation_bytes: estimated peak of its activations.
+    """
+
+    name: str
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an edit will take.
+
+    Attributes:
+        stages: in the order they run.
+        layout: the pack of the first step.
+        tokens: tokens of that pack, by kind.
+        attention_share: share of the transformer's operations that is attention.
+    """
+
+    stages: tuple[Stage, ...]
+    layout: SelfLayout
+    tokens: dict[str, int]
+    attention_share: float
+
+    @property
+    def flops(self) -> int:
+        return sum(stage.flops for stage in self.stages)
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights together; text encoder, VAE and transformer each counted once."""
+        return sum(stage.weight_bytes for stage in self.stages if stage.name != "VAE decode")
+
+    @property
+    def peak_bytes(self) -> int:
+        """Weights and the largest stage's activations, all components resident."""
+        return self.weight_bytes + max(stage.activation_bytes for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {
+            "tokens": self.tokens,
+            "flops": self.flops,
+            "weight_bytes": self.weight_bytes,
+            "peak_bytes": self.peak_bytes,
+            "attention_share": self.attention_share,
+            "stages": [
+                {
+                    "name": s.name,
+                    "flops": s.flops,
+                    "share": s.flops / self.flops,
+                    "weight_bytes": s.weight_bytes,
+                    "activation_bytes": s.activation_bytes,
+                }
+                for s in self.stages
+            ],
+        }
+
+    def __str__(self) -> str:
+        tokens = ", ".join(f"{n} {kind}" for kind, n in self.tokens.items())
+        lines = [
+            f"tokens      {tokens}",
+            f"{'stage':<14}{'TFLOP':>12}{'share':>8}{'weights':>12}{'activations':>14}",
+        ]
+        for s in self.stages:
+            lines.append(
+                f"{s.name:<14}{s.flops / 1e12:>12.4g}{s.flops / self.flops:>8.1%}{_size(s.weight_bytes):>12}"
+                f"{_size(s.activation_bytes):>14}"
+            )
+        lines.append(
+            f"{'together':<14}{self.flops / 1e12:>12.4g}{'':>8}{_size(self.weight_bytes):>12}{'':>14}  peak about "
+            f"{_size(self.peak_bytes)}"
+        )
+        lines.append(f"attention is {self.attention_share:.1%} of the transformer's operations")
+        return "\n".join(lines)
+
+
+def estimate(
+    pipe: Any,
+    requests: Sequence[EditRequest | Mapping[str, Any]],
+    *,
+    budget: int | None = None,
+    max_tokens: int | None = None,
+    visibility: str | Rule = "full",
+) -> Estimate:
+    """Estimate `edit(pipe, requests, ...)` without running a model.
+
+    Args:
+        pipe: a `QwenImageEditPlusPipeline`.
+        requests: as for `edit`; images may also be (width, height) tuples.
+        budget, max_tokens, visibility: as for `edit`.
+
+    Raises:
+        ValueError, TypeError: as `edit` would, before any work is done.
+    """
+    transformer = find_transformer(pipe)
+    requests = validated(requests, sizes_only=True)
+    sizes = [geometry(pipe, request, budget) for request in requests]
+    texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
+    rows = [(size.sample(text), request.num_inference_steps)
+            for request, size, lengths in zip(requests, sizes, texts, strict=True) for text in lengths]  # fmt: skip
+    layout = SelfLayout.qwen([sample for sample, _ in rows], zero_cond_t=bool(transformer.config.zero_cond_t))
+    linear = attention = 0
+    for sample, steps in rows:  # a sample's operations do not depend on its pack
+        alone = SelfLayout.qwen([sample], zero_cond_t=layout.clean_references)
+        counts = transformer_flops(transformer.config, alone, visibility)
+        linear += counts[0] * steps
+        attention += counts[1] * steps
+    largest = max(SelfLayout.qwen([sample]).joint_length for sample, _ in rows)
+    packed = layout.joint_length if max_tokens is None else max(min(layout.joint_length, max_tokens), largest)
+    pixels = [size for item in sizes for size in item.reference_sizes]
+    results = [item.size for item in sizes]
+    text_flops, text_peak = _text_encoder(pipe, requests, sizes, texts)
+    vae_bytes = _weight_bytes(pipe.vae)
+    stages = (
+        Stage("text encoder", text_flops, _weight_bytes(pipe.text_encoder), text_peak),
+        Stage("VAE encode", _vae_flops(pipe, pixels, "encode"), vae_bytes, _vae_peak(pipe, pixels)),
+        Stage("transformer", linear + attention, _weight_bytes(transformer), _block_peak(transformer, packed)),
+        Stage("VAE decode", _vae_flops(pipe, results, "decode"), vae_bytes, _vae_peak(pipe, results)),
+    )
+    tokens = {"text": layout.text_length}
+    tokens["target"] = sum(s.length for s in layout.targets)
+    tokens["reference"] = layout.image_length - tokens["target"]
+    tokens["together"] = layout.joint_length
+    return Estimate(stages, layout, tokens, attention / (linear + attention))
+
+
+def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = "full") -> tuple[int, int]:
+    """(linear, attention) floating point operations of one packed forward of a `QwenImageTransformer2DModel`."""
+    width = config.num_attention_heads * config.attention_head_dim
+    text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
+    rows, samples = layout.num_modulation_rows, layout.num_samples
+    blocks = config.num_layers
+    out = config.patch_size**2 * config.out_channels
+    qkv, rest = 3 * width**2, 9 * width**2  # output projection and the 4x feed-forward
+    linear = blocks * qkv * (text + image) + (blocks - 1) * rest * (text + image) + rest * targets
+    linear += blocks * 6 * width**2 * (rows + samples)  # modulation of both streams
+    linear += rows * (256 * width + width**2) + rows * 2 * width**2  # timestep embedding, last modulation
+    linear += image * config.in_channels * width + text * config.joint_attention_dim * width + targets * width * out
+    whole: AttentionPlan = plan(layout, visibility)
+    area = (blocks - 1) * whole.area + target_plan(layout, visibility).area
+    return 2 * linear, 4 * area * width
+
+
+def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
+    """Prompt tokens that reach the transformer, for the prompt and, when guided, the negative prompt."""
+    images = sum(_image_tokens(pipe, size) for size in sizes.condition_sizes)
+    pictures = "".join(
+        f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes.condition_sizes))
+    )
+    texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
+    ids = [pipe.tokenizer(pipe.prompt_template_encode.format(pictures + text))["input_ids"] for text in texts]
+    dropped = pipe.prompt_template_encode_start_idx
+    return [len(tokens) + images - len(sizes.condition_sizes) - dropped for tokens in ids]
+
+
+def _image_tokens(pipe: Any, size: tuple[int, int]) -> int:
+    processor = pipe.processor.image_processor
+    return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
+
+
+def _text_encoder(pipe: Any, requests: list, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+    """Operations of the vision-language encoder, each prompt run by itself, and the peak of its largest run."""
+    config = pipe.text_encoder.config
+    language, vision = config.text_config, config.vision_config
+    merge = pipe.processor.image_processor.merge_size**2
+    flops = peak = 0
+    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
+    kv = language.num_key_value_heads * head
+    layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
+    vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+    element = next(pipe.text_encoder.parameters()).element_size()
+    for size, lengths in zip(sizes, texts, strict=True):
+        patches = [_image_tokens(pipe, s) * merge for s in size.condition_sizes]
+        for kept in lengths:
+            tokens = kept + pipe.prompt_template_encode_start_idx
+            flops += language.num_hidden_layers * (2 * layer * tokens + 4 * tokens**2 * width)
+            flops += 2 * width * language.vocab_size * tokens  # diffusers calls the head as well
+            flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
+            states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
+            peak = max(peak, tokens * states * element)
+    return flops, peak
+
+
+def _vae_flops(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> int:
+    config = tuple(sorted((k, _hashable(v)) for k, v in pipe.vae.config.items() if not k.startswith("_")))
+    return sum(_vae_image_flops(type(pipe.vae), config, size, direction) for size in sizes)
+
+
+@functools.lru_cache(maxsize=256)
+def _vae_image_flops(vae_class: type, config: tuple, size: tuple[int, int], direction: str) -> int:
+    """Counted on a copy without memory: same architecture, meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        vae = vae_class(**{k: list(v) if isinstance(v, tuple) else v for k, v in config})
+        factor = 2 ** len(vae.temperal_downsample)
+        width, height = size
+        with FlopCounterMode(display=False) as counter:
+            if direction == "encode":
+                vae.encode(torch.empty(1, 3, 1, height, width))
+            else:
+                vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor))
+    return counter.get_total_flops()
+
+
+def _vae_peak(pipe: Any, sizes: Sequence[tuple[int, int]]) -> int:
+    """The full-resolution convolutions dominate: input, padded copy, output and residual of `base_dim` channels."""
+    element = next(pipe.vae.parameters()).element_size()
+    return max((4 * pipe.vae.config.base_dim * w * h * element for w, h in sizes), default=0)
+
+
+def _block_peak(transformer: Any, tokens: int) -> int:
+    """A feed-forward: the residual stream, its normed copy, and the 4x hidden layer before and after GELU."""
+    config = transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    return tokens * width * (1 + 1 + 4 + 4) * next(transformer.parameters()).element_size()
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in (*module.parameters(), *module.buffers()))
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} GiB"

@@ -1,0 +1,155 @@
+"""QK-RMSNorm and rotary embedding of both streams, written straight into the joint packed q, k, v.
+
+    q = rope(rms_norm(q_stream) * w_q),   k = rope(rms_norm(k_stream) * w_k),   v = v_stream
+
+with real-valued rotary over interleaved pairs: `(a, b) -> (a cos - b sin, a sin + b cos)`. One read and one write of
+q, k, v; no concatenation, no complex numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uniref_fast import native
+from uniref_fast.layout import SelfLayout
+from uniref_fast.ops._dispatch import choose
+
+__all__ = ["qk_norm_rope", "qk_norm_rope_reference"]
+
+QKV = tuple[Tensor, Tensor, Tensor]
+Weights = tuple[Tensor | None, Tensor | None]
+
+
+def qk_norm_rope(
+    text: QKV,
+    image: QKV,
+    text_weights: Weights,
+    image_weights: Weights,
+    layout: SelfLayout,
+    rotary: tuple[Tensor, Tensor],
+    eps: float = 1e-6,
+    *,
+    impl: str | None = None,
+) -> QKV:
+    """Normalise, rotate and pack.
+
+    Args:
+        text: q, k, v of the text stream, `[N_text, H, D]` each, one dtype; strided tokens and heads are fine.
+        image: q, k, v of the image stream, `[N_image, H, D]` each.
+        text_weights, image_weights: RMSNorm weights `[D]` of q and k; None leaves that one unnormalised.
+        layout: says where each stream row goes.
+        rotary: cos, sin in joint order, float32 `[N, D / 2]` (`SelfLayout.rotary`).
+        eps: added to the mean square.
+        impl: "reference", "native", "triton"; None picks by device.
+
+    Returns:
+        joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image.
+    """
+    tensors = (*text, *image)
+    head = image[0].shape[1:]
+    for name, tensor in zip(("text q", "text k", "text v", "image q", "image k", "image v"), tensors, strict=True):
+        length = layout.text_length if name.startswith("text") else layout.image_length
+        if tensor.shape != (length, *head):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {[length, *head]}")
+        if tensor.dtype != image[0].dtype or tensor.device != image[0].device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, image q is {image[0].dtype} on "
+                             f"{image[0].device}")
+    for table in rotary:
+        if table.shape != (layout.joint_length, head[1] // 2) or table.dtype != torch.float32:
+            raise ValueError(
+                f"rotary tables must be float32 {[layout.joint_length, head[1] // 2]}, got {table.dtype} "
+                f"{list(table.shape)}: axes_dims must sum to the head dimension {head[1]}"
+            )
+    device = image[0].device
+    for weight in (*text_weights, *image_weights):
+        if weight is not None and (weight.shape != head[1:] or weight.device != device):
+            raise ValueError(f"norm weights must be [{head[1]}] on {device}, got {list(weight.shape)} on {weight.device}")
+    index = (layout.joint_index("text", device), layout.joint_index("image", device))
+    return torch.ops.uniref_fast.qk_norm_rope(
+        *tensors, *text_weights, *image_weights, *rotary, *index, eps, choose(impl, image[0])
+    )
+
+
+def qk_norm_rope_reference(
+    txt_q: Tensor,
+    txt_k: Tensor,
+    txt_v: Tensor,
+    img_q: Tensor,
+    img_k: Tensor,
+    img_v: Tensor,
+    txt_wq: Tensor | None,
+    txt_wk: Tensor | None,
+    img_wq: Tensor | None,
+    img_wk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    txt_index: Tensor,
+    img_index: Tensor,
+    eps: float,
+) -> QKV:
+    """The specification; float64 inputs are computed in float64."""
+    joint = torch.cat([txt_index, img_index]).long()
+
+    def pack(txt: Tensor, img: Tensor) -> Tensor:
+        both = torch.cat([txt, img])
+        return torch.empty_like(both).index_copy_(0, joint, both)
+
+    q = pack(_rms_norm(txt_q, txt_wq, eps), _rms_norm(img_q, img_wq, eps))
+    k = pack(_rms_norm(txt_k, txt_wk, eps), _rms_norm(img_k, img_wk, eps))
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), pack(txt_v, img_v)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    wide = x if x.dtype == torch.float64 else x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight.to(x.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    a, b = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+@torch.library.custom_op("uniref_fast::qk_norm_rope", mutates_args=())
+def _qk_norm_rope(
+    txt_q: Tensor,
+    txt_k: Tensor,
+    txt_v: Tensor,
+    img_q: Tensor,
+    img_k: Tensor,
+    img_v: Tensor,
+    txt_wq: Tensor | None,
+    txt_wk: Tensor | None,
+    img_wq: Tensor | None,
+    img_wk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    txt_index: Tensor,
+    img_index: Tensor,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    streams = (txt_q, txt_k, txt_v, img_q, img_k, img_v)
+    rest = (txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps)
+    if impl == "triton":
+        from uniref_fast.kernels import qk_norm_rope as kernels
+
+        return kernels.qk_norm_rope(*streams, *rest)
+    if impl == "native":
+        return native.qk_norm_rope(*streams, *rest)
+    return qk_norm_rope_reference(*streams, *rest)
+
+
+@_qk_norm_rope.register_fake
+def _(
+    txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps, impl
+):
+    shape = (txt_q.shape[0] + img_q.shape[0], *img_q.shape[1:])
+    return img_q.new_empty(shape), img_q.new_empty(shape), img_q.new_empty(shape)
+
+

@@ -1,0 +1,168 @@
+"""What a user asks for: one edit request, and its sizes in pixels and tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from uniref_fast.budget import SIDE_MULTIPLE, fit_to_budget
+from uniref_fast.layout import Grid, Sample
+
+__all__ = ["EditRequest", "Geometry", "geometry", "validated"]
+
+DEFAULT_OUTPUT_AREA = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit: a prompt, any number of reference images of any sizes, one image out.
+
+    The defaults are those of diffusers' `QwenImageEditPlusPipeline.__call__`.
+
+    Attributes:
+        prompt: the instruction; references are "picture 1", "picture 2", ... in it.
+        images: the references, in order; may be empty.
+        negative_prompt: turns classifier-free guidance on; None leaves it off.
+        true_cfg_scale: guidance scale; guidance needs a value over 1 and a negative prompt.
+        height, width: size of the result in pixels, rounded down to multiples of 16; by default the aspect ratio of
+            the last image at the pipeline's output area (1024 x 1024 pixels), a square without images.
+        num_inference_steps: denoising steps.
+        seed: seed of the noise (drawn on the CPU); None draws at random.
+        generator: a torch.Generator instead of a seed.
+        latents: packed starting noise `[1, height/16 * width/16, channels]` instead of either.
+    """
+
+    prompt: str
+    images: Sequence[Image.Image] = ()
+    negative_prompt: str | None = None
+    true_cfg_scale: float = 4.0
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int = 50
+    seed: int | None = None
+    generator: torch.Generator | None = None
+    latents: torch.Tensor | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance runs: two predictions a step."""
+        return self.true_cfg_scale > 1 and self.negative_prompt is not None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a request under a pipeline; (width, height) in pixels, grids in tokens.
+
+    Attributes:
+        size: of the result.
+        condition_sizes: of the references as the text encoder sees them.
+        reference_sizes: of the references as the VAE encodes them.
+        patch: pixels a token covers per side.
+    """
+
+    size: tuple[int, int]
+    condition_sizes: tuple[tuple[int, int], ...]
+    reference_sizes: tuple[tuple[int, int], ...]
+    patch: int
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        return 1, size[1] // self.patch, size[0] // self.patch
+
+    def sample(self, text: int) -> Sample:
+        """The layout's sample for this request with `text` text tokens."""
+        return Sample(text, self.grid(self.size), tuple(self.grid(size) for size in self.reference_sizes))
+
+
+def validated(requests: Sequence[EditRequest | Mapping[str, Any]], *, sizes_only: bool = False) -> list[EditRequest]:
+    """Check every request before any work is done.
+
+    Args:
+        requests: `EditRequest`s, or mappings of its fields.
+        sizes_only: images may also be given as (width, height).
+
+    Raises:
+        ValueError, TypeError: naming the request and what is wrong with it.
+    """
+    if isinstance(requests, (EditRequest, Mapping)):
+        requests = [requests]
+    checked = []
+    for i, request in enumerate(requests):
+        where = f"request {i + 1}"
+        if isinstance(request, Mapping):
+            unknown = set(request) - set(EditRequest.__dataclass_fields__)
+            if unknown:
+                raise ValueError(
+                    f"{where} has unknown fields {sorted(unknown)}; known: {', '.join(EditRequest.__dataclass_fields__)}"
+                )
+            if "prompt" not in request:
+                raise ValueError(f"{where} has no prompt")
+            request = EditRequest(**request)
+        if not isinstance(request, EditRequest):
+            raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
+        _check(request, where, sizes_only)
+        checked.append(request)
+    if not checked:
+        raise ValueError("no requests given")
+    return checked
+
+
+def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
+    if not isinstance(request.prompt, str) or not request.prompt.strip():
+        raise ValueError(f"{where} has no prompt: it must be a text that is not empty, got {request.prompt!r}")
+    if isinstance(request.images, Image.Image) or not isinstance(request.images, Sequence):
+        raise TypeError(f"{where}: images must be a list of PIL images, got {type(request.images).__name__}")
+    for j, image in enumerate(request.images):
+        if not (isinstance(image, Image.Image) or (sizes_only and isinstance(image, tuple) and len(image) == 2)):
+            raise TypeError(f"{where}: image {j + 1} must be a PIL image, got {type(image).__name__}")
+    for name in ("height", "width"):
+        side = getattr(request, name)
+        if side is not None and side < SIDE_MULTIPLE:
+            raise ValueError(f"{where}: {name} must be at least {SIDE_MULTIPLE} pixels, got {side}")
+    if request.num_inference_steps < 1:
+        raise ValueError(f"{where}: num_inference_steps must be at least 1, got {request.num_inference_steps}")
+    if sum(x is not None for x in (request.seed, request.generator, request.latents)) > 1:
+        raise ValueError(f"{where}: give at most one of seed, generator and latents")
+
+
+def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geometry:
+    """Sizes that a pipeline gives a request.
+
+    Args:
+        pipe: a `QwenImageEditPlusPipeline`; its attributes `condition_image_area`, `vae_image_area` and `output_area`
+            (pixels), where it has them, stand in for diffusers' constants.
+        request: the request; its images may be (width, height) tuples.
+        budget: joint pixel budget of all references (`fit_to_budget`); None sizes each reference alone, as diffusers
+            does.
+    """
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+
+    sizes = [image.size if isinstance(image, Image.Image) else tuple(image) for image in request.images]
+    condition_area = getattr(pipe, "condition_image_area", stock.CONDITION_IMAGE_SIZE)
+    vae_area = getattr(pipe, "vae_image_area", stock.VAE_IMAGE_SIZE)
+    output_area = getattr(pipe, "output_area", DEFAULT_OUTPUT_AREA)
+    ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
+    width, height = stock.calculate_dimensions(output_area, ratio)
+    patch = pipe.vae_scale_factor * 2
+    width, height = ((given or computed) // patch * patch for given, computed in
+                     ((request.width, width), (request.height, height)))  # fmt: skip
+    condition = [stock.calculate_dimensions(condition_area, w / h) for w, h in sizes]
+    if budget is None:
+        references = [stock.calculate_dimensions(vae_area, w / h) for w, h in sizes]
+    else:
+        references = fit_to_budget(sizes, budget)
+    result = Geometry((width, height), tuple(condition), tuple(references), patch)
+    for what, size in [("the result", result.size), *((f"image {i + 1}", s) for i, s in enumerate(references))]:
+        if min(size) < patch:
+            raise ValueError(
+                f"{what} would be {size[0]} x {size[1]} pixels, under one {patch}-pixel token; "
+                "the image is too elongated or the size too small"
+            )
+    for i, size in enumerate(condition):
+        if min(size) < 1 or not all(math.isfinite(s) for s in size):
+            raise ValueError(f"image {i + 1} of {sizes[i][0]} x {sizes[i][1]} pixels is too elongated to be encoded")
+    return result

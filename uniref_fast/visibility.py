@@ -1,0 +1,204 @@
+"""Who sees whom: a rule over pairs of segments, compiled to intervals.
+
+A rule is a function `sees(query, key) -> bool` of two `Segment`s. `plan(layout, visibility)` turns it into an
+`AttentionPlan`: ranges of query rows and, for each, the sorted intervals of key rows that those queries see. No mask
+tensor exists anywhere. For one sample with text `t`, target `x` and references `a`, `b` the policies draw
+
+              full             reference_causal    reference_isolated
+          keys t x a b             t x a b              t x a b
+        t      # # # #             # # # #              # # # #
+        x      # # # #             # # # #              # # # #
+        a      # # # #             . . # #              . . # .
+        b      # # # #             . . # #              . . . #
+
+`group_shared` is `reference_causal` for a group of samples that hold one copy of their references.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from uniref_fast.layout import Kind, Segment, SelfLayout
+
+__all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "target_plan"]
+
+Rule = Callable[[Segment, Segment], bool]
+
+
+def full(query: Segment, key: Segment) -> bool:
+    """Everything sees everything of the same sample (the paper; what diffusers computes)."""
+    return query.sample == key.sample and key.kind is not Kind.PADDING
+
+
+def reference_causal(query: Segment, key: Segment) -> bool:
+    """Text and target see the whole sample; references see only references, so their K/V depend on nothing else."""
+    return full(query, key) and (query.kind is not Kind.REFERENCE or key.kind is Kind.REFERENCE)
+
+
+def reference_isolated(query: Segment, key: Segment) -> bool:
+    """As `reference_causal`, and each reference sees only itself, so its K/V can be kept across requests."""
+    return full(query, key) and (query.kind is not Kind.REFERENCE or query == key)
+
+
+def group_shared(query: Segment, key: Segment) -> bool:
+    """Samples of a group see themselves and the group's one copy of the references, which see only themselves."""
+    if query.kind is Kind.REFERENCE or key.kind is Kind.REFERENCE:
+        return query.group == key.group and key.kind is Kind.REFERENCE
+    return full(query, key)
+
+
+POLICIES: dict[str, Rule] = {
+    "full": full,
+    "reference_causal": reference_causal,
+    "reference_isolated": reference_isolated,
+    "group_shared": group_shared,
+}
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Query ranges and the key intervals each of them sees, as half-open `[start, end)` rows.
+
+    Attributes:
+        ranges: query ranges in ascending order, covering every query row once.
+        intervals: for each range its key intervals, ascending, disjoint and not touching; may be empty.
+        num_queries: rows of q.
+        num_keys: rows of k and v.
+    """
+
+    ranges: tuple[tuple[int, int], ...]
+    intervals: tuple[tuple[tuple[int, int], ...], ...]
+    num_queries: int
+    num_keys: int
+
+    @functools.cached_property
+    def area(self) -> int:
+        """Number of (query, key) pairs computed, per head."""
+        return sum(
+            (end - start) * sum(b - a for a, b in keys)
+            for (start, end), keys in zip(self.ranges, self.intervals, strict=True)
+        )
+
+    @functools.cached_property
+    def density(self) -> float:
+        """`area` over the dense rectangle; 1.0 when everything sees everything."""
+        return self.area / max(self.num_queries * self.num_keys, 1)
+
+    @functools.cached_property
+    def transpose(self) -> AttentionPlan:
+        """The same relation read from the keys: for each key range the query intervals that see it (dK, dV)."""
+        cuts = {0, self.num_keys}
+        for keys in self.intervals:
+            cuts.update(edge for interval in keys for edge in interval)
+        edges = sorted(cuts)
+        rows = []
+        for a, b in zip(edges, edges[1:], strict=False):
+            seen_by = [
+                span
+                for span, keys in zip(self.ranges, self.intervals, strict=True)
+                if any(start <= a and b <= end for start, end in keys)
+            ]
+            rows.append(((a, b), _merge(seen_by)))
+        return _make_plan(rows, self.num_keys, self.num_queries)
+
+    def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
+        return _plan_tensors(self, torch.device(device))
+
+    def tiles(self, block: int, device: torch.device | str) -> torch.Tensor:
+        """Query tiles of `block` rows, int32 [T, 2] of (range, first row), longest work first, then in row order.
+
+        Tiles start at range starts, never across ranges: what makes results independent of the rest of a pack.
+        """
+        return _plan_tiles(self, block, torch.device(device))
+
+
+@functools.lru_cache(maxsize=256)
+def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
+    """Compile a visibility rule over a layout; memoised by both.
+
+    Args:
+        layout: the packed sequence; rows of the plan are rows of its joint sequence.
+        visibility: one of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+    """
+    if isinstance(visibility, str):
+        if visibility not in POLICIES:
+            raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(POLICIES)}, or pass a function")
+        rule = POLICIES[visibility]
+    else:
+        rule = visibility
+    rows: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = []
+    owners: list[int] = []
+    for query in layout.segments:
+        span = (query.joint_start, query.joint_end)
+        keys = _merge([(key.joint_start, key.joint_end) for key in layout.segments if rule(query, key)])
+        # Neighbours of the same sample that see the same keys become one range; samples are never joined, so that
+        # tiles do not depend on what else is packed.
+        if rows and owners[-1] == query.sample and rows[-1][1] == keys and rows[-1][0][1] == span[0]:
+            rows[-1] = ((rows[-1][0][0], span[1]), keys)
+        else:
+            rows.append((span, keys))
+            owners.append(query.sample)
+    return _make_plan(rows, layout.joint_length, layout.joint_length)
+
+
+@functools.lru_cache(maxsize=256)
+def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
+    """The plan of the targets' queries alone, one after another; keys are the whole joint sequence.
+
+    The last block of a model needs no other queries: only the target's part of the output is used.
+    """
+    whole = plan(layout, visibility)
+    rows, at = [], 0
+    for segment in layout.targets:
+        keys = next(
+            keys
+            for (start, end), keys in zip(whole.ranges, whole.intervals, strict=True)
+            if start <= segment.joint_start < end
+        )
+        rows.append(((at, at + segment.length), keys))
+        at += segment.length
+    return _make_plan(rows, at, layout.joint_length)
+
+
+def _make_plan(rows: list, num_queries: int, num_keys: int) -> AttentionPlan:
+    return AttentionPlan(tuple(span for span, _ in rows), tuple(keys for _, keys in rows), num_queries, num_keys)
+
+
+def _merge(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sorted union of touching half-open spans."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and merged[-1][1] >= start:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return tuple(merged)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _plan_tensors(plan: AttentionPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    pointers = [0]
+    flat: list[tuple[int, int]] = []
+    for keys in plan.intervals:
+        flat += keys
+        pointers.append(len(flat))
+    q_ranges = torch.tensor(plan.ranges, dtype=torch.int32).reshape(-1, 2)
+    kv_ranges = torch.tensor(flat, dtype=torch.int32).reshape(-1, 2)
+    return q_ranges.to(device), torch.tensor(pointers, dtype=torch.int32).to(device), kv_ranges.to(device)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.Tensor:
+    tiles = []
+    for index, ((start, end), keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
+        work = sum(b - a for a, b in keys)
+        tiles += [(-work, index, row) for row in range(start, end, block)]
+    tiles.sort()
+    return torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32).reshape(-1, 2).to(device)
