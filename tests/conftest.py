@@ -1,7 +1,54 @@
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     # Read by Triton when a kernel is decorated, so it must be set before any of them is imported.
     os.environ["TRITON_INTERPRET"] = "1"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def make_transformer():
+    """Builds small diffusers transformers with random weights, the biases and norms random too."""
+    from diffusers import QwenImageTransformer2DModel
+
+    def build(zero_cond_t=False, layers=3, dtype=torch.float32, seed=0):
+        torch.manual_seed(seed)
+        model = QwenImageTransformer2DModel(
+            in_channels=64,
+            out_channels=16,
+            num_layers=layers,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            axes_dims_rope=(8, 12, 12),
+            zero_cond_t=zero_cond_t,
+        )
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+        return model.eval().to(dtype)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def _builtin_pipe():
+    from uniref_fast import builtin
+
+    pipe = builtin.load()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def builtin_pipe(_builtin_pipe):
+    """The small built-in pipeline, unpatched before and after."""
+    import uniref_fast
+
+    yield _builtin_pipe
+    uniref_fast.unpatch(_builtin_pipe)

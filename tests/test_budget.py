@@ -16,12 +16,18 @@ def test_fits_and_keeps_ratios(sizes, side, upscale):
     # One scale explains every side that is not at the floor of 16, each to within one 16-pixel step.
     low = max((s - 16) / f for size, fit in zip(sizes, fitted, strict=True) for f, s in zip(size, fit, strict=True))
     high = min(
-        ((s + 16) / f for size, fit in zip(sizes, fitted, strict=True) for f, s in zip(size, fit, strict=True) if s > 16),
+        (
+            (s + 16) / f
+            for size, fit in zip(sizes, fitted, strict=True)
+            for f, s in zip(size, fit, strict=True)
+            if s > 16
+        ),
         default=float("inf"),
     )
     assert low <= high
     if not upscale:
-        assert all(fit <= max(16, size + 8) for s, f in zip(sizes, fitted, strict=True) for size, fit in zip(s, f))
+        pairs = [(a, b) for size, fit in zip(sizes, fitted, strict=True) for a, b in zip(size, fit, strict=True)]
+        assert all(fit <= max(16, size + 8) for size, fit in pairs)
 
 
 def test_uses_the_budget():

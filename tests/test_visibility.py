@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,7 +59,7 @@ def test_intervals_equal_the_rule(pack, visibility, shared):
     edges = [edge for span in compiled.ranges for edge in span]
     assert edges[0] == 0 and edges[-1] == layout.joint_length and edges[1:-1:2] == edges[2::2]  # cover, in order
     for keys in compiled.intervals:  # merged: sorted, not touching
-        assert all(a < b for a, b in keys) and all(x[1] < y[0] for x, y in zip(keys, keys[1:], strict=False))
+        assert all(a < b for a, b in keys) and all(x[1] < y[0] for x, y in itertools.pairwise(keys))
     assert plan(layout, visibility) is compiled
 
 

@@ -1,8 +1,8 @@
 """uniref_fast: fast multi-reference image editing.
 
-    report = uniref_fast.patch(pipe)                    # the same diffusers pipeline, faster
-    images = uniref_fast.edit(pipe, [request, ...])     # many unlike requests in one packed loop
-    print(uniref_fast.estimate(pipe, [request, ...]))   # tokens, flops, memory before running
+report = uniref_fast.patch(pipe)                    # the same diffusers pipeline, faster
+images = uniref_fast.edit(pipe, [request, ...])     # many unlike requests in one packed loop
+print(uniref_fast.estimate(pipe, [request, ...]))   # tokens, flops, memory before running
 """
 
 from uniref_fast.budget import fit_to_budget

@@ -11,9 +11,7 @@ SIDE_MULTIPLE = 16
 """Pixels a side is a multiple of: 8x VAE times 2x2 patches."""
 
 
-def fit_to_budget(
-    sizes: Sequence[tuple[int, int]], budget: int, *, upscale: bool = False
-) -> list[tuple[int, int]]:
+def fit_to_budget(sizes: Sequence[tuple[int, int]], budget: int, *, upscale: bool = False) -> list[tuple[int, int]]:
     """Resize images jointly so that the sum of their areas fits a pixel budget.
 
     One scale factor for all images, the largest that fits, so that their relative sizes stay as they are; each side is

@@ -58,6 +58,12 @@ def edit(
     transformer = find_transformer(pipe)
     _refuse_hooks(transformer)
     requests = validated(requests)
+    for i, request in enumerate(requests):
+        if request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
+            raise ValueError(
+                f"request {i + 1}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal "
+                "stretches the steps between the first and the last); use at least 2"
+            )
     geometries = [geometry(pipe, request, budget) for request in requests]
     model = PackedQwenImage(transformer, visibility=visibility, impl=impl)
     with torch.no_grad():
@@ -108,7 +114,9 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     )
     expected = (1, height // sizes.patch * (width // sizes.patch), 4 * channels)
     if tuple(latents.shape) != expected:
-        raise ValueError(f"latents have shape {list(latents.shape)}, a {width} x {height} result needs {list(expected)}")
+        raise ValueError(
+            f"latents have shape {list(latents.shape)}, a {width} x {height} result needs {list(expected)}"
+        )
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     config = scheduler.config
     mu = stock.calculate_shift(
@@ -202,11 +210,11 @@ def _refuse_hooks(transformer: torch.nn.Module) -> None:
         names = list(registry.hooks) if registry is not None else []
         if names or hasattr(block, "_hf_hook"):
             raise ValueError(
-                f"transformer_blocks.{name} has hooks ({', '.join(names) or 'accelerate'}) that a packed loop would skip; "
-                "disable the cache or the block-level offloading first, or call the patched pipeline one request at a time"
+                f"transformer_blocks.{name} has hooks ({', '.join(names) or 'accelerate'}) that a packed loop would "
+                "skip; disable the cache or block-level offloading, or call the patched pipeline request by request"
             )
         processor = type(block.attn.processor).__name__
-        if processor not in ("QwenDoubleStreamAttnProcessor2_0", "UniRefAttnProcessor"):
+        if processor not in ("QwenDoubleStreamAttnProcessor2_0", "PatchedAttention"):
             raise ValueError(
                 f"transformer_blocks.{name}.attn has its own processor {processor}, which a packed loop would skip"
             )

@@ -123,9 +123,7 @@ class SelfLayout:
     clean_references: bool
 
     @staticmethod
-    def qwen(
-        samples: Sequence[Sample], *, zero_cond_t: bool = False, shared_references: bool = False
-    ) -> SelfLayout:
+    def qwen(samples: Sequence[Sample], *, zero_cond_t: bool = False, shared_references: bool = False) -> SelfLayout:
         """Layout of Qwen-Image-Edit-Plus models.
 
         Rotary scheme (diffusers `QwenEmbedRope` with `scale_rope`): image i of a sample sits on frame i, its height

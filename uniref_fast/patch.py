@@ -12,6 +12,7 @@ accelerated call of each site runs the original too and records the difference.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections import Counter
@@ -24,35 +25,20 @@ from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.qwen_image import AttentionContext, Modulation, find_transformer, joint_attention
+from uniref_fast.models.qwen_image import AttentionContext, find_transformer
+from uniref_fast.models.qwen_image_patch import (
+    SELF_CHECK_TOLERANCE,
+    PatchedAttention,
+    PatchedBlock,
+    Site,
+    register_processor,
+)
 from uniref_fast.testing import max_relative_error
 from uniref_fast.visibility import Rule, plan
 
 __all__ = ["PatchReport", "Site", "patch", "unpatch"]
 
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Largest accepted `max|patched - original| / max|original|` of one block, by dtype."""
-
 _STATE = "_uniref_fast"
-
-
-@dataclass
-class Site:
-    """One patched place and what happened there.
-
-    Attributes:
-        name: module name within the transformer.
-        calls: accelerated calls.
-        fallbacks: calls that ran the original, by reason.
-        max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
-        disabled: why the site runs the original for good, if it does.
-    """
-
-    name: str
-    calls: int = 0
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    max_rel_error: float | None = None
-    disabled: str | None = None
 
 
 @dataclass
@@ -151,13 +137,24 @@ def unpatch(pipe_or_transformer: Any) -> bool:
 # ---- the patch of one transformer ----
 
 
+class _Calls(threading.local):
+    """What one thread remembers of its running forward; copies start empty."""
+
+    img_shapes: Any = None
+    context: Any = None
+    rows: Any = None
+
+    def __reduce__(self) -> tuple:
+        return _Calls, ()
+
+
 class _Patch:
     """Installs and removes; holds what the sites of one transformer share."""
 
     def __init__(self, transformer: nn.Module, options: tuple) -> None:
         mode, visibility, strict, impl = self.options = options
         weight = next(transformer.parameters())
-        probe = weight.new_empty(0, dtype=weight.dtype if weight.is_floating_point() else torch.float32)
+        probe = weight.new_empty(0, dtype=_compute_dtype(transformer))
         if impl is None:
             implementation, reason = ops.explain(probe)
         else:
@@ -172,56 +169,51 @@ class _Patch:
             sites=[],
         )
         self.strict, self.impl, self.visibility = strict, impl, visibility
-        self.calls = threading.local()
-        self.undo: list[Callable[[], None]] = []
+        self.calls = _Calls()
+        self.installed: list[PatchedBlock | PatchedAttention] = []
+        self.hook = None
         if visibility != "full":
-            hook = transformer.register_forward_pre_hook(self._remember_shapes, with_kwargs=True)
-            self.undo.append(hook.remove)
-        for name, block in transformer.named_modules():
-            if type(block).__name__ == "QwenImageTransformerBlock":
-                self._install(name, block)
-
-    def remove(self) -> None:
-        for undo in reversed(self.undo):
-            undo()
-        self.undo.clear()
+            self.hook = transformer.register_forward_pre_hook(self.remember_shapes, with_kwargs=True)
+        register_processor()
+        for name, block in transformer.transformer_blocks.named_children():
+            self._install(f"transformer_blocks.{name}", block)
 
     def _install(self, name: str, block: nn.Module) -> None:
         from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
 
-        attn = block.attn
-        if type(attn.processor) is not Stock:
-            self.report.notes.append(f"{name}: has its own {type(attn.processor).__name__}, attention left alone")
+        if type(block.attn.processor) is Stock:
+            self._add(PatchedAttention(block.attn, self, Site(f"{name}.attn")))
         else:
-            site = Site(f"{name}.attn")
-            self.report.sites.append(site)
-            stock = attn.processor
-            attn.processor = _processor_class()(stock, self, site)
-            self.undo.append(lambda: _restore_processor(attn, stock))
-        site = Site(name)
-        self.report.sites.append(site)
-        holder, key = _innermost_forward(block)
-        original = getattr(holder, key)
-        fused = _bind_forward(block, original, self, site)
-        had_own = key in vars(holder)
-        setattr(holder, key, fused)
-        self.undo.append(lambda: _restore_forward(block, fused, original, had_own and holder is block))
+            own = type(block.attn.processor).__name__
+            self.report.notes.append(f"{name}.attn has its own {own}; attention is left to it")
+        self._add(PatchedBlock(block, self, Site(name)))
 
-    def _remember_shapes(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _add(self, place: PatchedBlock | PatchedAttention) -> None:
+        self.report.sites.append(place.site)
+        self.installed.append(place)
+
+    def remove(self) -> None:
+        for place in reversed(self.installed):
+            place.remove()
+        if self.hook is not None:
+            self.hook.remove()
+
+    def remember_shapes(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.calls.img_shapes = kwargs.get("img_shapes", args[4] if len(args) > 4 else None)
 
     # ---- one forward of the transformer ----
 
     def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> AttentionContext:
         """Layout, plan and rotary tables of the running forward; built by its first block, reused by the others."""
-        key = (hidden_states.shape[:2], text_length)
-        saved = getattr(self.calls, "context", None)
+        batch, image_length = hidden_states.shape[:2]
+        grids = [self._grids(sample, image_length) for sample in range(batch)]
+        key = (text_length, grids)
+        saved = self.calls.context
         if saved and saved[0] == key and saved[1] is mask and saved[2] is freqs[0] and saved[3] is freqs[1]:
             return saved[4]
-        batch, image_length = key[0]
         with torch.inference_mode(False), torch.no_grad():
             runs = _text_runs(mask, batch, text_length)
-            layout = SelfLayout.qwen([Sample(text, *self._grids(i, image_length)) for i, text in enumerate(runs)])
+            layout = SelfLayout.qwen([Sample(text, *shapes) for text, shapes in zip(runs, grids, strict=True)])
             joint = torch.cat([freqs[1], freqs[0]]).repeat(batch, 1)  # [text | image] of every sample
             rotary = joint.real.float().contiguous(), joint.imag.float().contiguous()
             context = AttentionContext(layout, plan(layout, self.visibility), rotary, self.impl)
@@ -237,26 +229,26 @@ class _Patch:
         return tuple(target), tuple(tuple(grid) for grid in references)
 
     def modulation_rows(self, index: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-        """Row of the `[B or 2B, C]` modulation table for every image token, int32 `[B * length]`."""
-        saved = getattr(self.calls, "rows", None)
-        if saved and saved[0] is index and saved[1] == (batch, length, device):
+        """Row of the `[B or 2B, C]` modulation table for every token of a stream, int32 `[B * length]`."""
+        if index is None:
+            return _batch_rows(batch, length, device)
+        saved = self.calls.rows
+        if saved and saved[0] is index and saved[1] == batch:
             return saved[2]
-        rows = torch.arange(batch, dtype=torch.int32, device=device)[:, None].expand(batch, length)
-        if index is not None:  # 0: sampled t, 1: clean; rows [batch, 2 * batch) are the clean ones
-            rows = rows + index.to(torch.int32) * batch
-        rows = rows.reshape(-1).contiguous()
-        self.calls.rows = (index, (batch, length, device), rows)
-        return rows
+        # 0: sampled t, 1: clean; rows [batch, 2 * batch) of the table are the clean ones
+        rows = _batch_rows(batch, length, device).view(batch, length) + index.to(torch.int32) * batch
+        self.calls.rows = (index, batch, rows.reshape(-1))
+        return self.calls.rows[2]
 
     def accept(self, site: Site, fused: tuple, original: Callable[[], tuple]) -> tuple:
         """Count a fused result; the first one of a site is compared with the original's."""
         site.calls += 1
-        if site.max_rel_error is not None:
+        if site.max_rel_error is not None or self.visibility != "full":
             return fused
         expected = original()
         site.max_rel_error = max(max_relative_error(a, b) for a, b in zip(fused, expected, strict=True))
-        tolerance = SELF_CHECK_TOLERANCE.get(fused[0].dtype, 1e-4)
-        if site.max_rel_error <= tolerance or self.visibility != "full":
+        tolerance = SELF_CHECK_TOLERANCE[fused[0].dtype]
+        if site.max_rel_error <= tolerance:
             return fused
         message = f"differs from the original by {site.max_rel_error:.2e} (relative; allowed {tolerance:.0e})"
         if self.strict:
@@ -265,197 +257,22 @@ class _Patch:
         return expected
 
 
-def _refusal(site: Site, *tensors: Tensor) -> str | None:
-    """Why this call must run the original, or None."""
-    if site.disabled:
-        return site.disabled
-    if torch.compiler.is_compiling():
-        return "inside torch.compile, which fuses the original itself"
-    if torch.is_grad_enabled():
-        return "gradients are enabled and the fused ops have no backward; use torch.no_grad() for inference"
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            return f"mixed dtypes or devices: {first.dtype} on {first.device}, {tensor.dtype} on {tensor.device}"
-    if first.dtype not in SELF_CHECK_TOLERANCE:
-        return f"{first.dtype} is not one of float32, float16, bfloat16"
-    return None
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _batch_rows(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
 
 
-# ---- layer 1: the attention processor ----
-
-
-def _processor_class() -> type:
-    """The processor class, made once: diffusers is imported only when something is patched."""
-    global _PROCESSOR
-    if _PROCESSOR is None:
-        from diffusers.hooks._helpers import AttentionProcessorRegistry
-        from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-
-        class UniRefAttnProcessor:
-            """Joint attention of `QwenDoubleStreamAttnProcessor2_0` on fused ops."""
-
-            def __init__(self, stock: Any, owner: _Patch, site: Site) -> None:
-                self.stock, self.owner, self.site = stock, owner, site
-                self._attention_backend = stock._attention_backend
-                self._parallel_config = stock._parallel_config
-
-            def __call__(
-                self,
-                attn: nn.Module,
-                hidden_states: Tensor,
-                encoder_hidden_states: Tensor | None = None,
-                encoder_hidden_states_mask: Tensor | None = None,
-                attention_mask: Tensor | None = None,
-                image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-            ) -> tuple[Tensor, Tensor]:
-                def original() -> tuple[Tensor, Tensor]:
-                    self.stock._attention_backend = self._attention_backend
-                    self.stock._parallel_config = self._parallel_config
-                    return self.stock(
-                        attn,
-                        hidden_states,
-                        encoder_hidden_states=encoder_hidden_states,
-                        encoder_hidden_states_mask=encoder_hidden_states_mask,
-                        attention_mask=attention_mask,
-                        image_rotary_emb=image_rotary_emb,
-                    )
-
-                reason = self._refusal(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-                if reason:
-                    self.site.fallbacks[reason] += 1
-                    return original()
-                text = encoder_hidden_states
-                context = self.owner.context(
-                    hidden_states, text.shape[1], encoder_hidden_states_mask, image_rotary_emb
-                )
-                image_out, text_out = joint_attention(attn, hidden_states.flatten(0, 1), text.flatten(0, 1), context)
-                fused = image_out.unflatten(0, hidden_states.shape[:2]), text_out.unflatten(0, text.shape[:2])
-                return self.owner.accept(self.site, fused, original)
-
-            def _refusal(self, attn, image, text, attention_mask, rotary) -> str | None:
-                if text is None or rotary is None or attention_mask is not None:
-                    return "called without text or rotary embedding, or with an external mask"
-                if reason := _refusal(self.site, image, text):
-                    return reason
-                if self._parallel_config is not None:
-                    return "context parallel: the sequence is split over ranks"
-                if self._attention_backend is not None:
-                    backend = getattr(self._attention_backend, "value", self._attention_backend)
-                    return f"attention backend {backend!r} was chosen with set_attention_backend"
-                for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
-                    if norm is not None and (norm.weight is None or norm.weight.device != image.device):
-                        return "a QK norm has no weight on this device (offloaded by layer)"
-                return None
-
-        AttentionProcessorRegistry.register(
-            UniRefAttnProcessor, AttentionProcessorRegistry.get(QwenDoubleStreamAttnProcessor2_0)
-        )
-        _PROCESSOR = UniRefAttnProcessor
-    return _PROCESSOR
-
-
-_PROCESSOR: type | None = None
-
-
-def _restore_processor(attn: nn.Module, stock: Any) -> None:
-    if isinstance(attn.processor, _processor_class()):  # else the user has set another one since: theirs stays
-        stock._attention_backend = attn.processor._attention_backend
-        stock._parallel_config = attn.processor._parallel_config
-        attn.processor = stock
-
-
-# ---- layer 2: the block ----
-
-
-def _bind_forward(block: nn.Module, original: Callable, owner: _Patch, site: Site) -> Callable:
-    def forward(
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor,
-        temb: Tensor,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-        modulate_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        arguments = (
-            hidden_states,
-            encoder_hidden_states,
-            encoder_hidden_states_mask,
-            temb,
-            image_rotary_emb,
-            joint_attention_kwargs,
-            modulate_index,
-        )
-        if reason := _refusal(site, hidden_states, encoder_hidden_states, temb):
-            site.fallbacks[reason] += 1
-            return original(*arguments)
-        fused = _block_forward(block, owner, *arguments)
-        return owner.accept(site, fused, lambda: original(*arguments))
-
-    return forward
-
-
-def _block_forward(block, owner, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple[Tensor, Tensor]:
-    """`QwenImageTransformerBlock.forward` with fused norms, modulation and residuals. Returns (text, image)."""
-    batch, length = image.shape[:2]
-    impl, eps = owner.impl, block.img_norm1.eps
-    text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
-    rows = {
-        "image": owner.modulation_rows(index, batch, length, image.device),
-        "text": owner.modulation_rows(None, batch, text.shape[1], image.device),
-    }
-    mods = {
-        "image": Modulation(*block.img_mod(temb).chunk(6, dim=-1)),
-        "text": Modulation(*block.txt_mod(text_temb).chunk(6, dim=-1)),
-    }
-    flat = {"image": image.flatten(0, 1), "text": text.flatten(0, 1)}
-    normed = {
-        name: ops.norm_modulate(x, mods[name].shift1, mods[name].scale1, rows[name], eps, impl=impl)
-        for name, x in flat.items()
-    }
-    branches = block.attn(
-        hidden_states=normed["image"].view_as(image),
-        encoder_hidden_states=normed["text"].view_as(text),
-        encoder_hidden_states_mask=mask,
-        image_rotary_emb=rotary,
-        **(attention_kwargs or {}),
-    )
-    out = {}
-    for name, branch, mlp in (("image", branches[0], block.img_mlp), ("text", branches[1], block.txt_mlp)):
-        mod = mods[name]
-        x, hidden = ops.gate_residual_norm_modulate(
-            flat[name], branch.flatten(0, 1), mod.gate1, mod.shift2, mod.scale2, rows[name], eps, impl=impl
-        )
-        x = ops.gate_residual(x, mlp(hidden), mod.gate2, rows[name], impl=impl)
-        out[name] = x.clip(-65504, 65504) if x.dtype == torch.float16 else x
-    return out["text"].view_as(text), out["image"].view_as(image)
-
-
-def _innermost_forward(block: nn.Module) -> tuple[Any, str]:
-    """Where the block's own forward lives, below hooks of diffusers and accelerate: (object, attribute)."""
-    registry = getattr(block, "_diffusers_hook", None)
-    if registry is not None and registry._fn_refs:
-        innermost = registry._fn_refs[0]
-        return innermost, "forward" if innermost.original_forward is None else "original_forward"
-    if hasattr(block, "_hf_hook"):
-        return block, "_old_forward"
-    return block, "forward"
-
-
-def _restore_forward(block: nn.Module, fused: Callable, original: Callable, had_own: bool) -> None:
-    """Put the original back wherever the fused forward is now; hooks may have come or gone since."""
-    holder, key = _innermost_forward(block)
-    if getattr(holder, key) is not fused:
-        return  # replaced since by someone else: theirs stays
-    if holder is block and key == "forward" and not had_own:
-        del block.forward  # back to the class's
-    else:
-        setattr(holder, key, original)
+def _compute_dtype(transformer: nn.Module) -> torch.dtype:
+    """What the blocks compute in; storage dtypes of cast or quantised Linears do not count."""
+    dtype = transformer.transformer_blocks[0].attn.norm_q.weight.dtype
+    return dtype if dtype in SELF_CHECK_TOLERANCE else torch.float32
 
 
 def _text_runs(mask: Tensor | None, batch: int, length: int) -> list[int | tuple[tuple[int, bool], ...]]:
     """Text of each sample as (length, valid) runs; one host read per mask."""
     if mask is None:
         return [length] * batch
-    return [tuple((len(list(run)), bool(valid)) for valid, run in itertools.groupby(row)) for row in mask.bool().tolist()]
+    return [
+        tuple((len(list(run)), bool(valid)) for valid, run in itertools.groupby(row)) for row in mask.bool().tolist()
+    ]

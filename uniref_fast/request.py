@@ -96,9 +96,8 @@ def validated(requests: Sequence[EditRequest | Mapping[str, Any]], *, sizes_only
         if isinstance(request, Mapping):
             unknown = set(request) - set(EditRequest.__dataclass_fields__)
             if unknown:
-                raise ValueError(
-                    f"{where} has unknown fields {sorted(unknown)}; known: {', '.join(EditRequest.__dataclass_fields__)}"
-                )
+                known = ", ".join(EditRequest.__dataclass_fields__)
+                raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {known}")
             if "prompt" not in request:
                 raise ValueError(f"{where} has no prompt")
             request = EditRequest(**request)

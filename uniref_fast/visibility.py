@@ -17,6 +17,7 @@ tensor exists anywhere. For one sample with text `t`, target `x` and references 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class AttentionPlan:
             cuts.update(edge for interval in keys for edge in interval)
         edges = sorted(cuts)
         rows = []
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in itertools.pairwise(edges):
             seen_by = [
                 span
                 for span, keys in zip(self.ranges, self.intervals, strict=True)

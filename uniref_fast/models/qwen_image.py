@@ -40,8 +40,8 @@ def find_transformer(target: Any) -> nn.Module:
     supported = ["QwenImageTransformer2DModel", "QwenImageEditPlusPipeline"]
     near = get_close_matches(given, supported, n=1, cutoff=0.5)
     raise TypeError(
-        f"{given} is not supported: it must be a {supported[0]} (exactly that class) or a pipeline holding one, such as "
-        f"{supported[1]}" + (f"; nearest: {near[0]}" if near else "")
+        f"{given} is not supported: it must be a {supported[0]} (exactly that class) or a pipeline holding one, "
+        f"such as {supported[1]}" + (f"; nearest: {near[0]}" if near else "")
     )
 
 

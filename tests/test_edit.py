@@ -1,0 +1,200 @@
+"""edit(): many unlike requests in one packed loop, each equal to its own single run."""
+
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from PIL import Image
+
+import uniref_fast
+from uniref_fast import EditRequest
+from uniref_fast.request import geometry, validated
+from uniref_fast.testing import max_relative_error
+
+STEPS = 3
+
+
+def picture(color, width, height):
+    image = Image.new("RGB", (width, height), color)
+    image.paste("white", (width // 4, height // 4, width // 2, height // 2))
+    return image
+
+
+def requests():
+    """K = 0, 1, 3 references; different sizes, prompts, seeds, guidance and numbers of steps."""
+    red, green, blue = picture("red", 60, 40), picture("green", 33, 77), picture("blue", 90, 90)
+    common = {"negative_prompt": " "}
+    return [
+        EditRequest("a sunflower", seed=1, height=64, width=96, num_inference_steps=STEPS),
+        EditRequest("make it night", [red], seed=2, true_cfg_scale=2.5, num_inference_steps=STEPS, **common),
+        EditRequest("put all in one", [red, green, blue], seed=3, height=80, width=48, num_inference_steps=STEPS - 1),
+        EditRequest("swap them", [blue, green], seed=4, num_inference_steps=STEPS, **common),
+    ]
+
+
+def stock_image(pipe, request):
+    """The unpatched pipeline on one request."""
+    return pipe(
+        image=list(request.images),
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt,
+        true_cfg_scale=request.true_cfg_scale,
+        height=request.height,
+        width=request.width,
+        num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="pt",
+    ).images[0]
+
+
+@pytest.fixture
+def pipe(builtin_pipe):
+    return builtin_pipe
+
+
+def test_each_result_equals_its_own_run(pipe):
+    """Against diffusers' pipeline where it can run (it needs an image), and against edit() of one request."""
+    together = uniref_fast.edit(pipe, requests(), output_type="pt", progress=False)
+    for request, image in zip(requests(), together, strict=True):
+        alone = uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0]
+        assert image.shape == alone.shape and max_relative_error(image, alone) < 1e-4
+        if request.images:
+            assert max_relative_error(image, stock_image(pipe, request)) < 1e-4
+        if request.height:
+            assert image.shape[-2:] == (request.height, request.width)
+
+
+def test_without_references_equals_a_loop_over_diffusers_transformer(pipe):
+    """K = 0 has no stock pipeline call, so the oracle is diffusers' transformer and scheduler by hand."""
+    request = requests()[0]
+    out = uniref_fast.edit(pipe, [request], output_type="latent", progress=False)[0]
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
+
+    embeds, _ = pipe.encode_prompt(prompt=request.prompt, image=None, device="cpu")
+    latents, _ = pipe.prepare_latents(
+        None, 1, 16, 64, 96, embeds.dtype, "cpu", torch.Generator().manual_seed(request.seed)
+    )
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    config = scheduler.config
+    mu = calculate_shift(
+        latents.shape[1], config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    scheduler.set_timesteps(sigmas=[1 - i / STEPS * (1 - 1 / STEPS) * STEPS / (STEPS - 1) for i in range(STEPS)], mu=mu)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            velocity = pipe.transformer(
+                hidden_states=latents,
+                encoder_hidden_states=embeds,
+                timestep=t[None] / 1000,
+                img_shapes=[[(1, 4, 6)]],
+                return_dict=False,
+            )[0]
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    assert max_relative_error(out, latents) < 1e-4
+
+
+def test_splitting_into_packs_changes_nothing(pipe):
+    whole = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False)
+    split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, max_tokens=60)
+    assert all(max_relative_error(a, b) < 1e-5 for a, b in zip(split, whole, strict=True))
+
+
+def test_patched_or_not_is_the_same(pipe):
+    before = uniref_fast.edit(pipe, requests()[:2], output_type="latent", progress=False)
+    uniref_fast.patch(pipe)
+    after = uniref_fast.edit(pipe, requests()[:2], output_type="latent", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_seeds_reproduce_and_differ(pipe):
+    request = requests()[1]
+    first, second = (uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    other = EditRequest(request.prompt, request.images, seed=9, num_inference_steps=STEPS)
+    assert not torch.equal(first, uniref_fast.edit(pipe, [other], output_type="pt", progress=False)[0])
+
+
+def test_pil_results_and_mappings(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    try:
+        (image,) = uniref_fast.edit(
+            pipe, [{"prompt": "x", "images": [picture("red", 20, 60)], "num_inference_steps": 2, "seed": 0}]
+        )
+    finally:
+        pipe.set_progress_bar_config(disable=True)
+    assert isinstance(image, Image.Image)
+    assert image.height > image.width, "the last image's aspect ratio decides"
+    assert "2/2" in capsys.readouterr().err, "a progress bar"
+
+
+def test_budget_sizes_references_jointly(pipe):
+    request = EditRequest("x", [picture("red", 400, 200), picture("blue", 300, 600)], num_inference_steps=2, seed=0)
+    sizes = geometry(pipe, request, 96 * 96)
+    assert sum(w * h for w, h in sizes.reference_sizes) <= 96 * 96
+    out = uniref_fast.edit(pipe, [request], budget=96 * 96, output_type="latent", progress=False)[0]
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize(
+    "request_, error, message",
+    [
+        ({"prompt": "  "}, ValueError, "request 1 has no prompt"),
+        ({"images": []}, ValueError, "request 1 has no prompt"),
+        ({"prompt": "x", "image": []}, ValueError, "unknown fields .'image'.*images"),
+        ({"prompt": "x", "images": picture("red", 9, 9)}, TypeError, "must be a list"),
+        ({"prompt": "x", "images": ["a.png"]}, TypeError, "image 1 must be a PIL image, got str"),
+        ({"prompt": "x", "height": 8}, ValueError, "height must be at least 16"),
+        ({"prompt": "x", "num_inference_steps": 0}, ValueError, "at least 1"),
+        ({"prompt": "x", "num_inference_steps": 1}, ValueError, "use at least 2"),
+        ({"prompt": "x", "seed": 1, "generator": torch.Generator()}, ValueError, "at most one of seed"),
+        ({"prompt": "x", "images": [picture("red", 20000, 1)]}, ValueError, "too elongated"),
+        ({"prompt": "x", "latents": torch.zeros(1, 5, 64), "num_inference_steps": 2}, ValueError, "latents have shape"),
+        (5, TypeError, "must be an EditRequest"),
+    ],
+)
+def test_bad_requests(pipe, request_, error, message):
+    with pytest.raises(error, match=message):
+        uniref_fast.edit(pipe, [request_], progress=False)
+
+
+def test_bad_options(pipe):
+    for options, message in (({"output_type": "gif"}, "output_type"), ({"max_tokens": 0}, "max_tokens")):
+        with pytest.raises(ValueError, match=message):
+            uniref_fast.edit(pipe, requests(), **options)
+    with pytest.raises(ValueError, match="no requests"):
+        uniref_fast.edit(pipe, [])
+    with pytest.raises(TypeError, match="not supported"):
+        uniref_fast.edit(object(), requests())
+
+
+def test_hooks_that_would_be_skipped_are_refused(pipe):
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+    try:
+        with pytest.raises(ValueError, match="disable the cache"):
+            uniref_fast.edit(pipe, requests()[:1])
+    finally:
+        pipe.transformer.disable_cache()
+    uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2)], progress=False)
+
+
+def test_one_request_may_be_given_alone():
+    assert len(validated(EditRequest("x"))) == 1 and len(validated({"prompt": "x"})) == 1
+
+
+def test_model_offload_hook_is_honoured(pipe):
+    """accelerate's model offloading hooks the transformer's forward; the packed loop triggers it itself."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    hook = Counting()
+    add_hook_to_module(pipe.transformer, hook)
+    try:
+        uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2, seed=0)], progress=False)
+    finally:
+        remove_hook_from_module(pipe.transformer)
+    assert hook.calls == 1

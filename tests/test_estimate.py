@@ -1,0 +1,103 @@
+"""estimate(): its tokens and operations against what a run really has."""
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import uniref_fast
+from uniref_fast import EditRequest, Sample, SelfLayout
+from uniref_fast.estimate import transformer_flops
+
+REQUESTS = [
+    EditRequest("put the owl left of the rocket", [Image.new("RGB", (60, 40)), Image.new("RGB", (30, 90))],
+                negative_prompt=" ", num_inference_steps=4, height=64, width=96),
+    EditRequest("a red apple", num_inference_steps=2),
+]  # fmt: skip
+
+
+def test_tokens_are_those_of_the_run(builtin_pipe, monkeypatch):
+    seen = []
+    call = uniref_fast.PackedQwenImage.__call__
+
+    def spy(self, image, text, timestep, layout):
+        seen.append(layout)
+        return call(self, image, text, timestep, layout)
+
+    monkeypatch.setattr(uniref_fast.PackedQwenImage, "__call__", spy)
+    uniref_fast.edit(builtin_pipe, REQUESTS, progress=False)
+    estimate = uniref_fast.estimate(builtin_pipe, REQUESTS)
+    assert estimate.layout == seen[0]
+    assert (
+        estimate.tokens["together"]
+        == seen[0].joint_length
+        == sum(estimate.tokens[k] for k in ("text", "target", "reference"))
+    )
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_transformer_operations_are_exact(make_transformer, zero_cond_t):
+    """Counted by PyTorch on the reference ops, where every product is a matmul."""
+    model = make_transformer(zero_cond_t)
+    layout = SelfLayout.qwen([Sample(5, (1, 4, 4), ((1, 3, 3),)), Sample(2, (1, 2, 2))], zero_cond_t=zero_cond_t)
+    width = 128
+    args = torch.randn(layout.image_length, 64), torch.randn(layout.text_length, 48), torch.rand(2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        uniref_fast.PackedQwenImage(model)(*args, layout)
+    counted = counter.get_total_flops()  # custom ops count nothing: the linear part
+    linear, attention = transformer_flops(model.config, layout)
+    assert counted == linear
+    squares = [(5 + 16 + 9) ** 2, (2 + 4) ** 2]
+    targets = 16 * 30 + 4 * 6  # the last block asks for the targets only
+    assert attention == 4 * width * (2 * sum(squares) + targets)
+
+
+def test_vae_operations_match_a_real_run(builtin_pipe):
+    vae = builtin_pipe.vae
+    # PyTorch's counter knows the math backend of attention, not the fused one for CPUs
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        vae.encode(torch.zeros(1, 3, 1, 64, 96))
+    request = EditRequest("x", [(96, 64)], num_inference_steps=1)
+    stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request], budget=96 * 64).stages}
+    assert stages["VAE encode"].flops == counter.get_total_flops()
+
+
+def test_text_encoder_operations_match_a_real_run(builtin_pipe):
+    """Within a fifth: biases, windowed vision attention and patch merging are not modelled."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        builtin_pipe.encode_prompt(prompt="put the owl left of the rocket", image=None, device="cpu")
+    request = EditRequest("put the owl left of the rocket", num_inference_steps=1)
+    stage = uniref_fast.estimate(builtin_pipe, [request]).stages[0]
+    assert 0.8 < stage.flops / counter.get_total_flops() < 1.25
+
+
+def test_grows_as_the_request_does(builtin_pipe):
+    def total(**changes):
+        fields = {"prompt": "x", "images": [(64, 64)], "num_inference_steps": 2} | changes
+        return uniref_fast.estimate(builtin_pipe, [fields])
+
+    base = total()
+    assert total(num_inference_steps=4).stages[2].flops == 2 * base.stages[2].flops
+    assert total(images=[(64, 64)] * 3).flops > base.flops
+    assert total(negative_prompt="y").tokens["target"] == 2 * base.tokens["target"]
+    fields = {"prompt": "x", "images": [(64, 64)], "num_inference_steps": 2}
+    causal = uniref_fast.estimate(builtin_pipe, [fields], visibility="reference_causal")
+    assert causal.stages[2].flops < base.stages[2].flops
+    assert base.peak_bytes > base.weight_bytes > 0
+    assert base.weight_bytes == sum(
+        sum(p.numel() * p.element_size() for p in (*m.parameters(), *m.buffers()))
+        for m in (builtin_pipe.text_encoder, builtin_pipe.vae, builtin_pipe.transformer)
+    )
+
+
+def test_readable_and_plain(builtin_pipe):
+    import json
+
+    estimate = uniref_fast.estimate(builtin_pipe, REQUESTS)
+    text = str(estimate)
+    assert "transformer" in text and "VAE decode" in text and "attention is" in text
+    plain = json.loads(json.dumps(estimate.as_dict()))
+    assert abs(sum(stage["share"] for stage in plain["stages"]) - 1) < 1e-9
+    with pytest.raises(ValueError, match="no prompt"):
+        uniref_fast.estimate(builtin_pipe, [{"prompt": ""}])

@@ -1,0 +1,248 @@
+"""The patched places of a `QwenImageTransformer2DModel`: attention processor and block forward.
+
+Each place holds the original and runs it for every call that its guards refuse.
+"""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from uniref_fast import ops
+from uniref_fast.models.qwen_image import AttentionContext, Modulation, joint_attention
+
+__all__ = ["SELF_CHECK_TOLERANCE", "Owner", "PatchedAttention", "PatchedBlock", "Site", "register_processor"]
+
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest accepted `max|patched - original| / max|original|` of one block, by dtype."""
+
+
+@dataclass
+class Site:
+    """One patched place and what happened there.
+
+    Attributes:
+        name: module name within the transformer.
+        calls: accelerated calls.
+        fallbacks: calls that ran the original, by reason.
+        max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
+        disabled: why the site runs the original for good, if it does.
+    """
+
+    name: str
+    calls: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    max_rel_error: float | None = None
+    disabled: str | None = None
+
+
+class Owner(Protocol):
+    """What the places of one transformer share; see `uniref_fast.patch`."""
+
+    impl: str | None
+
+    def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> AttentionContext:
+        """Layout, plan and rotary tables of the running forward."""
+
+    def modulation_rows(self, index: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
+        """Row of the modulation table for every token of a stream."""
+
+    def accept(self, site: Site, fused: tuple, original: Any) -> tuple:
+        """Count a fused result and, the first time, compare it with the original's."""
+
+
+def _refusal(site: Site, *tensors: Tensor) -> str | None:
+    """Why this call must run the original, or None."""
+    if site.disabled:
+        return site.disabled
+    if torch.compiler.is_compiling():
+        return "inside torch.compile, which fuses the original itself"
+    if torch.is_grad_enabled():
+        return "gradients are enabled and the fused ops have no backward; use torch.no_grad() for inference"
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            return f"mixed dtypes or devices: {first.dtype} on {first.device}, {tensor.dtype} on {tensor.device}"
+    if first.dtype not in SELF_CHECK_TOLERANCE:
+        return f"{first.dtype} is not one of float32, float16, bfloat16"
+    return None
+
+
+# ---- layer 1: the attention processor ----
+
+
+class PatchedAttention:
+    """Joint attention of diffusers' `QwenDoubleStreamAttnProcessor2_0` on fused ops.
+
+    Has the two attributes that `set_attention_backend` and `enable_parallelism` write, and that processor's explicit
+    keyword signature: diffusers filters arguments by it.
+    """
+
+    def __init__(self, attn: nn.Module, owner: Owner, site: Site) -> None:
+        self.attn, self.owner, self.site, self.stock = attn, owner, site, attn.processor
+        self._attention_backend = self.stock._attention_backend
+        self._parallel_config = self.stock._parallel_config
+        attn.processor = self
+
+    def remove(self) -> None:
+        if self.attn.processor is self:  # else the user has set another one since: theirs stays
+            self._pass_on()
+            self.attn.processor = self.stock
+
+    def _pass_on(self) -> Any:
+        """The stock processor, told what diffusers told this one."""
+        for name in ("_attention_backend", "_parallel_config"):
+            if getattr(self.stock, name) is not getattr(self, name):
+                setattr(self.stock, name, getattr(self, name))
+        return self.stock
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        def original() -> tuple[Tensor, Tensor]:
+            return self._pass_on()(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_hidden_states_mask=encoder_hidden_states_mask,
+                attention_mask=attention_mask,
+                image_rotary_emb=image_rotary_emb,
+            )
+
+        text = encoder_hidden_states
+        if reason := self.refusal(attn, hidden_states, text, attention_mask, image_rotary_emb):
+            self.site.fallbacks[reason] += 1
+            return original()
+        context = self.owner.context(hidden_states, text.shape[1], encoder_hidden_states_mask, image_rotary_emb)
+        image_out, text_out = joint_attention(attn, hidden_states.flatten(0, 1), text.flatten(0, 1), context)
+        fused = image_out.unflatten(0, hidden_states.shape[:2]), text_out.unflatten(0, text.shape[:2])
+        return self.owner.accept(self.site, fused, original)
+
+    def refusal(
+        self, attn: nn.Module, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
+    ) -> str | None:
+        """Why this call must run the original, or None."""
+        if text is None or rotary is None or mask is not None:
+            return "called without text or rotary embedding, or with an external mask"
+        if reason := _refusal(self.site, image, text):
+            return reason
+        if self._parallel_config is not None:
+            return "context parallel: the sequence is split over ranks"
+        if self._attention_backend is not None:
+            backend = getattr(self._attention_backend, "value", self._attention_backend)
+            return f"attention backend {backend!r} was chosen with set_attention_backend"
+        for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
+            if norm is not None and (norm.weight is None or norm.weight.device != image.device):
+                return "a QK norm has no weight on this device (offloaded by layer)"
+        return None
+
+
+def register_processor() -> None:
+    """Guiders and layer skipping look processors up by exact class."""
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+
+    stock = AttentionProcessorRegistry.get(QwenDoubleStreamAttnProcessor2_0)
+    AttentionProcessorRegistry.register(PatchedAttention, stock)
+
+
+# ---- layer 2: the block ----
+
+
+class PatchedBlock:
+    """`QwenImageTransformerBlock.forward` with fused norms, modulation and residuals, bound to one block."""
+
+    def __init__(self, block: nn.Module, owner: Owner, site: Site) -> None:
+        self.block, self.owner, self.site = block, owner, site
+        holder, key = _innermost_forward(block)
+        self.original = getattr(holder, key)
+        setattr(holder, key, self.forward)
+
+    def remove(self) -> None:
+        """Put the original back wherever the fused forward is now; hooks may have come or gone since."""
+        holder, key = _innermost_forward(self.block)
+        if getattr(holder, key) != self.forward:
+            return  # replaced since by someone else: theirs stays
+        setattr(holder, key, self.original)
+        if self.block.forward == types.MethodType(type(self.block).forward, self.block):
+            del self.block.forward  # nothing but the class's own is left
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor,
+        temb: Tensor,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        arguments = (
+            hidden_states,
+            encoder_hidden_states,
+            encoder_hidden_states_mask,
+            temb,
+            image_rotary_emb,
+            joint_attention_kwargs,
+            modulate_index,
+        )
+        if reason := _refusal(self.site, hidden_states, encoder_hidden_states, temb):
+            self.site.fallbacks[reason] += 1
+            return self.original(*arguments)
+        return self.owner.accept(self.site, self._fused(*arguments), lambda: self.original(*arguments))
+
+    def _fused(self, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple[Tensor, Tensor]:
+        block, owner = self.block, self.owner
+        impl, eps = owner.impl, block.img_norm1.eps
+        batch = image.shape[0]
+        text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
+        rows = (
+            owner.modulation_rows(index, batch, image.shape[1], image.device),
+            owner.modulation_rows(None, batch, text.shape[1], image.device),
+        )
+        mods = (
+            Modulation(*block.img_mod(temb).chunk(6, dim=-1)),
+            Modulation(*block.txt_mod(text_temb).chunk(6, dim=-1)),
+        )
+        streams = image.flatten(0, 1), text.flatten(0, 1)
+        normed = [
+            ops.norm_modulate(x, mod.shift1, mod.scale1, row, eps, impl=impl)
+            for x, mod, row in zip(streams, mods, rows, strict=True)
+        ]
+        branches = block.attn(
+            hidden_states=normed[0].view_as(image),
+            encoder_hidden_states=normed[1].view_as(text),
+            encoder_hidden_states_mask=mask,
+            image_rotary_emb=rotary,
+            **(attention_kwargs or {}),
+        )
+        out = []
+        for x, branch, mod, row, mlp in zip(streams, branches, mods, rows, (block.img_mlp, block.txt_mlp), strict=True):
+            x, hidden = ops.gate_residual_norm_modulate(
+                x, branch.flatten(0, 1), mod.gate1, mod.shift2, mod.scale2, row, eps, impl=impl
+            )
+            x = ops.gate_residual(x, mlp(hidden), mod.gate2, row, impl=impl)
+            out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
+        return out[1].view_as(text), out[0].view_as(image)
+
+
+def _innermost_forward(block: nn.Module) -> tuple[Any, str]:
+    """Where the block's own forward lives, below hooks of diffusers and accelerate: (object, attribute)."""
+    registry = getattr(block, "_diffusers_hook", None)
+    if registry is not None and registry._fn_refs:
+        innermost = registry._fn_refs[0]
+        return innermost, "forward" if innermost.original_forward is None else "original_forward"
+    if hasattr(block, "_hf_hook"):
+        return block, "_old_forward"
+    return block, "forward"
