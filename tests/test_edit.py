@@ -105,6 +105,17 @@ def test_patched_or_not_is_the_same(pipe):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def test_transparent_references_stand_on_white(pipe):
+    cut_out = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    cut_out.paste("blue", (10, 10, 30, 30))
+    white = Image.new("RGB", (40, 40), "white")
+    white.paste("blue", (10, 10, 30, 30))
+    fields = {"prompt": "x", "seed": 0, "num_inference_steps": 2}
+    a, b = ({**fields, "images": [image]} for image in (cut_out, white))
+    a, b = uniref_fast.edit(pipe, [a, b], output_type="pt", progress=False)
+    assert torch.allclose(a, b, atol=1e-5)
+
+
 def test_seeds_reproduce_and_differ(pipe):
     request = requests()[1]
     first, second = (uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0] for _ in range(2))

@@ -23,6 +23,15 @@ LEVELS = [
 ]
 
 
+# Names of the package itself, by the module they come from.
+PUBLIC = {
+    alias.name: node.module.split(".")[1]
+    for node in ast.parse((ROOT / "uniref_fast" / "__init__.py").read_text()).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+
 def module_level(name: str) -> int:
     for level, names in enumerate(LEVELS):
         if name in names:
@@ -36,7 +45,7 @@ def imports_of(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "uniref_fast":
             parts = node.module.split(".")[1:]
-            found.update([parts[0]] if parts else [alias.name for alias in node.names])
+            found.update([parts[0]] if parts else [PUBLIC.get(alias.name, alias.name) for alias in node.names])
         elif isinstance(node, ast.Import):
             found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("uniref_fast."))
     return found

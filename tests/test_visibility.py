@@ -58,8 +58,10 @@ def test_intervals_equal_the_rule(pack, visibility, shared):
     assert compiled.area == compiled.transpose.area == int(expected.sum())
     edges = [edge for span in compiled.ranges for edge in span]
     assert edges[0] == 0 and edges[-1] == layout.joint_length and edges[1:-1:2] == edges[2::2]  # cover, in order
-    for keys in compiled.intervals:  # merged: sorted, not touching
-        assert all(a < b for a, b in keys) and all(x[1] < y[0] for x, y in itertools.pairwise(keys))
+    owner = {edge: s.sample for s in layout.segments for edge in (s.joint_start, -s.joint_end)}
+    for keys in compiled.intervals:  # sorted, and merged within a sample: touching intervals belong to two samples
+        assert all(a < b for a, b in keys)
+        assert all(x[1] < y[0] or owner[-x[1]] != owner[y[0]] for x, y in itertools.pairwise(keys))
     assert plan(layout, visibility) is compiled
 
 
@@ -88,7 +90,22 @@ def test_ranges_never_join_samples():
     """Two samples that see the same keys stay two ranges, so that tiles do not depend on the pack."""
     layout = SelfLayout.qwen([Sample(2, (1, 1, 2)), Sample(2, (1, 1, 2))])
     everything = plan(layout, lambda query, key: True)
-    assert everything.ranges == ((0, 4), (4, 8)) and everything.intervals == (((0, 8),), ((0, 8),))
+    assert everything.ranges == ((0, 4), (4, 8)) and everything.intervals == (((0, 4), (4, 8)),) * 2
+
+
+@pytest.mark.parametrize("visibility", list(POLICIES))
+def test_plan_of_a_group_does_not_depend_on_its_pack(visibility):
+    """Ranges and intervals of a group are the same, moved, whatever surrounds it: what packing invariance rests on."""
+    group = [Sample(3 + i, (1, 2, 3), ((1, 2, 2), (1, 1, 5)), group=1) for i in range(3)]
+    other = Sample(4, (1, 3, 3), ((1, 2, 2),))
+    alone = SelfLayout.qwen(group, shared_references=visibility == "group_shared")
+    packed = SelfLayout.qwen([other, *group, other], shared_references=visibility == "group_shared")
+    shift = SelfLayout.qwen([other]).joint_length
+    for get in (lambda p: p, lambda p: p.transpose):
+        a, b = get(plan(alone, visibility)), get(plan(packed, visibility))
+        inside = [i for i, (start, _) in enumerate(b.ranges) if shift <= start < shift + alone.joint_length]
+        assert [tuple(x - shift for x in b.ranges[i]) for i in inside] == list(a.ranges)
+        assert [tuple((x - shift, y - shift) for x, y in b.intervals[i]) for i in inside] == list(a.intervals)
 
 
 def test_dense_plans_are_few_rectangles():

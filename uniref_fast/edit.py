@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from uniref_fast.layout import Sample, SelfLayout
@@ -96,7 +97,8 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
 
     device = pipe._execution_device
     processor = pipe.image_processor
-    pairs = list(zip(request.images, sizes.condition_sizes, sizes.reference_sizes, strict=True))
+    images = [_rgb(image) for image in request.images]
+    pairs = list(zip(images, sizes.condition_sizes, sizes.reference_sizes, strict=True))
     condition = [processor.resize(image, height, width) for image, (width, height), _ in pairs] or None
     pixels = [processor.preprocess(image, height, width).unsqueeze(2) for image, _, (width, height) in pairs] or None
     texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
@@ -131,6 +133,14 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     scheduler.set_begin_index(0)
     references = latents[0, :0] if references is None else references[0]
     return _Job(request, sizes, prompts, references, latents, scheduler, timesteps)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Three channels; what is transparent becomes white."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None, progress: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from uniref_fast.layout import Grid, Sample
 __all__ = ["EditRequest", "Geometry", "geometry", "validated"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
+MAX_ASPECT_RATIO = 200
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
     for j, image in enumerate(request.images):
         if not (isinstance(image, Image.Image) or (sizes_only and isinstance(image, tuple) and len(image) == 2)):
             raise TypeError(f"{where}: image {j + 1} must be a PIL image, got {type(image).__name__}")
+        sides = image.size if isinstance(image, Image.Image) else image
+        if max(sides) > MAX_ASPECT_RATIO * min(sides):
+            raise ValueError(
+                f"{where}: image {j + 1} of {sides[0]} x {sides[1]} pixels is too elongated: the text encoder takes "
+                f"aspect ratios up to {MAX_ASPECT_RATIO}"
+            )
     for name in ("height", "width"):
         side = getattr(request, name)
         if side is not None and side < SIDE_MULTIPLE:
@@ -132,8 +138,8 @@ def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geom
     """Sizes that a pipeline gives a request.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`; its attributes `condition_image_area`, `vae_image_area` and `output_area`
-            (pixels), where it has them, stand in for diffusers' constants.
+        pipe: a `QwenImageEditPlusPipeline`; its attributes `condition_image_area`, `vae_image_area`, `output_area`
+            (pixels) and `calculate_dimensions`, where it has them, stand in for diffusers' own.
         request: the request; its images may be (width, height) tuples.
         budget: joint pixel budget of all references (`fit_to_budget`); None sizes each reference alone, as diffusers
             does.
@@ -144,16 +150,15 @@ def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geom
     condition_area = getattr(pipe, "condition_image_area", stock.CONDITION_IMAGE_SIZE)
     vae_area = getattr(pipe, "vae_image_area", stock.VAE_IMAGE_SIZE)
     output_area = getattr(pipe, "output_area", DEFAULT_OUTPUT_AREA)
+    dimensions = getattr(pipe, "calculate_dimensions", stock.calculate_dimensions)
     ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
-    width, height = stock.calculate_dimensions(output_area, ratio)
+    width, height = dimensions(output_area, ratio)
     patch = pipe.vae_scale_factor * 2
     width, height = ((given or computed) // patch * patch for given, computed in
                      ((request.width, width), (request.height, height)))  # fmt: skip
-    condition = [stock.calculate_dimensions(condition_area, w / h) for w, h in sizes]
-    if budget is None:
-        references = [stock.calculate_dimensions(vae_area, w / h) for w, h in sizes]
-    else:
-        references = fit_to_budget(sizes, budget)
+    condition = [dimensions(condition_area, w / h) for w, h in sizes]
+    alone = [dimensions(vae_area, w / h) for w, h in sizes]
+    references = alone if budget is None else fit_to_budget(sizes, budget)
     result = Geometry((width, height), tuple(condition), tuple(references), patch)
     for what, size in [("the result", result.size), *((f"image {i + 1}", s) for i, s in enumerate(references))]:
         if min(size) < patch:
@@ -161,7 +166,4 @@ def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geom
                 f"{what} would be {size[0]} x {size[1]} pixels, under one {patch}-pixel token; "
                 "the image is too elongated or the size too small"
             )
-    for i, size in enumerate(condition):
-        if min(size) < 1 or not all(math.isfinite(s) for s in size):
-            raise ValueError(f"image {i + 1} of {sizes[i][0]} x {sizes[i][1]} pixels is too elongated to be encoded")
     return result

@@ -66,7 +66,8 @@ class AttentionPlan:
 
     Attributes:
         ranges: query ranges in ascending order, covering every query row once.
-        intervals: for each range its key intervals, ascending, disjoint and not touching; may be empty.
+        intervals: for each range its key intervals, ascending and disjoint; may be empty. Intervals that touch belong
+            to different samples (in a transpose, to different ranges).
         num_queries: rows of q.
         num_keys: rows of k and v.
     """
@@ -103,7 +104,7 @@ class AttentionPlan:
                 for span, keys in zip(self.ranges, self.intervals, strict=True)
                 if any(start <= a and b <= end for start, end in keys)
             ]
-            rows.append(((a, b), _merge(seen_by)))
+            rows.append(((a, b), tuple(seen_by)))
         return _make_plan(rows, self.num_keys, self.num_queries)
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -136,9 +137,9 @@ def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
     owners: list[int] = []
     for query in layout.segments:
         span = (query.joint_start, query.joint_end)
-        keys = _merge([(key.joint_start, key.joint_end) for key in layout.segments if rule(query, key)])
-        # Neighbours of the same sample that see the same keys become one range; samples are never joined, so that
-        # tiles do not depend on what else is packed.
+        keys = _intervals([key for key in layout.segments if rule(query, key)])
+        # Neighbours of the same sample that see the same keys become one range; samples are never joined, neither
+        # here nor in the intervals, so that tiles do not depend on what else is packed.
         if rows and owners[-1] == query.sample and rows[-1][1] == keys and rows[-1][0][1] == span[0]:
             rows[-1] = ((rows[-1][0][0], span[1]), keys)
         else:
@@ -170,14 +171,14 @@ def _make_plan(rows: list, num_queries: int, num_keys: int) -> AttentionPlan:
     return AttentionPlan(tuple(span for span, _ in rows), tuple(keys for _, keys in rows), num_queries, num_keys)
 
 
-def _merge(spans: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Sorted union of touching half-open spans."""
+def _intervals(keys: list[Segment]) -> tuple[tuple[int, int], ...]:
+    """Spans of segments in joint order; those of one sample that touch become one."""
     merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and merged[-1][1] >= start:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+    for i, key in enumerate(keys):
+        if i and keys[i - 1].sample == key.sample and merged[-1][1] == key.joint_start:
+            merged[-1] = (merged[-1][0], key.joint_end)
         else:
-            merged.append((start, end))
+            merged.append((key.joint_start, key.joint_end))
     return tuple(merged)
 
 

@@ -1,0 +1,198 @@
+"""Attention over ragged ranges: each query range sees its own list of key intervals, in one launch, without a mask.
+
+    out[i] = softmax_j(scale * q[i] . k[j]) v[j],   j in the intervals of the range that holds i
+    lse[i] = log sum_j exp(scale * q[i] . k[j])
+
+        keys      0..3  4....9  10..12          kv_ptr    = 0 1 3          (range 0: one interval, range 1: two)
+        range 0   ####  ......  ......          kv_ranges = (0,4) (0,4) (10,13)
+        range 1   ####  ......  ######
+
+Flops: 4 * D * H * (visible pairs). Bytes: q, out and lse once; k and v of an interval once per query tile that sees it,
+served by L2, because the tiles of one head run side by side.
+
+Use it for packs of many samples, reference-aware visibility and group-shared references. A plan of one or two big
+rectangles is better served by a dense library kernel.
+
+Query tiles start at range starts and key tiles at interval starts, and only the last key tile of an interval is
+masked. So the arithmetic of a range depends on its own lengths alone: a sample is bit-identical alone and in any pack.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+HEAD_DIMS = (16, 32, 64, 128)
+
+
+@triton.jit
+def _attend(b_acc, b_max, b_sum, b_q, p_k, s_kn, p_v, s_vn, length, qk_scale, TAIL: tl.constexpr, BN: tl.constexpr):
+    """One key tile of the online softmax in base 2; `length` keys of it are visible when TAIL."""
+    D: tl.constexpr = b_q.shape[1]
+    o_n = tl.arange(0, BN)
+    o_d = tl.arange(0, D)
+    if TAIL:
+        # Rows past the interval belong to somebody else: not loaded, since 0 * inf would reach the sum through v.
+        b_k = tl.load(p_k + o_n[:, None] * s_kn + o_d[None, :], mask=o_n[:, None] < length, other=0.0)  # [BN, D]
+    else:
+        b_k = tl.load(p_k + o_n[:, None] * s_kn + o_d[None, :])  # [BN, D]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+    if TAIL:
+        b_s = tl.where(o_n[None, :] < length, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)  # [BM], finite: a tile has at least one visible key
+    b_p = tl.exp2(b_s * qk_scale - b_new[:, None])  # [BM, BN]
+    b_alpha = tl.exp2(b_max - b_new)  # [BM], 0 at the first tile
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    b_acc = b_acc * b_alpha[:, None]
+    if TAIL:
+        b_v = tl.load(p_v + o_n[:, None] * s_vn + o_d[None, :], mask=o_n[:, None] < length, other=0.0)  # [BN, D]
+    else:
+        b_v = tl.load(p_v + o_n[:, None] * s_vn + o_d[None, :])  # [BN, D]
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")  # [BM, D]
+    return b_acc, b_new, b_sum
+
+
+# s_lse is the number of queries: not specialised, so that one binary serves every pack.
+@triton.jit(do_not_specialize=["s_lse"])
+def segment_attention_kernel(
+    p_q, s_qn, s_qh,  # [Nq, H, D]
+    p_k, s_kn, s_kh,  # [Nk, H, D]
+    p_v, s_vn, s_vh,  # [Nk, H, D]
+    p_out, s_on, s_oh,  # [Nq, H, D]
+    p_lse, s_lse,  # [H, Nq]
+    p_q_ranges,  # [R, 2]
+    p_kv_ptr,  # [R + 1]
+    p_kv_ranges,  # [M, 2]
+    p_tiles,  # [T, 2]
+    qk_scale,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    # The tile index runs fastest: programs in flight share one head, whose keys and values then stay in L2.
+    i_tile = tl.program_id(0)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_r = tl.load(p_tiles + 2 * i_tile)
+    first_row = tl.load(p_tiles + 2 * i_tile + 1)
+    rows_left = tl.load(p_q_ranges + 2 * i_r + 1) - first_row
+    first_interval = tl.load(p_kv_ptr + i_r)
+    last_interval = tl.load(p_kv_ptr + i_r + 1)
+
+    o_m = tl.arange(0, BM)
+    o_d = tl.arange(0, D)
+    m_m = o_m < rows_left
+    # Row index times stride in int64 as a scalar, offsets within a tile in int32: safe for any N, and cheap.
+    row = first_row.to(tl.int64)
+    p_q += row * s_qn + i_h * s_qh
+    p_k += i_h * s_kh
+    p_v += i_h * s_vh
+    b_q = tl.load(p_q + o_m[:, None] * s_qn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
+
+    b_acc = tl.zeros([BM, D], dtype=tl.float32)
+    b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    for i in range(first_interval, last_interval):
+        start = tl.load(p_kv_ranges + 2 * i)
+        end = tl.load(p_kv_ranges + 2 * i + 1)
+        tail = start + (end - start) // BN * BN
+        for i_n in range(start, tail, BN):
+            key = tl.cast(i_n, tl.int64)  # an int, which has no `.to`, when interpreted
+            b_acc, b_max, b_sum = _attend(
+                b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, BN, qk_scale, False, BN
+            )
+        if tail < end:
+            key = tail.to(tl.int64)
+            b_acc, b_max, b_sum = _attend(
+                b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, end - tail, qk_scale, True, BN
+            )
+
+    # A range without keys has sum 0 and maximum -inf: out 0, lse -inf.
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)  # [BM, D]
+    b_lse = b_max * 0.6931471805599453 + tl.log(b_sum)  # [BM], from base 2 to natural
+    p_out += row * s_on + i_h * s_oh
+    tl.store(p_out + o_m[:, None] * s_on + o_d[None, :], b_out, mask=m_m[:, None])
+    tl.store(p_lse + i_h * s_lse + row + o_m, b_lse, mask=m_m)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch parameters: query rows and key rows of a tile, warps, software pipeline stages."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionConfig:
+    """Launch parameters for a head size, dtype and compute capability.
+
+    Chosen from the compiler's report (registers, spills, shared memory), not from a measurement on a GPU.
+    """
+    if dtype == torch.float32:
+        # No tensor cores in full fp32: with bigger tiles or fewer warps head_dim 128 spills.
+        return AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
+    # Eight warps: with four, or with 128 keys a tile at head_dim 128, registers spill or run out.
+    # Three stages at head_dim 128 take 96 to 136 KiB of shared memory; 8.6, 8.9 and 12.x have 99 KiB a block.
+    stages = 3 if capability in ((8, 0), (9, 0)) or capability[0] == 10 else 2
+    return AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=stages)
+
+
+def segment_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_ranges: torch.Tensor,
+    kv_ptr: torch.Tensor,
+    kv_ranges: torch.Tensor,
+    tiles: torch.Tensor,
+    scale: float,
+    config: AttentionConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `q` [Nq, H, D] over `k`, `v` [Nk, H, D], D one of 16, 32, 64, 128, last dimension contiguous.
+
+    Args:
+        q_ranges: int32 [R, 2], start and end rows of each query range; together they cover every row of q once.
+        kv_ptr: int32 [R + 1]; range r sees `kv_ranges[kv_ptr[r]:kv_ptr[r + 1]]`.
+        kv_ranges: int32 [M, 2], sorted disjoint half-open intervals of key rows, none empty.
+        tiles: int32 [T, 2], (range, first query row) of each tile of `config.BLOCK_M` rows, in launch order.
+        scale: positive factor of the scores, usually `D ** -0.5`.
+        config: launch parameters, from `pick_config`.
+
+    Returns:
+        out [Nq, H, D] in q's dtype and lse float32 [H, Nq], natural logarithm; 0 and -inf where no key is visible.
+    """
+    num_queries, heads, head_dim = q.shape
+    assert head_dim in HEAD_DIMS, f"head_dim {head_dim}, supported: {HEAD_DIMS}"
+    assert k.shape == v.shape == (k.shape[0], heads, head_dim), "k, v [Nk, H, D] with the heads and head_dim of q"
+    assert q.dtype == k.dtype == v.dtype, f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}"
+    assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "the head dimension must be contiguous"
+    for table in (q_ranges, kv_ptr, kv_ranges, tiles):
+        assert table.dtype == torch.int32 and table.is_contiguous(), "plan tensors are contiguous int32"
+        assert table.device == q.device, f"plan on {table.device}, q on {q.device}"
+    assert kv_ptr.numel() == q_ranges.shape[0] + 1
+    assert scale > 0, "the running maximum is scaled after the fact, which needs a positive scale"
+    assert max(x.stride(0) for x in (q, k, v)) * max(config.BLOCK_M, config.BLOCK_N) < 2**31, "row stride too big"
+
+    out = torch.empty(num_queries, heads, head_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(heads, num_queries, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    with torch.cuda.device_of(q):
+        segment_attention_kernel[(tiles.shape[0], heads)](
+            q, q.stride(0), q.stride(1),
+            k, k.stride(0), k.stride(1),
+            v, v.stride(0), v.stride(1),
+            out, out.stride(0), out.stride(1),
+            lse, lse.stride(0),
+            q_ranges, kv_ptr, kv_ranges, tiles,
+            scale * math.log2(math.e),
+            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return out, lse

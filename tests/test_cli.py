@@ -1,0 +1,177 @@
+"""The command line as a user types it: results, JSON, and errors that say what to do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uniref_fast import builtin
+from uniref_fast.cli import main
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = []
+    for i, (color, size) in enumerate((("red", (60, 40)), ("blue", (30, 50)))):
+        paths.append(tmp_path / f"{i}.png")
+        Image.new("RGB", size, color).save(paths[-1])
+    return paths
+
+
+def run(capsys, *args):
+    status = main([str(a) for a in args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_demo_writes_a_contact_sheet_and_prints_one_json_object(tmp_path, capsys):
+    out = tmp_path / "deep" / "sheet.png"
+    status, text, _ = run(capsys, "demo", "--out", out, "--json", "--steps", 2, "--repeats", 1, "--seed", 1)
+    figures = json.loads(text)
+    assert status == 0 and figures["weights"] == builtin.weights_status()
+    assert 0 <= figures["max_rel_error"] <= 1e-4 == figures["tolerance"]
+    assert figures["stock_seconds"] > 0 and figures["patched_seconds"] > 0
+    assert figures["accelerated_calls"] > 0 and figures["original_calls"] == 0
+    sheet = np.asarray(Image.open(out))
+    assert sheet.ndim == 3 and sheet.std() > 10
+    assert not list(out.parent.glob(".*")), "no partial file is left"
+
+
+@pytest.mark.slow
+def test_demo_in_bfloat16_is_within_the_error_budget(tmp_path, capsys):
+    args = ("demo", "--out", tmp_path / "b.png", "--json", "--steps", 2, "--repeats", 1, "--references", 1)
+    status, text, _ = run(capsys, *args, "--dtype", "bfloat16")
+    figures = json.loads(text)
+    assert status == 0 and 0 < figures["max_rel_error"] <= figures["tolerance"] < 0.1
+
+
+def test_demo_says_that_weights_are_untrained(tmp_path, capsys):
+    if builtin.weights_status() == "trained":
+        pytest.skip("trained weights are shipped")
+    _, text, _ = run(capsys, "demo", "--out", tmp_path / "a.png", "--steps", 2, "--repeats", 1, "--references", 1)
+    assert "untrained" in text and "max relative error" in text and "accelerated" in text
+
+
+def test_edit_with_two_pictures(tmp_path, pictures, capsys):
+    out = tmp_path / "result.png"
+    args = ["edit", "--image", pictures[0], "--image", pictures[1], "--prompt", "put picture 1 on picture 2"]
+    status, text, _ = run(capsys, *args, "--out", out, "--steps", 2)
+    assert status == 0 and str(out) in text
+    image = Image.open(out)
+    assert image.height > image.width  # the last picture's aspect ratio
+    first = np.asarray(image)
+    run(capsys, *args, "--out", out, "--steps", 2)
+    assert np.array_equal(np.asarray(Image.open(out)), first), "the seed is fixed by default"
+
+
+def test_edit_without_pictures_with_budget_and_size(tmp_path, capsys):
+    out = tmp_path / "result.webp"
+    args = ["edit", "--prompt", "a sunflower", "--width", 64, "--height", 96, "--steps", 2, "--guidance", 1]
+    assert run(capsys, *args, "--out", out, "--budget", 64)[0] == 0
+    assert Image.open(out).size == (64, 96)
+
+
+def test_edit_reads_odd_pictures(tmp_path, capsys):
+    """Palette with transparency, 16 bit grey, and a photo that carries its orientation in EXIF."""
+    Image.new("P", (30, 20), 3).save(tmp_path / "p.png", transparency=3)
+    Image.fromarray(np.full((20, 30), 40000, np.uint16)).save(tmp_path / "grey.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 20), "green").save(tmp_path / "turned.jpg", exif=exif)
+    images = [a for name in ("p.png", "grey.png", "turned.jpg") for a in ("--image", tmp_path / name)]
+    out = tmp_path / "result.png"
+    assert run(capsys, "edit", *images, "--prompt", "x", "--out", out, "--steps", 2, "--guidance", 1)[0] == 0
+    assert Image.open(out).height > Image.open(out).width, "the orientation tag counts"
+
+
+def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
+    folder = builtin.build(tmp_path / "model", seed=1)
+    out = tmp_path / "result.png"
+    args = ["edit", "--image", pictures[0], "--prompt", "x", "--out", out, "--steps", 2, "--model", folder]
+    status, text, _ = run(capsys, *args)
+    assert status == 0 and out.is_file() and "untrained" in text
+
+
+def test_estimate(pictures, capsys):
+    status, text, _ = run(capsys, "estimate", "--image", pictures[0], "--size", "512x384", "--prompt", "x")
+    assert status == 0 and "transformer" in text
+    status, text, _ = run(capsys, "estimate", "--size", "512x384", "--prompt", "x", "--json")
+    assert status == 0 and json.loads(text)["tokens"]["reference"] > 0
+
+
+def test_doctor(capsys):
+    status, text, _ = run(capsys, "doctor")
+    assert status == 0 and "segment_attention" in text and "torch" in text
+    facts = json.loads(run(capsys, "doctor", "--json")[1])
+    assert facts["served"]["cpu float16"]["implementation"] == "reference"
+    assert set(facts["ops"]) == {
+        "gate_residual",
+        "gate_residual_norm_modulate",
+        "norm_modulate",
+        "pack",
+        "qk_norm_rope",
+        "segment_attention",
+        "unpack",
+    }
+
+
+BAD = [
+    (["--image", "missing.png"], "no such image file: missing.png"),
+    (["--image", "text.png"], "not an image"),
+    (["--image", "cut.png"], "cannot be read as an image"),
+    (["--image", "long.png"], "too elongated"),
+    (["--prompt", "  "], "--prompt is empty"),
+    (["--out", "result.txt"], "the ending says the format"),
+    (["--out", "."], "--out"),
+    (["--width", "3"], "width must be at least 16"),
+    (["--steps", "1"], "use at least 2"),
+    (["--budget", "4"], "--budget is the side"),
+    (["--image", "ok.png", "--image", "ok.png", "--budget", "20"], "cannot fit a budget"),
+    (["--model", "nowhere/at/all"], "no such folder"),
+    (["--model", "empty"], "no model_index.json"),
+    (["--device", "quantum"], "unknown device"),
+    (["--device", "cuda:99"], "cuda"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=[" ".join(args) for args, _ in BAD])
+def test_bad_input_is_explained(tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("not a picture")
+    Image.new("RGB", (2000, 3)).save("long.png")
+    Image.effect_noise((90, 90), 90).save("ok.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "ok.png").read_bytes()[:900])
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.iterdir())
+    if "cuda:99" in args and __import__("torch").cuda.is_available():
+        pytest.skip("for machines without CUDA")
+    defaults = {"--prompt": "x", "--out": "result.png"}
+    rest = [a for key, value in defaults.items() if key not in args for a in (key, value)]
+    status, out, err = run(capsys, "edit", *args, *rest)
+    assert status == 2 and message in err and out == ""
+    assert "Traceback" not in err and sorted(tmp_path.iterdir()) == before, "nothing is left behind"
+
+
+def test_a_hub_id_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    args = ["edit", "--model", "nobody/nothing-here", "--prompt", "x", "--out", tmp_path / "x.png"]
+    status, _, err = run(capsys, *args)
+    assert status == 2 and "nobody/nothing-here could not be had from the hub" in err
+
+
+@pytest.mark.parametrize("args", [[], ["edit"], ["paint"], ["edit", "--prompt", "x"], ["demo", "--references", "9"]])
+def test_usage_errors(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2 and "--help" in capsys.readouterr().err
+
+
+def test_as_a_program():
+    env = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run([sys.executable, "-m", "uniref_fast", "--version"], capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and result.stdout.startswith("uniref_fast ")

@@ -1,0 +1,23 @@
+"""The embedded default: a small but real QwenImageEditPlusPipeline that runs in seconds on a CPU.
+
+    pipe = uniref_fast.builtin.load()
+    pipe([first, second], "put the owl of picture 1 left of the rocket of picture 2", num_inference_steps=8).images[0]
+
+Importing this package imports neither torch nor diffusers; the functions do.
+"""
+
+from .store import build, load, weights_status
+
+__all__ = ["BuiltinProcessor", "SmallQwenImageEditPlusPipeline", "build", "load", "weights_status"]
+
+
+def __getattr__(name: str):
+    if name == "SmallQwenImageEditPlusPipeline":
+        from .pipeline import SmallQwenImageEditPlusPipeline
+
+        return SmallQwenImageEditPlusPipeline
+    if name == "BuiltinProcessor":
+        from .processor import BuiltinProcessor
+
+        return BuiltinProcessor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,178 @@
+"""Configurations and initial weights of the built-in pipeline.
+
+Sizes are chosen so that all weights in bfloat16 stay below 24 MB. The transformer keeps what kernels and parallel
+layouts care about: a head dimension of 64, a head count divisible by 2 and 4, rotary over three axes, and the clean
+timestep of references (`zero_cond_t`) of Qwen-Image-Edit-2511.
+"""
+
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TOKENS = 1200  # of assets/tokenizer, special tokens excluded; they follow
+VOCAB_SIZE = 1216
+TEXT_DIM = 128
+
+TRANSFORMER = dict(
+    patch_size=2,
+    in_channels=64,
+    out_channels=16,
+    num_layers=4,
+    attention_head_dim=64,
+    num_attention_heads=4,
+    joint_attention_dim=TEXT_DIM,
+    guidance_embeds=False,
+    axes_dims_rope=(8, 28, 28),
+    zero_cond_t=True,
+)
+VAE = dict(base_dim=12, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1, temperal_downsample=[False, True, True])
+TEXT = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=TEXT_DIM,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},  # sums to head_dim / 2
+    bos_token_id=TOKENS,
+    eos_token_id=TOKENS,
+    pad_token_id=TOKENS,
+)
+VISION = dict(
+    depth=2,
+    hidden_size=48,
+    intermediate_size=96,
+    num_heads=2,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    window_size=112,
+    out_hidden_size=TEXT_DIM,
+    fullatt_block_indexes=[1],
+)
+IMAGE_PIXELS = dict(min_pixels=28 * 28, max_pixels=112 * 112)  # at most 16 text tokens a reference
+SCHEDULER = dict(  # Qwen/Qwen-Image-Edit-2511
+    num_train_timesteps=1000,
+    shift=1.0,
+    use_dynamic_shifting=True,
+    base_shift=0.5,
+    max_shift=0.9,
+    base_image_seq_len=256,
+    max_image_seq_len=8192,
+    shift_terminal=0.02,
+    time_shift_type="exponential",
+)
+
+
+def tokenizer():
+    """Qwen2Tokenizer with the byte-level BPE of `assets/tokenizer`; the pipeline's prompt prefix is 64 tokens."""
+    from transformers import Qwen2Tokenizer
+
+    folder = ASSETS / "tokenizer"
+    result = Qwen2Tokenizer(
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+        padding_side="right",
+        model_max_length=4096,
+    )
+    expected = list(range(TOKENS, TOKENS + len(SPECIAL_TOKENS)))
+    if result.convert_tokens_to_ids(list(SPECIAL_TOKENS)) != expected:
+        raise RuntimeError(f"special tokens of {folder} are not {expected[0]}..{expected[-1]}")
+    return result
+
+
+def processor(tokenizer):
+    """BuiltinProcessor with this model's pixel limits."""
+    from .processor import BuiltinProcessor, Qwen2VLImageProcessorPil
+
+    return BuiltinProcessor(Qwen2VLImageProcessorPil(**IMAGE_PIXELS), tokenizer)
+
+
+def initialise(module, seed: int, name: str) -> None:
+    """Fill all parameters of a torch module in place, in their dtype, the same values on every machine.
+
+    Matrices and convolutions N(0, 1 / fan_in), embeddings N(0, 0.25), norm weights N(1, 0.01), biases N(0, 0.0004), as
+    (mean, variance). Nothing is zero, so that an untrained model already depends on every input. Each parameter has its
+    own NumPy stream, keyed by seed and name: torch's generators may differ between versions and instruction sets.
+    """
+    import torch
+
+    for key, parameter in module.named_parameters():
+        stream = np.random.Generator(np.random.PCG64([seed, zlib.crc32(f"{name}.{key}".encode())]))
+        values = stream.standard_normal(tuple(parameter.shape), dtype=np.float32)
+        leaf = key.rsplit(".", 1)[-1]
+        if leaf == "bias":
+            values *= 0.02
+        elif leaf == "gamma" or parameter.ndim == 1:
+            values = 1 + 0.1 * values
+        elif "embed_tokens" in key:
+            values *= 0.5
+        else:
+            # a causal 3D convolution sees a single frame through its last temporal tap only
+            taps = math.prod(parameter.shape[3:] if parameter.ndim == 5 else parameter.shape[2:])
+            values /= math.sqrt(parameter.shape[1] * taps)
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(values))
+
+
+def models(seed: int, dtype):
+    """(transformer, vae, text_encoder) with initial weights in `dtype`, in eval mode, on the CPU."""
+    import torch
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = dict(zip(SPECIAL_TOKENS, range(TOKENS, TOKENS + len(SPECIAL_TOKENS)), strict=True))
+    config = Qwen2_5_VLConfig(
+        text_config=dict(TEXT),
+        vision_config=dict(VISION),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        transformer = QwenImageTransformer2DModel(**TRANSFORMER)
+        vae = AutoencoderKLQwenImage(**VAE)
+        text_encoder = Qwen2_5_VLForConditionalGeneration(config)
+    named: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
+    for name, module in named.items():
+        initialise(module, seed, name)
+        for parameter in module.parameters():  # not module.to(dtype): rotary tables stay float32
+            parameter.data = parameter.data.to(dtype)
+        module.eval()
+    return transformer, vae, text_encoder
+
+
+def pipeline(seed: int, dtype):
+    """The complete pipeline with initial weights, never on disk."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from .pipeline import SmallQwenImageEditPlusPipeline
+
+    transformer, vae, text_encoder = models(seed, dtype)
+    tokens = tokenizer()
+    return SmallQwenImageEditPlusPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokens,
+        processor=processor(tokens),
+        transformer=transformer,
+    )

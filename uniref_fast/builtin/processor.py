@@ -1,0 +1,59 @@
+"""A Qwen2VLProcessor without its video part.
+
+transformers builds `Qwen2VLProcessor` only together with a video processor, and that needs torchvision. Image editing
+has no videos, so this one needs Pillow only; it writes and reads the files that the full processor reads.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from transformers import Qwen2Tokenizer, Qwen2VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+IMAGE_CONFIG = "preprocessor_config.json"
+VIDEO_CONFIG = "video_preprocessor_config.json"
+
+
+class BuiltinProcessor(Qwen2VLProcessor):
+    """`Qwen2VLImageProcessorPil` and `Qwen2Tokenizer`, called as QwenImageEditPlusPipeline calls its processor.
+
+    `processor(text=[...], images=[...] or None, padding=True, return_tensors="pt")` returns a BatchFeature with
+    `input_ids`, `attention_mask`, `mm_token_type_ids` [B, L] int64, and with images also `pixel_values`
+    [patches, 3 * 2 * patch^2] float32 and `image_grid_thw` [images, 3] int64 (frames, patch rows, patch columns).
+    Every `<|image_pad|>` of the texts takes the next image and becomes `rows * columns / merge_size^2` tokens;
+    ValueError when their numbers differ.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token = "<|image_pad|>"
+        self.video_token = "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        # past Qwen2VLProcessor.__init__, which insists on a video processor
+        super(Qwen2VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """From a local folder; `subfolder` is the only keyword with a meaning, the others are the Hub's."""
+        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        return cls(
+            image_processor=Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
+            tokenizer=Qwen2Tokenizer.from_pretrained(folder, local_files_only=True),
+        )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """Write the files of a full Qwen2VLProcessor, so that one with torchvision reads the folder as well."""
+        if push_to_hub:
+            raise ValueError("the built-in processor is saved to a folder only: push that folder")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        config = self.image_processor.to_dict()
+        # written under the names without a backend: transformers picks the backend that is installed
+        config["image_processor_type"] = "Qwen2VLImageProcessor"
+        config["processor_class"] = "Qwen2VLProcessor"
+        video = {k: v for k, v in config.items() if k != "image_processor_type"}
+        video["video_processor_type"] = "Qwen2VLVideoProcessor"
+        for name, content in ((IMAGE_CONFIG, config), (VIDEO_CONFIG, video)):
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,348 @@
+"""The command line: `uniref-fast demo | edit | estimate | doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from uniref_fast import __version__
+
+__all__ = ["main"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+UNTRAINED = (
+    "The built-in weights are untrained: the picture is noise shaped by the architecture. Give --model a diffusers "
+    "folder or hub id of Qwen-Image-Edit-2509/2511 for real edits."
+)
+
+
+class UsageError(Exception):
+    """Something the user can put right; printed without a traceback, exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (UsageError, ValueError, TypeError) as error:
+        print(f"uniref-fast {args.command}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"uniref-fast {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="uniref-fast", description="Fast multi-reference image editing.")
+    parser.add_argument("--version", action="version", version=f"uniref_fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="stock against patched pipeline on a composed scene, as a contact sheet")
+    demo.add_argument("--out", type=Path, default=Path("out/demo.png"), help="contact sheet to write (%(default)s)")
+    demo.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    demo.add_argument("--seed", type=int, default=0, help="scene and noise (%(default)s)")
+    demo.add_argument("--references", type=int, choices=(1, 2, 3), default=3, help="pictures given (%(default)s)")
+    demo.add_argument("--steps", type=int, default=8, help="denoising steps, with guidance (%(default)s)")
+    demo.add_argument("--repeats", type=int, default=3, help="timed runs of each pipeline (%(default)s)")
+    demo.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="(%(default)s)")
+    demo.add_argument("--device", default="cpu", help="(%(default)s)")
+    demo.set_defaults(run=_demo)
+
+    edit = commands.add_parser("edit", help="edit your own pictures")
+    _add_request(edit)
+    edit.add_argument("--out", type=Path, required=True, help="picture to write (.png, .jpg, .webp, ...)")
+    edit.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU by default")
+    edit.add_argument("--device", help="cuda where there is one, else cpu, by default")
+    edit.set_defaults(run=_edit)
+
+    estimate = commands.add_parser("estimate", help="tokens, operations and memory of an edit, before running it")
+    _add_request(estimate, sizes=True)
+    estimate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    estimate.set_defaults(run=_estimate)
+
+    doctor = commands.add_parser("doctor", help="versions, devices, and which implementation serves each op and why")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE",
+        help='a reference, repeat for more; "picture 1" in the prompt is the first',
+    )  # fmt: skip
+    if sizes:
+        parser.add_argument(
+            "--size", action="append", default=[], metavar="WxH", help="a reference of that size instead"
+        )
+    parser.add_argument("--prompt", required=True, help="what to do")
+    parser.add_argument("--negative-prompt", default=" ", help="for guidance (a single space by default)")
+    parser.add_argument("--guidance", type=float, default=4.0, help="true CFG scale; 1 turns it off (%(default)s)")
+    parser.add_argument("--width", type=int, help="of the result in pixels")
+    parser.add_argument("--height", type=int, help="of the result in pixels")
+    parser.add_argument("--steps", type=int, help="denoising steps (8 for the built-in model, else 50)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--budget", type=int, metavar="SIDE", help="joint pixel budget of all references: SIDE x SIDE")
+    parser.add_argument(
+        "--model", default="builtin", metavar="DIR_OR_ID", help="diffusers folder or hub id (%(default)s)"
+    )
+
+
+# ---- commands ----
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import torch
+
+    from uniref_fast.demo import run_demo
+
+    _writable(args.out, [".png"])
+    _check_device(args.device)
+    result, sheet, report = run_demo(
+        seed=args.seed,
+        references=args.references,
+        steps=args.steps,
+        repeats=args.repeats,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+        log=lambda line: print(line, file=sys.stderr),
+    )
+    _save(sheet, args.out)
+    if args.json:
+        print(json.dumps({**result.as_dict(), "out": str(args.out)}))
+    else:
+        print(report)
+        print(f"max relative error  {result.max_rel_error:.2e} (allowed {result.tolerance:.2e}, {result.dtype})")
+        print(f"stock               {result.stock_seconds:.3f} s")
+        print(f"patched             {result.patched_seconds:.3f} s ({result.speedup:.2f}x)")
+        print(f"weights             {result.weights}")
+        print(f"contact sheet       {args.out}")
+        if result.weights == "untrained":
+            print(UNTRAINED)
+    if not result.equal:
+        print(f"the patched pipeline differs by more than {result.tolerance:.1e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _edit(args: argparse.Namespace) -> int:
+    import torch
+
+    from uniref_fast import EditRequest, builtin, edit
+
+    _writable(args.out)
+    images = [_open_image(path) for path in args.image]
+    if not args.prompt.strip():
+        raise UsageError("--prompt is empty; say what to do, for example --prompt 'put picture 1 on picture 2'")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
+    pipe = _load_model(args.model, dtype, device)
+    request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
+    (image,) = edit(pipe, [request], budget=_budget(args))
+    _save(image, args.out)
+    print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
+    if builtin.weights_status(pipe) == "untrained":
+        print(UNTRAINED)
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    import torch
+
+    from uniref_fast import EditRequest, builtin, estimate
+
+    sizes = [_open_image(path).size for path in args.image] + [_parse_size(text) for text in args.size]
+    pipe = _load_model(args.model, torch.bfloat16 if args.model != "builtin" else torch.float32, "cpu")
+    result = estimate(pipe, [EditRequest(images=sizes, **_request_fields(args))], budget=_budget(args))
+    if args.json:
+        print(json.dumps({**result.as_dict(), "weights": builtin.weights_status(pipe)}))
+    else:
+        print(result)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import torch
+
+    from uniref_fast import native, ops
+
+    versions = {"python": platform.python_version(), "uniref_fast": __version__}
+    for name in ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    devices = [f"cpu: {_cpu_name()}, {torch.get_num_threads()} threads"]
+    kinds = ["cpu"]
+    if torch.cuda.is_available():
+        kinds.insert(0, "cuda")
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            memory = properties.total_memory / 2**30
+            devices.append(f"cuda:{i}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+    served = {}
+    for kind in kinds:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            chosen, why = ops.explain(torch.empty(0, dtype=dtype, device=kind))
+            served[f"{kind} {str(dtype).removeprefix('torch.')}"] = {"implementation": chosen, "reason": why}
+    names = [name for name in ops.__all__ if hasattr(torch.ops.uniref_fast, name)]
+    facts = {"versions": versions, "devices": devices, "native": native.reason(), "ops": names, "served": served}
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    print("versions")
+    for name, version in versions.items():
+        print(f"  {name:<14}{version}")
+    print("devices")
+    for line in devices:
+        print(f"  {line}")
+    if len(kinds) == 1:
+        print("  no CUDA device: Triton kernels are not used")
+    print(f"native CPU kernels\n  {native.reason()}")
+    print(f"implementation of each op ({', '.join(names)})")
+    for case, choice in served.items():
+        print(f"  {case:<16}{choice['implementation']:<11}{choice['reason']}")
+    return 0
+
+
+# ---- helpers ----
+
+
+def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "true_cfg_scale": args.guidance,
+        "height": args.height,
+        "width": args.width,
+        "num_inference_steps": args.steps or (8 if args.model == "builtin" else 50),
+    }
+
+
+def _budget(args: argparse.Namespace) -> int | None:
+    if args.budget is None:
+        return None
+    if args.budget < 16:
+        raise UsageError(f"--budget is the side of a square in pixels, at least 16; got {args.budget}")
+    return args.budget**2
+
+
+def _open_image(path: str) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not Path(path).is_file():
+        raise UsageError(f"no such image file: {path}")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).copy()
+    except UnidentifiedImageError:
+        raise UsageError(f"{path} is not an image that can be read (PNG, JPEG, WebP, ...)") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} cannot be read as an image: {error}") from None
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UsageError(f"--size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
+    return int(width), int(height)
+
+
+def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
+    """Fail before the work when the result could not be written after it."""
+    from PIL import Image
+
+    known = sorted(ext for ext, fmt in Image.registered_extensions().items() if fmt in Image.SAVE)
+    if path.suffix.lower() not in (suffixes or known):
+        few = ", ".join(suffixes or (".png", ".jpg", ".webp"))
+        raise UsageError(f"--out {path}: the ending says the format; use {few}")
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _save(image: Any, path: Path) -> None:
+    """Whole or not at all: written beside the target, then renamed."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        image.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
+
+
+def _load_model(name: str, dtype: Any, device: str) -> Any:
+    """The built-in pipeline, a diffusers folder, or a hub id."""
+    from uniref_fast import builtin
+
+    if name == "builtin":
+        return builtin.load(dtype, device)
+    from diffusers import DiffusionPipeline
+
+    folder = Path(name)
+    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise UsageError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise UsageError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
+    try:
+        pipe = _from_pretrained(DiffusionPipeline, name, dtype)
+    except OSError as error:
+        if folder.is_dir():
+            raise UsageError(f"--model {name} could not be loaded: {error}") from None
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model {name} could not be had from the hub: {first}") from None
+    from uniref_fast.models import find_transformer
+
+    find_transformer(pipe)  # a clear error now rather than after moving it to the device
+    return pipe.to(device)
+
+
+def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
+    """safetensors only: weights of a stranger are never unpickled."""
+    status = Path(name) / "uniref_fast.json"
+    if status.is_file():  # a folder of the built-in model: its processor needs no torchvision
+        from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
+
+        pipeline_class = SmallQwenImageEditPlusPipeline
+    return pipeline_class.from_pretrained(name, dtype=dtype, use_safetensors=True)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""The demonstration: one composed scene, the stock pipeline against the patched one, side by side."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from uniref_fast import builtin
+from uniref_fast.patch import PatchReport, patch, unpatch
+from uniref_fast.scenes import Scene, contact_sheet, demo_scene, difference
+from uniref_fast.testing import error_budget, max_relative_error
+
+__all__ = ["DemoResult", "run_demo"]
+
+MAX_REL_ERROR_FLOAT32 = 1e-4
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Figures of one demonstration.
+
+    Attributes:
+        max_rel_error: float32: `max|patched - stock| / max|stock|`, the larger of final latents and image; at most
+            1e-4 is accepted. bfloat16: of the first prediction against float64 on the same weights and inputs; the
+            error budget is accepted (twice what stock errs by, plus one rounding band). Later steps of an untrained
+            model amplify any rounding, stock's own too, and would show nothing.
+        tolerance: largest error accepted, also relative.
+        equal: whether the error is within the tolerance.
+        stock_seconds, patched_seconds: the faster of the interleaved runs of each, seconds on this machine.
+        speedup: stock over patched.
+        weights: "untrained" or "trained".
+        implementation: what served the ops.
+        accelerated_calls, original_calls: of the patched sites, in all patched runs.
+    """
+
+    max_rel_error: float
+    tolerance: float
+    equal: bool
+    stock_seconds: float
+    patched_seconds: float
+    speedup: float
+    weights: str
+    implementation: str
+    accelerated_calls: int
+    original_calls: int
+    instruction: str
+    dtype: str
+    device: str
+    steps: int
+    references: int
+    seed: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_demo(
+    *,
+    seed: int = 0,
+    references: int = 3,
+    steps: int = 8,
+    repeats: int = 3,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[DemoResult, Image.Image, PatchReport]:
+    """Edit one scene with the stock and the patched pipeline.
+
+    Args:
+        seed: of the scene and the noise.
+        references: 1, 2 or 3 pictures.
+        steps: denoising steps, at least 2; each with classifier-free guidance.
+        repeats: timed runs of each pipeline, taken in turns.
+        dtype: torch.float32 or torch.bfloat16.
+        device: where to run.
+        log: called with a line of progress now and then.
+
+    Returns:
+        figures, contact sheet, and the patch's report.
+    """
+    if steps < 2 or repeats < 1:
+        raise ValueError(f"the demo needs at least 2 steps and 1 repeat, got {steps} and {repeats}")
+    log("loading the built-in pipeline")
+    pipe = _load(dtype, device)
+    scene = demo_scene(seed, references=references)
+    log(f'editing {references} picture(s): "{scene.instruction}"')
+    stock, _ = _edit(pipe, scene, seed, steps)  # also warms up
+    report = patch(pipe)
+    patched, _ = _edit(pipe, scene, seed, steps)  # also runs the self-check
+    unpatch(pipe)
+    seconds: dict[str, list[float]] = {"stock": [], "patched": []}
+    for turn in range(repeats):
+        log(f"timing stock and patched in turns, {turn + 1} of {repeats}")
+        seconds["stock"].append(_edit(pipe, scene, seed, steps)[1])
+        timed = patch(pipe)
+        for site, checked in zip(timed.sites, report.sites, strict=True):
+            site.max_rel_error = checked.max_rel_error  # checked above: no second self-check in a timed run
+        seconds["patched"].append(_edit(pipe, scene, seed, steps)[1])
+        unpatch(pipe)
+    error = max(max_relative_error(a, b) for a, b in zip(patched, stock, strict=True))
+    tolerance = MAX_REL_ERROR_FLOAT32
+    if dtype != torch.float32:
+        log("running one prediction in float64 for the error budget")
+        error, tolerance = _first_prediction(pipe, scene, seed, steps)
+    result = DemoResult(
+        max_rel_error=error,
+        tolerance=tolerance,
+        equal=error <= tolerance,
+        stock_seconds=min(seconds["stock"]),
+        patched_seconds=min(seconds["patched"]),
+        speedup=min(seconds["stock"]) / min(seconds["patched"]),
+        weights=builtin.weights_status(pipe),
+        implementation=f"{report.implementation}: {report.reason}",
+        accelerated_calls=report.calls,
+        original_calls=sum(report.fallbacks.values()),
+        instruction=scene.instruction,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        steps=steps,
+        references=references,
+        seed=seed,
+    )
+    images = [pipe.image_processor.postprocess(image.float(), output_type="pil")[0] for _, image in (stock, patched)]
+    return result, _sheet(scene, images, result), report
+
+
+def _load(dtype: torch.dtype, device: str) -> Any:
+    pipe = builtin.load(dtype, device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _edit(pipe: Any, scene: Scene, seed: int, steps: int) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
+    """((final latents, image in -1..1), seconds) of one guided edit."""
+    latents: list[torch.Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        latents[:] = [tensors["latents"]]
+        return {}
+
+    start = time.perf_counter()
+    image = pipe(
+        image=list(scene.references),
+        prompt=scene.instruction,
+        negative_prompt=" ",
+        num_inference_steps=steps,
+        height=scene.expected.height,
+        width=scene.expected.width,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        callback_on_step_end=keep,
+    ).images
+    if image.is_cuda:
+        torch.cuda.synchronize()
+    return (latents[0], image * 2 - 1), time.perf_counter() - start
+
+
+def _first_prediction(pipe: Any, scene: Scene, seed: int, steps: int) -> tuple[float, float]:
+    """(error, budget) of the patched transformer's first prediction against float64, relative to its maximum."""
+    calls: list[dict[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: calls.append(kwargs), with_kwargs=True)
+    _edit(pipe, scene, seed, steps)
+    hook.remove()
+    wide = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in calls[0].items()}
+    with torch.no_grad():
+        oracle = copy.deepcopy(pipe.transformer).double()(**wide)[0]
+        stock = pipe.transformer(**calls[0])[0]
+        patch(pipe)
+        patched = pipe.transformer(**calls[0])[0]
+        unpatch(pipe)
+    return max_relative_error(patched, oracle), error_budget(stock, oracle) / oracle.abs().max().item()
+
+
+def _sheet(scene: Scene, images: list[Image.Image], result: DemoResult) -> Image.Image:
+    pictures = [(f"picture {i + 1}", picture) for i, picture in enumerate(scene.references)]
+    stock, patched = images
+    outputs = [
+        ("stock diffusers", stock),
+        ("uniref_fast.patch", patched),
+        ("difference x 1000", difference(*images, 1000)),
+    ]
+    verdict = "equal" if result.equal else "NOT equal"
+    caption = (
+        f"{verdict}: max relative error {result.max_rel_error:.1e} (allowed {result.tolerance:.0e}).  stock "
+        f"{result.stock_seconds:.2f} s, patched {result.patched_seconds:.2f} s, {result.speedup:.2f}x, {result.steps} "
+        f"guided steps, {result.dtype} on {result.device}, {result.implementation}"
+    )
+    if result.weights == "untrained":
+        caption += "\nThe built-in weights are untrained: outputs show that both pipelines agree, not what they can do."
+    return contact_sheet([[*pictures, ("what was asked for", scene.expected)], outputs], f'"{scene.instruction}"', caption)
