@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= $(or $(OUT),bench/results)
+DEVICE ?= $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr "A-Z " "a-z-")
 
 .PHONY: demo test bench lint kernels gpu clean
 
@@ -24,7 +25,8 @@ kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and c
 
 gpu:  ## on a machine with a CUDA device and the package installed: the gpu suite, then the benches
 	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=$(RESULTS)/gpu.json
+	mkdir -p $(RESULTS)
+	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=$(RESULTS)/$$(date +%F)-$(DEVICE)-bench.json
 
 # torch first: so that no other package's dependency picks another build of it
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)

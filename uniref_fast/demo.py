@@ -183,7 +183,7 @@ def _sheet(scene: Scene, images: list[Image.Image], result: DemoResult) -> Image
     outputs = [
         ("stock diffusers", stock),
         ("uniref_fast.patch", patched),
-        ("difference x 1000", difference(*images, 1000)),
+        ("difference x 1000", difference(stock, patched, 1000)),
     ]
     verdict = "equal" if result.equal else "NOT equal"
     caption = (
@@ -193,4 +193,5 @@ def _sheet(scene: Scene, images: list[Image.Image], result: DemoResult) -> Image
     )
     if result.weights == "untrained":
         caption += "\nThe built-in weights are untrained: outputs show that both pipelines agree, not what they can do."
-    return contact_sheet([[*pictures, ("what was asked for", scene.expected)], outputs], f'"{scene.instruction}"', caption)
+    rows = [[*pictures, ("what was asked for", scene.expected)], outputs]
+    return contact_sheet(rows, f'"{scene.instruction}"', caption)

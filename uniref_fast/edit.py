@@ -129,7 +129,8 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
         config.get("max_shift", 1.15),
     )
     steps = request.num_inference_steps
-    timesteps, _ = stock.retrieve_timesteps(scheduler, steps, device, sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    sigmas: Any = np.linspace(1.0, 1 / steps, steps)  # an array, as the pipeline passes, whatever the annotation says
+    timesteps, _ = stock.retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=mu)
     scheduler.set_begin_index(0)
     references = latents[0, :0] if references is None else references[0]
     return _Job(request, sizes, prompts, references, latents, scheduler, timesteps)
@@ -213,7 +214,7 @@ def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
     return pipe.image_processor.postprocess(image, output_type=output_type)[0]
 
 
-def _refuse_hooks(transformer: torch.nn.Module) -> None:
+def _refuse_hooks(transformer: Any) -> None:
     """The packed loop calls the parts of a block, not the block: hooks around blocks would be skipped silently."""
     for name, block in transformer.transformer_blocks.named_children():
         registry = getattr(block, "_diffusers_hook", None)

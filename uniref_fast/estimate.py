@@ -181,7 +181,7 @@ def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]
     pictures = "".join(
         f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes.condition_sizes))
     )
-    texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
+    texts = [request.prompt] + ([request.negative_prompt or ""] if request.guided else [])
     ids = [pipe.tokenizer(pipe.prompt_template_encode.format(pictures + text))["input_ids"] for text in texts]
     dropped = pipe.prompt_template_encode_start_idx
     return [len(tokens) + images - len(sizes.condition_sizes) - dropped for tokens in ids]
@@ -217,11 +217,12 @@ def _text_encoder(pipe: Any, requests: list, sizes: list[Geometry], texts: list[
 
 def _vae_flops(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> int:
     config = tuple(sorted((k, _hashable(v)) for k, v in pipe.vae.config.items() if not k.startswith("_")))
-    return sum(_vae_image_flops(type(pipe.vae), config, size, direction) for size in sizes)
+    vae_class: Any = type(pipe.vae)
+    return sum(_vae_image_flops(vae_class, config, size, direction) for size in sizes)
 
 
 @functools.lru_cache(maxsize=256)
-def _vae_image_flops(vae_class: type, config: tuple, size: tuple[int, int], direction: str) -> int:
+def _vae_image_flops(vae_class: Any, config: tuple, size: tuple[int, int], direction: str) -> Any:
     """Counted on a copy without memory: same architecture, meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -151,7 +151,7 @@ class _Calls(threading.local):
 class _Patch:
     """Installs and removes; holds what the sites of one transformer share."""
 
-    def __init__(self, transformer: nn.Module, options: tuple) -> None:
+    def __init__(self, transformer: Any, options: tuple) -> None:
         mode, visibility, strict, impl = self.options = options
         weight = next(transformer.parameters())
         probe = weight.new_empty(0, dtype=_compute_dtype(transformer))
@@ -178,7 +178,7 @@ class _Patch:
         for name, block in transformer.transformer_blocks.named_children():
             self._install(f"transformer_blocks.{name}", block)
 
-    def _install(self, name: str, block: nn.Module) -> None:
+    def _install(self, name: str, block: Any) -> None:
         from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
 
         if type(block.attn.processor) is Stock:
@@ -263,7 +263,7 @@ def _batch_rows(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
 
 
-def _compute_dtype(transformer: nn.Module) -> torch.dtype:
+def _compute_dtype(transformer: Any) -> torch.dtype:
     """What the blocks compute in; storage dtypes of cast or quantised Linears do not count."""
     dtype = transformer.transformer_blocks[0].attn.norm_q.weight.dtype
     return dtype if dtype in SELF_CHECK_TOLERANCE else torch.float32

@@ -21,7 +21,7 @@ from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 __all__ = ["AttentionContext", "Modulation", "PackedQwenImage", "find_transformer", "joint_attention"]
 
 
-def find_transformer(target: Any) -> nn.Module:
+def find_transformer(target: Any) -> Any:
     """The `QwenImageTransformer2DModel` of a pipeline, or the model itself.
 
     Raises:
@@ -62,7 +62,7 @@ class AttentionContext:
     impl: str | None = None
 
 
-def project_qkv(attn: nn.Module, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
+def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
     """Project, normalise and rotate both streams into the joint q, k, v, `[N, H, D]` each."""
     head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
     text_qkv = tuple(p(text).unflatten(-1, (-1, head_dim)) for p in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
@@ -79,7 +79,7 @@ def project_qkv(attn: nn.Module, image: Tensor, text: Tensor, context: Attention
     )
 
 
-def joint_attention(attn: nn.Module, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
+def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """The attention of one double-stream block, output projections included.
 
     Args:
@@ -98,7 +98,7 @@ def joint_attention(attn: nn.Module, image: Tensor, text: Tensor, context: Atten
     )
 
 
-def project_image(attn: nn.Module, out: Tensor) -> Tensor:
+def project_image(attn: Any, out: Tensor) -> Tensor:
     """The image stream's output projection and (in training) dropout."""
     for module in attn.to_out:
         out = module(out)
@@ -118,7 +118,7 @@ class PackedQwenImage:
             conditions, layered rotary embeddings).
     """
 
-    def __init__(self, transformer: nn.Module, *, visibility: str | Rule = "full", impl: str | None = None) -> None:
+    def __init__(self, transformer: Any, *, visibility: str | Rule = "full", impl: str | None = None) -> None:
         config = transformer.config
         for option in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
             if getattr(config, option, False):
@@ -191,7 +191,7 @@ class PackedQwenImage:
         return self._last_block(blocks[-1], mods[0], image, image_in, text_in, context)
 
     def _last_block(
-        self, block: nn.Module, mod: Modulation, image: Tensor, image_in: Tensor, text_in: Tensor, ctx: AttentionContext
+        self, block: Any, mod: Modulation, image: Tensor, image_in: Tensor, text_in: Tensor, ctx: AttentionContext
     ) -> Tensor:
         """The last block for the targets' queries only: nothing else of its output is used."""
         layout, impl = ctx.layout, ctx.impl
@@ -242,7 +242,7 @@ def _modulation(block: Any, temb: Tensor, layout: SelfLayout) -> tuple[Modulatio
     return Modulation(*image), Modulation(*text)
 
 
-def _weight(norm: nn.Module | None) -> Tensor | None:
+def _weight(norm: Any) -> Tensor | None:
     return None if norm is None else norm.weight
 
 

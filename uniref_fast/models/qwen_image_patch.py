@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.models.qwen_image import AttentionContext, Modulation, joint_attention
@@ -83,7 +83,7 @@ class PatchedAttention:
     keyword signature: diffusers filters arguments by it.
     """
 
-    def __init__(self, attn: nn.Module, owner: Owner, site: Site) -> None:
+    def __init__(self, attn: Any, owner: Owner, site: Site) -> None:
         self.attn, self.owner, self.site, self.stock = attn, owner, site, attn.processor
         self._attention_backend = self.stock._attention_backend
         self._parallel_config = self.stock._parallel_config
@@ -103,7 +103,7 @@ class PatchedAttention:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_mask: Tensor | None = None,
@@ -124,14 +124,13 @@ class PatchedAttention:
         if reason := self.refusal(attn, hidden_states, text, attention_mask, image_rotary_emb):
             self.site.fallbacks[reason] += 1
             return original()
+        assert text is not None and image_rotary_emb is not None  # else refused
         context = self.owner.context(hidden_states, text.shape[1], encoder_hidden_states_mask, image_rotary_emb)
         image_out, text_out = joint_attention(attn, hidden_states.flatten(0, 1), text.flatten(0, 1), context)
         fused = image_out.unflatten(0, hidden_states.shape[:2]), text_out.unflatten(0, text.shape[:2])
         return self.owner.accept(self.site, fused, original)
 
-    def refusal(
-        self, attn: nn.Module, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any
-    ) -> str | None:
+    def refusal(self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> str | None:
         """Why this call must run the original, or None."""
         if text is None or rotary is None or mask is not None:
             return "called without text or rotary embedding, or with an external mask"
@@ -163,7 +162,7 @@ def register_processor() -> None:
 class PatchedBlock:
     """`QwenImageTransformerBlock.forward` with fused norms, modulation and residuals, bound to one block."""
 
-    def __init__(self, block: nn.Module, owner: Owner, site: Site) -> None:
+    def __init__(self, block: Any, owner: Owner, site: Site) -> None:
         self.block, self.owner, self.site = block, owner, site
         holder, key = _innermost_forward(block)
         self.original = getattr(holder, key)
@@ -237,7 +236,7 @@ class PatchedBlock:
         return out[1].view_as(text), out[0].view_as(image)
 
 
-def _innermost_forward(block: nn.Module) -> tuple[Any, str]:
+def _innermost_forward(block: Any) -> tuple[Any, str]:
     """Where the block's own forward lives, below hooks of diffusers and accelerate: (object, attribute)."""
     registry = getattr(block, "_diffusers_hook", None)
     if registry is not None and registry._fn_refs:

@@ -104,8 +104,10 @@ def _check(x: Tensor, rows: Tensor | None, **others: Tensor) -> None:
     for name, other in others.items():
         expected = x.shape if name == "y" else (other.shape[0], x.shape[1])
         if other.shape != expected or other.ndim != 2:
-            raise ValueError(f"{name} has shape {list(other.shape)}, expected [{'N' if name == 'y' else 'R'}, C] for "
-                             f"x of {list(x.shape)}")
+            raise ValueError(
+                f"{name} has shape {list(other.shape)}, expected [{'N' if name == 'y' else 'R'}, C] for "
+                f"x of {list(x.shape)}"
+            )
         if other.dtype != x.dtype or other.device != x.device:
             raise ValueError(f"{name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
     if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int32):

@@ -35,7 +35,9 @@ def pack(latents: Sequence[Tensor], *, impl: str | None = None) -> Tensor:
     first = images[0]
     for i, x in enumerate(images):
         if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2 or 0 in x.shape:
-            raise ValueError(f"latent {i} must be [C, h, w] or [C, F, h, w] with h, w even, got {list(latents[i].shape)}")
+            raise ValueError(
+                f"latent {i} must be [C, h, w] or [C, F, h, w] with h, w even, got {list(latents[i].shape)}"
+            )
         if x.shape[0] != first.shape[0] or x.dtype != first.dtype or x.device != first.device:
             raise ValueError(
                 f"latent {i} has {x.shape[0]} channels, {x.dtype}, {x.device}; latent 0 has {first.shape[0]}, "
@@ -63,7 +65,10 @@ def unpack(stream: Tensor, grids: Sequence[Grid], *, impl: str | None = None) ->
 def pack_reference(latents: Sequence[Tensor]) -> Tensor:
     """The specification."""
     return torch.cat(
-        [x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(0, 2) for x in latents]
+        [
+            x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(1, 2, 4, 0, 3, 5).flatten(3).flatten(0, 2)
+            for x in latents
+        ]
     )
 
 
@@ -102,15 +107,15 @@ def _pack(latents: Sequence[Tensor], impl: str) -> Tensor:
 
 @torch.library.custom_op("uniref_fast::unpack", mutates_args=())
 def _unpack(stream: Tensor, grids: Sequence[int], impl: str) -> list[Tensor]:
-    grids = _grids(grids)
-    *starts, _ = _starts([math.prod(grid) for grid in grids])
+    images = _grids(grids)
+    *starts, _ = _starts([math.prod(grid) for grid in images])
     if impl == "triton":
         from uniref_fast.kernels import patchify as kernels
 
-        return kernels.unpack(stream, starts, grids, stream.shape[1] // 4)
+        return kernels.unpack(stream, starts, images, stream.shape[1] // 4)
     if impl == "native":
-        return native.unpack(stream, starts, grids, stream.shape[1] // 4)
-    return [x.clone() for x in unpack_reference(stream, grids)]  # an op's outputs may not be views of its input
+        return native.unpack(stream, starts, images, stream.shape[1] // 4)
+    return [x.clone() for x in unpack_reference(stream, images)]  # an op's outputs may not be views of its input
 
 
 @_pack.register_fake

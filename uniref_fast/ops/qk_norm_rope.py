@@ -8,6 +8,8 @@ q, k, v; no concatenation, no complex numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,8 +55,9 @@ def qk_norm_rope(
         if tensor.shape != (length, *head):
             raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {[length, *head]}")
         if tensor.dtype != image[0].dtype or tensor.device != image[0].device:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}, image q is {image[0].dtype} on "
-                             f"{image[0].device}")
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, image q is {image[0].dtype} on {image[0].device}"
+            )
     for table in rotary:
         if table.shape != (layout.joint_length, head[1] // 2) or table.dtype != torch.float32:
             raise ValueError(
@@ -64,7 +67,9 @@ def qk_norm_rope(
     device = image[0].device
     for weight in (*text_weights, *image_weights):
         if weight is not None and (weight.shape != head[1:] or weight.device != device):
-            raise ValueError(f"norm weights must be [{head[1]}] on {device}, got {list(weight.shape)} on {weight.device}")
+            raise ValueError(
+                f"norm weights must be [{head[1]}] on {device}, got {list(weight.shape)} on {weight.device}"
+            )
     index = (layout.joint_index("text", device), layout.joint_index("image", device))
     return torch.ops.uniref_fast.qk_norm_rope(
         *tensors, *text_weights, *image_weights, *rotary, *index, eps, choose(impl, image[0])
@@ -135,7 +140,7 @@ def _qk_norm_rope(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = (txt_q, txt_k, txt_v, img_q, img_k, img_v)
-    rest = (txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps)
+    rest: tuple[Any, ...] = (txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps)
     if impl == "triton":
         from uniref_fast.kernels import qk_norm_rope as kernels
 
@@ -151,5 +156,3 @@ def _(
 ):
     shape = (txt_q.shape[0] + img_q.shape[0], *img_q.shape[1:])
     return img_q.new_empty(shape), img_q.new_empty(shape), img_q.new_empty(shape)
-
-

@@ -8,6 +8,7 @@ alone and inside any pack, under the same implementation.
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,25 @@ from uniref_fast.ops._dispatch import choose
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["segment_attention", "segment_attention_reference"]
+
+
+@overload
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float | None = None, impl: str | None = None
+) -> Tensor: ...
+
+
+@overload
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    return_lse: bool,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def segment_attention(
