@@ -63,7 +63,7 @@ def segment_attention(
         q: `[Nq, H, D]`; float32, bfloat16, float16 (float64 with the reference).
         k, v: `[Nk, H, D]`, same dtype and device. Tokens and heads may be strided, the last dimension is contiguous.
         plan: from `uniref_fast.visibility.plan`; `plan.num_queries == Nq`, `plan.num_keys == Nk`.
-        scale: factor on the logits, `1 / sqrt(D)` by default.
+        scale: positive factor on the logits, `1 / sqrt(D)` by default.
         return_lse: also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
         impl: "reference", "native", "triton"; None picks by device.
 
@@ -80,6 +80,8 @@ def segment_attention(
         )
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError(f"q, k, v differ: {q.dtype} {q.device}, {k.dtype} {k.device}, {v.dtype} {v.device}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     impl = choose(impl, q)
     tiles = plan.tiles(_triton_config(q).BLOCK_M, q.device) if impl == "triton" else None
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)

@@ -1,0 +1,85 @@
+"""Builds the native CPU kernels: `csrc/` compiled once per instruction set into one library without torch headers.
+
+Metadata is in pyproject.toml. A missing or failing compiler does not stop the installation: the package then works
+with its other implementations, and `uniref_fast.native.reason()` says so.
+"""
+
+import os
+import platform
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+# Name, floats in a vector, flags. avx512_on_avx2 is for tests: the 16-lane code in AVX2 instructions.
+LEVELS = [("avx2", 8, AVX2), ("avx512_on_avx2", 16, AVX2), ("avx512", 16, AVX512)]
+
+
+class BuildNative(build_ext):
+    """One object per (source, level), compiled side by side."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._build(ext)
+        except Exception as error:
+            print(
+                f"uniref_fast: the native CPU kernels were not built ({error}).\n"
+                "uniref_fast: the installation continues; CPU operations will use plain PyTorch. To have the kernels, "
+                "install a C++17 compiler (g++ or clang++) and reinstall.",
+                file=sys.stderr,
+            )
+            raise  # setuptools goes on, because the extension is optional
+
+    def _build(self, ext: Extension) -> None:
+        openmp = ["-fopenmp"] if self._compiles(["-fopenmp"]) else []
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        levels = [level for level in LEVELS if x86 and self._compiles(level[2])]
+        have = [("UF_HAVE_AVX2", None)] if ("avx2", 8, AVX2) in levels else []
+        have += [("UF_HAVE_AVX512", None)] if ("avx512", 16, AVX512) in levels else []
+        jobs = [("csrc/level.cpp", name, width, flags, []) for name, width, flags in [*levels, ("generic", 4, [])]]
+        jobs += [("csrc/native.cpp", "", 0, [], have), ("csrc/patches.cpp", "", 0, [], [])]
+
+        def compile_one(job: tuple[str, str, int, list[str], list]) -> list[str]:
+            source, level, width, flags, macros = job
+            macros = [*macros, ("UF_LEVEL", level), ("UF_WIDTH", str(width))] if level else macros
+            folder = str(Path(self.build_temp, level or "common"))
+            return self.compiler.compile(
+                [source],
+                output_dir=folder,
+                macros=macros,
+                extra_postargs=[*FLAGS, *openmp, *flags],
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
+        target = self.get_ext_fullpath(ext.name)
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, target, extra_postargs=openmp, build_temp=self.build_temp, target_lang="c++"
+        )
+
+    def _compiles(self, flags: list[str]) -> bool:
+        """Whether the compiler knows these flags; a compiler that cannot build an empty function raises later."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("int probe() { return 0; }\n")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except Exception:
+                return False
+            return True
+
+
+headers = ["csrc/attention.h", "csrc/kernels.h", "csrc/simd.h", "csrc/token_ops.h"]
+sources = ["csrc/level.cpp", "csrc/native.cpp", "csrc/patches.cpp"]
+setup(
+    ext_modules=[Extension("uniref_fast._native", sources, depends=headers, language="c++", optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)
