@@ -9,6 +9,7 @@ import torch
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
+    machine_info["cuda"] = torch.cuda.is_available()
     machine_info["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
 
 

@@ -173,6 +173,8 @@ def test_bad_options(pipe):
             uniref_fast.edit(pipe, requests(), **options)
     with pytest.raises(ValueError, match="no requests"):
         uniref_fast.edit(pipe, [])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        uniref_fast.edit(pipe, requests())
     with pytest.raises(TypeError, match="not supported"):
         uniref_fast.edit(object(), requests())
 

@@ -134,8 +134,9 @@ def test_reference_causal_matches_the_packed_model(make_transformer):
             arguments["hidden_states"][0], arguments["encoder_hidden_states"][0], arguments["timestep"], layout
         )
         full = model(**arguments)[0][0, :24]
-    uniref_fast.patch(model, visibility="reference_causal")
+    report = uniref_fast.patch(model, visibility="reference_causal")
     out = run(model)[0, :24]
+    assert "differs from the original by intention" in str(report)
     assert max_relative_error(out, expected) < 1e-5 and max_relative_error(out, full) > 1e-3
 
 
@@ -301,6 +302,25 @@ def test_accelerate_hooks(make_transformer, patch_first):
     model, _ = assert_patched_equals_stock(prepare, make_transformer, patch_first=patch_first)
     uniref_fast.unpatch(model)
     assert torch.equal(run(model), run(make_transformer(True)))
+
+
+def test_autocast_runs_the_original(make_transformer):
+    stock, model = make_transformer(True), make_transformer(True)
+    report = uniref_fast.patch(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(model), run(stock))
+    assert report.calls == 0 and any("autocast" in reason for reason in report.fallbacks)
+
+
+def test_modulation_in_another_dtype_runs_the_original(make_transformer):
+    """As quantised or partly upcast models have it: streams in one dtype, modulation in another."""
+    stock, model = make_transformer(True), make_transformer(True)
+    report = uniref_fast.patch(model)
+    for m in (stock, model):
+        for block in m.transformer_blocks:
+            block.txt_mod.register_forward_hook(lambda module, args, out: out.half())
+    assert max_relative_error(run(model), run(stock)) < 1e-4
+    assert any("modulation is" in reason for reason in report.fallbacks)
 
 
 def test_context_parallel_runs_the_original(make_transformer):

@@ -58,6 +58,8 @@ def edit(
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     transformer = find_transformer(pipe)
     _refuse_hooks(transformer)
+    if torch.is_autocast_enabled(pipe._execution_device.type):
+        raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     requests = validated(requests)
     for i, request in enumerate(requests):
         if request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):

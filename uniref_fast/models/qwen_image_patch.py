@@ -65,6 +65,8 @@ def _refusal(site: Site, *tensors: Tensor) -> str | None:
     if torch.is_grad_enabled():
         return "gradients are enabled and the fused ops have no backward; use torch.no_grad() for inference"
     first = tensors[0]
+    if torch.is_autocast_enabled(first.device.type):
+        return "inside torch.autocast, where dtypes change between ops"
     for tensor in tensors:
         if tensor.dtype != first.dtype or tensor.device != first.device:
             return f"mixed dtypes or devices: {first.dtype} on {first.device}, {tensor.dtype} on {tensor.device}"
@@ -196,23 +198,30 @@ class PatchedBlock:
             joint_attention_kwargs,
             modulate_index,
         )
-        if reason := _refusal(self.site, hidden_states, encoder_hidden_states, temb):
+        reason = _refusal(self.site, hidden_states, encoder_hidden_states, temb)
+        if reason is None:
+            mods = self._modulation(temb)
+            if mods[0].shift1.dtype != hidden_states.dtype or mods[1].shift1.dtype != hidden_states.dtype:
+                reason = f"modulation is {mods[0].shift1.dtype}, the streams are {hidden_states.dtype}"
+        if reason:
             self.site.fallbacks[reason] += 1
             return self.original(*arguments)
-        return self.owner.accept(self.site, self._fused(*arguments), lambda: self.original(*arguments))
+        return self.owner.accept(self.site, self._fused(mods, *arguments), lambda: self.original(*arguments))
 
-    def _fused(self, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple[Tensor, Tensor]:
+    def _modulation(self, temb: Tensor) -> tuple[Modulation, Modulation]:
+        """(image, text) modulation; text always uses the sampled timestep, the first half of a doubled `temb`."""
+        block = self.block
+        text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
+        image, text = block.img_mod(temb), block.txt_mod(text_temb)
+        return Modulation(*image.chunk(6, dim=-1)), Modulation(*text.chunk(6, dim=-1))
+
+    def _fused(self, mods, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple[Tensor, Tensor]:
         block, owner = self.block, self.owner
         impl, eps = owner.impl, block.img_norm1.eps
         batch = image.shape[0]
-        text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
         rows = (
             owner.modulation_rows(index, batch, image.shape[1], image.device),
             owner.modulation_rows(None, batch, text.shape[1], image.device),
-        )
-        mods = (
-            Modulation(*block.img_mod(temb).chunk(6, dim=-1)),
-            Modulation(*block.txt_mod(text_temb).chunk(6, dim=-1)),
         )
         streams = image.flatten(0, 1), text.flatten(0, 1)
         normed = [

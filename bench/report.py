@@ -1,0 +1,65 @@
+"""A pytest-benchmark JSON -> a small results JSON to commit, and a Markdown table of ratios.
+
+    pytest bench --benchmark-only --benchmark-json=/tmp/raw.json
+    python bench/report.py /tmp/raw.json --what ops --out bench/results
+
+The first member of a group is the baseline; a ratio is its median time over another member's. Only what is needed to
+judge the figures is kept: device, versions, threads, commit, date; nothing else about the machine.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+
+def condense(raw: dict) -> dict:
+    """Device, versions, and for each group the median seconds, rounds and ratio of every member, in run order."""
+    machine = raw["machine_info"]
+    groups: dict[str, list[dict]] = {}
+    for item in raw["benchmarks"]:
+        params = item.get("params") or {}
+        member = str(params.get("whose") or params.get("which") or item["name"])
+        stats = item["stats"]
+        row = {"member": member, "median_s": stats["median"], "min_s": stats["min"], "rounds": stats["rounds"]}
+        groups.setdefault(item["group"] or item["name"], []).append(row | {"info": item.get("extra_info", {})})
+    for rows in groups.values():
+        for row in rows:
+            row["ratio"] = rows[0]["median_s"] / row["median_s"]
+    gpu = machine["device"] if machine.get("cuda") else None
+    return {
+        "date": raw["datetime"][:10],
+        "device": gpu or machine["cpu"].get("brand_raw", machine["processor"]),
+        "threads": machine["threads"],
+        "python": machine["python_version"],
+        "torch": machine["torch"],
+        "commit": raw["commit_info"].get("id"),
+        "groups": groups,
+    }
+
+
+def table(results: dict) -> str:
+    """Ratios as Markdown; absolute times only for a GPU."""
+    lines = ["| question | " + "answer: baseline time over ours, medians of one run |", "|---|---|"]
+    for name, rows in results["groups"].items():
+        answers = ", ".join(f"{row['member']} {row['ratio']:.2f}x" for row in rows[1:])
+        lines.append(f"| {name.replace('torch.', '')} (1x = {rows[0]['member']}) | {answers} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("raw", type=Path, help="JSON written by --benchmark-json")
+    parser.add_argument("--what", required=True, help="last part of the result's name, e.g. ops")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    args = parser.parse_args()
+    results = condense(json.loads(args.raw.read_text()))
+    device = re.sub(r"[^a-z0-9]+", "-", results["device"].lower().replace("nvidia", "")).strip("-")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{results['date']}-{device}-{args.what}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{path}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
