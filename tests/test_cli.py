@@ -127,6 +127,8 @@ BAD = [
     (["--prompt", "  "], "--prompt is empty"),
     (["--out", "result.txt"], "the ending says the format"),
     (["--out", "."], "--out"),
+    (["--out", "text.png/x.png"], "not a folder"),
+    (["--out", "new/deep/x.png", "--image", "missing.png"], "no such image"),
     (["--width", "3"], "width must be at least 16"),
     (["--steps", "1"], "use at least 2"),
     (["--budget", "4"], "--budget is the side"),

@@ -198,6 +198,24 @@ def test_choice_of_implementation():
             ops.choose("triton", torch.zeros(1, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("version, reason", [("3.5.1", "at least 3.6"), (None, "not installed"), ("3.10.0", None)])
+def test_old_or_missing_triton_is_named(monkeypatch, version, reason):
+    from uniref_fast.ops import _dispatch
+
+    def look_up(name):
+        if version is None:
+            raise _dispatch.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(_dispatch.metadata, "version", look_up)
+    _dispatch._triton_missing.cache_clear()
+    try:
+        said = _dispatch._triton_missing()
+        assert said is None if reason is None else reason in said
+    finally:
+        _dispatch._triton_missing.cache_clear()
+
+
 LAYOUT = SelfLayout.qwen(PACK)
 
 

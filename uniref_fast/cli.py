@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -274,11 +275,14 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
         raise UsageError(f"--out {path}: the ending says the format; use {few}")
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UsageError(f"--out {path}: {nearest} is not a folder that can be written to")
 
 
 def _save(image: Any, path: Path) -> None:
     """Whole or not at all: written beside the target, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         image.save(partial)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from importlib.util import find_spec
+from importlib import metadata
 
 import torch
 
@@ -13,11 +13,17 @@ from uniref_fast import native
 __all__ = ["IMPLEMENTATIONS", "choose", "explain", "unavailable"]
 
 IMPLEMENTATIONS = ("reference", "native", "triton")
+TRITON_FLOOR = (3, 6)
 
 
 @functools.cache
 def _triton_missing() -> str | None:
-    return None if find_spec("triton") else "the triton package is not installed"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "the triton package is not installed"
+    older = tuple(int(part) for part in version.split(".")[:2]) < TRITON_FLOOR
+    return f"triton {version} is installed, at least 3.6 is needed" if older else None
 
 
 def unavailable(impl: str, tensor: torch.Tensor) -> str | None:
