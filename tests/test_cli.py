@@ -99,6 +99,10 @@ def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
 def test_estimate(pictures, capsys):
     status, text, _ = run(capsys, "estimate", "--image", pictures[0], "--size", "512x384", "--prompt", "x")
     assert status == 0 and "transformer" in text
+    status, _, err = run(capsys, "estimate", "--size", "512", "--prompt", "x")
+    assert status == 2 and "WIDTHxHEIGHT" in err
+    status, _, err = run(capsys, "estimate", "--prompt", "x", "--model", "no/such/folder")
+    assert status == 2 and "no such folder" in err
     status, text, _ = run(capsys, "estimate", "--size", "512x384", "--prompt", "x", "--json")
     assert status == 0 and json.loads(text)["tokens"]["reference"] > 0
 

@@ -86,9 +86,36 @@ def test_grows_as_the_request_does(builtin_pipe):
     assert causal.stages[2].flops < base.stages[2].flops
     assert base.peak_bytes > base.weight_bytes > 0
     assert base.weight_bytes == sum(
-        sum(p.numel() * p.element_size() for p in (*m.parameters(), *m.buffers()))
+        sum(p.numel() * p.element_size() for p in m.parameters())
         for m in (builtin_pipe.text_encoder, builtin_pipe.vae, builtin_pipe.transformer)
     )
+
+
+def test_a_folder_is_estimated_without_its_weights(tmp_path):
+    from uniref_fast import builtin
+
+    folder = builtin.build(tmp_path / "model")
+    loaded = uniref_fast.estimate(builtin.load(torch.bfloat16), REQUESTS)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    assert uniref_fast.estimate(folder, REQUESTS).as_dict() == loaded.as_dict()
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(OSError, match="config"):
+        uniref_fast.estimate(folder, REQUESTS)
+
+
+def test_the_20b_shape():
+    """Published arithmetic: 12 C^2 products a token and block, and N^2 C twice; 1024 text tokens, 2 x 1024^2 pixels."""
+    from diffusers import QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(out_channels=16, zero_cond_t=True)
+    assert 20e9 < sum(p.numel() for p in model.parameters()) < 21e9
+    layout = SelfLayout.qwen([Sample(1024, (1, 64, 64), ((1, 64, 64),))], zero_cond_t=True)
+    linear, attention = transformer_flops(model.config, layout)
+    n, c = 9216, 3072
+    assert abs(linear / (60 * 12 * c**2 * 2 * n) - 1) < 0.02  # the last block is spared all but the target
+    assert abs(attention / (60 * 4 * n**2 * c) - 1) < 0.02
 
 
 def test_readable_and_plain(builtin_pipe):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -164,17 +165,14 @@ def _edit(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    import torch
-
     from uniref_fast import EditRequest, builtin, estimate
 
     sizes = [_open_image(path).size for path in args.image] + [_parse_size(text) for text in args.size]
-    pipe = _load_model(args.model, torch.bfloat16 if args.model != "builtin" else torch.float32, "cpu")
-    result = estimate(pipe, [EditRequest(images=sizes, **_request_fields(args))], budget=_budget(args))
-    if args.json:
-        print(json.dumps({**result.as_dict(), "weights": builtin.weights_status(pipe)}))
-    else:
-        print(result)
+    request = EditRequest(images=sizes, **_request_fields(args))
+    with _model_errors(args.model):
+        pipe = builtin.load() if args.model == "builtin" else args.model
+        result = estimate(pipe, [request], budget=_budget(args))
+    print(json.dumps(result.as_dict()) if args.json else result)
     return 0
 
 
@@ -310,22 +308,30 @@ def _load_model(name: str, dtype: Any, device: str) -> Any:
         return builtin.load(dtype, device)
     from diffusers import DiffusionPipeline
 
-    folder = Path(name)
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise UsageError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise UsageError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
-    try:
+    with _model_errors(name):
         pipe = _from_pretrained(DiffusionPipeline, name, dtype)
-    except OSError as error:
-        if folder.is_dir():
-            raise UsageError(f"--model {name} could not be loaded: {error}") from None
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {name} could not be had from the hub: {first}") from None
     from uniref_fast.models import find_transformer
 
     find_transformer(pipe)  # a clear error now rather than after moving it to the device
     return pipe.to(device)
+
+
+@contextlib.contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    """Refuse names that can be no model; say in one line why a model could not be had."""
+    folder = Path(name)
+    if name != "builtin":
+        if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
+            raise UsageError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
+        if folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise UsageError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
+    try:
+        yield
+    except OSError as error:
+        if folder.is_dir() or name == "builtin":
+            raise UsageError(f"--model {name} could not be loaded: {error}") from None
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model {name} could not be had from the hub: {first}") from None
 
 
 def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:

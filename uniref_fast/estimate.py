@@ -8,18 +8,21 @@ peak of the stage's largest step, an estimate; weights are what the modules hold
 from __future__ import annotations
 
 import functools
+import importlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from uniref_fast import builtin
 from uniref_fast.layout import SelfLayout
 from uniref_fast.models.qwen_image import find_transformer
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 
-__all__ = ["Estimate", "Stage", "estimate"]
+__all__ = ["Estimate", "Stage", "estimate", "skeleton"]
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,16 @@ def estimate(
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`.
+        pipe: a `QwenImageEditPlusPipeline`, or the folder or hub id of one, of which only configurations, tokenizer
+            and processor are then read (weights counted as bfloat16).
         requests: as for `edit`; images may also be (width, height) tuples.
         budget, max_tokens, visibility: as for `edit`.
 
     Raises:
         ValueError, TypeError: as `edit` would, before any work is done.
     """
+    if isinstance(pipe, (str, os.PathLike)):
+        pipe = skeleton(pipe)
     transformer = find_transformer(pipe)
     requests = validated(requests, sizes_only=True)
     sizes = [geometry(pipe, request, budget) for request in requests]
@@ -156,6 +162,41 @@ def estimate(
     tokens["reference"] = layout.image_length - tokens["target"]
     tokens["together"] = layout.joint_length
     return Estimate(stages, layout, tokens, attention / (linear + attention))
+
+
+def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """A pipeline without weights: its models on the meta device, tokenizer, processor and scheduler real.
+
+    Args:
+        name: diffusers pipeline folder or hub id.
+        dtype: dtype that the models pretend to have.
+
+    Raises:
+        OSError: when a configuration is missing or cannot be had.
+    """
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(name)
+    parts: dict[str, Any] = {}
+    for part, spec in index.items():
+        if not (isinstance(spec, (list, tuple)) and len(spec) == 2 and spec[0] in ("diffusers", "transformers")):
+            continue
+        part_class = getattr(importlib.import_module(spec[0]), spec[1])
+        if spec[1] == "Qwen2VLProcessor" and os.path.isfile(os.path.join(name, "uniref_fast.json")):
+            part_class = builtin.BuiltinProcessor  # a folder of the built-in model needs no torchvision
+        if not issubclass(part_class, torch.nn.Module):
+            parts[part] = part_class.from_pretrained(name, subfolder=part)
+            continue
+        with torch.device("meta"):
+            if spec[0] == "diffusers":
+                model = part_class.from_config(part_class.load_config(name, subfolder=part))
+            else:
+                model = part_class(part_class.config_class.from_pretrained(name, subfolder=part))
+            parts[part] = torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules kept in float32
+    if os.path.isfile(os.path.join(name, "uniref_fast.json")):
+        areas = {key: index[key] for key in ("condition_image_area", "vae_image_area", "output_area") if key in index}
+        return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
+    return getattr(diffusers, index["_class_name"])(**parts)
 
 
 def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = "full") -> tuple[int, int]:
@@ -252,7 +293,7 @@ def _block_peak(transformer: Any, tokens: int) -> int:
 
 
 def _weight_bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in (*module.parameters(), *module.buffers()))
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _hashable(value: Any) -> Any:
