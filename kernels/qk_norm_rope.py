@@ -143,6 +143,8 @@ def qk_norm_rope(
     if q.numel() == 0:
         return q, k, v
     block = triton.next_power_of_2(heads)
+    streams = (txt_q, txt_k, txt_v, img_q, img_k, img_v)
+    assert max(x.stride(1) for x in streams) * block < 2**31, "head stride too big for the offsets within a token"
     with torch.cuda.device_of(q):
         qk_norm_rope_kernel[(total,)](
             num_txt,

@@ -225,7 +225,10 @@ LAYOUT = SelfLayout.qwen(PACK)
         (lambda: ops.segment_attention(*[rand(5, 2, 8)] * 3, plan(LAYOUT)), "queries"),
         (lambda: ops.segment_attention(rand(5, 2, 8), rand(5, 3, 8), rand(5, 3, 8), plan(LAYOUT)), r"\[Nk, H, D\]"),
         (lambda: ops.norm_modulate(rand(3, 4), rand(1, 5), rand(1, 4)), "shift has shape"),
-        (lambda: ops.norm_modulate(rand(3, 4), rand(1, 4), rand(1, 4), torch.zeros(3)), "rows must be int32"),
+        (
+            lambda: ops.norm_modulate(rand(3, 4), rand(1, 4), rand(1, 4), torch.zeros(3)),
+            "rows must be contiguous int32",
+        ),
         (lambda: ops.gate_residual(rand(3, 4), rand(2, 4), rand(1, 4)), "y has shape"),
         (lambda: ops.norm_modulate(rand(3, 4), rand(1, 4).double(), rand(1, 4)), "float64"),
         (lambda: ops.pack([]), "at least one"),

@@ -32,10 +32,10 @@ def fit_to_budget(sizes: Sequence[tuple[int, int]], budget: int, *, upscale: boo
         ValueError: for a size below 1, or a budget under 256 pixels (16 x 16) an image.
     """
     for i, (width, height) in enumerate(sizes):
-        if width < 1 or height < 1:
+        if not (width >= 1 and height >= 1):
             raise ValueError(f"image {i + 1} has size {width} x {height}; sides must be at least 1 pixel")
     smallest = SIDE_MULTIPLE**2 * len(sizes)
-    if budget < smallest:
+    if not budget >= smallest:
         raise ValueError(
             f"{len(sizes)} images cannot fit a budget of {budget} pixels: each needs at least "
             f"{SIDE_MULTIPLE} x {SIDE_MULTIPLE}, together {smallest}"

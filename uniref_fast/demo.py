@@ -117,7 +117,7 @@ def run_demo(
         speedup=min(seconds["stock"]) / min(seconds["patched"]),
         weights=builtin.weights_status(pipe),
         implementation=f"{report.implementation}: {report.reason}",
-        accelerated_calls=report.calls,
+        accelerated_calls=report.calls.total(),
         original_calls=sum(report.fallbacks.values()),
         instruction=scene.instruction,
         dtype=str(dtype).removeprefix("torch."),

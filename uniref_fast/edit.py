@@ -17,6 +17,7 @@ from torch import Tensor
 
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.models.qwen_image_patch import offloaded_norm
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
 from uniref_fast.visibility import Rule
 
@@ -57,17 +58,16 @@ def edit(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     transformer = find_transformer(pipe)
-    _refuse_hooks(transformer)
-    if torch.is_autocast_enabled(pipe._execution_device.type):
+    if not isinstance(pipe, _stock().QwenImageEditPlusPipeline):
+        raise TypeError(f"edit() takes a QwenImageEditPlusPipeline, got {type(pipe).__name__}")
+    device = pipe._execution_device
+    _refuse_hooks(transformer, device)
+    if torch.is_autocast_enabled(device.type):
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
-    requests = validated(requests)
-    for i, request in enumerate(requests):
-        if request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
-            raise ValueError(
-                f"request {i + 1}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal "
-                "stretches the steps between the first and the last); use at least 2"
-            )
+    requests = validated(requests, pipe)
     geometries = [geometry(pipe, request, budget) for request in requests]
+    for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
+        _check_latents(pipe, request, sizes, f"request {i + 1}")
     model = PackedQwenImage(transformer, visibility=visibility, impl=impl)
     with torch.no_grad():
         jobs = [_prepare(pipe, *pair) for pair in zip(requests, geometries, strict=True)]
@@ -95,9 +95,7 @@ class _Job:
 
 def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     """Encode prompt and references with the pipeline's own methods, draw the noise, set the schedule."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
-
-    device = pipe._execution_device
+    stock, device = _stock(), pipe._execution_device
     processor = pipe.image_processor
     images = [_rgb(image) for image in request.images]
     pairs = list(zip(images, sizes.condition_sizes, sizes.reference_sizes, strict=True))
@@ -116,11 +114,6 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     latents, references = pipe.prepare_latents(
         pixels, 1, channels, height, width, prompts[0].dtype, device, generator, request.latents
     )
-    expected = (1, height // sizes.patch * (width // sizes.patch), 4 * channels)
-    if tuple(latents.shape) != expected:
-        raise ValueError(
-            f"latents have shape {list(latents.shape)}, a {width} x {height} result needs {list(expected)}"
-        )
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     config = scheduler.config
     mu = stock.calculate_shift(
@@ -138,8 +131,29 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     return _Job(request, sizes, prompts, references, latents, scheduler, timesteps)
 
 
+def _stock() -> Any:
+    """diffusers' module of the pipeline; imported when first needed."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+    return pipeline_qwenimage_edit_plus
+
+
+def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str) -> None:
+    if request.latents is None:
+        return
+    _, height, width = sizes.grid(sizes.size)
+    expected = [1, height * width, pipe.transformer.config.in_channels]
+    if list(request.latents.shape) != expected:
+        raise ValueError(
+            f"{where}: latents have shape {list(request.latents.shape)}, a {sizes.size[0]} x {sizes.size[1]} result "
+            f"needs {expected}"
+        )
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Three channels; what is transparent becomes white."""
+    if image.mode.startswith("I;16"):  # 16 bit grey: PIL's own conversion would clip it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -151,10 +165,11 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
     if hook is not None:  # model offloading: bring the weights in, as a call of the model itself would
         hook.pre_forward(model.transformer)
     steps = max(len(job.timesteps) for job in jobs)
+    layouts: dict[tuple[Sample, ...], SelfLayout] = {}  # with their device tensors, for as long as the loop runs
     bar = pipe.progress_bar(total=steps) if progress else None
     for step in range(steps):
         active = [job for job in jobs if step < len(job.timesteps)]
-        for job, velocities in zip(active, _predict(model, active, step, max_tokens), strict=True):
+        for job, velocities in zip(active, _predict(model, active, step, max_tokens, layouts), strict=True):
             velocity = velocities[0]
             if job.request.guided:
                 velocity = _guide(velocities[0], velocities[1], job.request.true_cfg_scale)
@@ -166,13 +181,22 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
         bar.close()
 
 
-def _predict(model: PackedQwenImage, jobs: list[_Job], step: int, max_tokens: int | None) -> list[list[Tensor]]:
+def _predict(
+    model: PackedQwenImage,
+    jobs: list[_Job],
+    step: int,
+    max_tokens: int | None,
+    layouts: dict[tuple[Sample, ...], SelfLayout],
+) -> list[list[Tensor]]:
     """Velocities `[N_target, C]` of each job: one, or two when guided."""
     rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples(), strict=True)]
     velocities: list[Tensor] = []
     zero_cond_t = bool(model.transformer.config.zero_cond_t)
     for pack in _packs(rows, max_tokens):
-        layout = SelfLayout.qwen([sample for *_, sample in pack], zero_cond_t=zero_cond_t)
+        samples = tuple(sample for *_, sample in pack)
+        if samples not in layouts:
+            layouts[samples] = SelfLayout.qwen(samples, zero_cond_t=zero_cond_t)
+        layout = layouts[samples]
         image = torch.cat([part for job, *_ in pack for part in (job.latents[0], job.references)])
         text = torch.cat([prompt for _, prompt, _ in pack])
         t = torch.stack([job.timesteps[step].to(job.latents.dtype) / 1000 for job, *_ in pack])
@@ -187,7 +211,7 @@ def _packs(rows: list[tuple[_Job, Tensor, Sample]], max_tokens: int | None) -> l
     packs: list[list[tuple[_Job, Tensor, Sample]]] = []
     filled = 0
     for row in rows:
-        tokens = SelfLayout.qwen([row[2]]).joint_length
+        tokens = row[2].length
         if not packs or (max_tokens is not None and filled + tokens > max_tokens):
             packs.append([])
             filled = 0
@@ -216,20 +240,28 @@ def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
     return pipe.image_processor.postprocess(image, output_type=output_type)[0]
 
 
-def _refuse_hooks(transformer: Any) -> None:
-    """The packed loop calls the parts of a block, not the block: hooks around blocks would be skipped silently."""
+def _refuse_hooks(transformer: Any, device: torch.device) -> None:
+    """The packed loop calls the Linears, not what holds them: hooks of those would be skipped silently."""
+    advice = "a packed loop would skip them; remove them, or call the patched pipeline request by request"
+    if transformer._forward_hooks or transformer._forward_pre_hooks:
+        raise ValueError(f"the transformer has forward hooks, and {advice}")
     for name, block in transformer.transformer_blocks.named_children():
-        registry = getattr(block, "_diffusers_hook", None)
-        names = list(registry.hooks) if registry is not None else []
-        if names or hasattr(block, "_hf_hook"):
-            raise ValueError(
-                f"transformer_blocks.{name} has hooks ({', '.join(names) or 'accelerate'}) that a packed loop would "
-                "skip; disable the cache or block-level offloading, or call the patched pipeline request by request"
-            )
+        where = f"transformer_blocks.{name}"
+        for part in (block, block.attn):
+            registry = getattr(part, "_diffusers_hook", None)
+            names = list(registry.hooks) if registry is not None else []
+            names += ["accelerate"] * hasattr(part, "_hf_hook")
+            names += ["forward hook"] * bool(part._forward_hooks or part._forward_pre_hooks)
+            if names:
+                raise ValueError(
+                    f"{where} has hooks ({', '.join(names)}) of a cache, offloading or your own, and {advice}"
+                )
         processor = type(block.attn.processor).__name__
         if processor not in ("QwenDoubleStreamAttnProcessor2_0", "PatchedAttention"):
-            raise ValueError(
-                f"transformer_blocks.{name}.attn has its own processor {processor}, which a packed loop would skip"
-            )
-        if getattr(block.attn.processor, "_parallel_config", None) is not None:
+            raise ValueError(f"{where}.attn has its own processor {processor}, which a packed loop would skip")
+        if block.attn.processor._parallel_config is not None:
             raise ValueError("context parallel splits sequences over ranks; a packed loop needs the whole sequence")
+        if not hasattr(transformer, "_hf_hook") and (reason := offloaded_norm(block.attn, device)):
+            raise ValueError(
+                f"{where}: {reason}; a packed loop reads their weights, so offload by whole models instead"
+            )

@@ -16,8 +16,9 @@ from __future__ import annotations
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,6 +76,10 @@ class Segment:
         return self.joint_start + self.length
 
 
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
 @dataclass(frozen=True)
 class Sample:
     """One request of a pack.
@@ -96,11 +101,20 @@ class Sample:
         return ((self.text, True),) if isinstance(self.text, int) else self.text
 
     @property
+    def length(self) -> int:
+        """Tokens of the sample, its references included."""
+        return sum(length for length, _ in self.text_runs) + sum(map(math.prod, (self.target, *self.references)))
+
+    @property
     def text_origin(self) -> int:
         """Rotary position of the first text token: after the largest half side of the sample's images."""
         return max(max(h // 2, w // 2) for _, h, w in (self.target, *self.references))
 
     def __post_init__(self) -> None:
+        for name in ("target", "references"):  # lists would not hash, and layouts are memoised by their samples
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        if not isinstance(self.text, int):
+            object.__setattr__(self, "text", _frozen(self.text))
         if any(length < 0 for length, _ in self.text_runs):
             raise ValueError(f"text lengths must not be negative, got {self.text}")
         for grid in (self.target, *self.references):
@@ -170,20 +184,31 @@ class SelfLayout:
         """Target and reference segments in stream order."""
         return tuple(sorted((s for s in self.segments if not s.kind.is_text), key=lambda s: s.stream_start))
 
-    # ---- device tensors, computed on the device from the segments and cached (outside inference mode, so that one
-    # cached tensor serves inference and training) ----
+    # ---- device tensors, computed on the device from the segments; kept with the layout and freed with it ----
+
+    @functools.cached_property
+    def cache(self) -> dict[Any, Any]:
+        """What was derived from this layout: device tensors, and the plans of `uniref_fast.visibility`."""
+        return {}
+
+    def _cached(self, make: Callable[..., Any], *args: Any) -> Any:
+        key = (make, *args)
+        if key not in self.cache:
+            with torch.inference_mode(False):  # one tensor serves inference and training
+                self.cache[key] = make(self, *args)
+        return self.cache[key]
 
     def joint_index(self, stream: str, device: torch.device | str) -> torch.Tensor:
         """Joint row of every row of a stream, int32 `[N_stream]`; `stream` is "text" or "image"."""
-        return _joint_index(self, stream, torch.device(device))
+        return self._cached(_joint_index, stream, torch.device(device))
 
     def modulation_rows(self, stream: str, device: torch.device | str) -> torch.Tensor:
         """Modulation row of every row of a stream, int32 `[N_stream]`; rows are `[t of sample 0..S-1 | t=0 ...]`."""
-        return _modulation_rows(self, stream, torch.device(device))
+        return self._cached(_modulation_rows, stream, torch.device(device))
 
     def positions(self, device: torch.device | str) -> torch.Tensor:
         """Rotary positions (frame, height, width) in joint order, int32 `[N, 3]`."""
-        return _positions(self, torch.device(device))
+        return self._cached(_positions, torch.device(device))
 
     def rotary(
         self, axes_dims: Sequence[int], device: torch.device | str, theta: float = 10000.0
@@ -194,11 +219,11 @@ class SelfLayout:
             axes_dims: head dimensions given to the frame, height and width axes, e.g. (16, 56, 56); each even.
             theta: base of the frequencies.
         """
-        return _rotary(self, tuple(axes_dims), torch.device(device), theta)
+        return self._cached(_rotary, tuple(axes_dims), torch.device(device), theta)
 
     def target_rows(self, device: torch.device | str) -> torch.Tensor:
         """Rows of the image stream that are targets, by sample, int64 `[N_target]`."""
-        return _target_rows(self, torch.device(device))
+        return self._cached(_target_rows, torch.device(device))
 
     def describe(self) -> str:
         """One line for people: samples, tokens by kind."""
@@ -207,7 +232,7 @@ class SelfLayout:
         return f"{self.num_samples} sample{'s' * (self.num_samples != 1)}, {self.joint_length} tokens ({parts})"
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=8)  # few, because device tensors stay with a layout
 def _qwen_layout(samples: tuple[Sample, ...], zero_cond_t: bool, shared_references: bool) -> SelfLayout:
     if not samples:
         raise ValueError("a layout needs at least one sample")
@@ -262,23 +287,17 @@ def _spread(values: list[int], segments: Sequence[Segment], device: torch.device
     return torch.repeat_interleave(torch.tensor(values, dtype=torch.int64, device=device), lengths, output_size=total)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)
 def _joint_index(layout: SelfLayout, stream: str, device: torch.device) -> torch.Tensor:
     segments = _stream_segments(layout, stream)
     shift = _spread([s.joint_start - s.stream_start for s in segments], segments, device)
     return (shift + torch.arange(len(shift), device=device)).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)
 def _modulation_rows(layout: SelfLayout, stream: str, device: torch.device) -> torch.Tensor:
     segments = _stream_segments(layout, stream)
     return _spread([s.mod_row for s in segments], segments, device).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _target_rows(layout: SelfLayout, device: torch.device) -> torch.Tensor:
     shift, at = [], 0
     for segment in layout.targets:
@@ -288,8 +307,6 @@ def _target_rows(layout: SelfLayout, device: torch.device) -> torch.Tensor:
     return spread + torch.arange(at, device=device)
 
 
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def _positions(layout: SelfLayout, device: torch.device) -> torch.Tensor:
     segments = layout.segments
     local = torch.arange(layout.joint_length, device=device)
@@ -306,8 +323,6 @@ def _positions(layout: SelfLayout, device: torch.device) -> torch.Tensor:
     return torch.stack([o + s for o, s in zip(origins, steps, strict=True)], dim=1).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=32)
-@torch.inference_mode(False)
 def _rotary(
     layout: SelfLayout, axes_dims: tuple[int, ...], device: torch.device, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

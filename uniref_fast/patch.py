@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -43,7 +44,10 @@ _STATE = "_uniref_fast"
 
 @dataclass
 class PatchReport:
-    """What `patch` did; live: its counters go on counting while the pipeline runs. `str(report)` is for people."""
+    """What `patch` did; live: its counters go on counting while the pipeline runs. `str(report)` is for people.
+
+    `implementation` and `reason` are the choice for the model as it was when patched; `calls` tells what really served.
+    """
 
     model: str
     mode: str
@@ -60,8 +64,9 @@ class PatchReport:
         return max((s.max_rel_error for s in self.sites if s.max_rel_error is not None), default=None)
 
     @property
-    def calls(self) -> int:
-        return sum(s.calls for s in self.sites)
+    def calls(self) -> Counter[str]:
+        """Accelerated calls, by the implementation that served them."""
+        return sum((s.calls for s in self.sites), Counter())
 
     @property
     def fallbacks(self) -> Counter[str]:
@@ -70,8 +75,9 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {len(self.sites)} sites patched, mode={self.mode}, visibility={self.visibility}",
-            f"  implementation  {self.implementation} ({self.reason})",
-            f"  accelerated     {self.calls} calls",
+            f"  implementation  {self.implementation} when patched ({self.reason})",
+            f"  accelerated     {self.calls.total()} calls"
+            + "".join(f", {count} {name}" for name, count in self.calls.most_common()),
             f"  originals run   {sum(self.fallbacks.values())} calls",
         ]
         lines += [f"    {count:6d} x  {reason}" for reason, count in self.fallbacks.most_common()]
@@ -142,6 +148,7 @@ class _Calls(threading.local):
     """What one thread remembers of its running forward; copies start empty."""
 
     img_shapes: Any = None
+    checking: bool = False
     context: Any = None
     rows: Any = None
 
@@ -156,10 +163,11 @@ class _Patch:
         mode, visibility, strict, impl = self.options = options
         weight = next(transformer.parameters())
         probe = weight.new_empty(0, dtype=_compute_dtype(transformer))
+        head_dim = transformer.config.attention_head_dim
         if impl is None:
-            implementation, reason = ops.explain(probe)
+            implementation, reason = ops.explain(probe, head_dim)
         else:
-            implementation, reason = ops.choose(impl, probe), "asked for"
+            implementation, reason = ops.choose(impl, probe, head_dim), "asked for"
         self.report = PatchReport(
             model=type(transformer).__name__,
             mode=mode,
@@ -187,6 +195,10 @@ class _Patch:
             self._add(PatchedAttention(block.attn, self, Site(f"{name}.attn")))
         else:
             own = type(block.attn.processor).__name__
+            if self.visibility != "full":
+                raise ValueError(
+                    f"{name}.attn has its own {own}, which knows nothing of visibility {self.visibility!r}"
+                )
             self.report.notes.append(f"{name}.attn has its own {own}; attention is left to it")
         self._add(PatchedBlock(block, self, Site(name)))
 
@@ -195,6 +207,8 @@ class _Patch:
         self.installed.append(place)
 
     def remove(self) -> None:
+        for place in self.installed:  # raises before anything is undone
+            place.locate()
         for place in reversed(self.installed):
             place.remove()
         if self.hook is not None:
@@ -242,21 +256,42 @@ class _Patch:
         self.calls.rows = (index, batch, rows.reshape(-1))
         return self.calls.rows[2]
 
+    def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
+        """Count a refusal and run the original."""
+        if not self.calls.checking:
+            site.fallbacks[reason] += 1
+        return original()
+
     def accept(self, site: Site, fused: tuple, original: Callable[[], tuple]) -> tuple:
         """Count a fused result; the first one of a site is compared with the original's."""
-        site.calls += 1
-        if site.max_rel_error is not None or self.visibility != "full":
+        if self.calls.checking:  # an original that runs for a check may hold other sites: not a call of the user's
             return fused
-        expected = original()
-        site.max_rel_error = max(max_relative_error(a, b) for a, b in zip(fused, expected, strict=True))
-        tolerance = SELF_CHECK_TOLERANCE[fused[0].dtype]
-        if site.max_rel_error <= tolerance:
-            return fused
-        message = f"differs from the original by {site.max_rel_error:.2e} (relative; allowed {tolerance:.0e})"
-        if self.strict:
-            raise RuntimeError(f"{site.name} {message}; unpatch, or patch with strict=False to leave such sites alone")
-        site.disabled = message
-        return expected
+        if site.max_rel_error is None and self.visibility == "full":
+            self.calls.checking = True
+            try:
+                expected = original()
+            finally:
+                self.calls.checking = False
+            site.max_rel_error = max(_difference(a, b) for a, b in zip(fused, expected, strict=True))
+            tolerance = SELF_CHECK_TOLERANCE[fused[0].dtype]
+            if site.max_rel_error > tolerance:
+                message = f"differs from the original by {site.max_rel_error:.2e} (relative; allowed {tolerance:.0e})"
+                if self.strict:
+                    advice = "unpatch, or patch with strict=False to leave such sites alone"
+                    raise RuntimeError(f"{site.name} {message}; {advice}")
+                site.disabled = message
+                site.fallbacks[message] += 1
+                return expected
+        site.calls[self.impl or ops.explain(fused[0])[0]] += 1
+        return fused
+
+
+def _difference(fused: Tensor, expected: Tensor) -> float:
+    """Relative error where the original is finite; infinite where only one of the two is."""
+    finite = expected.isfinite()
+    if not torch.equal(finite, fused.isfinite()):
+        return math.inf
+    return max_relative_error(fused[finite], expected[finite])
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ __all__ = ["EditRequest", "Geometry", "geometry", "validated"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_ASPECT_RATIO = 200
+MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
+MAX_STEPS = 10000
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,14 @@ class Geometry:
         return Sample(text, self.grid(self.size), tuple(self.grid(size) for size in self.reference_sizes))
 
 
-def validated(requests: Sequence[EditRequest | Mapping[str, Any]], *, sizes_only: bool = False) -> list[EditRequest]:
+def validated(
+    requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = None, *, sizes_only: bool = False
+) -> list[EditRequest]:
     """Check every request before any work is done.
 
     Args:
         requests: `EditRequest`s, or mappings of its fields.
+        pipe: the pipeline they are for, whose scheduler limits the number of steps; None checks the requests alone.
         sizes_only: images may also be given as (width, height).
 
     Raises:
@@ -104,6 +110,11 @@ def validated(requests: Sequence[EditRequest | Mapping[str, Any]], *, sizes_only
         if not isinstance(request, EditRequest):
             raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
         _check(request, where, sizes_only)
+        if pipe is not None and request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
+            raise ValueError(
+                f"{where}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal stretches the "
+                "steps between the first and the last); use at least 2"
+            )
         checked.append(request)
     if not checked:
         raise ValueError("no requests given")
@@ -115,23 +126,45 @@ def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
         raise ValueError(f"{where} has no prompt: it must be a text that is not empty, got {request.prompt!r}")
     if isinstance(request.images, Image.Image) or not isinstance(request.images, Sequence):
         raise TypeError(f"{where}: images must be a list of PIL images, got {type(request.images).__name__}")
+    if request.negative_prompt is not None and not isinstance(request.negative_prompt, str):
+        raise TypeError(
+            f"{where}: negative_prompt must be a text or None, got {type(request.negative_prompt).__name__}"
+        )
+    if not math.isfinite(request.true_cfg_scale):
+        raise ValueError(f"{where}: true_cfg_scale must be a finite number, got {request.true_cfg_scale}")
     for j, image in enumerate(request.images):
-        if not (isinstance(image, Image.Image) or (sizes_only and isinstance(image, tuple) and len(image) == 2)):
-            raise TypeError(f"{where}: image {j + 1} must be a PIL image, got {type(image).__name__}")
-        sides = image.size if isinstance(image, Image.Image) else image
-        if max(sides) > MAX_ASPECT_RATIO * min(sides):
-            raise ValueError(
-                f"{where}: image {j + 1} of {sides[0]} x {sides[1]} pixels is too elongated: the text encoder takes "
-                f"aspect ratios up to {MAX_ASPECT_RATIO}"
-            )
-    for name in ("height", "width"):
-        side = getattr(request, name)
-        if side is not None and side < SIDE_MULTIPLE:
-            raise ValueError(f"{where}: {name} must be at least {SIDE_MULTIPLE} pixels, got {side}")
-    if request.num_inference_steps < 1:
-        raise ValueError(f"{where}: num_inference_steps must be at least 1, got {request.num_inference_steps}")
+        _check_image(image, f"{where}: image {j + 1}", sizes_only)
+    for name, least, most in (("height", SIDE_MULTIPLE, MAX_SIDE), ("width", SIDE_MULTIPLE, MAX_SIDE),
+                              ("num_inference_steps", 1, MAX_STEPS)):  # fmt: skip
+        value = getattr(request, name)
+        if value is None and name != "num_inference_steps":
+            continue
+        if not isinstance(value, int):
+            raise TypeError(f"{where}: {name} must be an int, got {value!r}")
+        if not least <= value <= most:
+            raise ValueError(f"{where}: {name} must be at least {least} and at most {most}, got {value}")
+    if request.seed is not None and not -(2**63) <= request.seed < 2**64:
+        raise ValueError(f"{where}: seed must fit 64 bits, got {request.seed}")
     if sum(x is not None for x in (request.seed, request.generator, request.latents)) > 1:
         raise ValueError(f"{where}: give at most one of seed, generator and latents")
+
+
+def _check_image(image: Any, where: str, sizes_only: bool) -> None:
+    if sizes_only and isinstance(image, (tuple, list)) and len(image) == 2:
+        sides = tuple(image)
+    elif isinstance(image, Image.Image):
+        sides = image.size
+        if image.mode in ("I", "F"):
+            raise ValueError(f"{where} has mode {image.mode!r}, whose range is not defined; convert it to 8 or 16 bits")
+    else:
+        raise TypeError(f"{where} must be a PIL image, got {type(image).__name__}")
+    if min(sides) < 1:
+        raise ValueError(f"{where} has size {sides[0]} x {sides[1]}; sides must be at least 1 pixel")
+    if max(sides) > MAX_ASPECT_RATIO * min(sides):
+        raise ValueError(
+            f"{where} of {sides[0]} x {sides[1]} pixels is too elongated: the text encoder takes aspect ratios up to "
+            f"{MAX_ASPECT_RATIO}"
+        )
 
 
 def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geometry:

@@ -20,6 +20,7 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -109,24 +110,43 @@ class AttentionPlan:
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
-        return _plan_tensors(self, torch.device(device))
+        key = torch.device(device)
+        if key not in self.cache:
+            with torch.inference_mode(False):
+                self.cache[key] = _plan_tensors(self, key)
+        return self.cache[key]
 
     def tiles(self, block: int, device: torch.device | str) -> torch.Tensor:
         """Query tiles of `block` rows, int32 [T, 2] of (range, first row), longest work first, then in row order.
 
         Tiles start at range starts, never across ranges: what makes results independent of the rest of a pack.
         """
-        return _plan_tiles(self, block, torch.device(device))
+        key = (block, torch.device(device))
+        if key not in self.cache:
+            with torch.inference_mode(False):
+                self.cache[key] = _plan_tiles(self, *key)
+        return self.cache[key]
+
+    @functools.cached_property
+    def cache(self) -> dict[Any, Any]:
+        """Device tensors of this plan."""
+        return {}
 
 
-@functools.lru_cache(maxsize=256)
 def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
-    """Compile a visibility rule over a layout; memoised by both.
+    """Compile a visibility rule over a layout; memoised with the layout.
 
     Args:
         layout: the packed sequence; rows of the plan are rows of its joint sequence.
         visibility: one of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
     """
+    key = (plan, visibility)
+    if key not in layout.cache:
+        layout.cache[key] = _compile(layout, visibility)
+    return layout.cache[key]
+
+
+def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
     if isinstance(visibility, str):
         if visibility not in POLICIES:
             raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(POLICIES)}, or pass a function")
@@ -148,12 +168,14 @@ def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
     return _make_plan(rows, layout.joint_length, layout.joint_length)
 
 
-@functools.lru_cache(maxsize=256)
 def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
     """The plan of the targets' queries alone, one after another; keys are the whole joint sequence.
 
     The last block of a model needs no other queries: only the target's part of the output is used.
     """
+    key = (target_plan, visibility)
+    if key in layout.cache:
+        return layout.cache[key]
     whole = plan(layout, visibility)
     rows, at = [], 0
     for segment in layout.targets:
@@ -164,7 +186,8 @@ def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> Attentio
         )
         rows.append(((at, at + segment.length), keys))
         at += segment.length
-    return _make_plan(rows, at, layout.joint_length)
+    layout.cache[key] = _make_plan(rows, at, layout.joint_length)
+    return layout.cache[key]
 
 
 def _make_plan(rows: list, num_queries: int, num_keys: int) -> AttentionPlan:
@@ -182,8 +205,6 @@ def _intervals(keys: list[Segment]) -> tuple[tuple[int, int], ...]:
     return tuple(merged)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)
 def _plan_tensors(plan: AttentionPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pointers = [0]
     flat: list[tuple[int, int]] = []
@@ -195,8 +216,6 @@ def _plan_tensors(plan: AttentionPlan, device: torch.device) -> tuple[torch.Tens
     return q_ranges.to(device), torch.tensor(pointers, dtype=torch.int32).to(device), kv_ranges.to(device)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)
 def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.Tensor:
     tiles = []
     for index, ((start, end), keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):

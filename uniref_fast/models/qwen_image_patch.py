@@ -5,8 +5,10 @@ Each place holds the original and runs it for every call that its guards refuse.
 
 from __future__ import annotations
 
+import functools
 import types
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +18,15 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.models.qwen_image import AttentionContext, Modulation, joint_attention
 
-__all__ = ["SELF_CHECK_TOLERANCE", "Owner", "PatchedAttention", "PatchedBlock", "Site", "register_processor"]
+__all__ = [
+    "SELF_CHECK_TOLERANCE",
+    "Owner",
+    "PatchedAttention",
+    "PatchedBlock",
+    "Site",
+    "offloaded_norm",
+    "register_processor",
+]
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest accepted `max|patched - original| / max|original|` of one block, by dtype."""
@@ -28,14 +38,14 @@ class Site:
 
     Attributes:
         name: module name within the transformer.
-        calls: accelerated calls.
+        calls: accelerated calls, by the implementation that served them.
         fallbacks: calls that ran the original, by reason.
         max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
         disabled: why the site runs the original for good, if it does.
     """
 
     name: str
-    calls: int = 0
+    calls: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
     max_rel_error: float | None = None
     disabled: str | None = None
@@ -45,6 +55,7 @@ class Owner(Protocol):
     """What the places of one transformer share; see `uniref_fast.patch`."""
 
     impl: str | None
+    visibility: Any
 
     def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> AttentionContext:
         """Layout, plan and rotary tables of the running forward."""
@@ -52,11 +63,14 @@ class Owner(Protocol):
     def modulation_rows(self, index: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Row of the modulation table for every token of a stream."""
 
-    def accept(self, site: Site, fused: tuple, original: Any) -> tuple:
+    def accept(self, site: Site, fused: tuple, original: Callable[[], tuple]) -> tuple:
         """Count a fused result and, the first time, compare it with the original's."""
 
+    def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
+        """Count a refusal and run the original."""
 
-def _refusal(site: Site, *tensors: Tensor) -> str | None:
+
+def _refusal(owner: Owner, site: Site, head_dim: int, *tensors: Tensor) -> str | None:
     """Why this call must run the original, or None."""
     if site.disabled:
         return site.disabled
@@ -72,7 +86,10 @@ def _refusal(site: Site, *tensors: Tensor) -> str | None:
             return f"mixed dtypes or devices: {first.dtype} on {first.device}, {tensor.dtype} on {tensor.device}"
     if first.dtype not in SELF_CHECK_TOLERANCE:
         return f"{first.dtype} is not one of float32, float16, bfloat16"
-    return None
+    if owner.impl is not None:
+        return ops.unavailable(owner.impl, first, head_dim)
+    chosen, why = ops.explain(first, head_dim)
+    return f"no fused implementation here: {why}" if chosen == "reference" else None
 
 
 # ---- layer 1: the attention processor ----
@@ -90,6 +107,9 @@ class PatchedAttention:
         self._attention_backend = self.stock._attention_backend
         self._parallel_config = self.stock._parallel_config
         attn.processor = self
+
+    def locate(self) -> None:
+        """Nothing to find: a processor that the user has set since is theirs to keep."""
 
     def remove(self) -> None:
         if self.attn.processor is self:  # else the user has set another one since: theirs stays
@@ -124,8 +144,12 @@ class PatchedAttention:
 
         text = encoder_hidden_states
         if reason := self.refusal(attn, hidden_states, text, attention_mask, image_rotary_emb):
-            self.site.fallbacks[reason] += 1
-            return original()
+            if self.owner.visibility != "full":
+                raise RuntimeError(
+                    f"{self.site.name} cannot attend under visibility {self.owner.visibility!r}: {reason}. The "
+                    "original would attend fully, which is another model; unpatch, or remove the cause"
+                )
+            return self.owner.refuse(self.site, reason, original)
         assert text is not None and image_rotary_emb is not None  # else refused
         context = self.owner.context(hidden_states, text.shape[1], encoder_hidden_states_mask, image_rotary_emb)
         image_out, text_out = joint_attention(attn, hidden_states.flatten(0, 1), text.flatten(0, 1), context)
@@ -136,17 +160,37 @@ class PatchedAttention:
         """Why this call must run the original, or None."""
         if text is None or rotary is None or mask is not None:
             return "called without text or rotary embedding, or with an external mask"
-        if reason := _refusal(self.site, image, text):
+        if reason := _refusal(self.owner, self.site, attn.inner_dim // attn.heads, image, text):
             return reason
         if self._parallel_config is not None:
             return "context parallel: the sequence is split over ranks"
         if self._attention_backend is not None:
             backend = getattr(self._attention_backend, "value", self._attention_backend)
             return f"attention backend {backend!r} was chosen with set_attention_backend"
-        for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
-            if norm is not None and (norm.weight is None or norm.weight.device != image.device):
-                return "a QK norm has no weight on this device (offloaded by layer)"
-        return None
+        if active := _active_backend():
+            return f"attention backend {active!r} is active in this process"
+        return offloaded_norm(attn, image.device)
+
+
+def offloaded_norm(attn: Any, device: torch.device) -> str | None:
+    """Why the QK norm weights cannot be read, or None: hooks may hold them elsewhere until the norm is called."""
+    for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
+        if norm is None:
+            continue
+        registry = getattr(norm, "_diffusers_hook", None)
+        if hasattr(norm, "_hf_hook") or (registry is not None and registry.hooks):
+            return "the QK norms have hooks of their own (offloaded by layer)"
+        if norm.weight is None or norm.weight.device != device:
+            return f"a QK norm has no weight on {device}"
+    return None
+
+
+def _active_backend() -> str | None:
+    """The process-wide attention backend of diffusers, unless it is PyTorch's own."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name, _ = _AttentionBackendRegistry.get_active_backend()
+    return None if name == AttentionBackendName.NATIVE else name.value
 
 
 def register_processor() -> None:
@@ -171,13 +215,21 @@ class PatchedBlock:
         setattr(holder, key, self.forward)
 
     def remove(self) -> None:
-        """Put the original back wherever the fused forward is now; hooks may have come or gone since."""
-        holder, key = _innermost_forward(self.block)
-        if getattr(holder, key) != self.forward:
-            return  # replaced since by someone else: theirs stays
+        """Put the original back."""
+        holder, key = self.locate()
         setattr(holder, key, self.original)
         if self.block.forward == types.MethodType(type(self.block).forward, self.block):
             del self.block.forward  # nothing but the class's own is left
+
+    def locate(self) -> tuple[Any, str]:
+        """Where the fused forward is now; hooks may have come or gone since."""
+        holder, key = _innermost_forward(self.block)
+        if getattr(holder, key) != self.forward:
+            raise RuntimeError(
+                f"{self.site.name}.forward was wrapped or replaced after patching by something other than hooks of "
+                "diffusers and accelerate; undo that first, then unpatch"
+            )
+        return holder, key
 
     def forward(
         self,
@@ -198,15 +250,16 @@ class PatchedBlock:
             joint_attention_kwargs,
             modulate_index,
         )
-        reason = _refusal(self.site, hidden_states, encoder_hidden_states, temb)
-        if reason is None:
-            mods = self._modulation(temb)
-            if mods[0].shift1.dtype != hidden_states.dtype or mods[1].shift1.dtype != hidden_states.dtype:
-                reason = f"modulation is {mods[0].shift1.dtype}, the streams are {hidden_states.dtype}"
-        if reason:
-            self.site.fallbacks[reason] += 1
+
+        def original() -> tuple[Tensor, Tensor]:
             return self.original(*arguments)
-        return self.owner.accept(self.site, self._fused(mods, *arguments), lambda: self.original(*arguments))
+
+        attn = self.block.attn
+        tensors = (hidden_states, encoder_hidden_states, temb)
+        fused = _refusal(self.owner, self.site, attn.inner_dim // attn.heads, *tensors) or self._fused(*arguments)
+        if isinstance(fused, str):
+            return self.owner.refuse(self.site, fused, original)
+        return self.owner.accept(self.site, fused, original)
 
     def _modulation(self, temb: Tensor) -> tuple[Modulation, Modulation]:
         """(image, text) modulation; text always uses the sampled timestep, the first half of a doubled `temb`."""
@@ -215,10 +268,16 @@ class PatchedBlock:
         image, text = block.img_mod(temb), block.txt_mod(text_temb)
         return Modulation(*image.chunk(6, dim=-1)), Modulation(*text.chunk(6, dim=-1))
 
-    def _fused(self, mods, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple[Tensor, Tensor]:
+    def _fused(self, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple[Tensor, Tensor] | str:
+        """(text, image), or why it cannot be."""
         block, owner = self.block, self.owner
         impl, eps = owner.impl, block.img_norm1.eps
         batch = image.shape[0]
+        if temb.shape[0] != batch * (2 if block.zero_cond_t else 1):
+            return f"{temb.shape[0]} timestep embeddings for a batch of {batch}"
+        mods = self._modulation(temb)
+        if any(mod.shift1.dtype != image.dtype for mod in mods):
+            return f"modulation is {mods[0].shift1.dtype} and {mods[1].shift1.dtype}, the streams are {image.dtype}"
         rows = (
             owner.modulation_rows(index, batch, image.shape[1], image.device),
             owner.modulation_rows(None, batch, text.shape[1], image.device),
@@ -235,12 +294,17 @@ class PatchedBlock:
             image_rotary_emb=rotary,
             **(attention_kwargs or {}),
         )
+        if any(branch.dtype != image.dtype for branch in branches):
+            return f"attention returned {branches[0].dtype} and {branches[1].dtype}, the streams are {image.dtype}"
         out = []
         for x, branch, mod, row, mlp in zip(streams, branches, mods, rows, (block.img_mlp, block.txt_mlp), strict=True):
             x, hidden = ops.gate_residual_norm_modulate(
                 x, branch.flatten(0, 1), mod.gate1, mod.shift2, mod.scale2, row, eps, impl=impl
             )
-            x = ops.gate_residual(x, mlp(hidden), mod.gate2, row, impl=impl)
+            branch = mlp(hidden)
+            if branch.dtype != x.dtype:
+                return f"the feed-forward returned {branch.dtype}, the streams are {x.dtype}"
+            x = ops.gate_residual(x, branch, mod.gate2, row, impl=impl)
             out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
         return out[1].view_as(text), out[0].view_as(image)
 
@@ -250,7 +314,9 @@ def _innermost_forward(block: Any) -> tuple[Any, str]:
     registry = getattr(block, "_diffusers_hook", None)
     if registry is not None and registry._fn_refs:
         innermost = registry._fn_refs[0]
-        return innermost, "forward" if innermost.original_forward is None else "original_forward"
+        place = innermost, "forward" if innermost.original_forward is None else "original_forward"
+        below = hasattr(block, "_hf_hook") and isinstance(getattr(*place), functools.partial)
+        return (block, "_old_forward") if below else place  # accelerate hooked first: its hook is the inner one
     if hasattr(block, "_hf_hook"):
         return block, "_old_forward"
     return block, "forward"

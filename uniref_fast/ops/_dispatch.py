@@ -14,6 +14,8 @@ __all__ = ["IMPLEMENTATIONS", "choose", "explain", "unavailable"]
 
 IMPLEMENTATIONS = ("reference", "native", "triton")
 TRITON_FLOOR = (3, 6)
+CAPABILITY_FLOOR = (8, 0)
+TRITON_HEAD_DIMS = (16, 32, 64, 128)
 
 
 @functools.cache
@@ -26,8 +28,8 @@ def _triton_missing() -> str | None:
     return f"triton {version} is installed, at least 3.6 is needed" if older else None
 
 
-def unavailable(impl: str, tensor: torch.Tensor) -> str | None:
-    """Why `impl` cannot take this tensor, or None when it can."""
+def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) -> str | None:
+    """Why `impl` cannot take this tensor, or None when it can; `head_dim` for attention, whose kernels limit it."""
     device, dtype = tensor.device.type, tensor.dtype
     if impl == "reference":
         return None
@@ -38,6 +40,8 @@ def unavailable(impl: str, tensor: torch.Tensor) -> str | None:
             return native.reason()
         if dtype not in (torch.float32, torch.bfloat16):
             return f"native kernels take float32 and bfloat16, got {dtype}"
+        if head_dim is not None and head_dim % 8:
+            return f"native attention takes head dimensions that are multiples of 8, got {head_dim}"
         return None
     if missing := _triton_missing():
         return missing
@@ -47,24 +51,28 @@ def unavailable(impl: str, tensor: torch.Tensor) -> str | None:
         return f"the Triton interpreter computes float32 and float16 only, got {dtype}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"Triton kernels take float32, float16 and bfloat16, got {dtype}"
+    if device == "cuda" and torch.cuda.get_device_capability(tensor.device) < CAPABILITY_FLOOR:
+        return "Triton kernels need compute capability 8.0 or newer"
+    if head_dim is not None and head_dim not in TRITON_HEAD_DIMS:
+        return f"Triton attention takes head dimensions {', '.join(map(str, TRITON_HEAD_DIMS))}, got {head_dim}"
     return None
 
 
-def choose(impl: str | None, tensor: torch.Tensor) -> str:
+def choose(impl: str | None, tensor: torch.Tensor, head_dim: int | None = None) -> str:
     """Resolve `impl`: an explicit choice is checked, None picks the fastest that can take the tensor."""
     if impl is None:
-        return explain(tensor)[0]
+        return explain(tensor, head_dim)[0]
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLEMENTATIONS)}")
-    if why := unavailable(impl, tensor):
+    if why := unavailable(impl, tensor, head_dim):
         raise ValueError(f"impl={impl!r} is not possible here: {why}")
     return impl
 
 
-def explain(tensor: torch.Tensor) -> tuple[str, str]:
+def explain(tensor: torch.Tensor, head_dim: int | None = None) -> tuple[str, str]:
     """The implementation picked for a tensor, and the reason in words."""
     first = "triton" if tensor.device.type == "cuda" else "native"
-    why = unavailable(first, tensor)
+    why = unavailable(first, tensor, head_dim)
     if why is None:
         return first, f"{tensor.device.type} tensor" + (f"; {native.reason()}" if first == "native" else "")
     return "reference", why

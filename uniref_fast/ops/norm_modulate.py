@@ -101,17 +101,22 @@ def _select(table: Tensor, rows: Tensor | None) -> Tensor:
 def _check(x: Tensor, rows: Tensor | None, **others: Tensor) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [N, C], got {list(x.shape)}")
+    tables = {name: other for name, other in others.items() if name != "y"}
+    count = next(iter(tables.values())).shape[0]
     for name, other in others.items():
-        expected = x.shape if name == "y" else (other.shape[0], x.shape[1])
-        if other.shape != expected or other.ndim != 2:
+        expected = x.shape if name == "y" else (count, x.shape[1])
+        if other.shape != expected or not count:
             raise ValueError(
-                f"{name} has shape {list(other.shape)}, expected [{'N' if name == 'y' else 'R'}, C] for "
-                f"x of {list(x.shape)}"
+                f"{name} has shape {list(other.shape)}, expected {'[N, C]' if name == 'y' else '[R, C], one R >= 1'} "
+                f"for x of {list(x.shape)}"
             )
         if other.dtype != x.dtype or other.device != x.device:
             raise ValueError(f"{name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
-    if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int32):
-        raise ValueError(f"rows must be int32 [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
+    for name, other in {"x": x, **others}.items():
+        if other.numel() and other.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {other.stride()}")
+    if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int32 or not rows.is_contiguous()):
+        raise ValueError(f"rows must be contiguous int32 [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
 
 
 # ---- torch.library ops ----

@@ -58,6 +58,8 @@ def qk_norm_rope(
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device}, image q is {image[0].dtype} on {image[0].device}"
             )
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {tensor.stride()}")
     for table in rotary:
         if table.shape != (layout.joint_length, head[1] // 2) or table.dtype != torch.float32:
             raise ValueError(
@@ -72,7 +74,7 @@ def qk_norm_rope(
             )
     index = (layout.joint_index("text", device), layout.joint_index("image", device))
     return torch.ops.uniref_fast.qk_norm_rope(
-        *tensors, *text_weights, *image_weights, *rotary, *index, eps, choose(impl, image[0])
+        *tensors, *text_weights, *image_weights, *rotary, *index, eps, choose(impl, image[0], head[1])
     )
 
 

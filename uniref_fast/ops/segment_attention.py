@@ -19,6 +19,9 @@ from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["segment_attention", "segment_attention_reference"]
 
+REFERENCE_ROWS = 512
+"""Query rows that the reference computes at a time: bounds its logits to that many rows."""
+
 
 @overload
 def segment_attention(
@@ -61,7 +64,8 @@ def segment_attention(
 
     Args:
         q: `[Nq, H, D]`; float32, bfloat16, float16 (float64 with the reference).
-        k, v: `[Nk, H, D]`, same dtype and device. Tokens and heads may be strided, the last dimension is contiguous.
+        k, v: `[Nk, H, D]`, same dtype and device. Tokens and heads may be strided; a last dimension that is not
+            contiguous is copied.
         plan: from `uniref_fast.visibility.plan`; `plan.num_queries == Nq`, `plan.num_keys == Nk`.
         scale: positive factor on the logits, `1 / sqrt(D)` by default.
         return_lse: also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
@@ -82,7 +86,8 @@ def segment_attention(
         raise ValueError(f"q, k, v differ: {q.dtype} {q.device}, {k.dtype} {k.device}, {v.dtype} {v.device}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    impl = choose(impl, q)
+    impl = choose(impl, q, q.shape[-1])
+    q, k, v = (x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous() for x in (q, k, v))
     tiles = plan.tiles(_triton_config(q).BLOCK_M, q.device) if impl == "triton" else None
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, *plan.tensors(q.device), tiles, scale, impl)
@@ -103,9 +108,10 @@ def segment_attention_reference(
             continue
         keys = torch.cat([k[s] for s in visible]).to(compute)
         values = torch.cat([v[s] for s in visible]).to(compute)
-        logits = torch.einsum("qhd,khd->hqk", q[start:end].to(compute), keys) * scale
-        out[start:end] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype)
-        lse[:, start:end] = logits.logsumexp(-1).to(torch.float32)
+        for rows in torch.arange(start, end, device=q.device).split(REFERENCE_ROWS):
+            logits = torch.einsum("qhd,khd->hqk", q[rows].to(compute), keys) * scale
+            out[rows] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype)
+            lse[:, rows] = logits.logsumexp(-1).to(torch.float32)
     return out, lse
 
 
