@@ -46,7 +46,12 @@ def test_tiny_and_extreme_images():
 
 @pytest.mark.parametrize(
     "sizes, budget, message",
-    [([(0, 5)], 1000, "at least 1 pixel"), ([(50, 50)] * 3, 700, "together 768"), ([(9, 9)], 0, "cannot fit")],
+    [
+        ([(0, 5)], 1000, "at least 1 pixel"),
+        ([(50, 50)] * 3, 700, "together 768"),
+        ([(9, 9)], 0, "cannot fit"),
+        ([(float("nan"), 5)], 900, "at least 1 pixel"),
+    ],
 )
 def test_bad_input(sizes, budget, message):
     with pytest.raises(ValueError, match=message):

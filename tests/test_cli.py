@@ -94,6 +94,9 @@ def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
     args = ["edit", "--image", pictures[0], "--prompt", "x", "--out", out, "--steps", 2, "--model", folder]
     status, text, _ = run(capsys, *args)
     assert status == 0 and out.is_file() and "untrained" in text
+    (folder / "uniref_fast.json").unlink()  # now any diffusers folder, whose processor wants torchvision
+    status, text, _ = run(capsys, *args, "--width", 64, "--height", 64)
+    assert status == 0 and Image.open(out).size == (64, 64) and "untrained" not in text
 
 
 def test_estimate(pictures, capsys):
@@ -135,6 +138,11 @@ BAD = [
     (["--out", "new/deep/x.png", "--image", "missing.png"], "no such image"),
     (["--width", "3"], "width must be at least 16"),
     (["--steps", "1"], "use at least 2"),
+    (["--steps", "0"], "at least 1"),
+    (["--width", "99999999"], "at most 16384"),
+    (["--seed", "99999999999999999999"], "64 bits"),
+    (["--guidance", "nan"], "finite number"),
+    (["--device", "meta"], "not supported"),
     (["--budget", "4"], "--budget is the side"),
     (["--image", "ok.png", "--image", "ok.png", "--budget", "20"], "cannot fit a budget"),
     (["--model", "nowhere/at/all"], "no such folder"),

@@ -1,5 +1,7 @@
 """edit(): many unlike requests in one packed loop, each equal to its own single run."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
@@ -7,6 +9,7 @@ from PIL import Image
 
 import uniref_fast
 from uniref_fast import EditRequest
+from uniref_fast.layout import Kind
 from uniref_fast.request import geometry, validated
 from uniref_fast.testing import max_relative_error
 
@@ -92,9 +95,26 @@ def test_without_references_equals_a_loop_over_diffusers_transformer(pipe):
     assert max_relative_error(out, latents) < 1e-4
 
 
-def test_splitting_into_packs_changes_nothing(pipe):
+@pytest.fixture
+def layouts(monkeypatch):
+    """The layout of every packed forward, as it happens."""
+    seen = []
+    call = uniref_fast.PackedQwenImage.__call__
+
+    def spy(self, image, text, timestep, layout):
+        seen.append(layout)
+        return call(self, image, text, timestep, layout)
+
+    monkeypatch.setattr(uniref_fast.PackedQwenImage, "__call__", spy)
+    return seen
+
+
+def test_splitting_into_packs_changes_nothing(pipe, layouts):
     whole = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False)
-    split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, max_tokens=60)
+    assert len(layouts) == STEPS and layouts[0].num_samples == 6 and layouts[-1].num_samples == 5
+    layouts.clear()
+    split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, max_tokens=500)
+    assert len(layouts) > STEPS and all(x.joint_length <= 500 or x.num_samples == 1 for x in layouts)
     assert all(max_relative_error(a, b) < 1e-5 for a, b in zip(split, whole, strict=True))
 
 
@@ -137,12 +157,40 @@ def test_pil_results_and_mappings(pipe, capsys):
     assert "2/2" in capsys.readouterr().err, "a progress bar"
 
 
-def test_budget_sizes_references_jointly(pipe):
+def test_budget_sizes_references_jointly(pipe, layouts):
     request = EditRequest("x", [picture("red", 400, 200), picture("blue", 300, 600)], num_inference_steps=2, seed=0)
     sizes = geometry(pipe, request, 96 * 96)
     assert sum(w * h for w, h in sizes.reference_sizes) <= 96 * 96
     out = uniref_fast.edit(pipe, [request], budget=96 * 96, output_type="latent", progress=False)[0]
     assert torch.isfinite(out).all()
+    references = sum(s.length for s in layouts[0].segments if s.kind is Kind.REFERENCE)
+    assert references == sum(w * h for w, h in sizes.reference_sizes) // 256
+
+
+def test_visibility_reaches_the_model(pipe):
+    full, causal = (
+        uniref_fast.edit(pipe, requests()[1:2], output_type="latent", progress=False, visibility=visibility)[0]
+        for visibility in ("full", "reference_causal")
+    )
+    assert max_relative_error(causal, full) > 1e-3
+
+
+def test_generator_and_seed_draw_the_same_noise(pipe):
+    request = requests()[1]
+    seeded = uniref_fast.edit(pipe, [request], output_type="latent", progress=False)[0]
+    fields = {"seed": None, "generator": torch.Generator().manual_seed(request.seed)}
+    drawn = uniref_fast.edit(pipe, [dataclasses.replace(request, **fields)], output_type="latent", progress=False)[0]
+    assert torch.equal(drawn, seeded)
+
+
+def test_16_bit_grey_is_not_clipped(pipe):
+    import numpy as np
+
+    ramp = np.linspace(0, 65535, 40 * 40).reshape(40, 40)
+    deep, flat = Image.fromarray(ramp.astype(np.uint16)), Image.fromarray((ramp / 256).astype(np.uint8))
+    both = [{"prompt": "x", "seed": 0, "num_inference_steps": 2, "images": [image]} for image in (deep, flat)]
+    a, b = uniref_fast.edit(pipe, both, output_type="pt", progress=False)
+    assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +208,12 @@ def test_budget_sizes_references_jointly(pipe):
         ({"prompt": "x", "images": [picture("red", 20000, 1)]}, ValueError, "too elongated"),
         ({"prompt": "x", "latents": torch.zeros(1, 5, 64), "num_inference_steps": 2}, ValueError, "latents have shape"),
         (5, TypeError, "must be an EditRequest"),
+        ({"prompt": "x", "images": [Image.new("F", (9, 9))]}, ValueError, "mode 'F'"),
+        ({"prompt": "x", "height": "64"}, TypeError, "height must be an int"),
+        ({"prompt": "x", "width": 10**8}, ValueError, "at most 16384"),
+        ({"prompt": "x", "negative_prompt": ["a"]}, TypeError, "negative_prompt must be a text"),
+        ({"prompt": "x", "true_cfg_scale": float("nan")}, ValueError, "finite number"),
+        ({"prompt": "x", "seed": 2**70}, ValueError, "64 bits"),
     ],
 )
 def test_bad_requests(pipe, request_, error, message):
@@ -177,16 +231,57 @@ def test_bad_options(pipe):
         uniref_fast.edit(pipe, requests())
     with pytest.raises(TypeError, match="not supported"):
         uniref_fast.edit(object(), requests())
+    with pytest.raises(TypeError, match="takes a QwenImageEditPlusPipeline"):
+        uniref_fast.edit(pipe.transformer, requests())
 
 
 def test_hooks_that_would_be_skipped_are_refused(pipe):
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.05))
     try:
-        with pytest.raises(ValueError, match="disable the cache"):
+        with pytest.raises(ValueError, match="fbc_leader_block_hook"):
             uniref_fast.edit(pipe, requests()[:1])
     finally:
         pipe.transformer.disable_cache()
     uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2)], progress=False)
+
+
+@pytest.mark.parametrize("place", ["transformer", "block", "attention"])
+def test_forward_hooks_are_refused(pipe, place):
+    block = pipe.transformer.transformer_blocks[1]
+    module = {"transformer": pipe.transformer, "block": block, "attention": block.attn}[place]
+    handle = module.register_forward_hook(lambda module, args, out: None)
+    try:
+        with pytest.raises(ValueError, match="hook"):
+            uniref_fast.edit(pipe, requests()[:1])
+    finally:
+        handle.remove()
+
+
+def test_offloading_by_layer_and_own_processors_are_refused(pipe):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    attn = pipe.transformer.transformer_blocks[1].attn
+    for module in (attn.norm_k, pipe.transformer.transformer_blocks[1]):
+        add_hook_to_module(module, ModelHook())
+        try:
+            with pytest.raises(ValueError, match=r"transformer_blocks\.1.*hooks"):
+                uniref_fast.edit(pipe, requests()[:1])
+        finally:
+            remove_hook_from_module(module)
+    stock = attn.processor
+    attn.set_processor(type("Own", (type(stock),), {})())
+    try:
+        with pytest.raises(ValueError, match="own processor Own"):
+            uniref_fast.edit(pipe, requests()[:1])
+    finally:
+        attn.set_processor(stock)
+
+
+def test_models_are_freed_afterwards(pipe, monkeypatch):
+    freed = []
+    monkeypatch.setattr(type(pipe), "maybe_free_model_hooks", lambda self: freed.append(self))
+    uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2)], progress=False)
+    assert freed == [pipe]
 
 
 def test_one_request_may_be_given_alone():

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout
-from uniref_fast.estimate import transformer_flops
+from uniref_fast.estimate import LivingTensors, _block_peak, transformer_flops
+from uniref_fast.request import geometry
 
 REQUESTS = [
     EditRequest("put the owl left of the rocket", [Image.new("RGB", (60, 40)), Image.new("RGB", (30, 90))],
@@ -58,7 +59,7 @@ def test_vae_operations_match_a_real_run(builtin_pipe):
     # PyTorch's counter knows the math backend of attention, not the fused one for CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vae.encode(torch.zeros(1, 3, 1, 64, 96))
-    request = EditRequest("x", [(96, 64)], num_inference_steps=1)
+    request = EditRequest("x", [(96, 64)], num_inference_steps=2)
     stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request], budget=96 * 64).stages}
     assert stages["VAE encode"].flops == counter.get_total_flops()
 
@@ -67,9 +68,68 @@ def test_text_encoder_operations_match_a_real_run(builtin_pipe):
     """Within a fifth: biases, windowed vision attention and patch merging are not modelled."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         builtin_pipe.encode_prompt(prompt="put the owl left of the rocket", image=None, device="cpu")
-    request = EditRequest("put the owl left of the rocket", num_inference_steps=1)
+    request = EditRequest("put the owl left of the rocket", num_inference_steps=2)
     stage = uniref_fast.estimate(builtin_pipe, [request]).stages[0]
     assert 0.8 < stage.flops / counter.get_total_flops() < 1.25
+
+
+def test_text_encoder_with_images(builtin_pipe):
+    """The vision tower counts: against a real run with three pictures."""
+    images = [Image.new("RGB", (60, 40), c) for c in ("red", "green", "blue")]
+    request = EditRequest("x", images, num_inference_steps=2)
+    sizes = geometry(builtin_pipe, request)
+    condition = [
+        builtin_pipe.image_processor.resize(i, h, w) for i, (w, h) in zip(images, sizes.condition_sizes, strict=True)
+    ]
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        LivingTensors() as memory,
+    ):
+        builtin_pipe.encode_prompt(prompt="x", image=condition, device="cpu")
+    stage = uniref_fast.estimate(builtin_pipe, [request]).stages[0]
+    assert 0.75 < stage.flops / counter.get_total_flops() < 1.25
+    assert 0.5 < stage.activation_bytes / memory.peak < 2
+
+
+def test_living_tensors_are_counted():
+    outside = torch.zeros(2000, 2)
+    with LivingTensors() as memory:
+        a = torch.ones(1000)
+        b = a + 1
+        view = b[10:]
+        del a
+        c = torch.ones(500)
+        outside.t().add_(1)
+        del view, c
+    assert memory.peak == 8000 and memory.living == b.nbytes
+
+
+def test_activation_memory_is_near_what_lives(builtin_pipe):
+    """Tensors alive at once in a real run on the CPU."""
+    vae, transformer = builtin_pipe.vae, builtin_pipe.transformer
+    request = EditRequest("x", [(128, 128)], num_inference_steps=2, height=128, width=128)
+    stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request]).stages}
+    with torch.no_grad(), LivingTensors() as memory:
+        vae.encode(torch.zeros(1, 3, 1, 128, 128))
+    assert 0.8 < stages["VAE encode"].activation_bytes / memory.peak < 1.25
+    with torch.no_grad(), LivingTensors() as memory:
+        vae.decode(torch.zeros(1, 16, 1, 16, 16))
+    assert 0.8 < stages["VAE decode"].activation_bytes / memory.peak < 1.25
+    layout = SelfLayout.qwen([Sample(64, (1, 24, 24), ((1, 16, 16),))], zero_cond_t=True)
+    config = transformer.config
+    args = torch.zeros(layout.image_length, 64), torch.zeros(64, config.joint_attention_dim), torch.rand(1)
+    with torch.no_grad(), LivingTensors() as memory:
+        uniref_fast.PackedQwenImage(transformer)(*args, layout)
+    assert 0.8 < _block_peak(transformer, layout.joint_length) / memory.peak < 1.25
+
+
+def test_max_tokens_bounds_the_activations(builtin_pipe):
+    whole, split = (uniref_fast.estimate(builtin_pipe, REQUESTS * 4, max_tokens=n) for n in (None, 700))
+    assert split.stages[2].activation_bytes < whole.stages[2].activation_bytes and split.flops == whole.flops
+    with pytest.raises(ValueError, match="max_tokens"):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, max_tokens=0)
 
 
 def test_grows_as_the_request_does(builtin_pipe):

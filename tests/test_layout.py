@@ -120,6 +120,25 @@ def test_cached_tensors_made_in_inference_mode_still_train():
     assert not cos.is_inference()
 
 
+def test_lists_are_taken_for_tuples():
+    assert Sample([(3, True)], [1, 2, 2], [[1, 1, 1]]) == Sample(((3, True),), (1, 2, 2), ((1, 1, 1),))
+
+
+def test_device_tensors_go_with_their_layout():
+    """A server sees ever new lengths; what was derived from old layouts must not stay."""
+    import gc
+    import weakref
+
+    layout = SelfLayout.qwen([Sample(3, (1, 2, 2))])
+    tensor = weakref.ref(layout.rotary((8, 28, 28), "cpu")[0])
+    assert layout.rotary((8, 28, 28), "cpu")[0] is tensor()
+    del layout
+    for text in range(20):
+        SelfLayout.qwen([Sample(text, (1, 5, 5))])
+    gc.collect()
+    assert tensor() is None
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

@@ -8,7 +8,7 @@ from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
 import uniref_fast
-from uniref_fast.models.qwen_image_patch import SELF_CHECK_TOLERANCE
+from uniref_fast.models.qwen_image_patch import SELF_CHECK_TOLERANCE, PatchedBlock
 from uniref_fast.testing import assert_within_budget, max_relative_error
 
 GRIDS = [(1, 4, 6), (1, 3, 5), (1, 1, 7)]
@@ -107,6 +107,28 @@ def test_report_is_readable(make_transformer):
     assert "not run yet" in str(report)
     run(model)
     assert "max relative error" in str(report) and "reference when patched (asked for)" in str(report)
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e3])
+def test_self_check_sees_a_wrong_image_stream(make_transformer, monkeypatch, value):
+    """NaN and wrong numbers in the second output of one block, and only there."""
+    fused = PatchedBlock._fused
+
+    def wrong(self, *args):
+        text, image = fused(self, *args)
+        return (text, image + value) if self.site.name.endswith(".1") else (text, image)
+
+    monkeypatch.setattr(PatchedBlock, "_fused", wrong)
+    model = make_transformer()
+    original = run(model)
+    uniref_fast.patch(model)
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.1 differs"):
+        run(model)
+    uniref_fast.unpatch(model)
+    report = uniref_fast.patch(model, strict=False)
+    assert max_relative_error(run(model), original) < 1e-4
+    assert [s.name for s in report.sites if s.disabled] == ["transformer_blocks.1"]
+    assert sum(report.fallbacks.values()) == 1 and report.calls.total() == 5, "a rejected result is no accelerated call"
 
 
 def test_failed_self_check(make_transformer, monkeypatch):
@@ -255,14 +277,232 @@ def test_gradient_checkpointing_and_training(make_transformer):
     assert not report.calls and any("gradients are enabled" in reason for reason in report.fallbacks)
 
 
-@order
-def test_controlnet_residuals(make_transformer, patch_first):
+def test_controlnet_residuals(make_transformer):
     model, stock = make_transformer(True), make_transformer(True)
     residuals = [torch.randn(1, TOKENS, 128)]
     uniref_fast.patch(model)
     with torch.no_grad():
         expected = stock(**inputs(), controlnet_block_samples=residuals)[0]
         assert max_relative_error(model(**inputs(), controlnet_block_samples=residuals)[0], expected) < 1e-4
+
+
+def test_float16_overflow_is_clipped_as_in_diffusers(make_transformer):
+    """A residual stream driven over float16's range; the packed model too."""
+    from uniref_fast import PackedQwenImage, Sample, SelfLayout
+
+    model = make_transformer(True, dtype=torch.float16)
+    for block in model.transformer_blocks:
+        for mlp in (block.img_mlp, block.txt_mlp):
+            mlp.net[2].bias.data.fill_(60000)
+        for mod in (block.img_mod, block.txt_mod):
+            mod[1].weight.data[-128:].zero_()
+            mod[1].bias.data[-128:].fill_(1.0)  # the second gate: each block adds 60000
+    arguments = inputs(torch.float16)
+    with torch.no_grad():
+        expected = model(**arguments)[0]
+        layout = SelfLayout.qwen([Sample(7, GRIDS[0], tuple(GRIDS[1:]))], zero_cond_t=True)
+        streams = (arguments[name][0] for name in ("hidden_states", "encoder_hidden_states"))
+        packed = PackedQwenImage(model, impl="reference")(*streams, arguments["timestep"], layout)
+        uniref_fast.patch(model, impl="reference")
+        patched = model(**arguments)[0]
+    assert expected.isfinite().all() and max_relative_error(patched, expected) < 5e-3
+    assert max_relative_error(packed, expected[0, :24]) < 5e-3
+
+
+def test_without_a_fused_implementation_the_original_runs(make_transformer):
+    """float16 on a CPU: the plain reference would be slower than diffusers, so it is not used unasked."""
+    stock, model = make_transformer(True, dtype=torch.float16), make_transformer(True, dtype=torch.float16)
+    report = uniref_fast.patch(model)
+    assert torch.equal(run(model, dtype=torch.float16), run(stock, dtype=torch.float16))
+    assert not report.calls and any("no fused implementation" in reason for reason in report.fallbacks)
+
+
+def test_changing_the_dtype_after_patching(make_transformer):
+    """The report counts what really served each call."""
+    model = make_transformer(True)
+    report = uniref_fast.patch(model, impl="native")
+    run(model)
+    first = report.calls.total()
+    model.to(torch.float16)
+    run(model, dtype=torch.float16)
+    assert report.calls == {"native": first} and any("float32 and bfloat16" in r for r in report.fallbacks)
+
+
+def test_head_dimensions_that_kernels_do_not_take(make_transformer):
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    shape = {"attention_head_dim": 20, "axes_dims_rope": (4, 8, 8), "num_attention_heads": 2, "joint_attention_dim": 48}
+    model = QwenImageTransformer2DModel(in_channels=64, out_channels=16, num_layers=1, **shape).eval()
+    expected = run(model)
+    report = uniref_fast.patch(model)
+    assert torch.equal(run(model), expected) and any("multiples of 8" in reason for reason in report.fallbacks)
+
+
+def test_one_timestep_for_a_batch_runs_the_original(make_transformer):
+    """diffusers broadcasts a [1] timestep; the fused ops have a row a sample and would read past the table."""
+    stock, model = make_transformer(True), make_transformer(True)
+    report = uniref_fast.patch(model)
+    arguments = inputs(batch=2) | {"timestep": torch.tensor([0.7])}
+    with torch.no_grad():
+        expected = stock(**arguments)[0]
+        assert max_relative_error(model(**arguments)[0], expected) < 1e-4
+    assert any("timestep embeddings for a batch of 2" in reason for reason in report.fallbacks)
+
+
+def test_outputs_in_another_dtype_run_the_original(make_transformer):
+    stock, model = make_transformer(True), make_transformer(True)
+    report = uniref_fast.patch(model)
+    for m in (stock, model):
+        m.transformer_blocks[0].attn.to_out[0].register_forward_hook(lambda module, args, out: out.bfloat16())
+        m.transformer_blocks[1].img_mlp.register_forward_hook(lambda module, args, out: out.bfloat16())
+    assert max_relative_error(run(model), run(stock)) < 1e-4
+    assert sum("returned" in reason for reason in report.fallbacks) == 2
+
+
+@pytest.mark.parametrize("cause", ["gradients", "backend", "processor"])
+def test_other_visibilities_never_fall_back_to_full_attention(make_transformer, cause):
+    model = make_transformer(True)
+    if cause == "processor":
+        model.transformer_blocks[1].attn.set_processor(type("Own", (QwenDoubleStreamAttnProcessor2_0,), {})())
+        with pytest.raises(ValueError, match="has its own Own"):
+            uniref_fast.patch(model, visibility="reference_causal")
+        return
+    uniref_fast.patch(model, visibility="reference_causal")
+    if cause == "backend":
+        model.transformer_blocks[0].attn.processor._attention_backend = "native"
+    with torch.set_grad_enabled(cause == "gradients"), pytest.raises(RuntimeError, match="would attend fully"):
+        model(**inputs())
+
+
+def test_batched_shapes_under_another_visibility(make_transformer):
+    """Every row of a batch has its own references."""
+    model = make_transformer(True)
+    uniref_fast.patch(model, visibility="reference_causal")
+    state = model._uniref_fast
+    state.calls.img_shapes = [GRIDS, [GRIDS[0], GRIDS[2]]]
+    assert state._grids(1, 0) == (GRIDS[0], (GRIDS[2],)) and state._grids(0, 0) == (GRIDS[0], tuple(GRIDS[1:]))
+
+
+def test_process_wide_attention_backend(make_transformer):
+    from diffusers.models.attention_dispatch import attention_backend
+
+    stock, model = make_transformer(True), make_transformer(True)
+    report = uniref_fast.patch(model)
+    with attention_backend("_native_math"):
+        assert max_relative_error(run(model), run(stock)) < 1e-4
+    assert any("'_native_math' is active" in reason for reason in report.fallbacks)
+
+
+def test_remembered_context_is_keyed_by_mask_and_frequencies(make_transformer):
+    model = make_transformer(True)
+    uniref_fast.patch(model)
+    state = model._uniref_fast
+    hidden, freqs = torch.zeros(1, 5, 128), (torch.polar(torch.ones(5, 16), torch.rand(5, 16)), torch.ones(3, 16) + 0j)
+    other = (freqs[0] * 1j, freqs[1])
+    mask = torch.tensor([[True, True, False]])
+    first = state.context(hidden, 3, None, freqs)
+    assert state.context(hidden, 3, None, freqs) is first
+    masked = state.context(hidden, 3, mask, freqs)
+    assert masked.layout != first.layout
+    assert not torch.equal(state.context(hidden, 3, mask, other).rotary[0], masked.rotary[0])
+
+
+def test_modulation_rows_follow_the_index(make_transformer):
+    """Calls of equal length that split it differently into target and references."""
+    stock, model = make_transformer(True), make_transformer(True)
+    uniref_fast.patch(model)
+    for target in (4, 2, 4):
+        shapes = [(1, target, 6), (1, 1, TOKENS - 6 * target)]
+        arguments = inputs() | {"img_shapes": [shapes]}
+        with torch.no_grad():
+            assert max_relative_error(model(**arguments)[0], stock(**arguments)[0]) < 1e-4
+
+
+def test_threads_have_calls_of_their_own():
+    from concurrent.futures import ThreadPoolExecutor
+
+    from uniref_fast.patch import _Calls
+
+    calls = _Calls()
+    calls.context = calls.rows = "mine"
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: (calls.context, calls.rows)).result() == (None, None)
+
+
+def test_norms_that_are_offloaded():
+    from types import SimpleNamespace
+
+    from uniref_fast.models.qwen_image_patch import offloaded_norm
+
+    def attention(norm):
+        return SimpleNamespace(norm_q=norm, norm_k=None, norm_added_q=None, norm_added_k=None)
+
+    cpu, norm = torch.device("cpu"), torch.nn.RMSNorm(4)
+    assert offloaded_norm(attention(norm), cpu) is None
+    assert "on meta" in offloaded_norm(attention(torch.nn.RMSNorm(4, device="meta")), cpu)
+    assert offloaded_norm(attention(torch.nn.RMSNorm(4, device="meta")), None) is None
+    norm._hf_hook = object()
+    assert "hooks of their own" in offloaded_norm(attention(norm), cpu)
+
+
+def test_every_order_of_patch_accelerate_and_cache_can_be_undone(make_transformer):
+    """Hooks under and over the patch, put on and taken off in every nested order."""
+    import itertools
+
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    expected = run(make_transformer(True))
+    for names in itertools.permutations(("patch", "accelerate", "cache")):
+        model, hook = make_transformer(True), Counting()
+
+        def put_on(name, model=model, hook=hook):
+            if name == "patch":
+                uniref_fast.patch(model)
+            elif name == "cache":
+                model.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+            else:
+                for block in model.transformer_blocks:
+                    add_hook_to_module(block, hook)
+
+        def take_off(name, model=model):
+            if name == "patch":
+                uniref_fast.unpatch(model)
+            elif name == "cache":
+                model.disable_cache()
+            else:
+                for block in model.transformer_blocks:
+                    remove_hook_from_module(block)
+
+        for name in names:
+            put_on(name)
+        with model.cache_context("cond"):
+            assert max_relative_error(run(model), expected) < 1e-4, names
+        assert hook.calls == 3, f"{names}: accelerate's hook ran {hook.calls} times"
+        for name in reversed(names):
+            take_off(name)
+        assert torch.equal(run(model), expected), names
+        assert all("fused" not in repr(vars(b).get("forward")) for b in model.transformer_blocks), names
+        assert not any(isinstance(getattr(b.forward, "__self__", None), PatchedBlock) for b in model.transformer_blocks)
+
+
+def test_unpatch_refuses_when_the_forward_was_wrapped(make_transformer):
+    model = make_transformer()
+    uniref_fast.patch(model)
+    block = model.transformer_blocks[1]
+    ours = block.forward
+    block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.1\.forward was wrapped"):
+        uniref_fast.unpatch(model)
+    block.forward = ours
+    assert uniref_fast.unpatch(model) and torch.equal(run(model), run(make_transformer()))
 
 
 @order
@@ -272,7 +512,7 @@ def test_leaf_level_group_offload(make_transformer, patch_first):
             onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
         )
 
-    assert_patched_equals_stock(prepare, make_transformer, patch_first=patch_first)
+    assert_patched_equals_stock(prepare, make_transformer, patch_first=patch_first, fallback="hooks of their own")
 
 
 @order

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import platform
@@ -36,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, TypeError) as error:
         print(f"uniref-fast {args.command}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"uniref-fast {args.command}: {error}", file=sys.stderr)
+    except (OSError, ImportError, RuntimeError) as error:  # disk, missing packages, out of memory
+        print(f"uniref-fast {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -230,7 +231,7 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
         "true_cfg_scale": args.guidance,
         "height": args.height,
         "width": args.width,
-        "num_inference_steps": args.steps or (8 if args.model == "builtin" else 50),
+        "num_inference_steps": (8 if args.model == "builtin" else 50) if args.steps is None else args.steps,
     }
 
 
@@ -258,7 +259,7 @@ def _open_image(path: str) -> Any:
 
 def _parse_size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise UsageError(f"--size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
     return int(width), int(height)
 
@@ -296,6 +297,8 @@ def _check_device(device: str) -> None:
         kind = torch.device(device).type
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if kind not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
 
@@ -336,12 +339,14 @@ def _model_errors(name: str) -> Iterator[None]:
 
 def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
     """safetensors only: weights of a stranger are never unpickled."""
-    status = Path(name) / "uniref_fast.json"
-    if status.is_file():  # a folder of the built-in model: its processor needs no torchvision
-        from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
+    from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline
 
+    if (Path(name) / "uniref_fast.json").is_file():  # a folder of the built-in model
         pipeline_class = SmallQwenImageEditPlusPipeline
-    return pipeline_class.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    options = {}
+    if importlib.util.find_spec("torchvision") is None:  # which transformers' own processor needs, for its videos
+        options["processor"] = BuiltinProcessor.from_pretrained(name, subfolder="processor")
+    return pipeline_class.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
 
 
 def _cpu_name() -> str:

@@ -261,7 +261,8 @@ def _refuse_hooks(transformer: Any, device: torch.device) -> None:
             raise ValueError(f"{where}.attn has its own processor {processor}, which a packed loop would skip")
         if block.attn.processor._parallel_config is not None:
             raise ValueError("context parallel splits sequences over ranks; a packed loop needs the whole sequence")
-        if not hasattr(transformer, "_hf_hook") and (reason := offloaded_norm(block.attn, device)):
+        moved = hasattr(transformer, "_hf_hook")  # whole-model offloading: on the device when the loop starts
+        if reason := offloaded_norm(block.attn, None if moved else device):
             raise ValueError(
                 f"{where}: {reason}; a packed loop reads their weights, so offload by whole models instead"
             )

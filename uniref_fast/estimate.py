@@ -1,20 +1,23 @@
 """`estimate(pipe, requests)`: tokens, floating point operations and memory of an edit, before it runs.
 
-Operations count multiply and add as two; they are exact for the transformer and the VAE (`torch.utils.flop_counter`
-on the meta device for the VAE) and leave out what is not a matrix product or convolution. Activation memory is the
-peak of the stage's largest step, an estimate; weights are what the modules hold.
+Operations count multiply and add as two; they are exact for the transformer and the VAE (run on the meta device) and
+leave out what is not a matrix product or convolution. Activation memory is the peak of the stage's living tensors,
+without workspaces of convolution and matmul libraries and without what the allocator keeps back.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from uniref_fast import builtin
 from uniref_fast.layout import SelfLayout
@@ -133,7 +136,11 @@ def estimate(
     if isinstance(pipe, (str, os.PathLike)):
         pipe = skeleton(pipe)
     transformer = find_transformer(pipe)
-    requests = validated(requests, sizes_only=True)
+    if not hasattr(pipe, "text_encoder"):
+        raise TypeError(f"estimate() takes a QwenImageEditPlusPipeline, got {type(pipe).__name__}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    requests = validated(requests, pipe, sizes_only=True)
     sizes = [geometry(pipe, request, budget) for request in requests]
     texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
     rows = [(size.sample(text), request.num_inference_steps)
@@ -145,17 +152,19 @@ def estimate(
         counts = transformer_flops(transformer.config, alone, visibility)
         linear += counts[0] * steps
         attention += counts[1] * steps
-    largest = max(SelfLayout.qwen([sample]).joint_length for sample, _ in rows)
+    largest = max(sample.length for sample, _ in rows)
     packed = layout.joint_length if max_tokens is None else max(min(layout.joint_length, max_tokens), largest)
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
     text_flops, text_peak = _text_encoder(pipe, requests, sizes, texts)
     vae_bytes = _weight_bytes(pipe.vae)
+    encode_flops, encode_peak = _vae(pipe, pixels, "encode")
+    decode_flops, decode_peak = _vae(pipe, results, "decode")
     stages = (
         Stage("text encoder", text_flops, _weight_bytes(pipe.text_encoder), text_peak),
-        Stage("VAE encode", _vae_flops(pipe, pixels, "encode"), vae_bytes, _vae_peak(pipe, pixels)),
+        Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
         Stage("transformer", linear + attention, _weight_bytes(transformer), _block_peak(transformer, packed)),
-        Stage("VAE decode", _vae_flops(pipe, results, "decode"), vae_bytes, _vae_peak(pipe, results)),
+        Stage("VAE decode", decode_flops, vae_bytes, decode_peak),
     )
     tokens = {"text": layout.text_length}
     tokens["target"] = sum(s.length for s in layout.targets)
@@ -182,8 +191,8 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
         if not (isinstance(spec, (list, tuple)) and len(spec) == 2 and spec[0] in ("diffusers", "transformers")):
             continue
         part_class = getattr(importlib.import_module(spec[0]), spec[1])
-        if spec[1] == "Qwen2VLProcessor" and os.path.isfile(os.path.join(name, "uniref_fast.json")):
-            part_class = builtin.BuiltinProcessor  # a folder of the built-in model needs no torchvision
+        if spec[1] == "Qwen2VLProcessor" and importlib.util.find_spec("torchvision") is None:
+            part_class = builtin.BuiltinProcessor  # transformers' own needs torchvision, for its videos
         if not issubclass(part_class, torch.nn.Module):
             parts[part] = part_class.from_pretrained(name, subfolder=part)
             continue
@@ -256,40 +265,72 @@ def _text_encoder(pipe: Any, requests: list, sizes: list[Geometry], texts: list[
     return flops, peak
 
 
-def _vae_flops(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> int:
+def _vae(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tuple[int, int]:
+    """Operations of all images together, and the peak of the largest."""
     config = tuple(sorted((k, _hashable(v)) for k, v in pipe.vae.config.items() if not k.startswith("_")))
     vae_class: Any = type(pipe.vae)
-    return sum(_vae_image_flops(vae_class, config, size, direction) for size in sizes)
+    dtype = next(pipe.vae.parameters()).dtype
+    counts = [_vae_image(vae_class, config, dtype, size, direction) for size in sizes]
+    return sum(flops for flops, _ in counts), max((peak for _, peak in counts), default=0)
 
 
 @functools.lru_cache(maxsize=256)
-def _vae_image_flops(vae_class: Any, config: tuple, size: tuple[int, int], direction: str) -> Any:
-    """Counted on a copy without memory: same architecture, meta device."""
+def _vae_image(
+    vae_class: Any, config: tuple, dtype: torch.dtype, size: tuple[int, int], direction: str
+) -> tuple[int, int]:
+    """Operations and peak of living tensors, on a copy without memory: same architecture, meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad():
         vae = vae_class(**{k: list(v) if isinstance(v, tuple) else v for k, v in config})
+        torch.nn.Module.to(vae, dtype)
         factor = 2 ** len(vae.temperal_downsample)
         width, height = size
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, LivingTensors() as memory:
             if direction == "encode":
-                vae.encode(torch.empty(1, 3, 1, height, width))
+                vae.encode(torch.empty(1, 3, 1, height, width, dtype=dtype))
             else:
-                vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor))
-    return counter.get_total_flops()
+                vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor, dtype=dtype))
+    return counter.get_total_flops(), memory.peak
 
 
-def _vae_peak(pipe: Any, sizes: Sequence[tuple[int, int]]) -> int:
-    """The full-resolution convolutions dominate: input, padded copy, output and residual of `base_dim` channels."""
-    element = next(pipe.vae.parameters()).element_size()
-    return max((4 * pipe.vae.config.base_dim * w * h * element for w, h in sizes), default=0)
+class LivingTensors(TorchDispatchMode):
+    """Counts the bytes of tensors made within it that are alive at once; `peak` is the most. Works on meta tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            # A view of something from outside, a weight for example, is nothing new.
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        self.living += size
+        self.peak = max(self.peak, self.living)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.living -= size
 
 
 def _block_peak(transformer: Any, tokens: int) -> int:
-    """A feed-forward: the residual stream, its normed copy, and the 4x hidden layer before and after GELU."""
+    """In a feed-forward: the residual stream before and after attention, the attention branch, the normed input, its
+    copy in the other stream's turn, and the 4x hidden layer before and after GELU."""
     config = transformer.config
     width = config.num_attention_heads * config.attention_head_dim
-    return tokens * width * (1 + 1 + 4 + 4) * next(transformer.parameters()).element_size()
+    return tokens * width * 14 * next(transformer.parameters()).element_size()
 
 
 def _weight_bytes(module: torch.nn.Module) -> int:

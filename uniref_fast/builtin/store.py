@@ -152,9 +152,9 @@ def _remove(folder: Path) -> None:
 def _status(folder: Path) -> str:
     try:
         content = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # somebody's own file of that name, perhaps
         return "trained"
-    return content["weights"]
+    return content.get("weights", "trained")
 
 
 @contextlib.contextmanager

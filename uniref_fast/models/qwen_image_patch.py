@@ -172,16 +172,19 @@ class PatchedAttention:
         return offloaded_norm(attn, image.device)
 
 
-def offloaded_norm(attn: Any, device: torch.device) -> str | None:
-    """Why the QK norm weights cannot be read, or None: hooks may hold them elsewhere until the norm is called."""
+def offloaded_norm(attn: Any, device: torch.device | None) -> str | None:
+    """Why the QK norm weights cannot be read on a device, or None: hooks may hold them elsewhere between calls.
+
+    Without a device only the hooks count: the whole model may still be moved.
+    """
     for norm in (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):
         if norm is None:
             continue
         registry = getattr(norm, "_diffusers_hook", None)
         if hasattr(norm, "_hf_hook") or (registry is not None and registry.hooks):
             return "the QK norms have hooks of their own (offloaded by layer)"
-        if norm.weight is None or norm.weight.device != device:
-            return f"a QK norm has no weight on {device}"
+        if device is not None and norm.weight.device != device:
+            return f"a QK norm has its weight on {norm.weight.device}, not {device}"
     return None
 
 

@@ -105,7 +105,7 @@ def _check(x: Tensor, rows: Tensor | None, **others: Tensor) -> None:
     count = next(iter(tables.values())).shape[0]
     for name, other in others.items():
         expected = x.shape if name == "y" else (count, x.shape[1])
-        if other.shape != expected or not count:
+        if other.shape != expected or not (count or name == "y"):
             raise ValueError(
                 f"{name} has shape {list(other.shape)}, expected {'[N, C]' if name == 'y' else '[R, C], one R >= 1'} "
                 f"for x of {list(x.shape)}"
