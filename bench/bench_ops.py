@@ -26,7 +26,7 @@ def measure(timed, benchmark, whose, eager, ours, group, dtype, moved):
     assert all(max_relative_error(x, y) < TOLERANCE[dtype] for x, y in pairs)
     benchmark.group = group
     benchmark.extra_info["bytes"] = moved
-    timed({"eager": eager, "ours": ours}[whose])
+    timed({"eager": eager, "ours": ours}[whose], eager)
 
 
 @dtypes
@@ -95,7 +95,8 @@ def test_segment_attention(benchmark, timed, device, dtype, whose, case, heads=4
     q, k, v = (torch.randn(layout.joint_length, heads, dim, device=device).to(dtype) for _ in range(3))
 
     def eager():
-        parts = [(x[start:end].transpose(0, 1)[None] for x in (q, k, v)) for start, end in compiled.ranges]
+        spans = [slice(*span) for span in compiled.ranges]
+        parts = [[x[span].transpose(0, 1)[None] for x in (q, k, v)] for span in spans]
         return torch.cat([F.scaled_dot_product_attention(*p)[0].transpose(0, 1) for p in parts])
 
     benchmark.extra_info["flops"] = 4 * compiled.area * heads * dim

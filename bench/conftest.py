@@ -1,6 +1,8 @@
 """Benchmarks compare side by side: a group is one question, its members answer it on the same inputs in one run."""
 
 import platform
+import statistics
+import time
 
 import pytest
 import torch
@@ -20,16 +22,22 @@ def device():
 
 @pytest.fixture
 def timed(benchmark, device):
-    """Time a call of no arguments, the GPU's work included, after one untimed call."""
+    """Time a call of no arguments against its baseline, in turns; the ratio of medians goes to `extra_info`."""
 
-    def run(call, rounds=7):
-        def wait():
-            result = call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return result
+    def seconds(call):
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
+    def run(call, baseline, rounds=9):
         with torch.no_grad():
-            return benchmark.pedantic(wait, rounds=rounds, warmup_rounds=2)
+            for warm_up in (baseline, call):
+                warm_up()
+            pairs = [(seconds(baseline), seconds(call)) for _ in range(rounds)]
+            theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+            benchmark.extra_info["ratio"] = theirs / ours
+            benchmark.pedantic(lambda: seconds(call), rounds=rounds)
 
     return run

@@ -3,8 +3,8 @@
     pytest bench --benchmark-only --benchmark-json=/tmp/raw.json
     python bench/report.py /tmp/raw.json --what ops --out bench/results
 
-The first member of a group is the baseline; a ratio is its median time over another member's. Only what is needed to
-judge the figures is kept: device, versions, threads, commit, date; nothing else about the machine.
+The first member of a group is the baseline; a ratio is its median time over a member's, the two run in turns. Only
+what is needed to judge the figures is kept: device, versions, threads, commit, date; nothing else about the machine.
 """
 
 import argparse
@@ -21,11 +21,9 @@ def condense(raw: dict) -> dict:
         params = item.get("params") or {}
         member = str(params.get("whose") or params.get("which") or item["name"])
         stats = item["stats"]
-        row = {"member": member, "median_s": stats["median"], "min_s": stats["min"], "rounds": stats["rounds"]}
-        groups.setdefault(item["group"] or item["name"], []).append(row | {"info": item.get("extra_info", {})})
-    for rows in groups.values():
-        for row in rows:
-            row["ratio"] = rows[0]["median_s"] / row["median_s"]
+        info = item["extra_info"]
+        row = {"member": member, "ratio": info.pop("ratio"), "median_s": stats["median"], "rounds": stats["rounds"]}
+        groups.setdefault(item["group"], []).append(row | info)
     gpu = machine["device"] if machine.get("cuda") else None
     return {
         "date": raw["datetime"][:10],

@@ -88,8 +88,9 @@ def _refusal(owner: Owner, site: Site, head_dim: int, *tensors: Tensor) -> str |
         return f"{first.dtype} is not one of float32, float16, bfloat16"
     if owner.impl is not None:
         return ops.unavailable(owner.impl, first, head_dim)
-    chosen, why = ops.explain(first, head_dim)
-    return f"no fused implementation here: {why}" if chosen == "reference" else None
+    if ops.choose(None, first, head_dim) == "reference":
+        return f"no fused implementation here: {ops.explain(first, head_dim)[1]}"
+    return None
 
 
 # ---- layer 1: the attention processor ----

@@ -61,7 +61,8 @@ def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) ->
 def choose(impl: str | None, tensor: torch.Tensor, head_dim: int | None = None) -> str:
     """Resolve `impl`: an explicit choice is checked, None picks the fastest that can take the tensor."""
     if impl is None:
-        return explain(tensor, head_dim)[0]
+        first = _first(tensor)
+        return first if unavailable(first, tensor, head_dim) is None else "reference"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLEMENTATIONS)}")
     if why := unavailable(impl, tensor, head_dim):
@@ -69,9 +70,13 @@ def choose(impl: str | None, tensor: torch.Tensor, head_dim: int | None = None) 
     return impl
 
 
+def _first(tensor: torch.Tensor) -> str:
+    return "triton" if tensor.device.type == "cuda" else "native"
+
+
 def explain(tensor: torch.Tensor, head_dim: int | None = None) -> tuple[str, str]:
     """The implementation picked for a tensor, and the reason in words."""
-    first = "triton" if tensor.device.type == "cuda" else "native"
+    first = _first(tensor)
     why = unavailable(first, tensor, head_dim)
     if why is None:
         return first, f"{tensor.device.type} tensor" + (f"; {native.reason()}" if first == "native" else "")
