@@ -4,7 +4,6 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= $(or $(OUT),bench/results)
-DEVICE ?= $(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr "A-Z " "a-z-")
 
 .PHONY: demo test bench lint kernels gpu clean
 
@@ -14,8 +13,10 @@ demo: $(STAMP)  ## stock against patched pipeline on a composed scene: out/demo.
 test: $(STAMP)  ## the whole suite, on two workers
 	$(BIN)/python -m pytest -n 2
 
-bench: $(STAMP)  ## every benchmark of this machine, side by side
-	$(BIN)/python -m pytest bench --benchmark-only
+bench: $(STAMP)  ## every benchmark of this machine, side by side: table, and JSON in $(RESULTS)
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(BIN)/python bench/report.py build/bench.json --what bench --out $(RESULTS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -25,8 +26,9 @@ kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and c
 
 gpu:  ## on a machine with a CUDA device and the package installed: the gpu suite, then the benches
 	$(PYTHON) -m pytest -m gpu
-	mkdir -p $(RESULTS)
-	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=$(RESULTS)/$$(date +%F)-$(DEVICE)-bench.json
+	mkdir -p build
+	$(PYTHON) -m pytest bench --benchmark-only --benchmark-json=build/bench.json
+	$(PYTHON) bench/report.py build/bench.json --what bench --out $(RESULTS)
 
 # torch first: so that no other package's dependency picks another build of it
 $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
