@@ -343,6 +343,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
 
     if (Path(name) / "uniref_fast.json").is_file():  # a folder of the built-in model
         pipeline_class = SmallQwenImageEditPlusPipeline
+    pipeline_class.load_config(name)  # first, so that a name that cannot be had is an error about the whole model
     options = {}
     if importlib.util.find_spec("torchvision") is None:  # which transformers' own processor needs, for its videos
         options["processor"] = BuiltinProcessor.from_pretrained(name, subfolder="processor")

@@ -5,13 +5,13 @@ has no videos, so this one needs Pillow only; it writes and reads the files that
 """
 
 import json
-import os
 from pathlib import Path
 
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 IMAGE_CONFIG = "preprocessor_config.json"
+HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 VIDEO_CONFIG = "video_preprocessor_config.json"
 
 
@@ -35,11 +35,11 @@ class BuiltinProcessor(Qwen2VLProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """From a local folder; `subfolder` is the only keyword with a meaning, the others are the Hub's."""
-        folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        """From a folder or hub id; of the keywords, those that say where to look are used."""
+        where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         return cls(
-            image_processor=Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True),
-            tokenizer=Qwen2Tokenizer.from_pretrained(folder, local_files_only=True),
+            image_processor=Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **where),
+            tokenizer=Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **where),
         )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
