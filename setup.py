@@ -13,6 +13,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -72,7 +73,7 @@ class BuildNative(build_ext):
             source.write_text("int probe() { return 0; }\n")
             try:
                 self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
-            except Exception:
+            except CompileError:
                 return False
             return True
 

@@ -186,6 +186,13 @@ def test_no_backward_is_an_error_not_a_wrong_gradient():
         out.sum().backward()
 
 
+def test_head_dimensions_are_those_of_the_kernels():
+    from uniref_fast.kernels import segment_attention
+    from uniref_fast.ops import _dispatch
+
+    assert _dispatch.TRITON_HEAD_DIMS == segment_attention.HEAD_DIMS
+
+
 def test_choice_of_implementation():
     half = torch.zeros(1, dtype=torch.float64)
     assert ops.choose(None, half) == "reference"

@@ -225,12 +225,6 @@ class SelfLayout:
         """Rows of the image stream that are targets, by sample, int64 `[N_target]`."""
         return self._cached(_target_rows, torch.device(device))
 
-    def describe(self) -> str:
-        """One line for people: samples, tokens by kind."""
-        count = {kind: sum(s.length for s in self.segments if s.kind is kind) for kind in Kind}
-        parts = ", ".join(f"{n} {kind.name.lower()}" for kind, n in count.items() if n)
-        return f"{self.num_samples} sample{'s' * (self.num_samples != 1)}, {self.joint_length} tokens ({parts})"
-
 
 @functools.lru_cache(maxsize=8)  # few, because device tensors stay with a layout
 def _qwen_layout(samples: tuple[Sample, ...], zero_cond_t: bool, shared_references: bool) -> SelfLayout:

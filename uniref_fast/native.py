@@ -306,12 +306,12 @@ def _check_starts(starts: Sequence[int], lengths: Sequence[int], total: int) -> 
         end = start + length
 
 
-def pack(latents: Sequence[Tensor], starts: Sequence[int], total: int, *, level: str | None = None) -> Tensor:
+def pack(latents: Sequence[Tensor], starts: Sequence[int], total: int) -> Tensor:
     """Latents [C, F, h, w] (h, w even, any strides) -> stream [total, 4 C] of 2x2 patches, channel order (c, dy, dx).
 
     Latent i fills rows starts[i] onwards with its F (h/2) (w/2) tokens, ordered frame, row, column; other rows are 0.
     """
-    library, _ = _library(level)
+    library, _ = _library(None)
     if not latents:
         raise ValueError("pack needs at least one latent")
     if len(starts) != len(latents):
@@ -340,11 +340,9 @@ def unpack(
     starts: Sequence[int],
     grids: Sequence[tuple[int, int, int]],
     channels: int,
-    *,
-    level: str | None = None,
 ) -> list[Tensor]:
     """The inverse of `pack`: stream [total, 4 C] and token grids (F, gh, gw) -> latents [C, F, 2 gh, 2 gw]."""
-    library, _ = _library(level)
+    library, _ = _library(None)
     dtype, (total, _) = _leading("stream", stream, ["N", "4 C"])
     stream = _check("stream", stream, (total, 4 * channels), dtype).contiguous()
     if len(starts) != len(grids):

@@ -52,7 +52,6 @@ class PatchReport:
     model: str
     mode: str
     visibility: str
-    device: str
     implementation: str
     reason: str
     sites: list[Site]
@@ -117,8 +116,7 @@ def patch(
     """
     transformer = find_transformer(pipe_or_transformer)
     if mode != "exact":
-        possible = 'the only mode so far is "exact"'
-        raise ValueError(f"mode={mode!r} is not available; {possible}")
+        raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
     options = (mode, visibility, strict, impl)
     state: _Patch | None = getattr(transformer, _STATE, None)
     if state is not None:
@@ -172,7 +170,6 @@ class _Patch:
             model=type(transformer).__name__,
             mode=mode,
             visibility=visibility if isinstance(visibility, str) else getattr(visibility, "__name__", "custom"),
-            device=str(weight.device),
             implementation=implementation,
             reason=reason,
             sites=[],

@@ -87,11 +87,6 @@ class AttentionPlan:
         )
 
     @functools.cached_property
-    def density(self) -> float:
-        """`area` over the dense rectangle; 1.0 when everything sees everything."""
-        return self.area / max(self.num_queries * self.num_keys, 1)
-
-    @functools.cached_property
     def transpose(self) -> AttentionPlan:
         """The same relation read from the keys: for each key range the query intervals that see it (dK, dV)."""
         cuts = {0, self.num_keys}

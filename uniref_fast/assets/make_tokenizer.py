@@ -10,16 +10,8 @@ import sys
 import unicodedata
 from pathlib import Path
 
-VOCAB_SIZE = 1200  # 256 bytes + merges, without the special tokens
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+from uniref_fast.builtin.components import TOKENS
+
 # diffusers, QwenImageEditPlusPipeline.prompt_template_encode, without the special tokens
 SYSTEM_PROMPT = (
     "system\nDescribe the key features of the input image (color, shape, size, texture, objects, background), then"
@@ -83,7 +75,7 @@ def train(folder: Path) -> None:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=TOKENS,
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -22,7 +22,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-TOKENS = 1200  # of assets/tokenizer, special tokens excluded; they follow
+TOKENS = 1200  # of assets/tokenizer: 256 bytes and merges; the special tokens follow
 VOCAB_SIZE = 1216
 TEXT_DIM = 128
 
