@@ -18,8 +18,18 @@ from setuptools.errors import CompileError
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-# Name, floats in a vector, flags. avx512_on_avx2 is for tests: the 16-lane code in AVX2 instructions.
-LEVELS = [("avx2", 8, AVX2), ("avx512_on_avx2", 16, AVX2), ("avx512", 16, AVX512)]
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+ON_AVX2 = [*AVX2, "-O1"]  # 16-lane code in AVX2 instructions, for tests; better code would take long to compile
+# Source, name, floats in a vector, flags.
+LEVELS = [
+    ("csrc/level.cpp", "avx2", 8, AVX2),
+    ("csrc/level.cpp", "avx512_on_avx2", 16, ON_AVX2),
+    ("csrc/level_pairs.cpp", "avx512bf16_on_avx2", 16, ON_AVX2),
+    ("csrc/level.cpp", "avx512", 16, AVX512),
+    ("csrc/level_pairs.cpp", "avx512bf16", 16, AVX512BF16),
+]
+
+Job = tuple[str, str, int, list[str], list]  # source, level, floats in a vector, flags, macros
 
 
 class BuildNative(build_ext):
@@ -40,15 +50,14 @@ class BuildNative(build_ext):
     def _build(self, ext: Extension) -> None:
         openmp = ["-fopenmp"] if self._compiles(["-fopenmp"]) else []
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        levels = [level for level in LEVELS if x86 and self._compiles(level[2])]
-        have = [("UF_HAVE_AVX2", None)] if ("avx2", 8, AVX2) in levels else []
-        have += [("UF_HAVE_AVX512", None)] if ("avx512", 16, AVX512) in levels else []
-        jobs = [("csrc/level.cpp", name, width, flags, []) for name, width, flags in [*levels, ("generic", 4, [])]]
+        levels = [level for level in LEVELS if x86 and self._compiles(level[3])]
+        have = [(f"UF_HAVE_{level[1].upper()}", None) for level in levels]
+        jobs: list[Job] = [(*level, []) for level in [*levels, ("csrc/level.cpp", "generic", 4, [])]]
         jobs += [("csrc/native.cpp", "", 0, [], have), ("csrc/patches.cpp", "", 0, [], [])]
 
-        def compile_one(job: tuple[str, str, int, list[str], list]) -> list[str]:
+        def compile_one(job: Job) -> list[str]:
             source, level, width, flags, macros = job
-            macros = [*macros, ("UF_LEVEL", level), ("UF_WIDTH", str(width))] if level else macros
+            macros = [("UF_LEVEL", level), ("UF_WIDTH", str(width))] if level else macros
             folder = str(Path(self.build_temp, level or "common"))
             return self.compiler.compile(
                 [source],
@@ -78,8 +87,8 @@ class BuildNative(build_ext):
             return True
 
 
-headers = ["csrc/attention.h", "csrc/kernels.h", "csrc/simd.h", "csrc/token_ops.h"]
-sources = ["csrc/level.cpp", "csrc/native.cpp", "csrc/patches.cpp"]
+headers = sorted(f"csrc/{path.name}" for path in Path(__file__).parent.glob("csrc/*.h"))
+sources = sorted(f"csrc/{path.name}" for path in Path(__file__).parent.glob("csrc/*.cpp"))
 setup(
     ext_modules=[Extension("uniref_fast._native", sources, depends=headers, language="c++", optional=True)],
     cmdclass={"build_ext": BuildNative},

@@ -6,12 +6,11 @@
 //
 // A lane never meets another lane, and key tiles start at interval starts: a query's bits depend on its own q and on
 // its own keys only, whatever shares the pack, the tile or the thread.
+//
+// attention_pairs.h takes the same way with other operands: Q, K, P and V stay bfloat16.
 #pragma once
 
-#include <stdlib.h>
-
-#include "kernels.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace UF_NAMESPACE {
 
@@ -21,29 +20,13 @@ constexpr int NR = 3;
 constexpr int PANEL = NR * W;     // queries in a panel
 constexpr int KEYS = 64;          // keys in a tile: summed in one go, then added to what came before
 constexpr int MAX_QUERIES = 192;  // queries that share one packed tile of K and V; panels and tiles stay in L2
-constexpr int64_t DOT = 32;       // products of a score summed in one go; shorter sums round less
+// Products of a score that are summed in one go: shorter sums round less, which float32 storage is able to show.
+template <class T>
+constexpr int64_t DOT = sizeof(T) == 4 ? 32 : 1 << 30;
 constexpr float LOG2E = 1.4426950408889634f;
 
 // The three inner loops: inlined together they compete for registers, and accumulators spill.
-#define UF_NOINLINE __attribute__((noinline))
-
 UF_INLINE float minus_infinity() { return -__builtin_inff(); }
-
-// A buffer per thread that lives as long as the thread: fresh megabytes per call would cost a page fault per 4 KiB.
-struct Scratch {
-  float* data = nullptr;
-  int64_t size = 0;
-  ~Scratch() { free(data); }
-  float* at_least(int64_t floats) {
-    if (floats > size) {
-      free(data);
-      data = static_cast<float*>(aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
-      size = data ? floats : 0;
-    }
-    return data;
-  }
-};
-static thread_local Scratch scratch;
 
 struct Buffers {
   float *queries, *out, *keys, *values, *scores, *row_max, *row_sum, *rows;
@@ -63,24 +46,11 @@ struct Buffers {
   }
 };
 
-template <class T>
-UF_INLINE const T* row_of(const uf::View& view, int64_t token, int64_t head) {
-  return static_cast<const T*>(view.data) + token * view.token_stride + head * view.head_stride;
-}
-
-// dim is a multiple of 8, W may be 16.
-template <class T>
-UF_INLINE void widen_row(float* to, const T* from, int64_t dim, float factor) {
-  int64_t d = 0;
-  for (; d + W <= dim; d += W) store(to + d, load(from + d) * factor);
-  if (d < dim) store_tail(to + d, load_tail(from + d, dim - d) * factor, dim - d);
-}
-
 // q[panel][d][lane]; lanes past the tile's end are zero. Takes the sign of the scale, so that the largest score stays
 // the largest; its size is left to exponentiate, because scaling q would round every product of the dot twice.
 template <class T>
 void pack_queries(const uf::Attention& a, const uf::QueryTile& tile, int64_t head, const Buffers& b) {
-  const int64_t n = tile.end - tile.begin, padded = (n + PANEL - 1) / PANEL * PANEL;
+  const int64_t n = tile.end - tile.begin, padded = round_up(n, PANEL);
   for (int64_t i = 0; i < padded; i++) {
     float* to = b.queries + i / PANEL * PANEL * a.dim + i % PANEL;
     if (i < n) {
@@ -96,7 +66,7 @@ void pack_queries(const uf::Attention& a, const uf::QueryTile& tile, int64_t hea
 // Four keys at a time, because they fill a cache line of values: one key's pieces lie 2 KiB apart, in one cache set.
 template <class T>
 void pack_keys_values(const uf::Attention& a, int64_t begin, int64_t n, int64_t head, const Buffers& b) {
-  const int64_t dim = a.dim, padded = (n + MR - 1) / MR * MR;
+  const int64_t dim = a.dim, padded = round_up(n, MR);
   for (int64_t i = 0; i < padded; i += 4) {
     for (int64_t r = 0; r < 4; r++) {
       float *key = b.keys + (i + r) * dim, *value = b.rows + r * dim;
@@ -113,13 +83,17 @@ void pack_keys_values(const uf::Attention& a, int64_t begin, int64_t n, int64_t 
   }
 }
 
-// scores[key][lane] of n keys for one panel of V vectors; written up to a multiple of MR keys.
+// The three inner loops are not inlined: together they compete for registers, and accumulators spill.
+
+// scores[key][lane] of n keys for one panel of V vectors, summed `dot` products at a time; written up to a multiple of
+// MR keys.
 template <int V>
-UF_NOINLINE void multiply_keys(const float* queries, const float* keys, float* scores, int64_t n, int64_t dim) {
+UF_NOINLINE void multiply_keys(const float* queries, const float* keys, int64_t key_stride, float* scores,
+                               int64_t score_stride, int64_t n, int64_t dim, int64_t dot) {
   for (int64_t key = 0; key < n; key += MR) {
-    for (int64_t begin = 0; begin < dim; begin += DOT) {
-      const int64_t end = begin + DOT < dim ? begin + DOT : dim;
-      const float* k = keys + key * dim;
+    for (int64_t begin = 0; begin < dim; begin += dot) {
+      const int64_t end = min_of(begin + dot, dim);
+      const float* k = keys + key * key_stride;
       vf acc[MR][V] = {};
       for (int64_t block = begin; block < end; block += 4)
 #pragma GCC unroll 4
@@ -128,25 +102,23 @@ UF_NOINLINE void multiply_keys(const float* queries, const float* keys, float* s
           for (int j = 0; j < V; j++) q[j] = load(queries + d * PANEL + j * W);
 #pragma GCC unroll 8
           for (int i = 0; i < MR; i++)
-            for (int j = 0; j < V; j++) acc[i][j] += k[i * dim + d] * q[j];
+            for (int j = 0; j < V; j++) acc[i][j] += k[i * key_stride + d] * q[j];
         }
-      float* s = scores + key * PANEL;
+      float* s = scores + key * score_stride;
 #pragma GCC unroll 8
       for (int i = 0; i < MR; i++)
         for (int j = 0; j < V; j++) {
-          float* to = s + i * PANEL + j * W;
+          float* to = s + i * score_stride + j * W;
           store(to, begin ? load(to) + acc[i][j] : acc[i][j]);
         }
     }
   }
 }
 
-// scores -> probabilities 2^(factor * (score - max)), max over the row so far; returns alpha, the factor for what was
-// summed before. Subtracting first keeps large scores exact.
+// The row's maximum with n more keys, and alpha, the factor for what was summed under the old one.
 template <int V>
-UF_NOINLINE void exponentiate(float* scores, int64_t n, float factor, float* row_max, float* row_sum, vf* alpha) {
-  const float limit = -100.0f / factor;
-  vf m[V], sum[V] = {};
+UF_INLINE void raise_maximum(const float* scores, int64_t n, float factor, float limit, float* row_max, vf* m,
+                             vf* alpha) {
   for (int j = 0; j < V; j++) m[j] = load(row_max + j * W);
   for (int64_t key = 0; key < n; key++)
     for (int j = 0; j < V; j++) m[j] = max_of(load(scores + key * PANEL + j * W), m[j]);
@@ -154,6 +126,15 @@ UF_NOINLINE void exponentiate(float* scores, int64_t n, float factor, float* row
     alpha[j] = exp2_scaled(load(row_max + j * W) - m[j], factor, limit);
     store(row_max + j * W, m[j]);
   }
+}
+
+// scores -> probabilities 2^(factor * (score - max)), max over the row so far. Subtracting first keeps large scores
+// exact. Zero up to a multiple of MR keys.
+template <int V>
+UF_NOINLINE void exponentiate(float* scores, int64_t n, float factor, float* row_max, float* row_sum, vf* alpha) {
+  const float limit = -100.0f / factor;
+  vf m[V], sum[V] = {};
+  raise_maximum<V>(scores, n, factor, limit, row_max, m, alpha);
   for (int64_t key = 0; key < n; key++)
     for (int j = 0; j < V; j++) {
       float* s = scores + key * PANEL + j * W;
@@ -191,57 +172,66 @@ UF_NOINLINE void multiply_values(const float* values, const float* probabilities
   }
 }
 
-template <int V>
-void attend_panel(const Buffers& b, int64_t panel, int64_t n, int64_t dim, float factor) {
-  vf alpha[V];
-  multiply_keys<V>(b.queries + panel * PANEL * dim, b.keys, b.scores, n, dim);
-  exponentiate<V>(b.scores, n, factor, b.row_max + panel * PANEL, b.row_sum + panel * PANEL, alpha);
-  multiply_values<V>(b.values, b.scores, b.out + panel * PANEL * dim, n, dim, alpha);
-}
+// The operands as float32.
+template <class T>
+struct Wide {
+  static void pack_q(const uf::Attention& a, const uf::QueryTile& tile, int64_t head, const Buffers& b) {
+    pack_queries<T>(a, tile, head, b);
+  }
+  static void pack_kv(const uf::Attention& a, int64_t begin, int64_t n, int64_t head, const Buffers& b) {
+    pack_keys_values<T>(a, begin, n, head, b);
+  }
+  template <int V>
+  static void attend(const Buffers& b, int64_t panel, int64_t n, int64_t dim, float factor) {
+    vf alpha[V];
+    multiply_keys<V>(b.queries + panel * PANEL * dim, b.keys, dim, b.scores, PANEL, n, dim, DOT<T>);
+    exponentiate<V>(b.scores, n, factor, b.row_max + panel * PANEL, b.row_sum + panel * PANEL, alpha);
+    multiply_values<V>(b.values, b.scores, b.out + panel * PANEL * dim, n, dim, alpha);
+  }
+};
 
 template <class T>
 void write_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head, const Buffers& b) {
   for (int64_t i = 0; i < tile.end - tile.begin; i++) {
     const int64_t query = tile.begin + i;
-    const float* from = b.out + i / PANEL * PANEL * a.dim + i % PANEL;
     const float sum = b.row_sum[i];
     const bool empty = b.row_max[i] == minus_infinity() && sum == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / sum;
-    for (int64_t d = 0; d < a.dim; d++) b.rows[d] = from[d * PANEL] * inverse;
-    T* to = static_cast<T*>(a.out) + (query * a.heads + head) * a.dim;
-    int64_t d = 0;
-    for (; d + W <= a.dim; d += W) store(to + d, load(b.rows + d));
-    if (d < a.dim) store_tail(to + d, load_tail(b.rows + d, a.dim - d), a.dim - d);
+    write_column(static_cast<T*>(a.out) + (query * a.heads + head) * a.dim, b.out + i / PANEL * PANEL * a.dim + i % PANEL,
+                 PANEL, a.dim, empty ? 0.0f : 1.0f / sum, b.rows);
     const float lse = b.row_max[i] * __builtin_fabsf(a.scale) + __builtin_logf(sum);
     a.lse[head * a.nq + query] = empty ? minus_infinity() : lse;
   }
 }
 
-template <class T>
+template <class T, class Operands>
 void attend_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head, const Buffers& b) {
   const int64_t n = tile.end - tile.begin, panels = (n + PANEL - 1) / PANEL;
   for (int64_t i = 0; i < panels * PANEL; i++) b.row_max[i] = minus_infinity(), b.row_sum[i] = 0.0f;
   for (int64_t i = 0; i < panels * PANEL * a.dim; i++) b.out[i] = 0.0f;
   const float size = __builtin_fabsf(a.scale) * LOG2E;
   const float factor = size > 0.0f ? size : 1e-30f;  // not 0: 0 * -inf, the maximum before the first key, is NaN
-  if (tile.first < tile.last) pack_queries<T>(a, tile, head, b);
+  if (tile.first < tile.last) Operands::pack_q(a, tile, head, b);
   for (int64_t interval = tile.first; interval < tile.last; interval++) {
     const int64_t end = a.kv_ranges[2 * interval + 1];
     for (int64_t key = a.kv_ranges[2 * interval]; key < end; key += KEYS) {
-      const int64_t keys = end - key < KEYS ? end - key : KEYS;
-      pack_keys_values<T>(a, key, keys, head, b);
+      const int64_t keys = min_of(end - key, KEYS);
+      Operands::pack_kv(a, key, keys, head, b);
+      const int64_t next = key + keys, next_end = min_of(next + KEYS, end);
       for (int64_t panel = 0; panel < panels; panel++) {
+        prefetch_rows<T>(a.k, next, next_end, panel, panels, head, a.dim);
+        prefetch_rows<T>(a.v, next, next_end, panel, panels, head, a.dim);
         const int64_t left = n - panel * PANEL;
-        if (left > 2 * W) attend_panel<3>(b, panel, keys, a.dim, factor);
-        else if (left > W) attend_panel<2>(b, panel, keys, a.dim, factor);
-        else attend_panel<1>(b, panel, keys, a.dim, factor);
+        if (left > 2 * W) Operands::template attend<3>(b, panel, keys, a.dim, factor);
+        else if (left > W) Operands::template attend<2>(b, panel, keys, a.dim, factor);
+        else Operands::template attend<1>(b, panel, keys, a.dim, factor);
       }
     }
   }
   write_tile<T>(a, tile, head, b);
 }
 
-static int attention(const uf::Attention& a) {
+template <class T, class Operands>
+int attention(const uf::Attention& a) {
   int failed = 0;
 #pragma omp parallel num_threads(a.threads)
   {
@@ -255,9 +245,7 @@ static int attention(const uf::Attention& a) {
     for (int64_t i = 0; i < a.n_tiles * a.heads; i++) {
       if (!memory) continue;
       const Buffers buffers(memory, a.dim, a.max_panels);
-      const uf::QueryTile& tile = a.tiles[i / a.heads];
-      if (a.dtype == uf::kFloat32) attend_tile<float>(a, tile, i % a.heads, buffers);
-      else attend_tile<bf16>(a, tile, i % a.heads, buffers);
+      attend_tile<T, Operands>(a, a.tiles[i / a.heads], i % a.heads, buffers);
     }
   }
   return failed;

@@ -20,7 +20,6 @@ struct QueryTile {
 };
 
 struct Attention {
-  DType dtype;
   View q, k, v;
   void* out;   // [nq, heads, dim]
   float* lse;  // [heads, nq]
@@ -29,6 +28,38 @@ struct Attention {
   const int32_t* kv_ranges;
   const QueryTile* tiles;  // longest work first
   int64_t n_tiles, max_panels;
+  int threads;
+};
+
+// Part of the backward's result, so not tuned per machine: sums are cut here.
+constexpr int64_t kKeyBlock = 96;   // keys of a task
+constexpr int64_t kQueryTile = 48;  // queries that meet a block of keys at a time
+
+// Rows [begin, end) of k and v, the index-th block of its key range, which the spans [first, last) see.
+struct KeyBlock {
+  int64_t begin, end, first, last, index;
+};
+
+// Rows [begin, end) of q that see a key range. `turns` key blocks see them, `before` of them before the range's first.
+struct QuerySpan {
+  int64_t begin, end;
+  int64_t tile;  // number of its first tile
+  int64_t before, turns;
+};
+
+struct AttentionBackward {
+  DType dtype;
+  View grad_out, q, k, v, out;
+  const float* lse;     // [heads, nq]
+  void *dq, *dk, *dv;   // [nq or nk, heads, dim]; rows that take part in nothing are not written
+  int64_t nq, heads, dim;
+  float scale;
+  const KeyBlock* blocks;  // ascending
+  const QuerySpan* spans;
+  int64_t n_blocks, n_tiles;
+  float* delta;   // [heads, nq]
+  float* dq_sum;  // [heads, nq, dim rounded up to a vector], or null when no span has more than one turn
+  int32_t* done;  // [heads, n_tiles], zeros: turns taken
   int threads;
 };
 
@@ -43,6 +74,26 @@ struct QkNormRope {
   void *out_q, *out_k, *out_v;  // [joint rows, heads, dim]
   int64_t heads, dim;
   float eps;
+  bool eager_rounding;
+  int threads;
+};
+
+constexpr int64_t kChunk = 64;  // tokens whose share of a sum over tokens is summed in one go
+
+struct QkNormRopeBackward {
+  DType dtype;
+  View dq, dk, dv;              // joint
+  View q[2], k[2];              // text, image
+  const float* weight_q[2];
+  const float* weight_k[2];
+  const int32_t* joint_row[2];
+  int64_t tokens[2];
+  const float *cos, *sin;
+  void *out_q[2], *out_k[2], *out_v[2];  // [tokens, heads, dim]
+  float *out_wq[2], *out_wk[2];          // [dim], or null
+  float* shares;                         // [chunks, 2, dim]: each chunk's sums of dwq and dwk
+  int64_t heads, dim;
+  float eps;
   int threads;
 };
 
@@ -55,15 +106,47 @@ struct TokenRows {
   const int32_t* rows;  // null: row 0 for every token
   int64_t tokens, channels;
   float eps;
+  bool rms, eager_rounding;
+  int threads;
+};
+
+// The tokens order[begin .. end) have this row. `share`: where the chunk's sums go, -1 when it is the row's only one.
+struct RowChunk {
+  int64_t row, begin, end, share;
+};
+
+// A row's shares, which are summed in this order; a row without tokens has none.
+struct RowSum {
+  int64_t row, first, last;
+};
+
+// norm_modulate when gate is null, gate_residual when scale is null. Null dgate, dshift, dscale: not wanted.
+struct TokenRowsBackward {
+  DType dtype;
+  const void *grad_x, *grad_normed, *x, *y, *gate, *scale;
+  void *dx, *dy, *dgate, *dshift, *dscale;
+  int64_t grad_x_stride, grad_normed_stride, x_stride, y_stride, gate_stride, scale_stride;
+  const int32_t* order;  // tokens sorted by row
+  const RowChunk* chunks;
+  const RowSum* sums;
+  int64_t n_chunks, n_sums;
+  float* shares;  // [shares, 3, channels]: gate, shift, scale
+  int64_t channels;
+  float eps;
+  bool rms;
   int threads;
 };
 
 struct Kernels {
   int query_panel;     // queries computed side by side; tiles are made of whole panels
   int max_query_tile;  // queries that share one packed tile of keys and values
-  int (*attention)(const Attention&);  // 0, or 1 when a work buffer could not be allocated
+  // Each returns 0, or 1 when a work buffer could not be allocated.
+  int (*attention[2])(const Attention&);  // by DType
+  int (*attention_backward)(const AttentionBackward&);
   int (*qk_norm_rope)(const QkNormRope&);
-  void (*token_rows)(const TokenRows&);
+  int (*qk_norm_rope_backward)(const QkNormRopeBackward&);
+  int (*token_rows)(const TokenRows&);
+  int (*token_rows_backward)(const TokenRowsBackward&);
 };
 
 }  // namespace uf

@@ -1,12 +1,17 @@
-// The C ABI that uniref_fast/native.py calls: level dispatch, checks that need the indices' values, work planning.
+// The C ABI that uniref_fast/native.py calls: level dispatch, checks that need the tables' values, work buffers.
 // Strides are in elements. Functions return a Status; nothing throws.
 #include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
-#include <algorithm>
+#include <memory>
 #include <new>
 #include <vector>
 
 #include "kernels.h"
+#include "plan.h"
 
 #define UF_API extern "C" __attribute__((visibility("default")))
 
@@ -18,13 +23,34 @@ extern const uf::Kernels uf_kernels_avx512_on_avx2;
 #ifdef UF_HAVE_AVX512
 extern const uf::Kernels uf_kernels_avx512;
 #endif
+// Attention on bfloat16 pairs; the rest of those levels is the level below.
+extern int uf_attention_avx512bf16(const uf::Attention&);
+extern int uf_attention_avx512bf16_on_avx2(const uf::Attention&);
 
 namespace {
 
-// Mirrored in native.py.
-enum Status { kOk = 0, kNoMemory = 1, kBadLevel = 2, kBadQueryRange = 3, kBadKeyRange = 4, kBadRow = 5, kBadIndex = 6 };
-enum Level { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512OnAvx2 = 3 };
-constexpr int kAbiVersion = 1;
+using uf::kBadIndex;
+using uf::kBadLevel;
+using uf::kBadRow;
+using uf::kNoMemory;
+using uf::kOk;
+
+enum Level { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512OnAvx2 = 3, kAvx512Bf16 = 4, kAvx512Bf16OnAvx2 = 5 };
+constexpr int kAbiVersion = 2;
+
+#ifdef UF_HAVE_AVX512BF16
+// Leaf 7, subleaf 1: not every compiler that has the instructions knows their name in __builtin_cpu_supports. That the
+// operating system keeps the registers is part of the answer for avx512f.
+bool cpu_has_avx512bf16() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
+
+uf::Kernels with_pairs(uf::Kernels kernels, int (*attention)(const uf::Attention&)) {
+  kernels.attention[uf::kBFloat16] = attention;
+  return kernels;
+}
 
 const uf::Kernels* kernels(int level) {
   switch (level) {
@@ -35,6 +61,10 @@ const uf::Kernels* kernels(int level) {
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? &uf_kernels_avx2 : nullptr;
     case kAvx512OnAvx2:
       return kernels(kAvx2) ? &uf_kernels_avx512_on_avx2 : nullptr;
+    case kAvx512Bf16OnAvx2: {
+      static const uf::Kernels pairs = with_pairs(uf_kernels_avx512_on_avx2, uf_attention_avx512bf16_on_avx2);
+      return kernels(kAvx2) ? &pairs : nullptr;
+    }
 #endif
 #ifdef UF_HAVE_AVX512
     case kAvx512:
@@ -44,71 +74,23 @@ const uf::Kernels* kernels(int level) {
                  ? &uf_kernels_avx512
                  : nullptr;
 #endif
+#ifdef UF_HAVE_AVX512BF16
+    case kAvx512Bf16: {
+      static const uf::Kernels pairs = with_pairs(uf_kernels_avx512, uf_attention_avx512bf16);
+      return kernels(kAvx512) && cpu_has_avx512bf16() ? &pairs : nullptr;
+    }
+#endif
     default:
       return nullptr;
   }
 }
 
-bool rows_within(const int32_t* rows, int64_t n, int64_t limit) {
-  bool ok = true;
-  for (int64_t i = 0; i < n; i++) ok &= rows[i] >= 0 && rows[i] < limit;
-  return ok;
-}
+// Not cleared: what is written once needs no zeros before. Throws std::bad_alloc.
+std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
-struct Range {
-  int64_t begin, end, first, last, keys;
-};
-
-// Query ranges sorted by start, gaps between them filled with ranges without keys, so that every row is written.
-int collect_ranges(const int32_t* q_ranges, int64_t n_ranges, const int32_t* kv_ptr, const int32_t* kv_ranges,
-                   int64_t n_intervals, int64_t nq, int64_t nk, std::vector<Range>& ranges) {
-  if (kv_ptr[0] != 0 || kv_ptr[n_ranges] != n_intervals) return kBadKeyRange;
-  for (int64_t r = 0; r < n_ranges; r++) {
-    const int64_t begin = q_ranges[2 * r], end = q_ranges[2 * r + 1];
-    if (begin < 0 || end < begin || end > nq) return kBadQueryRange;
-    if (kv_ptr[r] < 0 || kv_ptr[r + 1] < kv_ptr[r] || kv_ptr[r + 1] > n_intervals) return kBadKeyRange;
-    int64_t keys = 0, previous = 0;
-    for (int64_t i = kv_ptr[r]; i < kv_ptr[r + 1]; i++) {
-      const int64_t first = kv_ranges[2 * i], last = kv_ranges[2 * i + 1];
-      if (first < previous || last < first || last > nk) return kBadKeyRange;
-      keys += last - first;
-      previous = last;
-    }
-    if (begin < end) ranges.push_back({begin, end, kv_ptr[r], kv_ptr[r + 1], keys});
-  }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  int64_t covered = 0;
-  const size_t given = ranges.size();
-  for (size_t i = 0; i <= given; i++) {
-    const int64_t begin = i < given ? ranges[i].begin : nq;
-    if (begin < covered) return kBadQueryRange;
-    if (begin > covered) ranges.push_back({covered, begin, 0, 0, 0});
-    if (i < given) covered = ranges[i].end;
-  }
-  return kOk;
-}
-
-// Tiles of whole panels. As large as packing K and V is worth, but small enough that every thread gets several; the
-// choice moves no bit of the result (attention.h). Returns the panels of the largest tile.
-int64_t cut_tiles(const std::vector<Range>& ranges, const uf::Kernels& kernel, int64_t heads, int threads,
-                  std::vector<uf::QueryTile>& tiles) {
-  const int64_t panel = kernel.query_panel;
-  int64_t panels = 0, largest = 1;
-  for (const Range& r : ranges) panels += (r.end - r.begin + panel - 1) / panel;
-  const int64_t fair = panels * heads / (4 * static_cast<int64_t>(threads));
-  const int64_t limit = std::max<int64_t>(1, std::min<int64_t>(kernel.max_query_tile / panel, fair));
-  for (const Range& r : ranges) {
-    const int64_t count = (r.end - r.begin + panel - 1) / panel, pieces = (count + limit - 1) / limit;
-    const int64_t step = (count + pieces - 1) / pieces * panel;
-    largest = std::max(largest, step / panel);
-    for (int64_t begin = r.begin; begin < r.end; begin += step) {
-      const int64_t end = std::min(begin + step, r.end);
-      tiles.push_back({begin, end, r.first, r.last, (end - begin) * r.keys});
-    }
-  }
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [](const uf::QueryTile& a, const uf::QueryTile& b) { return a.work > b.work; });
-  return largest;
+// Rows of a contiguous [rows, size] result that no kernel writes.
+void clear_rows(void* out, int64_t begin, int64_t end, int64_t bytes) {
+  memset(static_cast<char*>(out) + begin * bytes, 0, (end - begin) * bytes);
 }
 
 }  // namespace
@@ -124,15 +106,70 @@ UF_API int uf_segment_attention(int level, int threads, int dtype, const void* q
   const uf::Kernels* kernel = kernels(level);
   if (!kernel) return kBadLevel;
   try {
-    std::vector<Range> ranges;
-    const int status = collect_ranges(q_ranges, n_ranges, kv_ptr, kv_ranges, n_intervals, nq, nk, ranges);
+    std::vector<uf::Range> ranges;
+    const int status = uf::collect_ranges({q_ranges, kv_ptr, kv_ranges, n_ranges, n_intervals}, nq, nk, ranges);
     if (status != kOk) return status;
+    uf::fill_gaps(ranges, nq);
     std::vector<uf::QueryTile> tiles;
-    const int64_t panels = cut_tiles(ranges, *kernel, heads, threads, tiles);
-    const uf::Attention args = {static_cast<uf::DType>(dtype), {q, q_token, q_head}, {k, k_token, k_head},
+    const int64_t panels = uf::cut_tiles(ranges, *kernel, heads, threads, tiles);
+    const uf::Attention args = {{q, q_token, q_head}, {k, k_token, k_head},
                                 {v, v_token, v_head}, out, lse, nq, heads, dim, scale, kv_ranges,
                                 tiles.data(), static_cast<int64_t>(tiles.size()), panels, threads};
-    return kernel->attention(args) ? kNoMemory : kOk;
+    return kernel->attention[dtype](args) ? kNoMemory : kOk;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
+}
+
+// views: data pointers of grad_out, q, k, v, out; strides: token and head stride of each.
+UF_API int uf_segment_attention_backward(int level, int threads, int dtype, const void* const* views,
+                                         const int64_t* strides, const float* lse, int64_t nq, int64_t nk,
+                                         int64_t heads, int64_t dim, const int32_t* q_ranges, int64_t n_ranges,
+                                         const int32_t* kv_ptr, const int32_t* kv_ranges, int64_t n_intervals,
+                                         const int32_t* k_ranges, int64_t n_key_ranges, const int32_t* q_ptr,
+                                         const int32_t* q_spans, int64_t n_spans, float scale, void* dq, void* dk,
+                                         void* dv) {
+  const uf::Kernels* kernel = kernels(level);
+  if (!kernel) return kBadLevel;
+  try {
+    std::vector<uf::Range> ranges;
+    int status = uf::collect_ranges({q_ranges, kv_ptr, kv_ranges, n_ranges, n_intervals}, nq, nk, ranges);
+    if (status != kOk) return status;
+    uf::BackwardPlan plan;
+    status = uf::plan_backward(ranges, kv_ranges, {k_ranges, q_ptr, q_spans, n_key_ranges, n_spans}, nk, plan);
+    if (status != kOk) return status;
+
+    const auto delta = floats(heads * nq);
+    const auto dq_sum = floats(plan.shared ? heads * nq * ((dim + 15) / 16 * 16) : 0);
+    std::vector<int32_t> done(heads * plan.n_tiles, 0);
+    const int64_t bytes = heads * dim * (dtype == uf::kFloat32 ? 4 : 2);
+    int64_t covered = 0;
+    for (const uf::Range& range : ranges) {
+      clear_rows(dq, covered, range.begin, bytes);
+      if (range.keys == 0) clear_rows(dq, range.begin, range.end, bytes);
+      covered = range.end;
+    }
+    clear_rows(dq, covered, nq, bytes);
+    covered = 0;
+    for (const uf::KeyBlock& block : plan.blocks) {
+      clear_rows(dk, covered, block.begin, bytes);
+      clear_rows(dv, covered, block.begin, bytes);
+      covered = block.end;
+    }
+    clear_rows(dk, covered, nk, bytes);
+    clear_rows(dv, covered, nk, bytes);
+
+    uf::AttentionBackward args = {};
+    args.dtype = static_cast<uf::DType>(dtype);
+    uf::View* const targets[] = {&args.grad_out, &args.q, &args.k, &args.v, &args.out};
+    for (int i = 0; i < 5; i++) *targets[i] = {views[i], strides[2 * i], strides[2 * i + 1]};
+    args.lse = lse, args.dq = dq, args.dk = dk, args.dv = dv;
+    args.nq = nq, args.heads = heads, args.dim = dim, args.scale = scale;
+    args.blocks = plan.blocks.data(), args.n_blocks = plan.blocks.size();
+    args.spans = plan.spans.data(), args.n_tiles = plan.n_tiles;
+    args.delta = delta.get(), args.dq_sum = dq_sum.get(), args.done = done.data();
+    args.threads = threads;
+    return kernel->attention_backward(args) ? kNoMemory : kOk;
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
@@ -142,19 +179,13 @@ UF_API int uf_segment_attention(int level, int threads, int dtype, const void* q
 // weights: txt_wq, img_wq, txt_wk, img_wk (fp32 or null); index: txt_index, img_index; tokens: their lengths.
 UF_API int uf_qk_norm_rope(int level, int threads, int dtype, const void* const* views, const int64_t* strides,
                            const float* const* weights, const int32_t* const* index, const int64_t* tokens,
-                           const float* cos, const float* sin, int64_t heads, int64_t dim, float eps, void* out_q,
-                           void* out_k, void* out_v) {
+                           const float* cos, const float* sin, int64_t heads, int64_t dim, float eps,
+                           int eager_rounding, void* out_q, void* out_k, void* out_v) {
   const uf::Kernels* kernel = kernels(level);
   if (!kernel) return kBadLevel;
   try {
-    // A permutation, checked: a row written twice would leave another one unwritten.
-    std::vector<char> seen(tokens[0] + tokens[1], 0);
-    for (int s = 0; s < 2; s++)
-      for (int64_t i = 0; i < tokens[s]; i++) {
-        const int64_t row = index[s][i];
-        if (row < 0 || row >= static_cast<int64_t>(seen.size()) || seen[row]) return kBadIndex;
-        seen[row] = 1;
-      }
+    // Checked, because a row written twice would leave another one unwritten.
+    if (!uf::is_permutation(index, tokens)) return kBadIndex;
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }
@@ -171,19 +202,83 @@ UF_API int uf_qk_norm_rope(int level, int threads, int dtype, const void* const*
   }
   args.cos = cos, args.sin = sin;
   args.out_q = out_q, args.out_k = out_k, args.out_v = out_v;
-  args.heads = heads, args.dim = dim, args.eps = eps, args.threads = threads;
+  args.heads = heads, args.dim = dim, args.eps = eps, args.eager_rounding = eager_rounding, args.threads = threads;
   return kernel->qk_norm_rope(args) ? kNoMemory : kOk;
+}
+
+// views: dq, dk, dv, txt_q, img_q, txt_k, img_k; strides: token and head stride of each. outs: gradients of txt_q,
+// img_q, txt_k, img_k, txt_v, img_v. out_weights: of txt_wq, img_wq, txt_wk, img_wk, fp32 or null, null without weight.
+UF_API int uf_qk_norm_rope_backward(int level, int threads, int dtype, const void* const* views,
+                                    const int64_t* strides, const float* const* weights, const int32_t* const* index,
+                                    const int64_t* tokens, const float* cos, const float* sin, int64_t heads,
+                                    int64_t dim, float eps, void* const* outs, float* const* out_weights) {
+  const uf::Kernels* kernel = kernels(level);
+  if (!kernel) return kBadLevel;
+  try {
+    if (!uf::is_permutation(index, tokens)) return kBadIndex;
+    uf::QkNormRopeBackward args = {};
+    args.dtype = static_cast<uf::DType>(dtype);
+    uf::View* const targets[] = {&args.dq, &args.dk, &args.dv, &args.q[0], &args.q[1], &args.k[0], &args.k[1]};
+    for (int i = 0; i < 7; i++) *targets[i] = {views[i], strides[2 * i], strides[2 * i + 1]};
+    int64_t chunks = 0;
+    bool wanted = false;
+    for (int s = 0; s < 2; s++) {
+      args.weight_q[s] = weights[s], args.weight_k[s] = weights[2 + s];
+      args.joint_row[s] = index[s], args.tokens[s] = tokens[s];
+      args.out_q[s] = outs[s], args.out_k[s] = outs[2 + s], args.out_v[s] = outs[4 + s];
+      args.out_wq[s] = out_weights[s], args.out_wk[s] = out_weights[2 + s];
+      wanted |= out_weights[s] || out_weights[2 + s];
+      chunks += (tokens[s] + uf::kChunk - 1) / uf::kChunk;
+    }
+    const auto shares = floats(wanted ? chunks * 2 * dim : 0);
+    args.shares = wanted ? shares.get() : nullptr;
+    args.cos = cos, args.sin = sin, args.heads = heads, args.dim = dim, args.eps = eps, args.threads = threads;
+    return kernel->qk_norm_rope_backward(args) ? kNoMemory : kOk;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
 }
 
 // Null gate: norm_modulate. Null normed: gate_residual. n_rows: rows of gate, shift and scale.
 UF_API int uf_token_rows(int level, int threads, int dtype, const void* x, int64_t x_stride, const void* y,
                          int64_t y_stride, const void* gate, int64_t gate_stride, const void* shift,
                          int64_t shift_stride, const void* scale, int64_t scale_stride, const int32_t* rows,
-                         int64_t n_rows, int64_t tokens, int64_t channels, float eps, void* x_out, void* normed) {
+                         int64_t n_rows, int64_t tokens, int64_t channels, float eps, int rms, int eager_rounding,
+                         void* x_out, void* normed) {
   const uf::Kernels* kernel = kernels(level);
   if (!kernel) return kBadLevel;
-  if (rows ? !rows_within(rows, tokens, n_rows) : n_rows < 1) return kBadRow;
-  kernel->token_rows({static_cast<uf::DType>(dtype), x, y, gate, shift, scale, x_out, normed, x_stride, y_stride,
-                      gate_stride, shift_stride, scale_stride, rows, tokens, channels, eps, threads});
-  return kOk;
+  if (n_rows < 1) return kBadRow;
+  for (int64_t i = 0; rows && i < tokens; i++)
+    if (rows[i] < 0 || rows[i] >= n_rows) return kBadRow;
+  const uf::TokenRows args = {static_cast<uf::DType>(dtype), x, y, gate, shift, scale, x_out, normed, x_stride,
+                              y_stride, gate_stride, shift_stride, scale_stride, rows, tokens, channels, eps, rms != 0,
+                              eager_rounding != 0, threads};
+  return kernel->token_rows(args) ? kNoMemory : kOk;
+}
+
+// inputs: grad_x, grad_normed, x, y, gate, scale, null where the part is missing; strides: a row's of each.
+// outs: dx, dy, dgate, dshift, dscale; the last three null when they are not wanted.
+UF_API int uf_token_rows_backward(int level, int threads, int dtype, const void* const* inputs, const int64_t* strides,
+                                  const int32_t* rows, int64_t n_rows, int64_t tokens, int64_t channels, float eps,
+                                  int rms, void* const* outs) {
+  const uf::Kernels* kernel = kernels(level);
+  if (!kernel) return kBadLevel;
+  try {
+    uf::RowPlan plan;
+    if (!uf::plan_rows(rows, tokens, n_rows, plan)) return kBadRow;
+    const auto shares = floats(plan.shares * 3 * channels);
+    uf::TokenRowsBackward args = {};
+    args.dtype = static_cast<uf::DType>(dtype);
+    args.grad_x = inputs[0], args.grad_normed = inputs[1], args.x = inputs[2];
+    args.y = inputs[3], args.gate = inputs[4], args.scale = inputs[5];
+    args.dx = outs[0], args.dy = outs[1], args.dgate = outs[2], args.dshift = outs[3], args.dscale = outs[4];
+    args.grad_x_stride = strides[0], args.grad_normed_stride = strides[1], args.x_stride = strides[2];
+    args.y_stride = strides[3], args.gate_stride = strides[4], args.scale_stride = strides[5];
+    args.order = plan.order.data(), args.chunks = plan.chunks.data(), args.sums = plan.sums.data();
+    args.n_chunks = plan.chunks.size(), args.n_sums = plan.sums.size();
+    args.shares = shares.get(), args.channels = channels, args.eps = eps, args.rms = rms != 0, args.threads = threads;
+    return kernel->token_rows_backward(args) ? kNoMemory : kOk;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  }
 }

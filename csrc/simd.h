@@ -25,6 +25,7 @@ struct bf16 {
 };
 
 #define UF_INLINE static inline __attribute__((always_inline))
+#define UF_NOINLINE static __attribute__((noinline))
 
 UF_INLINE vf splat(float x) { return x - vf{}; }
 // NaN in `b` stays, NaN in `a` is dropped: the order of arguments matters to the callers.
@@ -41,13 +42,14 @@ UF_INLINE vf widen(vh h) {
 #endif
 }
 
-// Round to nearest even; a NaN stays a (quiet) NaN.
-UF_INLINE vh narrow(vf x) {
+// The bits of a bf16, in the low halves. Round to nearest even; a NaN stays a (quiet) NaN.
+UF_INLINE vu narrow_bits(vf x) {
   const vu bits = (vu)x;
   const vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const vu quiet = (bits >> 16) | 0x40u;
-  return __builtin_convertvector(x != x ? quiet : rounded, vh);
+  return x != x ? quiet : rounded;
 }
+UF_INLINE vh narrow(vf x) { return __builtin_convertvector(narrow_bits(x), vh); }
 
 UF_INLINE vf load(const float* p) {
   vf x;
@@ -65,15 +67,43 @@ UF_INLINE void store(bf16* p, vf x) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// The last n < W elements of a row; lanes past n read as zero.
+// Past the caches, for outputs that they cannot hold: a plain store first reads the line that it is about to replace.
+// `p` is aligned to the vector; stores are visible to other threads after stream_fence().
 template <class T>
-UF_INLINE vf load_tail(const T* p, int64_t n) {
+UF_INLINE void stream_copy(T* to, const T* from) {
+  constexpr unsigned kBytes = W * sizeof(T);
+#ifdef __AVX2__
+  for (unsigned at = 0; at < kBytes; at += kBytes < 32 ? 16 : 32) {
+    char* p = reinterpret_cast<char*>(to) + at;
+    const char* x = reinterpret_cast<const char*>(from) + at;
+    if (kBytes < 32) _mm_stream_si128((__m128i*)p, _mm_loadu_si128((const __m128i*)x));
+    else _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)x));
+  }
+#else
+  __builtin_memcpy(to, from, kBytes);
+#endif
+}
+template <class T>
+UF_INLINE void stream(T* p, vf x) {
+  T lanes[W];
+  store(lanes, x);
+  stream_copy(p, lanes);
+}
+UF_INLINE void stream_fence() {
+#ifdef __AVX2__
+  _mm_sfence();
+#endif
+}
+
+// The last n < W elements of a row; lanes past n read as zero. Not inlined: rare, and every loop over a row has several.
+template <class T>
+UF_NOINLINE vf load_tail(const T* p, int64_t n) {
   T lanes[W] = {};
   __builtin_memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
 }
 template <class T>
-UF_INLINE void store_tail(T* p, vf x, int64_t n) {
+UF_NOINLINE void store_tail(T* p, vf x, int64_t n) {
   T lanes[W];
   store(lanes, x);
   __builtin_memcpy(p, lanes, n * sizeof(T));
@@ -89,6 +119,18 @@ inline __attribute__((always_inline)) vf rounded_to<float>(vf x) {
 template <>
 inline __attribute__((always_inline)) vf rounded_to<bf16>(vf x) {
   return widen(narrow(x));
+}
+
+// Keeps the compiler from contracting x, a product, into the addition that follows.
+UF_INLINE vf separate(vf x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__) && UF_WIDTH <= 8
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
 }
 
 // Fixed order, so that a row's sum does not depend on how the loop around it was vectorised.

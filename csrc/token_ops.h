@@ -1,163 +1,128 @@
-// The memory-bound operations: every row is read from memory once, worked on in L1, and written once.
+// Gated residual, norm, modulation: every row is read from memory once, worked on in L1, and written once.
 #pragma once
 
-#include "attention.h"
+#include "rows.h"
 
 namespace UF_NAMESPACE {
 
-// f(offset, load, store) over a row: whole vectors, then the tail through a padded one. `n` is the live lane count.
-template <class F>
-UF_INLINE void for_row(int64_t size, F f) {
-  int64_t i = 0;
-  for (; i + W <= size; i += W) f(i, W);
-  if (i < size) f(i, size - i);
-}
-template <class T>
-UF_INLINE vf load_n(const T* p, int64_t n) {
-  return n == W ? load(p) : load_tail(p, n);
-}
-template <class T>
-UF_INLINE void store_n(T* p, vf x, int64_t n) {
-  if (n == W) store(p, x);
-  else store_tail(p, x, n);
+// normalised = (x - mean) * inverse + offset
+struct Moments {
+  float mean, inverse, offset;
+};
+
+UF_INLINE float sum_slots(const vf* sums) { return sum_lanes(sums[0] + sums[1]); }
+
+UF_INLINE Moments rms_moments(float squares, int64_t channels, float eps) {
+  return {0.0f, 1.0f / __builtin_sqrtf(squares / static_cast<float>(channels) + eps), 0.0f};
 }
 
-// ---- RMSNorm + rotary embedding into the joint sequence -----------------------------------------------------------
-
-// cos and sin of one token spread to pairs, sin with the sign its lane needs: out = x * cosines + swap(x) * sines.
-UF_INLINE void spread_rotary(const float* cos, const float* sin, int64_t half, float* cosines, float* sines) {
-  for (int64_t i = 0; i < half; i++) {
-    cosines[2 * i] = cosines[2 * i + 1] = cos[i];
-    sines[2 * i] = -sin[i];
-    sines[2 * i + 1] = sin[i];
-  }
+// The mean of what is left after subtracting the mean corrects both mean and variance, so a large common offset costs
+// no accuracy beyond what the input's own rounding lost.
+template <class T>
+UF_INLINE Moments layer_moments(const T* x, float sum, int64_t channels, float eps) {
+  const float count = static_cast<float>(channels), mean = sum / count;
+  vf rest[2] = {}, squares[2] = {};
+  for_row_slots(channels, [&](int64_t c, int64_t n, int slot) UF_BODY {
+    vf d = load_n(x + c, n) - mean;
+    if (n < W) {
+      float live[W] = {};
+      for (int64_t i = 0; i < n; i++) live[i] = 1.0f;
+      d *= load(live);
+    }
+    rest[slot] += d;
+    squares[slot] += d * d;
+  });
+  const float correction = sum_slots(rest) / count;
+  const float variance = sum_slots(squares) / count - correction * correction;
+  const float inverse = 1.0f / __builtin_sqrtf((variance > 0.0f || variance != variance ? variance : 0.0f) + eps);
+  return {mean, inverse, -correction * inverse};
 }
 
+// The sum that `rms_moments` or `layer_moments` starts from.
 template <class T>
-UF_INLINE void norm_rope_head(const T* x, const float* weight, const float* cosines, const float* sines, T* out,
-                              int64_t dim, float eps) {
-  float inverse = 1.0f;
-  if (weight) {
-    vf squares = {};
-    for_row(dim, [&](int64_t d, int64_t n) {
-      const vf value = load_n(x + d, n);
-      squares += value * value;
-    });
-    inverse = 1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(dim) + eps);
-  }
-  for_row(dim, [&](int64_t d, int64_t n) {
-    vf value = load_n(x + d, n);
-    if (weight) value = value * inverse * load_n(weight + d, n);
-    const vf rotated = value * load_n(cosines + d, n) + swap_pairs(value) * load_n(sines + d, n);
-    store_n(out + d, rotated, n);
+UF_INLINE float moment_sum(const T* x, int64_t channels, bool rms) {
+  vf sums[2] = {};
+  for_row_slots(channels, [&](int64_t c, int64_t n, int slot) UF_BODY {
+    const vf value = load_n(x + c, n);
+    sums[slot] += rms ? value * value : value;
+  });
+  return sum_slots(sums);
+}
+
+// x + gate y into `out` and, as float32 of what `out` holds, into `row`; kRound: the product is rounded as well.
+template <class T, bool kRound>
+UF_INLINE void gate_residual_row(const T* x, const T* y, const T* gate, T* out, float* row, int64_t channels,
+                                 bool past) {
+  for_row(channels, [&](int64_t c, int64_t n) UF_BODY {
+    vf product = load_n(gate + c, n) * load_n(y + c, n);
+    if (kRound) product = rounded_to<T>(separate(product));
+    const vf sum = load_n(x + c, n) + product;
+    put(out + c, sum, n, past);
+    if (row) store_n(row + c, rounded_to<T>(sum), n);
   });
 }
 
-template <class T>
-void qk_norm_rope_token(const uf::QkNormRope& a, int stream, int64_t token, float* cosines, float* sines) {
-  const int64_t row = a.joint_row[stream][token];
-  spread_rotary(a.cos + row * (a.dim / 2), a.sin + row * (a.dim / 2), a.dim / 2, cosines, sines);
-  const int64_t out = row * a.heads * a.dim;
-  for (int64_t h = 0; h < a.heads; h++)
-    norm_rope_head(row_of<T>(a.q[stream], token, h), a.weight_q[stream], cosines, sines,
-                   static_cast<T*>(a.out_q) + out + h * a.dim, a.dim, a.eps);
-  for (int64_t h = 0; h < a.heads; h++)
-    norm_rope_head(row_of<T>(a.k[stream], token, h), a.weight_k[stream], cosines, sines,
-                   static_cast<T*>(a.out_k) + out + h * a.dim, a.dim, a.eps);
-  for (int64_t h = 0; h < a.heads; h++)
-    __builtin_memcpy(static_cast<T*>(a.out_v) + out + h * a.dim, row_of<T>(a.v[stream], token, h), a.dim * sizeof(T));
+template <class T, bool kRound, class X>
+UF_INLINE void modulate_row(const X* x, const Moments& m, const T* shift, const T* scale, T* out, int64_t channels,
+                            bool past) {
+  for_row(channels, [&](int64_t c, int64_t n) UF_BODY {
+    vf value = (load_n(x + c, n) - m.mean) * m.inverse + m.offset;
+    vf factor = 1.0f + load_n(scale + c, n);
+    if (kRound) value = separate(rounded_to<T>(rounded_to<T>(value) * rounded_to<T>(factor)));
+    else value *= factor;
+    put(out + c, value + load_n(shift + c, n), n, past);
+  });
 }
 
-static int qk_norm_rope(const uf::QkNormRope& a) {
+template <class T, class X>
+UF_INLINE Moments moments_of(const X* x, const uf::TokenRows& a) {
+  const float sum = moment_sum(x, a.channels, a.rms);
+  return a.rms ? rms_moments(sum, a.channels, a.eps) : layer_moments(x, sum, a.channels, a.eps);
+}
+
+template <class T, bool kRound>
+void token_row(const uf::TokenRows& a, int64_t i, bool past, const T* zeros, float* stored) {
+  const int64_t row = a.rows ? a.rows[i] : 0, at = i * a.channels;
+  const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
+  const T* scale = static_cast<const T*>(a.scale) + row * a.scale_stride;
+  const T* shift = a.shift ? static_cast<const T*>(a.shift) + row * a.shift_stride : zeros;
+  T* normed = static_cast<T*>(a.normed) + at;
+  if (!a.gate) {
+    modulate_row<T, kRound>(x, moments_of<T>(x, a), shift, scale, normed, a.channels, past);
+    return;
+  }
+  const T* y = static_cast<const T*>(a.y) + i * a.y_stride;
+  const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
+  gate_residual_row<T, kRound>(x, y, gate, static_cast<T*>(a.x_out) + at, a.normed ? stored : nullptr, a.channels, past);
+  // What is normalised is what was stored, rounding included.
+  if (a.normed) modulate_row<T, kRound>(stored, moments_of<T>(stored, a), shift, scale, normed, a.channels, past);
+}
+
+template <class T, bool kRound>
+static int token_rows_of(const uf::TokenRows& a) {
   int failed = 0;
+  const int64_t padded = round_up(a.channels, 16);
+  const bool past = goes_past<T>(a.x_out, a.tokens, a.channels) && goes_past<T>(a.normed, a.tokens, a.channels);
 #pragma omp parallel num_threads(a.threads)
   {
-    float* memory = scratch.at_least(2 * a.dim);
+    float* memory = scratch.at_least(2 * padded);
     if (!memory) {
 #pragma omp atomic write
       failed = 1;
+    } else {
+      __builtin_memset(memory, 0, padded * sizeof(float));  // the shift that is not there
     }
 #pragma omp for schedule(dynamic, 16)
-    for (int64_t i = 0; i < a.tokens[0] + a.tokens[1]; i++) {
-      if (!memory) continue;
-      const int stream = i >= a.tokens[0];
-      const int64_t token = stream ? i - a.tokens[0] : i;
-      if (a.dtype == uf::kFloat32) qk_norm_rope_token<float>(a, stream, token, memory, memory + a.dim);
-      else qk_norm_rope_token<bf16>(a, stream, token, memory, memory + a.dim);
-    }
+    for (int64_t i = 0; i < a.tokens; i++)
+      if (memory) token_row<T, kRound>(a, i, past, reinterpret_cast<const T*>(memory), memory + padded);
+    stream_fence();
   }
   return failed;
 }
 
-// ---- gated residual, LayerNorm, modulation ------------------------------------------------------------------------
-
-template <class T>
-UF_INLINE void gate_residual_row(const T* x, const T* y, const T* gate, T* out, int64_t channels) {
-  for_row(channels, [&](int64_t c, int64_t n) {
-    store_n(out + c, load_n(x + c, n) + load_n(gate + c, n) * load_n(y + c, n), n);
-  });
-}
-
-// Two passes; the mean of what is left after subtracting the mean corrects both mean and variance, so a large common
-// offset costs no accuracy beyond what the input's own rounding lost.
-template <class T>
-UF_INLINE void norm_modulate_row(const T* x, const T* shift, const T* scale, T* out, int64_t channels, float eps) {
-  const float count = static_cast<float>(channels);
-  vf sums[4] = {};
-  int64_t c = 0;
-  for (; c + 4 * W <= channels; c += 4 * W)
-    for (int i = 0; i < 4; i++) sums[i] += load(x + c + i * W);
-  for_row(channels - c, [&](int64_t d, int64_t n) { sums[0] += load_n(x + c + d, n); });
-  const float mean = sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) / count;
-
-  vf rest[2] = {}, squares[2] = {};
-  c = 0;
-  for (; c + 2 * W <= channels; c += 2 * W)
-    for (int i = 0; i < 2; i++) {
-      const vf d = load(x + c + i * W) - mean;
-      rest[i] += d;
-      squares[i] += d * d;
-    }
-  for (; c < channels; c += W) {
-    const int64_t n = channels - c < W ? channels - c : W;
-    float lanes[W] = {};
-    for (int64_t i = 0; i < n; i++) lanes[i] = 1.0f;
-    const vf d = (load_n(x + c, n) - mean) * load(lanes);
-    rest[0] += d;
-    squares[0] += d * d;
-  }
-  const float correction = sum_lanes(rest[0] + rest[1]) / count;
-  const float variance = sum_lanes(squares[0] + squares[1]) / count - correction * correction;
-  const float inverse = 1.0f / __builtin_sqrtf((variance > 0.0f || variance != variance ? variance : 0.0f) + eps);
-  const float offset = -correction * inverse;
-  for_row(channels, [&](int64_t d, int64_t n) {
-    const vf normed = (load_n(x + d, n) - mean) * inverse + offset;
-    store_n(out + d, normed * (1.0f + load_n(scale + d, n)) + load_n(shift + d, n), n);
-  });
-}
-
-template <class T>
-void token_row(const uf::TokenRows& a, int64_t i) {
-  const int64_t row = a.rows ? a.rows[i] : 0;
-  const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
-  if (a.gate) {
-    T* out = static_cast<T*>(a.x_out) + i * a.channels;
-    gate_residual_row(x, static_cast<const T*>(a.y) + i * a.y_stride,
-                      static_cast<const T*>(a.gate) + row * a.gate_stride, out, a.channels);
-    x = out;  // what is normalised is what was stored, rounding included
-  }
-  if (a.normed)
-    norm_modulate_row(x, static_cast<const T*>(a.shift) + row * a.shift_stride,
-                      static_cast<const T*>(a.scale) + row * a.scale_stride,
-                      static_cast<T*>(a.normed) + i * a.channels, a.channels, a.eps);
-}
-
-static void token_rows(const uf::TokenRows& a) {
-#pragma omp parallel for schedule(dynamic, 16) num_threads(a.threads)
-  for (int64_t i = 0; i < a.tokens; i++) {
-    if (a.dtype == uf::kFloat32) token_row<float>(a, i);
-    else token_row<bf16>(a, i);
-  }
+static int token_rows(const uf::TokenRows& a) {
+  if (a.dtype == uf::kFloat32) return a.eager_rounding ? token_rows_of<float, true>(a) : token_rows_of<float, false>(a);
+  return a.eager_rounding ? token_rows_of<bf16, true>(a) : token_rows_of<bf16, false>(a);
 }
 
 }  // namespace UF_NAMESPACE

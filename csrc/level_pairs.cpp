@@ -1,0 +1,8 @@
+// What a level with instructions for pairs of bfloat16 adds to the level below: compiled like level.cpp, 16 lanes.
+#include "level.h"
+
+#include "attention_pairs.h"
+
+int UF_JOIN(uf_attention_, UF_LEVEL)(const uf::Attention& a) {
+  return UF_NAMESPACE::attention<UF_NAMESPACE::bf16, UF_NAMESPACE::Pairs>(a);
+}
