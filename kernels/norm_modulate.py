@@ -1,14 +1,22 @@
-"""Gated residual, LayerNorm without parameters, and modulation of a row by its segment's vectors, in one pass.
+"""Gated residual, a norm without parameters, and modulation of a row by its segment's vectors, in one pass.
 
     gate_residual                  x' = x + gate[r] * y                              2 reads, 1 write of [N, C]
-    norm_modulate                  out = LN(x) * (1 + scale[r]) + shift[r]           1 read,  1 write
-    gate_residual_norm_modulate    both, LN taken of x' as it was rounded            2 reads, 2 writes
+    norm_modulate                  out = n(x) * (1 + scale[r]) + shift[r]            1 read,  1 write
+    gate_residual_norm_modulate    both, n taken of x' as it was rounded             2 reads, 2 writes
 
-with r = rows[n] and LN(x) = (x - mean(x)) / sqrt(var(x) + eps) over C, in float32. The modulation vectors [R, C] are
-few and stay in L1 and L2. Use them wherever a transformer block adds a branch back and normalises for the next one.
+with r = rows[i] for token i, and over C, in float32,
 
-One kernel: a residual when it is given y, a norm when it is given shift and scale. One program holds one row in
-registers, so nothing is read twice.
+    n(x) = (x - mean(x)) / sqrt(var(x) + eps),  or with `rms`  n(x) = x / sqrt(mean(x^2) + eps)
+
+The modulation vectors [R, C] are few and stay in L1 and L2. Use them wherever a transformer block adds a branch back
+and normalises for the next one. The gradients are in `norm_modulate_backward.py`.
+
+One kernel: a residual when it is given y, a norm when it is given scale. One program holds one row in registers, so
+nothing is read twice.
+
+`eager_rounding` rounds to x's dtype wherever eager PyTorch would store a tensor, so that a patched model repeats the
+unpatched one. Contraction of a product and a sum into one FMA would undo that, in float32 and, because the compiler
+narrows the arithmetic between two casts, in 16 bits too; the launch turns it off.
 """
 
 from __future__ import annotations
@@ -16,6 +24,22 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
+from uniref_fast.kernels.norm_modulate_backward import (
+    gate_residual_backward,
+    gate_residual_norm_modulate_backward,
+    norm_modulate_backward,
+)
+from uniref_fast.kernels.rows import channel_block, check, new_like, normalise, row_stride, stored
+
+__all__ = [
+    "gate_residual",
+    "gate_residual_backward",
+    "gate_residual_norm_modulate",
+    "gate_residual_norm_modulate_backward",
+    "norm_modulate",
+    "norm_modulate_backward",
+]
 
 
 @triton.jit
@@ -29,6 +53,8 @@ def norm_modulate_kernel(
     p_x_out,  # [N, C] contiguous, or None
     p_normed,  # [N, C] contiguous, or None
     eps,
+    RMS: tl.constexpr,
+    EAGER: tl.constexpr,
     C: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -38,33 +64,49 @@ def norm_modulate_kernel(
         i_r = tl.load(p_rows + i_n).to(tl.int64)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
+    dtype: tl.constexpr = p_x.dtype.element_ty
     # Streams pass through once; the modulation vectors are what the caches should keep. All loads come before the first
     # store: the compiler may not move a load over a store that could alias it.
     b_x = tl.load(p_x + i_n * s_xn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(tl.float32)  # [BC]
     if p_y is not None:
         b_y = tl.load(p_y + i_n * s_yn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(tl.float32)
         b_gate = tl.load(p_gate + i_r * s_gate + o_c, mask=m_c, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    if p_scale is not None:
+        b_scale = tl.load(p_scale + i_r * s_scale + o_c, mask=m_c, other=0.0, eviction_policy="evict_last")
     if p_shift is not None:
         b_shift = tl.load(p_shift + i_r * s_shift + o_c, mask=m_c, other=0.0, eviction_policy="evict_last")
-        b_scale = tl.load(p_scale + i_r * s_scale + o_c, mask=m_c, other=0.0, eviction_policy="evict_last")
     if p_y is not None:
-        b_rounded = (b_x + b_gate * b_y).to(p_x_out.dtype.element_ty)  # [BC]
+        b_rounded = (b_x + stored(b_gate * b_y, dtype, EAGER)).to(dtype)  # [BC]
         tl.store(p_x_out + i_n * C + o_c, b_rounded, mask=m_c)
         b_x = b_rounded.to(tl.float32)
-    if p_shift is not None:
-        mean = tl.sum(b_x, 0) / C
-        b_x = tl.where(m_c, b_x - mean, 0.0)
-        rstd = tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps)
-        b_normed = b_x * rstd * (1.0 + b_scale.to(tl.float32)) + b_shift.to(tl.float32)  # [BC]
-        tl.store(p_normed + i_n * C + o_c, b_normed.to(p_normed.dtype.element_ty), mask=m_c)
+    if p_scale is not None:
+        b_n, _ = normalise(b_x, m_c, eps, C, RMS)
+        b_out = stored(b_n, dtype, EAGER) * stored(1.0 + b_scale.to(tl.float32), dtype, EAGER)  # [BC]
+        if p_shift is not None:
+            b_out = stored(b_out, dtype, EAGER) + b_shift.to(tl.float32)
+        tl.store(p_normed + i_n * C + o_c, b_out.to(dtype), mask=m_c)
 
 
 def norm_modulate(
-    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor,
+    rows: torch.Tensor | None,
+    eps: float,
+    rms: bool = False,
+    eager_rounding: bool = False,
 ) -> torch.Tensor:
-    """`LN(x) * (1 + scale[rows]) + shift[rows]` for x [N, C], shift and scale [R, C], rows int32 [N] (None: row 0)."""
-    normed = _new_like(x)
-    _launch(x, None, None, shift, scale, rows, None, normed, eps)
+    """`n(x) * (1 + scale[rows]) + shift[rows]`, in x's dtype.
+
+    Args:
+        x: [N, C], channels contiguous.
+        shift, scale: [R, C], channels contiguous; no shift is added when it is None.
+        rows: int32 [N], or None for row 0.
+        rms: take the RMS norm instead of LayerNorm.
+        eager_rounding: round where eager PyTorch does: n, 1 + scale, their product, the sum.
+    """
+    normed = new_like(x)
+    _launch(x, None, None, shift, scale, rows, None, normed, eps, rms, eager_rounding)
     return normed
 
 
@@ -72,53 +114,44 @@ def gate_residual_norm_modulate(
     x: torch.Tensor,
     y: torch.Tensor,
     gate: torch.Tensor,
-    shift: torch.Tensor,
+    shift: torch.Tensor | None,
     scale: torch.Tensor,
     rows: torch.Tensor | None,
     eps: float,
+    rms: bool = False,
+    eager_rounding: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`x_out = x + gate[rows] * y`, rounded to x's dtype, and `norm_modulate(x_out, shift, scale, rows, eps)`."""
-    x_out, normed = _new_like(x), _new_like(x)
-    _launch(x, y, gate, shift, scale, rows, x_out, normed, eps)
+    x_out, normed = new_like(x), new_like(x)
+    _launch(x, y, gate, shift, scale, rows, x_out, normed, eps, rms, eager_rounding)
     return x_out, normed
 
 
-def gate_residual(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """`x + gate[rows] * y` for x, y [N, C] and gate [R, C], rounded once, to x's dtype."""
-    x_out = _new_like(x)
-    _launch(x, y, gate, None, None, rows, x_out, None, 0.0)
+def gate_residual(
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None, eager_rounding: bool = False
+) -> torch.Tensor:
+    """`x + gate[rows] * y` for x, y [N, C] and gate [R, C], in x's dtype; the product is rounded only if asked to."""
+    x_out = new_like(x)
+    _launch(x, y, gate, None, None, rows, x_out, None, 0.0, False, eager_rounding)
     return x_out
 
 
-def _new_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _launch(x, y, gate, shift, scale, rows, x_out, normed, eps) -> None:
-    num_rows, channels = x.shape
-    for name, tensor in (("x", x), ("y", y), ("gate", gate), ("shift", shift), ("scale", scale)):
-        if tensor is not None:
-            assert tensor.ndim == 2 and tensor.shape[1] == channels, f"{name} {tuple(tensor.shape)}, C is {channels}"
-            assert channels == 1 or tensor.stride(1) == 1, f"the channels of {name} must be contiguous"
-    assert y is None or y.shape == x.shape
-    assert rows is None or (rows.dtype == torch.int32 and rows.shape == (num_rows,) and rows.is_contiguous())
+def _launch(x, y, gate, shift, scale, rows, x_out, normed, eps, rms, eager_rounding) -> None:
+    num_tokens, channels = x.shape
+    check(rows, num_tokens, channels, x=x, y=y, gate=gate, shift=shift, scale=scale)
     if x.numel() == 0:
         return
-    block = triton.next_power_of_2(channels)
-    assert block <= 65536, f"{channels} channels do not fit the registers of one program"
+    block = channel_block(channels)
     with torch.cuda.device_of(x):
-        norm_modulate_kernel[(num_rows,)](
+        norm_modulate_kernel[(num_tokens,)](
             x, x.stride(0),
-            y, _stride(y),
-            gate, _stride(gate),
-            shift, _stride(shift),
-            scale, _stride(scale),
+            y, row_stride(y),
+            gate, row_stride(gate),
+            shift, row_stride(shift),
+            scale, row_stride(scale),
             rows, x_out, normed, eps,
-            C=channels, BC=block,
+            RMS=rms, EAGER=eager_rounding, C=channels, BC=block,
             # 32 values a thread: in a 16-bit dtype four 128-bit loads of each stream are in flight.
             num_warps=min(max(block // 1024, 1), 32),
+            enable_fp_fusion=not eager_rounding,
         )  # fmt: skip
-
-
-def _stride(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)

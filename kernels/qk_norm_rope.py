@@ -5,7 +5,8 @@
     q, k [joint row] = y;  v [joint row] = v             all arithmetic in float32, one rounding at the end
 
 Bytes: q, k, v of both streams read once, joint q, k, v written once, cos and sin once: no concatenation and no complex
-numbers. Use it between the QKV projections of a double-stream block and its joint attention.
+numbers. Use it between the QKV projections of a double-stream block and its joint attention. The gradients are in
+`qk_norm_rope_backward.py`.
 
 One program takes all heads of one token, so that its cos and sin are loaded once.
 """
@@ -16,17 +17,23 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.qk_norm_rope_backward import qk_norm_rope_backward
+from uniref_fast.kernels.rows import check_heads, stored
+
+__all__ = ["qk_norm_rope", "qk_norm_rope_backward"]
+
 
 @triton.jit
-def _norm_rope(b_x, p_w, b_cos, b_sin, eps):
+def _norm_rope(b_x, p_w, b_cos, b_sin, eps, EAGER: tl.constexpr):
     """Normalise and rotate the heads of one token, [BH, D] to [BH, D] in float32."""
     BH: tl.constexpr = b_x.shape[0]
     D: tl.constexpr = b_x.shape[1]
+    dtype: tl.constexpr = b_x.dtype
     b_x = b_x.to(tl.float32)
-    b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)  # [BH]
-    b_x = b_x * b_rstd[:, None]
     if p_w is not None:
-        b_x = b_x * tl.load(p_w + tl.arange(0, D)).to(tl.float32)[None, :]
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)  # [BH]
+        b_w = stored(tl.load(p_w + tl.arange(0, D)).to(tl.float32), dtype, EAGER)
+        b_x = stored(stored(b_x * b_rstd[:, None], dtype, EAGER) * b_w[None, :], dtype, EAGER)
     # A thread holds whole pairs, so splitting and joining them moves nothing between threads.
     b_x0, b_x1 = tl.split(tl.reshape(b_x, [BH, D // 2, 2]))  # [BH, D/2]
     b_y0 = b_x0 * b_cos[None, :] - b_x1 * b_sin[None, :]
@@ -42,7 +49,7 @@ def _token(
     p_v, s_vn, s_vh,
     p_index, p_cos, p_sin, s_cos, p_q_out, p_k_out, p_v_out,
     eps,
-    H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
+    EAGER: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     """Token i_n of one stream."""
     i_n = i_n.to(tl.int64)
@@ -57,8 +64,8 @@ def _token(
     b_v = tl.load(p_v + i_n * s_vn + o_h * s_vh + o_d, mask=m_h, other=0.0)  # [BH, D]
     b_cos = tl.load(p_cos + i_joint * s_cos + o_half)  # [D/2]
     b_sin = tl.load(p_sin + i_joint * s_cos + o_half)  # [D/2]
-    b_q_out = _norm_rope(b_q, p_wq, b_cos, b_sin, eps)  # [BH, D]
-    b_k_out = _norm_rope(b_k, p_wk, b_cos, b_sin, eps)  # [BH, D]
+    b_q_out = _norm_rope(b_q, p_wq, b_cos, b_sin, eps, EAGER)  # [BH, D]
+    b_k_out = _norm_rope(b_k, p_wk, b_cos, b_sin, eps, EAGER)  # [BH, D]
     o_out = i_joint * (H * D) + o_h * D + o_d
     tl.store(p_q_out + o_out, b_q_out.to(p_q_out.dtype.element_ty), mask=m_h)
     tl.store(p_k_out + o_out, b_k_out.to(p_k_out.dtype.element_ty), mask=m_h)
@@ -80,6 +87,7 @@ def qk_norm_rope_kernel(
     p_cos, p_sin, s_cos,  # [N, D/2]
     p_q, p_k, p_v,  # [N, H, D] contiguous
     eps,
+    EAGER: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BH: tl.constexpr,
@@ -88,12 +96,12 @@ def qk_norm_rope_kernel(
     if i_n < num_txt:
         _token(
             i_n, p_txt_q, s_tqn, s_tqh, p_txt_wq, p_txt_k, s_tkn, s_tkh, p_txt_wk, p_txt_v, s_tvn, s_tvh,
-            p_txt_index, p_cos, p_sin, s_cos, p_q, p_k, p_v, eps, H, D, BH,
+            p_txt_index, p_cos, p_sin, s_cos, p_q, p_k, p_v, eps, EAGER, H, D, BH,
         )  # fmt: skip
     else:
         _token(
             i_n - num_txt, p_img_q, s_iqn, s_iqh, p_img_wq, p_img_k, s_ikn, s_ikh, p_img_wk, p_img_v, s_ivn, s_ivh,
-            p_img_index, p_cos, p_sin, s_cos, p_q, p_k, p_v, eps, H, D, BH,
+            p_img_index, p_cos, p_sin, s_cos, p_q, p_k, p_v, eps, EAGER, H, D, BH,
         )  # fmt: skip
 
 
@@ -113,38 +121,27 @@ def qk_norm_rope(
     txt_index: torch.Tensor,
     img_index: torch.Tensor,
     eps: float,
+    eager_rounding: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Joint q, k, v [N, H, D], contiguous, of a text stream [Nt, H, D] and an image stream [Ni, H, D], N = Nt + Ni.
 
     Args:
         txt_q, txt_k, txt_v, img_q, img_k, img_v: token and head strides arbitrary, last dimension contiguous; D a power
             of two from 16; Nt or Ni may be 0.
-        txt_wq, txt_wk, img_wq, img_wk: weights of the norms [D], or None for no weight.
+        txt_wq, txt_wk, img_wq, img_wk: weights of the norms [D], or None for no norm.
         cos, sin: float32 [N, D/2], by joint row.
         txt_index, img_index: int32 [Nt], [Ni], joint row of each stream row; together a permutation of the N rows.
+        eager_rounding: round to the streams' dtype where eager PyTorch does: after the norm and after the weight.
     """
-    num_txt, heads, head_dim = txt_q.shape
-    num_img = img_q.shape[0]
-    total = num_txt + num_img
-    assert head_dim >= 16 and head_dim & (head_dim - 1) == 0, f"head_dim {head_dim}: a power of two from 16 is needed"
-    for x in (txt_q, txt_k, txt_v, img_q, img_k, img_v):
-        assert x.shape[1:] == (heads, head_dim) and x.dtype == txt_q.dtype
-        assert x.numel() == 0 or x.stride(2) == 1, "the head dimension must be contiguous"
-    assert len({txt_q.shape, txt_k.shape, txt_v.shape}) == 1 and len({img_q.shape, img_k.shape, img_v.shape}) == 1
-    for weight in (txt_wq, txt_wk, img_wq, img_wk):
-        assert weight is None or (weight.shape == (head_dim,) and weight.is_contiguous())
-    assert cos.shape == sin.shape == (total, head_dim // 2), f"cos {tuple(cos.shape)} for {total} joint rows"
-    assert cos.dtype == sin.dtype == torch.float32 and cos.stride() == sin.stride() and cos.stride(1) == 1
-    for index, count in ((txt_index, num_txt), (img_index, num_img)):
-        assert index.dtype == torch.int32 and index.shape == (count,) and index.is_contiguous()
-
+    num_txt, total, heads, head_dim = check_heads(
+        (txt_q, txt_k, txt_v), (img_q, img_k, img_v), (), (txt_wq, txt_wk, img_wq, img_wk), (cos, sin),
+        txt_index, img_index,
+    )  # fmt: skip
     shape = (total, heads, head_dim)
     q, k, v = (torch.empty(shape, dtype=txt_q.dtype, device=txt_q.device) for _ in range(3))
     if q.numel() == 0:
         return q, k, v
     block = triton.next_power_of_2(heads)
-    streams = (txt_q, txt_k, txt_v, img_q, img_k, img_v)
-    assert max(x.stride(1) for x in streams) * block < 2**31, "head stride too big for the offsets within a token"
     with torch.cuda.device_of(q):
         qk_norm_rope_kernel[(total,)](
             num_txt,
@@ -159,8 +156,9 @@ def qk_norm_rope(
             cos, sin, cos.stride(0),
             q, k, v,
             eps,
-            H=heads, D=head_dim, BH=block,
+            EAGER=eager_rounding, H=heads, D=head_dim, BH=block,
             # 16 values of each tensor a thread: in a 16-bit dtype two 128-bit loads each.
             num_warps=min(max(block * head_dim // 512, 1), 16),
+            enable_fp_fusion=not eager_rounding,
         )  # fmt: skip
     return q, k, v
