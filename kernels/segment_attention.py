@@ -20,13 +20,30 @@ masked. So the arithmetic of a range depends on its own lengths alone: a sample 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-HEAD_DIMS = (16, 32, 64, 128)
+from uniref_fast.kernels import segment_attention_hopper
+from uniref_fast.kernels.segment_attention_backward import segment_attention_backward
+from uniref_fast.kernels.segment_attention_config import (
+    HEAD_DIMS,
+    AttentionConfig,
+    BackwardConfig,
+    pick_backward_config,
+    pick_config,
+)
+
+__all__ = [
+    "HEAD_DIMS",
+    "AttentionConfig",
+    "BackwardConfig",
+    "pick_backward_config",
+    "pick_config",
+    "segment_attention",
+    "segment_attention_backward",
+]
 
 
 @triton.jit
@@ -119,30 +136,6 @@ def segment_attention_kernel(
     tl.store(p_lse + i_h * s_lse + row + o_m, b_lse, mask=m_m)
 
 
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Launch parameters: query rows and key rows of a tile, warps, software pipeline stages."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    num_warps: int
-    num_stages: int
-
-
-def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionConfig:
-    """Launch parameters for a head size, dtype and compute capability.
-
-    Chosen from the compiler's report (registers, spills, shared memory), not from a measurement on a GPU.
-    """
-    if dtype == torch.float32:
-        # No tensor cores in full fp32: with bigger tiles or fewer warps head_dim 128 spills.
-        return AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
-    # Eight warps: with four, or with 128 keys a tile at head_dim 128, registers spill or run out.
-    # Three stages at head_dim 128 take 96 to 136 KiB of shared memory; 8.6, 8.9 and 12.x have 99 KiB a block.
-    stages = 3 if capability in ((8, 0), (9, 0)) or capability[0] == 10 else 2
-    return AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=stages)
-
-
 def segment_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -153,6 +146,7 @@ def segment_attention(
     tiles: torch.Tensor,
     scale: float,
     config: AttentionConfig,
+    whole_tiles: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `q` [Nq, H, D] over `k`, `v` [Nk, H, D], D one of 16, 32, 64, 128, last dimension contiguous.
 
@@ -163,6 +157,7 @@ def segment_attention(
         tiles: int32 [T, 2], (range, first query row) of each tile of `config.BLOCK_M` rows, in launch order.
         scale: positive factor of the scores, usually `D ** -0.5`.
         config: launch parameters, from `pick_config`.
+        whole_tiles: `AttentionPlan.whole_tiles(config.BLOCK_M, config.hopper_keys, device)`, if `hopper_keys` is set.
 
     Returns:
         out [Nq, H, D] in q's dtype and lse float32 [H, Nq], natural logarithm; 0 and -inf where no key is visible.
@@ -172,11 +167,12 @@ def segment_attention(
     assert k.shape == v.shape == (k.shape[0], heads, head_dim), "k, v [Nk, H, D] with the heads and head_dim of q"
     assert q.dtype == k.dtype == v.dtype, f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}"
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "the head dimension must be contiguous"
-    for table in (q_ranges, kv_ptr, kv_ranges, tiles):
+    for table in (q_ranges, kv_ptr, kv_ranges, tiles, *(whole_tiles or ())):
         assert table.dtype == torch.int32 and table.is_contiguous(), "plan tensors are contiguous int32"
         assert table.device == q.device, f"plan on {table.device}, q on {q.device}"
     assert kv_ptr.numel() == q_ranges.shape[0] + 1
     assert scale > 0, "the running maximum is scaled after the fact, which needs a positive scale"
+    assert bool(config.hopper_keys) == (whole_tiles is not None), "hopper_keys and whole_tiles go together"
     assert max(x.stride(0) for x in (q, k, v)) * max(config.BLOCK_M, config.BLOCK_N) < 2**31, "row stride too big"
 
     out = torch.empty(num_queries, heads, head_dim, dtype=q.dtype, device=q.device)
@@ -184,15 +180,20 @@ def segment_attention(
     if out.numel() == 0:
         return out, lse
     with torch.cuda.device_of(q):
-        segment_attention_kernel[(tiles.shape[0], heads)](
-            q, q.stride(0), q.stride(1),
-            k, k.stride(0), k.stride(1),
-            v, v.stride(0), v.stride(1),
-            out, out.stride(0), out.stride(1),
-            lse, lse.stride(0),
-            q_ranges, kv_ptr, kv_ranges, tiles,
-            scale * math.log2(math.e),
-            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+        if whole_tiles is not None:
+            whole, tiles, key_ptr, key_tiles = whole_tiles
+            if whole.shape[0]:
+                segment_attention_hopper.launch(q, k, v, out, lse, q_ranges, whole, key_ptr, key_tiles, scale, config)
+        if tiles.shape[0]:
+            segment_attention_kernel[(tiles.shape[0], heads)](
+                q, q.stride(0), q.stride(1),
+                k, k.stride(0), k.stride(1),
+                v, v.stride(0), v.stride(1),
+                out, out.stride(0), out.stride(1),
+                lse, lse.stride(0),
+                q_ranges, kv_ptr, kv_ranges, tiles,
+                scale * math.log2(math.e),
+                D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
+                num_warps=config.num_warps, num_stages=config.num_stages,
+            )  # fmt: skip
     return out, lse

@@ -89,18 +89,19 @@ class AttentionPlan:
     @functools.cached_property
     def transpose(self) -> AttentionPlan:
         """The same relation read from the keys: for each key range the query intervals that see it (dK, dV)."""
-        cuts = {0, self.num_keys}
-        for keys in self.intervals:
-            cuts.update(edge for interval in keys for edge in interval)
-        edges = sorted(cuts)
+        # One sweep over the interval edges, holding the ranges that see the keys at hand: linear in what it returns.
+        opened: dict[int, list[int]] = {0: [], self.num_keys: []}
+        closed: dict[int, list[int]] = {}
+        for index, keys in enumerate(self.intervals):
+            for start, end in keys:
+                opened.setdefault(start, []).append(index)
+                closed.setdefault(end, []).append(index)
         rows = []
-        for a, b in itertools.pairwise(edges):
-            seen_by = [
-                span
-                for span, keys in zip(self.ranges, self.intervals, strict=True)
-                if any(start <= a and b <= end for start, end in keys)
-            ]
-            rows.append(((a, b), tuple(seen_by)))
+        seen_by: set[int] = set()
+        for a, b in itertools.pairwise(sorted({*opened, *closed})):
+            seen_by.difference_update(closed.get(a, ()))
+            seen_by.update(opened.get(a, ()))
+            rows.append(((a, b), tuple(self.ranges[index] for index in sorted(seen_by))))
         return _make_plan(rows, self.num_keys, self.num_queries)
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,6 +121,19 @@ class AttentionPlan:
         if key not in self.cache:
             with torch.inference_mode(False):
                 self.cache[key] = _plan_tiles(self, *key)
+        return self.cache[key]
+
+    def whole_tiles(self, rows: int, keys: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+        """Tables for a kernel that loads tiles of exactly `keys` key rows and must not load a row that is not visible.
+
+        Returns `tiles(rows)` in two parts, of the ranges with intervals and none shorter than `keys`, and of the
+        others; then for each range its key tiles, as int32 [R + 1] of pointers into int32 [F, 2] of (first row, rows
+        already in the tile before). The last tile of an interval ends with it, so it may overlap the one before.
+        """
+        key = (rows, keys, torch.device(device))
+        if key not in self.cache:
+            with torch.inference_mode(False):
+                self.cache[key] = _whole_tiles(self, *key)
         return self.cache[key]
 
     @functools.cached_property
@@ -218,3 +232,20 @@ def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.
         tiles += [(-work, index, row) for row in range(start, end, block)]
     tiles.sort()
     return torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32).reshape(-1, 2).to(device)
+
+
+def _whole_tiles(plan: AttentionPlan, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    whole = [bool(spans) and all(end - start >= keys for start, end in spans) for spans in plan.intervals]
+    _, kv_ptr, kv_ranges = plan.tensors("cpu")
+    is_whole = torch.tensor(whole, dtype=torch.bool)
+    start, end = kv_ranges.unbind(1)
+    count = (end - start + keys - 1) // keys * is_whole.repeat_interleave(kv_ptr.diff())
+    pointers = torch.nn.functional.pad(count.cumsum(0), (1, 0))
+    nth = torch.arange(int(pointers[-1])) - pointers[:-1].repeat_interleave(count)
+    unmoved = start.repeat_interleave(count) + nth * keys
+    first = torch.minimum(unmoved, (end - keys).repeat_interleave(count))
+    key_tiles = torch.stack([first, unmoved - first], 1)
+    tiles = plan.tiles(rows, "cpu")
+    in_whole = is_whole[tiles[:, 0].long()]
+    tables = (tiles[in_whole], tiles[~in_whole], pointers[kv_ptr.long()], key_tiles)
+    return tuple(table.to(device, torch.int32) for table in tables)

@@ -1,0 +1,67 @@
+"""Launch parameters of segment attention: the one place where tuned numbers live, and what made them.
+
+None of them was measured on a GPU. They come from the compiler's report (`compile_matrix`): no spills, shared memory
+within the chip's limit, tensor-core instructions in every matmul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+HEAD_DIMS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch parameters: query rows and key rows of a tile, warps, software pipeline stages.
+
+    `hopper_keys`, on 9.x in 16-bit dtypes: key rows of a tile for the warp-specialised kernel, which then takes the
+    query ranges without a shorter interval; 0 for the portable kernel alone. Off by default until someone has measured
+    on a device where it is faster.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+    hopper_keys: int = 0
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Launch parameters of the backward: tiles of `dq.BLOCK_M` query rows, and of `dkdv.BLOCK_N` key rows."""
+
+    dq: AttentionConfig
+    dkdv: AttentionConfig
+
+
+def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionConfig:
+    """Launch parameters of the forward for a head size, dtype and compute capability."""
+    if dtype == torch.float32:
+        # No tensor cores in full fp32: with bigger tiles or fewer warps head_dim 128 spills.
+        return AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
+    # Eight warps: with four, or with 128 keys a tile at head_dim 128, registers spill or run out.
+    # Three stages at head_dim 128 take 96 to 136 KiB of shared memory; 8.6, 8.9 and 12.x have 99 KiB a block.
+    stages = 3 if capability in ((8, 0), (9, 0)) or capability[0] == 10 else 2
+    return AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=stages)
+
+
+def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
+    """Launch parameters of the backward for a head size, dtype and compute capability."""
+    if dtype == torch.float32:
+        small = AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
+        return BackwardConfig(dq=small, dkdv=small)
+    # dk and dv keep two accumulators of BLOCK_N x head_dim, S and dP in registers: the largest tiles that do not spill.
+    # 128 keys at head_dim 128 fit where wgmma reads q and dO from shared memory only (9.x).
+    rows, keys = 64, 128
+    if head_dim == 128 and capability[0] != 9:
+        keys = 64
+    elif head_dim == 64 and capability[0] in (8, 12):
+        rows = 32
+    return BackwardConfig(
+        # 96 KiB of shared memory at head_dim 128 with mma.sync, within the 99 KiB of 8.6, 8.9 and 12.x.
+        dq=AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
+        dkdv=AttentionConfig(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=2),
+    )
