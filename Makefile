@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= $(or $(OUT),bench/results)
 
-.PHONY: demo test bench lint kernels gpu clean
+.PHONY: demo test bench lint kernels gpu tune clean
 
 demo: $(STAMP)  ## stock against patched pipeline on a composed scene: out/demo.png
 	$(BIN)/uniref-fast demo --out out/demo.png
@@ -21,8 +21,14 @@ bench: $(STAMP)  ## every benchmark of this machine, side by side: table, and JS
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and check the compiler's report
+kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and check the report; with the newest Triton too
 	$(BIN)/python -m uniref_fast.kernels.compile_matrix
+	rm -rf build/newest-triton
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/newest-triton triton
+	PYTHONPATH=build/newest-triton $(BIN)/python -m uniref_fast.kernels.compile_matrix
+
+tune: $(STAMP)  ## measure this machine's attention costs: uniref_fast/assets/tuned/<device>.json
+	$(BIN)/python bench/autotune.py
 
 gpu:  ## on a machine with a CUDA device and the package installed: the gpu suite, then the benches
 	$(PYTHON) -m pytest -m gpu

@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and check the compiler's own report.
 
-    python -m uniref_fast.kernels.compile_matrix [--arch 80 90 100] [--kernel attention ...] [--head-dim 64 128]
+    python -m uniref_fast.kernels.compile_matrix [--arch 80 90 100] [--only attention ...] [--head-dim 64 128]
 
 Each launcher is called with meta tensors of real sizes. Triton's compilation hook then hands over exactly what the
 launch would compile, specialisation included, and it is compiled to a cubin for the wanted architecture. Checked:
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from uniref_fast.kernels import norm_modulate, patchify, qk_norm_rope, segment_attention
+from uniref_fast.kernels import (
+    fp8,
+    norm_modulate,
+    norm_modulate_backward,
+    patchify,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    segment_attention,
+    segment_attention_backward,
+    segment_attention_config,
+)
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
@@ -40,25 +51,41 @@ TEXT, IMAGE, HEADS, CHANNELS = 1024, 16384, 24, 3072  # Qwen-Image-Edit with a t
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+Launcher = Callable[..., object]
+
+FP8_FLOOR = 89  # conversions to e4m3
+
+# What a kernel must show: tensor-core instructions, and the width of its widest load and store in bits; none narrower
+# than 32 bits unless so little is stored that 16 are expected.
+MATMUL = (True, 128, 128)
+STREAM = (False, 128, 128)
+EXPECTED = {
+    "segment_attention_kernel": MATMUL,
+    "dq_kernel": MATMUL,
+    "dkdv_kernel": MATMUL,
+    "delta_kernel": (False, 128, 32),
+    "sum_tiles_kernel": (False, 128, 16),
+    "norm_modulate_fp8_kernel": (False, 128, 64),
+    "gelu_fp8_kernel": (False, 128, 64),
+}
+
+
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile: `launch(arch)` calls a launcher with meta tensors."""
+    """One launch to compile: `launch(arch)` calls a launcher, with meta tensors, that may run several kernels."""
 
-    kernel: str
+    name: str
     dtype: torch.dtype
     head_dim: int
     launch: Callable[[int], object]
 
-    @property
-    def tensor_core(self) -> bool:
-        return self.kernel == "attention"
-
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one case."""
+    """What the compiler made of one kernel of a case."""
 
     case: Case
+    kernel: str
     arch: int
     num_warps: int
     registers: int
@@ -72,6 +99,7 @@ class Report:
     narrow: int
 
     def violations(self) -> list[str]:
+        matmul, load, store = EXPECTED.get(self.kernel, STREAM)
         found = []
         if self.spills or self.stack:
             found.append(f"{self.spills} local-memory instructions, {self.stack} bytes of stack")
@@ -79,44 +107,67 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[self.arch]}")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             found.append(f"{self.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY_COLUMNS}")
-        if self.case.tensor_core and not self.tensor_core:
+        if matmul and not self.tensor_core:
             found.append(f"no {TENSOR_CORE[self.arch]} instruction")
-        if self.widest_load < 128 or self.widest_store < 128:
+        if self.widest_load < load or self.widest_store < store:
             found.append(f"global access: loads of {self.widest_load} bits, stores of {self.widest_store} bits")
-        if self.narrow:
+        if self.narrow and min(load, store) >= 32:
             found.append(f"{self.narrow} global accesses of 8 or 16 bits")
         return found
 
 
-def cases(head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
+def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
     """The matrix: attention in bf16 and fp16, the memory-bound kernels in bf16, real sizes."""
     made: list[Case] = []
 
-    def case(kernel: str, launch: Callable[..., object], *args, dtype=torch.bfloat16, head_dim: int = 0) -> None:
-        made.append(Case(kernel, dtype, head_dim, functools.partial(launch, *args)))
+    def case(name: str, launch: Launcher, *args, dtype=torch.bfloat16, head_dim: int = 0) -> None:
+        made.append(Case(name, dtype, head_dim, functools.partial(launch, *args)))
 
     for dim in head_dims:
         for dtype in (torch.bfloat16, torch.float16):
             case("attention", _attention, dim, dtype, dtype=dtype, head_dim=dim)
+            case("attention_backward", _attention_backward, dim, dtype, dtype=dtype, head_dim=dim)
         case("qk_norm_rope", _qk_norm_rope, dim, head_dim=dim)
+        case("qk_norm_rope_eager", _qk_norm_rope, dim, True, head_dim=dim)
+        for weight_grads in (True, False):
+            name = "qk_norm_rope_backward" + ("" if weight_grads else "_frozen")
+            case(name, _qk_norm_rope_backward, dim, weight_grads, head_dim=dim)
 
     x, y, rows = _meta(IMAGE, CHANNELS), _meta(IMAGE, CHANNELS), _meta(IMAGE, dtype=torch.int32)
     # Slices of one projection, as a transformer block makes them.
     shift, scale, gate = _meta(8, 3 * CHANNELS).chunk(3, dim=1)
-    case("norm_modulate", _any_arch, norm_modulate.norm_modulate, x, shift, scale, rows, 1e-6)
+    backward = norm_modulate_backward
+    for eager in (False, True):
+        suffix = "_eager" if eager else ""
+        options = (rows, 1e-6, False, eager)
+        case("norm_modulate" + suffix, _any_arch, norm_modulate.norm_modulate, x, shift, scale, *options)
+        both: Launcher = norm_modulate.gate_residual_norm_modulate
+        case("gate_residual_norm_modulate" + suffix, _any_arch, both, x, y, gate, shift, scale, *options)
+    case("rms_norm_modulate", _any_arch, norm_modulate.norm_modulate, x, None, scale, None, 1e-6, True)
     case("gate_residual", _any_arch, norm_modulate.gate_residual, x, y, gate, rows)
-    both = norm_modulate.gate_residual_norm_modulate
-    case("gate_residual_norm_modulate", _any_arch, both, x, y, gate, shift, scale, rows, 1e-6)
+    for grads in (True, False):
+        suffix = "_backward" if grads else "_backward_frozen"
+        options = (rows, 1e-6, False, grads)
+        case("norm_modulate" + suffix, _any_arch, backward.norm_modulate_backward, x, y, scale, *options)
+        case("gate_residual" + suffix, _any_arch, backward.gate_residual_backward, x, y, gate, rows, grads)
+        both = backward.gate_residual_norm_modulate_backward
+        case("gate_residual_norm_modulate" + suffix, _any_arch, both, x, y, x, y, gate, scale, *options)
+    if arch >= FP8_FLOOR:
+        case("norm_modulate_fp8", _any_arch, fp8.norm_modulate_fp8, x, shift, scale, rows, 1e-6)
+        case("gelu_fp8", _any_arch, fp8.gelu_fp8, _meta(IMAGE, 4 * CHANNELS))
     case("pack", _any_arch, patchify.pack, [_meta(16, 1, 128, 128)], [0], 64 * 64)
     case("unpack", _any_arch, patchify.unpack, _meta(64 * 64, 64), [0], [(1, 64, 64)], 16)
     return made
 
 
-def compile_case(case: Case, arch: int) -> Report:
-    """Compile one case for one architecture and read the compiler's report."""
+def compile_case(case: Case, arch: int) -> list[Report]:
+    """Compile one case for one architecture and read the compiler's report of each of its kernels."""
     with _collect(arch) as compiled:
         case.launch(arch)
-    (kernel,) = compiled
+    return [_report(case, arch, name, kernel) for name, kernel in compiled.items()]
+
+
+def _report(case: Case, arch: int, name: str, kernel) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(kernel.asm["cubin"])
@@ -125,6 +176,7 @@ def compile_case(case: Case, arch: int) -> Report:
     accesses = [(op, _width(suffix)) for op, suffix in re.findall(r"\b(LDG|LDGSTS|STG)\.(E\S*)", sass)]
     return Report(
         case=case,
+        kernel=name,
         arch=arch,
         num_warps=kernel.metadata.num_warps,
         registers=int(re.findall(r"\bREG:(\d+)", usage)[-1]),
@@ -139,23 +191,49 @@ def compile_case(case: Case, arch: int) -> Report:
     )
 
 
+# ---- launches ----
+
+
 def _attention(head_dim: int, dtype: torch.dtype, arch: int) -> object:
-    config = segment_attention.pick_config(head_dim, dtype, divmod(arch, 10))
+    config = segment_attention_config.pick_config(head_dim, dtype, divmod(arch, 10))
     q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(3))
-    q_ranges, kv_ptr, kv_ranges, tiles = (_meta(*s, dtype=torch.int32) for s in ((4, 2), (5,), (7, 2), (140, 2)))
-    return segment_attention.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, head_dim**-0.5, config)
+    launcher: Launcher = segment_attention.segment_attention
+    return launcher(q, k, v, *_tables(4, 7, 140), head_dim**-0.5, config)
 
 
-def _qk_norm_rope(head_dim: int, arch: int) -> object:
+def _attention_backward(head_dim: int, dtype: torch.dtype, arch: int) -> object:
+    config = segment_attention_config.pick_backward_config(head_dim, dtype, divmod(arch, 10))
+    tensors = [_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(5)]
+    lse = _meta(HEADS, TEXT + IMAGE, dtype=torch.float32)
+    launcher: Launcher = segment_attention_backward.segment_attention_backward
+    return launcher(*tensors, lse, *_tables(4, 7, 140), *_tables(5, 9, 280), head_dim**-0.5, config)
+
+
+def _tables(ranges: int, intervals: int, tiles: int) -> list[torch.Tensor]:
+    """Ranges, pointers, intervals and tiles of a plan."""
+    return [_meta(*shape, dtype=torch.int32) for shape in ((ranges, 2), (ranges + 1,), (intervals, 2), (tiles, 2))]
+
+
+def _qk_norm_rope(head_dim: int, *rest) -> object:
+    *options, _ = rest
     txt, img = (_meta(rows, HEADS, head_dim) for rows in (TEXT, IMAGE))
-    weight, table = _meta(head_dim), _meta(TEXT + IMAGE, head_dim // 2, dtype=torch.float32)
-    txt_index, img_index = (_meta(rows, dtype=torch.int32) for rows in (TEXT, IMAGE))
-    return qk_norm_rope.qk_norm_rope(
-        txt, txt, txt, img, img, img, weight, weight, weight, weight, table, table, txt_index, img_index, 1e-6
-    )
+    launcher: Launcher = qk_norm_rope.qk_norm_rope
+    return launcher(txt, txt, txt, img, img, img, *_rope_tables(head_dim), 1e-6, *options)
 
 
-def _any_arch(launcher: Callable[..., object], *args) -> object:
+def _qk_norm_rope_backward(head_dim: int, weight_grads: bool, arch: int) -> object:
+    txt, img, joint = (_meta(rows, HEADS, head_dim) for rows in (TEXT, IMAGE, TEXT + IMAGE))
+    launcher: Launcher = qk_norm_rope_backward.qk_norm_rope_backward
+    return launcher(joint, joint, joint, txt, txt, img, img, *_rope_tables(head_dim), 1e-6, weight_grads)
+
+
+def _rope_tables(head_dim: int) -> list[torch.Tensor]:
+    """Four norm weights, cos and sin, and where each stream's rows go."""
+    table = _meta(TEXT + IMAGE, head_dim // 2, dtype=torch.float32)
+    return [*[_meta(head_dim)] * 4, table, table, *(_meta(rows, dtype=torch.int32) for rows in (TEXT, IMAGE))]
+
+
+def _any_arch(launcher: Launcher, *args) -> object:
     """For launchers whose parameters do not depend on the architecture, which comes last."""
     return launcher(*args[:-1])
 
@@ -181,15 +259,16 @@ class _OfflineDriver:
 
 
 @contextmanager
-def _collect(arch: int) -> Iterator[list]:
-    """Within the block, kernel launches compile for `arch` into the yielded list instead of running."""
-    compiled: list = []
+def _collect(arch: int) -> Iterator[dict]:
+    """Within the block, kernel launches compile for `arch` instead of running: kernel name -> what was compiled."""
+    compiled: dict = {}
 
     def hook(*, fn, compile, **_) -> bool:
         options = {name: compile[name] for name in ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")}
         (attributes,) = compile["configs"]
         source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], attributes)
-        compiled.append(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options))
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled[fn.jit_function.__name__] = kernel
         return True  # Triton takes the compilation as declined and does not launch
 
     driver = triton.runtime.driver
@@ -217,42 +296,55 @@ def _width(suffix: str) -> int:
     return 32
 
 
-COLUMNS = "kernel dtype D arch warps registers spills shared tensor-core load/store"
+ROW = "{:43} {:30} {:5} {:>3} {:>6} {:>5} {:>9} {:>6} {:>7} {:>11} {:>10}"
+COLUMNS = "launch kernel dtype D arch warps registers spills shared tensor-core load/store"
+
+
+def _compile_named(key: tuple[int, tuple[int, ...], int]) -> list[tuple[str, list[str]]]:
+    """In a worker process: the lines and violations of one case."""
+    arch, head_dims, index = key
+    reports = compile_case(cases(arch, head_dims)[index], arch)
+    return [(_line(report), report.violations()) for report in reports]
+
+
+def _line(report: Report) -> str:
+    case = report.case
+    return ROW.format(
+        case.name, report.kernel, DTYPE_NAMES[case.dtype], case.head_dim or "-", f"sm_{report.arch}", report.num_warps,
+        report.registers, report.spills, report.shared, report.tensor_core or "-",
+        f"{report.widest_load}/{report.widest_store}",
+    )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(SHARED_LIMIT), default=sorted(SHARED_LIMIT))
-    parser.add_argument("--kernel", nargs="+", help="names of kernels; all by default")
+    parser.add_argument("--only", nargs="+", metavar="LAUNCH", help="names of launches; all by default")
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--jobs", type=int, help="processes; one a core by default")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted, there is nothing to compile")
-
-    chosen = cases(tuple(options.head_dim))
-    if options.kernel:
-        unknown = set(options.kernel) - {case.kernel for case in chosen}
-        if unknown:
-            parser.error(f"unknown kernels {sorted(unknown)}, known: {sorted({case.kernel for case in chosen})}")
-        chosen = [case for case in chosen if case.kernel in options.kernel]
-    row = "{:28} {:5} {:>3} {:>6} {:>5} {:>9} {:>6} {:>7} {:>11} {:>10}"
-    print(row.format(*COLUMNS.split()))
-    failed = False
-    for arch in options.arch:
-        for case in chosen:
-            report = compile_case(case, arch)
-            print(
-                row.format(
-                    case.kernel, DTYPE_NAMES[case.dtype], case.head_dim or "-", f"sm_{arch}", report.num_warps,
-                    report.registers, report.spills, report.shared, report.tensor_core or "-",
-                    f"{report.widest_load}/{report.widest_store}",
-                ),
-                flush=True,
-            )  # fmt: skip
-            for violation in report.violations():
-                failed = True
-                print(f"    VIOLATION: {violation}", flush=True)
-    return int(failed)
+    head_dims = tuple(options.head_dim)
+    known = {arch: [case.name for case in cases(arch, head_dims)] for arch in options.arch}
+    names = {name for of_arch in known.values() for name in of_arch}
+    if unknown := set(options.only or []) - names:
+        parser.error(f"unknown launches {sorted(unknown)}, known: {sorted(names)}")
+    keys = [
+        (arch, head_dims, i)
+        for arch, of_arch in known.items()
+        for i, name in enumerate(of_arch)
+        if not options.only or name in options.only
+    ]
+    print(f"Triton {triton.__version__}\n{ROW.format(*COLUMNS.split())}", flush=True)
+    failed = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for lines in pool.map(_compile_named, keys):
+            for line, violations in lines:
+                print(line, *(f"    VIOLATION: {each}" for each in violations), sep="\n", flush=True)
+                failed += len(violations)
+    print(f"{len(keys)} launches, {failed} violations")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
