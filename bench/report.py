@@ -14,16 +14,14 @@ from pathlib import Path
 
 
 def condense(raw: dict) -> dict:
-    """Device, versions, and for each group the median seconds, rounds and ratio of every member, in run order."""
+    """Device, versions, and for each group what every member measured (`conftest.timed`), in run order."""
     machine = raw["machine_info"]
     groups: dict[str, list[dict]] = {}
     for item in raw["benchmarks"]:
         params = item.get("params") or {}
         member = str(params.get("whose") or params.get("which") or item["name"])
-        stats = item["stats"]
-        info = item["extra_info"]
-        row = {"member": member, "ratio": info.pop("ratio"), "median_s": stats["median"], "rounds": stats["rounds"]}
-        groups.setdefault(item["group"], []).append(row | info)
+        info = {key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in item["extra_info"].items()}
+        groups.setdefault(item["group"], []).append({"member": member} | info)
     gpu = machine["device"] if machine.get("cuda") else None
     return {
         "date": raw["datetime"][:10],
@@ -31,18 +29,34 @@ def condense(raw: dict) -> dict:
         "threads": machine["threads"],
         "python": machine["python_version"],
         "torch": machine["torch"],
+        "triton": machine["triton"],
         "commit": raw["commit_info"].get("id"),
         "groups": groups,
     }
 
 
 def table(results: dict) -> str:
-    """Ratios as Markdown; absolute times only for a GPU."""
-    lines = ["| question | " + "answer: baseline time over ours, medians of one run |", "|---|---|"]
+    """Markdown, a line a question: ratios, and on a GPU times and fractions of what the machine can do as well."""
+    gpu = results["triton"] is not None and any("cuda" in row.get("timing", "") for row in _rows(results))
+    lines = ["| question | answer: baseline time over ours, medians of one run |", "|---|---|"]
     for name, rows in results["groups"].items():
-        answers = ", ".join(f"{row['member']} {row['ratio']:.2f}x" for row in rows[1:])
-        lines.append(f"| {name.replace('torch.', '')} (1x = {rows[0]['member']}) | {answers} |")
+        answers = ", ".join(_answer(row, gpu) for row in rows[1:])
+        first = _answer(rows[0], gpu) if gpu else rows[0]["member"]
+        lines.append(f"| {name} (1x = {first}) | {answers} |")
     return "\n".join(lines)
+
+
+def _rows(results: dict) -> list[dict]:
+    return [row for rows in results["groups"].values() for row in rows]
+
+
+def _answer(row: dict, gpu: bool) -> str:
+    text = f"{row['member']} {row['ratio']:.2f}x"
+    if not gpu:
+        return text
+    of = {"fraction_of_matmul": "matmul", "fraction_of_copy": "copy"}
+    fractions = "".join(f", {row[key]:.0%} of {what}" for key, what in of.items() if key in row)
+    return f"{text} ({row['seconds'] * 1e3:.3f} ms{fractions})"
 
 
 def main() -> None:

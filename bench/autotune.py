@@ -1,0 +1,203 @@
+"""Measure this machine's attention and write its table: costs of each implementation, and on a GPU the best launches.
+
+    python bench/autotune.py [--out uniref_fast/assets/tuned]
+
+Results are checked first. Costs are a linear function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the medians
+of plans from tiny to big, by relative error and with no coefficient below zero; the fit's own errors are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import json
+import platform
+import statistics
+from pathlib import Path
+from unittest import mock
+
+import torch
+from conftest import CUDA, stopwatch
+
+from uniref_fast import ops, tuning
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.ops import _dispatch, dense_attention
+from uniref_fast.ops.segment_attention import segment_attention_reference
+from uniref_fast.testing import max_relative_error
+from uniref_fast.visibility import AttentionPlan, plan
+
+DEVICE = "cuda" if CUDA else "cpu"
+OURS = "triton" if CUDA else "native"
+DTYPES = (torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.bfloat16)
+HEADS, DIMS, SIDE = (24, (64, 128), 64) if CUDA else (4, (64, 128), 16)
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+def plans() -> list[AttentionPlan]:
+    """From one big rectangle to hundreds of tiny ones."""
+    u = SIDE
+    samples = [
+        ([Sample(u, (1, u, u), ((1, u, u),) * k)], visibility)
+        for k in (0, 1, 3)
+        for visibility in ("full", "reference_causal")
+    ]
+    samples += [
+        ([Sample(u // 4 + i, (1, u // 2, u // 2 + i), ((1, u // 2, u // 4),)) for i in range(n)], "full")
+        for n in (3, 12)
+    ]
+    samples += [([Sample(3, (1, 4, 4), ((1, 2, 2),))] * n, "full") for n in (4, 32, 128)]
+    samples += [([Sample(u // 4, (1, u // 2, u // 2), ((1, u // 2, u // 2),) * 2)], "reference_isolated")]
+    return [plan(SelfLayout.qwen(pack), visibility) for pack, visibility in samples]
+
+
+def calls(compiled: AttentionPlan, impl: str, dtype: torch.dtype, dim: int):
+    """Forward and backward of one implementation, as calls without arguments."""
+    x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(dtype) for _ in range(3)]
+    leaves = [t.clone().requires_grad_() for t in x]
+    out = ops.segment_attention(*leaves, compiled, impl=impl)
+    forward = torch.no_grad()(lambda: ops.segment_attention(*x, compiled, impl=impl))
+    return forward, lambda: torch.autograd.grad(out, leaves, x[0], retain_graph=True)
+
+
+def median(call, rounds: int = 15) -> float:
+    call()
+    watch, _ = stopwatch(call)
+    return statistics.median(watch() for _ in range(rounds))
+
+
+def fit(features: torch.Tensor, seconds: torch.Tensor) -> list[float]:
+    """Least squares of relative errors over non-negative coefficients: the best of all subsets of features."""
+    best, answer = float("inf"), [0.0] * features.shape[1]
+    a = features / seconds[:, None]
+    b = torch.ones_like(seconds)
+    for size in range(1, a.shape[1] + 1):
+        for columns in itertools.combinations(range(a.shape[1]), size):
+            solved = torch.linalg.lstsq(a[:, columns], b[:, None]).solution[:, 0]
+            error = (a[:, columns] @ solved - b).square().sum().item()
+            if (solved >= 0).all() and error < best:
+                best, answer = error, [0.0] * a.shape[1]
+                for column, value in zip(columns, solved.tolist(), strict=True):
+                    answer[column] = value
+    return answer
+
+
+def costs() -> dict:
+    """Coefficients by implementation, dtype and direction, one fit over all head dimensions."""
+    made: dict = {OURS: {}, "dense": {}}
+    for dtype in DTYPES:
+        rows: dict = {(impl, way): [] for impl in made for way in ("forward", "backward")}
+        for dim in DIMS:
+            for compiled in plans():
+                features = tuning.attention_features(compiled, HEADS, dim)
+                check(compiled, dtype, dim)
+                for impl in made:
+                    for way, call in zip(("forward", "backward"), calls(compiled, impl, dtype, dim), strict=True):
+                        rows[impl, way].append((features, median(call)))
+        for (impl, way), measured in rows.items():
+            features = torch.tensor([f for f, _ in measured], dtype=torch.float64)
+            seconds = torch.tensor([s for _, s in measured], dtype=torch.float64)
+            coefficients = fit(features, seconds)
+            errors = ((features @ torch.tensor(coefficients, dtype=torch.float64)) / seconds - 1).abs()
+            name = str(dtype).removeprefix("torch.")
+            made[impl].setdefault(name, {})[way] = [float(f"{c:.4g}") for c in coefficients]
+            off = f"off by {errors.median():.0%}, at most {errors.max():.0%}"
+            print(f"{impl:8}{name:10}{way:10}{made[impl][name][way]}  {off}")
+    return made
+
+
+def check(compiled: AttentionPlan, dtype: torch.dtype, dim: int) -> None:
+    x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(dtype) for _ in range(3)]
+    expected = segment_attention_reference(*(t.float() for t in x), compiled, dim**-0.5)[0]
+    for impl in (OURS, "dense"):
+        error = max_relative_error(ops.segment_attention(*x, compiled, impl=impl), expected)
+        if error > TOLERANCE[dtype]:
+            raise SystemExit(f"{impl} is wrong in {dtype} by {error:.1e}: nothing was written")
+
+
+def launch_key(dtype: torch.dtype, dim: int, way: str) -> str:
+    return f"{str(dtype).removeprefix('torch.')}/{dim}/{way}"
+
+
+def using(configs: dict):
+    """Within the block, the ops launch with these parameters instead of those of a table."""
+    return mock.patch.object(tuning, "attention_config", lambda _, *what: configs.get(launch_key(*what)))
+
+
+def candidates(dim: int, way: str) -> list:
+    """Tiles, warps and stages worth trying; what does not fit the GPU is said and passed over."""
+    from uniref_fast.kernels.segment_attention_config import AttentionConfig, BackwardConfig
+
+    def grid(rows, keys, warps, stages):
+        return [AttentionConfig(*each) for each in itertools.product(rows, keys, warps, stages)]
+
+    if way == "forward":
+        return grid((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
+    # The two kernels run one after the other: each is tried beside one fixed choice of its fellow.
+    dq, dkdv = grid((64, 128), (32, 64), (4, 8), (2, 3)), grid((32, 64), (64, 128), (4, 8), (2, 3))
+    fixed = AttentionConfig(64, 64, 8, 2)
+    return [BackwardConfig(each, fixed) for each in dq] + [BackwardConfig(fixed, each) for each in dkdv]
+
+
+def fastest(timings: dict[float, dict], way: str) -> dict:
+    """Of the backward, the best of each kernel, as found beside the fixed choice of the other."""
+    if way == "forward":
+        return timings[min(timings)]
+    fixed = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    return {
+        name: timings[min(t for t, of in timings.items() if of[other] == fixed)][name]
+        for name, other in (("dq", "dkdv"), ("dkdv", "dq"))
+    }
+
+
+def launches() -> dict:
+    """The fastest launch parameters of the Triton kernels, by "dtype/head_dim/direction"."""
+    compiled = plan(SelfLayout.qwen([Sample(SIDE * 8, (1, SIDE, SIDE), ((1, SIDE, SIDE),) * 3)]))
+    best = {}
+    for dtype, dim in itertools.product(DTYPES, DIMS):
+        for way in ("forward", "backward"):
+            timings: dict[float, dict] = {}
+            tried = [dataclasses.asdict(config) for config in candidates(dim, way)]
+            for parameters in tried:
+                try:
+                    with using({launch_key(dtype, dim, way): parameters}):
+                        forward, backward = calls(compiled, "triton", dtype, dim)
+                        timings[median(forward if way == "forward" else backward)] = parameters
+                except Exception as error:  # does not fit this GPU: said, and not a candidate
+                    print(f"  {dtype} {dim} {way} {parameters}: {type(error).__name__}")
+            best[launch_key(dtype, dim, way)] = fastest(timings, way)
+            print(f"{dtype} {dim} {way}: {best[launch_key(dtype, dim, way)]}, {len(timings)} of {len(tried)} ran")
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=tuning.FOLDER)
+    args = parser.parse_args()
+    probe = torch.zeros(1, HEADS, DIMS[0], dtype=DTYPES[0], device=DEVICE)
+    if why := _dispatch.unavailable(OURS, probe):
+        raise SystemExit(f"nothing to tune: {why}")
+    if dense_attention.backend(probe) is None:
+        raise SystemExit("nothing to choose between: PyTorch has no fused attention here")
+    torch.manual_seed(0)
+    result = {
+        "device": torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "command": "python bench/autotune.py",
+    }
+    configs = launches() if CUDA else {}
+    with using(configs):
+        result["attention"] = costs()
+    if configs:
+        result["attention_configs"] = configs
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{tuning.device_name(DEVICE)}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

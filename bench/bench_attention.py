@@ -1,0 +1,197 @@
+"""segment_attention against its peers, by layout; correctness checked first.
+
+    pytest bench/bench_attention.py --benchmark-only [-k "forward and bfloat16"]
+
+Peers: PyTorch's attention as one would use it without this library (a call per sample, or one call with a boolean mask
+where visibility is not full), each of its backends, compiled FlexAttention with the cost of its block mask counted, and
+flash-attn's variable-length kernel when installed. The group's first member is the baseline of its ratios.
+"""
+
+import functools
+import importlib.util
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from uniref_fast import ops
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.ops.segment_attention import segment_attention_reference
+from uniref_fast.testing import max_relative_error
+from uniref_fast.visibility import plan
+
+CUDA = torch.cuda.is_available()
+# Tokens a side of an image, text tokens, heads: Qwen-Image-Edit at 1024^2, or something a CPU ends in seconds.
+SIDE, TEXT, HEADS = (64, 512, 24) if CUDA else (16, 32, 4)
+DIM = 128
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def image(height=1.0, width=1.0):
+    return 1, max(int(SIDE * height), 1), max(int(SIDE * width), 1)
+
+
+def one(references):
+    return [Sample(TEXT, image(), (image(),) * references)]
+
+
+def ragged(count):
+    """Unlike samples: 0 to 3 references, sides from half to one and a half."""
+    sizes = itertools.cycle([0.5, 1.0, 0.75, 1.5, 0.6])
+    return [
+        Sample(TEXT // 4 + i, image(next(sizes), next(sizes)), (image(0.5, next(sizes)),) * (i % 4))
+        for i in range(count)
+    ]
+
+
+LAYOUTS = {
+    **{f"one sample, {k} references": (one(k), "full") for k in (range(9) if CUDA else (0, 3))},
+    **{f"ragged pack of {n}": (ragged(n), "full") for n in ((2, 8, 32) if CUDA else (8,))},
+    "reference_causal, 3 references": (one(3), "reference_causal"),
+    "group_shared, 16 targets, 3 references": (
+        [Sample(TEXT // 4, image(0.5), (image(0.5),) * 3, group=0)]
+        + [Sample(TEXT // 4, image(0.5), group=0) for _ in range(15)],
+        "group_shared",
+    ),
+    "128 samples of 23 tokens": ([Sample(3, (1, 4, 4), ((1, 2, 2),)) for _ in range(128)], "full"),
+}
+if not CUDA:  # the size that the goal for CPUs names
+    LAYOUTS["one sample, 4096 tokens, 24 heads"] = ([Sample(64, (1, 48, 56), ((1, 32, 42),))], "full")
+
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+MEMBERS = ["sdpa", *(f"sdpa {name}" for name in BACKENDS if CUDA), "flex compiled", "flash-attn varlen"]
+MEMBERS += ["triton" if CUDA else "native", "dense", "dispatch"]
+
+
+def heads_first(x):
+    return x.transpose(0, 1)[None]
+
+
+def sdpa(compiled, visibility):
+    """A call per sample, or one with a mask."""
+    if visibility == "full":
+        spans = [slice(*keys[0]) for keys in compiled.intervals]
+        rows = [slice(*span) for span in compiled.ranges]
+
+        def attend(q, k, v):
+            parts = zip(rows, spans, strict=True)
+            return torch.cat([_sdpa(q[row], k[span], v[span]) for row, span in parts])
+
+        return attend
+    mask = visible(compiled)
+    return lambda q, k, v: _sdpa(q, k, v, attn_mask=mask)
+
+
+def _sdpa(q, k, v, **options):
+    return F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), **options)[0].transpose(0, 1)
+
+
+def visible(compiled):
+    mask = torch.zeros(compiled.num_queries, compiled.num_keys, dtype=torch.bool, device="cuda" if CUDA else "cpu")
+    for (start, end), keys in zip(compiled.ranges, compiled.intervals, strict=True):
+        for a, b in keys:
+            mask[start:end, a:b] = True
+    return mask
+
+
+def flex(compiled, visibility):
+    device = "cuda" if CUDA else "cpu"
+    columns = compiled.transpose.ranges
+    of_query, of_key = (
+        torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([b - a for a, b in spans])).to(device)
+        for spans in (compiled.ranges, columns)
+    )
+    seen = torch.tensor(
+        [[any(a <= x and y <= b for a, b in keys) for x, y in columns] for keys in compiled.intervals], device=device
+    )
+
+    def rule(batch, head, query, key):
+        return seen[of_query[query], of_key[key]]
+
+    kernel = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q, k, v):
+        mask = create_block_mask(rule, None, None, compiled.num_queries, compiled.num_keys, device=device)
+        return kernel(*map(heads_first, (q, k, v)), block_mask=mask)[0].transpose(0, 1)
+
+    return attend
+
+
+def flash_attn(compiled):
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = [end - start for start, end in compiled.ranges]
+    edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+    return lambda q, k, v: flash_attn_varlen_func(q, k, v, edges, edges, max(lengths), max(lengths))
+
+
+def member(name, compiled, visibility, backward):
+    """q, k, v -> out, or a skip with the reason."""
+    if name == "flex compiled":
+        if not CUDA and (backward or visibility == "full"):
+            pytest.skip("on a CPU FlexAttention has no backward, and its compilation is shown on two layouts only")
+        return flex(compiled, visibility)
+    if name == "flash-attn varlen":
+        if visibility != "full" or not CUDA or importlib.util.find_spec("flash_attn") is None:
+            pytest.skip("flash-attn is not installed, or cannot say this visibility")
+        return flash_attn(compiled)
+    if name.startswith("sdpa"):
+        attend, backend = sdpa(compiled, visibility), BACKENDS.get(name.removeprefix("sdpa").strip())
+        if backend is None:
+            return attend
+        if visibility != "full" and backend is SDPBackend.FLASH_ATTENTION:
+            pytest.skip("takes no mask")
+
+        def forced(q, k, v):
+            with sdpa_kernel(backend):
+                return attend(q, k, v)
+
+        return forced
+    impl = None if name == "dispatch" else name
+    return lambda q, k, v: ops.segment_attention(q, k, v, compiled, impl=impl)
+
+
+@pytest.mark.parametrize("whose", MEMBERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if CUDA else [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_attention(benchmark, timed, device, direction, layout, dtype, whose):
+    samples, visibility = LAYOUTS[layout]
+    compiled = plan(SelfLayout.qwen(samples), visibility)
+    heads = 24 if "24 heads" in layout else HEADS
+    torch.manual_seed(0)
+    x = [torch.randn(compiled.num_queries, heads, DIM, device=device).to(dtype) for _ in range(3)]
+    backward = direction == "backward"
+    calls = []
+    for name in ("sdpa", whose):
+        attend = member(name, compiled, visibility, backward)
+        if not backward:
+            calls.append(torch.no_grad()(lambda attend=attend: attend(*x)))
+            continue
+        leaves = [t.clone().requires_grad_() for t in x]
+        out, g = attend(*leaves), x[0]
+        calls.append(functools.partial(torch.autograd.grad, out, leaves, g, retain_graph=True))
+    check(calls, x, compiled, dtype, backward)
+    benchmark.group = f"attention {direction}, {layout}, {str(dtype).removeprefix('torch.')}"
+    if whose == "dispatch":
+        benchmark.extra_info["choice"] = ": ".join(ops.explain_attention(x[0], compiled, backward=backward))
+    flops = (10 if backward else 4) * compiled.area * heads * DIM
+    timed(calls[1], calls[0], flops=flops, dtype=dtype, rounds=9 if CUDA else 5)
+
+
+def check(calls, x, compiled, dtype, backward):
+    """The member against the specification in float32; gradients against the baseline's."""
+    if backward:
+        pairs = zip(calls[1](), calls[0](), strict=True)
+    else:
+        wide = [t.float() for t in x]
+        pairs = [(calls[1](), segment_attention_reference(*wide, compiled, DIM**-0.5)[0])]
+    for ours, theirs in pairs:
+        assert max_relative_error(ours, theirs) < TOLERANCE[dtype]
