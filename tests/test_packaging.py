@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"layout", "budget", "testing", "native", "scenes"},
     {"visibility"},
+    {"tuning"},
     {"kernels"},
     {"ops"},
     {"models"},

@@ -71,6 +71,11 @@ class PatchReport:
     def fallbacks(self) -> Counter[str]:
         return sum((s.fallbacks for s in self.sites), Counter())
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """Accelerated attention calls, by implementation and why it was chosen."""
+        return sum((s.reasons for s in self.sites), Counter())
+
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {len(self.sites)} sites patched, mode={self.mode}, visibility={self.visibility}",
@@ -80,6 +85,7 @@ class PatchReport:
             f"  originals run   {sum(self.fallbacks.values())} calls",
         ]
         lines += [f"    {count:6d} x  {reason}" for reason, count in self.fallbacks.most_common()]
+        lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
         lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
         error = self.max_rel_error
         if self.visibility == "full":
@@ -101,7 +107,7 @@ def patch(
     Args:
         pipe_or_transformer: a `QwenImageEditPlusPipeline` or another pipeline with a `QwenImageTransformer2DModel` as
             `transformer`, or that model.
-        mode: "exact" computes what the original computes, up to the rounding of its dtype.
+        mode: "exact" computes what the original computes and rounds where the original rounds.
         visibility: "full" is what diffusers computes; other policies (`uniref_fast.visibility`) are for models trained
             with them.
         strict: a failed self-check raises; with False that site runs the original from then on.
@@ -229,7 +235,7 @@ class _Patch:
             layout = SelfLayout.qwen([Sample(text, *shapes) for text, shapes in zip(runs, grids, strict=True)])
             joint = torch.cat([freqs[1], freqs[0]]).repeat(batch, 1)  # [text | image] of every sample
             rotary = joint.real.float().contiguous(), joint.imag.float().contiguous()
-            context = AttentionContext(layout, plan(layout, self.visibility), rotary, self.impl)
+            context = AttentionContext(layout, plan(layout, self.visibility), rotary, self.impl, "eager")
         self.calls.context = (key, mask, *freqs, context)  # holding the tensors keeps their identity unambiguous
         return context
 
@@ -259,17 +265,24 @@ class _Patch:
             site.fallbacks[reason] += 1
         return original()
 
-    def accept(self, site: Site, fused: tuple, original: Callable[[], tuple]) -> tuple:
+    def _uncounted(self, original: Callable[[], tuple]) -> tuple:
+        """The original's result; what sites within it do is not the user's calling."""
+        self.calls.checking = True
+        try:
+            return original()
+        finally:
+            self.calls.checking = False
+
+    def accept(
+        self, site: Site, fused: tuple, original: Callable[[], tuple], choice: tuple[str, str] | None = None
+    ) -> tuple:
         """Count a fused result; the first one of a site is compared with the original's."""
         if self.calls.checking:  # an original that runs for a check may hold other sites: not a call of the user's
             return fused
         if site.max_rel_error is None and self.visibility == "full":
-            self.calls.checking = True
-            try:
-                expected = original()
-            finally:
-                self.calls.checking = False
-            site.max_rel_error = max(_difference(a, b) for a, b in zip(fused, expected, strict=True))
+            with torch.no_grad():  # also for the comparison: a checkpoint counts the tensors that are kept
+                expected = self._uncounted(original)
+                site.max_rel_error = max(_difference(a, b) for a, b in zip(fused, expected, strict=True))
             tolerance = SELF_CHECK_TOLERANCE[fused[0].dtype]
             if site.max_rel_error > tolerance:
                 message = f"differs from the original by {site.max_rel_error:.2e} (relative; allowed {tolerance:.0e})"
@@ -278,8 +291,11 @@ class _Patch:
                     raise RuntimeError(f"{site.name} {message}; {advice}")
                 site.disabled = message
                 site.fallbacks[message] += 1
-                return expected
-        site.calls[self.impl or ops.choose(None, fused[0])] += 1
+                return self._uncounted(original) if torch.is_grad_enabled() else expected
+        served, reason = choice or (self.impl or ops.choose(None, fused[0]), None)
+        site.calls[served] += 1
+        if reason is not None:
+            site.reasons[f"{served}: {reason}"] += 1
         return fused
 
 

@@ -54,12 +54,14 @@ class AttentionContext:
         plan: its compiled visibility.
         rotary: cos, sin in joint order, float32 `[N, D / 2]`.
         impl: implementation forced on the ops, or None.
+        rounding: "once" or "eager", see `ops.norm_modulate`.
     """
 
     layout: SelfLayout
     plan: AttentionPlan
     rotary: tuple[Tensor, Tensor]
     impl: str | None = None
+    rounding: ops.Rounding = "once"
 
 
 def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
@@ -75,6 +77,7 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContex
         context.layout,
         context.rotary,
         eps=attn.norm_q.eps if attn.norm_q is not None else 1e-6,
+        rounding=context.rounding,
         impl=context.impl,
     )
 

@@ -40,6 +40,7 @@ class Site:
         name: module name within the transformer.
         calls: accelerated calls, by the implementation that served them.
         fallbacks: calls that ran the original, by reason.
+        reasons: accelerated attention calls, by "implementation: why it was chosen".
         max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
         disabled: why the site runs the original for good, if it does.
     """
@@ -47,6 +48,7 @@ class Site:
     name: str
     calls: Counter[str] = field(default_factory=Counter)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     max_rel_error: float | None = None
     disabled: str | None = None
 
@@ -63,8 +65,10 @@ class Owner(Protocol):
     def modulation_rows(self, index: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Row of the modulation table for every token of a stream."""
 
-    def accept(self, site: Site, fused: tuple, original: Callable[[], tuple]) -> tuple:
-        """Count a fused result and, the first time, compare it with the original's."""
+    def accept(
+        self, site: Site, fused: tuple, original: Callable[[], tuple], choice: tuple[str, str] | None = None
+    ) -> tuple:
+        """Count a fused result and, the first time, compare it with the original's; `choice` is what served and why."""
 
     def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
         """Count a refusal and run the original."""
@@ -76,8 +80,6 @@ def _refusal(owner: Owner, site: Site, head_dim: int, *tensors: Tensor) -> str |
         return site.disabled
     if torch.compiler.is_compiling():
         return "inside torch.compile, which fuses the original itself"
-    if torch.is_grad_enabled():
-        return "gradients are enabled and the fused ops have no backward; use torch.no_grad() for inference"
     first = tensors[0]
     if torch.is_autocast_enabled(first.device.type):
         return "inside torch.autocast, where dtypes change between ops"
@@ -155,7 +157,9 @@ class PatchedAttention:
         context = self.owner.context(hidden_states, text.shape[1], encoder_hidden_states_mask, image_rotary_emb)
         image_out, text_out = joint_attention(attn, hidden_states.flatten(0, 1), text.flatten(0, 1), context)
         fused = image_out.unflatten(0, hidden_states.shape[:2]), text_out.unflatten(0, text.shape[:2])
-        return self.owner.accept(self.site, fused, original)
+        like = hidden_states.new_empty(1, attn.heads, attn.inner_dim // attn.heads)
+        choice = ops.explain_attention(like, context.plan, context.impl, backward=torch.is_grad_enabled())
+        return self.owner.accept(self.site, fused, original, choice)
 
     def refusal(self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> str | None:
         """Why this call must run the original, or None."""
@@ -288,7 +292,7 @@ class PatchedBlock:
         )
         streams = image.flatten(0, 1), text.flatten(0, 1)
         normed = [
-            ops.norm_modulate(x, mod.shift1, mod.scale1, row, eps, impl=impl)
+            ops.norm_modulate(x, mod.shift1, mod.scale1, row, eps, rounding="eager", impl=impl)
             for x, mod, row in zip(streams, mods, rows, strict=True)
         ]
         branches = block.attn(
@@ -303,12 +307,12 @@ class PatchedBlock:
         out = []
         for x, branch, mod, row, mlp in zip(streams, branches, mods, rows, (block.img_mlp, block.txt_mlp), strict=True):
             x, hidden = ops.gate_residual_norm_modulate(
-                x, branch.flatten(0, 1), mod.gate1, mod.shift2, mod.scale2, row, eps, impl=impl
+                x, branch.flatten(0, 1), mod.gate1, mod.shift2, mod.scale2, row, eps, rounding="eager", impl=impl
             )
             branch = mlp(hidden)
             if branch.dtype != x.dtype:
                 return f"the feed-forward returned {branch.dtype}, the streams are {x.dtype}"
-            x = ops.gate_residual(x, branch, mod.gate2, row, impl=impl)
+            x = ops.gate_residual(x, branch, mod.gate2, row, rounding="eager", impl=impl)
             out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
         return out[1].view_as(text), out[0].view_as(image)
 

@@ -1,20 +1,30 @@
-"""The operations: one name, one meaning, three implementations each (`impl="reference" | "native" | "triton"`)."""
+"""The operations: one name, one meaning, three implementations each (`impl="reference" | "native" | "triton"`).
 
-from uniref_fast.ops._dispatch import IMPLEMENTATIONS, choose, explain, unavailable
+Attention has a fourth, "dense": PyTorch's own fused attention, one call per rectangle of the plan.
+"""
+
+from uniref_fast.ops._dispatch import IMPLEMENTATIONS, Rounding, choose, explain, unavailable
+from uniref_fast.ops.fp8 import gelu_fp8, norm_modulate_fp8, quantize_fp8, scaled_linear
 from uniref_fast.ops.norm_modulate import gate_residual, gate_residual_norm_modulate, norm_modulate
 from uniref_fast.ops.patchify import pack, unpack
 from uniref_fast.ops.qk_norm_rope import qk_norm_rope
-from uniref_fast.ops.segment_attention import segment_attention
+from uniref_fast.ops.segment_attention import explain_attention, segment_attention
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "Rounding",
     "choose",
     "explain",
+    "explain_attention",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "gelu_fp8",
     "norm_modulate",
+    "norm_modulate_fp8",
     "pack",
     "qk_norm_rope",
+    "quantize_fp8",
+    "scaled_linear",
     "segment_attention",
     "unavailable",
     "unpack",

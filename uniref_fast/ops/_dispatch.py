@@ -1,17 +1,22 @@
-"""Which implementation serves an op, and why."""
+"""Which implementation serves an op, and why; what the ops share."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from importlib import metadata
+from types import ModuleType
+from typing import Literal
 
 import torch
 
 from uniref_fast import native
 
-__all__ = ["IMPLEMENTATIONS", "choose", "explain", "unavailable"]
+__all__ = ["IMPLEMENTATIONS", "Rounding", "choose", "explain", "module", "one_of", "unavailable", "unit_stride"]
 
+Rounding = Literal["once", "eager"]
+"""Round the result of a fused op once, or wherever eager PyTorch rounds."""
 IMPLEMENTATIONS = ("reference", "native", "triton")
 TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
@@ -63,8 +68,7 @@ def choose(impl: str | None, tensor: torch.Tensor, head_dim: int | None = None) 
     if impl is None:
         first = _first(tensor)
         return first if unavailable(first, tensor, head_dim) is None else "reference"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown impl {impl!r}; known: {', '.join(IMPLEMENTATIONS)}")
+    one_of("impl", impl, *IMPLEMENTATIONS)
     if why := unavailable(impl, tensor, head_dim):
         raise ValueError(f"impl={impl!r} is not possible here: {why}")
     return impl
@@ -81,3 +85,24 @@ def explain(tensor: torch.Tensor, head_dim: int | None = None) -> tuple[str, str
     if why is None:
         return first, f"{tensor.device.type} tensor" + (f"; {native.reason()}" if first == "native" else "")
     return "reference", why
+
+
+def module(impl: str, name: str) -> ModuleType:
+    """Where `impl` ("native" or "triton") has its functions; the Triton ones are imported on first use."""
+    return native if impl == "native" else importlib.import_module(f"uniref_fast.kernels.{name}")
+
+
+def one_of(name: str, value: str, *known: str) -> bool:
+    """Whether `value` is the last of the known ones.
+
+    Raises:
+        ValueError: for a value that is none of them.
+    """
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    return value == known[-1]
+
+
+def unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where its last dimension is not contiguous (an expanded gradient, for one)."""
+    return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()

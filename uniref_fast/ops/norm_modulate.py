@@ -1,22 +1,25 @@
-"""LayerNorm and modulation with a row per token, alone or behind a gated residual.
+"""LayerNorm and modulation with a row per token, alone or behind a gated residual; forward and backward.
 
-    norm_modulate                 out = LN(x) * (1 + scale[row]) + shift[row]
+    norm_modulate                 out = norm(x) * (1 + scale[row]) + shift[row]
     gate_residual                 x'  = x + gate[row] * y
     gate_residual_norm_modulate   x'  = x + gate[row] * y,  out = norm_modulate(x')
 
 `row` is the modulation row of a token (`SelfLayout.modulation_rows`): the sampled timestep of its sample, or the clean
 t = 0 that Qwen-Image-Edit-2511 gives to references. Each op reads its inputs once and writes its outputs once: 2, 3
-and 4 passes over `[N, C]`, where eager PyTorch makes 5 to 12.
+and 4 passes over `[N, C]`, where eager PyTorch makes 5 to 12. The backwards make 3, 3 and 6; mean and deviation are
+computed again rather than kept. Gradients of shift, scale and gate are sums over the tokens of a row, in float32 and in
+an order that does not depend on what else is packed.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast import native
-from uniref_fast.ops._dispatch import choose
+from uniref_fast.ops._dispatch import Rounding, choose, module, one_of, unit_stride
 
 __all__ = [
     "gate_residual",
@@ -27,60 +30,105 @@ __all__ = [
     "norm_modulate_reference",
 ]
 
+Norm = Literal["layer", "rms"]
+
 
 def norm_modulate(
-    x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, eps: float = 1e-6, *, impl: str | None = None
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    norm: Norm = "layer",
+    rounding: Rounding = "once",
+    impl: str | None = None,
 ) -> Tensor:
     """LayerNorm without affine, then `* (1 + scale[row]) + shift[row]`; adaLN of DiT (arXiv 2212.09748).
 
     Args:
         x: `[N, C]`, float32, bfloat16, float16 (float64 with the reference).
-        shift, scale: `[R, C]`, same dtype; rows may be strided (chunks of a wider table).
+        shift, scale: `[R, C]`, same dtype; rows may be strided (chunks of a wider table). shift may be None.
         rows: int32 `[N]`, values in 0..R-1; None means row 0 for all.
-        eps: added to the variance.
+        eps: added to the variance (to the mean square).
+        norm: "layer" is `(x - mean) / sqrt(var + eps)`, "rms" is `x / sqrt(mean(x^2) + eps)`.
+        rounding: "once" computes in float32 and rounds the result, "eager" rounds to x's dtype wherever eager PyTorch
+            does, after each operation. The reference always does the latter.
         impl: "reference", "native", "triton"; None picks by device.
 
     Returns:
-        `[N, C]`, dtype of x.
+        `[N, C]`, dtype of x. Differentiable in x, shift and scale.
     """
     _check(x, rows, shift=shift, scale=scale)
-    return torch.ops.uniref_fast.norm_modulate(x, shift, scale, rows, eps, choose(impl, x))
+    rms, eager = one_of("norm", norm, "layer", "rms"), one_of("rounding", rounding, "once", "eager")
+    impl = choose(impl, x)
+    if impl == "reference":
+        return norm_modulate_reference(x, shift, scale, rows, eps, rms)
+    return torch.ops.uniref_fast.norm_modulate(x, shift, scale, rows, eps, rms, eager, impl)
 
 
-def gate_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None, *, impl: str | None = None) -> Tensor:
-    """`x + gate[row] * y`: x, y `[N, C]`, gate `[R, C]`, rows int32 `[N]` or None; returns `[N, C]`."""
+def gate_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    rows: Tensor | None = None,
+    *,
+    rounding: Rounding = "once",
+    impl: str | None = None,
+) -> Tensor:
+    """`x + gate[row] * y`: x, y `[N, C]`, gate `[R, C]`, rows int32 `[N]` or None; returns `[N, C]`.
+
+    `rounding` and `impl` as in `norm_modulate`. Differentiable in x, y and gate.
+    """
     _check(x, rows, y=y, gate=gate)
-    return torch.ops.uniref_fast.gate_residual(x, y, gate, rows, choose(impl, x))
+    eager = one_of("rounding", rounding, "once", "eager")
+    impl = choose(impl, x)
+    if impl == "reference":
+        return gate_residual_reference(x, y, gate, rows)
+    return torch.ops.uniref_fast.gate_residual(x, y, gate, rows, eager, impl)
 
 
 def gate_residual_norm_modulate(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     rows: Tensor | None = None,
     eps: float = 1e-6,
     *,
+    norm: Norm = "layer",
+    rounding: Rounding = "once",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`x' = x + gate[row] * y` rounded to x's dtype, and `norm_modulate(x')`, in one pass.
 
-    Args as in `norm_modulate` and `gate_residual`. Returns `(x', normed)`, both `[N, C]`.
+    Args as in `norm_modulate` and `gate_residual`. Returns `(x', normed)`, both `[N, C]`; differentiable in all tensors
+    but rows.
     """
     _check(x, rows, y=y, gate=gate, shift=shift, scale=scale)
+    rms, eager = one_of("norm", norm, "layer", "rms"), one_of("rounding", rounding, "once", "eager")
+    impl = choose(impl, x)
+    if impl == "reference":
+        return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, rows, eps, rms)
     op = torch.ops.uniref_fast.gate_residual_norm_modulate
-    return op(x, y, gate, shift, scale, rows, eps, choose(impl, x))
+    return op(x, y, gate, shift, scale, rows, eps, rms, eager, impl)
 
 
 # ---- reference: the specification, the oracle (in float64) and the baseline ----
 
 
 def norm_modulate_reference(
-    x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
 ) -> Tensor:
-    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    return normed * (1 + _select(scale, rows)) + _select(shift, rows)
+    normed = (F.rms_norm if rms else F.layer_norm)(x, x.shape[-1:], eps=eps)
+    normed = normed * (1 + _select(scale, rows))
+    return normed if shift is None else normed + _select(shift, rows)
 
 
 def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -88,22 +136,29 @@ def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | N
 
 
 def gate_residual_norm_modulate_reference(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, eps: float = 1e-6
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     x = gate_residual_reference(x, y, gate, rows)
-    return x, norm_modulate_reference(x, shift, scale, rows, eps)
+    return x, norm_modulate_reference(x, shift, scale, rows, eps, rms)
 
 
 def _select(table: Tensor, rows: Tensor | None) -> Tensor:
     return table[:1] if rows is None else table[rows.long()]
 
 
-def _check(x: Tensor, rows: Tensor | None, **others: Tensor) -> None:
+def _check(x: Tensor, rows: Tensor | None, **others: Tensor | None) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [N, C], got {list(x.shape)}")
-    tables = {name: other for name, other in others.items() if name != "y"}
-    count = next(iter(tables.values())).shape[0]
-    for name, other in others.items():
+    given = {name: other for name, other in others.items() if other is not None}
+    count = next(other.shape[0] for name, other in given.items() if name != "y")
+    for name, other in given.items():
         expected = x.shape if name == "y" else (count, x.shape[1])
         if other.shape != expected or not (count or name == "y"):
             raise ValueError(
@@ -112,7 +167,7 @@ def _check(x: Tensor, rows: Tensor | None, **others: Tensor) -> None:
             )
         if other.dtype != x.dtype or other.device != x.device:
             raise ValueError(f"{name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
-    for name, other in {"x": x, **others}.items():
+    for name, other in {"x": x, **given}.items():
         if other.numel() and other.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {other.stride()}")
     if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int32 or not rows.is_contiguous()):
@@ -123,50 +178,159 @@ def _check(x: Tensor, rows: Tensor | None, **others: Tensor) -> None:
 
 
 @torch.library.custom_op("uniref_fast::norm_modulate", mutates_args=())
-def _norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, impl: str) -> Tensor:
-    if impl == "triton":
-        from uniref_fast.kernels import norm_modulate as kernels
+def _norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool,
+    eager_rounding: bool,
+    impl: str,
+) -> Tensor:
+    return module(impl, "norm_modulate").norm_modulate(x, shift, scale, rows, eps, rms, eager_rounding)
 
-        return kernels.norm_modulate(x, shift, scale, rows, eps)
-    if impl == "native":
-        return native.norm_modulate(x, shift, scale, rows, eps)
-    return norm_modulate_reference(x, shift, scale, rows, eps)
+
+@torch.library.custom_op("uniref_fast::norm_modulate_backward", mutates_args=())
+def _norm_modulate_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, rows: Tensor | None, eps: float, rms: bool, row_grads: bool, impl: str
+) -> list[Tensor]:
+    grads = module(impl, "norm_modulate_backward").norm_modulate_backward(grad, x, scale, rows, eps, rms, row_grads)
+    return [g for g in grads if g is not None]
 
 
 @torch.library.custom_op("uniref_fast::gate_residual", mutates_args=())
-def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, impl: str) -> Tensor:
-    if impl == "triton":
-        from uniref_fast.kernels import norm_modulate as kernels
+def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, eager_rounding: bool, impl: str) -> Tensor:
+    return module(impl, "norm_modulate").gate_residual(x, y, gate, rows, eager_rounding)
 
-        return kernels.gate_residual(x, y, gate, rows)
-    if impl == "native":
-        return native.gate_residual(x, y, gate, rows)
-    return gate_residual_reference(x, y, gate, rows)
+
+@torch.library.custom_op("uniref_fast::gate_residual_backward", mutates_args=())
+def _gate_residual_backward(
+    grad: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, row_grads: bool, impl: str
+) -> list[Tensor]:
+    grads = module(impl, "norm_modulate_backward").gate_residual_backward(grad, y, gate, rows, row_grads)
+    return [g for g in grads if g is not None]
 
 
 @torch.library.custom_op("uniref_fast::gate_residual_norm_modulate", mutates_args=())
 def _gate_residual_norm_modulate(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None, eps: float, impl: str
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool,
+    eager_rounding: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
-    if impl == "triton":
-        from uniref_fast.kernels import norm_modulate as kernels
+    kernels = module(impl, "norm_modulate")
+    return kernels.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, eps, rms, eager_rounding)
 
-        return kernels.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, eps)
-    if impl == "native":
-        return native.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, eps)
-    return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, rows, eps)
+
+@torch.library.custom_op("uniref_fast::gate_residual_norm_modulate_backward", mutates_args=())
+def _gate_residual_norm_modulate_backward(
+    grad_x_out: Tensor,
+    grad_normed: Tensor,
+    x_out: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool,
+    row_grads: bool,
+    impl: str,
+) -> list[Tensor]:
+    grads = module(impl, "norm_modulate_backward").gate_residual_norm_modulate_backward(
+        grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads
+    )
+    return [g for g in grads if g is not None]
 
 
 @_norm_modulate.register_fake
-def _(x, shift, scale, rows, eps, impl):
+def _(x, shift, scale, rows, eps, rms, eager_rounding, impl):
     return x.new_empty(x.shape)
 
 
 @_gate_residual.register_fake
-def _(x, y, gate, rows, impl):
+def _(x, y, gate, rows, eager_rounding, impl):
     return x.new_empty(x.shape)
 
 
 @_gate_residual_norm_modulate.register_fake
-def _(x, y, gate, shift, scale, rows, eps, impl):
+def _(x, y, gate, shift, scale, rows, eps, rms, eager_rounding, impl):
     return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+@_norm_modulate_backward.register_fake
+def _(grad, x, scale, rows, eps, rms, row_grads, impl):
+    return [x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(2 * row_grads))]
+
+
+@_gate_residual_backward.register_fake
+def _(grad, y, gate, rows, row_grads, impl):
+    return [y.new_empty(y.shape), *(gate.new_empty(gate.shape) for _ in range(row_grads))]
+
+
+@_gate_residual_norm_modulate_backward.register_fake
+def _(grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads, impl):
+    return [
+        x_out.new_empty(x_out.shape),
+        y.new_empty(y.shape),
+        *(gate.new_empty(gate.shape) for _ in range(3 * row_grads)),
+    ]
+
+
+# ---- autograd ----
+
+
+def _save_norm_modulate(ctx, inputs, output) -> None:
+    x, shift, scale, rows, ctx.eps, ctx.rms, _, ctx.impl = inputs
+    ctx.shifted = shift is not None
+    ctx.save_for_backward(x, scale, rows)
+
+
+def _differentiate_norm_modulate(ctx, grad):
+    x, scale, rows = ctx.saved_tensors
+    row_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+    op = torch.ops.uniref_fast.norm_modulate_backward
+    dx, *tables = op(unit_stride(grad), x, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
+    dshift, dscale = tables or (None, None)
+    return dx, dshift if ctx.shifted else None, dscale, None, None, None, None, None
+
+
+def _save_gate_residual(ctx, inputs, output) -> None:
+    _, y, gate, rows, _, ctx.impl = inputs
+    ctx.save_for_backward(y, gate, rows)
+
+
+def _differentiate_gate_residual(ctx, grad):
+    y, gate, rows = ctx.saved_tensors
+    op = torch.ops.uniref_fast.gate_residual_backward
+    dy, *dgate = op(unit_stride(grad), y, gate, rows, ctx.needs_input_grad[2], ctx.impl)
+    return grad, dy, dgate[0] if dgate else None, None, None, None
+
+
+def _save_gate_residual_norm_modulate(ctx, inputs, output) -> None:
+    _, y, gate, shift, scale, rows, ctx.eps, ctx.rms, _, ctx.impl = inputs
+    ctx.shifted = shift is not None
+    ctx.save_for_backward(output[0], y, gate, scale, rows)
+
+
+def _differentiate_gate_residual_norm_modulate(ctx, grad_x_out, grad_normed):
+    x_out, y, gate, scale, rows = ctx.saved_tensors
+    row_grads = any(ctx.needs_input_grad[2:5])
+    op = torch.ops.uniref_fast.gate_residual_norm_modulate_backward
+    grads = (unit_stride(grad_x_out), unit_stride(grad_normed))
+    dx, dy, *tables = op(*grads, x_out, y, gate, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
+    dgate, dshift, dscale = tables or (None, None, None)
+    return dx, dy, dgate, dshift if ctx.shifted else None, dscale, None, None, None, None, None
+
+
+_norm_modulate.register_autograd(_differentiate_norm_modulate, setup_context=_save_norm_modulate)
+_gate_residual.register_autograd(_differentiate_gate_residual, setup_context=_save_gate_residual)
+_gate_residual_norm_modulate.register_autograd(
+    _differentiate_gate_residual_norm_modulate, setup_context=_save_gate_residual_norm_modulate
+)

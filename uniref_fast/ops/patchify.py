@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from uniref_fast import native
 from uniref_fast.layout import Grid
-from uniref_fast.ops._dispatch import choose
+from uniref_fast.ops._dispatch import choose, module, unit_stride
 
 __all__ = ["pack", "pack_reference", "unpack", "unpack_reference"]
 
@@ -43,7 +42,8 @@ def pack(latents: Sequence[Tensor], *, impl: str | None = None) -> Tensor:
                 f"latent {i} has {x.shape[0]} channels, {x.dtype}, {x.device}; latent 0 has {first.shape[0]}, "
                 f"{first.dtype}, {first.device}"
             )
-    return torch.ops.uniref_fast.pack(images, choose(impl, first))
+    impl = choose(impl, first)
+    return pack_reference(images) if impl == "reference" else torch.ops.uniref_fast.pack(images, impl)
 
 
 def unpack(stream: Tensor, grids: Sequence[Grid], *, impl: str | None = None) -> list[Tensor]:
@@ -59,7 +59,10 @@ def unpack(stream: Tensor, grids: Sequence[Grid], *, impl: str | None = None) ->
     total = sum(math.prod(grid) for grid in grids)
     if stream.ndim != 2 or stream.shape[0] != total or stream.shape[1] % 4:
         raise ValueError(f"stream must be [{total}, 4 C] for grids {list(grids)}, got {list(stream.shape)}")
-    return torch.ops.uniref_fast.unpack(stream, [side for grid in grids for side in grid], choose(impl, stream))
+    impl = choose(impl, stream)
+    if impl == "reference":
+        return unpack_reference(stream, grids)
+    return torch.ops.uniref_fast.unpack(stream, [side for grid in grids for side in grid], impl)
 
 
 def pack_reference(latents: Sequence[Tensor]) -> Tensor:
@@ -94,28 +97,15 @@ def _grids(flat: Sequence[int]) -> list[Grid]:
 
 @torch.library.custom_op("uniref_fast::pack", mutates_args=())
 def _pack(latents: Sequence[Tensor], impl: str) -> Tensor:
-    latents = list(latents)
     *starts, total = _starts([x[0].numel() // 4 for x in latents])
-    if impl == "triton":
-        from uniref_fast.kernels import patchify as kernels
-
-        return kernels.pack(latents, starts, total)
-    if impl == "native":
-        return native.pack(latents, starts, total)
-    return pack_reference(latents)
+    return module(impl, "patchify").pack(list(latents), starts, total)
 
 
 @torch.library.custom_op("uniref_fast::unpack", mutates_args=())
 def _unpack(stream: Tensor, grids: Sequence[int], impl: str) -> list[Tensor]:
     images = _grids(grids)
     *starts, _ = _starts([math.prod(grid) for grid in images])
-    if impl == "triton":
-        from uniref_fast.kernels import patchify as kernels
-
-        return kernels.unpack(stream, starts, images, stream.shape[1] // 4)
-    if impl == "native":
-        return native.unpack(stream, starts, images, stream.shape[1] // 4)
-    return [x.clone() for x in unpack_reference(stream, images)]  # an op's outputs may not be views of its input
+    return module(impl, "patchify").unpack(stream, starts, images, stream.shape[1] // 4)
 
 
 @_pack.register_fake
@@ -127,3 +117,27 @@ def _(latents, impl):
 @_unpack.register_fake
 def _(stream, grids, impl):
     return [stream.new_empty((stream.shape[1] // 4, f, 2 * h, 2 * w)) for f, h, w in _grids(grids)]
+
+
+# ---- autograd: each is the other's transpose ----
+
+
+def _save_pack(ctx, inputs, output) -> None:
+    latents, ctx.impl = inputs
+    ctx.grids = [side for x in latents for side in (x.shape[1], x.shape[2] // 2, x.shape[3] // 2)]
+
+
+def _save_unpack(ctx, inputs, output) -> None:
+    _, _, ctx.impl = inputs
+
+
+def _differentiate_pack(ctx, grad):
+    return torch.ops.uniref_fast.unpack(unit_stride(grad), ctx.grids, ctx.impl), None
+
+
+def _differentiate_unpack(ctx, grads):
+    return torch.ops.uniref_fast.pack(grads, ctx.impl), None, None
+
+
+_pack.register_autograd(_differentiate_pack, setup_context=_save_pack)
+_unpack.register_autograd(_differentiate_unpack, setup_context=_save_unpack)

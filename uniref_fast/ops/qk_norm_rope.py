@@ -3,19 +3,17 @@
     q = rope(rms_norm(q_stream) * w_q),   k = rope(rms_norm(k_stream) * w_k),   v = v_stream
 
 with real-valued rotary over interleaved pairs: `(a, b) -> (a cos - b sin, a sin + b cos)`. One read and one write of
-q, k, v; no concatenation, no complex numbers.
+q, k, v; no concatenation, no complex numbers. The backward reads the joint gradients and the streams' q and k once and
+writes the streams' gradients once.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from uniref_fast import native
 from uniref_fast.layout import SelfLayout
-from uniref_fast.ops._dispatch import choose
+from uniref_fast.ops._dispatch import Rounding, choose, module, one_of, unit_stride
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference"]
 
@@ -32,6 +30,7 @@ def qk_norm_rope(
     rotary: tuple[Tensor, Tensor],
     eps: float = 1e-6,
     *,
+    rounding: Rounding = "once",
     impl: str | None = None,
 ) -> QKV:
     """Normalise, rotate and pack.
@@ -43,10 +42,11 @@ def qk_norm_rope(
         layout: says where each stream row goes.
         rotary: cos, sin in joint order, float32 `[N, D / 2]` (`SelfLayout.rotary`).
         eps: added to the mean square.
+        rounding: "once" rounds the result, "eager" also rounds after the norm and after its weight, as diffusers does.
         impl: "reference", "native", "triton"; None picks by device.
 
     Returns:
-        joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image.
+        joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image. Differentiable in the streams and the weights.
     """
     tensors = (*text, *image)
     head = image[0].shape[1:]
@@ -72,10 +72,13 @@ def qk_norm_rope(
             raise ValueError(
                 f"norm weights must be [{head[1]}] on {device}, got {list(weight.shape)} on {weight.device}"
             )
+    eager = one_of("rounding", rounding, "once", "eager")
+    impl = choose(impl, image[0], head[1])
     index = (layout.joint_index("text", device), layout.joint_index("image", device))
-    return torch.ops.uniref_fast.qk_norm_rope(
-        *tensors, *text_weights, *image_weights, *rotary, *index, eps, choose(impl, image[0], head[1])
-    )
+    arguments = (*tensors, *text_weights, *image_weights, *rotary, *index, eps)
+    if impl == "reference":
+        return qk_norm_rope_reference(*arguments)
+    return torch.ops.uniref_fast.qk_norm_rope(*arguments, eager, impl)
 
 
 def qk_norm_rope_reference(
@@ -139,22 +142,81 @@ def _qk_norm_rope(
     txt_index: Tensor,
     img_index: Tensor,
     eps: float,
+    eager_rounding: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    streams = (txt_q, txt_k, txt_v, img_q, img_k, img_v)
-    rest: tuple[Any, ...] = (txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps)
-    if impl == "triton":
-        from uniref_fast.kernels import qk_norm_rope as kernels
-
-        return kernels.qk_norm_rope(*streams, *rest)
-    if impl == "native":
-        return native.qk_norm_rope(*streams, *rest)
-    return qk_norm_rope_reference(*streams, *rest)
+    return module(impl, "qk_norm_rope").qk_norm_rope(
+        txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
+        eager_rounding,
+    )  # fmt: skip
 
 
 @_qk_norm_rope.register_fake
 def _(
-    txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps, impl
-):
+    txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
+    eager_rounding, impl,
+):  # fmt: skip
     shape = (txt_q.shape[0] + img_q.shape[0], *img_q.shape[1:])
     return img_q.new_empty(shape), img_q.new_empty(shape), img_q.new_empty(shape)
+
+
+@torch.library.custom_op("uniref_fast::qk_norm_rope_backward", mutates_args=())
+def _qk_norm_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    txt_q: Tensor,
+    txt_k: Tensor,
+    img_q: Tensor,
+    img_k: Tensor,
+    txt_wq: Tensor | None,
+    txt_wk: Tensor | None,
+    img_wq: Tensor | None,
+    img_wk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    txt_index: Tensor,
+    img_index: Tensor,
+    eps: float,
+    weight_grads: bool,
+    impl: str,
+) -> list[Tensor]:
+    """Six stream gradients, then the gradients of the weights that are not None, if asked for."""
+    grads = module(impl, "qk_norm_rope_backward").qk_norm_rope_backward(
+        dq, dk, dv, txt_q, txt_k, img_q, img_k, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
+        weight_grads,
+    )  # fmt: skip
+    return [g for g in grads if g is not None]
+
+
+@_qk_norm_rope_backward.register_fake
+def _(
+    dq, dk, dv, txt_q, txt_k, img_q, img_k, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
+    weight_grads, impl,
+):  # fmt: skip
+    streams = (txt_q, txt_q, txt_q, img_q, img_q, img_q)
+    weights = [w for w in (txt_wq, txt_wk, img_wq, img_wk) if w is not None and weight_grads]
+    return [x.new_empty(x.shape) for x in (*streams, *weights)]
+
+
+def _save(ctx, inputs, output) -> None:
+    txt_q, txt_k, _, img_q, img_k, _, *rest, ctx.eps, _, ctx.impl = inputs
+    ctx.save_for_backward(txt_q, txt_k, img_q, img_k, *rest)
+
+
+def _differentiate(ctx, dq, dk, dv):
+    saved = ctx.saved_tensors
+    weights = saved[4:8]
+    weight_grads = any(ctx.needs_input_grad[6:10])
+    grads = [unit_stride(g) for g in (dq, dk, dv)]
+    op = torch.ops.uniref_fast.qk_norm_rope_backward
+    (*streams,) = op(*grads, *saved, ctx.eps, weight_grads, ctx.impl)
+    of_weights = iter(streams[6:])
+    return (
+        *streams[:6],
+        *(next(of_weights) if weight_grads and w is not None else None for w in weights),
+        *[None] * 7,
+    )
+
+
+_qk_norm_rope.register_autograd(_differentiate, setup_context=_save)

@@ -1,23 +1,33 @@
 """Attention over a ragged, segmented sequence: `softmax(scale * q k^T | visible) v` without a mask tensor.
 
 An `AttentionPlan` says which key intervals each query range sees; work and memory follow the visible area only. Reads
-q, k, v once per query tile that needs them and writes `out` once. Packing-invariant: a sample's rows are bit-identical
-alone and inside any pack, under the same implementation.
+q, k, v once per query tile that needs them and writes `out` once. The backward makes the scores again from the saved
+log-sum-exp. Packing-invariant: a sample's rows, and their gradients, are bit-identical alone and inside any pack, under
+the same implementation.
+
+Ragged plans run in our kernels, in one launch; a few big rectangles in PyTorch's own fused attention ("dense"). A
+measured table of the device decides (`uniref_fast.tuning`), `explain_attention` says what and why.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import overload
 
 import torch
 from torch import Tensor
 
-from uniref_fast import native
-from uniref_fast.ops._dispatch import choose
+from uniref_fast import native, tuning
+from uniref_fast.ops._dispatch import IMPLEMENTATIONS, choose, one_of, unavailable, unit_stride
+from uniref_fast.ops.dense_attention import backend, dense_attention
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["segment_attention", "segment_attention_reference"]
+__all__ = ["explain_attention", "segment_attention", "segment_attention_reference"]
+
+DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
+"""Without a table: at most so many rectangles of at least so many pairs on average go to the library. From published
+figures of fused library attention against Triton kernels, not measured here."""
 
 REFERENCE_ROWS = 512
 """Query rows that the reference computes at a time: bounds its logits to that many rows."""
@@ -69,10 +79,12 @@ def segment_attention(
         plan: from `uniref_fast.visibility.plan`; `plan.num_queries == Nq`, `plan.num_keys == Nk`.
         scale: positive factor on the logits, `1 / sqrt(D)` by default.
         return_lse: also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
-        impl: "reference", "native", "triton"; None picks by device.
+        impl: "reference", "native", "triton", "dense" (PyTorch's fused attention, one call a rectangle); None picks by
+            device, plan and size, so for bit-equal results under different packs force one.
 
     Returns:
         out `[Nq, H, D]`, dtype of q; with `return_lse`, `(out, lse)`. A query that sees no key gives 0 and -inf.
+        Differentiable in q, k and v; lse carries no gradient.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
@@ -86,40 +98,115 @@ def segment_attention(
         raise ValueError(f"q, k, v differ: {q.dtype} {q.device}, {k.dtype} {k.device}, {v.dtype} {v.device}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    impl = choose(impl, q, q.shape[-1])
-    q, k, v = (x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous() for x in (q, k, v))
-    tiles = plan.tiles(_triton_config(q).BLOCK_M, q.device) if impl == "triton" else None
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    impl = explain_attention(q, plan, impl, backward=needs_grad)[0]
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, *plan.tensors(q.device), tiles, scale, impl)
+    if impl == "reference":
+        out, lse = segment_attention_reference(q, k, v, plan, scale)
+    elif impl == "dense":
+        out, lse = dense_attention(q, k, v, plan, scale)
+    else:
+        tables = _tables(q, plan, impl, needs_grad)
+        out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, *tables, scale, impl)
     return (out, lse) if return_lse else out
 
 
+def explain_attention(
+    q: Tensor, plan: AttentionPlan, impl: str | None = None, *, backward: bool = False
+) -> tuple[str, str]:
+    """The implementation that serves a plan for queries like q `[Nq, H, D]`, and the reason in words.
+
+    Raises:
+        ValueError: for an `impl` that is unknown or not possible here.
+    """
+    if impl is not None:
+        one_of("impl", impl, *IMPLEMENTATIONS, "dense")
+        if impl == "dense" and backend(q) is None:
+            raise ValueError(
+                f"impl='dense' is not possible here: PyTorch's fused attention does not take {q.dtype} on {q.device}"
+            )
+        return impl if impl == "dense" else choose(impl, q, q.shape[-1]), "asked for"
+    key = ("choice", q.device, q.dtype, q.shape[1:], backward)
+    if key not in plan.cache:
+        plan.cache[key] = _choose(q, plan, backward)
+    return plan.cache[key]
+
+
+def _choose(q: Tensor, plan: AttentionPlan, backward: bool) -> tuple[str, str]:
+    heads, head_dim = q.shape[1:]
+    ours = "triton" if q.device.type == "cuda" else "native"
+    dense = backend(q)
+    if why := unavailable(ours, q, head_dim):
+        return ("dense", f"{dense}; {why}") if dense else ("reference", why)
+    if dense is None:
+        return ours, f"PyTorch's fused attention does not take {q.dtype} on {q.device.type}"
+    name = tuning.device_name(q.device)
+    seconds = {
+        impl: tuning.attention_seconds(name, impl, q.dtype, plan, heads, head_dim, backward) for impl in (ours, "dense")
+    }
+    if all(seconds.values()):
+        best, other = sorted(seconds, key=lambda impl: seconds[impl] or 0.0)
+        ratio = (seconds[other] or 0.0) / (seconds[best] or 1.0)
+        return best, f"table of {name}: {ratio:.2f} times as fast as {other}"
+    count = sum(len(keys) for keys in plan.intervals)
+    if ours == "triton" and 0 < count <= DENSE_RECTANGLES and plan.area >= count * DENSE_PAIRS:
+        return "dense", f"{dense}; no table of {name}, {count} big rectangles"
+    return ours, f"no table of {name}"
+
+
+def _tables(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """The plan on q's device, and its transpose for the backward (empty without one), each with its tiles."""
+    forward = list(plan.tensors(q.device))
+    transposed = list(plan.transpose.tensors(q.device)) if backward else []
+    if impl == "triton":
+        forward.append(plan.tiles(_triton_config(q).BLOCK_M, q.device))
+        if backward:
+            config = _triton_backward_config(q)
+            transposed += [plan.tiles(config.dq.BLOCK_M, q.device), plan.transpose.tiles(config.dkdv.BLOCK_N, q.device)]
+    return forward, transposed
+
+
 def segment_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, q_ranges: Tensor, kv_ptr: Tensor, kv_ranges: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The specification: a dense softmax per query range, in float64 for float64 inputs and float32 otherwise."""
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
-    pointers, intervals = kv_ptr.tolist(), kv_ranges.tolist()
-    for r, (start, end) in enumerate(q_ranges.tolist()):
-        visible = [slice(a, b) for a, b in intervals[pointers[r] : pointers[r + 1]]]
-        if not visible:
+    compute = torch.promote_types(q.dtype, torch.float32)
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
+    for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
+        if not intervals:
+            outs.append(torch.zeros_like(q[start:end]))
+            lses.append(torch.full((q.shape[1], end - start), -math.inf, device=q.device))
             continue
-        keys = torch.cat([k[s] for s in visible]).to(compute)
-        values = torch.cat([v[s] for s in visible]).to(compute)
-        for rows in torch.arange(start, end, device=q.device).split(REFERENCE_ROWS):
-            logits = torch.einsum("qhd,khd->hqk", q[rows].to(compute), keys) * scale
-            out[rows] = torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype)
-            lse[:, rows] = logits.logsumexp(-1).to(torch.float32)
-    return out, lse
+        keys, values = (torch.cat([x[a:b] for a, b in intervals]).to(compute) for x in (k, v))
+        for rows in q[start:end].split(REFERENCE_ROWS):
+            logits = torch.einsum("qhd,khd->hqk", rows.to(compute), keys) * scale
+            outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
+            lses.append(logits.detach().logsumexp(-1).to(torch.float32))
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def _triton_config(q: Tensor):
-    from uniref_fast.kernels import segment_attention as kernels
+    from uniref_fast.kernels import segment_attention_config as configs
 
-    capability = torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (8, 0)
-    return kernels.pick_config(q.shape[-1], q.dtype, capability)
+    tuned = tuning.attention_config(tuning.device_name(q.device), q.dtype, q.shape[-1], "forward")
+    return configs.AttentionConfig(**tuned) if tuned else configs.pick_config(q.shape[-1], q.dtype, _capability(q))
+
+
+def _triton_backward_config(q: Tensor):
+    from uniref_fast.kernels import segment_attention_config as configs
+
+    tuned = tuning.attention_config(tuning.device_name(q.device), q.dtype, q.shape[-1], "backward")
+    if tuned:
+        return configs.BackwardConfig(**{name: configs.AttentionConfig(**of) for name, of in tuned.items()})
+    return configs.pick_backward_config(q.shape[-1], q.dtype, _capability(q))
+
+
+def _capability(q: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (8, 0)
+
+
+# ---- torch.library ops: the native and the Triton kernels ----
 
 
 @torch.library.custom_op("uniref_fast::segment_attention", mutates_args=())
@@ -127,23 +214,69 @@ def _segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_ranges: Tensor,
-    kv_ptr: Tensor,
-    kv_ranges: Tensor,
-    tiles: Tensor | None,
+    tables: Sequence[Tensor],
+    transposed: Sequence[Tensor],
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    if impl == "triton":
-        from uniref_fast.kernels import segment_attention as kernels
-
-        assert tiles is not None, "the Triton kernel needs the plan's tiles"
-        return kernels.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, scale, _triton_config(q))
     if impl == "native":
+        q_ranges, kv_ptr, kv_ranges = tables
         return native.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, scale)
-    return segment_attention_reference(q, k, v, q_ranges, kv_ptr, kv_ranges, scale)
+    from uniref_fast.kernels import segment_attention as kernels
+
+    q_ranges, kv_ptr, kv_ranges, tiles = tables
+    return kernels.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, scale, _triton_config(q))
+
+
+@torch.library.custom_op("uniref_fast::segment_attention_backward", mutates_args=())
+def _segment_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tables: Sequence[Tensor],
+    transposed: Sequence[Tensor],
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    k_ranges, q_ptr, q_spans, *tiles = transposed
+    q_ranges, kv_ptr, kv_ranges = tables[:3]
+    plan = (q_ranges, kv_ptr, kv_ranges)
+    if impl == "native":
+        return native.segment_attention_backward(grad, q, k, v, out, lse, *plan, k_ranges, q_ptr, q_spans, scale)
+    from uniref_fast.kernels import segment_attention_backward as kernels
+
+    q_tiles, k_tiles = tiles
+    return kernels.segment_attention_backward(
+        grad, q, k, v, out, lse, *plan, q_tiles, k_ranges, q_ptr, q_spans, k_tiles, scale, _triton_backward_config(q)
+    )
 
 
 @_segment_attention.register_fake
-def _(q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, scale, impl):
+def _(q, k, v, tables, transposed, scale, impl):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@_segment_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, tables, transposed, scale, impl):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, tables, transposed, ctx.scale, ctx.impl = inputs
+    ctx.counts = len(tables), len(transposed)
+    ctx.save_for_backward(q, k, v, *output, *tables, *transposed)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, _):
+    q, k, v, out, lse, *plan = ctx.saved_tensors  # once: activation checkpointing makes them again at each access
+    tables, transposed = plan[: ctx.counts[0]], plan[ctx.counts[0] :]
+    op = torch.ops.uniref_fast.segment_attention_backward
+    grads = op(unit_stride(grad), q, k, v, out, lse, tables, transposed, ctx.scale, ctx.impl)
+    return *grads, [None] * ctx.counts[0], [None] * ctx.counts[1], None, None
+
+
+_segment_attention.register_autograd(_differentiate, setup_context=_save)

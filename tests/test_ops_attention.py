@@ -1,0 +1,229 @@
+"""segment_attention as users call it: every implementation, forward and backward, against float64; which one serves."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from uniref_fast import native, ops, tuning
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.ops import _dispatch, dense_attention
+from uniref_fast.ops.segment_attention import segment_attention_reference
+from uniref_fast.testing import assert_within_budget
+from uniref_fast.visibility import POLICIES, AttentionPlan, plan
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+CASES = [("reference", torch.float32), ("reference", torch.bfloat16)]
+CASES += [("triton", torch.float32), ("triton", torch.float16)]
+CASES += [("triton", torch.bfloat16), ("dense", torch.float16), ("dense", torch.bfloat16)] if CUDA else []
+if not CUDA:
+    missing = pytest.mark.skipif(not native.available(), reason=f"native: {native.reason()}")
+    CASES += [pytest.param("native", dtype, marks=missing) for dtype in (torch.float32, torch.bfloat16)]
+    CASES += [("dense", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+each_case = pytest.mark.parametrize("impl, dtype", CASES)
+
+# Ragged on purpose: no text, one token of text, 1 x 1 images, no references, a sample across a tile border of 64.
+PACK = [
+    Sample(0, (1, 1, 1)),
+    Sample(1, (1, 5, 7), ((1, 1, 1), (1, 3, 2))),
+    Sample(((3, True), (2, False)), (1, 8, 8), ((1, 4, 2),)),
+]
+# Three targets that share one copy of two references.
+GROUP = [Sample(3, (1, 4, 5), ((1, 3, 3), (1, 1, 2)), group=0), *(Sample(2 + i, (1, 4, 5), group=0) for i in range(2))]
+
+
+def rand(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def inputs(compiled, dtype, heads=2, dim=64):
+    q, g = (rand(compiled.num_queries, heads, dim, dtype=dtype) for _ in range(2))
+    k, v = (rand(compiled.num_keys, heads, dim, dtype=dtype) for _ in range(2))
+    return [x.requires_grad_() for x in (q, k, v)], g
+
+
+def eager_attention(q, k, v, compiled):
+    """PyTorch's own attention, range by range."""
+    out = []
+    for (start, end), keys in zip(compiled.ranges, compiled.intervals, strict=True):
+        args = (q[start:end], *(torch.cat([x[a:b] for a, b in keys]) for x in (k, v)))
+        out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in args))[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@each_case
+@pytest.mark.parametrize("visibility", list(POLICIES))
+def test_forward_and_backward(impl, dtype, visibility):
+    compiled = plan(SelfLayout.qwen(GROUP if visibility == "group_shared" else PACK), visibility)
+    x, g = inputs(compiled, dtype)
+    out, lse = ops.segment_attention(*x, compiled, return_lse=True, impl=impl)
+    grads = torch.autograd.grad(out, x, g)
+    eager = eager_attention(*x, compiled)
+    eager_grads = torch.autograd.grad(eager, x, g)
+    wide = [t.detach().double().requires_grad_() for t in x]
+    oracle, oracle_lse = segment_attention_reference(*wide, compiled, 64**-0.5)
+    oracle_grads = torch.autograd.grad(oracle, wide, g.double())
+    assert_within_budget(out, eager, oracle, f"{impl} out")
+    torch.testing.assert_close(lse.double(), oracle_lse.double(), rtol=1e-3, atol=1e-3)
+    for name, got, theirs, expected in zip("qkv", grads, eager_grads, oracle_grads, strict=True):
+        assert_within_budget(got, theirs, expected, f"{impl} gradient of {name}")
+
+
+@each_case
+def test_packing_invariance(impl, dtype):
+    """A sample's rows and their gradients are the same bits alone and at the end of a pack."""
+    alone, packed = SelfLayout.qwen(PACK[1:2]), SelfLayout.qwen([PACK[2], PACK[0], PACK[1]])
+    x, g = inputs(plan(packed), dtype, dim=32)
+    tail = slice(-alone.joint_length, None)
+    own = [t.detach()[tail].requires_grad_() for t in x]
+    out = ops.segment_attention(*x, plan(packed), impl=impl)
+    out_alone = ops.segment_attention(*own, plan(alone), impl=impl)
+    assert torch.equal(out[tail], out_alone)
+    for a, b in zip(torch.autograd.grad(out, x, g), torch.autograd.grad(out_alone, own, g[tail]), strict=True):
+        assert torch.equal(a[tail], b)
+
+
+@each_case
+def test_strided_and_expanded_gradients(impl, dtype):
+    """q, k, v as slices of one projection; the gradient of a sum, which has stride 0."""
+    compiled = plan(SelfLayout.qwen(PACK))
+    qkv = rand(compiled.num_queries, 3, 2, 32, dtype=dtype).requires_grad_()
+    ops.segment_attention(*qkv.unbind(1), compiled, impl=impl).sum().backward()
+    got, qkv.grad = qkv.grad, None
+    segment_attention_reference(*qkv.double().unbind(1), compiled, 32**-0.5)[0].sum().backward()
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2}.get(dtype, 5e-2)
+    torch.testing.assert_close(got, qkv.grad, rtol=tolerance, atol=tolerance)
+
+
+@each_case
+def test_queries_without_keys_and_keys_without_queries(impl, dtype):
+    compiled = AttentionPlan(((0, 3), (3, 5)), (((1, 4),), ()), 5, 7)
+    x, g = inputs(compiled, dtype, dim=16)
+    out, lse = ops.segment_attention(*x, compiled, return_lse=True, impl=impl)
+    assert not out[3:].any() and (lse[:, 3:] == float("-inf")).all() and lse[:, :3].isfinite().all()
+    dq, dk, dv = torch.autograd.grad(out, x, g)
+    assert dq[:3].any() and not dq[3:].any()
+    for d in (dk, dv):
+        assert d[1:4].any() and not d[:1].any() and not d[4:].any()
+
+
+@each_case
+def test_torch_library_contract(impl, dtype):
+    """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""
+    if impl == "reference":
+        pytest.skip("plain PyTorch, not an op")
+    compiled = plan(SelfLayout.qwen(PACK), "reference_causal")
+    x, _ = inputs(compiled, dtype, heads=1, dim=32)
+    if impl == "dense":
+        op = torch.ops.uniref_fast.dense_attention.default
+        args = (*x, dense_attention.rectangles(compiled), 0.2)
+    else:
+        from uniref_fast.ops.segment_attention import _tables
+
+        op = torch.ops.uniref_fast.segment_attention.default
+        args = (*x, *_tables(x[0], compiled, impl, True), 0.2, impl)
+    torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "flash"])
+def test_gpu_libraries_take_our_calls(name):
+    """Without a GPU: the calls fit the schemas and the shapes are what the merging expects (fake tensors)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = (torch.empty(1, 3, n, 64, dtype=torch.bfloat16, device="cuda") for n in (40, 56))
+        out, lse = dense_attention._FORWARD[name](q, k, k, 0.125)
+        assert out.shape == q.shape and lse.shape == (1, 3, 40) and lse.dtype == torch.float32
+        grads = dense_attention._BACKWARD[name](q, q, k, k, out, lse, 0.125)
+        assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+
+
+# ---- which one serves ----
+
+ONE_BIG, MANY_SMALL = [Sample(64, (1, 32, 32))], [Sample(2, (1, 2, 2))] * 40
+
+
+def fresh_plan(samples):
+    """Without a choice made earlier."""
+    return dataclasses.replace(plan(SelfLayout.qwen(samples)))
+
+
+def test_a_table_decides(monkeypatch):
+    """Ours is given a dear pair and a cheap rectangle, dense the opposite."""
+    probe = torch.zeros(1, 2, 64, device=DEVICE)
+    ours = "triton" if CUDA else "native"
+    if _dispatch.unavailable(ours, probe) or (dense_attention.backend(probe) is None):
+        pytest.skip("one implementation only")
+    costs = {
+        ours: {"float32": {"forward": [0, 1e-6, 0, 2e-9], "backward": [0, 1, 0, 0]}},
+        "dense": {"float32": {"forward": [0, 1e-4, 0, 1e-9], "backward": [0, 0, 0, 0]}},
+    }
+    monkeypatch.setattr(tuning, "table", lambda name: {"attention": costs})
+    assert ops.explain_attention(probe, fresh_plan(ONE_BIG))[0] == "dense"
+    many = fresh_plan(MANY_SMALL)
+    impl, reason = ops.explain_attention(probe, many)
+    assert impl == ours and "times as fast as dense" in reason
+    assert ops.explain_attention(probe, many, backward=True)[0] == "dense"  # its backward is free
+
+
+def test_without_a_table(monkeypatch):
+    monkeypatch.setattr(tuning, "table", lambda name: None)
+    probe = torch.zeros(1, 2, 64, device=DEVICE)
+    if _dispatch.unavailable("triton" if CUDA else "native", probe):
+        pytest.skip("none of our kernels")
+    impl, reason = ops.explain_attention(probe, fresh_plan(MANY_SMALL))
+    assert impl == ops.choose(None, probe, 64) and "no table" in reason
+
+
+def test_without_our_kernels_the_library_serves(monkeypatch):
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "reason", lambda: "not built")
+    impl, reason = ops.explain_attention(torch.zeros(1, 2, 64), fresh_plan(MANY_SMALL))
+    assert impl == "dense" and "not built" in reason
+
+
+@pytest.mark.parametrize("name", [path.stem for path in tuning.FOLDER.glob("*.json")])
+def test_committed_tables(name):
+    """Every cost is there, finite and not negative; a bigger plan never costs less."""
+    made = tuning.table(name)
+    assert {"device", "date", "torch", "threads", "command"} <= set(made)
+    for impl, dtypes in made["attention"].items():
+        for dtype, costs in dtypes.items():
+            for direction in ("forward", "backward"):
+                assert len(costs[direction]) == len(tuning.FEATURES) and min(costs[direction]) >= 0
+                assert sum(costs[direction]) > 0
+            kind = getattr(torch, dtype)
+            small, big = (
+                tuning.attention_seconds(name, impl, kind, fresh_plan(p), 4, 64, True) for p in (MANY_SMALL, ONE_BIG)
+            )
+            assert 0 < small < big
+
+
+def test_head_dimensions_are_those_of_the_kernels():
+    from uniref_fast.kernels import segment_attention
+
+    assert _dispatch.TRITON_HEAD_DIMS == segment_attention.HEAD_DIMS
+
+
+LAYOUT = SelfLayout.qwen(PACK)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: ops.segment_attention(*[rand(5, 2, 8)] * 3, plan(LAYOUT)), "queries"),
+        (lambda: ops.segment_attention(rand(5, 2, 8), rand(5, 3, 8), rand(5, 3, 8), plan(LAYOUT)), r"\[Nk, H, D\]"),
+        (lambda: ops.segment_attention(*[rand(LAYOUT.joint_length, 1, 8)] * 3, plan(LAYOUT), scale=0.0), "positive"),
+        (lambda: ops.segment_attention(*[rand(LAYOUT.joint_length, 1, 8)] * 3, plan(LAYOUT), impl="flash"), "dense"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

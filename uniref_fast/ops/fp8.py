@@ -1,0 +1,158 @@
+"""8-bit linears: quantisation fused into what comes before them, one scale a row; forward only.
+
+    norm_modulate_fp8   values, row_scale = quantise(norm(x) * (1 + scale[row]) + shift[row])      1 read, half a write
+    gelu_fp8            values, row_scale = quantise(gelu(x))                                       1 read, half a write
+    scaled_linear       out = row_scale * weight_scale * (values @ weight^T) + bias                 torch._scaled_mm
+
+e4m3 with `row_scale = max|row| / 448` as computed, no calibration. Lossy: a value keeps 4 significant bits, and a
+linear of random rows errs by some percent. Inference only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uniref_fast.ops._dispatch import choose, one_of
+from uniref_fast.ops.norm_modulate import Norm, _check, norm_modulate_reference
+
+__all__ = ["gelu_fp8", "norm_modulate_fp8", "quantize_fp8", "scaled_linear"]
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+FP8_CAPABILITY = (8, 9)
+
+Quantized = tuple[Tensor, Tensor]
+
+
+def quantize_fp8(x: Tensor) -> Quantized:
+    """The specification, and how a Linear's weight `[out, in]` is quantised.
+
+    Args:
+        x: `[N, C]`, any floating dtype.
+
+    Returns:
+        values float8_e4m3fn `[N, C]` and row_scale float32 `[N]` (1 for a row of zeros), with
+        `x ~ values * row_scale[:, None]`.
+    """
+    wide = x.detach().to(torch.float32)
+    largest = wide.abs().amax(-1)
+    row_scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    return (wide / row_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), row_scale
+
+
+def norm_modulate_fp8(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    norm: Norm = "layer",
+    impl: str | None = None,
+) -> Quantized:
+    """`norm_modulate` in float32, quantised by row; args as there.
+
+    impl: "reference" (any device) or "triton" (compute capability 8.9 and up); None picks.
+    Returns values and row_scale as `quantize_fp8`.
+    """
+    _check(x, rows, shift=shift, scale=scale)
+    rms = one_of("norm", norm, "layer", "rms")
+    if _choose(impl, x, shift, scale) == "reference":
+        wide = None if shift is None else shift.to(torch.float32)
+        out = norm_modulate_reference(x.to(torch.float32), wide, scale.to(torch.float32), rows, eps, rms)
+        return quantize_fp8(out)
+    return torch.ops.uniref_fast.norm_modulate_fp8(x, shift, scale, rows, eps, rms)
+
+
+def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
+    """Tanh-approximated GELU of x `[N, C]` in float32, quantised by row; impl as in `norm_modulate_fp8`."""
+    if x.ndim != 2 or (x.numel() and x.stride(-1) != 1):
+        raise ValueError(f"x must be [N, C] with contiguous rows, got {list(x.shape)}, strides {x.stride()}")
+    if _choose(impl, x) == "reference":
+        return quantize_fp8(F.gelu(x.to(torch.float32), approximate="tanh"))
+    return torch.ops.uniref_fast.gelu_fp8(x)
+
+
+def scaled_linear(
+    values: Tensor,
+    row_scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """`row_scale[:, None] * weight_scale * (values @ weight^T) + bias`.
+
+    Args:
+        values: float8_e4m3fn `[N, I]`, with row_scale float32 `[N]`: from `norm_modulate_fp8` or `gelu_fp8`.
+        weight: float8_e4m3fn `[O, I]`, with weight_scale float32 `[O]`: from `quantize_fp8`. I and O multiples of 16.
+        bias: `[O]` or None.
+        dtype: of the result; bfloat16 on a GPU.
+
+    Returns:
+        `[N, O]`.
+    """
+    if values.dtype != FP8 or weight.dtype != FP8:
+        raise ValueError(f"values and weight must be {FP8}, got {values.dtype} and {weight.dtype}")
+    if values.shape[1] != weight.shape[1] or weight.shape[0] % 16 or weight.shape[1] % 16:
+        raise ValueError(
+            f"values [N, I] and weight [O, I] with I and O multiples of 16 are needed, got {list(values.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    if row_scale.shape != values.shape[:1] or weight_scale.shape != weight.shape[:1]:
+        raise ValueError(
+            f"scales must be [{values.shape[0]}] and [{weight.shape[0]}], got {list(row_scale.shape)} and "
+            f"{list(weight_scale.shape)}"
+        )
+    if bias is not None:
+        bias = bias.to(dtype)
+    if values.is_cuda:
+        return torch._scaled_mm(
+            values, weight.t(), row_scale[:, None], weight_scale[None], bias=bias, out_dtype=dtype, use_fast_accum=True
+        )
+    # Emulation: products of e4m3 are exact in float32, and so is all but the order of the sum.
+    out = (values.to(torch.float32) @ weight.to(torch.float32).T) * row_scale[:, None] * weight_scale
+    return out.to(dtype) if bias is None else (out + bias.to(torch.float32)).to(dtype)
+
+
+def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        raise ValueError("8-bit ops have no gradient; use them under torch.no_grad()")
+    if impl == "native":
+        raise ValueError("impl='native' is not possible here: 8-bit ops have a reference and a Triton kernel")
+    if x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY:
+        if impl == "triton":
+            raise ValueError("impl='triton' is not possible here: e4m3 needs compute capability 8.9 or newer")
+        return "reference"
+    return choose("reference" if impl is None and not x.is_cuda else impl, x)
+
+
+# ---- torch.library ops ----
+
+
+@torch.library.custom_op("uniref_fast::norm_modulate_fp8", mutates_args=())
+def _norm_modulate_fp8(
+    x: Tensor, shift: Tensor | None, scale: Tensor, rows: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    from uniref_fast.kernels import fp8 as kernels
+
+    return kernels.norm_modulate_fp8(x, shift, scale, rows, eps, rms)
+
+
+@torch.library.custom_op("uniref_fast::gelu_fp8", mutates_args=())
+def _gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    from uniref_fast.kernels import fp8 as kernels
+
+    return kernels.gelu_fp8(x)
+
+
+@_norm_modulate_fp8.register_fake
+def _(x, shift, scale, rows, eps, rms):
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@_gelu_fp8.register_fake
+def _(x):
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)

@@ -1,0 +1,67 @@
+"""Measured tables: what `bench/autotune.py` found on a device, kept as data with device, versions and date.
+
+`assets/tuned/<device>.json` holds, for attention, the cost of each implementation as a linear function of a plan, and
+on GPUs the launch parameters that were fastest. A device without a table gets the rules of `ops.segment_attention` and
+of the kernels' `pick_config`, which come from compiler reports and published figures, not from a measurement there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uniref_fast import native
+from uniref_fast.visibility import AttentionPlan
+
+__all__ = ["FEATURES", "attention_config", "attention_features", "attention_seconds", "device_name", "table"]
+
+FOLDER = Path(__file__).parent / "assets" / "tuned"
+FEATURES = ("call", "rectangle", "row", "pair")
+"""What a cost is linear in: a call; a (query range, key interval); a row of either, and a visible (query, key) pair,
+both times heads times head dimension."""
+
+
+def device_name(device: torch.device | str) -> str:
+    """Name of a device's table: "h200" for an NVIDIA H200, "cpu-avx2" for a CPU whose best native level is avx2."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower().replace("nvidia", "")).strip("-")
+    return f"cpu-{native.levels()[0]}" if native.available() else "cpu"
+
+
+@functools.cache
+def table(name: str) -> dict[str, Any] | None:
+    """The table of a device, or None when nobody has measured it."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def attention_features(plan: AttentionPlan, heads: int, head_dim: int) -> tuple[float, ...]:
+    """The amounts of `FEATURES` in one attention call under a plan."""
+    pairs = zip(plan.ranges, plan.intervals, strict=True)
+    sides = [(end - start, b - a) for (start, end), keys in pairs for a, b in keys]
+    width = heads * head_dim
+    return 1.0, float(len(sides)), float(width * sum(m + n for m, n in sides)), float(width * plan.area)
+
+
+def attention_seconds(
+    name: str, impl: str, dtype: torch.dtype, plan: AttentionPlan, heads: int, head_dim: int, backward: bool
+) -> float | None:
+    """Expected seconds of one call on the device of that name, with its backward if wanted; None without a table."""
+    costs = ((table(name) or {}).get("attention") or {}).get(impl, {}).get(str(dtype).removeprefix("torch."))
+    if costs is None:
+        return None
+    features = attention_features(plan, heads, head_dim)
+    total = sum(a * b for a, b in zip(costs["forward"], features, strict=True))
+    return total + backward * sum(a * b for a, b in zip(costs["backward"], features, strict=True))
+
+
+def attention_config(name: str, dtype: torch.dtype, head_dim: int, direction: str) -> dict[str, Any] | None:
+    """Fastest launch parameters of the Triton kernel ("forward", "backward") on a device, or None."""
+    configs = (table(name) or {}).get("attention_configs", {})
+    return configs.get(f"{str(dtype).removeprefix('torch.')}/{head_dim}/{direction}")
