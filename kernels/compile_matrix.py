@@ -65,8 +65,6 @@ EXPECTED = {
     "dkdv_kernel": MATMUL,
     "delta_kernel": (False, 128, 32),
     "sum_tiles_kernel": (False, 128, 16),
-    "norm_modulate_fp8_kernel": (False, 128, 64),
-    "gelu_fp8_kernel": (False, 128, 64),
 }
 
 

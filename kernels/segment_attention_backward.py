@@ -103,12 +103,12 @@ def dkdv_kernel(
             query = tl.cast(i_m, tl.int64)  # an int, which has no `.to`, when interpreted
             m_m = o_m < end - i_m
             # Keys down, queries across: P and dS are then the left operands of dv and dk as they lie in registers.
-            # A row past the span, and so of somebody else, is 0 with lse inf: P and dS are 0 whatever it holds.
+            # A row past the span, and so of somebody else, is loaded as 0: it adds 1 * 0 to dv and to dk.
             o_q = query * s_qn + o_m[:, None] * s_qn + o_d[None, :]
             o_g = query * s_gn + o_m[:, None] * s_gn + o_d[None, :]
             b_q = tl.load(p_q + o_q, mask=m_m[:, None], other=0.0)  # [BM, D]
             b_do = tl.load(p_do + o_g, mask=m_m[:, None], other=0.0)  # [BM, D]
-            b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=float("inf"))
+            b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=0.0)
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
             b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
@@ -179,7 +179,7 @@ def dq_kernel(
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # [BM, BN]
             b_p = tl.exp2(b_s * qk_scale - b_lse2[:, None])  # [BM, BN]
-            # Past the interval P may be inf, since s is 0 and lse is not that of the row: selected, not multiplied.
+            # Past the interval s is 0, and P may be inf: dS is selected, not multiplied by 0.
             b_ds = tl.where(m_n[None, :], b_p * (b_dp - b_delta[:, None]), 0.0)  # [BM, BN]
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")  # [BM, D]
 

@@ -26,11 +26,11 @@ if not CUDA:
 each_case = pytest.mark.parametrize("impl, dtype", CASES)
 each_op_case = pytest.mark.parametrize("impl, dtype", CASES[2:])  # the reference is plain PyTorch, not an op
 
-# Ragged on purpose: no text, one token of text, 1 x 1 images, no references, a sample across a tile border of 64.
+# Ragged on purpose: no text, one token of text, 1 x 1 images, no references, a text with padding.
 PACK = [
     Sample(0, (1, 1, 1)),
-    Sample(1, (1, 5, 7), ((1, 1, 1), (1, 3, 2))),
-    Sample(((3, True), (2, False)), (1, 8, 8), ((1, 4, 2),)),
+    Sample(1, (1, 3, 5), ((1, 1, 1), (1, 3, 2))),
+    Sample(((3, True), (2, False)), (1, 2, 4), ((1, 4, 1),)),
 ]
 
 
@@ -250,10 +250,10 @@ def test_pack_and_unpack_are_each_others_gradient(impl, dtype):
 @each_op_case
 def test_torch_library_contract(impl, dtype):
     """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""
-    layout = SelfLayout.qwen(PACK)
-    text, image, text_w, image_w, rotary = qk_inputs(layout, dtype)
+    layout = SelfLayout.qwen([Sample(1, (1, 1, 2))])
+    text, image, text_w, image_w, rotary = qk_inputs(layout, dtype, heads=2)
     index = (layout.joint_index("text", DEVICE), layout.joint_index("image", DEVICE))
-    x, y, (shift, scale, gate, *_), rows = modulated(dtype)
+    x, y, (shift, scale, gate, *_), rows = modulated(dtype, n=5, c=32)
     for tensor in (x, y, text[0], image[1], text_w[0]):
         tensor.requires_grad_()
     calls = {
@@ -266,6 +266,21 @@ def test_torch_library_contract(impl, dtype):
     }
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.uniref_fast, name).default, args)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+def test_under_torch_compile(impl):
+    """The whole op in one graph, forward and backward."""
+    x, y, (shift, scale, gate, *_), rows = modulated(torch.float32)
+    tensors = [t.detach().requires_grad_() for t in (x, y, gate, shift, scale)]
+
+    def call(*t):
+        return ops.gate_residual_norm_modulate(t[0] * 2, *t[1:], rows, impl=impl)[1].sin()
+
+    out, expected = torch.compile(call, backend="aot_eager", fullgraph=True)(*tensors), call(*tensors)
+    assert torch.equal(out, expected)
+    for a, b in zip(torch.autograd.grad(out.sum(), tensors), torch.autograd.grad(expected.sum(), tensors), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_no_second_derivative_is_an_error_not_a_wrong_gradient():

@@ -123,13 +123,30 @@ def test_torch_library_contract(impl, dtype):
     x, _ = inputs(compiled, dtype, heads=1, dim=32)
     if impl == "dense":
         op = torch.ops.uniref_fast.dense_attention.default
-        args = (*x, dense_attention.rectangles(compiled), 0.2)
+        args = (*x, dense_attention.rectangles_of(compiled), 0.2)
     else:
         from uniref_fast.ops.segment_attention import _tables
 
         op = torch.ops.uniref_fast.segment_attention.default
         args = (*x, *_tables(x[0], compiled, impl, True), 0.2, impl)
     torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("impl", ["reference", "dense", None])
+def test_under_torch_compile(impl):
+    """Plans change between calls of one compiled function; one graph break, in the planning."""
+    plans = [plan(SelfLayout.qwen([Sample(3, (1, 4, n))])) for n in (4, 5)]
+
+    def attend(q, k, v, compiled):
+        return ops.segment_attention(q * 1.5, k, v, compiled, impl=impl).sin()
+
+    compiled_attend = torch.compile(attend, backend="aot_eager")
+    for each in plans * 2:
+        x, g = inputs(each, torch.float32, dim=32)
+        out, expected = compiled_attend(*x, each), attend(*x, each)
+        assert torch.equal(out, expected)
+        for a, b in zip(torch.autograd.grad(out, x, g), torch.autograd.grad(expected, x, g), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["cudnn", "flash"])

@@ -23,6 +23,7 @@ CAPABILITY_FLOOR = (8, 0)
 TRITON_HEAD_DIMS = (16, 32, 64, 128)
 
 
+@torch.compiler.assume_constant_result
 @functools.cache
 def _triton_missing() -> str | None:
     try:

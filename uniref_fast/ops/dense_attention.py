@@ -22,19 +22,14 @@ from torch import Tensor
 from uniref_fast.ops._dispatch import unit_stride
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["backend", "dense_attention", "rectangles"]
+__all__ = ["backend", "rectangles_of"]
 
 aten = torch.ops.aten
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> tuple[Tensor, Tensor]:
-    """out `[Nq, H, D]` and lse float32 `[H, Nq]`, as `segment_attention`."""
-    return torch.ops.uniref_fast.dense_attention(q, k, v, rectangles(plan), scale)
-
-
-def rectangles(plan: AttentionPlan) -> list[int]:
+def rectangles_of(plan: AttentionPlan) -> list[int]:
     """(first query, end, first key, end) of every rectangle, one after another, by query range."""
     if "rectangles" not in plan.cache:
         pairs = zip(plan.ranges, plan.intervals, strict=True)

@@ -38,7 +38,7 @@ def quantize_fp8(x: Tensor) -> Quantized:
     """
     wide = x.detach().to(torch.float32)
     largest = wide.abs().amax(-1)
-    row_scale = torch.where(largest > 0, largest / FP8_MAX, 1.0)
+    row_scale = torch.where(largest > 0, (largest / FP8_MAX).clamp(min=2.0**-126), 1.0)  # normal, so 0 / it is 0
     return (wide / row_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), row_scale
 
 

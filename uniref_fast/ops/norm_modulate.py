@@ -195,7 +195,7 @@ def _norm_modulate(
 def _norm_modulate_backward(
     grad: Tensor, x: Tensor, scale: Tensor, rows: Tensor | None, eps: float, rms: bool, row_grads: bool, impl: str
 ) -> list[Tensor]:
-    grads = module(impl, "norm_modulate_backward").norm_modulate_backward(grad, x, scale, rows, eps, rms, row_grads)
+    grads = module(impl, "norm_modulate").norm_modulate_backward(grad, x, scale, rows, eps, rms, row_grads)
     return [g for g in grads if g is not None]
 
 
@@ -208,7 +208,7 @@ def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, eage
 def _gate_residual_backward(
     grad: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, row_grads: bool, impl: str
 ) -> list[Tensor]:
-    grads = module(impl, "norm_modulate_backward").gate_residual_backward(grad, y, gate, rows, row_grads)
+    grads = module(impl, "norm_modulate").gate_residual_backward(grad, y, gate, rows, row_grads)
     return [g for g in grads if g is not None]
 
 
@@ -243,7 +243,7 @@ def _gate_residual_norm_modulate_backward(
     row_grads: bool,
     impl: str,
 ) -> list[Tensor]:
-    grads = module(impl, "norm_modulate_backward").gate_residual_norm_modulate_backward(
+    grads = module(impl, "norm_modulate").gate_residual_norm_modulate_backward(
         grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads
     )
     return [g for g in grads if g is not None]

@@ -182,7 +182,7 @@ def _qk_norm_rope_backward(
     impl: str,
 ) -> list[Tensor]:
     """Six stream gradients, then the gradients of the weights that are not None, if asked for."""
-    grads = module(impl, "qk_norm_rope_backward").qk_norm_rope_backward(
+    grads = module(impl, "qk_norm_rope").qk_norm_rope_backward(
         dq, dk, dv, txt_q, txt_k, img_q, img_k, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
         weight_grads,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from uniref_fast import native, tuning
 from uniref_fast.ops._dispatch import IMPLEMENTATIONS, choose, one_of, unavailable, unit_stride
-from uniref_fast.ops.dense_attention import backend, dense_attention
+from uniref_fast.ops.dense_attention import backend, rectangles_of
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["explain_attention", "segment_attention", "segment_attention_reference"]
@@ -99,16 +99,15 @@ def segment_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl = explain_attention(q, plan, impl, backward=needs_grad)[0]
+    impl, tables, transposed, rectangles = _prepare(q.detach(), plan, impl, needs_grad)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if impl == "reference":
         out, lse = segment_attention_reference(q, k, v, plan, scale)
     elif impl == "dense":
-        out, lse = dense_attention(q, k, v, plan, scale)
+        out, lse = torch.ops.uniref_fast.dense_attention(q, k, v, rectangles, scale)
     else:
-        tables = _tables(q, plan, impl, needs_grad)
-        out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, *tables, scale, impl)
+        out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, tables, transposed, scale, impl)
     return (out, lse) if return_lse else out
 
 
@@ -153,6 +152,17 @@ def _choose(q: Tensor, plan: AttentionPlan, backward: bool) -> tuple[str, str]:
     if ours == "triton" and 0 < count <= DENSE_RECTANGLES and plan.area >= count * DENSE_PAIRS:
         return "dense", f"{dense}; no table of {name}, {count} big rectangles"
     return ours, f"no table of {name}"
+
+
+@torch.compiler.disable  # work on the host, kept with the plan: the only graph break of a compiled caller
+def _prepare(
+    q: Tensor, plan: AttentionPlan, impl: str | None, backward: bool
+) -> tuple[str, list[Tensor], list[Tensor], list[int]]:
+    """The implementation, and what it needs: tables of the plan and of its transpose, or rectangles."""
+    impl = explain_attention(q, plan, impl, backward=backward)[0]
+    if impl in ("reference", "dense"):
+        return impl, [], [], rectangles_of(plan) if impl == "dense" else []
+    return impl, *_tables(q, plan, impl, backward), []
 
 
 def _tables(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
