@@ -196,8 +196,8 @@ void write_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head,
     const int64_t query = tile.begin + i;
     const float sum = b.row_sum[i];
     const bool empty = b.row_max[i] == minus_infinity() && sum == 0.0f;
-    write_column(static_cast<T*>(a.out) + (query * a.heads + head) * a.dim, b.out + i / PANEL * PANEL * a.dim + i % PANEL,
-                 PANEL, a.dim, empty ? 0.0f : 1.0f / sum, b.rows);
+    T* to = static_cast<T*>(a.out) + (query * a.heads + head) * a.dim;
+    write_column(to, b.out + i / PANEL * PANEL * a.dim + i % PANEL, PANEL, a.dim, empty ? 0.0f : 1.0f / sum, b.rows);
     // In double: the gradients of the whole row inherit its error, so it is rounded once.
     const double lse = static_cast<double>(b.row_max[i]) * __builtin_fabs(a.scale) + __builtin_log(sum);
     a.lse[head * a.nq + query] = empty ? minus_infinity() : static_cast<float>(lse);

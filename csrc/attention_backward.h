@@ -1,4 +1,5 @@
-// Gradients of attention, one pass: a task is one head's block of keys, which meets the queries that see it tile by tile.
+// Gradients of attention in one pass: a task is a block of keys of one head, which meets the queries that see it, tile
+// by tile.
 //
 //   S [query, key] = Q . K^T          dP = dO . V^T            Q, dO read as scalars, K^T and V^T packed once per task
 //   P = exp(scale S - lse)            dS = P (dP - delta)      a lane is one key: lse and delta are scalars
@@ -29,7 +30,7 @@ struct BackwardBuffers {
   float *p, *ds;                           // [TILE][PANEL], [TILE][BLOCK]
   float *lse, *delta;                      // [TILE]
   float* row;
-  int64_t dim, padded, stride;  // padded: whole vectors; stride: not a power of two, so that rows do not share cache sets
+  int64_t dim, padded, stride;  // padded: whole vectors; stride: no power of two, where rows would share cache sets
 
   static int64_t width(int64_t dim) { return round_up(dim, W) + 16; }
   static int64_t floats(int64_t dim) {
@@ -72,7 +73,7 @@ void pack_block(const uf::AttentionBackward& a, const uf::KeyBlock& block, int64
   }
 }
 
-// Rows up to a multiple of the register block; those past n are such that P is tiny, and dP, dS and dV are zero.
+// Rows up to a multiple of the register block; those past n add zeros to dK and dV.
 template <class T>
 void load_tile(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t head, const BackwardBuffers& b) {
   const int64_t rows = round_up(n, MR);
@@ -84,7 +85,7 @@ void load_tile(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t
     } else {
       for (int64_t d = 0; d < b.dim; d++) query[d] = grad[d] = 0.0f;
     }
-    b.lse[i] = i < n ? a.lse[head * a.nq + begin + i] : -minus_infinity();
+    b.lse[i] = i < n ? a.lse[head * a.nq + begin + i] : 0.0f;
     b.delta[i] = i < n ? a.delta[head * a.nq + begin + i] : 0.0f;
   }
   for (int64_t i = rows; i < round_up(n, RQ); i++)
@@ -193,7 +194,8 @@ void add_dq(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t he
     float* sum = turns > 1 ? a.dq_sum + (head * a.nq + begin + i) * b.padded : nullptr;
     T* to = static_cast<T*>(a.dq) + ((begin + i) * a.heads + head) * b.dim;
     if (turn + 1 < turns) {
-      for (int64_t d = 0; d < b.padded; d += W) store(sum + d, turn ? load(sum + d) + load(share + d) : load(share + d));
+      for (int64_t d = 0; d < b.padded; d += W)
+        store(sum + d, turn ? load(sum + d) + load(share + d) : load(share + d));
     } else {
       for_row(b.dim, [&](int64_t d, int64_t live) {
         const vf total = turn ? load(sum + d) + load(share + d) : load(share + d);

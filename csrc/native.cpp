@@ -5,6 +5,9 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <memory>
 #include <new>
@@ -85,6 +88,25 @@ const uf::Kernels* kernels(int level) {
   }
 }
 
+// The first touch of fresh memory costs a fault per page, which can take longer than the work: asks for pages of 2 MiB.
+// Where the system declines, nothing changes.
+template <class... Pointers>
+void expect_writes(int64_t bytes, Pointers... outs) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = 2 << 20;
+  for (void* out : {static_cast<void*>(outs)...}) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(out);
+    const uintptr_t begin = (at + kHuge - 1) / kHuge * kHuge, end = (at + bytes) / kHuge * kHuge;
+    if (out && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#else
+  (void)bytes;
+  ((void)outs, ...);
+#endif
+}
+
+int64_t size_of(int dtype) { return dtype == uf::kFloat32 ? 4 : 2; }
+
 // Not cleared: what is written once needs no zeros before. Throws std::bad_alloc.
 std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
@@ -115,6 +137,7 @@ UF_API int uf_segment_attention(int level, int threads, int dtype, const void* q
     const uf::Attention args = {{q, q_token, q_head}, {k, k_token, k_head},
                                 {v, v_token, v_head}, out, lse, nq, heads, dim, scale, kv_ranges,
                                 tiles.data(), static_cast<int64_t>(tiles.size()), panels, threads};
+    expect_writes(nq * heads * dim * size_of(dtype), out);
     return kernel->attention[dtype](args) ? kNoMemory : kOk;
   } catch (const std::bad_alloc&) {
     return kNoMemory;
@@ -142,7 +165,10 @@ UF_API int uf_segment_attention_backward(int level, int threads, int dtype, cons
     const auto delta = floats(heads * nq);
     const auto dq_sum = floats(plan.shared ? heads * nq * ((dim + 15) / 16 * 16) : 0);
     std::vector<int32_t> done(heads * plan.n_tiles, 0);
-    const int64_t bytes = heads * dim * (dtype == uf::kFloat32 ? 4 : 2);
+    const int64_t bytes = heads * dim * size_of(dtype);
+    expect_writes(nq * bytes, dq);
+    expect_writes(nk * bytes, dk, dv);
+    if (plan.shared) expect_writes(heads * nq * dim * 4, dq_sum.get());
     int64_t covered = 0;
     for (const uf::Range& range : ranges) {
       clear_rows(dq, covered, range.begin, bytes);
@@ -203,6 +229,7 @@ UF_API int uf_qk_norm_rope(int level, int threads, int dtype, const void* const*
   args.cos = cos, args.sin = sin;
   args.out_q = out_q, args.out_k = out_k, args.out_v = out_v;
   args.heads = heads, args.dim = dim, args.eps = eps, args.eager_rounding = eager_rounding, args.threads = threads;
+  expect_writes((tokens[0] + tokens[1]) * heads * dim * size_of(dtype), out_q, out_k, out_v);
   return kernel->qk_norm_rope(args) ? kNoMemory : kOk;
 }
 
@@ -233,6 +260,7 @@ UF_API int uf_qk_norm_rope_backward(int level, int threads, int dtype, const voi
     const auto shares = floats(wanted ? chunks * 2 * dim : 0);
     args.shares = wanted ? shares.get() : nullptr;
     args.cos = cos, args.sin = sin, args.heads = heads, args.dim = dim, args.eps = eps, args.threads = threads;
+    for (int i = 0; i < 6; i++) expect_writes(tokens[i % 2] * heads * dim * size_of(dtype), outs[i]);
     return kernel->qk_norm_rope_backward(args) ? kNoMemory : kOk;
   } catch (const std::bad_alloc&) {
     return kNoMemory;
@@ -253,6 +281,7 @@ UF_API int uf_token_rows(int level, int threads, int dtype, const void* x, int64
   const uf::TokenRows args = {static_cast<uf::DType>(dtype), x, y, gate, shift, scale, x_out, normed, x_stride,
                               y_stride, gate_stride, shift_stride, scale_stride, rows, tokens, channels, eps, rms != 0,
                               eager_rounding != 0, threads};
+  expect_writes(tokens * channels * size_of(dtype), x_out, normed);
   return kernel->token_rows(args) ? kNoMemory : kOk;
 }
 
@@ -277,6 +306,7 @@ UF_API int uf_token_rows_backward(int level, int threads, int dtype, const void*
     args.order = plan.order.data(), args.chunks = plan.chunks.data(), args.sums = plan.sums.data();
     args.n_chunks = plan.chunks.size(), args.n_sums = plan.sums.size();
     args.shares = shares.get(), args.channels = channels, args.eps = eps, args.rms = rms != 0, args.threads = threads;
+    expect_writes(tokens * channels * size_of(dtype), outs[0], outs[1]);
     return kernel->token_rows_backward(args) ? kNoMemory : kOk;
   } catch (const std::bad_alloc&) {
     return kNoMemory;

@@ -29,41 +29,38 @@ UF_INLINE float inverse_rms(const T* x, int64_t dim, float eps) {
 // kRound: the normalised head is rounded before and after it is multiplied with the weight.
 template <class T, bool kRound>
 UF_INLINE void norm_rope_head(const T* x, const float* weight, const float* cosines, const float* sines, T* out,
-                              int64_t dim, float eps, bool past) {
+                              int64_t dim, float eps) {
   const float inverse = weight ? inverse_rms(x, dim, eps) : 1.0f;
   for_row(dim, [&](int64_t d, int64_t n) UF_BODY {
     vf value = load_n(x + d, n);
     if (weight && kRound) value = rounded_to<T>(rounded_to<T>(value * inverse) * load_n(weight + d, n));
     else if (weight) value = value * inverse * load_n(weight + d, n);
-    put(out + d, value * load_n(cosines + d, n) + swap_pairs(value) * load_n(sines + d, n), n, past);
+    store_n(out + d, value * load_n(cosines + d, n) + swap_pairs(value) * load_n(sines + d, n), n);
   });
 }
 
 template <class T, bool kRound>
-void qk_norm_rope_token(const uf::QkNormRope& a, int stream, int64_t token, float* cosines, float* sines, bool past) {
+void qk_norm_rope_token(const uf::QkNormRope& a, int stream, int64_t token, float* cosines, float* sines) {
   const int64_t row = a.joint_row[stream][token];
   spread_rotary(a.cos + row * (a.dim / 2), a.sin + row * (a.dim / 2), a.dim / 2, cosines, sines);
   const int64_t out = row * a.heads * a.dim;
   for (int64_t h = 0; h < a.heads; h++)
     norm_rope_head<T, kRound>(row_of<T>(a.q[stream], token, h), a.weight_q[stream], cosines, sines,
-                              static_cast<T*>(a.out_q) + out + h * a.dim, a.dim, a.eps, past);
+                              static_cast<T*>(a.out_q) + out + h * a.dim, a.dim, a.eps);
   for (int64_t h = 0; h < a.heads; h++)
     norm_rope_head<T, kRound>(row_of<T>(a.k[stream], token, h), a.weight_k[stream], cosines, sines,
-                              static_cast<T*>(a.out_k) + out + h * a.dim, a.dim, a.eps, past);
+                              static_cast<T*>(a.out_k) + out + h * a.dim, a.dim, a.eps);
   for (int64_t h = 0; h < a.heads; h++) {
     const T* from = row_of<T>(a.v[stream], token, h);
     T* to = static_cast<T*>(a.out_v) + out + h * a.dim;
-    if (!past) __builtin_memcpy(to, from, a.dim * sizeof(T));
-    else for (int64_t d = 0; d < a.dim; d += W) stream_copy(to + d, from + d);
+    __builtin_memcpy(to, from, a.dim * sizeof(T));
   }
 }
 
 template <class T, bool kRound>
-static int qk_norm_rope_of(const uf::QkNormRope& a) {
+int qk_norm_rope_of(const uf::QkNormRope& a) {
   int failed = 0;
-  const int64_t tokens = a.tokens[0] + a.tokens[1], rows = tokens * a.heads;
-  const bool past = goes_past<T>(a.out_q, rows, a.dim) && goes_past<T>(a.out_k, rows, a.dim) &&
-                    goes_past<T>(a.out_v, rows, a.dim);
+  const int64_t tokens = a.tokens[0] + a.tokens[1];
 #pragma omp parallel num_threads(a.threads)
   {
     float* memory = scratch.at_least(2 * a.dim);
@@ -76,9 +73,8 @@ static int qk_norm_rope_of(const uf::QkNormRope& a) {
       if (!memory) continue;
       const int stream = i >= a.tokens[0];
       const int64_t token = stream ? i - a.tokens[0] : i;
-      qk_norm_rope_token<T, kRound>(a, stream, token, memory, memory + a.dim, past);
+      qk_norm_rope_token<T, kRound>(a, stream, token, memory, memory + a.dim);
     }
-    stream_fence();
   }
   return failed;
 }
@@ -94,13 +90,13 @@ static int qk_norm_rope(const uf::QkNormRope& a) {
 // With g the gradient turned back, n the normalised head: dx = (g w - n mean(g w n)) / rms; g n is added to `dw`.
 template <class T>
 UF_INLINE void norm_rope_head_backward(const T* grad, const T* x, const float* weight, const float* cosines,
-                                       const float* sines, T* out, float* dw, int64_t dim, float eps, bool past) {
+                                       const float* sines, T* out, float* dw, int64_t dim, float eps) {
   const auto turned_back = [&](int64_t d, int64_t n) UF_BODY {
     const vf g = load_n(grad + d, n);
     return g * load_n(cosines + d, n) - swap_pairs(g) * load_n(sines + d, n);
   };
   if (!weight) {
-    for_row(dim, [&](int64_t d, int64_t n) UF_BODY { put(out + d, turned_back(d, n), n, past); });
+    for_row(dim, [&](int64_t d, int64_t n) UF_BODY { store_n(out + d, turned_back(d, n), n); });
     return;
   }
   const float inverse = inverse_rms(x, dim, eps);
@@ -113,7 +109,7 @@ UF_INLINE void norm_rope_head_backward(const T* grad, const T* x, const float* w
   const float mean = sum_lanes(sums[0] + sums[1]) / static_cast<float>(dim);
   for_row(dim, [&](int64_t d, int64_t n) UF_BODY {
     const vf norm = load_n(x + d, n) * inverse;
-    put(out + d, (turned_back(d, n) * load_n(weight + d, n) - norm * mean) * inverse, n, past);
+    store_n(out + d, (turned_back(d, n) * load_n(weight + d, n) - norm * mean) * inverse, n);
   });
 }
 
@@ -121,7 +117,7 @@ UF_INLINE void norm_rope_head_backward(const T* grad, const T* x, const float* w
 // first: short sums round less. memory: 4 dim floats.
 template <class T>
 void qk_norm_rope_chunk_backward(const uf::QkNormRopeBackward& a, int stream, int64_t begin, int64_t end,
-                                 float* shares, float* memory, bool past) {
+                                 float* shares, float* memory) {
   float *cosines = memory, *sines = memory + a.dim, *token_dw = memory + 2 * a.dim;
   const uf::View grads[2] = {a.dq, a.dk}, inputs[2] = {a.q[stream], a.k[stream]};
   const float* const weights[2] = {a.weight_q[stream], a.weight_k[stream]};
@@ -135,27 +131,21 @@ void qk_norm_rope_chunk_backward(const uf::QkNormRopeBackward& a, int stream, in
       if (dw) __builtin_memset(dw, 0, a.dim * sizeof(float));
       for (int64_t h = 0; h < a.heads; h++)
         norm_rope_head_backward(row_of<T>(grads[which], row, h), row_of<T>(inputs[which], token, h), weights[which],
-                                cosines, sines, static_cast<T*>(outs[which]) + at + h * a.dim, dw, a.dim, a.eps, past);
+                                cosines, sines, static_cast<T*>(outs[which]) + at + h * a.dim, dw, a.dim, a.eps);
       for (int64_t d = 0; dw && d < a.dim; d++) shares[which * a.dim + d] += dw[d];
     }
     for (int64_t h = 0; h < a.heads; h++) {
       const T* from = row_of<T>(a.dv, row, h);
       T* to = static_cast<T*>(a.out_v[stream]) + at + h * a.dim;
-      if (!past) __builtin_memcpy(to, from, a.dim * sizeof(T));
-      else for (int64_t d = 0; d < a.dim; d += W) stream_copy(to + d, from + d);
+      __builtin_memcpy(to, from, a.dim * sizeof(T));
     }
   }
 }
 
 template <class T>
-static int qk_norm_rope_backward_of(const uf::QkNormRopeBackward& a) {
+int qk_norm_rope_backward_of(const uf::QkNormRopeBackward& a) {
   int failed = 0;
   const int64_t chunks[2] = {(a.tokens[0] + uf::kChunk - 1) / uf::kChunk, (a.tokens[1] + uf::kChunk - 1) / uf::kChunk};
-  bool past[2];
-  for (int s = 0; s < 2; s++)
-    past[s] = goes_past<T>(a.out_q[s], a.tokens[s] * a.heads, a.dim) &&
-              goes_past<T>(a.out_k[s], a.tokens[s] * a.heads, a.dim) &&
-              goes_past<T>(a.out_v[s], a.tokens[s] * a.heads, a.dim);
 #pragma omp parallel num_threads(a.threads)
   {
     float* memory = scratch.at_least(4 * a.dim);
@@ -167,11 +157,11 @@ static int qk_norm_rope_backward_of(const uf::QkNormRopeBackward& a) {
     for (int64_t i = 0; i < chunks[0] + chunks[1]; i++) {
       if (!memory) continue;
       const int stream = i >= chunks[0];
-      const int64_t begin = (stream ? i - chunks[0] : i) * uf::kChunk, end = min_of(begin + uf::kChunk, a.tokens[stream]);
+      const int64_t begin = (stream ? i - chunks[0] : i) * uf::kChunk;
+      const int64_t end = min_of(begin + uf::kChunk, a.tokens[stream]);
       float* shares = a.shares ? a.shares + i * 2 * a.dim : nullptr;
-      qk_norm_rope_chunk_backward<T>(a, stream, begin, end, shares, memory, past[stream]);
+      qk_norm_rope_chunk_backward<T>(a, stream, begin, end, shares, memory);
     }
-    stream_fence();
   }
   for (int s = 0; s < 2; s++)
     for (int which = 0; which < 2; which++) {

@@ -24,8 +24,6 @@ struct Scratch {
 };
 static thread_local Scratch scratch;
 
-constexpr int64_t kPastCaches = 8 << 20;  // bytes of an output
-
 UF_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 UF_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -34,11 +32,11 @@ UF_INLINE const T* row_of(const uf::View& view, int64_t token, int64_t head) {
   return static_cast<const T*>(view.data) + token * view.token_stride + head * view.head_stride;
 }
 
-// Part `part` of `parts` of the rows [begin, end), into L2. The next tile's rows lie pages apart, where the processor does
-// not look ahead: without this, packing a tile waits for memory for a tenth of the time that its multiplication takes.
+// Part `part` of `parts` of the rows [begin, end), into L2. The next tile's rows lie pages apart, where the processor
+// does not look ahead: without this, packing a tile waits for memory a tenth of the time that multiplying it takes.
 template <class T>
-UF_INLINE void prefetch_rows(const uf::View& view, int64_t begin, int64_t end, int64_t part, int64_t parts, int64_t head,
-                             int64_t dim) {
+UF_INLINE void prefetch_rows(const uf::View& view, int64_t begin, int64_t end, int64_t part, int64_t parts,
+                             int64_t head, int64_t dim) {
   const int64_t last = begin + (end - begin) * (part + 1) / parts;
   for (int64_t i = begin + (end - begin) * part / parts; i < last; i++)
     for (int64_t d = 0; d < dim; d += 64 / static_cast<int64_t>(sizeof(T)))
@@ -70,19 +68,6 @@ template <class T>
 UF_INLINE void store_n(T* p, vf x, int64_t n) {
   if (n == W) store(p, x);
   else store_tail(p, x, n);
-}
-
-// Both, past the caches or into them.
-template <class T>
-UF_INLINE void put(T* p, vf x, int64_t n, bool past) {
-  if (past) stream(p, x);
-  else store_n(p, x, n);
-}
-// Whether a contiguous [rows, size] output is too big for the caches and made of whole aligned vectors.
-template <class T>
-UF_INLINE bool goes_past(const void* out, int64_t rows, int64_t size) {
-  return rows * size * static_cast<int64_t>(sizeof(T)) >= kPastCaches && size % W == 0 &&
-         reinterpret_cast<uintptr_t>(out) % (W * sizeof(T)) == 0;
 }
 
 template <class T>

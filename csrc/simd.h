@@ -67,35 +67,7 @@ UF_INLINE void store(bf16* p, vf x) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// Past the caches, for outputs that they cannot hold: a plain store first reads the line that it is about to replace.
-// `p` is aligned to the vector; stores are visible to other threads after stream_fence().
-template <class T>
-UF_INLINE void stream_copy(T* to, const T* from) {
-  constexpr unsigned kBytes = W * sizeof(T);
-#ifdef __AVX2__
-  for (unsigned at = 0; at < kBytes; at += kBytes < 32 ? 16 : 32) {
-    char* p = reinterpret_cast<char*>(to) + at;
-    const char* x = reinterpret_cast<const char*>(from) + at;
-    if (kBytes < 32) _mm_stream_si128((__m128i*)p, _mm_loadu_si128((const __m128i*)x));
-    else _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)x));
-  }
-#else
-  __builtin_memcpy(to, from, kBytes);
-#endif
-}
-template <class T>
-UF_INLINE void stream(T* p, vf x) {
-  T lanes[W];
-  store(lanes, x);
-  stream_copy(p, lanes);
-}
-UF_INLINE void stream_fence() {
-#ifdef __AVX2__
-  _mm_sfence();
-#endif
-}
-
-// The last n < W elements of a row; lanes past n read as zero. Not inlined: rare, and every loop over a row has several.
+// The last n < W elements of a row; lanes past n read as zero. Not inlined: rare, and loops over rows have several.
 template <class T>
 UF_NOINLINE vf load_tail(const T* p, int64_t n) {
   T lanes[W] = {};

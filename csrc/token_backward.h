@@ -46,7 +46,7 @@ UF_INLINE TokenMeans token_means(const uf::TokenRowsBackward& a, const T* x, con
 // `count` tokens of one modulation row; their share of its gradients is added to sums[3][padded].
 template <class T, bool kNorm, bool kGate, int kCount>
 UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* tokens, int64_t row, float* sums,
-                               int64_t padded, bool past) {
+                               int64_t padded) {
   const T* scale = at_row<T>(a.scale, row, a.scale_stride);
   const T* gate = at_row<T>(a.gate, row, a.gate_stride);
   const T *x[kCount], *y[kCount], *grad_x[kCount], *grad[kCount];
@@ -55,7 +55,8 @@ UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* to
   for (int t = 0; t < kCount; t++) {
     const int64_t token = tokens[t];
     x[t] = at_row<T>(a.x, token, a.x_stride), y[t] = at_row<T>(a.y, token, a.y_stride);
-    grad_x[t] = at_row<T>(a.grad_x, token, a.grad_x_stride), grad[t] = at_row<T>(a.grad_normed, token, a.grad_normed_stride);
+    grad_x[t] = at_row<T>(a.grad_x, token, a.grad_x_stride);
+    grad[t] = at_row<T>(a.grad_normed, token, a.grad_normed_stride);
     dx[t] = static_cast<T*>(a.dx) + token * a.channels, dy[t] = static_cast<T*>(a.dy) + token * a.channels;
     if (kNorm) means[t] = token_means(a, x[t], grad[t], scale);
   }
@@ -64,7 +65,7 @@ UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* to
     vf factor = {}, gates = {};
     if (kNorm) factor = 1.0f + load_n(scale + c, n);
     if (kGate) gates = load_n(gate + c, n);
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int t = 0; t < kCount; t++) {
       vf g = {};
       if (kGate) g = load_n(grad_x[t] + c, n);
@@ -74,11 +75,11 @@ UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* to
         g += (incoming * factor - m.dn - norm * m.dn_n) * m.moments.inverse;
         dshift += incoming;
         dscale += incoming * norm;
-        put(dx[t] + c, g, n, past);
+        store_n(dx[t] + c, g, n);
       }
       if (kGate) {
         dgate += g * load_n(y[t] + c, n);
-        put(dy[t] + c, gates * g, n, past);
+        store_n(dy[t] + c, gates * g, n);
       }
     }
     if (!sums) return;
@@ -91,15 +92,15 @@ UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* to
 }
 
 template <class T, bool kNorm, bool kGate>
-void backward_chunk(const uf::TokenRowsBackward& a, const uf::RowChunk& chunk, float* sums, int64_t padded, bool past) {
+void backward_chunk(const uf::TokenRowsBackward& a, const uf::RowChunk& chunk, float* sums, int64_t padded) {
   void* const out[3] = {a.dgate, a.dshift, a.dscale};
   const bool wanted = a.dgate || a.dshift || a.dscale;
   if (wanted) __builtin_memset(sums, 0, 3 * padded * sizeof(float));
   float* to = wanted ? sums : nullptr;
   int64_t i = chunk.begin;
   for (; i + TOGETHER <= chunk.end; i += TOGETHER)
-    backward_tokens<T, kNorm, kGate, TOGETHER>(a, a.order + i, chunk.row, to, padded, past);
-  for (; i < chunk.end; i++) backward_tokens<T, kNorm, kGate, 1>(a, a.order + i, chunk.row, to, padded, past);
+    backward_tokens<T, kNorm, kGate, TOGETHER>(a, a.order + i, chunk.row, to, padded);
+  for (; i < chunk.end; i++) backward_tokens<T, kNorm, kGate, 1>(a, a.order + i, chunk.row, to, padded);
   for (int part = 0; part < 3; part++) {
     if (!out[part]) continue;
     const float* from = sums + part * padded;
@@ -129,10 +130,9 @@ void sum_shares(const uf::TokenRowsBackward& a, const uf::RowSum& sum) {
 }
 
 template <class T, bool kNorm, bool kGate>
-static int backward_of(const uf::TokenRowsBackward& a, int64_t tokens) {
+int backward_of(const uf::TokenRowsBackward& a) {
   int failed = 0;
   const int64_t padded = round_up(a.channels, W);
-  const bool past = goes_past<T>(a.dx, tokens, a.channels) && goes_past<T>(a.dy, tokens, a.channels);
 #pragma omp parallel num_threads(a.threads)
   {
     float* memory = scratch.at_least(3 * padded);
@@ -142,8 +142,7 @@ static int backward_of(const uf::TokenRowsBackward& a, int64_t tokens) {
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < a.n_chunks; i++)
-      if (memory) backward_chunk<T, kNorm, kGate>(a, a.chunks[i], memory, padded, past);
-    stream_fence();
+      if (memory) backward_chunk<T, kNorm, kGate>(a, a.chunks[i], memory, padded);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < a.n_sums; i++) sum_shares<T>(a, a.sums[i]);
   }
@@ -151,10 +150,9 @@ static int backward_of(const uf::TokenRowsBackward& a, int64_t tokens) {
 }
 
 template <class T>
-static int backward_parts(const uf::TokenRowsBackward& a) {
-  const int64_t tokens = a.n_chunks ? a.chunks[a.n_chunks - 1].end : 0;
-  if (!a.gate) return backward_of<T, true, false>(a, tokens);
-  return a.scale ? backward_of<T, true, true>(a, tokens) : backward_of<T, false, true>(a, tokens);
+int backward_parts(const uf::TokenRowsBackward& a) {
+  if (!a.gate) return backward_of<T, true, false>(a);
+  return a.scale ? backward_of<T, true, true>(a) : backward_of<T, false, true>(a);
 }
 
 static int token_rows_backward(const uf::TokenRowsBackward& a) {

@@ -51,26 +51,24 @@ UF_INLINE float moment_sum(const T* x, int64_t channels, bool rms) {
 
 // x + gate y into `out` and, as float32 of what `out` holds, into `row`; kRound: the product is rounded as well.
 template <class T, bool kRound>
-UF_INLINE void gate_residual_row(const T* x, const T* y, const T* gate, T* out, float* row, int64_t channels,
-                                 bool past) {
+UF_INLINE void gate_residual_row(const T* x, const T* y, const T* gate, T* out, float* row, int64_t channels) {
   for_row(channels, [&](int64_t c, int64_t n) UF_BODY {
     vf product = load_n(gate + c, n) * load_n(y + c, n);
     if (kRound) product = rounded_to<T>(separate(product));
     const vf sum = load_n(x + c, n) + product;
-    put(out + c, sum, n, past);
+    store_n(out + c, sum, n);
     if (row) store_n(row + c, rounded_to<T>(sum), n);
   });
 }
 
 template <class T, bool kRound, class X>
-UF_INLINE void modulate_row(const X* x, const Moments& m, const T* shift, const T* scale, T* out, int64_t channels,
-                            bool past) {
+UF_INLINE void modulate_row(const X* x, const Moments& m, const T* shift, const T* scale, T* out, int64_t channels) {
   for_row(channels, [&](int64_t c, int64_t n) UF_BODY {
     vf value = (load_n(x + c, n) - m.mean) * m.inverse + m.offset;
     vf factor = 1.0f + load_n(scale + c, n);
     if (kRound) value = separate(rounded_to<T>(rounded_to<T>(value) * rounded_to<T>(factor)));
     else value *= factor;
-    put(out + c, value + load_n(shift + c, n), n, past);
+    store_n(out + c, value + load_n(shift + c, n), n);
   });
 }
 
@@ -81,28 +79,27 @@ UF_INLINE Moments moments_of(const X* x, const uf::TokenRows& a) {
 }
 
 template <class T, bool kRound>
-void token_row(const uf::TokenRows& a, int64_t i, bool past, const T* zeros, float* stored) {
+void token_row(const uf::TokenRows& a, int64_t i, const T* zeros, float* stored) {
   const int64_t row = a.rows ? a.rows[i] : 0, at = i * a.channels;
   const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
   const T* scale = static_cast<const T*>(a.scale) + row * a.scale_stride;
   const T* shift = a.shift ? static_cast<const T*>(a.shift) + row * a.shift_stride : zeros;
   T* normed = static_cast<T*>(a.normed) + at;
   if (!a.gate) {
-    modulate_row<T, kRound>(x, moments_of<T>(x, a), shift, scale, normed, a.channels, past);
+    modulate_row<T, kRound>(x, moments_of<T>(x, a), shift, scale, normed, a.channels);
     return;
   }
   const T* y = static_cast<const T*>(a.y) + i * a.y_stride;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
-  gate_residual_row<T, kRound>(x, y, gate, static_cast<T*>(a.x_out) + at, a.normed ? stored : nullptr, a.channels, past);
+  gate_residual_row<T, kRound>(x, y, gate, static_cast<T*>(a.x_out) + at, a.normed ? stored : nullptr, a.channels);
   // What is normalised is what was stored, rounding included.
-  if (a.normed) modulate_row<T, kRound>(stored, moments_of<T>(stored, a), shift, scale, normed, a.channels, past);
+  if (a.normed) modulate_row<T, kRound>(stored, moments_of<T>(stored, a), shift, scale, normed, a.channels);
 }
 
 template <class T, bool kRound>
-static int token_rows_of(const uf::TokenRows& a) {
+int token_rows_of(const uf::TokenRows& a) {
   int failed = 0;
   const int64_t padded = round_up(a.channels, 16);
-  const bool past = goes_past<T>(a.x_out, a.tokens, a.channels) && goes_past<T>(a.normed, a.tokens, a.channels);
 #pragma omp parallel num_threads(a.threads)
   {
     float* memory = scratch.at_least(2 * padded);
@@ -114,8 +111,7 @@ static int token_rows_of(const uf::TokenRows& a) {
     }
 #pragma omp for schedule(dynamic, 16)
     for (int64_t i = 0; i < a.tokens; i++)
-      if (memory) token_row<T, kRound>(a, i, past, reinterpret_cast<const T*>(memory), memory + padded);
-    stream_fence();
+      if (memory) token_row<T, kRound>(a, i, reinterpret_cast<const T*>(memory), memory + padded);
   }
   return failed;
 }

@@ -36,10 +36,12 @@ def delta_kernel(
     p_lse2,  # [H, Nq]
     p_delta,  # [H, Nq]
     num_queries,
+    lse_factor,
+    delta_factor,
     D: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """What both kernels need of each query: delta, and lse in base 2."""
+    """What both kernels need of each query: delta, and lse in base 2; folded, -delta and -lse / scale."""
     row = tl.program_id(0).to(tl.int64) * BM
     i_h = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BM)
@@ -51,8 +53,9 @@ def delta_kernel(
     b_out = tl.load(p_out + o_m[:, None] * s_on + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
     b_do = tl.load(p_do + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
     b_lse = tl.load(p_lse + o_stat, mask=m_m, other=0.0)
-    tl.store(p_lse2 + o_stat, b_lse * 1.4426950408889634, mask=m_m)
-    tl.store(p_delta + o_stat, tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1), mask=m_m)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
+    tl.store(p_lse2 + o_stat, b_lse * lse_factor, mask=m_m)
+    tl.store(p_delta + o_stat, b_delta * delta_factor, mask=m_m)
 
 
 @triton.jit(do_not_specialize=["s_lse"])
@@ -72,6 +75,7 @@ def dkdv_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -102,20 +106,30 @@ def dkdv_kernel(
         for i_m in range(start, end, BM):
             query = tl.cast(i_m, tl.int64)  # an int, which has no `.to`, when interpreted
             m_m = o_m < end - i_m
-            # Keys down, queries across: P and dS are then the left operands of dv and dk as they lie in registers.
+            p_q_i = p_q + query * s_qn
+            p_do_i = p_do + query * s_gn
             # A row past the span, and so of somebody else, is loaded as 0: it adds 1 * 0 to dv and to dk.
-            o_q = query * s_qn + o_m[:, None] * s_qn + o_d[None, :]
-            o_g = query * s_gn + o_m[:, None] * s_gn + o_d[None, :]
-            b_q = tl.load(p_q + o_q, mask=m_m[:, None], other=0.0)  # [BM, D]
-            b_do = tl.load(p_do + o_g, mask=m_m[:, None], other=0.0)  # [BM, D]
+            b_q = tl.load(p_q_i + o_m[:, None] * s_qn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
+            b_do = tl.load(p_do_i + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
             b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=0.0)
-            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
-            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
-            b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
-            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
-            # Read this late, it costs no registers beside lse.
-            b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
-            b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
+            # Keys down, queries across: P and dS are then the left operands of dv and dk as they lie in registers.
+            if FOLD:
+                b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
+                b_s = tl.broadcast_to(b_lse2[None, :], (BN, BM))
+                b_s = tl.dot(b_k, tl.trans(b_q), b_s, input_precision="ieee")  # [BN, BM]
+                b_dp = tl.broadcast_to(b_delta[None, :], (BN, BM))
+                b_dp = tl.dot(b_v, tl.trans(b_do), b_dp, input_precision="ieee")  # [BN, BM]
+                b_p = tl.exp2(b_s * qk_scale)  # [BN, BM]
+                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
+                b_ds = b_p * b_dp  # [BN, BM]
+            else:
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
+                b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
+                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
+                # Read this late, delta takes no registers beside lse.
+                b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
+                b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BN, D]
 
     # Not the mask of the loads: that one would live in registers throughout the loop.
@@ -142,6 +156,7 @@ def dq_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -165,6 +180,9 @@ def dq_kernel(
     b_do = tl.load(p_do + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
     b_lse2 = tl.load(p_lse2 + o_stat, mask=m_m, other=0.0)
     b_delta = tl.load(p_delta + o_stat, mask=m_m, other=0.0)
+    if FOLD:
+        b_lse2 *= -qk_scale
+        b_delta = -b_delta
     b_dq = tl.zeros([BM, D], dtype=tl.float32)
     for i in range(first_interval, last_interval):
         start = tl.load(p_kv_ranges + 2 * i)
@@ -172,10 +190,10 @@ def dq_kernel(
         for i_n in range(start, end, BN):
             key = tl.cast(i_n, tl.int64)
             m_n = o_n < end - i_n
-            o_k = key * s_kn + o_n[:, None] * s_kn + o_d[None, :]
-            o_v = key * s_vn + o_n[:, None] * s_vn + o_d[None, :]
-            b_k = tl.load(p_k + o_k, mask=m_n[:, None], other=0.0)  # [BN, D]
-            b_v = tl.load(p_v + o_v, mask=m_n[:, None], other=0.0)  # [BN, D]
+            p_k_i = p_k + key * s_kn
+            p_v_i = p_v + key * s_vn
+            b_k = tl.load(p_k_i + o_n[:, None] * s_kn + o_d[None, :], mask=m_n[:, None], other=0.0)  # [BN, D]
+            b_v = tl.load(p_v_i + o_n[:, None] * s_vn + o_d[None, :], mask=m_n[:, None], other=0.0)  # [BN, D]
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
             b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")  # [BM, BN]
             b_p = tl.exp2(b_s * qk_scale - b_lse2[:, None])  # [BM, BN]
@@ -246,23 +264,24 @@ def segment_attention_backward(
         lse2, delta, lse2.stride(0),
     )  # fmt: skip
     scales = (scale, scale * math.log2(math.e))
+    factors = (-1 / scale, -1.0) if config.fold else (math.log2(math.e), 1.0)
     with torch.cuda.device_of(q):
         if dq.numel():
             delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), heads)](
                 out, out.stride(0), out.stride(1), grad_out, grad_out.stride(0), grad_out.stride(1),
-                lse, lse2, delta, num_queries, D=head_dim, BM=DELTA_ROWS, num_warps=4,
+                lse, lse2, delta, num_queries, *factors, D=head_dim, BM=DELTA_ROWS, num_warps=4,
             )  # fmt: skip
             dq_kernel[(q_tiles.shape[0], heads)](
                 *operands, dq, dq.stride(0), dq.stride(1),
                 q_ranges, kv_ptr, kv_ranges, q_tiles, *scales,
-                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N,
+                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N, FOLD=config.fold,
                 num_warps=config.dq.num_warps, num_stages=config.dq.num_stages,
             )  # fmt: skip
         if dk.numel():
             dkdv_kernel[(k_tiles.shape[0], heads)](
                 *operands, dk, dv, dk.stride(0), dk.stride(1),
                 k_ranges, q_ptr, q_spans, k_tiles, *scales,
-                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N,
+                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N, FOLD=config.fold,
                 num_warps=config.dkdv.num_warps, num_stages=config.dkdv.num_stages,
             )  # fmt: skip
     return dq, dk, dv

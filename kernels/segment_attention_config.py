@@ -31,10 +31,15 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Launch parameters of the backward: tiles of `dq.BLOCK_M` query rows, and of `dkdv.BLOCK_N` key rows."""
+    """Launch parameters of the backward: tiles of `dq.BLOCK_M` query rows, and of `dkdv.BLOCK_N` key rows.
+
+    `fold`: dk and dv start the sums of S and dP at -lse / scale and -delta instead of subtracting those afterwards. It
+    saves the registers that hold them, and rounds at the size of lse / scale, too coarse for float32.
+    """
 
     dq: AttentionConfig
     dkdv: AttentionConfig
+    fold: bool = False
 
 
 def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionConfig:
@@ -54,14 +59,19 @@ def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[in
         small = AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
         return BackwardConfig(dq=small, dkdv=small)
     # dk and dv keep two accumulators of BLOCK_N x head_dim, S and dP in registers: the largest tiles that do not spill.
-    # 128 keys at head_dim 128 fit where wgmma reads q and dO from shared memory only (9.x).
+    # 128 keys at head_dim 128 fit where wgmma reads q and dO from shared memory (9.x), with lse and delta folded.
     rows, keys = 64, 128
-    if head_dim == 128 and capability[0] != 9:
+    fold = head_dim == 128 and capability[0] == 9
+    if head_dim == 128 and not fold:
         keys = 64
     elif head_dim == 64 and capability[0] in (8, 12):
         rows = 32
     return BackwardConfig(
-        # 96 KiB of shared memory at head_dim 128 with mma.sync, within the 99 KiB of 8.6, 8.9 and 12.x.
-        dq=AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=2),
-        dkdv=AttentionConfig(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=2),
+        # 96 KiB of shared memory at head_dim 128 with mma.sync, within the 99 KiB of 8.6 and 8.9. On 12.x it spills.
+        dq=AttentionConfig(
+            BLOCK_M=128, BLOCK_N=32 if head_dim == 128 and capability[0] == 12 else 64, num_warps=8, num_stages=2
+        ),
+        # Folded, three stages leave more registers than two.
+        dkdv=AttentionConfig(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=3 if fold else 2),
+        fold=fold,
     )

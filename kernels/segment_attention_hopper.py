@@ -1,7 +1,9 @@
 """The forward of `segment_attention` for Hopper: keys and values through TMA, in a warp-specialised loop.
 
-One warp group copies tiles of k and v into shared memory, two compute 64 query rows each. Nothing of it was measured on
-a GPU; the compiler's report says that it is specialised (12 warps, setmaxnreg) and does not spill.
+One warp group copies tiles of k and v into shared memory, two compute 64 query rows each. None of it was run on a GPU:
+the compiler's report says that it is specialised (12 warps, setmaxnreg) and does not spill, the interpreter that its
+results are right. ptxas 12.8, which comes with Triton 3.6, is reported to miscompile some such kernels, so check the
+results on the device before trusting a speed (`TRITON_PTXAS_PATH` names a newer one).
 
 What Triton 3.6 specialises decides the shape of the kernel: four warps, all operands through device descriptors made
 outside of the loop, one loop, and no matmul beside it (with one the loop is silently not specialised, or fails to

@@ -20,6 +20,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
 SMALL = attention.AttentionConfig(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
 SMALL_BACKWARD = attention.BackwardConfig(dq=SMALL, dkdv=SMALL)
+BACKWARDS = (SMALL_BACKWARD, dataclasses.replace(SMALL_BACKWARD, fold=True))
 GRADIENTS = ("dq", "dk", "dv")
 torch_empty = torch.empty
 
@@ -139,7 +140,9 @@ def check_backward(q, k, v, out, lse, plan, config=SMALL_BACKWARD, grad_out=None
 def check(q, k, v, plan):
     for config in paths(q)[1:]:
         check_forward(q, k, v, plan, config)
-    check_backward(q, k, v, *check_forward(q, k, v, plan, SMALL), plan)
+    out, lse = check_forward(q, k, v, plan, SMALL)
+    for config in BACKWARDS if q.element_size() == 2 else BACKWARDS[:1]:
+        check_backward(q, k, v, out, lse, plan, config)
 
 
 def qkv(num_queries, num_keys, heads, head_dim, dtype, device):
@@ -301,24 +304,26 @@ def test_bit_identical_alone_and_in_any_pack(dtype, device):
         sample.append(torch.randn_like(sample[0]))
 
     def run(inputs, plan):
+        """Everything with a row per query, then everything with a row per key."""
         q, k, v, grad_out = inputs
         results = [run_attention(q, k, v, plan, config) for config in paths(q)]
-        gradients = run_backward(grad_out, q, k, v, *results[0], plan)
-        return [*(out for out, _ in results), *(lse.T for _, lse in results), *gradients]
+        gradients = [run_backward(grad_out, q, k, v, *results[0], plan, config) for config in BACKWARDS]
+        of_queries = [*itertools.chain(*((out, lse.T) for out, lse in results)), *(dq for dq, _, _ in gradients)]
+        return of_queries, [x for _, *dkdv in gradients for x in dkdv]
 
     alone = [run(sample, plan) for sample, plan in zip(samples, plans, strict=True)]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 0, 2]):
         inputs = [torch.cat(parts) for parts in zip(*(samples[i] for i in order), strict=True)]
         results = run(inputs, pack_of([plans[i] for i in order]))
-        of_queries, of_keys = ([getattr(plans[i], rows) for i in order] for rows in ("num_queries", "num_keys"))
-        for n, result in enumerate(results):
-            parts = result.split(of_keys if n >= len(results) - 2 else of_queries)
-            for i, part in zip(order, parts, strict=True):
-                assert torch.equal(part, alone[i][n]), f"result {n} of sample {i} in {order}"
+        for kind, rows in enumerate(("num_queries", "num_keys")):
+            for n, result in enumerate(results[kind]):
+                parts = result.split([getattr(plans[i], rows) for i in order])
+                for i, part in zip(order, parts, strict=True):
+                    assert torch.equal(part, alone[i][kind][n]), f"{rows} {n} of sample {i} in {order}"
 
 
 def test_two_runs_are_equal(device):
-    plan = PLANS["group_shared"]
+    plan = PLANS["several_intervals"]
     q, k, v = qkv(plan.num_queries, plan.num_keys, 1, 16, torch.float16, device)
     for config in paths(q):
         out, lse = run_attention(q, k, v, plan, config)
@@ -338,19 +343,20 @@ def test_invisible_rows_may_hold_anything(bad, device):
     inputs = qkv(24, 50, 1, 16, torch.float32, device)
     grad_out = torch.randn_like(inputs[0])
     clean = [run_attention(*inputs, plan, config) for config in paths(inputs[0])]
-    gradients = run_backward(grad_out, *inputs, *clean[0], plan)
+    clean_gradients = [run_backward(grad_out, *inputs, *clean[0], plan, config) for config in BACKWARDS]
 
     q, k, v, grad_out, out, lse = (x.clone() for x in (*inputs, grad_out, *clean[0]))
     k[hidden_keys], v[hidden_keys] = bad, -bad
     q[hidden_queries], grad_out[hidden_queries], out[hidden_queries], lse[:, hidden_queries] = bad, bad, -bad, bad
     for config, (expected, _) in zip(paths(q), clean, strict=True):
         assert torch.equal(run_attention(q, k, v, plan, config)[0][:20], expected[:20])
-    dq, dk, dv = run_backward(grad_out, q, k, v, out, lse, plan)
-    assert torch.equal(dq[:20], gradients[0][:20])
-    for gradient, expected in ((dk, gradients[1]), (dv, gradients[2])):
-        visible = [*range(1, 20), *range(24, 41)]
-        assert torch.equal(gradient[visible], expected[visible])
-        assert not gradient[[0, 23, *range(41, 50)]].any(), "nobody sees these"
+    visible = [*range(1, 20), *range(24, 41)]
+    for config, expected in zip(BACKWARDS, clean_gradients, strict=True):
+        dq, *dkdv = run_backward(grad_out, q, k, v, out, lse, plan, config)
+        assert torch.equal(dq[:20], expected[0][:20])
+        for gradient, clean_gradient in zip(dkdv, expected[1:], strict=True):
+            assert torch.equal(gradient[visible], clean_gradient[visible])
+            assert not gradient[[0, 23, *range(41, 50)]].any(), "nobody sees these"
 
 
 def test_offsets_beyond_32_bits(device):

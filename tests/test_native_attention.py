@@ -405,6 +405,9 @@ def test_backward_bad_plans():
     for tables in bad:
         with pytest.raises(ValueError, match="transpose"):
             run(**tables)
+    halves = make_plan((0, 5, [(0, 5)]), (5, 10, [(5, 10)]))
+    with pytest.raises(ValueError, match="transpose"):  # as many pairs, but others
+        run(halves, halves[0], halves[1], halves[0].flip(0))
     with pytest.raises(ValueError, match="q_ptr has shape"):
         run(q_ptr=good[1][:-1])
     with pytest.raises(ValueError, match=r"q_spans is .*int64"):

@@ -114,6 +114,31 @@ def test_queries_without_keys_and_keys_without_queries(impl, dtype):
         assert d[1:4].any() and not d[:1].any() and not d[4:].any()
 
 
+def test_launch_parameters_come_from_the_table(monkeypatch):
+    """Tiles of a table's size, and the kernel for Hopper beside the portable one, give the portable's results."""
+    if CUDA:
+        pytest.skip("the kernel for Hopper needs tiles of its own size there; interpreted it takes any")
+    compiled = dataclasses.replace(plan(SelfLayout.qwen(PACK), "reference_causal"))
+    x, g = inputs(compiled, torch.float16, heads=1, dim=32)
+    expected = ops.segment_attention(*x, compiled, impl="triton")
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+    tables = {"forward": {**tile, "hopper_keys": 16}, "backward": {"dq": tile, "dkdv": tile}}
+    asked = []
+
+    def of_table(name, dtype, dim, way):
+        asked.append((dtype, dim, way))
+        return tables[way]
+
+    monkeypatch.setattr(tuning, "attention_config", of_table)
+    out = ops.segment_attention(*x, compiled, impl="triton")
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    grads = torch.autograd.grad(out, x, g)
+    dense = torch.autograd.grad(ops.segment_attention(*x, compiled, impl="dense"), x, g)
+    for a, b in zip(grads, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    assert {(torch.float16, 32, way) for way in tables} == set(asked)
+
+
 @each_case
 def test_torch_library_contract(impl, dtype):
     """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""

@@ -63,13 +63,11 @@ def _declare(library: ctypes.CDLL) -> None:
     library.uf_copy_patches.restype = None
 
 
-@torch.compiler.assume_constant_result  # settled once a process; the compiler need not look inside
 def available() -> bool:
     """Whether the kernels can be used."""
     return _load()[0] is not None
 
 
-@torch.compiler.assume_constant_result
 def reason() -> str:
     """Why the kernels cannot be used, or which instruction set is in use and which are possible."""
     library, why = _load()

@@ -170,10 +170,13 @@ def _tables(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> tuple[
     forward = list(plan.tensors(q.device))
     transposed = list(plan.transpose.tensors(q.device)) if backward else []
     if impl == "triton":
-        forward.append(plan.tiles(_triton_config(q).BLOCK_M, q.device))
+        config = _triton_config(q)
+        forward.append(plan.tiles(config.BLOCK_M, q.device))
+        if config.hopper_keys:
+            forward += plan.whole_tiles(config.BLOCK_M, config.hopper_keys, q.device)
         if backward:
-            config = _triton_backward_config(q)
-            transposed += [plan.tiles(config.dq.BLOCK_M, q.device), plan.transpose.tiles(config.dkdv.BLOCK_N, q.device)]
+            both = _triton_backward_config(q)
+            transposed += [plan.tiles(both.dq.BLOCK_M, q.device), plan.transpose.tiles(both.dkdv.BLOCK_N, q.device)]
     return forward, transposed
 
 
@@ -234,8 +237,11 @@ def _segment_attention(
         return native.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, scale)
     from uniref_fast.kernels import segment_attention as kernels
 
-    q_ranges, kv_ptr, kv_ranges, tiles = tables
-    return kernels.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, scale, _triton_config(q))
+    q_ranges, kv_ptr, kv_ranges, tiles, *whole = tables
+    config = _triton_config(q)
+    return kernels.segment_attention(
+        q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, scale, config, tuple(whole) if config.hopper_keys else None
+    )
 
 
 @torch.library.custom_op("uniref_fast::segment_attention_backward", mutates_args=())
