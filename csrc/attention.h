@@ -19,7 +19,7 @@ constexpr int MR = W >= 16 ? 8 : 4;
 constexpr int NR = 3;
 constexpr int PANEL = NR * W;     // queries in a panel
 constexpr int KEYS = 64;          // keys in a tile: summed in one go, then added to what came before
-constexpr int MAX_QUERIES = 192;  // queries that share one packed tile of K and V; panels and tiles stay in L2
+constexpr int MAX_QUERIES = 384;  // queries that share one packed tile of K and V; all of it fits an L2 of 512 KiB
 // Products of a score that are summed in one go: shorter sums round less, which float32 storage is able to show.
 template <class T>
 constexpr int64_t DOT = sizeof(T) == 4 ? 32 : 1 << 30;

@@ -32,7 +32,7 @@ struct Attention {
 };
 
 // Part of the backward's result, so not tuned per machine: sums are cut here.
-constexpr int64_t kKeyBlock = 96;   // keys of a task
+constexpr int64_t kKeyBlock = 192;  // keys of a task
 constexpr int64_t kQueryTile = 48;  // queries that meet a block of keys at a time
 
 // Rows [begin, end) of k and v, the index-th block of its key range, which the spans [first, last) see.

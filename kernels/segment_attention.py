@@ -95,13 +95,13 @@ def segment_attention_kernel(
     i_h = tl.program_id(1).to(tl.int64)
     i_r = tl.load(p_tiles + 2 * i_tile)
     first_row = tl.load(p_tiles + 2 * i_tile + 1)
-    rows_left = tl.load(p_q_ranges + 2 * i_r + 1) - first_row
+    last_row = tl.load(p_q_ranges + 2 * i_r + 1)
     first_interval = tl.load(p_kv_ptr + i_r)
     last_interval = tl.load(p_kv_ptr + i_r + 1)
 
     o_m = tl.arange(0, BM)
     o_d = tl.arange(0, D)
-    m_m = o_m < rows_left
+    m_m = o_m < last_row - first_row
     # Row index times stride in int64 as a scalar, offsets within a tile in int32: safe for any N, and cheap.
     row = first_row.to(tl.int64)
     p_q += row * s_qn + i_h * s_qh
@@ -131,6 +131,8 @@ def segment_attention_kernel(
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)  # [BM, D]
     b_lse = b_max * 0.6931471805599453 + tl.log(b_sum)  # [BM], from base 2 to natural
+    # Not the mask of the load: that one would live in registers throughout the loops.
+    m_m = first_row + o_m < last_row
     p_out += row * s_on + i_h * s_oh
     tl.store(p_out + o_m[:, None] * s_on + o_d[None, :], b_out, mask=m_m[:, None])
     tl.store(p_lse + i_h * s_lse + row + o_m, b_lse, mask=m_m)

@@ -132,7 +132,7 @@ def dkdv_kernel(
                 b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BN, D]
 
-    # Not the mask of the loads: that one would live in registers throughout the loop.
+    # Not the mask of the loads: that one would live in registers throughout the loops.
     m_n = first_row + o_n[:, None] < last_row
     o_dk = row * s_dn + i_h * s_dh + o_n[:, None] * s_dn + o_d[None, :]
     tl.store(p_dv + o_dk, b_dv.to(p_dv.dtype.element_ty), mask=m_n)
@@ -264,7 +264,7 @@ def segment_attention_backward(
         lse2, delta, lse2.stride(0),
     )  # fmt: skip
     scales = (scale, scale * math.log2(math.e))
-    factors = (-1 / scale, -1.0) if config.fold else (math.log2(math.e), 1.0)
+    factors = (-1 / scale, -1.0) if config.dkdv.fold else (math.log2(math.e), 1.0)
     with torch.cuda.device_of(q):
         if dq.numel():
             delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), heads)](
@@ -274,14 +274,14 @@ def segment_attention_backward(
             dq_kernel[(q_tiles.shape[0], heads)](
                 *operands, dq, dq.stride(0), dq.stride(1),
                 q_ranges, kv_ptr, kv_ranges, q_tiles, *scales,
-                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N, FOLD=config.fold,
+                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N, FOLD=config.dkdv.fold,
                 num_warps=config.dq.num_warps, num_stages=config.dq.num_stages,
             )  # fmt: skip
         if dk.numel():
             dkdv_kernel[(k_tiles.shape[0], heads)](
                 *operands, dk, dv, dk.stride(0), dk.stride(1),
                 k_ranges, q_ptr, q_spans, k_tiles, *scales,
-                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N, FOLD=config.fold,
+                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N, FOLD=config.dkdv.fold,
                 num_warps=config.dkdv.num_warps, num_stages=config.dkdv.num_stages,
             )  # fmt: skip
     return dq, dk, dv

@@ -17,9 +17,12 @@ HEAD_DIMS = (16, 32, 64, 128)
 class AttentionConfig:
     """Launch parameters: query rows and key rows of a tile, warps, software pipeline stages.
 
-    `hopper_keys`, on 9.x in 16-bit dtypes: key rows of a tile for the warp-specialised kernel, which then takes the
-    query ranges without a shorter interval; 0 for the portable kernel alone. Off by default until someone has measured
-    on a device where it is faster.
+    `hopper_keys`, of the forward on 9.x in 16-bit dtypes: key rows of a tile for the warp-specialised kernel, which
+    then takes the query ranges without a shorter interval; 0 for the portable kernel alone. Off by default until
+    someone has measured on a device where it is faster.
+
+    `fold`, of dk and dv: start the sums of S and dP at -lse / scale and -delta instead of subtracting those afterwards.
+    It saves the registers that hold them, and rounds at the size of lse / scale, too coarse for float32.
     """
 
     BLOCK_M: int
@@ -27,19 +30,15 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
     hopper_keys: int = 0
+    fold: bool = False
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Launch parameters of the backward: tiles of `dq.BLOCK_M` query rows, and of `dkdv.BLOCK_N` key rows.
-
-    `fold`: dk and dv start the sums of S and dP at -lse / scale and -delta instead of subtracting those afterwards. It
-    saves the registers that hold them, and rounds at the size of lse / scale, too coarse for float32.
-    """
+    """Launch parameters of the backward: tiles of `dq.BLOCK_M` query rows, and of `dkdv.BLOCK_N` key rows."""
 
     dq: AttentionConfig
     dkdv: AttentionConfig
-    fold: bool = False
 
 
 def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionConfig:
@@ -47,10 +46,12 @@ def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) 
     if dtype == torch.float32:
         # No tensor cores in full fp32: with bigger tiles or fewer warps head_dim 128 spills.
         return AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
-    # Eight warps: with four, or with 128 keys a tile at head_dim 128, registers spill or run out.
-    # Three stages at head_dim 128 take 96 to 136 KiB of shared memory; 8.6, 8.9 and 12.x have 99 KiB a block.
+    # Eight warps: with four, or with 128 keys a tile at head_dim 128, registers spill or run out; on 10.x and 12.x they
+    # also do with 64, by a newer compiler than that of Triton 3.6.
+    keys = 32 if head_dim == 128 and capability[0] in (10, 12) else 64
+    # Three stages at head_dim 128 take 88 to 128 KiB of shared memory; 8.6, 8.9 and 12.x have 99 KiB a block.
     stages = 3 if capability in ((8, 0), (9, 0)) or capability[0] == 10 else 2
-    return AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=stages)
+    return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=stages)
 
 
 def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
@@ -58,20 +59,17 @@ def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[in
     if dtype == torch.float32:
         small = AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
         return BackwardConfig(dq=small, dkdv=small)
+    # 96 KiB of shared memory at head_dim 128 with mma.sync, within the 99 KiB of 8.6 and 8.9; on 12.x it may spill.
+    dq_keys = 32 if head_dim == 128 and capability[0] == 12 else 64
     # dk and dv keep two accumulators of BLOCK_N x head_dim, S and dP in registers: the largest tiles that do not spill.
-    # 128 keys at head_dim 128 fit where wgmma reads q and dO from shared memory (9.x), with lse and delta folded.
-    rows, keys = 64, 128
-    fold = head_dim == 128 and capability[0] == 9
-    if head_dim == 128 and not fold:
-        keys = 64
+    # 128 keys at head_dim 128 fit where wgmma reads q and dO from shared memory (9.x), with lse and delta folded; three
+    # stages then leave more registers than two.
+    rows, keys, stages, fold = 64, 128, 2, False
+    if head_dim == 128:
+        keys, stages, fold = (128, 3, True) if capability[0] == 9 else (64, 2, False)
     elif head_dim == 64 and capability[0] in (8, 12):
         rows = 32
     return BackwardConfig(
-        # 96 KiB of shared memory at head_dim 128 with mma.sync, within the 99 KiB of 8.6 and 8.9. On 12.x it spills.
-        dq=AttentionConfig(
-            BLOCK_M=128, BLOCK_N=32 if head_dim == 128 and capability[0] == 12 else 64, num_warps=8, num_stages=2
-        ),
-        # Folded, three stages leave more registers than two.
-        dkdv=AttentionConfig(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=3 if fold else 2),
-        fold=fold,
+        dq=AttentionConfig(BLOCK_M=128, BLOCK_N=dq_keys, num_warps=8, num_stages=2),
+        dkdv=AttentionConfig(BLOCK_M=rows, BLOCK_N=keys, num_warps=8, num_stages=stages, fold=fold),
     )

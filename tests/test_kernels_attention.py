@@ -20,7 +20,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
 SMALL = attention.AttentionConfig(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
 SMALL_BACKWARD = attention.BackwardConfig(dq=SMALL, dkdv=SMALL)
-BACKWARDS = (SMALL_BACKWARD, dataclasses.replace(SMALL_BACKWARD, fold=True))
+BACKWARDS = (SMALL_BACKWARD, attention.BackwardConfig(dq=SMALL, dkdv=dataclasses.replace(SMALL, fold=True)))
 GRADIENTS = ("dq", "dk", "dv")
 torch_empty = torch.empty
 

@@ -87,6 +87,12 @@ def test_levels():
         native.norm_modulate(*[torch.randn(1, 8)] * 3, None, EPS, level="sse9")
 
 
+def test_available_under_compile():
+    """Asked inside a compiled function: no graph break, as torch.compile looks through functools.cache."""
+    doubled = torch.compile(lambda x: x * 2 if native.available() else x, backend="eager", fullgraph=True)
+    assert torch.equal(doubled(torch.ones(2)), torch.full((2,), 2.0))
+
+
 def test_one_openmp_runtime():
     """Two would mean two thread pools fighting over the cores."""
     native.norm_modulate(*[torch.randn(64, 8)] * 3, None, EPS)

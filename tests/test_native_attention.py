@@ -265,14 +265,14 @@ def check_backward(q, k, v, plan, level, scale=None):
     [
         (1, 2),  # next to nothing (a single key has no dq and dk: test_backward_single_tokens)
         (7, 3),  # less than a vector, less than a register block
-        (48, 96),  # exactly one tile of queries, one block of keys
-        (49, 97),  # one more than each
-        (203, 213),  # several of both, and rests: dq is a sum over blocks that take turns
-        (20, 199),  # few queries, two full blocks of keys and a rest
+        (48, 192),  # exactly one tile of queries, one block of keys
+        (49, 193),  # one more than each: dq is a sum over blocks that take turns
+        (203, 113),  # several tiles, less than a block
+        (30, 399),  # few queries, two full blocks of keys and a rest
     ],
 )
 def test_backward_sizes(queries, keys, dim, dtype, level):
-    heads = max(6, 900 // queries)  # as in test_attention_sizes; lse, rounded, is the error of a whole row
+    heads = max(12, 1800 // queries)  # eager must have met its worst: the rounding of lse errs a whole row at a time
     q, k, v = (strided(n, heads, dim, dtype=dtype) for n in (queries, keys, keys))
     check_backward(q, k, v, make_plan((0, queries, [(0, keys)])), level)
 

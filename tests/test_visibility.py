@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniref_fast.layout import Kind, Sample, SelfLayout
-from uniref_fast.visibility import POLICIES, plan, target_plan
+from uniref_fast.visibility import POLICIES, AttentionPlan, plan, target_plan
 
 side = st.integers(1, 5)
 grids = st.tuples(st.just(1), side, side)
@@ -127,3 +127,9 @@ def test_padding_is_seen_by_nothing():
 def test_unknown_policy_lists_the_known():
     with pytest.raises(ValueError, match="reference_causal"):
         plan(SelfLayout.qwen([Sample(1, (1, 1, 1))]), "casual")
+
+
+def test_an_empty_interval_is_seen_by_nobody_in_the_transpose():
+    compiled = AttentionPlan(((0, 2), (2, 4)), (((1, 1), (3, 4)), ((0, 4),)), 4, 4)
+    assert compiled.transpose.ranges == ((0, 3), (3, 4))
+    assert compiled.transpose.intervals == (((2, 4),), ((0, 2), (2, 4)))

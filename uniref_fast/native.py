@@ -63,6 +63,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.uf_copy_patches.restype = None
 
 
+@torch.compiler.assume_constant_result  # torch.compile would otherwise trace the search for the library
 def available() -> bool:
     """Whether the kernels can be used."""
     return _load()[0] is not None

@@ -94,8 +94,9 @@ class AttentionPlan:
         closed: dict[int, list[int]] = {}
         for index, keys in enumerate(self.intervals):
             for start, end in keys:
-                opened.setdefault(start, []).append(index)
-                closed.setdefault(end, []).append(index)
+                if start < end:
+                    opened.setdefault(start, []).append(index)
+                    closed.setdefault(end, []).append(index)
         rows = []
         seen_by: set[int] = set()
         for a, b in itertools.pairwise(sorted({*opened, *closed})):
