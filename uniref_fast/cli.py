@@ -201,7 +201,8 @@ def _doctor(args: argparse.Namespace) -> int:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             chosen, why = ops.explain(torch.empty(0, dtype=dtype, device=kind))
             served[f"{kind} {str(dtype).removeprefix('torch.')}"] = {"implementation": chosen, "reason": why}
-    names = [name for name in ops.__all__ if hasattr(torch.ops.uniref_fast, name)]
+    # Those of 8 bits have no native implementation and choose for themselves.
+    names = [n for n in ops.__all__ if hasattr(torch.ops.uniref_fast, n) and not n.endswith("_fp8")]
     facts = {"versions": versions, "devices": devices, "native": native.reason(), "ops": names, "served": served}
     if args.json:
         print(json.dumps(facts))
