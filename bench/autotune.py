@@ -21,6 +21,7 @@ import torch
 from conftest import CUDA, stopwatch
 
 from uniref_fast import ops, tuning
+from uniref_fast.kernels.segment_attention_config import AttentionConfig, pick_backward_config, pick_config
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops import _dispatch, dense_attention
 from uniref_fast.ops.segment_attention import segment_attention_reference
@@ -137,34 +138,38 @@ def using(configs: dict):
     return mock.patch.object(tuning, "attention_config", lambda _, *what: configs.get(launch_key(*what)))
 
 
-def candidates(dim: int, way: str) -> list:
-    """Tiles, warps and stages worth trying; what does not fit the GPU is said and passed over."""
-    from uniref_fast.kernels.segment_attention_config import AttentionConfig, BackwardConfig
+def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
+    """Launches worth trying, what would be picked without a table among them; what does not fit the GPU is said."""
+    capability = torch.cuda.get_device_capability()
 
     def grid(rows, keys, warps, stages):
         return [AttentionConfig(*each) for each in itertools.product(rows, keys, warps, stages)]
 
     if way == "forward":
-        portable = grid((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))
-        if torch.cuda.get_device_capability()[0] != 9:
-            return portable
-        ragged = AttentionConfig(128, 64, 8, 3)  # for the ranges that the specialised kernel leaves
-        return portable + [dataclasses.replace(ragged, hopper_keys=keys) for keys in (64, 128)]
-    # The two kernels run one after the other: each is tried beside one fixed choice of its fellow.
-    dq, dkdv = grid((64, 128), (32, 64), (4, 8), (2, 3)), grid((32, 64), (64, 128), (4, 8), (2, 3))
-    fixed = AttentionConfig(64, 64, 8, 2)
-    return [BackwardConfig(each, fixed) for each in dq] + [BackwardConfig(fixed, each) for each in dkdv]
+        tried = [pick_config(dim, dtype, capability), *grid((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))]
+        if capability[0] == 9:
+            tried += [dataclasses.replace(tried[0], hopper_keys=keys) for keys in (64, 128)]
+        return tried
+    # The two kernels run one after the other: each is varied beside the other's default.
+    default = pick_backward_config(dim, dtype, capability)
+    dkdv = grid((32, 64), (64, 128), (4, 8), (2, 3))
+    dkdv += [dataclasses.replace(config, fold=True) for config in dkdv]
+    return [
+        default,
+        *(dataclasses.replace(default, dq=config) for config in grid((64, 128), (32, 64), (4, 8), (2, 3))),
+        *(dataclasses.replace(default, dkdv=config) for config in dkdv),
+    ]
 
 
-def fastest(timings: dict[float, dict], way: str) -> dict:
-    """Of the backward, the best of each kernel, as found beside the fixed choice of the other."""
-    if way == "forward":
-        return timings[min(timings)]
-    fixed = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    return {
-        name: timings[min(t for t, of in timings.items() if of[other] == fixed)][name]
-        for name, other in (("dq", "dkdv"), ("dkdv", "dq"))
-    }
+def fastest(timings: list[tuple[float, dict]], default: dict) -> dict:
+    """Of the backward, the best of each kernel, as found beside the default of the other."""
+    if "dq" not in default:
+        return min(timings, key=lambda timing: timing[0])[1]
+    best = {}
+    for name, other in (("dq", "dkdv"), ("dkdv", "dq")):
+        beside = [timing for timing in timings if timing[1][other] == default[other]]
+        best[name] = min(beside, key=lambda timing: timing[0])[1][name]
+    return best
 
 
 def launches() -> dict:
@@ -174,17 +179,19 @@ def launches() -> dict:
     best = {}
     for dtype, dim in itertools.product(DTYPES, DIMS):
         for way in ("forward", "backward"):
-            timings: dict[float, dict] = {}
-            tried = [dataclasses.asdict(config) for config in candidates(dim, way)]
+            timings: list[tuple[float, dict]] = []
+            tried = [dataclasses.asdict(config) for config in candidates(dtype, dim, way)]
             for parameters in tried:
                 try:
                     with using({launch_key(dtype, dim, way): parameters}):
                         check_against_dense(compiled, dtype, dim)
                         forward, backward = calls(compiled, "triton", dtype, dim)
-                        timings[seconds_of(forward if way == "forward" else backward)] = parameters
+                        timings.append((seconds_of(forward if way == "forward" else backward), parameters))
                 except Exception as error:  # does not fit this GPU: said, and not a candidate
                     print(f"  {dtype} {dim} {way} {parameters}: {type(error).__name__} {str(error)[:80]}")
-            best[launch_key(dtype, dim, way)] = fastest(timings, way)
+                    if parameters is tried[0]:
+                        raise SystemExit("the default launch fails, see above: nothing was written") from error
+            best[launch_key(dtype, dim, way)] = fastest(timings, tried[0])
             print(f"{dtype} {dim} {way}: {best[launch_key(dtype, dim, way)]}, {len(timings)} of {len(tried)} ran")
     return best
 

@@ -164,6 +164,8 @@ def member(name, compiled, visibility, backward):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_attention(benchmark, timed, device, direction, layout, dtype, whose):
     samples, visibility = LAYOUTS[layout]
+    if "24 heads" in layout and (direction == "backward" or dtype != torch.bfloat16):
+        pytest.skip("shown forward in bfloat16 only: it takes seconds a call")
     compiled = plan(SelfLayout.qwen(samples), visibility)
     heads = 24 if "24 heads" in layout else HEADS
     torch.manual_seed(0)
@@ -183,7 +185,7 @@ def test_attention(benchmark, timed, device, direction, layout, dtype, whose):
     if whose == "dispatch":
         benchmark.extra_info["choice"] = ": ".join(ops.explain_attention(x[0], compiled, backward=backward))
     flops = (10 if backward else 4) * compiled.area * heads * DIM
-    timed(calls[1], calls[0], flops=flops, dtype=dtype, rounds=9 if CUDA else 5)
+    timed(calls[1], calls[0], flops=flops, dtype=dtype)
 
 
 def check(calls, x, compiled, dtype, backward):

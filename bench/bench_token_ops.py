@@ -41,7 +41,7 @@ def measure(timed, benchmark, name, whose, calls, tensors, direction, dtype, mov
         assert max_relative_error(a, b) < TOLERANCE[dtype]
     eager, ours = results
     benchmark.group = f"{name} {direction}, {str(dtype).removeprefix('torch.')}"
-    timed(ours, eager, moved=moved, rounds=15)
+    timed(ours, eager, moved=moved)
 
 
 def call(function, tensors, direction):
@@ -185,4 +185,4 @@ def test_fp8(benchmark, timed, device, dtype, whose, op):
     (a, sa), (b, sb) = ours(), eager()
     assert max_relative_error(a.float() * sa[:, None], b.float() * sb[:, None]) < 0.07
     benchmark.group = f"{op} forward, {str(dtype).removeprefix('torch.')}"
-    timed({"eager": eager, "ours": ours}[whose], eager, moved=x.nbytes + x.nbytes // 2, rounds=15)
+    timed({"eager": eager, "ours": ours}[whose], eager, moved=x.nbytes + x.nbytes // 2)

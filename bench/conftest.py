@@ -8,6 +8,7 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
+SECONDS = 3  # a member takes, when its rounds are long; at least three rounds
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -76,16 +77,18 @@ def timed(benchmark):
     product of that dtype or in a copy, measured in the same run.
     """
 
-    def run(call, baseline, rounds=9, flops=None, moved=None, dtype=torch.float32):
+    def run(call, baseline, rounds=15, flops=None, moved=None, dtype=torch.float32):
         watches = []
         for each in (baseline, call):
             each()  # compiles what is to be compiled
             watches.append(stopwatch(each))
         (their_watch, _), (our_watch, how) = watches
-        pairs = [(their_watch(), our_watch()) for _ in range(rounds)]
+        pairs, until = [], time.perf_counter() + SECONDS
+        while len(pairs) < 3 or (len(pairs) < rounds and time.perf_counter() < until):
+            pairs.append((their_watch(), our_watch()))
         theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
         info = benchmark.extra_info
-        info.update(ratio=theirs / ours, seconds=ours, timing=how)
+        info.update(ratio=theirs / ours, seconds=ours, rounds=len(pairs), timing=how)
         if flops:
             info.update(flops=flops, fraction_of_matmul=flops / ours / matmul_rate(dtype))
         if moved:

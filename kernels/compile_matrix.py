@@ -64,7 +64,7 @@ MATMUL = (True, 128, 128)
 STREAM = (False, 128, 128)
 EXPECTED = {
     "segment_attention_kernel": MATMUL,
-    HOPPER: (True, 0, 32),  # loads through TMA
+    HOPPER: (True, 0, 128),  # loads through TMA
     "dq_kernel": MATMUL,
     "dkdv_kernel": MATMUL,
     "delta_kernel": (False, 128, 32),

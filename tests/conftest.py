@@ -11,6 +11,28 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 
+@pytest.fixture
+def nan_memory(monkeypatch):
+    """New memory is NaN, so that a value nobody wrote fails the test."""
+    original = torch.empty
+
+    def empty(*args, **kwargs):
+        new = original(*args, **kwargs)
+        return new.fill_(float("nan")) if new.is_floating_point() else new
+
+    monkeypatch.setattr(torch, "empty", empty)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """One thread unless a test asks for more: hundreds of tiny oracle calls spend their time waking threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def make_transformer():
     """Builds small diffusers transformers with random weights, the biases and norms random too."""

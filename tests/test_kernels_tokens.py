@@ -22,24 +22,13 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gp
 LOW_DTYPES = DTYPES[1:]
 EPS = 1e-6
 TILE = 4
-torch_empty = torch.empty
+
+pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch):
-    """New memory is NaN, so that a value nobody wrote fails the test."""
-
-    def empty(*args, **kwargs):
-        new = torch_empty(*args, **kwargs)
-        return new.fill_(float("nan")) if new.is_floating_point() else new
-
-    monkeypatch.setattr(torch, "empty", empty)
-    torch.manual_seed(0)
 
 
 @pytest.fixture

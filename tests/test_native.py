@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from uniref_fast import native
+from uniref_fast.native import library
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason=native.reason()),
+    pytest.mark.usefixtures("nan_memory"),
+]
 
 EPS = 1e-6
 LEVELS = native.levels()
@@ -17,14 +21,6 @@ LEVELS = native.levels()
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a kernel fails to write shows up as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
-    torch.manual_seed(0)
 
 
 # ---- pack, unpack ----
@@ -109,17 +105,17 @@ def test_one_openmp_runtime():
 
 def test_missing_library(monkeypatch, tmp_path):
     """Without a compiler at install time: no library, a reason, and a clear error on use."""
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    for cached in (native._load, native.levels):
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    for cached in (library._load, native.levels):
         cached.cache_clear()
     try:
         assert not native.available() and native.levels() == [] and "compiler" in native.reason()
         with pytest.raises(RuntimeError, match="compiler"):
             native.gate_residual(*[torch.randn(1, 8)] * 3, None)
         (tmp_path / "_native.so").write_bytes(b"not a library")
-        native._load.cache_clear()
+        library._load.cache_clear()
         assert "does not load" in native.reason()
     finally:
         monkeypatch.undo()
-        for cached in (native._load, native.levels):
+        for cached in (library._load, native.levels):
             cached.cache_clear()

@@ -12,7 +12,10 @@ from uniref_fast import native
 from uniref_fast.testing import assert_within_budget
 from uniref_fast.visibility import AttentionPlan
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason=native.reason()),
+    pytest.mark.usefixtures("nan_memory", "threads"),
+]
 
 LEVELS = native.levels()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -26,23 +29,6 @@ def level(request):
 @pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test asks for more: hundreds of tiny oracle calls spend their time waking threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a kernel fails to write shows up as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
-    torch.manual_seed(0)
 
 
 def strided(*shape, dtype):

@@ -9,7 +9,10 @@ import torch.nn.functional as F
 from uniref_fast import native
 from uniref_fast.testing import assert_within_budget
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason())
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason=native.reason()),
+    pytest.mark.usefixtures("nan_memory", "threads"),
+]
 
 EPS = 1e-6
 LEVELS = native.levels()
@@ -24,23 +27,6 @@ def level(request):
 @pytest.fixture(params=DTYPES, ids=["fp32", "bf16"])
 def dtype(request):
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """One thread unless a test asks for more: hundreds of tiny oracle calls spend their time waking threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a kernel fails to write shows up as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(math.nan))
-    torch.manual_seed(0)
 
 
 def strided(*shape, dtype):

@@ -248,12 +248,6 @@ def test_committed_tables(name):
             assert 0 < small < big
 
 
-def test_head_dimensions_are_those_of_the_kernels():
-    from uniref_fast.kernels import segment_attention
-
-    assert _dispatch.TRITON_HEAD_DIMS == segment_attention.HEAD_DIMS
-
-
 LAYOUT = SelfLayout.qwen(PACK)
 
 

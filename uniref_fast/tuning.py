@@ -26,6 +26,7 @@ FEATURES = ("call", "rectangle", "row", "pair")
 both times heads times head dimension."""
 
 
+@functools.cache
 def device_name(device: torch.device | str) -> str:
     """Name of a device's table: "h200" for an NVIDIA H200, "cpu-avx2" for a CPU whose best native level is avx2."""
     device = torch.device(device)

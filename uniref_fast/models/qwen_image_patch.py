@@ -157,8 +157,8 @@ class PatchedAttention:
         context = self.owner.context(hidden_states, text.shape[1], encoder_hidden_states_mask, image_rotary_emb)
         image_out, text_out = joint_attention(attn, hidden_states.flatten(0, 1), text.flatten(0, 1), context)
         fused = image_out.unflatten(0, hidden_states.shape[:2]), text_out.unflatten(0, text.shape[:2])
-        like = hidden_states.new_empty(1, attn.heads, attn.inner_dim // attn.heads)
-        choice = ops.explain_attention(like, context.plan, context.impl, backward=torch.is_grad_enabled())
+        like = hidden_states.flatten(0, 1)[:, : attn.inner_dim].unflatten(-1, (attn.heads, -1))  # shaped as q is
+        choice = ops.explain_attention(like, context.plan, context.impl, backward=image_out.requires_grad)
         return self.owner.accept(self.site, fused, original, choice)
 
     def refusal(self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> str | None:

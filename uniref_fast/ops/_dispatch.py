@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from uniref_fast import native
+from uniref_fast.kernels.segment_attention_config import HEAD_DIMS
 
 __all__ = ["IMPLEMENTATIONS", "Rounding", "choose", "explain", "module", "one_of", "unavailable", "unit_stride"]
 
@@ -20,7 +21,6 @@ Rounding = Literal["once", "eager"]
 IMPLEMENTATIONS = ("reference", "native", "triton")
 TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
-TRITON_HEAD_DIMS = (16, 32, 64, 128)
 
 
 @torch.compiler.assume_constant_result
@@ -59,8 +59,8 @@ def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) ->
         return f"Triton kernels take float32, float16 and bfloat16, got {dtype}"
     if device == "cuda" and torch.cuda.get_device_capability(tensor.device) < CAPABILITY_FLOOR:
         return "Triton kernels need compute capability 8.0 or newer"
-    if head_dim is not None and head_dim not in TRITON_HEAD_DIMS:
-        return f"Triton attention takes head dimensions {', '.join(map(str, TRITON_HEAD_DIMS))}, got {head_dim}"
+    if head_dim is not None and head_dim not in HEAD_DIMS:
+        return f"Triton attention takes head dimensions {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     return None
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast import native, tuning
+from uniref_fast.kernels import segment_attention_config as configs
 from uniref_fast.ops._dispatch import IMPLEMENTATIONS, choose, one_of, unavailable, unit_stride
 from uniref_fast.ops.dense_attention import backend, rectangles_of
 from uniref_fast.visibility import AttentionPlan
@@ -199,16 +200,12 @@ def segment_attention_reference(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _triton_config(q: Tensor):
-    from uniref_fast.kernels import segment_attention_config as configs
-
+def _triton_config(q: Tensor) -> configs.AttentionConfig:
     tuned = tuning.attention_config(tuning.device_name(q.device), q.dtype, q.shape[-1], "forward")
     return configs.AttentionConfig(**tuned) if tuned else configs.pick_config(q.shape[-1], q.dtype, _capability(q))
 
 
-def _triton_backward_config(q: Tensor):
-    from uniref_fast.kernels import segment_attention_config as configs
-
+def _triton_backward_config(q: Tensor) -> configs.BackwardConfig:
     tuned = tuning.attention_config(tuning.device_name(q.device), q.dtype, q.shape[-1], "backward")
     if tuned:
         return configs.BackwardConfig(**{name: configs.AttentionConfig(**of) for name, of in tuned.items()})

@@ -1,0 +1,197 @@
+"""`norm_modulate`, `gate_residual`, both at once, and their gradients."""
+
+import torch
+from torch import Tensor
+
+from uniref_fast.native.library import DTYPES, check, int32, leading, pointers, raise_for, strides, use_level
+
+
+def _modulation_rows(modulation: dict[str, Tensor | None], dtype: torch.dtype, channels: int) -> int:
+    """The number of rows that gate, shift and scale have."""
+    given = [(name, m) for name, m in modulation.items() if m is not None]
+    for name, m in given:
+        check(name, m, (len(given[0][1]), channels), dtype)
+    return len(given[0][1])
+
+
+def _token_rows(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool,
+    eager_rounding: bool,
+    level: str | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """x_out (with a gate) and normed (with a scale)."""
+    lib, level_id = use_level(level)
+    dtype, (tokens, channels) = leading("x", x, "NC")
+    if y is not None:
+        check("y", y, (tokens, channels), dtype)
+    n_rows = _modulation_rows({"gate": gate, "shift": shift, "scale": scale}, dtype, channels)
+    if rows is not None:
+        rows = int32("rows", rows, (tokens,))
+    x_out = None if gate is None else torch.empty((tokens, channels), dtype=dtype)
+    normed = None if scale is None else torch.empty((tokens, channels), dtype=dtype)
+    views = [v for t in (x, y, gate, shift, scale) for v in ((None, 0) if t is None else (t.data_ptr(), t.stride(0)))]
+    status = lib.uf_token_rows(
+        level_id, torch.get_num_threads(), DTYPES[dtype], *views,
+        None if rows is None else rows.data_ptr(), n_rows, tokens, channels, eps, rms, eager_rounding,
+        None if x_out is None else x_out.data_ptr(), None if normed is None else normed.data_ptr(),
+    )  # fmt: skip
+    raise_for(status)
+    return x_out, normed
+
+
+def norm_modulate(
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool = False,
+    eager_rounding: bool = False,
+    *,
+    level: str | None = None,
+) -> Tensor:
+    """`norm(x) * (1 + scale[row]) + shift[row]`: x [N, C]; shift, scale [R, C]; rows int32 [N], None: row 0.
+
+    The norm is LayerNorm, or with `rms` division by the root of the mean square; shift=None adds nothing.
+    eager_rounding rounds norm, 1 + scale and product to x's dtype, as PyTorch does one operation at a time.
+    """
+    normed = _token_rows(x, None, None, shift, scale, rows, eps, rms, eager_rounding, level)[1]
+    assert normed is not None
+    return normed
+
+
+def gate_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool = False,
+    eager_rounding: bool = False,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`x_out = x + gate[row] * y`, rounded to x's dtype, and `norm_modulate` of that: x, y [N, C]; the rest [R, C]."""
+    x_out, normed = _token_rows(x, y, gate, shift, scale, rows, eps, rms, eager_rounding, level)
+    assert x_out is not None and normed is not None
+    return x_out, normed
+
+
+def gate_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    rows: Tensor | None,
+    eager_rounding: bool = False,
+    *,
+    level: str | None = None,
+) -> Tensor:
+    """`x + gate[row] * y`: x, y [N, C]; gate [R, C]; rows int32 [N], None: row 0. eager_rounding rounds the product."""
+    x_out = _token_rows(x, y, gate, None, None, rows, 0.0, False, eager_rounding, level)[0]
+    assert x_out is not None
+    return x_out
+
+
+def _token_rows_backward(
+    grad_x: Tensor | None,
+    grad_normed: Tensor | None,
+    x: Tensor | None,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool,
+    row_grads: bool,
+    level: str | None,
+) -> tuple[Tensor | None, ...]:
+    """dx, dy, dgate, dshift, dscale: the first and the last two with a scale, the others with a gate."""
+    lib, level_id = use_level(level)
+    tensors = {"grad_x_out": grad_x, "grad_normed": grad_normed, "x": x, "y": y}
+    present = [(name, t) for name, t in tensors.items() if t is not None]
+    dtype, (tokens, channels) = leading(*present[0], "NC")
+    for name, t in present:
+        check(name, t, (tokens, channels), dtype)
+    n_rows = _modulation_rows({"gate": gate, "scale": scale}, dtype, channels)
+    if rows is not None:
+        rows = int32("rows", rows, (tokens,))
+    shapes = ((tokens, channels), (n_rows, channels))
+    wanted = (scale is not None, gate is not None)
+    dx, dy = (torch.empty(shapes[0], dtype=dtype) if part else None for part in wanted)
+    dgate, dshift, dscale = (
+        torch.empty(shapes[1], dtype=dtype) if row_grads and wanted[part] else None for part in (1, 0, 0)
+    )
+    inputs = (grad_x, grad_normed, x, y, gate, scale)
+    outs = (dx, dy, dgate, dshift, dscale)
+    status = lib.uf_token_rows_backward(
+        level_id, torch.get_num_threads(), DTYPES[dtype], pointers(inputs), strides(inputs, 1),
+        None if rows is None else rows.data_ptr(), n_rows, tokens, channels, eps, rms, pointers(outs),
+    )  # fmt: skip
+    raise_for(status)
+    return outs
+
+
+def norm_modulate_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool = False,
+    row_grads: bool = True,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `norm_modulate`: dx [N, C], dshift and dscale [R, C], all in x's dtype.
+
+    The gradients of shift and scale are summed in float32, a row's over its own tokens in their order, and 0 for a row
+    that no token has; row_grads=False leaves them out.
+    """
+    outs = _token_rows_backward(None, grad, x, None, None, scale, rows, eps, rms, row_grads, level)
+    assert outs[0] is not None
+    return outs[0], outs[3], outs[4]
+
+
+def gate_residual_backward(
+    grad: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    rows: Tensor | None,
+    row_grads: bool = True,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `gate_residual` for y [N, C] and gate [R, C] (as in `norm_modulate_backward`); x's is `grad`."""
+    outs = _token_rows_backward(grad, None, None, y, gate, None, rows, 0.0, False, row_grads, level)
+    assert outs[1] is not None
+    return outs[1], outs[2]
+
+
+def gate_residual_norm_modulate_backward(
+    grad_x_out: Tensor,
+    grad_normed: Tensor,
+    x_out: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    rms: bool = False,
+    row_grads: bool = True,
+    *,
+    level: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `gate_residual_norm_modulate`: dx, dy [N, C], dgate, dshift, dscale [R, C], as in its parts."""
+    outs = _token_rows_backward(grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads, level)
+    dx, dy, dgate, dshift, dscale = outs
+    assert dx is not None and dy is not None
+    return dx, dy, dgate, dshift, dscale
