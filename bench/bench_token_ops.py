@@ -35,10 +35,12 @@ def measure(timed, benchmark, name, whose, calls, tensors, direction, dtype, mov
     if whose not in calls:
         pytest.skip(f"no {whose} kernel for this op, or not installed")
     results = [call(calls[who], tensors, direction) for who in ("eager", whose)]
-    # The check is with eager in float32: its own sums over rows are coarse in bfloat16.
+    # The check is with eager in float32: PyTorch's own sums over rows are coarse in bfloat16, so a peer's error is kept
+    # beside its time and only ours must be small.
     exact = call(calls["eager"], [t.float() for t in tensors], direction)()
-    for a, b in zip(_tuple(results[1]()), _tuple(exact), strict=True):
-        assert max_relative_error(a, b) < TOLERANCE[dtype]
+    error = max(max_relative_error(a, b) for a, b in zip(_tuple(results[1]()), _tuple(exact), strict=True))
+    assert whose != "ours" or error < TOLERANCE[dtype]
+    benchmark.extra_info["max_relative_error"] = error
     eager, ours = results
     benchmark.group = f"{name} {direction}, {str(dtype).removeprefix('torch.')}"
     timed(ours, eager, moved=moved)
@@ -50,7 +52,8 @@ def call(function, tensors, direction):
         return torch.no_grad()(lambda: function(*tensors))
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out = _tuple(function(*leaves))
-    upstream = [torch.ones_like(o) for o in out]
+    generator = torch.Generator(out[0].device).manual_seed(0)
+    upstream = [torch.randn(o.shape, device=o.device, generator=generator).bfloat16().to(o.dtype) for o in out]
     return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
 
