@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from uniref_fast import ops
 from uniref_fast.layout import SelfLayout
+from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 
 __all__ = ["AttentionContext", "Modulation", "PackedQwenImage", "find_transformer", "joint_attention"]
@@ -55,6 +57,10 @@ class AttentionContext:
         rotary: cos, sin in joint order, float32 `[N, D / 2]`.
         impl: implementation forced on the ops, or None.
         rounding: "once" or "eager", see `ops.norm_modulate`.
+        visibility: what the plan was compiled from.
+        parallel: exchange among the ranks that share the pack, or None.
+        checkpointing: recompute blocks in the backward.
+        closed: whether every block adds its last residual itself, or leaves it to be fused with the next norm.
     """
 
     layout: SelfLayout
@@ -62,6 +68,27 @@ class AttentionContext:
     rotary: tuple[Tensor, Tensor]
     impl: str | None = None
     rounding: ops.Rounding = "once"
+    visibility: str | Rule = "full"
+    parallel: SequenceParallel | None = None
+    checkpointing: bool = False
+    closed: bool = False
+
+    def modulation_rows(self, stream: str) -> Tensor:
+        """Modulation row of every row of a stream that this rank has, int32 `[n]`."""
+        rows = self.layout.modulation_rows(stream, self.rotary[0].device)
+        return rows if self.parallel is None else rows[self.parallel.rows(self.layout, stream)]
+
+    def target_rows(self) -> Tensor:
+        """Rows of this rank's part of the image stream that are targets, int64 `[n_target]`."""
+        targets = self.layout.target_rows(self.rotary[0].device)
+        if self.parallel is None:
+            return targets
+        bounds, first = self.parallel.targets(self.layout), self.parallel.rows(self.layout, "image").start
+        return targets[bounds[self.parallel.rank] : bounds[self.parallel.rank + 1]] - first
+
+
+Pending = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(image branch, image gate, text branch, text gate) of the last residual of a block; the next one adds it."""
 
 
 def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
@@ -69,6 +96,8 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContex
     head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
     text_qkv = tuple(p(text).unflatten(-1, (-1, head_dim)) for p in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
     image_qkv = tuple(p(image).unflatten(-1, (-1, head_dim)) for p in (attn.to_q, attn.to_k, attn.to_v))
+    if context.parallel is not None:
+        text_qkv, image_qkv = (_all_rows(x, context, name) for x, name in ((text_qkv, "text"), (image_qkv, "image")))
     return ops.qk_norm_rope(
         text_qkv,
         image_qkv,
@@ -82,23 +111,36 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContex
     )
 
 
+def _all_rows(qkv: tuple[Tensor, ...], context: AttentionContext, stream: str) -> tuple[Tensor, ...]:
+    """q, k, v of this rank's rows and all heads -> of all rows and this rank's heads, in one exchange."""
+    parallel, layout = context.parallel, context.layout
+    assert parallel is not None
+    bounds = parallel.bounds(layout.text_length if stream == "text" else layout.image_length)
+    together = torch.stack(qkv, dim=2).flatten(2)  # [n, H, 3 D]
+    return parallel.gather_heads(together, bounds).unflatten(2, (3, -1)).unbind(2)
+
+
 def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
     """The attention of one double-stream block, output projections included.
 
     Args:
         attn: diffusers `Attention` with added k, v projections.
-        image: image stream `[N_image, C]`, modulated.
-        text: text stream `[N_text, C]`, modulated.
+        image: image stream `[N_image, C]`, modulated; this rank's rows of it under sequence parallelism.
+        text: text stream `[N_text, C]`, modulated; likewise.
         context: layout, plan and rotary tables.
 
     Returns:
         (image, text) stream outputs, shapes as given.
     """
     q, k, v = project_qkv(attn, image, text, context)
-    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl).flatten(1)
-    return project_image(attn, _stream(out, context.layout, "image")), attn.to_add_out(
-        _stream(out, context.layout, "text")
-    )
+    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl)
+    streams = {}
+    for name in ("image", "text"):
+        part = _stream(out, context.layout, name)
+        if context.parallel is not None:
+            part = context.parallel.scatter_heads(part, context.parallel.bounds(len(part)))
+        streams[name] = part.flatten(1)
+    return project_image(attn, streams["image"]), attn.to_add_out(streams["text"])
 
 
 def project_image(attn: Any, out: Tensor) -> Tensor:
@@ -108,29 +150,139 @@ def project_image(attn: Any, out: Tensor) -> Tensor:
     return out
 
 
-class PackedQwenImage:
+class PackedBlock(nn.Module):
+    """A double-stream block over a pack: a module of its own, so that a pack can be sharded and recomputed by block.
+
+    Args:
+        block: the diffusers block whose parameters are used.
+        last: whether only the targets' rows of its output are used (the last block of a model).
+    """
+
+    def __init__(self, block: Any, last: bool = False) -> None:
+        super().__init__()
+        self.block, self.last = block, last
+
+    def forward(
+        self, streams: tuple[Tensor, Tensor], pending: Pending | None, temb: Tensor, context: AttentionContext
+    ) -> tuple[tuple[Tensor, ...], Pending | None]:
+        """
+        Args:
+            streams: image `[N_image, C]` and text `[N_text, C]`, this rank's rows of them.
+            pending: residuals of the block before that are still to be added (`Pending`), or None.
+            temb: timestep embedding `[R, C]`.
+            context: of this forward.
+
+        Returns:
+            the streams and what is pending; of the last block, the image stream's target rows alone.
+        """
+        if context.checkpointing and torch.is_grad_enabled():
+            return checkpoint(
+                self._run, streams, pending, temb, context, use_reentrant=False, context_fn=_keep_attention
+            )
+        return self._run(streams, pending, temb, context)
+
+    def _run(
+        self, streams: tuple[Tensor, Tensor], pending: Pending | None, temb: Tensor, context: AttentionContext
+    ) -> tuple[tuple[Tensor, ...], Pending | None]:
+        block, impl, layout = self.block, context.impl, context.layout
+        mods = _modulation(block, temb, layout)
+        all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
+        inputs = []
+        for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
+            eps = block.img_norm1.eps
+            if pending is None:
+                inputs.append((streams[i], ops.norm_modulate(streams[i], mod.shift1, mod.scale1, rows, eps, impl=impl)))
+            else:
+                branch, gate = pending[2 * i : 2 * i + 2]
+                inputs.append(
+                    ops.gate_residual_norm_modulate(
+                        streams[i], branch, gate, mod.shift1, mod.scale1, rows, eps, impl=impl
+                    )
+                )
+        (image, image_in), (text, text_in) = inputs
+        if self.last:
+            return self._targets(mods[0], image, image_in, text_in, context), None
+        branches = joint_attention(block.attn, image_in, text_in, context)
+        outputs, left = [], []
+        for x, branch, mod, mlp, rows in zip(
+            (image, text), branches, mods, (block.img_mlp, block.txt_mlp), all_rows, strict=True
+        ):
+            x, normed = ops.gate_residual_norm_modulate(
+                x, branch, mod.gate1, mod.shift2, mod.scale2, rows, block.img_norm2.eps, impl=impl
+            )
+            branch = mlp(normed)
+            if context.closed:
+                x = _clipped(ops.gate_residual(x, branch, mod.gate2, rows, impl=impl))
+            else:
+                left += [branch, mod.gate2]
+            outputs.append(x)
+        return tuple(outputs), tuple(left) or None  # type: ignore[return-value]
+
+    def _targets(
+        self, mod: Modulation, image: Tensor, image_in: Tensor, text_in: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, ...]:
+        """The last block for the targets' queries only: nothing else of its output is used."""
+        block, layout, impl = self.block, context.layout, context.impl
+        targets = layout.target_rows(image.device)
+        q, k, v = project_qkv(block.attn, image_in, text_in, context)
+        q = q[layout.joint_index("image", image.device)[targets]]
+        out = ops.segment_attention(q, k, v, target_plan(layout, context.visibility), impl=impl)
+        if context.parallel is not None:
+            out = context.parallel.scatter_heads(out, context.parallel.targets(layout))
+        mine = context.target_rows()
+        rows = context.modulation_rows("image")[mine]
+        image, normed = ops.gate_residual_norm_modulate(
+            image[mine], project_image(block.attn, out.flatten(1)), mod.gate1, mod.shift2, mod.scale2, rows,
+            block.img_norm2.eps, impl=impl,
+        )  # fmt: skip
+        return (_clipped(ops.gate_residual(image, block.img_mlp(normed), mod.gate2, rows, impl=impl)),)
+
+
+class PackedQwenImage(nn.Module):
     """A `QwenImageTransformer2DModel` over packs of unlike samples.
 
     Args:
-        transformer: the diffusers model whose parameters are used; it stays usable as it is.
+        transformer: the diffusers model whose parameters are used; it stays usable as it is. Add adapters first.
         visibility: policy name or rule (`uniref_fast.visibility`); anything but "full" needs a model trained for it.
         impl: implementation forced on every op, or None to pick by device.
+        checkpointing: keep only each block's input and attention output for the backward, and recompute the rest.
+
+    Attributes:
+        blocks: the `PackedBlock`s; what sharding by block wraps.
+        parallel: a `SequenceParallel` when the ranks of a group share every pack, or None.
 
     Raises:
         ValueError: for models whose forward differs from the packed one (guidance embeddings, extra timestep
             conditions, layered rotary embeddings).
     """
 
-    def __init__(self, transformer: Any, *, visibility: str | Rule = "full", impl: str | None = None) -> None:
+    def __init__(
+        self,
+        transformer: Any,
+        *,
+        visibility: str | Rule = "full",
+        impl: str | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
         config = transformer.config
         for option in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
             if getattr(config, option, False):
                 raise ValueError(f"packed forward does not know config.{option}=True of {type(transformer).__name__}")
-        self.transformer = transformer
+        # Not a submodule: its blocks are in `blocks`, and a parameter must belong to one place to be sharded.
+        object.__setattr__(self, "transformer", transformer)
+        last = len(transformer.transformer_blocks) - 1
+        self.blocks = nn.ModuleList(PackedBlock(b, i == last) for i, b in enumerate(transformer.transformer_blocks))
+        self.ends = nn.ModuleList(
+            getattr(transformer, name)
+            for name in ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
+        )
         self.visibility = visibility
         self.impl = impl
+        self.checkpointing = checkpointing
+        self.parallel: SequenceParallel | None = None
 
-    def __call__(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> Tensor:
+    def forward(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> Tensor:
         """Predict the velocity of every target.
 
         Args:
@@ -140,75 +292,38 @@ class PackedQwenImage:
             layout: the pack; `zero_cond_t` as the model's config says.
 
         Returns:
-            `[N_target, 4 * out_channels]`: the targets' tokens, by sample.
+            `[N_target, 4 * out_channels]`: the targets' tokens, by sample; under sequence parallelism those of this
+            rank (`parallel.targets(layout)` says which). All ranks of a group are given the same whole pack.
         """
         model = self.transformer
         self._check(image, text, timestep, layout)
-        device = image.device
         context = AttentionContext(
-            layout, plan(layout, self.visibility), layout.rotary(model.config.axes_dims_rope, device), self.impl
+            layout,
+            plan(layout, self.visibility),
+            layout.rotary(model.config.axes_dims_rope, image.device),
+            self.impl,
+            visibility=self.visibility,
+            parallel=self.parallel,
+            checkpointing=self.checkpointing,
+            # float16 models: diffusers clips the residual stream to the finite range, so every block closes it
+            closed=self.checkpointing or image.dtype == torch.float16,
         )
+        if self.parallel is not None:
+            image, text = image[self.parallel.rows(layout, "image")], text[self.parallel.rows(layout, "text")]
         image, text = model.img_in(image), model.txt_in(model.txt_norm(text))
         timestep = timestep.to(image.dtype)
         if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
         temb = model.time_text_embed(timestep, image)
-        image = self._blocks(image, text, temb, context)
+        streams: tuple[Tensor, ...] = (image, text)
+        pending: Pending | None = None
+        for block in self.blocks:
+            streams, pending = block(streams, pending, temb, context)
         scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(image.dtype)).chunk(2, dim=1)
-        rows = layout.modulation_rows("image", device)[layout.target_rows(device)]
-        return model.proj_out(ops.norm_modulate(image, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
-
-    def _blocks(self, image: Tensor, text: Tensor, temb: Tensor, context: AttentionContext) -> Tensor:
-        """All blocks; returns the targets' tokens only. A block's last residual is fused with the next norm."""
-        layout, impl = context.layout, context.impl
-        image_rows = layout.modulation_rows("image", image.device)
-        text_rows = layout.modulation_rows("text", image.device)
-        clip = image.dtype == torch.float16  # diffusers clips the residual stream of float16 models to the finite range
-        blocks = list(self.transformer.transformer_blocks)
-        mods = _modulation(blocks[0], temb, layout)
-        eps = blocks[0].img_norm1.eps
-        image_in = ops.norm_modulate(image, mods[0].shift1, mods[0].scale1, image_rows, eps, impl=impl)
-        text_in = ops.norm_modulate(text, mods[1].shift1, mods[1].scale1, text_rows, eps, impl=impl)
-        for i, block in enumerate(blocks[:-1]):
-            following = _modulation(blocks[i + 1], temb, layout)
-            branches = joint_attention(block.attn, image_in, text_in, context)
-            streams = []
-            for x, branch, mod, after, mlp, rows in (
-                (image, branches[0], mods[0], following[0], block.img_mlp, image_rows),
-                (text, branches[1], mods[1], following[1], block.txt_mlp, text_rows),
-            ):
-                x, normed = ops.gate_residual_norm_modulate(
-                    x, branch, mod.gate1, mod.shift2, mod.scale2, rows, eps, impl=impl
-                )
-                branch = mlp(normed)
-                if clip:
-                    x = ops.gate_residual(x, branch, mod.gate2, rows, impl=impl).clip(-65504, 65504)
-                    normed = ops.norm_modulate(x, after.shift1, after.scale1, rows, eps, impl=impl)
-                else:
-                    x, normed = ops.gate_residual_norm_modulate(
-                        x, branch, mod.gate2, after.shift1, after.scale1, rows, eps, impl=impl
-                    )
-                streams.append((x, normed))
-            (image, image_in), (text, text_in) = streams
-            mods = following
-        return self._last_block(blocks[-1], mods[0], image, image_in, text_in, context)
-
-    def _last_block(
-        self, block: Any, mod: Modulation, image: Tensor, image_in: Tensor, text_in: Tensor, ctx: AttentionContext
-    ) -> Tensor:
-        """The last block for the targets' queries only: nothing else of its output is used."""
-        layout, impl = ctx.layout, ctx.impl
-        targets = layout.target_rows(image.device)
-        rows = layout.modulation_rows("image", image.device)[targets]
-        q, k, v = project_qkv(block.attn, image_in, text_in, ctx)
-        q = q[layout.joint_index("image", image.device)[targets]]
-        out = ops.segment_attention(q, k, v, target_plan(layout, self.visibility), impl=impl).flatten(1)
-        image, normed = ops.gate_residual_norm_modulate(
-            image[targets], project_image(block.attn, out), mod.gate1, mod.shift2, mod.scale2, rows,
-            block.img_norm2.eps, impl=impl,
-        )  # fmt: skip
-        image = ops.gate_residual(image, block.img_mlp(normed), mod.gate2, rows, impl=impl)
-        return image.clip(-65504, 65504) if image.dtype == torch.float16 else image
+        rows = context.modulation_rows("image")[context.target_rows()]
+        return model.proj_out(
+            ops.norm_modulate(streams[0], shift, scale, rows, model.norm_out.norm.eps, impl=self.impl)
+        )
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
         config = self.transformer.config
@@ -243,6 +358,21 @@ def _modulation(block: Any, temb: Tensor, layout: SelfLayout) -> tuple[Modulatio
     image = block.img_mod(temb).chunk(6, dim=-1)
     text = block.txt_mod(temb[: layout.num_samples]).chunk(6, dim=-1)
     return Modulation(*image), Modulation(*text)
+
+
+def _clipped(x: Tensor) -> Tensor:
+    """diffusers clips the residual stream of float16 models to the finite range."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _keep_attention() -> Any:
+    """For checkpointing: attention costs the most to recompute and its output little to keep."""
+    kept = (torch.ops.uniref_fast.segment_attention.default, torch.ops.uniref_fast.dense_attention.default)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 def _weight(norm: Any) -> Tensor | None:
