@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from uniref_fast.encode import image_latents, prompt_embeddings, to_rgb
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.models.qwen_image_patch import offloaded_norm
@@ -96,24 +96,19 @@ class _Job:
 def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     """Encode prompt and references with the pipeline's own methods, draw the noise, set the schedule."""
     stock, device = _stock(), pipe._execution_device
-    processor = pipe.image_processor
-    images = [_rgb(image) for image in request.images]
-    pairs = list(zip(images, sizes.condition_sizes, sizes.reference_sizes, strict=True))
-    condition = [processor.resize(image, height, width) for image, (width, height), _ in pairs] or None
-    pixels = [processor.preprocess(image, height, width).unsqueeze(2) for image, _, (width, height) in pairs] or None
+    images = [to_rgb(image) for image in request.images]
     texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
-    prompts = []
-    for text in texts:
-        embeds, mask = pipe.encode_prompt(prompt=text, image=condition, device=device)
-        prompts.append(embeds[0] if mask is None else embeds[0][mask[0].bool()])
+    prompts = [prompt_embeddings(pipe, text or "", images, sizes.condition_sizes) for text in texts]
     generator = request.generator
     if request.seed is not None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
     width, height = sizes.size
     channels = pipe.transformer.config.in_channels // 4
-    latents, references = pipe.prepare_latents(
-        pixels, 1, channels, height, width, prompts[0].dtype, device, generator, request.latents
+    latents, _ = pipe.prepare_latents(
+        None, 1, channels, height, width, prompts[0].dtype, device, generator, request.latents
     )
+    parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in zip(images, sizes.reference_sizes, strict=True)]
+    references = torch.cat([latents[0, :0], *parts])
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     config = scheduler.config
     mu = stock.calculate_shift(
@@ -127,7 +122,6 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     sigmas: Any = np.linspace(1.0, 1 / steps, steps)  # an array, as the pipeline passes, whatever the annotation says
     timesteps, _ = stock.retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=mu)
     scheduler.set_begin_index(0)
-    references = latents[0, :0] if references is None else references[0]
     return _Job(request, sizes, prompts, references, latents, scheduler, timesteps)
 
 
@@ -148,16 +142,6 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
             f"{where}: latents have shape {list(request.latents.shape)}, a {sizes.size[0]} x {sizes.size[1]} result "
             f"needs {expected}"
         )
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Three channels; what is transparent becomes white."""
-    if image.mode.startswith("I;16"):  # 16 bit grey: PIL's own conversion would clip it to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None, progress: bool) -> None:

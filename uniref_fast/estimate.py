@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uniref_fast import builtin
+from uniref_fast.encode import condition_tokens, prompt_tokens
 from uniref_fast.layout import SelfLayout
 from uniref_fast.models.qwen_image import find_transformer
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
@@ -227,19 +228,8 @@ def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = 
 
 def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
     """Prompt tokens that reach the transformer, for the prompt and, when guided, the negative prompt."""
-    images = sum(_image_tokens(pipe, size) for size in sizes.condition_sizes)
-    pictures = "".join(
-        f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes.condition_sizes))
-    )
     texts = [request.prompt] + ([request.negative_prompt or ""] if request.guided else [])
-    ids = [pipe.tokenizer(pipe.prompt_template_encode.format(pictures + text))["input_ids"] for text in texts]
-    dropped = pipe.prompt_template_encode_start_idx
-    return [len(tokens) + images - len(sizes.condition_sizes) - dropped for tokens in ids]
-
-
-def _image_tokens(pipe: Any, size: tuple[int, int]) -> int:
-    processor = pipe.processor.image_processor
-    return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
+    return [prompt_tokens(pipe, text, sizes.condition_sizes) for text in texts]
 
 
 def _text_encoder(pipe: Any, requests: list, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
@@ -254,7 +244,7 @@ def _text_encoder(pipe: Any, requests: list, sizes: list[Geometry], texts: list[
     vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
     element = next(pipe.text_encoder.parameters()).element_size()
     for size, lengths in zip(sizes, texts, strict=True):
-        patches = [_image_tokens(pipe, s) * merge for s in size.condition_sizes]
+        patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
         for kept in lengths:
             tokens = kept + pipe.prompt_template_encode_start_idx
             flops += language.num_hidden_layers * (2 * layer * tokens + 4 * tokens**2 * width)

@@ -1,0 +1,61 @@
+"""What the transformer is given: prompt embeddings and image latents, by a pipeline's own encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+__all__ = ["image_latents", "prompt_embeddings", "prompt_tokens", "to_rgb"]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Three channels; what is transparent becomes white."""
+    if image.mode.startswith("I;16"):  # 16 bit grey: PIL's own conversion would clip it to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def prompt_embeddings(
+    pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Embeddings of a prompt and the pictures it speaks of, `[n, joint_attention_dim]`, without padding.
+
+    Args:
+        pipe: a `QwenImageEditPlusPipeline`.
+        prompt: the instruction.
+        images: RGB references, in order.
+        sizes: (width, height) in pixels that the text encoder sees each at.
+    """
+    resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)] or None
+    embeds, mask = pipe.encode_prompt(prompt=prompt, image=resized, device=pipe._execution_device)
+    return embeds[0] if mask is None else embeds[0][mask[0].bool()]
+
+
+def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Packed latents of an RGB image at (width, height) pixels, `[tokens, channels]`, normalised."""
+    width, height = size
+    pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
+    latents = pipe._encode_vae_image(pixels.to(pipe._execution_device, pipe.vae.dtype), None)
+    rows, columns = latents.shape[3:]
+    return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
+
+
+def prompt_tokens(pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    """Length of `prompt_embeddings`, without running the encoder."""
+    pictures = "".join(f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes)))
+    tokens = pipe.tokenizer(pipe.prompt_template_encode.format(pictures + prompt))["input_ids"]
+    seen = sum(condition_tokens(pipe, size) for size in sizes)
+    return len(tokens) + seen - len(sizes) - pipe.prompt_template_encode_start_idx
+
+
+def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
+    """Tokens of a picture of (width, height) pixels in the text encoder."""
+    processor = pipe.processor.image_processor
+    return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
