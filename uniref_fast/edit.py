@@ -34,6 +34,7 @@ def edit(
     impl: str | None = None,
     output_type: str = "pil",
     progress: bool = True,
+    model: PackedQwenImage | None = None,
 ) -> list[Any]:
     """Run several edit requests together.
 
@@ -46,6 +47,8 @@ def edit(
         impl: implementation forced on every op; None picks by device.
         output_type: "pil", "np", "pt", or "latent" (packed latents `[1, N, C]`).
         progress: show the pipeline's progress bar, one step a tick.
+        model: the packed model to run instead of one made of the pipeline's transformer, such as a sharded one;
+            it brings its own visibility and impl.
 
     Returns:
         one result a request, in order.
@@ -68,7 +71,7 @@ def edit(
     geometries = [geometry(pipe, request, budget) for request in requests]
     for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
         _check_latents(pipe, request, sizes, f"request {i + 1}")
-    model = PackedQwenImage(transformer, visibility=visibility, impl=impl)
+    model = model or PackedQwenImage(transformer, visibility=visibility, impl=impl)
     with torch.no_grad():
         jobs = [_prepare(pipe, *pair) for pair in zip(requests, geometries, strict=True)]
         _denoise(pipe, model, jobs, max_tokens, progress)

@@ -158,6 +158,8 @@ class PackedBlock(nn.Module):
         last: whether only the targets' rows of its output are used (the last block of a model).
     """
 
+    block: Any
+
     def __init__(self, block: Any, last: bool = False) -> None:
         super().__init__()
         self.block, self.last = block, last
@@ -255,6 +257,8 @@ class PackedQwenImage(nn.Module):
         ValueError: for models whose forward differs from the packed one (guidance embeddings, extra timestep
             conditions, layered rotary embeddings).
     """
+
+    transformer: Any
 
     def __init__(
         self,

@@ -1,0 +1,73 @@
+"""A folder of tensors keyed by what they were made from: latents of images, embeddings of prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["TensorCache", "content_key", "fingerprint"]
+
+
+def content_key(*parts: Any) -> str:
+    """Hex digest of texts and numbers; the order counts."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex digest of a model's configuration and of the first and last values of each of its weights."""
+    config: Any = model.config
+    text = config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
+    digest = hashlib.sha256(text.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
+        digest.update(f"{name} {list(parameter.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TensorCache:
+    """Makes a tensor once and reads it afterwards. Any number of processes may share the folder.
+
+    Args:
+        folder: of safetensors files; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.hits = self.misses = 0
+
+    def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+        """The tensor of that key; `make()` is called, and its result kept, when there is none that can be read."""
+        if self.folder is None:
+            return make()
+        path = self.folder / key[:2] / f"{key}.safetensors"
+        try:
+            tensor = load_file(path)["tensor"]
+            self.hits += 1
+            return tensor
+        except FileNotFoundError:
+            pass
+        except (SafetensorError, KeyError, OSError) as error:
+            warnings.warn(f"{path} cannot be read ({error}); it is made anew", stacklevel=2)
+        self.misses += 1
+        tensor = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        os.close(handle)
+        try:  # whole or not at all
+            save_file({"tensor": tensor.detach().cpu().contiguous()}, partial)
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+        return tensor

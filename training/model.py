@@ -1,0 +1,127 @@
+"""The model that is trained: loaded, given an adapter, packed, sharded; and written out again for diffusers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from uniref_fast.loading import load_pipeline
+from uniref_fast.models import PackedQwenImage
+from uniref_fast.training.parallel import Ranks, shard
+from uniref_fast.training.recipes import SFT
+
+__all__ = ["TrainedModel"]
+
+
+class TrainedModel:
+    """A pipeline whose transformer is trained, over packs, on all ranks.
+
+    Args:
+        config: which model, what of it is trained, in which dtypes.
+        ranks: of the run.
+
+    Attributes:
+        pipe: the pipeline; its encoders are frozen and whole on every rank.
+        packed: the packed transformer, sharded.
+        parameters: what is trained, by name in the transformer.
+    """
+
+    def __init__(self, config: SFT, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        compute, master = (getattr(torch, name) for name in (config.dtype, config.master))
+        self.pipe = load_pipeline(config.model, compute, "cpu")
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in (self.pipe.vae, self.pipe.text_encoder):
+            part.requires_grad_(False).to(ranks.device)
+        transformer = self.pipe.transformer
+        transformer.requires_grad_(config.lora_rank is None)
+        if config.lora_rank is not None:
+            self._add_adapter()
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(master)
+        self.packed = PackedQwenImage(transformer)
+        if config.compile:
+            for block in self.packed.blocks:
+                block.compile(dynamic=True)
+        shard(self.packed, ranks, compute)  # moves a block at a time to the device
+        self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
+
+    def _add_adapter(self) -> None:
+        from peft import LoraConfig
+
+        config, transformer = self.config, self.pipe.transformer
+        assert config.lora_rank is not None
+        torch.manual_seed(config.seed)  # the same weights on all ranks
+        try:
+            transformer.add_adapter(
+                LoraConfig(
+                    r=config.lora_rank,
+                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float does as well
+                    init_lora_weights="gaussian",
+                    target_modules=list(config.lora_targets),
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"lora_targets {list(config.lora_targets)}: {error}") from error
+
+    def sharded_bytes(self) -> int:
+        """Bytes that the ranks share in training: weights, float32 gradients, two moments and the average."""
+        extra = 3 if self.config.ema is None else 4
+        weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters())
+        return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
+
+    def fixed_bytes(self) -> int:
+        """Bytes that every rank holds: text encoder and VAE."""
+        parts = (self.pipe.vae, self.pipe.text_encoder)
+        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+    def export(self, folder: Path) -> None:
+        """Write what was trained as diffusers reads it: `lora/` for `load_lora_weights`, or `transformer/`. All ranks.
+
+        The folder appears whole or not at all, in place of an older one.
+        """
+        whole = {name: _whole(p) for name, p in self.parameters.items()}
+        if self.ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            name = "transformer" if self.config.lora_rank is None else "lora"
+            partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+            try:
+                self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
+                partial.chmod(0o755)
+                if (folder / name).exists():
+                    shutil.rmtree(folder / name)
+                os.rename(partial, folder / name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_adapter(self, folder: Path, whole: dict[str, Tensor]) -> None:
+        from peft.utils import get_peft_model_state_dict
+
+        adapter = get_peft_model_state_dict(self.pipe.transformer, state_dict=whole)
+        metadata = {"transformer": self.pipe.transformer.peft_config["default"].to_dict()}
+        type(self.pipe).save_lora_weights(
+            str(folder),
+            transformer_lora_layers={name: tensor.contiguous() for name, tensor in adapter.items()},
+            transformer_lora_adapter_metadata=metadata["transformer"],
+            safe_serialization=True,
+        )
+
+    def _write_transformer(self, folder: Path, whole: dict[str, Tensor]) -> None:
+        from huggingface_hub import save_torch_state_dict
+
+        dtype = getattr(torch, self.config.dtype)
+        self.pipe.transformer.save_config(folder)
+        pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The whole of a sharded parameter on the CPU; a collective."""
+    tensor = parameter.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()

@@ -1,0 +1,134 @@
+"""Ranks: FSDP2 over all of them, and Ulysses sequence parallelism within groups of neighbours.
+
+Parameters, gradients and optimizer state are sharded over every rank, whatever the size of the sequence-parallel
+groups, so that this size can change between the stages of a run. Gradients are summed, not averaged: the loss is
+divided by the number of samples of the step, which every rank knows. torchrun launches; one process without it is a
+group of one.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.sequence_parallel import SequenceParallel
+
+__all__ = ["Ranks", "global_norm", "local", "scale_gradients", "shard"]
+
+
+@dataclass
+class Ranks:
+    """The processes of a run.
+
+    Attributes:
+        rank, size: of this process, and of all.
+        device: that this process computes on.
+        mesh: all ranks, one dimension.
+        sequence: ranks that share a pack.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+    sequence: int = 1
+
+    @classmethod
+    def start(cls) -> Ranks:
+        """Join the process group: torchrun's, or one of this process alone."""
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            if "RANK" in os.environ:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("all",))
+        return cls(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+    @property
+    def replicas(self) -> int:
+        """Groups that work on packs of their own."""
+        return self.size // self.sequence
+
+    @property
+    def replica(self) -> int:
+        """Number of this rank's group."""
+        return self.rank // self.sequence
+
+    def share_sequences(self, model: PackedQwenImage, size: int) -> None:
+        """From now on `size` neighbouring ranks share each pack. All ranks must call.
+
+        Raises:
+            ValueError: when the ranks cannot be grouped so, or the heads not be shared.
+        """
+        if self.size % size:
+            possible = [n for n in range(1, self.size + 1) if self.size % n == 0]
+            raise ValueError(
+                f"{self.size} ranks cannot form groups of {size}; sequence parallel sizes that work: {possible}"
+            )
+        self.sequence = size
+        model.parallel = None
+        if size > 1:
+            mesh = init_device_mesh(self.device.type, (self.replicas, size), mesh_dim_names=("data", "sequence"))
+            heads = model.transformer.config.num_attention_heads
+            model.parallel = SequenceParallel(mesh["sequence"].get_group(), heads)
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in the order of the ranks. All ranks must call."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value. All ranks must call."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
+    """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32."""
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise RuntimeError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    # Blocks return views of their modulation; nothing here writes to them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def global_norm(parameters: Iterable[Tensor]) -> float:
+    """Euclidean norm of all gradients over all ranks.
+
+    Summed in float64 and rounded to float32, so that it is the same for any number of ranks.
+    """
+    squares = [local(p.grad).double().square().sum() for p in parameters if p.grad is not None]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt().float().item()
+
+
+def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
+    torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)

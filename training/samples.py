@@ -1,0 +1,134 @@
+"""From a row to what a pack is made of: its sizes before anything is encoded, its tensors afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens
+from uniref_fast.layout import Sample
+from uniref_fast.request import EditRequest, Geometry, geometry
+from uniref_fast.training.cache import TensorCache, content_key, fingerprint
+from uniref_fast.training.flow import uniform
+from uniref_fast.training.rows import Row
+
+__all__ = ["Encoded", "Encoder", "Prepared"]
+
+EMPTY = " "  # the instruction of a dropped text, as pipelines give for guidance
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A row with its sizes, not yet read.
+
+    Attributes:
+        row: where the images are.
+        instruction: the row's, or the empty one.
+        dropped: whether the references are left out.
+        geometry: sizes in pixels and tokens.
+        sample: for the layout.
+    """
+
+    row: Row
+    instruction: str
+    dropped: bool
+    geometry: Geometry
+    sample: Sample
+
+    @property
+    def task(self) -> str:
+        return self.row.task_type or "none"
+
+    def load(self) -> tuple[Image.Image, list[Image.Image]]:
+        """Target and references, decoded; RGB."""
+        if self.row.target is None:
+            raise ValueError(f"{self.row.where}: no target image to train on")
+        return self.row.target.load(), [] if self.dropped else [image.load() for image in self.row.references]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample's tensors on the device: clean target `[n, C]`, references `[m, C]`, prompt embeddings `[l, D]`."""
+
+    target: Tensor
+    references: Tensor
+    text: Tensor
+
+
+class Encoder:
+    """Sizes, latents and embeddings by a pipeline's own tokenizer, processor, VAE and text encoder.
+
+    Args:
+        pipe: a `QwenImageEditPlusPipeline`.
+        cache: what was encoded once is read from it.
+        seed: of what is dropped.
+        drop_text, drop_references: shares of samples without instruction, and without references.
+    """
+
+    def __init__(
+        self, pipe: Any, cache: TensorCache, seed: int = 0, drop_text: float = 0.0, drop_references: float = 0.0
+    ) -> None:
+        self.pipe, self.cache, self.seed = pipe, cache, seed
+        self.drop_text, self.drop_references = drop_text, drop_references
+        self._vae = fingerprint(pipe.vae) if cache.folder else ""
+        self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
+
+    def prepare(self, row: Row, key: Sequence[int], side: int, target_side: int) -> Prepared:
+        """Sizes and tokens of a row; reads the images' headers only.
+
+        Args:
+            row: from a `Dataset`.
+            key: (epoch, index), which decides what is dropped.
+            side: joint pixel budget of the references, side x side.
+            target_side: largest target, target_side x target_side pixels.
+
+        Raises:
+            ValueError: for a row that cannot be trained on; with its place.
+        """
+        if row.target is None:
+            raise ValueError(f"{row.where}: no target image to train on")
+        dropped = uniform(self.seed, "drop references", key) < self.drop_references
+        instruction = EMPTY if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
+        sizes = [] if dropped else [image.size() for image in row.references]
+        try:
+            ((width, height),) = fit_to_budget([row.target.size()], target_side**2)
+            request = EditRequest(instruction, sizes, width=width, height=height)  # type: ignore[arg-type]
+            made = geometry(self.pipe, request, side**2)
+            text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+        return Prepared(row, instruction, dropped, made, made.sample(text))
+
+    @torch.no_grad()
+    def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image]]) -> Encoded:
+        """The tensors of a prepared row, whose `load()` gave the images."""
+        row, made = prepared.row, prepared.geometry
+        target, references = images
+        assert row.target is not None
+        device = self.pipe._execution_device
+        sources = [] if prepared.dropped else list(row.references)
+        latents = [
+            self._latents(*each)
+            for each in zip(
+                (row.target, *sources), (target, *references), (made.size, *made.reference_sizes), strict=True
+            )
+        ]
+        digests = [source.digest() for source in sources] if self.cache.folder else []
+        key = content_key(self._text, prepared.instruction, digests, made.condition_sizes)
+        text = self.cache.get(
+            key, lambda: prompt_embeddings(self.pipe, prepared.instruction, references, made.condition_sizes)
+        )
+        if len(text) != prepared.sample.text:
+            raise RuntimeError(f"{row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
+        clean = torch.cat([latents[0][:0], *latents[1:]])
+        return Encoded(latents[0].to(device), clean.to(device), text.to(device))
+
+    def _latents(self, source: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        key = content_key(self._vae, source.digest(), size) if self.cache.folder else ""
+        return self.cache.get(key, lambda: image_latents(self.pipe, image, size)).to(self.pipe._execution_device)
