@@ -17,10 +17,11 @@ LEVELS = [
     {"kernels"},
     {"ops"},
     {"models"},
-    {"request", "builtin"},
+    {"request", "builtin", "encode"},
+    {"loading"},
     {"patch", "edit", "estimate", "training"},
     {"demo"},
-    {"cli"},
+    {"cli", "data_cli"},
 ]
 
 

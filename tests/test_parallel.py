@@ -1,0 +1,103 @@
+"""Sharding and sequence parallelism: loss and gradients of several ranks against one rank without either."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mesh_worker
+
+from uniref_fast import PackedQwenImage
+from uniref_fast.models.sequence_parallel import SequenceParallel
+from uniref_fast.testing import assert_within_budget
+from uniref_fast.training.flow import sample_errors
+
+WORKER = Path(__file__).parent / "mesh_worker.py"
+
+
+def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = subprocess.run([*command, str(WORKER), str(folder), *cases], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases}
+
+
+def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
+    """Loss, norm and gradients without any sharding."""
+    model = mesh_worker.make_model()
+    if lora:
+        mesh_worker.add_adapter(model)
+    packed = PackedQwenImage(model.to(dtype), impl="reference" if dtype == torch.float64 else None)
+    loss = 0.0
+    for number in range(len(mesh_worker.PACKS)):
+        batch = mesh_worker.make_batch(number, dtype)
+        # in the dtype of the oracle: `sample_errors` is float32
+        prediction = packed(batch.image, batch.text, batch.t, batch.layout)
+        squares = (prediction - batch.velocity).square().mean(1)
+        part = sum(each.mean() for each in squares.split([s.length for s in batch.layout.targets])) / 3
+        if dtype == torch.float32:
+            torch.testing.assert_close(part, sample_errors(prediction, batch).sum() / 3)
+        part.backward()
+        loss += part.detach()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().to(dtype)
+    return {"loss": loss, "norm": norm, **gradients}
+
+
+@pytest.mark.slow
+def test_gradients_equal_one_rank(tmp_path):
+    """Data parallel x sequence parallel in {1x1, 2x1, 1x2, 2x2}; the sharing changes within one run of the ranks."""
+    runs = {
+        1: run_ranks(1, tmp_path, "1-kept-full", "1-recomputed-full"),
+        2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full"),
+        4: run_ranks(4, tmp_path, "2-kept-full", "2-recomputed-lora"),
+    }
+    expected = {kind: [alone(dtype, kind == "lora") for dtype in (torch.float32, torch.float64)]
+                for kind in ("full", "lora")}  # fmt: skip
+    for size, results in runs.items():
+        for case, result in results.items():
+            eager, oracle = expected[case.rsplit("-", 1)[1]]
+            assert set(result) == set(oracle)
+            for name, value in result.items():
+                assert_within_budget(value, eager[name], oracle[name], f"{size} ranks, {case}: {name}")
+    single, double = (runs[size]["1-kept-full"] for size in (1, 2))
+    assert [name for name in single if not torch.equal(single[name], double[name])] == [], "a sum of two packs is exact"
+
+
+class FakeGroup:
+    """Enough of a process group to ask for its size."""
+
+
+@pytest.mark.parametrize(("heads", "size", "possible"), [(24, 5, "1, 2, 3, 4, 6, 8, 12, 24"), (4, 3, "1, 2, 4")])
+def test_heads_that_do_not_divide(heads, size, possible, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: size)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    with pytest.raises(ValueError, match=rf"{heads} attention heads .* {size} ranks.*work: {possible}"):
+        SequenceParallel(FakeGroup(), heads)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_cuts(size, monkeypatch):
+    """Every row of a stream and every target belongs to exactly one rank, more ranks than rows included."""
+    from uniref_fast import Sample, SelfLayout
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: size)
+    layouts = [SelfLayout.qwen(pack, zero_cond_t=True) for pack in mesh_worker.PACKS]
+    layouts.append(SelfLayout.qwen([Sample(0, (1, 1, 1))]))
+    for layout in layouts:
+        rows, targets = [], []
+        for rank in range(size):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+            parallel = SequenceParallel(FakeGroup(), 12)
+            mine = parallel.rows(layout, "image")
+            rows += range(mine.start, mine.stop)
+            cuts = parallel.targets(layout)
+            all_targets = layout.target_rows("cpu").tolist()
+            own = all_targets[cuts[rank] : cuts[rank + 1]]
+            assert all(mine.start <= row < mine.stop for row in own)
+            targets += own
+        assert rows == list(range(layout.image_length)) and targets == all_targets

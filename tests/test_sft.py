@@ -1,0 +1,272 @@
+"""Supervised fine-tuning end to end, on the built-in model: what it writes, and what it survives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from uniref_fast import builtin
+from uniref_fast.scenes import demo_scene
+from uniref_fast.training import checkpoint, sft, trainer
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """40 rows to train on and 4 held out, with 0 to 3 references."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, first, count in (("train", 0, 40), ("heldout", 1000, 4)):
+        rows = []
+        for i in range(first, first + count):
+            scene = demo_scene(i, size=64, references=1 + i % 3)
+            files = [f"{i}-{j}.png" for j in range(len(scene.references) + 1)]
+            for file, image in zip(files, [*scene.references, scene.expected], strict=True):
+                image.save(folder / file)
+            references = files[:-1] if i % 8 else []
+            rows.append({"input_images": references, "output_image": files[-1], "instruction": scene.instruction,
+                         "task_type": f"task {len(references)}"})  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(data, out, *more, steps=4):
+    given = {"recipe": "tiny", "data": data / "train.jsonl", "out": out, "steps": steps, "save-every": 2, "warmup": 2,
+             "eval-every": 0, "sample-every": 0, "tensorboard": "false", "stages.0.lr": "1e-3", "stages.1.lr": "1e-3"}  # fmt: skip
+    for i, side in enumerate((64, 96)):
+        given |= {f"stages.{i}.side": side, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
+    given |= {name.removeprefix("--"): value for name, value in zip(more[::2], more[1::2], strict=True)}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def records(out, name="metrics"):
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return {record["step"]: record["loss"] for record in records(out) if "loss" in record}
+
+
+def events(out, kind):
+    return [record for record in records(out, "events") if record["kind"] == kind]
+
+
+def weights(out):
+    return load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of four steps, two stages, without any interruption."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert sft.main(flags(data, out)) == 0
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """The folder as it was after two steps."""
+    out = tmp_path / "half"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    shutil.rmtree(out / "transformer")
+    return out
+
+
+def equal_to(whole, out):
+    assert losses(out) == losses(whole), "bit for bit"
+    expected = weights(whole)
+    assert [name for name, tensor in weights(out).items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_a_run(whole):
+    assert sorted(losses(whole)) == [0, 1, 2, 3] and all(loss > 0 for loss in losses(whole).values())
+    record = records(whole)[0]
+    assert {"lr", "grad_norm", "utilisation", "imbalance", "tokens_per_second"} <= set(record)
+    assert any(key.startswith("loss_by_k/") for key in record) and any(
+        key.startswith("loss_by_task/") for key in record
+    )
+    assert [event["number"] for event in events(whole, "stage")] == [0, 1]
+    assert json.loads((whole / "config.json").read_text())["steps"] == 4
+    initial = dict(builtin.load().transformer.named_parameters())
+    moved = [name for name, tensor in weights(whole).items() if not torch.equal(tensor, initial[name])]
+    assert len(moved) > len(initial) / 2
+
+
+def test_resume_is_exact(data, whole, half):
+    assert sft.main(flags(data, half, "--resume", "auto")) == 0
+    equal_to(whole, half)
+
+
+def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "training/sft.py",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *flags(data, half, "--resume", "auto")], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    equal_to(whole, half)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from uniref_fast.training import checkpoint, sft
+import torch
+torch.set_num_threads(1)
+finish, calls = checkpoint._finish, []
+def dying(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(*args)
+checkpoint._finish = dying
+sft.main(sys.argv[1:])
+"""
+
+
+def test_kill_while_saving(data, whole, tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *flags(data, out)], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    kept = out / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == [".step-000004.partial", "step-000002"]
+    assert sft.main(flags(data, out, "--resume", "auto")) == 0
+    equal_to(whole, out)
+    assert not list(kept.glob(".*"))
+
+
+def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
+    out, step = tmp_path / "run", trainer.Trainer._train_step
+
+    def interrupted(self):
+        if self.step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    assert sft.main(flags(data, out)) == 143
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"] and sorted(losses(out)) == [0]
+    monkeypatch.undo()
+    assert sft.main(flags(data, out, "--resume", "auto")) == 0
+    equal_to(whole, out)
+
+
+def not_finite(monkeypatch, steps):
+    real = trainer.partial_errors
+    calls = []
+
+    def errors(packed, batch):
+        calls.append(batch)
+        result = real(packed, batch)
+        return result * float("nan") if (len(calls) - 1) // 2 in steps else result
+
+    monkeypatch.setattr(trainer, "partial_errors", errors)
+
+
+def test_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch, capsys):
+    not_finite(monkeypatch, {1})
+    assert sft.main(flags(data, tmp_path / "run")) == 0
+    (event,) = events(tmp_path / "run", "skipped")
+    assert event["step"] == 1 and all("train.jsonl:" in row for row in event["rows"])
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_many_in_a_row_end_the_run(data, tmp_path, monkeypatch, capsys):
+    not_finite(monkeypatch, range(10))
+    assert sft.main(flags(data, tmp_path / "run", "--max-skipped", 2)) == 1
+    message = capsys.readouterr().err
+    assert "2 steps in a row" in message and "train.jsonl:" in message
+
+
+def test_disk_full(data, tmp_path, monkeypatch, capsys):
+    out, write = tmp_path / "run", checkpoint._write
+
+    def full(folder, tensors):
+        if "step-000004" in folder.name:
+            raise OSError(28, "No space left on device")
+        write(folder, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    assert sft.main(flags(data, out)) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"], (
+        "the last good one, and nothing else"
+    )
+
+
+def test_broken_rows_are_named_and_passed_over(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "1-0.png").write_bytes((folder / "1-0.png").read_bytes()[:300])  # the header is whole
+    lines[2] = "{"
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    assert sft.main(flags(folder, tmp_path / "run", steps=8)) == 0
+    found = {event["where"].rsplit("/")[-1] for event in events(tmp_path / "run", "broken row")}
+    assert {"train.jsonl:3"} <= found <= {"train.jsonl:2", "train.jsonl:3"}, "line 2 is named when its images are read"
+
+
+def test_heldout_loss_and_samples(data, tmp_path):
+    more = ("--heldout", data / "heldout.jsonl", "--eval-every", 6, "--sample-every", 6, "--eval-samples", 4)
+    more += ("--sample-count", 2, "--sample-steps", 2, "--cache", tmp_path / "cache")
+    assert sft.main(flags(data, tmp_path / "run", *more, steps=6)) == 0
+    values = [record["eval/heldout"] for record in records(tmp_path / "run") if "eval/heldout" in record]
+    assert len(values) == 2 and values[1] < values[0]
+    assert (tmp_path / "run" / "samples" / "heldout-000006.png").stat().st_size > 1000
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_lora_with_measured_costs_and_recomputed_blocks(data, tmp_path):
+    more = ("--lora-rank", 4, "--cost", "measured")
+    more += ("--stages.0.checkpointing", "true", "--stages.1.checkpointing", "true")
+    assert sft.main(flags(data, tmp_path / "run", *more, steps=2)) == 0
+    assert [path.name for path in (tmp_path / "run" / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--pack-tokens", "5"), "pack"),
+        (("--stpes", "5"), "steps"),
+        (("--stages.0.sequence-parallel", "2"), "2"),
+        (("--memory-gib", "0.01"), "GiB"),
+        (("--data", "nothing.jsonl"), "nothing.jsonl"),
+        (("--lora-rank", "4", "--lora-targets", "nowhere"), "nowhere"),
+        (("--model", "no/such/folder"), "no/such/folder"),
+        (("--steps", "1"), "2 stages"),
+    ],
+)
+def test_wrong_input(data, tmp_path, more, message, capsys):
+    assert sft.main(flags(data, tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run(data, whole, capsys):
+    assert sft.main(flags(data, whole)) == 2
+    assert "--resume auto" in capsys.readouterr().err
+
+
+def test_other_data(data, half, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "train.jsonl").write_text("".join((other / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    assert sft.main(flags(other, half, "--resume", "auto")) == 2
+    assert "data" in capsys.readouterr().err
