@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 __all__ = ["TensorCache", "content_key", "fingerprint"]
@@ -25,14 +25,14 @@ def content_key(*parts: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hex digest of a model's configuration and of the first and last values of each of its weights."""
+    """Hex digest of a model's configuration, and of dtype, shape, first and last values of each of its weights."""
     config: Any = model.config
     text = config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
     digest = hashlib.sha256(text.encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
-        digest.update(f"{name} {list(parameter.shape)}".encode() + ends.numpy().tobytes())
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + ends.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -48,7 +48,10 @@ class TensorCache:
         self.hits = self.misses = 0
 
     def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
-        """The tensor of that key; `make()` is called, and its result kept, when there is none that can be read."""
+        """The tensor of that key; `make()` is called, and its result kept, when there is none that can be read.
+
+        A damaged file, or a folder that cannot be written, is a warning: what is wanted is made in any case.
+        """
         if self.folder is None:
             return make()
         path = self.folder / key[:2] / f"{key}.safetensors"
@@ -62,12 +65,25 @@ class TensorCache:
             warnings.warn(f"{path} cannot be read ({error}); it is made anew", stacklevel=2)
         self.misses += 1
         tensor = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        try:  # whole or not at all
-            save_file({"tensor": tensor.detach().cpu().contiguous()}, partial)
-            os.replace(partial, path)
-        finally:
-            Path(partial).unlink(missing_ok=True)
+        try:
+            _write(path, save({"tensor": tensor.detach().cpu().contiguous()}))
+        except OSError as error:
+            warnings.warn(
+                f"the cache {self.folder} cannot be written ({error.strerror or error}); what it lacks is made each time",
+                stacklevel=2,
+            )
         return tensor
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all, and on the disk before it has its name; any number of processes may write the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

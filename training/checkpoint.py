@@ -8,6 +8,7 @@ ranks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -68,7 +69,7 @@ class Checkpoints:
             CheckpointError: on all ranks, when any of them failed; nothing is left behind.
         """
         final = self.path(step)
-        if step in self.steps():  # of a run that was resumed and stopped before its next step
+        if self.ranks.broadcast(step in self.steps()):  # of a run that was resumed and stopped before its next step
             return final
         partial = final.with_name(f".{final.name}.partial")
         self._together("prepare", lambda: _fresh(partial), first_only=True)
@@ -81,7 +82,7 @@ class Checkpoints:
             raise
         if self.ranks.rank == 0:
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old), ignore_errors=True)
+                _remove(self.path(old))
         return final
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -125,6 +126,14 @@ def _fresh(folder: Path) -> None:
     for left in folder.parent.glob(".step-*.partial"):  # of a run that was killed while saving
         shutil.rmtree(left)
     folder.mkdir()
+
+
+def _remove(folder: Path) -> None:
+    """Rename first: what has the name of a checkpoint is one, also when this is interrupted."""
+    doomed = folder.with_name(f".{folder.name}.partial")
+    with contextlib.suppress(OSError):
+        os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:

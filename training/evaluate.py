@@ -30,11 +30,20 @@ class HeldOut:
         files: of rows; each is reported by its name.
         config, model, ranks: of the run.
         encoder: one that drops nothing.
+
+    Raises:
+        ValueError: for files that cannot be read, have the same name, or no rows.
     """
 
     def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
-        self.datasets = {path.stem: Dataset(path, config.image_folder) for path in files}
+        self.datasets: dict[str, Dataset] = {}
+        for path in files:
+            if path.stem in self.datasets:
+                raise ValueError(f"two files of held-out rows are called {path.stem}, one is {path}; rename one")
+            self.datasets[path.stem] = Dataset(path, config.image_folder)
+            if not len(self.datasets[path.stem]):
+                raise ValueError(f"{path} has no held-out rows; leave it out")
         self._encoded: dict[tuple[str, Stage], list[tuple[Prepared, Encoded | None]]] = {}
 
     @torch.no_grad()

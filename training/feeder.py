@@ -73,7 +73,8 @@ class Feeder:
         self.cost_model, self.assign = cost_model, assign
         self._threads = ThreadPoolExecutor(config.workers)
         self._waiting: list[Key] = []
-        self._stream = Stream(len(dataset), config.seed)
+        weights = row_weights(config)
+        self._stream = Stream(len(dataset), config.seed, weights)
         self.broken = 0
         if state is not None:
             if state["data"] != dataset.fingerprint:
@@ -81,7 +82,7 @@ class Feeder:
                     "the data is not what this run was trained on so far; give the same files, or start another run in "
                     "a folder of its own"
                 )
-            self._stream = Stream.from_state(len(dataset), config.seed, state["stream"])
+            self._stream = Stream.from_state(len(dataset), config.seed, state["stream"], weights)
             self._waiting = [tuple(key) for key in state["waiting"]]  # type: ignore[misc]
             self.broken = state["broken"]
         self._prepared: dict[Key, Prepared] = {}
@@ -91,7 +92,10 @@ class Feeder:
 
     def state(self) -> dict[str, Any]:
         """What decides all steps that `next` has not given yet; for JSON."""
-        return self._ahead[0] if self._ahead else self._state()
+        if self._ahead is None:
+            return self._state()
+        state, _, planned = self._ahead
+        return {**state, "broken": self.broken - len(planned.broken)}  # those of the plan will be met again
 
     def next(self, step: int) -> StepPacks:
         """The packs of a step; steps must be asked for in order. Images of the step after it start to be read."""
@@ -166,3 +170,11 @@ class Feeder:
                 f"{self.broken} rows could not be used, over max_broken = {self.config.max_broken}; the last: {last}. "
                 "`uniref-fast data check` lists all"
             )
+
+
+def row_weights(config: SFT) -> list[float] | None:
+    """Occurrences per epoch of each row of the data, or None when each comes once."""
+    if not config.weights:
+        return None
+    lengths = [len(Dataset(path, config.image_folder)) for path in config.data]
+    return [weight for weight, length in zip(config.weights, lengths, strict=True) for _ in range(length)]

@@ -7,6 +7,7 @@ on any rank, in any pack, and after any interruption.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,12 +33,13 @@ def uniform(seed: int, what: str, key: Sequence[int]) -> float:
 
 
 def resolution_shift(scheduler_config: Any, tokens: int) -> float:
-    """exp(mu): how far the scheduler moves t towards noise for a target of so many tokens; 1 does not move it."""
+    """How far the scheduler moves t towards noise for a target of so many tokens: exp(mu), 1 does not move it."""
     if not scheduler_config.get("use_dynamic_shifting"):
         return float(scheduler_config.get("shift", 1.0))
     small, large = scheduler_config["base_image_seq_len"], scheduler_config["max_image_seq_len"]
     low, high = scheduler_config["base_shift"], scheduler_config["max_shift"]
-    return math.exp(low + (high - low) * (tokens - small) / (large - small))
+    mu = low + (high - low) * (tokens - small) / (large - small)
+    return mu if scheduler_config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 def sample_t(generator: torch.Generator, mean: float, std: float, shift: float) -> float:
@@ -110,8 +112,9 @@ def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] 
         bounds: of the part.
     """
     first, last = bounds or (0, len(batch.velocity))
-    lengths = torch.tensor([segment.length for segment in batch.layout.targets], device=prediction.device)
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=prediction.device), lengths)[first:last]
+    lengths = [segment.length for segment in batch.layout.targets]
+    ends = list(itertools.accumulate(lengths))
+    parts = [max(min(end, last) - max(end - n, first), 0) for n, end in zip(lengths, ends, strict=True)]
     squares = (prediction.float() - batch.velocity[first:last]).square().mean(1)
-    sums = torch.zeros(len(lengths), device=prediction.device).index_add(0, owner, squares)
-    return sums / lengths
+    # a sum a sample rather than an index_add, which has no fixed order on a GPU
+    return torch.stack([part.sum() / n for part, n in zip(squares.split(parts), lengths, strict=True)])

@@ -50,6 +50,9 @@ class TrainedModel:
             for block in self.packed.blocks:
                 block.compile(dynamic=True)
         shard(self.packed, ranks, compute)  # moves a block at a time to the device
+        # The outermost part too, or its weights stay gathered after a forward without gradients: a step would go on
+        # with the averaged weights of a look that came before it.
+        self.packed.set_reshard_after_forward(True)  # type: ignore[operator]
         self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
     def _add_adapter(self) -> None:
@@ -86,7 +89,11 @@ class TrainedModel:
 
         The folder appears whole or not at all, in place of an older one.
         """
-        whole = {name: _whole(p) for name, p in self.parameters.items()}
+        whole = {}
+        for name, parameter in self.parameters.items():
+            tensor = _whole(parameter)
+            if self.ranks.rank == 0:  # one copy of all weights on a machine, not one a rank
+                whole[name] = tensor.cpu()
         if self.ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             name = "transformer" if self.config.lora_rank is None else "lora"
@@ -122,6 +129,6 @@ class TrainedModel:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """The whole of a sharded parameter on the CPU; a collective."""
+    """The whole of a sharded parameter; a collective."""
     tensor = parameter.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -105,7 +105,8 @@ def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
     """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32."""
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise RuntimeError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    # Inputs come in the right dtype: casting them would round the rotary tables, which are float32 always.
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
         module.set_gradient_divide_factor(1.0)

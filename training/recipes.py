@@ -38,6 +38,10 @@ class Stage:
             least = 1 if name == "steps" else 16
             if getattr(self, name) < least:
                 raise ValueError(f"a stage's {name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("pack_tokens", "sequence_parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"a stage's {name} must be at least 1, or none to have it planned; got {value}")
         if not self.lr > 0:
             raise ValueError(f"a stage's lr must be above 0, got {self.lr}")
 
@@ -49,6 +53,7 @@ class SFT:
     Attributes:
         model: "builtin", a diffusers folder, or a hub id.
         data: files or folders of training rows; "builtin" makes small ones with the shipped artworks.
+        weights: how often a row of each path of `data` comes per epoch, 0.5 is every other epoch; empty: once each.
         heldout: files of rows that are never trained on, for the held-out loss and the sample grids; each is
             reported by its file name.
         image_folder: where relative image paths of the rows are looked up; none: beside their file.
@@ -64,7 +69,7 @@ class SFT:
         weight_decay: of AdamW.
         warmup: steps of linear warm-up.
         schedule: of the learning rate after the warm-up.
-        max_grad_norm: gradients of a larger norm are scaled down to it.
+        max_grad_norm: gradients of a larger norm are scaled down to it; 0 leaves them.
         ema: decay of the averaged weights that are evaluated and exported; none keeps no average.
         t_mean: mean of the normal distribution whose sigmoid is t, before the resolution shift.
         t_std: its standard deviation.
@@ -93,6 +98,7 @@ class SFT:
     stages: tuple[Stage, ...]
     model: str = "Qwen/Qwen-Image-Edit-2511"
     data: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
     image_folder: Path | None = None
     steps: int | None = None
@@ -142,8 +148,10 @@ class SFT:
                  "sample_count": 1, "sample_steps": 2, "max_skipped": 1, "max_broken": 0, "workers": 1, "warmup": 0,
                  "t_std": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
         for name, smallest in least.items():
-            if getattr(self, name) < smallest:
+            if not getattr(self, name) >= smallest:  # nor NaN
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+        if self.weights and len(self.weights) != len(self.data):
+            raise ValueError(f"weights: one for each path of data, {len(self.data)}; got {len(self.weights)}")
         if self.steps is not None and self.steps < len(self.stages):
             raise ValueError(f"{len(self.stages)} stages need at least as many steps, got steps = {self.steps}")
         if self.lora_rank is not None and self.lora_rank < 1:
@@ -157,11 +165,11 @@ class SFT:
 
     def ends(self) -> list[int]:
         """First step after each stage, with the stages' lengths scaled to `steps`; each has at least one step."""
-        whole, total, at, ends = sum(stage.steps for stage in self.stages), self.total_steps, 0, []
-        for i, stage in enumerate(self.stages):
+        whole, total, at, ends = sum(stage.steps for stage in self.stages), self.total_steps, 0, [0]
+        for i, stage in enumerate(self.stages, start=1):
             at += stage.steps
-            ends.append(min(max(round(at * total / whole), i + 1), total - (len(self.stages) - 1 - i)))
-        return ends
+            ends.append(min(max(round(at * total / whole), ends[-1] + 1), total - (len(self.stages) - i)))
+        return ends[1:]
 
     def lr(self, step: int) -> float:
         """Learning rate of a step: the stage's, warmed up, then along one cosine over the whole run."""

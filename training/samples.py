@@ -95,8 +95,8 @@ class Encoder:
             raise ValueError(f"{row.where}: no target image to train on")
         dropped = uniform(self.seed, "drop references", key) < self.drop_references
         instruction = EMPTY if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
-        sizes = [] if dropped else [image.size() for image in row.references]
         try:
+            sizes = [] if dropped else [image.size() for image in row.references]
             ((width, height),) = fit_to_budget([row.target.size()], target_side**2)
             request = EditRequest(instruction, sizes, width=width, height=height)  # type: ignore[arg-type]
             made = geometry(self.pipe, request, side**2)

@@ -18,6 +18,7 @@ from uniref_fast.training.recipes import Stage
 __all__ = ["StagePlan", "activation_bytes", "device_memory", "plan_stage"]
 
 KEPT = 22  # widths a token that a block keeps: see `activation_bytes`
+KEPT_RECOMPUTED = 2
 TEXT_TOKENS = 1024  # room for the prompt and its pictures in the largest sample
 
 
@@ -43,14 +44,15 @@ class StagePlan:
 def activation_bytes(config: Any, tokens: int, checkpointing: bool, element: int) -> int:
     """Bytes that the backward of one pack keeps, on a rank that has so many of its tokens.
 
-    A block keeps, in widths a token: its input and the normed input (2), q, k before and q, k, v after norm and rotary
-    (5), attention's result twice, in joint and in stream order (2), the branch and the stream after it and its normed
-    form (3), the 4x hidden layer before and after GELU (8), the second branch and the stream (2). Recomputed, it keeps
-    its inputs and attention's result (3), and one block at a time all of it.
+    A block keeps, in widths a token: its input and the normed input (2), q, k, v before norm and rotary (3; without the
+    exchange between ranks only q and k) and after (3), attention's result twice, in joint and in stream order (2; once
+    for a sample alone), the branch, the stream after it and its normed form (3), the 4x hidden layer before and after
+    GELU (8), the second branch (1). Recomputed, it keeps its input and attention's result (2), and one block at a time
+    all of it; the gradients on their way take the place of what they free.
     """
     width = config.num_attention_heads * config.attention_head_dim
     blocks = config.num_layers
-    widths = 3 * blocks + KEPT if checkpointing else KEPT * blocks
+    widths = KEPT_RECOMPUTED * blocks + KEPT if checkpointing else KEPT * blocks
     return tokens * width * widths * element
 
 
@@ -86,6 +88,11 @@ def plan_stage(
     heads = config.num_attention_heads
     degrees = [n for n in range(1, ranks + 1) if ranks % n == 0 and heads % n == 0]
     if stage.sequence_parallel is not None:
+        if stage.sequence_parallel not in degrees:
+            raise ValueError(
+                f"sequence_parallel = {stage.sequence_parallel} does not work for {ranks} rank(s) and {heads} "
+                f"attention heads; these do: {', '.join(map(str, degrees))}"
+            )
         degrees = [stage.sequence_parallel]
     options = [(degree, kept) for degree in degrees for kept in
                ((False, True) if stage.checkpointing is None else (stage.checkpointing,))]  # fmt: skip
@@ -95,7 +102,7 @@ def plan_stage(
         fits = int(free / per_token) if free > 0 else 0
         if fits < wanted:
             continue
-        tokens = stage.pack_tokens or min(fits, 4 * largest)
+        tokens = stage.pack_tokens or largest * min(fits // largest, 4)
         needed = int(memory - free + tokens * per_token)
         how = f"{degree} rank(s) a pack, blocks {'recomputed' if checkpointing else 'kept'}"
         return StagePlan(

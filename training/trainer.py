@@ -63,7 +63,8 @@ class Trainer:
         self.stage = -1
         self.step = 0
         self.skipped = 0  # in a row
-        self.stopping = False
+        self.signalled = False  # this process was asked to stop
+        self.stopping = False  # all agreed to
         state = None if resume is None else self._load(resume)
         costs = state["costs"] if state else self._costs().as_dict()
         self.costs = packing.CostModel(**costs)
@@ -134,8 +135,8 @@ class Trainer:
             loss.backward()
             parts += list(zip(keys, errors.detach().tolist(), strict=False))
         labels = {key: (len(p.sample.references), p.task) for key, p in step_packs.prepared.items()}
-        seen = self.ranks.gather(([(key, *labels[key], error) for key, error in parts], self.stopping))
-        self.stopping = any(stopping for _, stopping in seen)
+        seen = self.ranks.gather(([(key, *labels[key], error) for key, error in parts], self.signalled))
+        self.stopping = any(signalled for _, signalled in seen)
         norm = global_norm(self.parameters)
         lr = config.lr(self.step)
         metrics = self._losses([row for rows, _ in seen for row in rows], samples)
@@ -346,7 +347,7 @@ class Trainer:
         """SIGTERM and SIGINT end the run after the step, with a checkpoint; a second one ends it at once."""
 
         def stop(number: int, frame: Any) -> None:
-            self.stopping = True
+            self.signalled = True
             signal.signal(number, before[number])
 
         before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}

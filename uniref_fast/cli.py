@@ -1,20 +1,19 @@
-"""The command line: `uniref-fast demo | edit | estimate | doctor`."""
+"""The command line: `uniref-fast demo | edit | estimate | data | doctor`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.util
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
 from uniref_fast import __version__
+from uniref_fast.data_cli import add_data_commands
 
 __all__ = ["main"]
 
@@ -77,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_request(estimate, sizes=True)
     estimate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     estimate.set_defaults(run=_estimate)
+
+    add_data_commands(commands)
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which implementation serves each op and why")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -147,6 +148,7 @@ def _edit(args: argparse.Namespace) -> int:
     import torch
 
     from uniref_fast import EditRequest, builtin, edit
+    from uniref_fast.loading import load_pipeline
 
     _writable(args.out)
     images = [_open_image(path) for path in args.image]
@@ -155,7 +157,7 @@ def _edit(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
-    pipe = _load_model(args.model, dtype, device)
+    pipe = load_pipeline(args.model, dtype, device)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
     (image,) = edit(pipe, [request], budget=_budget(args))
     _save(image, args.out)
@@ -167,10 +169,11 @@ def _edit(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> int:
     from uniref_fast import EditRequest, builtin, estimate
+    from uniref_fast.loading import model_errors
 
     sizes = [_open_image(path).size for path in args.image] + [_parse_size(text) for text in args.size]
     request = EditRequest(images=sizes, **_request_fields(args))
-    with _model_errors(args.model):
+    with model_errors(args.model):
         pipe = builtin.load() if args.model == "builtin" else args.model
         result = estimate(pipe, [request], budget=_budget(args))
     print(json.dumps(result.as_dict()) if args.json else result)
@@ -302,53 +305,6 @@ def _check_device(device: str) -> None:
         raise UsageError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
-
-
-def _load_model(name: str, dtype: Any, device: str) -> Any:
-    """The built-in pipeline, a diffusers folder, or a hub id."""
-    from uniref_fast import builtin
-
-    if name == "builtin":
-        return builtin.load(dtype, device)
-    from diffusers import DiffusionPipeline
-
-    with _model_errors(name):
-        pipe = _from_pretrained(DiffusionPipeline, name, dtype)
-    from uniref_fast.models import find_transformer
-
-    find_transformer(pipe)  # a clear error now rather than after moving it to the device
-    return pipe.to(device)
-
-
-@contextlib.contextmanager
-def _model_errors(name: str) -> Iterator[None]:
-    """Refuse names that can be no model; say in one line why a model could not be had."""
-    folder = Path(name)
-    if name != "builtin":
-        if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
-            raise UsageError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise UsageError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
-    try:
-        yield
-    except OSError as error:
-        if folder.is_dir() or name == "builtin":
-            raise UsageError(f"--model {name} could not be loaded: {error}") from None
-        first = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {name} could not be had from the hub: {first}") from None
-
-
-def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
-    """safetensors only: weights of a stranger are never unpickled."""
-    from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline
-
-    if (Path(name) / "uniref_fast.json").is_file():  # a folder of the built-in model
-        pipeline_class = SmallQwenImageEditPlusPipeline
-    pipeline_class.load_config(name)  # first, so that a name that cannot be had is an error about the whole model
-    options = {}
-    if importlib.util.find_spec("torchvision") is None:  # which transformers' own processor needs, for its videos
-        options["processor"] = BuiltinProcessor.from_pretrained(name, subfolder="processor")
-    return pipeline_class.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
 
 
 def _cpu_name() -> str:

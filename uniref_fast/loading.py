@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,11 @@ def model_errors(name: str) -> Iterator[None]:
             raise ValueError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:  # the latter two of damaged files
         if folder.is_dir() or name == "builtin":
             raise ValueError(f"--model {name} could not be loaded: {error}") from None
         first = str(error).strip().splitlines()[0]

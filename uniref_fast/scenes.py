@@ -155,8 +155,12 @@ def texture(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
         raise ValueError(f"a texture's width and height are at least 1, got {size}")
     rng = np.random.default_rng([seed, list(TEXTURES).index(kind)])
     colours = _palette(rng)
-    t = TEXTURES[kind](rng, size)[..., None]
-    return Image.fromarray(np.round(colours[0] * (1 - t) + colours[1] * t).astype(np.uint8), "RGB")
+    t = TEXTURES[kind](rng, size)
+    rest = 1 - t
+    pixels = np.empty((*t.shape, 3), np.uint8)
+    for channel, (first, second) in enumerate(colours.T):  # several times faster than three channels at once
+        pixels[..., channel] = np.round(first * rest + second * t)
+    return Image.fromarray(pixels)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------

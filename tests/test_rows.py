@@ -1,0 +1,493 @@
+"""Readers of training data: every file kind and naming, references in order, and an error for every kind of damage."""
+
+import io
+import json
+import pickle
+import random
+import tarfile
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from uniref_fast.training import readers
+from uniref_fast.training.rows import BrokenFileError, Dataset, RowError
+
+
+def encoded(color, size=(8, 6), form="PNG", **options):
+    """Bytes of a one-coloured picture."""
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, form, **options)
+    return file.getvalue()
+
+
+def color_of(source):
+    return source.load().getpixel((0, 0))
+
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """r.png, g.png and b.png of one colour each."""
+    for name, color in (("r", RED), ("g", GREEN), ("b", BLUE)):
+        (tmp_path / f"{name}.png").write_bytes(encoded(color))
+    return tmp_path
+
+
+def write_jsonl(path, values, newline="\n"):
+    path.write_text("".join(json.dumps(value) + newline for value in values), encoding="utf-8")
+    return path
+
+
+def row(references=("r.png", "g.png"), target="b.png", text="do it", **more):
+    return {"input_images": list(references), "output_image": target, "instruction": text, **more}
+
+
+def meaning(found):
+    """What a row says, with colours for pictures."""
+    return found.instruction, [color_of(s) for s in found.references], found.target and color_of(found.target)
+
+
+# ---- names of keys ----
+
+TWO = ("do it", [RED, GREEN], BLUE)
+ONE = ("do it", [RED], BLUE)
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (row(), TWO),
+        ({**row(), "input_images": "r.png"}, ONE),
+        (row(references=()), ("do it", [], BLUE)),
+        ({"output_image": "b.png", "instruction": "do it", "input_images": None}, ("do it", [], BLUE)),
+        ({"output_image": "b.png", "instruction": "do it"}, ("do it", [], BLUE)),
+        ({"prompt": "do it", "image": "b.png", "edit_image": ["r.png", "g.png"]}, TWO),
+        ({"prompt": "do it", "image": "b.png", "edit_image": "r.png"}, ONE),
+        ({"prompt": "do it", "images": ["r.png", "g.png"]}, ("do it", [RED, GREEN], None)),
+        ({"prompt": "do it", "image": "r.png", "requirement": "red"}, ("do it", [RED], None)),
+        ({"image_path": "b.png", "control_path": "r.png", "caption": "do it"}, ONE),
+        ({"image_path": "b.png", "control_path_1": "g.png", "control_path_0": "r.png", "caption": "do it"}, TWO),
+        ({"image_path": "b.png", "caption": "do it"}, ("do it", [], BLUE)),
+        ({"source_image": "r.png", "target_image": "b.png", "instruction": "do it", "instruction_cn": "x"}, ONE),
+        ({"image_path": ["r.png", "g.png"], "edit_path": "b.png", "prompt": "do it"}, TWO),
+        ({"image_list": ["r.png", "g.png", "b.png"], "instruction_list": ["do it"]}, TWO),
+        ({"image_list": ["r.png", "g.png", "b.png"], "instruction_list": [["do it", "make it"]]}, TWO),
+        ({"image_list": ["r.png", "g.png", "b.png"], "instruction": "do it"}, TWO),
+    ],
+)
+def test_every_naming_is_understood(folder, values, expected):
+    path = write_jsonl(folder / "rows.jsonl", [values])
+    assert meaning(Dataset(path, targets="optional")[0]) == expected
+    if expected[2] is None:
+        with pytest.raises(RowError, match=r"^rows.jsonl:1: no target picture"):
+            Dataset(path)[0]
+    else:
+        assert meaning(Dataset(path)[0]) == expected
+
+
+def test_more_than_ten_numbered_references_stay_in_order(folder):
+    shades = [(20 * i, 0, 0) for i in range(12)]
+    for i, shade in enumerate(shades):
+        (folder / f"{i}.png").write_bytes(encoded(shade))
+    values = {f"control_path_{i}": f"{i}.png" for i in reversed(range(12))}
+    found = Dataset(write_jsonl(folder / "a.jsonl", [{"caption": "x", "image_path": "b.png", **values}]))[0]
+    assert [color_of(s) for s in found.references] == shades
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text": "do it", "picture": "b.png"},
+        {"prompt": "do it"},
+        {"prompt": "do it", "image": "b.png"},  # a target, or a source?
+        {"prompt": "do it", "image": "b.png", "edit_image": "r.png", "requirement": "x"},
+        {"prompt": "do it", "images": ["r.png"], "image": "b.png"},
+        {"instruction": "do it", "input_images": [], "output_image": "b.png", "image": "r.png"},
+    ],
+)
+def test_unknown_and_ambiguous_keys_are_an_error_that_lists_keys_and_formats(folder, values):
+    with pytest.raises(BrokenFileError) as error:
+        Dataset(write_jsonl(folder / "rows.jsonl", [values]), targets="optional")
+    message = str(error.value)
+    assert message.startswith("rows.jsonl: ") and str(sorted(values)) in message
+    for name in ("OmniGen2", "DyRef", "Flow-Factory", "Edit-R1", "musubi", "DanceGRPO", "Lumina", "Echo-4o"):
+        assert name in message
+
+
+def test_rows_of_two_formats_in_one_file_are_an_error(folder):
+    path = write_jsonl(folder / "a.jsonl", [row(), {"prompt": "a", "image": "b.png", "edit_image": ["r.png"]}])
+    with pytest.raises(BrokenFileError, match=r"^a.jsonl: rows of several formats \(DyRef.*OmniGen2"):
+        Dataset(path)
+
+
+def test_the_format_is_told_by_all_rows_of_a_file_not_by_the_first(folder):
+    plain, edit = {"prompt": "a", "image": "b.png"}, {"prompt": "b", "image": "b.png", "edit_image": ["r.png"]}
+    dataset = Dataset(write_jsonl(folder / "rows.jsonl", [plain, edit, plain]))
+    assert [len(found.references) for found in dataset] == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "values, reason",
+    [
+        ({"output_image": "b.png"}, "no 'instruction'; keys found: ['output_image']"),
+        (row(text=""), "instruction is empty"),
+        (row(text=" \n\t"), "instruction is empty"),
+        (row(text=["do it"]), "instruction must be a text"),
+        (row(text="\ud800 half"), "surrogate"),
+        (row(target=None), "no target picture: no 'output_image'"),
+        (row(target=["b.png"]), "output_image must be one picture, got a list of 1"),
+        (row(target=7), "output_image must be a path"),
+        (row(references=["r.png", None]), "input_images[1] must be one picture, got null"),
+        (row(references=["r.png", ["g.png"]]), "input_images[1] must be one picture, got a list"),
+        (row(references=["r.png", 3]), "input_images[1] must be a path"),
+        (row(references=["r.png", "none.png"]), "no picture file 'none.png'"),
+        (row(references=[""]), "path is empty"),
+        (row(references=["."]), "no picture file '.'"),
+        (row(references=["../other/r.png"]), "leaves its folder"),
+        (row(references=["a/../../r.png"]), "leaves its folder"),
+        (row(task_type=3), "task_type must be a text"),
+        (row(image_list=["r.png"]), "'image_list' does not belong to the format of this file"),
+        ({"input_image": ["r.png"], "output_image": "b.png", "instruction": "x"}, "did you mean 'input_images'?"),
+        ("text", "a row must be a JSON object"),
+        (None, "a row must be a JSON object"),
+        ([row()], "a row must be a JSON object"),
+    ],
+)
+def test_a_broken_row_says_where_and_why_and_the_others_are_read(folder, values, reason):
+    dataset = Dataset(write_jsonl(folder / "rows.jsonl", [row(), values, row()]))
+    with pytest.raises(RowError) as error:
+        dataset[1]
+    assert str(error.value).startswith("rows.jsonl:2: ") and reason in str(error.value)
+    assert error.value.where == dataset.where(1) == "rows.jsonl:2" and reason in error.value.reason
+    assert meaning(dataset[0]) == meaning(dataset[2]) == TWO
+    again = pickle.loads(pickle.dumps(error.value))  # as from a worker
+    assert str(again) == str(error.value) and isinstance(again, RowError)
+
+
+@pytest.mark.parametrize("numbers", [(1, 2), (0, 2), ("", 0), ("00",)])
+def test_gaps_in_numbered_references_are_an_error(folder, numbers):
+    values = {"control_path" + (f"_{n}" if n != "" else ""): "r.png" for n in numbers}
+    path = write_jsonl(folder / "a.jsonl", [{"caption": "x", "image_path": "b.png", **values}])
+    with pytest.raises(RowError, match="without gaps"):
+        Dataset(path)[0]
+
+
+def test_a_chain_of_edits_is_no_row(folder):
+    values = {"image_list": ["r.png", "g.png", "b.png"], "instruction_list": ["first", "then"]}
+    with pytest.raises(RowError, match="chain of edits"):
+        Dataset(write_jsonl(folder / "a.jsonl", [values]))[0]
+    with pytest.raises(RowError, match="last picture is the target"):
+        Dataset(write_jsonl(folder / "b.jsonl", [{"image_list": [], "instruction_list": ["x"]}]))[0]
+
+
+def test_a_row_keeps_what_it_says(folder):
+    found = Dataset(write_jsonl(folder / "a.jsonl", [row(text=" Ünï\u2028code ", task_type="edit", scene={"a": 1})]))[0]
+    assert (found.instruction, found.task_type, found.where) == (" Ünï\u2028code ", "edit", "a.jsonl:1")
+
+
+# ---- jsonl and json ----
+
+
+def test_lines_are_counted_with_blank_ones_and_a_bom_is_no_text(folder):
+    lines = ["\ufeff" + json.dumps(row(text="one")), "", "  \t", json.dumps(row(text="four")), '{"broken', "", ""]
+    path = folder / "a.jsonl"
+    path.write_bytes("\r\n".join(lines).encode())
+    dataset = Dataset(path)
+    assert len(dataset) == 3 and [dataset.where(i) for i in range(3)] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
+    assert [dataset[i].instruction for i in (1, 0, -2, -3, np.int64(1))] == ["four", "one", "four", "one", "four"]
+    with pytest.raises(RowError, match=r"^a.jsonl:5: not JSON"):
+        dataset[2]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            dataset[index]
+    with pytest.raises(TypeError):
+        dataset[0:1]
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"instruction": "\xff"}', "not UTF-8"),
+        (b'{"input_images": ["r.png"], "input_images": ["g.png"], "instruction": "x"}', "occurs twice"),
+        (b"[" * 100_000, "nested too deeply|not JSON"),
+        (b'{"instruction": "x"} {"instruction": "y"}', "not JSON"),
+    ],
+)
+def test_damaged_lines(folder, line, reason):
+    path = folder / "a.jsonl"
+    path.write_bytes(line + b"\n" + json.dumps(row()).encode())  # and no newline at the end
+    dataset = Dataset(path)
+    with pytest.raises(RowError, match=reason):
+        dataset[0]
+    assert meaning(dataset[1]) == TWO
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    for content in ("", "\n\n", "\ufeff"):
+        (tmp_path / "a.jsonl").write_text(content)
+        dataset = Dataset(tmp_path / "a.jsonl")
+        assert len(dataset) == 0 and list(dataset) == []
+        with pytest.raises(IndexError):
+            dataset[0]
+    (tmp_path / "a.json").write_text("[]")
+    assert len(Dataset(tmp_path / "a.json")) == 0
+
+
+def test_a_json_list(folder):
+    path = folder / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps([row(), 3, row(text="third")]).encode())
+    dataset = pickle.loads(pickle.dumps(Dataset(path)))
+    assert b"third" not in pickle.dumps(Dataset(path)), "the rows do not travel"
+    assert len(dataset) == 3 and dataset[2].instruction == "third" and dataset[2].where == "a.json:3"
+    with pytest.raises(RowError, match=r"^a.json:2: a row must be"):
+        dataset[1]
+
+
+@pytest.mark.parametrize(
+    "content, reason", [("[{]", "not JSON"), ('{"a": 1}', "list of rows, got dict"), ("", "not JSON")]
+)
+def test_a_json_file_that_is_no_list_of_rows(tmp_path, content, reason):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(BrokenFileError, match=f"^a.json: .*{reason}"):
+        Dataset(tmp_path / "a.json")
+
+
+def test_where_relative_paths_are_looked_up(folder):
+    (folder / "meta").mkdir()
+    beside, absolute = row(), row(references=[str(folder / "r.png"), str(folder / "meta" / ".." / "g.png")])
+    path = write_jsonl(folder / "meta" / "a.jsonl", [beside, absolute])
+    assert meaning(Dataset(path, image_folder=folder)[0]) == TWO
+    assert meaning(Dataset(path, image_folder=folder)[1]) == TWO
+    with pytest.raises(RowError, match="looked for"):
+        Dataset(path)[0]
+    with pytest.raises(ValueError, match=r"image folder .*none is not there"):
+        Dataset(path, image_folder=folder / "none")
+
+
+# ---- parquet ----
+
+
+def write_parquet(path, columns, **options):
+    parquet.write_table(pa.table(columns), path, **options)
+    return path
+
+
+def test_parquet_with_bytes_structs_and_paths(folder):
+    r, g, b = encoded(RED), encoded(GREEN), encoded(BLUE)
+    texts = ["do it"] * 2
+    bagel = {"image_list": [[r, g, b], [r, b]], "instruction_list": [["do it"]] * 2}
+    mico = {
+        "input_images": [
+            [{"bytes": r, "path": "x.png"}, {"bytes": g, "path": None}],
+            [{"bytes": None, "path": "r.png"}],
+        ],
+        "output_image": [{"bytes": b, "path": "y.png"}, {"bytes": b, "path": None}],
+        "instruction": texts,
+    }
+    plain = {"input_images": [["r.png", "g.png"], ["r.png"]], "output_image": ["b.png"] * 2, "instruction": texts}
+    ragged = {
+        "image_path": ["b.png"] * 2, "control_path_0": ["r.png"] * 2, "control_path_1": ["g.png", None],
+        "caption": texts,
+    }  # fmt: skip
+    for columns in (bagel, mico, plain, ragged):
+        dataset = Dataset(write_parquet(folder / "p.parquet", columns))
+        assert [meaning(found) for found in dataset] == [TWO, ONE]
+        assert dataset[1].where == "p.parquet:2"
+
+
+def test_only_the_row_group_and_the_columns_needed_are_read(folder, monkeypatch):
+    count = 20
+    columns = {
+        "input_images": [[encoded((i, 0, 0))] for i in range(count)],
+        "output_image": [encoded(BLUE)] * count,
+        "instruction": [f"row {i}" for i in range(count)],
+        "embedding": [[0.5] * 100] * count,
+    }
+    path = write_parquet(folder / "p.parquet", columns, row_group_size=3)
+    read, original = [], parquet.ParquetFile.read_row_group
+
+    def counted(self, group, columns):
+        read.append((group, tuple(columns)))
+        return original(self, group, columns)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    dataset = Dataset(path)
+    assert not read
+    assert color_of(dataset[19].references[0]) == (19, 0, 0)
+    assert read == [(6, ("input_images", "output_image", "instruction"))]
+    assert [found.instruction for found in dataset] == [f"row {i}" for i in range(count)]
+    assert len(read) == 8, "each group once, in a pass"  # group 6 had left the cache
+    assert [dataset[i].instruction for i in (18, 12, 19)] == ["row 18", "row 12", "row 19"] and len(read) == 8
+
+
+def test_parquet_rows_that_are_broken(folder):
+    columns = {"input_images": [[b""], None, [encoded(RED)]], "output_image": [encoded(BLUE), encoded(BLUE), None],
+               "instruction": ["a", None, "c"]}  # fmt: skip
+    dataset = Dataset(write_parquet(folder / "p.parquet", columns))
+    with pytest.raises(ValueError, match=r"input_images\[0\]"):
+        dataset[0].references[0].size()
+    with pytest.raises(RowError, match=r"^p.parquet:2: no 'instruction'"):
+        dataset[1]
+    with pytest.raises(RowError, match=r"^p.parquet:3: no target"):
+        dataset[2]
+    both_none = {
+        "output_image": [{"bytes": None, "path": None}, {"bytes": b"x", "path": "p"}],
+        "instruction": ["a", "b"],
+    }
+    dataset = Dataset(write_parquet(folder / "q.parquet", both_none))
+    with pytest.raises(RowError, match=r"^q.parquet:1: output_image must be"):
+        dataset[0]
+    numbers = {"output_image": [1], "instruction": ["a"]}
+    with pytest.raises(RowError, match=r"output_image must be a path or, in parquet, bytes"):
+        Dataset(write_parquet(folder / "n.parquet", numbers))[0]
+    empty = write_parquet(
+        folder / "e.parquet", {"output_image": pa.array([], pa.binary()), "instruction": pa.array([], pa.string())}
+    )
+    assert len(Dataset(empty)) == 0
+
+
+def test_a_misspelt_column_of_pictures_is_not_left_out_in_silence(folder):
+    columns = {"input_image": [[encoded(RED)]], "output_image": [encoded(BLUE)], "instruction": ["do it"]}
+    with pytest.raises(RowError, match=r"^p.parquet:1: key 'input_image' holds pictures .*'input_images'"):
+        Dataset(write_parquet(folder / "p.parquet", columns))[0]
+
+
+def test_the_cache_of_row_groups_drops_what_was_used_longest_ago():
+    cache, read = readers.RowGroupCache(2), []
+    for key in "abacab":
+        assert cache.get(key, lambda key=key: read.append(key) or key) == key
+    assert read == ["a", "b", "c", "b"]
+
+
+def test_damaged_parquet(folder):
+    path = folder / "p.parquet"
+    columns = {"output_image": [encoded(BLUE)] * 4, "instruction": ["do it"] * 4}
+    whole = write_parquet(path, columns, compression="none", use_dictionary=False).read_bytes()
+    for damaged in (b"", b"PAR1", whole[:-20], whole[: len(whole) // 2], b"x" * 200):
+        path.write_bytes(damaged)
+        with pytest.raises(BrokenFileError, match=r"^p.parquet: damaged parquet"):
+            Dataset(path)
+    path.write_bytes(b"PAR1" + b"\xff" * 100 + whole[104:])  # the first page's header, under a good footer
+    with pytest.raises(RowError, match=r"^p.parquet:1: damaged parquet"):
+        Dataset(path)[0]
+
+
+# ---- several files ----
+
+
+@pytest.fixture
+def many(folder):
+    """One file of each kind, in a folder of folders."""
+    (folder / "deep" / ".hidden").mkdir(parents=True)
+    write_jsonl(folder / "b.jsonl", [row(text="b1"), row(text="b2")])
+    write_jsonl(folder / "deep" / ".hidden" / "a.jsonl", [row(text="hidden")])
+    (folder / "a.json").write_text(json.dumps([row(text="a1")]))
+    (folder / "made.json").write_text('{"seed": 0}')
+    (folder / "README.md").write_text("x")
+    bytes_ = encoded(BLUE)
+    write_parquet(folder / "deep" / "c.parquet", {"output_image": [bytes_] * 3, "instruction": ["c1", "c2", "c3"]})
+    with tarfile.open(folder / "deep" / "d.TAR", "w") as archive:
+        for name, content in (("1.txt", b"d1"), ("1.output.png", bytes_)):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return folder
+
+
+def test_a_folder_is_read_in_the_order_of_relative_paths(many):
+    dataset = Dataset(many)
+    assert [found.instruction for found in dataset] == ["a1", "b1", "b2", "c1", "c2", "c3", "d1"]
+    assert dataset.files == ("a.json", "b.jsonl", "deep/c.parquet", "deep/d.TAR")
+    assert dataset.skipped == (many / "made.json",)
+    assert dataset[-1].where == "deep/d.TAR:1" and dataset[5].where == "deep/c.parquet:3"
+    several = Dataset([many / "deep", many / "b.jsonl"])
+    assert [found.instruction for found in several] == ["c1", "c2", "c3", "d1", "b1", "b2"]
+
+
+def test_files_of_one_name_are_told_apart(folder):
+    for name in ("x", "y"):
+        (folder / name).mkdir()
+        write_jsonl(folder / name / "a.jsonl", [row()])
+    dataset = Dataset([folder / "x" / "a.jsonl", folder / "y" / "a.jsonl"], image_folder=folder)
+    assert dataset.files == ("x/a.jsonl", "y/a.jsonl") and dataset[1].where == "y/a.jsonl:1"
+
+
+def test_paths_that_are_refused(many, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for paths, message in (
+        ([], "no paths"),
+        ([many / "none.jsonl"], "no such file or folder: .*none.jsonl"),
+        ([many / "README.md"], "not a file of rows; known endings: .jsonl"),
+        ([tmp_path / "empty"], "has no file of rows"),
+        ([many, many / "b.jsonl"], "given twice: .*b.jsonl"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Dataset(paths)
+    with pytest.raises(ValueError, match="targets must be"):
+        Dataset(many, targets="some")
+
+
+def test_a_folder_that_links_to_itself_ends(folder):
+    write_jsonl(folder / "a.jsonl", [row()])
+    (folder / "again").symlink_to(folder)
+    assert len(Dataset(folder)) == 1
+
+
+def test_the_fingerprint_tells_changed_data(folder, tmp_path):
+    path = write_jsonl(folder / "a.jsonl", [row(), row()])
+    before = Dataset(path).fingerprint
+    assert before == Dataset([path], targets="optional").fingerprint
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert Dataset(write_jsonl(elsewhere / "a.jsonl", [row(), row()])).fingerprint == before, "a moved folder"
+    prints = {before}
+    for change in (lambda: path.write_text(path.read_text() + "\n"), lambda: write_jsonl(path, [row()]),
+                   lambda: path.rename(folder / "c.jsonl")):  # fmt: skip
+        change()
+        prints.add(Dataset(next(folder.glob("*.jsonl"))).fingerprint)
+    assert len(prints) == 4
+    line = json.dumps(row())
+    path.write_text(f"{line}\n{line}\n")
+    two = Dataset(path).fingerprint
+    path.write_text(f"{line}\n{' ' * len(line)}\n")
+    assert Dataset(path).fingerprint != two, "as many bytes, fewer rows"
+
+
+def _texts(dataset, indices):
+    return [(dataset[i].instruction, dataset[i].target.digest()) for i in indices]
+
+
+def test_random_access_from_threads_and_after_pickling(many):
+    dataset = Dataset(many)
+    order = [random.Random(0).randrange(len(dataset)) for _ in range(60)]
+    expected = _texts(dataset, order)
+    assert expected[0][0] in ("a1", "b1", "b2", "c1", "c2", "c3", "d1")
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: _texts(dataset, [i])[0], order)) == expected
+    state = pickle.dumps(dataset)
+    assert len(state) < 6000, "no rows and no pictures travel with it"
+    assert _texts(pickle.loads(state), order) == expected
+
+
+@pytest.mark.slow  # the new process imports torch
+def test_a_dataset_works_in_a_new_process(many):
+    dataset = Dataset(many)
+    dataset[3]  # fills what must not travel
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        for i in (6, 3, 0):
+            assert meaning(pool.submit(dataset.__getitem__, i).result()) == meaning(dataset[i])
+
+
+def test_a_file_that_is_gone(folder):
+    found = Dataset(write_jsonl(folder / "a.jsonl", [row()]))[0]
+    (folder / "r.png").unlink()
+    for action in (found.references[0].read, found.references[0].size, found.references[0].load):
+        with pytest.raises(ValueError, match=r"^r.png: "):
+            action()

@@ -1,0 +1,188 @@
+"""Names that public data sets give their keys: one table, and how their rows become instruction, references, target."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+__all__ = ["FORMATS", "PICTURE_SUFFIXES", "TEXT_KEYS", "Format", "Parts", "is_picture_key", "nearest_key", "recognise"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Which key holds what.
+
+    Attributes:
+        name: data sets and programs that use it.
+        text: key of the instruction.
+        references: key of the references, a list or one; with `#` the keys `control_path_0`, `control_path_1`, ... too.
+        target: key of the target; None: rows have none (reinforcement learning); the key of the references: the last of
+            them is the target.
+        needs: keys beside `text` that some row of the file must have for the file to be of this format.
+    """
+
+    name: str
+    text: str
+    references: str
+    target: str | None
+    needs: tuple[str, ...] = ()
+
+    def owns(self, key: str) -> bool:
+        """Whether it is one of the format's keys other than the text."""
+        base = self.references.removesuffix("#")
+        numbered = base != self.references and re.fullmatch(rf"{base}_\d+", key) is not None
+        return key in (base, self.target, *self.needs) or numbered
+
+    def __str__(self) -> str:
+        references, end = self.references.removesuffix("#"), "_0.." if self.references.endswith("#") else ""
+        target = {None: "no target", self.references: "the last is the target"}.get(
+            self.target, f"target {self.target}"
+        )
+        needs = "".join(f", {key}" for key in self.needs if key not in (references, self.target))
+        return f"{self.name} ({self.text}, references {references}{end}, {target}{needs})"
+
+
+FORMATS = (
+    Format("OmniGen2, UniPic-3, MICo", "instruction", "input_images", "output_image"),
+    Format("DyRef, DiffSynth", "prompt", "edit_image", "image", needs=("edit_image",)),
+    Format("Flow-Factory", "prompt", "images", None, needs=("images",)),
+    Format("Edit-R1", "prompt", "image", None, needs=("image", "requirement")),
+    Format("musubi", "caption", "control_path#", "image_path", needs=("image_path",)),
+    Format("DanceGRPO, Pref-GRPO", "instruction", "source_image", "target_image", needs=("source_image",)),
+    Format("Lumina", "prompt", "image_path", "edit_path", needs=("edit_path",)),
+    Format("Echo-4o, Bagel", "instruction_list", "image_list", "image_list", needs=("image_list",)),
+    Format("MICo for Bagel", "instruction", "image_list", "image_list", needs=("image_list",)),
+)
+
+TEXT_KEYS = ("instruction", "prompt", "caption")
+PICTURE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def is_picture_key(key: str) -> bool:
+    """Whether a known format uses the key for something other than the text."""
+    return any(form.owns(key) for form in FORMATS)
+
+
+def recognise(keys: Collection[str]) -> Format:
+    """The format whose keys these are; keys that no format knows do not matter.
+
+    Raises:
+        ValueError: when no format, or more than one, explains them; lists the keys and the formats.
+    """
+    pictures = {key for key in keys if is_picture_key(key)}
+    fits = [
+        form
+        for form in FORMATS
+        if form.text in keys and all(key in keys for key in form.needs) and all(map(form.owns, pictures))
+    ]
+    if len(fits) == 1:
+        return fits[0]
+    problem = "ambiguous keys" if fits else "the keys are those of no known format"
+    known = "\n  ".join(map(str, fits or FORMATS))
+    raise ValueError(f"{problem}: {sorted(keys)}; known formats (text, references, target):\n  {known}")
+
+
+@functools.lru_cache(maxsize=4096)
+def nearest_key(key: str, form: Format) -> str | None:
+    """The format's picture key that an unknown key may be a slip of the pen for."""
+    near = difflib.get_close_matches(key, [form.references.removesuffix("#"), str(form.target)], n=1, cutoff=0.7)
+    return near[0] if near else None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A row's content; pictures are paths, bytes or {"bytes", "path"} mappings, not yet looked at."""
+
+    instruction: str
+    references: tuple[tuple[str, Any], ...]
+    target: tuple[str, Any] | None
+    task_type: str | None
+
+    @staticmethod
+    def of(values: Mapping[str, Any], form: Format) -> Parts:
+        """Take a row apart; pictures come with a name for messages. Raises ValueError for what is missing or wrong."""
+        values = {key: value for key, value in values.items() if value is not None}
+        _refuse_strays(values, form)
+        references = _references(values, form)
+        target = None
+        if form.target == form.references:
+            if not references:
+                raise ValueError(f"{form.references} is empty; its last picture is the target")
+            references, target = references[:-1], references[-1]
+        elif form.target in values:
+            target = form.target, values[form.target]
+            if isinstance(target[1], list):
+                raise ValueError(f"{form.target} must be one picture, got a list of {len(target[1])}")
+        task_type = values.get("task_type")
+        if not isinstance(task_type, (str, type(None))):
+            raise ValueError(f"task_type must be a text, got {task_type!r}")
+        return Parts(_instruction(values, form, len(references)), references, target, task_type)
+
+
+def _refuse_strays(values: Mapping[str, Any], form: Format) -> None:
+    """A reference under a wrong name would otherwise be dropped in silence."""
+    for key, value in values.items():
+        if form.owns(key):
+            continue
+        if is_picture_key(key):
+            raise ValueError(f"key {key!r} does not belong to the format of this file: {form}")
+        near = nearest_key(key, form)
+        if near and _like_a_picture(value):
+            raise ValueError(f"key {key!r} holds pictures but is not known; did you mean {near!r}?")
+
+
+def _like_a_picture(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_like_a_picture, value))
+    if isinstance(value, str):
+        return PurePath(value).suffix.lower() in PICTURE_SUFFIXES
+    return isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
+
+
+def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any], ...]:
+    base = form.references.removesuffix("#")
+    numbers = sorted(int(key[len(base) + 1 :]) for key in values if key != base and form.references != base
+                     and re.fullmatch(rf"{base}_\d+", key))  # fmt: skip
+    if numbers:
+        keys = [f"{base}_{number}" for number in numbers]
+        if base in values or numbers != list(range(len(numbers))) or any(key not in values for key in keys):
+            given = sorted(key for key in values if key.startswith(base))
+            raise ValueError(f"references must be {base}, or {base}_0, {base}_1, ... without gaps; got {given}")
+        found: list[tuple[str, Any]] = [(key, values[key]) for key in keys]
+    else:
+        value = values.get(base, [])
+        items = value if isinstance(value, list) else [value]
+        found = [(f"{base}[{i}]", item) for i, item in enumerate(items)]
+    for name, item in found:
+        if item is None or isinstance(item, list):
+            raise ValueError(f"{name} must be one picture, got {'null' if item is None else 'a list'}")
+    return tuple(found)
+
+
+def _instruction(values: Mapping[str, Any], form: Format, references: int) -> str:
+    if form.text not in values:
+        raise ValueError(f"no {form.text!r}; keys found: {sorted(values)}")
+    text = values[form.text]
+    if form.text == "instruction_list":
+        if isinstance(text, list) and len(text) == references > 1:
+            raise ValueError(f"instruction_list has {len(text)} texts for {references + 1} pictures: a chain of edits; "
+                             "write each edit as a row of its own")  # fmt: skip
+        for _ in range(2):  # Bagel nests phrasings of one edit: the first is taken
+            text = text[0] if isinstance(text, list) and text else text
+    if not isinstance(text, str):
+        raise ValueError(f"{form.text} must be a text, got {text!r:.80}")
+    if not text.strip():
+        raise ValueError(f"{form.text} is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{form.text} has half a surrogate pair, which is no text: {text!r:.80}") from None
+    return text

@@ -1,0 +1,210 @@
+"""Where a picture's bytes come from, and safe decoding: size from the header, pixels as RGB, damage as an error."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+__all__ = ["MAX_PIXELS", "ImageSource"]
+
+MAX_PIXELS = 178_956_970
+"""Pictures with more pixels are refused before they are decoded (Pillow's own limit for an error)."""
+
+# What photographs and artworks come as. Others are left out on purpose: EPS starts a program, ICO and PSD hold several
+# pictures, and nobody stores training data in them.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+
+UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A picture that has not been read yet: a file, a part of a file (a tar member), or bytes in memory (a column).
+
+    Every method raises ValueError, starting with `name`, when the bytes cannot be had or are no whole picture.
+
+    Attributes:
+        name: what messages call it.
+        path: the file that holds it; None for bytes in memory.
+        offset: first byte in that file.
+        length: number of bytes; None means the whole file.
+        data: the bytes themselves.
+    """
+
+    name: str
+    path: Path | None = None
+    offset: int = 0
+    length: int | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        try:
+            with self._file() as file:
+                content = file.read()
+        except OSError as error:
+            raise ValueError(f"{self.name}: cannot be read: {error}") from error
+        if self.length is not None and len(content) != self.length:
+            raise ValueError(f"{self.name}: {self.path} was cut short: {len(content)} bytes of {self.length} are there")
+        return content
+
+    def digest(self) -> str:
+        """SHA-256 of the encoded bytes in hex: the same picture has the same key wherever it lies."""
+        return hashlib.sha256(self.read()).hexdigest()
+
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of the upright picture, from the header alone."""
+        with self._opened() as image:
+            turn = _orientation_in_header(image)
+            if image.format == "TIFF" and turn in (5, 6, 7, 8):
+                image.load()  # Pillow turns TIFFs itself, some versions already when opening: only this is sure
+                return image.size
+            return (image.height, image.width) if turn in (5, 6, 7, 8) else image.size
+
+    def load(self) -> Image.Image:
+        """The upright picture as RGB; what is transparent becomes white."""
+        if ImageFile.LOAD_TRUNCATED_IMAGES:
+            raise ValueError(
+                f"{self.name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so damaged pictures would "
+                "pass with grey parts; set it to False"
+            )
+        with self._opened() as image:
+            image.load()
+            turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, Pillow turns TIFFs itself
+            upright = _rgb(image)
+            return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        """The picture with its header parsed and its size checked."""
+        try:
+            with self._file() as file, Image.open(file, formats=_formats()) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed")
+                yield image
+        except UnidentifiedImageError:
+            known = ", ".join(_formats())
+            raise ValueError(f"{self.name}: not a picture of a known format ({known}), or damaged") from None
+        except (MemoryError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{self.name}: too large to decode: {error}") from error
+        except Exception as error:  # a decoder may raise anything on damaged bytes
+            raise ValueError(f"{self.name}: {error or type(error).__name__}") from error
+
+    def _file(self) -> BinaryIO:
+        if self.data is not None:
+            return io.BytesIO(self.data)
+        if self.path is None:
+            raise ValueError(f"{self.name}: has neither a path nor bytes")
+        if self.length is None:
+            return open(self.path, "rb")
+        return io.BufferedReader(_Window(self.path, self.offset, self.length))
+
+
+class _Window(io.RawIOBase):
+    """Part of a file as a file of its own, read-only."""
+
+    def __init__(self, path: Path, offset: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._offset, self._length, self._at = offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"cannot seek to {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]  # a buffer; its type has no name in 3.10
+        count = max(min(len(buffer), self._length - self._at), 0)
+        self._file.seek(self._offset + self._at)
+        content = self._file.read(count) or b""
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) where there is none; junk in the metadata is no reason to refuse the pixels."""
+    try:
+        # the base class's: PngImageFile's own decodes the picture to look behind the pixels
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # parsers of damaged metadata raise anything
+        return 1
+
+
+def _orientation_in_header(image: Image.Image) -> int:
+    if image.format == "PNG" and _metadata_behind_pixels(getattr(image, "fp", None)):
+        image.load()
+    return _orientation(image)
+
+
+def _metadata_behind_pixels(file: BinaryIO | None) -> bool:
+    """Whether a PNG has chunks after its pixels that can hold an orientation; walks the chunk headers only."""
+    if file is None:
+        return False
+    before = file.tell()
+    try:
+        file.seek(8)
+        pixels = False
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"IEND":
+                return False
+            if pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            pixels = pixels or kind == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)  # content and checksum
+        return False
+    finally:
+        file.seek(before)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    # Pillow before 12 opens grey PNGs and PGMs of 16 bits as "I"
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # convert alone would clip
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode!r} has no defined range; store 8 or 16 bits a channel")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,270 @@
+"""Files of rows, read at random: .jsonl, .json, .parquet and .tar, each as numbered records of plain values.
+
+A reader knows how many rows its file has and where each lies, and nothing about what the keys mean (that is `rows`). It
+holds no open files, so it can be pickled into workers and used by several threads at once. Damage to a whole file is a
+`BrokenFileError` when the reader is made, damage to a row is a ValueError when that row is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uniref_fast.training.images import ImageSource
+
+__all__ = [
+    "BrokenFileError",
+    "JsonReader",
+    "JsonlReader",
+    "ParquetReader",
+    "Reader",
+    "Record",
+    "RowGroupCache",
+    "filled",
+    "from_json",
+]
+
+BOM = b"\xef\xbb\xbf"
+
+
+class BrokenFileError(ValueError):
+    """A file that as a whole cannot be read as rows; the message starts with its name."""
+
+    def __init__(self, name: str, reason: object) -> None:
+        super().__init__(name, reason)
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as it lies in the file.
+
+    Attributes:
+        values: what it holds, by key.
+        find: the picture that a path in it names; raises ValueError.
+    """
+
+    values: Mapping[str, Any]
+    find: Callable[[str], ImageSource]
+
+
+class Reader:
+    """Base of the readers: rows 0 to `len - 1` of one file.
+
+    Attributes:
+        path: the file.
+        name: what messages call it.
+        folder: where relative paths in its rows are looked up.
+    """
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        self.path, self.name, self.folder = path, name, folder
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def place(self, row: int) -> str:
+        """What messages call a row: its line or number, counted from 1."""
+        return f"{self.name}:{row + 1}"
+
+    def record(self, row: int) -> Record:
+        """The row; raises ValueError when it is broken."""
+        raise NotImplementedError
+
+    def keys(self, sample: int) -> set[frozenset[str]]:
+        """Which sets of keys occur in the first `sample` rows, of keys that hold something; not of broken rows."""
+        found = set()
+        for row in range(min(sample, len(self))):
+            with contextlib.suppress(ValueError):  # it has its own error when it is asked for
+                found.add(filled(self.record(row).values))
+        return found
+
+    def find(self, path: str) -> ImageSource:
+        """The file that a path in a row names: absolute, or under `folder`."""
+        return ImageSource(path, located(path, self.folder))
+
+
+def filled(values: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that hold something: null is as good as missing."""
+    return frozenset(key for key, value in values.items() if value is not None)
+
+
+def located(path: str, folder: Path) -> Path:
+    """The file at a path, relative ones under the folder. Raises ValueError for one that is not there or leaves it."""
+    if not path:
+        raise ValueError("a picture's path is empty")
+    full = Path(path)
+    if not full.is_absolute():
+        inside = os.path.normpath(path)
+        if inside.split(os.sep)[0] == "..":
+            raise ValueError(f"path {path!r} leaves its folder {folder}; use a path inside it, or an absolute one")
+        full = folder / inside
+    if not full.is_file():
+        raise ValueError(f"no picture file {path!r} (looked for {full})")
+    return full
+
+
+def from_json(text: bytes) -> Any:
+    """A JSON value in UTF-8, with or without BOM. Raises ValueError that says what is wrong with it."""
+    try:
+        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_without_twins)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("not a row: nested too deeply") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a key occurs twice: {sorted({key for key in keys if keys.count(key) > 1})}")
+    return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'a row must be a JSON object like {{"instruction": ...}}, got {type(value).__name__}')
+    return value
+
+
+class JsonlReader(Reader):
+    """One JSON object a line; blank lines are skipped but counted in places. Rows are found by their byte offsets."""
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        super().__init__(path, name, folder)
+        starts, lines, at = [], [], 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(BOM).strip():
+                    starts.append(at)
+                    lines.append(number)
+                at += len(line)
+        self._starts = np.array(starts, dtype=np.int64)
+        self._lines = np.array(lines, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def place(self, row: int) -> str:
+        return f"{self.name}:{self._lines[row]}"
+
+    def record(self, row: int) -> Record:
+        with open(self.path, "rb") as file:
+            file.seek(int(self._starts[row]))
+            return Record(_mapping(from_json(file.readline())), self.find)
+
+
+class JsonReader(Reader):
+    """One JSON list of objects. A process that reads it keeps the parsed list; pickles leave it behind."""
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        super().__init__(path, name, folder)
+        self._parsed: list[Any] | None = None
+        self._length = len(self._rows())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parsed": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def record(self, row: int) -> Record:
+        return Record(_mapping(self._rows()[row]), self.find)
+
+    def _rows(self) -> list[Any]:
+        if self._parsed is None:
+            try:
+                parsed = from_json(self.path.read_bytes())
+            except ValueError as error:
+                raise BrokenFileError(self.name, error) from None
+            if not isinstance(parsed, list):
+                raise BrokenFileError(self.name, f"must hold a JSON list of rows, got {type(parsed).__name__}")
+            self._parsed = parsed
+        return self._parsed
+
+
+class RowGroupCache:
+    """The row groups read last, shared by the parquet files of a data set; starts empty in every process."""
+
+    def __init__(self, groups: int = 4) -> None:
+        self._groups = groups
+        self._held: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroupCache, (self._groups,)
+
+    def get(self, key: Any, read: Callable[[], Any]) -> Any:
+        """What is held under the key, or what `read` gives; threads wait for one another rather than read twice."""
+        with self._lock:
+            if key not in self._held:
+                while len(self._held) >= self._groups:
+                    self._held.popitem(last=False)
+                self._held[key] = read()
+            self._held.move_to_end(key)
+            return self._held[key]
+
+
+class ParquetReader(Reader):
+    """A parquet file; reads the row group that holds the row, and only the columns that `select` chose."""
+
+    def __init__(self, path: Path, name: str, folder: Path, cache: RowGroupCache) -> None:
+        super().__init__(path, name, folder)
+        self._cache = cache
+        with _damage(lambda reason: BrokenFileError(name, reason)), self._open() as file:
+            self._columns = list(file.schema_arrow.names)
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        self._ends = np.cumsum(groups, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def keys(self, sample: int) -> set[frozenset[str]]:
+        return {frozenset(self._columns)}
+
+    def select(self, keys: Callable[[str], bool]) -> None:
+        """Read these columns only."""
+        self._columns = [name for name in self._columns if keys(name)]
+
+    def record(self, row: int) -> Record:
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        first = int(self._ends[group - 1]) if group else 0
+        with _damage(ValueError):
+            table = self._cache.get((self.path, group), lambda: self._read(group))
+            return Record(table.slice(row - first, 1).to_pylist()[0], self.find)
+
+    def _read(self, group: int) -> Any:
+        with self._open() as file:
+            return file.read_row_group(group, columns=self._columns)
+
+    def _open(self) -> Any:
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ImportError(f"{self.name}: reading parquet needs pyarrow; pip install 'uniref_fast[train]'") from None
+        return parquet.ParquetFile(self.path)
+
+
+@contextlib.contextmanager
+def _damage(make: Callable[[str], Exception]) -> Iterator[None]:
+    """What pyarrow raises on damaged files, as one kind of error."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # ArrowException, OSError, UnicodeDecodeError, NotImplementedError, ...
+        raise make(f"damaged parquet: {error or type(error).__name__}") from error

@@ -1,0 +1,111 @@
+"""Files of records, one JSON object a line, and files that appear whole or not at all.
+
+A record has a whole number "step". Lines are appended whole, so that a kill costs at most the line it hits, which then
+lacks its end and is left out by every reader. JSON knows no numbers that are not finite: they are the strings "nan",
+"inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+__all__ = ["RecordFile", "keep_records", "read_records", "write_whole"]
+
+
+class RecordFile:
+    """Appends records; each is on its way to the disk when `append` returns.
+
+    Raises:
+        OSError: when a record cannot be written, the disk being full for one; nothing of it is then in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            what = f"step {record['step']} could not be written: {error.strerror}"
+            raise OSError(error.errno, what, str(self.path)) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All records; a last line without its end, cut by a kill, is left out.
+
+    Raises:
+        FileNotFoundError: without the file.
+        ValueError: for a whole line that is no JSON object with a whole number "step", with file and line.
+    """
+    return [record for _, record in _lines(path)]
+
+
+def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Take out the records that are not to be kept, and an unfinished last line; returns how many records went.
+
+    The file is replaced in one step; one that needs no change, or does not exist, is left alone. Raises as
+    `read_records` does.
+    """
+    if not path.exists():
+        return 0
+    lines = _lines(path)
+    kept = [line for line, record in lines if keep(record)]
+    if sum(map(len, kept)) != path.stat().st_size:
+        write_whole(path, lambda file: file.write(b"".join(kept)))
+    return len(lines) - len(kept)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file that appears whole or not at all: written beside `path`, synced, renamed."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    found = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(
+                f'{path}, line {number} is damaged: expected a JSON object with a "step", got {line[:60]!r}; '
+                "mend or remove that line"
+            )
+        found.append((line + b"\n", record))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: numbers that are not finite and anything unknown as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

@@ -1,0 +1,283 @@
+"""Training rows from files: an instruction, references in order, a target. `Dataset` reads them at random.
+
+The canonical row is {"input_images": [paths], "output_image": path, "instruction": text, "task_type": text}, with any
+number of references, none included; `formats` lists the other names that are understood. Files are .jsonl, .json,
+.parquet and .tar, or folders of those.
+
+    dataset = Dataset(["data/edits.jsonl", "data/shards"])
+    row = dataset[17]
+    references = [source.load() for source in row.references]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import operator
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from uniref_fast.training.formats import Format, Parts, nearest_key, recognise
+from uniref_fast.training.images import MAX_PIXELS, ImageSource
+from uniref_fast.training.readers import (
+    BrokenFileError,
+    JsonlReader,
+    JsonReader,
+    ParquetReader,
+    Reader,
+    Record,
+    RowGroupCache,
+    filled,
+)
+from uniref_fast.training.tars import TarReader
+
+__all__ = ["MAX_PIXELS", "BrokenFileError", "Dataset", "ImageSource", "Row", "RowError"]
+
+ENDINGS = (".jsonl", ".json", ".parquet", ".tar")
+SAMPLE = 1000  # rows that are looked at to tell a file's format: some must have the key that tells it
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message starts with its place, `where`."""
+
+    def __init__(self, where: str, reason: object) -> None:
+        super().__init__(where, str(reason))  # both, so that it can be pickled back from a worker
+
+    @property
+    def where(self) -> str:
+        return self.args[0]
+
+    @property
+    def reason(self) -> str:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    Attributes:
+        instruction: what to do, as it was written.
+        references: the pictures given, in order; may be empty.
+        target: the picture wanted; None in rows for reinforcement learning.
+        task_type: a label of the data set's own.
+        where: its place: "file.jsonl:12" (line), "part-0.parquet:7" (row, from 1), "shard-3.tar:000017" (sample).
+    """
+
+    instruction: str
+    references: tuple[ImageSource, ...]
+    target: ImageSource | None
+    task_type: str | None
+    where: str
+
+
+class Dataset:
+    """Rows of many files in one sequence: in the order of the paths, folders by relative path, files by row.
+
+    Making it reads the files once for an index (where each row begins); rows are read when asked for. It holds no open
+    files: it may be sent to worker processes and used by several threads.
+
+    Attributes:
+        files: names of the files, as messages call them.
+        skipped: .json files of folders that hold no list (descriptions of the data, not rows).
+    """
+
+    def __init__(
+        self,
+        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        image_folder: str | os.PathLike[str] | None = None,
+        targets: Literal["required", "optional"] = "required",
+    ) -> None:
+        """Index the files.
+
+        Args:
+            paths: files and folders, or one; folders are searched to any depth, hidden files left out.
+            image_folder: where relative paths in rows are looked up; beside their file by default. Tars name members.
+            targets: "optional" also takes rows without a target.
+
+        Raises:
+            ValueError: for a path that is not there or not known, or a file that occurs twice.
+            BrokenFileError: for a file that cannot be read as a whole, or whose keys are those of no known format.
+        """
+        if targets not in ("required", "optional"):
+            raise ValueError(f'targets must be "required" or "optional", got {targets!r}')
+        if isinstance(paths, (str, os.PathLike)):
+            paths = [paths]
+        if image_folder is not None and not Path(image_folder).is_dir():
+            raise ValueError(f"image folder {image_folder} is not there")
+        found, self.skipped = _find_files([Path(path) for path in paths])
+        self._targets = targets
+        cache = RowGroupCache()
+        self._readers: list[Reader] = []
+        self._formats: list[Format | None] = []
+        for path, name in found:
+            reader = _reader(path, name, Path(image_folder) if image_folder is not None else path.parent, cache)
+            self._readers.append(reader)
+            self._formats.append(_format_of(reader))
+        self.files = tuple(reader.name for reader in self._readers)
+        self._ends = np.cumsum([len(reader) for reader in self._readers], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows in order; stops with a RowError at the first that is broken. To go on after one, use indices."""
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Row:
+        """The row; raises RowError when it is broken, IndexError when there is none."""
+        reader, row, form = self._locate(index)
+        where = reader.place(row)
+        try:
+            record = reader.record(row)
+            return self._row(record, form or recognise(filled(record.values)), where)
+        except ValueError as error:
+            raise RowError(where, error) from error
+
+    def where(self, index: int) -> str:
+        """The place of a row, broken or not."""
+        reader, row, _ = self._locate(index)
+        return reader.place(row)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the files' names, sizes and row counts: another one means that the data changed."""
+        facts = [[reader.name, reader.path.stat().st_size, len(reader)] for reader in self._readers]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _locate(self, index: int) -> tuple[Reader, int, Format | None]:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        first = int(self._ends[file - 1]) if file else 0
+        return self._readers[file], index - first, self._formats[file]
+
+    def _row(self, record: Record, form: Format, where: str) -> Row:
+        parts = Parts.of(record.values, form)
+        references = tuple(_source(name, value, record) for name, value in parts.references)
+        target = None if parts.target is None else _source(*parts.target, record)
+        if target is None and self._targets == "required":
+            hint = f"no {form.target!r}" if form.target else f"rows of {form} have none"
+            raise ValueError(
+                f'no target picture: {hint}; only targets="optional" (reinforcement learning) takes such rows'
+            )
+        return Row(parts.instruction, references, target, parts.task_type, where)
+
+
+def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache) -> Reader:
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return ParquetReader(path, name, folder, cache)
+    return {".jsonl": JsonlReader, ".json": JsonReader, ".tar": TarReader}[ending](path, name, folder)
+
+
+def _format_of(reader: Reader) -> Format | None:
+    """The format of a file; None when it has no row that can be read."""
+    rows = reader.keys(SAMPLE)
+    if not rows:
+        return None
+    try:
+        form = recognise(frozenset().union(*rows))
+    except ValueError as error:
+        alone = set()  # formats of the rows that tell theirs by themselves: one with a stray key spoils no others
+        for keys in rows:
+            with contextlib.suppress(ValueError):
+                alone.add(recognise(keys))
+        if len(alone) != 1:
+            several = f"rows of several formats ({', '.join(sorted(map(str, alone)))}); " if alone else ""
+            raise BrokenFileError(reader.name, f"{several}{error}") from None
+        (form,) = alone
+    if isinstance(reader, ParquetReader):
+        # columns under a misspelt name too: their rows are refused, not taken without them
+        reader.select(lambda key: key in (form.text, "task_type") or form.owns(key) or bool(nearest_key(key, form)))
+    return form
+
+
+def _source(name: str, value: Any, record: Record) -> ImageSource:
+    """The picture in a cell: a path, bytes, or {"bytes": ..., "path": ...} of which bytes come first."""
+    path, data = value, None
+    if isinstance(value, dict):
+        path, data = value.get("path"), value.get("bytes")
+        name = f"{name} ({path})" if path else name
+    elif isinstance(value, bytes):
+        data = value
+    if isinstance(data, bytes):
+        return ImageSource(name, data=data)
+    if isinstance(path, str) and data is None:
+        return record.find(path)
+    raise ValueError(f'{name} must be a path or, in parquet, bytes or {{"bytes", "path"}}; got {value!r:.80}')
+
+
+# ---- files ----
+
+
+def _find_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], tuple[Path, ...]]:
+    """Files with the names that messages use, in order, and what was left out."""
+    if not paths:
+        raise ValueError("no paths given")
+    found: list[tuple[Path, Path]] = []  # file, shortest name
+    skipped: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = _files_in(path)
+            no_rows = {file for file in inside if file.suffix.lower() == ".json" and not _holds_a_list(file)}
+            rows = [file for file in inside if file not in no_rows]
+            skipped += sorted(no_rows)
+            if not rows:
+                raise ValueError(f"folder {path} has no file of rows ({', '.join(ENDINGS)})")
+            found += [(file, file.relative_to(path)) for file in rows]
+        elif not path.exists():
+            raise ValueError(f"no such file or folder: {path}")
+        elif not path.is_file() or path.suffix.lower() not in ENDINGS:
+            raise ValueError(f"{path} is not a file of rows; known endings: {', '.join(ENDINGS)}")
+        else:
+            found.append((path, Path(path.name)))
+    twice = [str(file) for file, count in Counter(file.resolve() for file, _ in found).items() if count > 1]
+    if twice:
+        raise ValueError(f"given twice: {', '.join(twice)}; its rows would count double")
+    return list(zip([file for file, _ in found], _distinct_names(found), strict=True)), tuple(skipped)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(ENDINGS)]
+    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
+
+
+def _holds_a_list(file: Path) -> bool:
+    with open(file, "rb") as content:
+        return content.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+
+
+def _distinct_names(found: Sequence[tuple[Path, Path]]) -> list[str]:
+    """The shortest ends of the paths that tell all files apart, so that names do not depend on where the data lies."""
+    parts = [file.absolute().parts for file, _ in found]
+    least = [len(short.parts) for _, short in found]
+    for more in itertools.count():
+        names = ["/".join(whole[-(short + more) :]) for whole, short in zip(parts, least, strict=True)]
+        if len(set(names)) == len(names) or more > max(map(len, parts)):
+            return names
+    raise AssertionError("unreachable")

@@ -1,0 +1,176 @@
+"""The order in which samples are seen, and an ordered prefetch: both the same for any number of ranks and workers."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+__all__ = ["Stream", "prefetch"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Stream:
+    """Endless (epoch, index) pairs: every epoch is a new permutation of the indices, fixed by the seed and the epoch.
+
+    One stream feeds the whole run; ranks and workers take their parts of what it gives, so the order does not depend on
+    how many there are. It draws raw PCG64 words, whose values NumPy guarantees, so an upgrade does not reorder a run.
+    """
+
+    def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
+        """Start at the first sample of epoch 0.
+
+        Args:
+            length: number of samples, at least 1.
+            seed: not negative.
+            weights: how often each index occurs per epoch, `[length]`: 2 is twice, 0.5 every other epoch, 0 never.
+                After any number of epochs e an index has come `e * weight` times, to within one. None is all once.
+
+        Raises:
+            ValueError: for a wrong length, seed or weights; weights must add up to at least 1.
+        """
+        if length < 1:
+            raise ValueError(f"a stream needs at least one sample, got length {length}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.length, self.seed = int(length), int(seed)
+        self._weights = None if weights is None else _checked_weights(weights, self.length)
+        self._epoch = self._position = 0
+        self._order = self._order_of(0)
+
+    def take(self, count: int) -> list[tuple[int, int]]:
+        """The next `count` pairs (epoch, index)."""
+        if count < 0:
+            raise ValueError(f"cannot take {count} samples")
+        taken: list[tuple[int, int]] = []
+        while len(taken) < count:
+            chunk = self._order[self._position : self._position + count - len(taken)]
+            taken += [(self._epoch, index) for index in chunk.tolist()]
+            self._position += len(chunk)
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._order_of(self._epoch)
+        return taken
+
+    def state(self) -> dict[str, int]:
+        """What `from_state` needs to go on with the next pair: plain ints, fit for JSON."""
+        return {
+            "length": self.length,
+            "seed": self.seed,
+            "weights": self._weights_key(),
+            "epoch": self._epoch,
+            "position": self._position,
+        }
+
+    @classmethod
+    def from_state(
+        cls, length: int, seed: int, state: Mapping[str, int], weights: Sequence[float] | None = None
+    ) -> Stream:
+        """A stream that goes on where `state` was taken.
+
+        Raises:
+            ValueError: when length, seed or weights are not those of the state (the data or the run changed), or the
+                state is not one.
+        """
+        stream = cls(length, seed, weights)
+        expected = stream.state()
+        if set(state) != set(expected) or not all(type(value) is int for value in state.values()):
+            raise ValueError(f"a stream's state has whole numbers {sorted(expected)}, got {dict(state)}")
+        if state["length"] != length:
+            raise ValueError(f"the data changed: the saved order has {state['length']} samples, now there are {length}")
+        if state["seed"] != seed:
+            raise ValueError(f"the saved order has seed {state['seed']}, this run has {seed}")
+        if state["weights"] != expected["weights"]:
+            raise ValueError("the saved order was made with other weights")
+        if state["epoch"] < 0:
+            raise ValueError(f"epoch must not be negative, got {state['epoch']}")
+        stream._epoch = state["epoch"]
+        stream._order = stream._order_of(stream._epoch)
+        if not 0 <= state["position"] < max(len(stream._order), 1):
+            raise ValueError(f"position {state['position']} is not in an epoch of {len(stream._order)} samples")
+        stream._position = state["position"]
+        return stream
+
+    def _weights_key(self) -> int:
+        return 0 if self._weights is None else zlib.crc32(self._weights.tobytes())
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """Indices of an epoch in order, int64."""
+        indices = np.arange(self.length)
+        if self._weights is not None:
+            phase = _words((self.seed,), self.length, stream=1) * 2.0**-64  # spreads fractional weights over epochs
+            counts = np.floor((epoch + 1) * self._weights + phase) - np.floor(epoch * self._weights + phase)
+            indices = np.repeat(indices, counts.astype(np.int64))
+        return indices[np.argsort(_words((self.seed, epoch), len(indices), stream=0), kind="stable")]
+
+
+def _checked_weights(weights: Sequence[float], length: int) -> np.ndarray:
+    array = np.asarray(weights, dtype=np.float64)
+    if array.shape != (length,):
+        raise ValueError(f"weights must be one number per sample, {length} in all; got shape {array.shape}")
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError("weights must be finite and not negative")
+    if array.sum() < 1:
+        raise ValueError(f"weights count occurrences per epoch and must add up to at least 1, got {array.sum():g}")
+    return array
+
+
+def _words(entropy: tuple[int, ...], count: int, stream: int) -> np.ndarray:
+    """Random 64-bit words `[count]`; `stream` keeps uses apart that share their entropy."""
+    seeds = np.random.SeedSequence(entropy, spawn_key=(stream,))
+    return np.random.PCG64(seeds).random_raw(count)
+
+
+def prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Iterator[tuple[Item, Result | Exception]]:
+    """Apply a function to items in a thread pool; results come in the order of the items.
+
+    Decoding images and reading files release the GIL, so threads are enough and nothing is pickled. Items are drawn
+    one by one as room appears, so they may be endless. Closing the iterator (or leaving it to the garbage collector)
+    cancels what has not begun and waits for what has.
+
+    Args:
+        function: called with one item, in several threads at once.
+        items: drawn by the thread that iterates.
+        workers: threads, at least 1.
+        ahead: most items that are begun or done and not yet given out, at least 1; values under `workers` idle some.
+
+    Yields:
+        (item, result), or (item, exception) where the function raised one: the iteration goes on.
+    """
+    if workers < 1 or ahead < 1:
+        raise ValueError(f"workers and ahead must be at least 1, got {workers} and {ahead}")
+    return _prefetch(function, items, workers, ahead)
+
+
+def _prefetch(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+) -> Iterator[tuple[Item, Any]]:
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    source = iter(items)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
+    try:
+        more = True
+        while more or pending:
+            while more and len(pending) < ahead:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    more = False
+                else:
+                    pending.append((item, pool.submit(function, item)))
+            if pending:
+                item, future = pending.popleft()
+                raised = future.exception()  # waits
+                if raised is not None and not isinstance(raised, Exception):
+                    raise raised  # KeyboardInterrupt, SystemExit
+                yield item, future.result() if raised is None else raised
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

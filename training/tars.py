@@ -1,0 +1,194 @@
+"""Tar shards as webdataset writes them: members that share their name up to the first dot are one sample.
+
+A sample is a row when it has `KEY.json`, `KEY.txt`, `KEY.input_N.*` or `KEY.output.*`. Its json either names members
+(of any sample, beside it or from the top of the archive) under the keys of a known format, or has no pictures: then
+they are `KEY.input_0.png`, `KEY.input_1.jpg`, ... and `KEY.output.png`, and the instruction is in the json or in
+`KEY.txt`. Nothing is extracted to disk: a member is a range of bytes in the archive. Links, devices and sparse
+members are never followed. Hidden members (`._name`) are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import posixpath
+import re
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from uniref_fast.training.formats import PICTURE_SUFFIXES, TEXT_KEYS, is_picture_key
+from uniref_fast.training.images import ImageSource
+from uniref_fast.training.readers import BOM, BrokenFileError, Reader, Record, from_json
+
+__all__ = ["TarReader"]
+
+NUMBERED = re.compile(r"input_(\d+)\.\w+")
+OUTPUT = re.compile(r"output\.\w+")
+
+
+class _Member(NamedTuple):
+    offset: int
+    length: int
+    problem: str | None  # why it must not be read
+
+
+class TarReader(Reader):
+    """Samples of a tar, in the order of their first members. One pass over the headers makes the index."""
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        super().__init__(path, name, folder)
+        self._members: dict[str, _Member] = {}
+        parts: dict[str, list[str]] = {}
+        for member_name, member in _index(path, name):
+            if member_name in self._members:
+                member = member._replace(problem="occurs twice in the archive")
+            self._members[member_name] = member
+            key, end = _split(member_name)
+            known = parts.setdefault(key, [])
+            if end not in known:
+                known.append(end)
+        self._parts = {key: ends for key, ends in parts.items() if any(map(_makes_a_row, ends))}
+        self._samples = list(self._parts)
+        if self._members and not self._samples:
+            raise BrokenFileError(
+                name, f"has {len(self._members)} members but no sample: no .json, .txt, .input_N.* or .output.*"
+            )
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def place(self, row: int) -> str:
+        return f"{self.name}:{self._samples[row]}"
+
+    def record(self, row: int) -> Record:
+        key = self._samples[row]
+        ends = self._parts[key]
+        for end in ends:
+            self._source(f"{key}.{end}" if end else key)  # refuses links and the like, named by the json or not
+        values = from_json(self._source(f"{key}.json").read()) if "json" in ends else {}
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}.json must hold a JSON object, got {type(values).__name__}")
+        if "txt" in ends:
+            values = _with_text(values, self._source(f"{key}.txt").read())
+        if any(is_picture_key(name) and value is not None for name, value in values.items()):
+            self._check_all_named(key, values)
+            return Record(values, functools.partial(self._find_beside, posixpath.dirname(key)))
+        return Record(_with_members(values, key, ends), self._source)  # by their whole names
+
+    def _check_all_named(self, key: str, values: Mapping[str, Any]) -> None:
+        """Pictures of the sample that its json leaves out would be dropped in silence."""
+        named = set()
+        for name, value in values.items():
+            if is_picture_key(name):
+                for item in value if isinstance(value, list) else [value]:
+                    if isinstance(item, str):
+                        named.add(self._member_named(posixpath.dirname(key), item))
+        for end in self._parts[key]:
+            if (NUMBERED.fullmatch(end) or OUTPUT.fullmatch(end)) and f"{key}.{end}" not in named:
+                raise ValueError(f"member {key}.{end} is not named by {key}.json, which names others")
+
+    def _member_named(self, folder: str, path: str) -> str:
+        inside = posixpath.normpath(path)
+        if not path or posixpath.isabs(path) or inside.split("/")[0] == "..":
+            raise ValueError(f"path {path!r} does not lie in the archive; name a member")
+        beside = posixpath.join(folder, inside)
+        return beside if beside in self._members else inside
+
+    def _find_beside(self, folder: str, path: str) -> ImageSource:
+        return self._source(self._member_named(folder, path))
+
+    def _source(self, name: str) -> ImageSource:
+        member = self._members.get(name)
+        if member is None:
+            raise ValueError(f"no member {name!r} in the archive")
+        if member.problem:
+            raise ValueError(f"member {name!r} {member.problem}")
+        return ImageSource(name, self.path, member.offset, member.length)
+
+
+def _index(path: Path, name: str) -> list[tuple[str, _Member]]:
+    """Name and place of every member but folders and hidden files, in order."""
+    found = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                member_name = posixpath.normpath(info.name)
+                if info.isdir() or posixpath.basename(member_name).startswith("."):
+                    continue
+                found.append((member_name, _Member(info.offset_data, info.size, _problem(info))))
+            end = archive.offset
+    except (tarfile.TarError, EOFError) as error:
+        raise BrokenFileError(name, f"cannot be read as a tar without compression: {error}") from error
+    with open(path, "rb") as file:
+        # tarfile takes a damaged header for the end
+        file.seek(end)
+        if file.read(512) != bytes(512):
+            raise BrokenFileError(name, f"is damaged or cut short: no end mark and no member header at byte {end}")
+        while block := file.read(2**20):
+            if block.strip(b"\0"):
+                raise BrokenFileError(
+                    name, f"holds data behind its end mark at byte {end}: several tars joined? Pack them as one"
+                )
+    size = os.path.getsize(path)
+    if any(member.offset + member.length > size for _, member in found):
+        raise BrokenFileError(name, "is cut short")
+    return found
+
+
+def _problem(info: tarfile.TarInfo) -> str | None:
+    if posixpath.isabs(info.name) or ".." in info.name.split("/"):
+        return "has a name that leaves the archive"
+    if info.issym() or info.islnk():
+        return f"is a link (to {info.linkname!r}), which is not followed; pack the file itself"
+    if not info.isreg() or info.issparse():
+        return "is no plain file; pack plain files only"
+    return None
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Member name -> (sample key, rest after the first dot of the basename)."""
+    folder, base = posixpath.split(name)
+    stem, _, end = base.partition(".")
+    return posixpath.join(folder, stem), end
+
+
+def _makes_a_row(end: str) -> bool:
+    return end in ("json", "txt") or bool(NUMBERED.fullmatch(end) or OUTPUT.fullmatch(end))
+
+
+def _with_text(values: dict[str, Any], content: bytes) -> dict[str, Any]:
+    """The row with the text of its .txt; that of the json must be the same, if it has one."""
+    try:
+        text = content.removeprefix(BOM).decode("utf-8").strip()
+    except UnicodeDecodeError:
+        raise ValueError("its .txt is not UTF-8") from None
+    given = [values[key] for key in TEXT_KEYS if values.get(key) is not None]
+    if any(isinstance(other, str) and other.strip() != text for other in given):
+        raise ValueError("its .json and its .txt hold different instructions")
+    return values if given else {**values, "instruction": text}
+
+
+def _with_members(values: Mapping[str, Any], key: str, ends: list[str]) -> dict[str, Any]:
+    """A canonical row whose pictures are the sample's own members."""
+    numbered = sorted((int(match[1]), end) for end in ends if (match := NUMBERED.fullmatch(end)))
+    outputs = [end for end in ends if OUTPUT.fullmatch(end)]
+    used = {end for _, end in numbered} | set(outputs)
+    others = [f".{end}" for end in ends if end not in used and f".{end}".lower().endswith(PICTURE_SUFFIXES)]
+    if others:
+        raise ValueError(
+            f"members {others} are neither .input_0, .input_1, ... nor .output, and no json says what they are"
+        )
+    if [number for number, _ in numbered] != list(range(len(numbered))):
+        raise ValueError(f"inputs must be .input_0, .input_1, ... once each, got {[f'.{end}' for _, end in numbered]}")
+    if len(outputs) > 1:
+        raise ValueError(f"several outputs: {outputs}")
+    texts = [values[name] for name in TEXT_KEYS if values.get(name) is not None]
+    if len(texts) > 1:
+        raise ValueError(f"several instructions: {[name for name in TEXT_KEYS if values.get(name) is not None]}")
+    row = {name: value for name, value in values.items() if name not in TEXT_KEYS}
+    row["input_images"] = [f"{key}.{end}" for _, end in numbered]
+    row["output_image"] = f"{key}.{outputs[0]}" if outputs else None
+    row["instruction"] = texts[0] if texts else None
+    return row

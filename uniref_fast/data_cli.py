@@ -1,0 +1,198 @@
+"""The commands `uniref-fast data check | make`: look at training data before training, or make some."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from uniref_fast.training.rows import Dataset, ImageSource
+
+__all__ = ["add_data_commands"]
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
+PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+def add_data_commands(commands: Any) -> None:
+    """Add `data` with its own commands to the subparsers of `uniref-fast`."""
+    data = commands.add_parser("data", help="training data: check files of rows, or make a data set")
+    group = data.add_subparsers(dest="data_command", required=True, metavar="command")
+
+    check = group.add_parser("check", help="count and measure rows, list broken ones; exit status 1 if there are any")
+    check.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl, .json, .parquet, .tar, or a folder of them")
+    check.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
+    check.add_argument(
+        "--targets", choices=("required", "optional"), default="required",
+        help="optional: rows without a target are fine too (%(default)s)",
+    )  # fmt: skip
+    check.add_argument("--decode", action="store_true", help="decode every picture instead of reading headers only")
+    check.add_argument("--show", type=int, default=20, metavar="N", help="broken rows to list (%(default)s)")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    check.set_defaults(run=_check)
+
+    make = group.add_parser("make", help="make a data set of multi-reference edits with exact targets")
+    _leave_to(make, "uniref_fast.training.make_data")
+
+
+def _leave_to(parser: argparse.ArgumentParser, module: str) -> None:
+    """Leave a command to a module's `add_arguments(parser)` and `run(args)`, imported when the command is used."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        implementation = importlib.import_module(module)
+        parser.parse_known_args = parse  # type: ignore[method-assign]
+        implementation.add_arguments(parser)
+        parser.set_defaults(run=implementation.run)
+        return parse(args, namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
+
+
+# ---- check ----
+
+
+@dataclass
+class _Found:
+    """What the rows hold; sizes are of upright pictures."""
+
+    counts: Counter[int] = field(default_factory=Counter)  # rows by number of references
+    task_types: Counter[str | None] = field(default_factory=Counter)
+    targets: list[Size] = field(default_factory=list)
+    references: list[Size] = field(default_factory=list)
+    joint_areas: list[int] = field(default_factory=list)  # of the references of a row, for rows that have any
+    broken: list[dict[str, str]] = field(default_factory=list)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from uniref_fast.training.rows import BrokenFileError, Dataset
+
+    if args.show < 0:
+        raise ValueError(f"--show must not be negative, got {args.show}")
+    try:
+        dataset = Dataset(args.paths, args.image_folder, args.targets)
+    except BrokenFileError as error:  # not a wrong command but wrong data
+        print(f"uniref-fast data check: broken file {error}", file=sys.stderr)
+        return 1
+    found = _measure(dataset, args.decode)
+    if args.json:
+        print(json.dumps(_facts(dataset, found, args.show)))
+    else:
+        print("\n".join(_report(dataset, found, args.show)))
+    return 1 if found.broken else 0
+
+
+def _measure(dataset: Dataset, decode: bool) -> _Found:
+    from tqdm import tqdm
+
+    from uniref_fast.training.rows import RowError
+    from uniref_fast.training.stream import prefetch
+
+    found = _Found()
+    workers = min(os.cpu_count() or 1, 8)
+    inspected = prefetch(functools.partial(_inspect, dataset, decode), range(len(dataset)), workers, ahead=4 * workers)
+    for _, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
+        if isinstance(outcome, RowError):
+            found.broken.append({"where": outcome.where, "reason": outcome.reason})
+            continue
+        if isinstance(outcome, Exception):
+            raise outcome
+        target, references, task_type = outcome
+        found.counts[len(references)] += 1
+        found.task_types[task_type] += 1
+        found.references += references
+        if target is not None:
+            found.targets.append(target)
+        if references:
+            found.joint_areas.append(sum(map(math.prod, references)))
+    return found
+
+
+def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None]:
+    """Sizes of a row's target and references, and its task type; raises RowError."""
+    from uniref_fast.training.rows import RowError
+
+    def size(source: ImageSource) -> Size:
+        return source.load().size if decode else source.size()
+
+    row = dataset[index]
+    try:
+        target = None if row.target is None else size(row.target)
+        return target, [size(source) for source in row.references], row.task_type
+    except ValueError as error:
+        raise RowError(row.where, error) from error
+
+
+def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
+    def measured(sizes: Sequence[Size]) -> dict[str, Any]:
+        pixels = [math.prod(size) for size in sizes]
+        spread = [min(pixels), int(np.median(pixels)), max(pixels)] if pixels else [None] * 3
+        return {
+            "pictures": len(sizes),
+            "pixels": dict(zip(("min", "median", "max"), spread, strict=True)),
+            "ratios": dict(Counter(map(_ratio, sizes)).most_common()),
+        }
+
+    areas = np.percentile(found.joint_areas, PERCENTILES).astype(int).tolist() if found.joint_areas else []
+    return {
+        "files": list(dataset.files),
+        "skipped": list(map(str, dataset.skipped)),
+        "fingerprint": dataset.fingerprint,
+        "rows": len(dataset),
+        "broken": len(found.broken),
+        "references": {str(k): found.counts[k] for k in sorted(found.counts)},
+        "task_types": {kind or "": count for kind, count in found.task_types.most_common()},
+        "target_sizes": measured(found.targets),
+        "reference_sizes": measured(found.references),
+        "joint_reference_area": dict(zip((f"p{p}" for p in PERCENTILES), areas, strict=False)),
+        "errors": found.broken[:show],
+    }
+
+
+def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
+    facts = _facts(dataset, found, show)
+    lines = [f"rows              {len(dataset):,} in {len(dataset.files):,} file(s), {len(found.broken):,} broken"]
+    if dataset.skipped:
+        lines.append(f"no rows in        {', '.join(facts['skipped'])}")
+    counts = (f"{k}: {count:,}" for k, count in facts["references"].items())
+    lines.append(f"by references     {', '.join(counts) or 'none'}")
+    kinds = (f"{kind or '(none)'}: {count:,}" for kind, count in facts["task_types"].items())
+    lines.append(f"by task type      {', '.join(kinds) or 'none'}")
+    for label, key in (("targets", "target_sizes"), ("references", "reference_sizes")):
+        sizes = facts[key]
+        if not sizes["pictures"]:
+            lines.append(f"{label:<18}none")
+            continue
+        spread = " / ".join(f"{value:,}" for value in sizes["pixels"].values())
+        lines.append(f"{label:<18}{sizes['pictures']:,}, pixels min / median / max {spread}")
+        shares = (f"{name} {count / sizes['pictures']:.0%}" for name, count in list(sizes["ratios"].items())[:6])
+        lines.append(f"{'  aspect ratios':<18}{', '.join(shares)}")
+    if facts["joint_reference_area"]:
+        areas = (f"{name} {area:,} ({math.isqrt(area)}^2)" for name, area in facts["joint_reference_area"].items())
+        lines.append(f"joint area        {', '.join(areas)}")
+    if found.broken:
+        lines.append("broken rows")
+        lines += [f"  {error['where']}: {error['reason']}" for error in facts["errors"]]
+        if len(found.broken) > show:
+            lines.append(f"  and {len(found.broken) - show:,} more")
+    return lines
+
+
+def _ratio(size: Size) -> str:
+    """The nearest common aspect ratio, as width:height."""
+    wanted = math.log(size[0] / size[1])
+    width, height = min(RATIOS, key=lambda ratio: abs(math.log(ratio[0] / ratio[1]) - wanted))
+    return f"{width}:{height}"
