@@ -75,7 +75,7 @@ class Feeder:
         self._waiting: list[Key] = []
         weights = row_weights(config)
         self._stream = Stream(len(dataset), config.seed, weights)
-        self.broken = 0
+        self._broken: set[str] = set()  # places of the rows that could not be used
         if state is not None:
             if state["data"] != dataset.fingerprint:
                 raise ValueError(
@@ -84,7 +84,7 @@ class Feeder:
                 )
             self._stream = Stream.from_state(len(dataset), config.seed, state["stream"], weights)
             self._waiting = [tuple(key) for key in state["waiting"]]  # type: ignore[misc]
-            self.broken = state["broken"]
+            self._broken = set(state["broken"])
         self._prepared: dict[Key, Prepared] = {}
         self._packer: Packer | None = None
         self._stage = -1
@@ -94,8 +94,7 @@ class Feeder:
         """What decides all steps that `next` has not given yet; for JSON."""
         if self._ahead is None:
             return self._state()
-        state, _, planned = self._ahead
-        return {**state, "broken": self.broken - len(planned.broken)}  # those of the plan will be met again
+        return {**self._ahead[0], "broken": sorted(self._broken)}
 
     def next(self, step: int) -> StepPacks:
         """The packs of a step; steps must be asked for in order. Images of the step after it start to be read."""
@@ -106,6 +105,11 @@ class Feeder:
             self._ahead = (self._state(), step + 1, self._plan(step + 1))
         return packs
 
+    @property
+    def broken(self) -> int:
+        """Rows that could not be used so far; one that comes again in every epoch counts once."""
+        return len(self._broken)
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -114,7 +118,7 @@ class Feeder:
             "data": self.dataset.fingerprint,
             "stream": self._stream.state(),
             "waiting": [list(key) for key in self._waiting],
-            "broken": self.broken,
+            "broken": sorted(self._broken),
         }
 
     def _plan(self, step: int) -> StepPacks:
@@ -158,17 +162,22 @@ class Feeder:
         self._waiting.append(key)
 
     def count_broken(self, count: int, rows: list[tuple[str, str]]) -> None:
-        """Count rows that could not be used.
+        """Count rows that could not be used, each once.
+
+        Args:
+            count: how many of the rows, the last ones, are not counted yet.
+            rows: (place, reason) of each.
 
         Raises:
-            BrokenRowsError: for more than the run allows.
+            BrokenRowsError: for more than the run allows, or all there are.
         """
-        self.broken += count
-        if self.broken > self.config.max_broken:
+        self._broken.update(where for where, _ in rows[len(rows) - count :])
+        most = self.config.max_broken
+        if self.broken > most or self.broken == len(self.dataset):
             last = "; ".join(f"{where}: {reason}" for where, reason in rows[-3:])
             raise BrokenRowsError(
-                f"{self.broken} rows could not be used, over max_broken = {self.config.max_broken}; the last: {last}. "
-                "`uniref-fast data check` lists all"
+                f"{self.broken} rows could not be used, {f'over max_broken = {most}' if self.broken > most else 'all of them'}"
+                f"; the last: {last}. `uniref-fast data check` lists all"
             )
 
 

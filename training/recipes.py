@@ -88,7 +88,7 @@ class SFT:
         sample_steps: denoising steps of a sample.
         sample_guidance: true CFG scale of a sample; 1 turns guidance off.
         max_skipped: consecutive steps with a NaN or infinite loss or gradient that end the run.
-        max_broken: broken rows that end the run.
+        max_broken: the run ends with more broken rows than this.
         memory_gib: memory of a rank to plan packs for; none: what the device has.
         compile: torch.compile each block.
         tensorboard: write TensorBoard files.

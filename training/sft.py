@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = with_data(parsed.config, parsed.extra.out, ranks)
         resume = prepare(config, parsed.extra, ranks)
         finished = Trainer(config, ranks, parsed.extra.out, resume).run()
-    except (configs.ConfigError, ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:  # what the user can put right
         return _failed(error, 2)
     except (BrokenRowsError, CheckpointError, DivergedError, OSError, ImportError) as error:
         return _failed(error, 1)
