@@ -120,21 +120,31 @@ def test_resume_is_exact(data, whole, half):
     equal_to(whole, half)
 
 
-def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "training/sft.py",
-    ]
+def run_two_ranks(arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *flags(data, half, "--resume", "auto")], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    done = subprocess.run(
+        [*command, "training/sft.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
+    run_two_ranks(flags(data, half, "--resume", "auto"))
     equal_to(whole, half)
+
+
+def test_ranks_that_share_packs_from_the_second_stage_on(data, whole, tmp_path):
+    """Two replicas, then two ranks with half of each pack: the same losses but for rounding."""
+    run_two_ranks(flags(data, tmp_path / "run", "--stages.1.sequence-parallel", 2))
+    found = losses(tmp_path / "run")
+    assert {step: found[step] for step in (0, 1)} == {step: losses(whole)[step] for step in (0, 1)}
+    assert found == pytest.approx(losses(whole), rel=1e-5)
 
 
 KILLED_WHILE_SAVING = """

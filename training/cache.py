@@ -69,7 +69,8 @@ class TensorCache:
             _write(path, save({"tensor": tensor.detach().cpu().contiguous()}))
         except OSError as error:
             warnings.warn(
-                f"the cache {self.folder} cannot be written ({error.strerror or error}); what it lacks is made each time",
+                f"the cache {self.folder} cannot be written ({error.strerror or error}); what it lacks is made each "
+                "time",
                 stacklevel=2,
             )
         return tensor

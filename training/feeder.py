@@ -175,9 +175,9 @@ class Feeder:
         most = self.config.max_broken
         if self.broken > most or self.broken == len(self.dataset):
             last = "; ".join(f"{where}: {reason}" for where, reason in rows[-3:])
+            limit = f"over max_broken = {most}" if self.broken > most else "all of them"
             raise BrokenRowsError(
-                f"{self.broken} rows could not be used, {f'over max_broken = {most}' if self.broken > most else 'all of them'}"
-                f"; the last: {last}. `uniref-fast data check` lists all"
+                f"{self.broken} rows could not be used, {limit}; the last: {last}. `uniref-fast data check` lists all"
             )
 
 

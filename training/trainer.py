@@ -24,10 +24,11 @@ from uniref_fast.training.feeder import Feeder, StepPacks
 from uniref_fast.training.flow import FlowBatch, draw, resolution_shift, sample_t
 from uniref_fast.training.model import TrainedModel
 from uniref_fast.training.monitor import GroupedMean, Monitor, peak_flops
+from uniref_fast.training.packing import Key
 from uniref_fast.training.parallel import Ranks, global_norm, scale_gradients
 from uniref_fast.training.recipes import SFT, stage_at
 from uniref_fast.training.rows import Dataset
-from uniref_fast.training.samples import Encoder
+from uniref_fast.training.samples import Encoded, Encoder
 from uniref_fast.training.stages import StagePlan, device_memory, plan_stage
 
 __all__ = ["DivergedError", "Trainer"]
@@ -122,12 +123,13 @@ class Trainer:
     def _train_step(self) -> None:
         start, config = time.perf_counter(), self.config
         step_packs = self.feeder.next(self.step)
-        batches, broken = self._batches(step_packs)
-        everywhere = self.ranks.gather((sum(len(keys) for keys, _ in batches), broken))
-        # Ranks of a group run the same packs.
-        samples = sum(count for count, _ in everywhere[:: self.ranks.sequence])
-        lost = [row for _, rows in everywhere[:: self.ranks.sequence] for row in rows]
-        self._report_broken(step_packs.broken + lost, len(lost))
+        encoded, unread = self._encoded(step_packs)
+        everywhere = self.ranks.gather(unread)
+        # Ranks of a group run the same packs: what one of them cannot read leaves the packs of all.
+        lost = {key: row for rows in everywhere for key, row in rows.items()}
+        self._report_broken(step_packs.broken + list(lost.values()), len(lost))
+        samples = sum(item.key not in lost for pack in step_packs.packs for item in pack.items)
+        batches = self._batches(step_packs, encoded, set(lost))
         parts = []
         for keys, batch in batches:
             errors = partial_errors(self.model.packed, batch)
@@ -158,26 +160,34 @@ class Trainer:
             self.step, metrics, tokens=report.tokens, samples=samples, flops=flops, seconds=time.perf_counter() - start
         )
 
-    def _batches(self, step_packs: StepPacks) -> tuple[list[tuple[list[Any], FlowBatch]], list[tuple[str, str]]]:
-        """This rank's packs as (keys of the samples, batch); a sample whose images cannot be read leaves its pack."""
-        batches, broken = [], []
+    def _encoded(self, step_packs: StepPacks) -> tuple[dict[Key, Encoded], dict[Key, tuple[str, str]]]:
+        """Tensors of this rank's samples, and (place, reason) of those whose images cannot be read."""
+        encoded: dict[Key, Encoded] = {}
+        unread: dict[Key, tuple[str, str]] = {}
+        for key, prepared in step_packs.prepared.items():
+            try:
+                encoded[key] = self.encoder.encode(prepared, step_packs.images[key].result())
+            except (ValueError, OSError) as error:
+                unread[key] = (prepared.row.where, str(error))
+        return encoded, unread
+
+    def _batches(
+        self, step_packs: StepPacks, encoded: dict[Key, Encoded], lost: set[Key]
+    ) -> list[tuple[list[Key], FlowBatch]]:
+        """This rank's packs as (keys of the samples, batch); what is lost leaves its pack."""
+        config, scheduler = self.config, self.model.pipe.scheduler.config
+        batches = []
         for number in step_packs.mine:
-            keys, chosen, times, noises = [], [], [], []
-            for item in step_packs.packs[number].items:
-                prepared = step_packs.prepared[item.key]
-                try:
-                    encoded = self.encoder.encode(prepared, step_packs.images[item.key].result())
-                except (ValueError, OSError) as error:
-                    broken.append((prepared.row.where, str(error)))
-                    continue
-                seed, shift = self.config.seed, resolution_shift(self.model.pipe.scheduler.config, len(encoded.target))
-                times.append(sample_t(draw(seed, "t", item.key), self.config.t_mean, self.config.t_std, shift))
-                noises.append(torch.randn(encoded.target.shape, generator=draw(seed, "noise", item.key)))
-                keys.append(item.key)
-                chosen.append((prepared, encoded))
+            keys = [item.key for item in step_packs.packs[number].items if item.key not in lost]
+            chosen = [(step_packs.prepared[key], encoded[key]) for key in keys]
+            times, noises = [], []
+            for key, (_, tensors) in zip(keys, chosen, strict=True):
+                shift = resolution_shift(scheduler, len(tensors.target))
+                times.append(sample_t(draw(config.seed, "t", key), config.t_mean, config.t_std, shift))
+                noises.append(torch.randn(tensors.target.shape, generator=draw(config.seed, "noise", key)))
             batch = assembled(self.model, chosen, times, noises) if keys else idle_batch(self.model)
             batches.append((keys, batch))
-        return batches, broken
+        return batches
 
     def _losses(self, rows: list[tuple[Any, int, str, float]], samples: int) -> dict[str, float]:
         """Mean loss over all samples, and by number of references and by task; parts of one sample are added up."""
@@ -312,7 +322,9 @@ class Trainer:
         config = self.model.pipe.transformer.config
         if self.config.cost == "flops":
             return packing.CostModel.from_config(config)
-        most = min(plan.pack_tokens for plan in self.plans)
+        # A rank has so many of a pack's tokens in the stage that gives it least, and may have to recompute.
+        most = min(plan.pack_tokens // plan.sequence_parallel for plan in self.plans)
+        self.model.packed.checkpointing = any(plan.checkpointing for plan in self.plans)
         self.ranks.share_sequences(self.model.packed, 1)
         samples, seconds = [], []
         for tokens in (most // 8, most // 4, most // 2, most):

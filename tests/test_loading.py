@@ -1,0 +1,49 @@
+"""Pipelines by name, and names that are none: an error in one line."""
+
+import shutil
+
+import pytest
+import torch
+
+from uniref_fast import builtin
+from uniref_fast.loading import load_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return builtin.build(tmp_path_factory.mktemp("model") / "built")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_loads_as_what_was_written(folder, dtype):
+    pipe = load_pipeline(str(folder), dtype, "cpu")
+    assert type(pipe).__name__ == "SmallQwenImageEditPlusPipeline"
+    for name in ("transformer", "vae", "text_encoder"):
+        assert getattr(pipe, name).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/config.json",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_the_model(folder, tmp_path, file):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = (copy / file).read_bytes()
+    (copy / file).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"--model .*copy could not be loaded: "):
+        load_pipeline(str(copy), torch.float32, "cpu")
+
+
+def test_what_can_be_no_model(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    for name in (str(tmp_path / "gone"), "./gone", "~/gone", "one", "a/b/c", str(tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match="no such folder, and not a hub id like"):
+            load_pipeline(name, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"has no model_index.json: it must be a whole diffusers pipeline folder"):
+        load_pipeline(str(tmp_path), torch.float32, "cpu")
