@@ -1,5 +1,6 @@
 """Sharding and sequence parallelism: loss and gradients of several ranks against one rank without either."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,9 @@ WORKER = Path(__file__).parent / "mesh_worker.py"
 
 def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    done = subprocess.run([*command, str(WORKER), str(folder), *cases], capture_output=True, text=True, timeout=300)
+    command += [str(WORKER), str(folder), *cases]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # on the CPU everywhere: a machine may have one GPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases}
 

@@ -13,7 +13,7 @@ from uniref_fast.edit import edit
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.request import EditRequest
 from uniref_fast.scenes import contact_sheet
-from uniref_fast.training.flow import FlowBatch, draw, flow_batch, resolution_shift, sample_errors
+from uniref_fast.training.flow import FlowBatch, draw, flow_batch, resolution_shift, sample_errors, shifted
 from uniref_fast.training.model import TrainedModel
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.recipes import SFT, Stage
@@ -91,7 +91,7 @@ class HeldOut:
             quantile = torch.tensor((i + 0.5) / len(rows), dtype=torch.float64)
             shift = resolution_shift(self.model.pipe.scheduler.config, len(encoded.target))
             t = torch.sigmoid(self.config.t_mean + self.config.t_std * torch.special.ndtri(quantile)).item()
-            times.append(shift * t / (1 + (shift - 1) * t))
+            times.append(shifted(t, shift))
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
         return assembled(self.model, chosen, times, noises)
 

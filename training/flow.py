@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uniref_fast.layout import SelfLayout
 
-__all__ = ["FlowBatch", "draw", "flow_batch", "resolution_shift", "sample_errors", "sample_t", "uniform"]
+__all__ = ["FlowBatch", "draw", "flow_batch", "resolution_shift", "sample_errors", "sample_t", "shifted", "uniform"]
 
 
 def draw(seed: int, what: str, key: Sequence[int]) -> torch.Generator:
@@ -45,6 +45,11 @@ def resolution_shift(scheduler_config: Any, tokens: int) -> float:
 def sample_t(generator: torch.Generator, mean: float, std: float, shift: float) -> float:
     """Logit-normal t, then moved as `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206; the scheduler's own map)."""
     t = torch.sigmoid(mean + std * torch.randn((), generator=generator, dtype=torch.float64)).item()
+    return shifted(t, shift)
+
+
+def shifted(t: float, shift: float) -> float:
+    """t moved towards noise by a shift over 1; 0 and 1 stay."""
     return shift * t / (1 + (shift - 1) * t)
 
 

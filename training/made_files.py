@@ -38,8 +38,9 @@ from uniref_fast import __version__, scenes
 from uniref_fast.training.card import card, notice
 from uniref_fast.training.drawing import MadeSample
 from uniref_fast.training.plans import SPLIT_RULE, SPLITS, MakeConfig
+from uniref_fast.training.records import write_whole
 
-__all__ = ["Made", "make", "writable_file", "written_whole"]
+__all__ = ["Made", "make", "writable_file"]
 
 MADE_BY = "uniref-fast data make"
 FORMAT = 1
@@ -105,19 +106,6 @@ def writable_file(path: Path, suffix: str) -> None:
         raise ValueError(f"{path} cannot be written: it is a folder, or {nearest} is no folder that can be written to")
 
 
-def written_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` a file beside `path`, flush it and rename it: there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
@@ -165,7 +153,7 @@ def _locked(making: Path, arguments: dict[str, Any], config: MakeConfig) -> Iter
                 shutil.rmtree(making)
         if not making.exists():
             making.mkdir()
-            written_whole(stated, lambda path: path.write_text(json.dumps(wanted)))
+            write_whole(stated, lambda file: file.write(json.dumps(wanted).encode()))
         yield lock
         lock_path.unlink(missing_ok=True)
     finally:
@@ -267,7 +255,7 @@ def _write_part(job: tuple[Path, _Part, MakeConfig, Drawer]) -> int:
             "scene": made.scene,
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    written_whole(part.listing(making), lambda path: path.write_text("".join(lines), encoding="utf-8"))
+    write_whole(part.listing(making), lambda file: file.write("".join(lines).encode()))
     return part.stop - part.start
 
 
@@ -317,8 +305,8 @@ def _gather(making: Path, config: MakeConfig, counts: Mapping[str, int], made: M
         "heldout_objects": list(config.objects("heldout_objects")),
         "split_rule": SPLIT_RULE,
     }
-    written_whole(making / "README.md", lambda path: path.write_text(card(facts), encoding="utf-8"))
-    written_whole(making / "made.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+    write_whole(making / "README.md", lambda file: file.write(card(facts).encode()))
+    write_whole(making / "made.json", lambda file: file.write((json.dumps(facts, indent=2) + "\n").encode()))
     shutil.rmtree(making / "parts")
     (making / "arguments.json").unlink()
     made.bytes = sum(path.stat().st_size for path in making.rglob("*") if path.is_file())

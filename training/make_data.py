@@ -19,8 +19,9 @@ from PIL import Image
 from uniref_fast.scenes import contact_sheet
 from uniref_fast.training.artworks import SOURCES, artworks
 from uniref_fast.training.drawing import MadeSample, draw_plan
-from uniref_fast.training.made_files import Made, make, writable_file, written_whole
+from uniref_fast.training.made_files import Made, make, writable_file
 from uniref_fast.training.plans import SPLITS, MakeConfig
+from uniref_fast.training.records import write_whole
 from uniref_fast.training.tasks import plan_sample
 
 __all__ = ["MadeSample", "MakeConfig", "add_arguments", "artworks", "preview", "run", "sample"]
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     if made.resumed:
         print(f"{made.resumed} samples were there already from an interrupted run", file=sys.stderr)
     if args.preview is not None:
-        written_whole(args.preview, lambda path: preview(config).save(path))
+        write_whole(args.preview, lambda file: preview(config).save(file, "PNG"))
         print(f"preview    {args.preview}")
     print(_summary(args.out, made, config))
     return 0

@@ -53,9 +53,6 @@ class TrainedModel:
             for block in self.packed.blocks:
                 block.compile(dynamic=True)
         shard(self.packed, ranks, compute)  # moves a block at a time to the device
-        # The outermost part too, or its weights stay gathered after a forward without gradients: a step would go on
-        # with the averaged weights of a look that came before it.
-        self.packed.set_reshard_after_forward(True)  # type: ignore[operator]
         self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
     def _add_adapter(self) -> None:
@@ -114,11 +111,10 @@ class TrainedModel:
         from peft.utils import get_peft_model_state_dict
 
         adapter = get_peft_model_state_dict(self.pipe.transformer, state_dict=whole)
-        metadata = {"transformer": self.pipe.transformer.peft_config["default"].to_dict()}
         type(self.pipe).save_lora_weights(
             str(folder),
             transformer_lora_layers={name: tensor.contiguous() for name, tensor in adapter.items()},
-            transformer_lora_adapter_metadata=metadata["transformer"],
+            transformer_lora_adapter_metadata=self.pipe.transformer.peft_config["default"].to_dict(),
             safe_serialization=True,
         )
 

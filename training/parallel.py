@@ -108,7 +108,8 @@ def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
     # Inputs come in the right dtype: casting them would round the rotary tables, which are float32 always.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+        # The outermost part too: weights that stay gathered after a look would be those of the average.
+        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     # Blocks return views of their modulation; nothing here writes to them.

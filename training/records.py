@@ -73,6 +73,7 @@ def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a file that appears whole or not at all: written beside `path`, synced, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:

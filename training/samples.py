@@ -47,8 +47,7 @@ class Prepared:
 
     def load(self) -> tuple[Image.Image, list[Image.Image]]:
         """Target and references, decoded; RGB."""
-        if self.row.target is None:
-            raise ValueError(f"{self.row.where}: no target image to train on")
+        assert self.row.target is not None  # `Encoder.prepare` refuses rows without
         return self.row.target.load(), [] if self.dropped else [image.load() for image in self.row.references]
 
 

@@ -26,6 +26,7 @@ from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
 from uniref_fast.training.feeder import BrokenRowsError
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.recipes import RECIPES, SFT
+from uniref_fast.training.records import write_whole
 from uniref_fast.training.trainer import DivergedError, Trainer
 
 CONFIG_FILE = "config.json"
@@ -97,13 +98,10 @@ def prepare(config: SFT, place: Place, ranks: Ranks) -> int | None:
     if place.resume == "never" and (steps or exists):
         raise ValueError(f"{place.out} holds a run; go on with --resume auto, or give another --out")
     if ranks.rank == 0:
-        place.out.mkdir(parents=True, exist_ok=True)
         if exists:
             for line in configs.differences(configs.from_json(SFT, kept.read_text()), config):
                 print(f"changed since the run began: {line}", file=sys.stderr)
-        partial = kept.with_suffix(".partial")
-        partial.write_text(configs.to_json(config))
-        partial.replace(kept)
+        write_whole(kept, lambda file: file.write(configs.to_json(config).encode()))
     return steps[-1] if steps else None
 
 

@@ -107,11 +107,13 @@ class Trainer:
             if not self.stopping:
                 with self.average.applied() if self.average else contextlib.nullcontext():
                     self.model.export(self.out)
+            if self.config.cache is not None:
+                self.monitor.event(self.step, "cache", hits=self.encoder.cache.hits, misses=self.encoder.cache.misses)
         self.feeder.close()
         return not self.stopping
 
     def _enter_stage(self) -> None:
-        number, stage = stage_at(self.config, self.step)
+        number, stage = stage_at(self.config, self.step)  # of the last step once all are done
         if number != self.stage:
             self.stage, plan = number, self.plans[number]
             self.ranks.share_sequences(self.model.packed, plan.sequence_parallel)
@@ -232,24 +234,19 @@ class Trainer:
     def _look(self, done: bool = False) -> None:
         """Held-out losses and samples, when it is time for them."""
         config = self.config
-        _, stage = stage_at(config, min(self.step, config.total_steps - 1))
         losses = config.eval_every and (self.step % config.eval_every == 0 or done)
         grid = config.sample_every and ((self.step and self.step % config.sample_every == 0) or done)
         if not self.heldout.datasets or not (losses or grid):
             return
-        self._enter_stage_for_look()
+        self._enter_stage()
+        stage = config.stages[self.stage]
         self.model.packed.eval()
         with self.average.applied() if self.average and self.step else contextlib.nullcontext():
             if losses:
-                tokens = self.plans[max(self.stage, 0)].pack_tokens
-                self.monitor.log(self.step, self.heldout.losses(stage, tokens))
+                self.monitor.log(self.step, self.heldout.losses(stage, self.plans[self.stage].pack_tokens))
             if grid and (picture := self.heldout.grid(stage)):
                 self.monitor.image(self.step, "heldout", picture)
         self.model.packed.train()
-
-    def _enter_stage_for_look(self) -> None:
-        if self.step < self.config.total_steps:
-            self._enter_stage()
 
     # ---- saving ----
 

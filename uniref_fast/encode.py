@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["image_latents", "prompt_embeddings", "prompt_tokens", "to_rgb"]
+__all__ = ["condition_tokens", "image_latents", "prompt_embeddings", "prompt_tokens", "to_rgb"]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
