@@ -6,6 +6,7 @@ import pickle
 import random
 import tarfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import numpy as np
@@ -190,6 +191,66 @@ def test_a_chain_of_edits_is_no_row(folder):
 def test_a_row_keeps_what_it_says(folder):
     found = Dataset(write_jsonl(folder / "a.jsonl", [row(text=" Ünï\u2028code ", task_type="edit", scene={"a": 1})]))[0]
     assert (found.instruction, found.task_type, found.where) == (" Ünï\u2028code ", "edit", "a.jsonl:1")
+
+
+SCENE = {
+    "size": [8, 6],
+    "objects": [{"artwork": "art/one.png"}, {"artwork": "art/none.png"}],
+    "references": [{"objects": [{"artwork": "art/two.png"}, {"artwork": "art/one.png"}]}],
+}
+
+
+def test_the_scene_of_a_row_comes_with_its_artworks(folder):
+    (folder / "art").mkdir()
+    for name, color in (("one", RED), ("two", GREEN)):
+        (folder / "art" / f"{name}.png").write_bytes(encoded(color))
+    lines = [row(scene=SCENE), row(scene=json.dumps(SCENE)), row()]
+    jsonl = Dataset(write_jsonl(folder / "a.jsonl", lines))
+    columns = {key: [line[key] for line in lines[:2]] for key in row()}
+    structs = Dataset(write_parquet(folder / "s.parquet", columns | {"scene": [SCENE] * 2}))
+    texts = Dataset(write_parquet(folder / "t.parquet", columns | {"scene": [json.dumps(SCENE)] * 2}))
+    for found in (jsonl[0], jsonl[1], structs[1], texts[0]):
+        assert found.scene == SCENE
+        assert {path: color_of(source) for path, source in found.artworks.items()} == {
+            "art/one.png": RED,
+            "art/two.png": GREEN,
+        }, "what is there, of the references too"
+    assert jsonl[2].scene is None and jsonl[2].artworks == {}
+    bare = replace(jsonl[0], scene=None, artworks={})
+    assert jsonl[0] != bare and hash(jsonl[0]) == hash(bare), "rows with a scene can be keys too"
+    (folder / "meta").mkdir()
+    beside = Dataset(write_jsonl(folder / "meta" / "b.jsonl", lines), image_folder=folder)
+    assert set(beside[0].artworks) == {"art/one.png", "art/two.png"}
+    members = {"1.json": json.dumps({"instruction": "do it", "scene": SCENE}).encode(), "1.output.png": encoded(BLUE),
+               "art/one.png": encoded(RED)}  # fmt: skip
+    with tarfile.open(folder / "c.tar", "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (found,) = Dataset(folder / "c.tar")
+    assert found.scene == SCENE and {path: color_of(s) for path, s in found.artworks.items()} == {"art/one.png": RED}
+
+
+@pytest.mark.parametrize("scene", ["a beach", "[1, 2]", "{broken", "\ud800", 3, None, [SCENE], True])
+def test_what_is_no_scene_is_none_and_no_error(folder, scene):
+    found = Dataset(write_jsonl(folder / "a.jsonl", [row(scene=scene)]))[0]
+    assert found.scene is None and found.artworks == {} and meaning(found) == TWO
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [
+        {},
+        {"objects": 3},
+        {"objects": [None, 3, {}, {"artwork": 5}, {"artwork": ""}, {"artwork": "x" * 5000}, {"artwork": "a\0b"}]},
+        {"objects": [{"artwork": "../r.png"}], "references": [None, {"objects": None}, 7]},
+        {"objects": [], "references": "none"},
+    ],
+)
+def test_a_scene_with_wrong_values_is_no_reason_to_refuse_a_row(folder, scene):
+    found = Dataset(write_jsonl(folder / "a.jsonl", [row(scene=scene)]))[0]
+    assert found.scene == scene and found.artworks == {} and meaning(found) == TWO
 
 
 # ---- jsonl and json ----

@@ -180,14 +180,14 @@ def test_kill_while_saving(data, whole, tmp_path):
 
 
 def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
-    out, step = tmp_path / "run", trainer.Trainer._train_step
+    out, step = tmp_path / "run", trainer.Trainer.train_step
 
     def interrupted(self):
         if self.step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        step(self)
+        return step(self)
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     assert sft.main(flags(data, out)) == 143
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"] and sorted(losses(out)) == [0]
     monkeypatch.undo()

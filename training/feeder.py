@@ -6,19 +6,19 @@ where the stream stands and which samples wait: a state of a few hundred integer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from uniref_fast.training.packing import CostModel, Key, Pack, Packer
-from uniref_fast.training.recipes import SFT, stage_at
+from uniref_fast.training.recipes import SFT, Recipe, stage_at
 from uniref_fast.training.rows import Dataset
 from uniref_fast.training.samples import Encoder, Prepared
 from uniref_fast.training.stages import StagePlan
 from uniref_fast.training.stream import Stream
 
-__all__ = ["BrokenRowsError", "Feeder", "StepPacks"]
+__all__ = ["BrokenRowsError", "Feeder", "StepPacks", "refuse_broken", "row_weights"]
 
 
 class BrokenRowsError(RuntimeError):
@@ -172,16 +172,20 @@ class Feeder:
             BrokenRowsError: for more than the run allows, or all there are.
         """
         self._broken.update(where for where, _ in rows[len(rows) - count :])
-        most = self.config.max_broken
-        if self.broken > most or self.broken == len(self.dataset):
-            last = "; ".join(f"{where}: {reason}" for where, reason in rows[-3:])
-            limit = f"over max_broken = {most}" if self.broken > most else "all of them"
-            raise BrokenRowsError(
-                f"{self.broken} rows could not be used, {limit}; the last: {last}. `uniref-fast data check` lists all"
-            )
+        refuse_broken(self._broken, self.config.max_broken, len(self.dataset), rows)
 
 
-def row_weights(config: SFT) -> list[float] | None:
+def refuse_broken(broken: Collection[str], most: int, total: int, rows: list[tuple[str, str]]) -> None:
+    """Raise BrokenRowsError for more broken rows than a run allows, or all there are; `rows` are the last of them."""
+    if len(broken) > most or len(broken) == total:
+        last = "; ".join(f"{where}: {reason}" for where, reason in rows[-3:])
+        limit = f"over max_broken = {most}" if len(broken) > most else "all of them"
+        raise BrokenRowsError(
+            f"{len(broken)} rows could not be used, {limit}; the last: {last}. `uniref-fast data check` lists all"
+        )
+
+
+def row_weights(config: Recipe) -> list[float] | None:
     """Occurrences per epoch of each row of the data, or None when each comes once."""
     if not config.weights:
         return None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from uniref_fast.training.readers import from_json
+
 __all__ = ["FORMATS", "PICTURE_SUFFIXES", "TEXT_KEYS", "Format", "Parts", "is_picture_key", "nearest_key", "recognise"]
 
 
@@ -99,12 +101,13 @@ def nearest_key(key: str, form: Format) -> str | None:
 
 @dataclass(frozen=True)
 class Parts:
-    """A row's content; pictures are paths, bytes or {"bytes", "path"} mappings, not yet looked at."""
+    """A row's content; pictures are paths, bytes or {"bytes", "path"} mappings, not yet looked at; so is the scene."""
 
     instruction: str
     references: tuple[tuple[str, Any], ...]
     target: tuple[str, Any] | None
     task_type: str | None
+    scene: Mapping[str, Any] | None = None
 
     @staticmethod
     def of(values: Mapping[str, Any], form: Format) -> Parts:
@@ -124,7 +127,18 @@ class Parts:
         task_type = values.get("task_type")
         if not isinstance(task_type, (str, type(None))):
             raise ValueError(f"task_type must be a text, got {task_type!r}")
-        return Parts(_instruction(values, form, len(references)), references, target, task_type)
+        instruction = _instruction(values, form, len(references))
+        return Parts(instruction, references, target, task_type, _object(values.get("scene")))
+
+
+def _object(value: Any) -> Mapping[str, Any] | None:
+    """A JSON object, as one or as its text; None for anything else, which is another data set's own."""
+    if isinstance(value, str):
+        try:
+            value = from_json(value.encode("utf-8"))
+        except ValueError:
+            return None
+    return value if isinstance(value, dict) else None
 
 
 def _refuse_strays(values: Mapping[str, Any], form: Format) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from uniref_fast.loading import load_pipeline
 from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.single_frame import single_frame
 from uniref_fast.training.parallel import Ranks, shard
-from uniref_fast.training.recipes import SFT
+from uniref_fast.training.recipes import Recipe
 
 __all__ = ["TrainedModel"]
 
@@ -31,7 +33,7 @@ class TrainedModel:
         parameters: what is trained, by name in the transformer.
     """
 
-    def __init__(self, config: SFT, ranks: Ranks) -> None:
+    def __init__(self, config: Recipe, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         compute, master = (getattr(torch, name) for name in (config.dtype, config.master))
         try:
@@ -41,6 +43,10 @@ class TrainedModel:
         self.pipe.set_progress_bar_config(disable=True)
         for part in (self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(ranks.device)
+        self._frames = contextlib.ExitStack()  # pictures, never videos, for as long as the model lives
+        self._frames.enter_context(single_frame(self.pipe.vae))
+        if config.start is not None:
+            self._go_on(config.start, compute)
         transformer = self.pipe.transformer
         transformer.requires_grad_(config.lora_rank is None)
         if config.lora_rank is not None:
@@ -55,11 +61,28 @@ class TrainedModel:
         shard(self.packed, ranks, compute)  # moves a block at a time to the device
         self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
+    def _go_on(self, start: Path, dtype: torch.dtype) -> None:
+        """Load what an earlier run exported; an adapter is gone on with, not added to."""
+        if not any((start / name).is_dir() for name in ("lora", "transformer")):
+            raise ValueError(f"start = {start} has neither lora/ nor transformer/; give the folder of a finished run")
+        if (start / "transformer").is_dir():
+            kind = type(self.pipe.transformer)
+            self.pipe.transformer = kind.from_pretrained(start / "transformer", torch_dtype=dtype, use_safetensors=True)
+        if (start / "lora").is_dir():
+            self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
+            rank = self.pipe.transformer.peft_config["default"].r
+            if rank != self.config.lora_rank:
+                raise ValueError(f"the adapter of {start} has rank {rank}; set lora_rank to it, or fuse it first")
+
     def _add_adapter(self) -> None:
         from peft import LoraConfig
 
         config, transformer = self.config, self.pipe.transformer
         assert config.lora_rank is not None
+        if hasattr(transformer, "peft_config"):  # gone on with
+            for name, parameter in transformer.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            return
         torch.manual_seed(config.seed)  # the same weights on all ranks
         try:
             transformer.add_adapter(

@@ -1,14 +1,14 @@
-"""What a run of supervised fine-tuning is: a typed configuration, and the functions that return complete ones."""
+"""What a training run is: a typed configuration; for supervised fine-tuning the functions that return complete ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["RECIPES", "SFT", "Stage", "lora", "paper", "stage_at", "tiny"]
+__all__ = ["RECIPES", "SFT", "Recipe", "Stage", "lora", "paper", "stage_at", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class SFT:
-    """A run of supervised fine-tuning.
+class Recipe:
+    """What every kind of run has.
 
     Attributes:
         model: "builtin", a diffusers folder, or a hub id.
-        data: files or folders of training rows; "builtin" makes small ones with the shipped artworks.
+        start: folder of a run whose `lora/` or `transformer/` is gone on with; none starts at the model.
+        data: files or folders of rows; "builtin" makes small ones with the shipped artworks.
         weights: how often a row of each path of `data` comes per epoch, 0.5 is every other epoch; empty: once each.
-        heldout: files of rows that are never trained on, for the held-out loss and the sample grids; each is
-            reported by its file name.
+        heldout: files of rows that are never trained on, for held-out figures and the sample grids; each is reported
+            by its file name.
         image_folder: where relative image paths of the rows are looked up; none: beside their file.
-        stages: the budget curriculum, in order.
+        stages: the curriculum, in order.
         steps: optimizer steps of the whole run; none: as the stages say, else their lengths are scaled to it.
-        packs: packs of an optimizer step over all ranks; the ranks that share packs must divide it.
+        packs: packs of a step over all ranks; the ranks that share packs must divide it.
         lora_rank: rank of the adapter; none trains all weights.
         lora_alpha: the adapter's scale is lora_alpha / lora_rank.
         lora_targets: names of the Linears that get an adapter.
@@ -71,20 +72,15 @@ class SFT:
         schedule: of the learning rate after the warm-up.
         max_grad_norm: gradients of a larger norm are scaled down to it; 0 leaves them.
         ema: decay of the averaged weights that are evaluated and exported; none keeps no average.
-        t_mean: mean of the normal distribution whose sigmoid is t, before the resolution shift.
-        t_std: its standard deviation.
-        drop_text: share of samples that are trained with an empty instruction, for classifier-free guidance.
-        drop_references: share of samples that are trained without their references.
-        cost: prices of packing: counted operations, or measured on this machine when the run starts.
         seed: of everything that is random.
         cache: folder of encoded images and prompts; none encodes them anew each time.
         workers: threads that read images ahead.
         save_every: steps between checkpoints.
         keep: checkpoints kept.
-        eval_every: steps between held-out losses; 0 for none.
-        eval_samples: held-out rows of each file that the loss is taken over.
+        eval_every: steps between held-out figures; 0 for none.
+        eval_samples: held-out rows of each file that they are taken over.
         sample_every: steps between sample grids; 0 for none.
-        sample_count: held-out rows of each file in a grid.
+        sample_count: rows of a grid; held-out ones of each file.
         sample_steps: denoising steps of a sample.
         sample_guidance: true CFG scale of a sample; 1 turns guidance off.
         max_skipped: consecutive steps with a NaN or infinite loss or gradient that end the run.
@@ -97,6 +93,7 @@ class SFT:
 
     stages: tuple[Stage, ...]
     model: str = "Qwen/Qwen-Image-Edit-2511"
+    start: Path | None = None
     data: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
@@ -115,11 +112,6 @@ class SFT:
     schedule: Literal["cosine", "constant"] = "cosine"
     max_grad_norm: float = 1.0
     ema: float | None = 0.999
-    t_mean: float = 0.0
-    t_std: float = 1.0
-    drop_text: float = 0.1
-    drop_references: float = 0.05
-    cost: Literal["measured", "flops"] = "measured"
     seed: int = 0
     cache: Path | None = None
     workers: int = 4
@@ -141,15 +133,10 @@ class SFT:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a run needs at least one stage")
-        for name in ("drop_text", "drop_references"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
         least = {"packs": 1, "save_every": 1, "keep": 1, "eval_every": 0, "sample_every": 0, "eval_samples": 1,
                  "sample_count": 1, "sample_steps": 2, "max_skipped": 1, "max_broken": 0, "workers": 1, "warmup": 0,
-                 "t_std": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
-        for name, smallest in least.items():
-            if not getattr(self, name) >= smallest:  # nor NaN
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+                 "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
+        self._at_least(least)
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(f"weights: one for each path of data, {len(self.data)}; got {len(self.weights)}")
         if self.steps is not None and self.steps < len(self.stages):
@@ -158,6 +145,11 @@ class SFT:
             raise ValueError(f"lora_rank must be at least 1, or none to train all weights; got {self.lora_rank}")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema is a decay between 0 and 1, or none; got {self.ema}")
+
+    def _at_least(self, least: Mapping[str, float]) -> None:
+        for name, smallest in least.items():
+            if not getattr(self, name) >= smallest:  # nor NaN
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
     @property
     def total_steps(self) -> int:
@@ -182,7 +174,33 @@ class SFT:
         return rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def stage_at(config: SFT, step: int) -> tuple[int, Stage]:
+@dataclass(frozen=True)
+class SFT(Recipe):
+    """A run of supervised fine-tuning.
+
+    Attributes:
+        t_mean: mean of the normal distribution whose sigmoid is t, before the resolution shift.
+        t_std: its standard deviation.
+        drop_text: share of samples that are trained with an empty instruction, for classifier-free guidance.
+        drop_references: share of samples that are trained without their references.
+        cost: prices of packing: counted operations, or measured on this machine when the run starts.
+    """
+
+    t_mean: float = 0.0
+    t_std: float = 1.0
+    drop_text: float = 0.1
+    drop_references: float = 0.05
+    cost: Literal["measured", "flops"] = "measured"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("drop_text", "drop_references"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
+        self._at_least({"t_std": 0})
+
+
+def stage_at(config: Recipe, step: int) -> tuple[int, Stage]:
     """(number, stage) that a step belongs to."""
     number = next((i for i, end in enumerate(config.ends()) if step < end), len(config.stages) - 1)
     return number, config.stages[number]
@@ -193,8 +211,8 @@ def tiny() -> SFT:
     return SFT(
         model="builtin",
         data=("builtin",),
-        stages=(Stage(side=128, steps=150, lr=2e-3, target_side=128, pack_tokens=1024),
-                Stage(side=192, steps=150, lr=2e-3, target_side=128, pack_tokens=1280)),
+        stages=(Stage(side=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
+                Stage(side=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
         packs=2,
         dtype="float32",
         betas=(0.9, 0.99),

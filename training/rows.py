@@ -18,8 +18,8 @@ import json
 import operator
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,6 +73,10 @@ class Row:
         target: the picture wanted; None in rows for reinforcement learning.
         task_type: a label of the data set's own.
         where: its place: "file.jsonl:12" (line), "part-0.parquet:7" (row, from 1), "shard-3.tar:000017" (sample).
+        scene: what the target shows, as data made by `uniref-fast data make` says it; None without. It is as it stands
+            in the file: whoever uses it checks it.
+        artworks: the pictures of the scene's objects, those of its references too, by their paths as the scene has
+            them; not those that are not there.
     """
 
     instruction: str
@@ -80,6 +84,8 @@ class Row:
     target: ImageSource | None
     task_type: str | None
     where: str
+    scene: Mapping[str, Any] | None = field(default=None, repr=False, hash=False)
+    artworks: Mapping[str, ImageSource] = field(default_factory=dict, repr=False, hash=False)
 
 
 class Dataset:
@@ -174,7 +180,8 @@ class Dataset:
             raise ValueError(
                 f'no target picture: {hint}; only targets="optional" (reinforcement learning) takes such rows'
             )
-        return Row(parts.instruction, references, target, parts.task_type, where)
+        artworks = _artworks(parts.scene, record)
+        return Row(parts.instruction, references, target, parts.task_type, where, parts.scene, artworks)
 
 
 def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache) -> Reader:
@@ -202,7 +209,8 @@ def _format_of(reader: Reader) -> Format | None:
         (form,) = alone
     if isinstance(reader, ParquetReader):
         # columns under a misspelt name too: their rows are refused, not taken without them
-        reader.select(lambda key: key in (form.text, "task_type") or form.owns(key) or bool(nearest_key(key, form)))
+        kept = (form.text, "task_type", "scene")
+        reader.select(lambda key: key in kept or form.owns(key) or bool(nearest_key(key, form)))
     return form
 
 
@@ -219,6 +227,22 @@ def _source(name: str, value: Any, record: Record) -> ImageSource:
     if isinstance(path, str) and data is None:
         return record.find(path)
     raise ValueError(f'{name} must be a path or, in parquet, bytes or {{"bytes", "path"}}; got {value!r:.80}')
+
+
+def _artworks(scene: Mapping[str, Any] | None, record: Record) -> dict[str, ImageSource]:
+    """The pictures of a scene's objects that are there; what is wrong with a scene is for those to say who use it."""
+    if scene is None:
+        return {}
+    others = scene.get("references")
+    found: dict[str, ImageSource] = {}
+    for picture in (scene, *(others if isinstance(others, list) else ())):
+        things = picture.get("objects") if isinstance(picture, dict) else None
+        for thing in things if isinstance(things, list) else ():
+            path = thing.get("artwork") if isinstance(thing, dict) else None
+            if isinstance(path, str) and path not in found:
+                with contextlib.suppress(ValueError, OSError):
+                    found[path] = record.find(path)
+    return found
 
 
 # ---- files ----

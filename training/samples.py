@@ -48,7 +48,11 @@ class Prepared:
     def load(self) -> tuple[Image.Image, list[Image.Image]]:
         """Target and references, decoded; RGB."""
         assert self.row.target is not None  # `Encoder.prepare` refuses rows without
-        return self.row.target.load(), [] if self.dropped else [image.load() for image in self.row.references]
+        return self.row.target.load(), self.load_references()
+
+    def load_references(self) -> list[Image.Image]:
+        """References, decoded; RGB."""
+        return [] if self.dropped else [image.load() for image in self.row.references]
 
 
 @dataclass(frozen=True)
@@ -74,11 +78,12 @@ class Encoder:
         self, pipe: Any, cache: TensorCache, seed: int = 0, drop_text: float = 0.0, drop_references: float = 0.0
     ) -> None:
         self.pipe, self.cache, self.seed = pipe, cache, seed
+        self.device = pipe._execution_device  # asked for once: the pipeline looks through all its modules
         self.drop_text, self.drop_references = drop_text, drop_references
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
         self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
 
-    def prepare(self, row: Row, key: Sequence[int], side: int, target_side: int) -> Prepared:
+    def prepare(self, row: Row, key: Sequence[int], side: int, target_side: int, rollout: bool = False) -> Prepared:
         """Sizes and tokens of a row; reads the images' headers only.
 
         Args:
@@ -86,17 +91,20 @@ class Encoder:
             key: (epoch, index), which decides what is dropped.
             side: joint pixel budget of the references, side x side.
             target_side: largest target, target_side x target_side pixels.
+            rollout: the row needs no target; without one the result gets the last reference's aspect ratio (a square
+                without references) at target_side x target_side pixels.
 
         Raises:
             ValueError: for a row that cannot be trained on; with its place.
         """
-        if row.target is None:
+        if row.target is None and not rollout:
             raise ValueError(f"{row.where}: no target image to train on")
         dropped = uniform(self.seed, "drop references", key) < self.drop_references
         instruction = EMPTY if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
         try:
             sizes = [] if dropped else [image.size() for image in row.references]
-            ((width, height),) = fit_to_budget([row.target.size()], target_side**2)
+            wanted = row.target.size() if row.target else sizes[-1] if sizes else (1, 1)
+            ((width, height),) = fit_to_budget([wanted], target_side**2, upscale=row.target is None)
             request = EditRequest(instruction, sizes, width=width, height=height)  # type: ignore[arg-type]
             made = geometry(self.pipe, request, side**2)
             text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
@@ -107,27 +115,32 @@ class Encoder:
     @torch.no_grad()
     def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image]]) -> Encoded:
         """The tensors of a prepared row, whose `load()` gave the images."""
-        row, made = prepared.row, prepared.geometry
-        target, references = images
+        row, (target, references) = prepared.row, images
         assert row.target is not None
-        device = self.pipe._execution_device
-        sources = [] if prepared.dropped else list(row.references)
-        latents = [
-            self._latents(*each)
-            for each in zip(
-                (row.target, *sources), (target, *references), (made.size, *made.reference_sizes), strict=True
-            )
-        ]
+        latents = self._latents(row.target, target, prepared.geometry.size)
+        clean, text = self.encode_conditions(prepared, references)
+        return Encoded(latents, clean, text)
+
+    @torch.no_grad()
+    def encode_conditions(
+        self, prepared: Prepared, references: list[Image.Image], instruction: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """References `[m, C]` and prompt embeddings `[l, D]` of a prepared row; `load_references()` gave the images.
+
+        `instruction` stands in for the row's, such as the empty one that guidance needs.
+        """
+        made, device = prepared.geometry, self.device
+        sources = [] if prepared.dropped else list(prepared.row.references)
+        parts = [self._latents(*each) for each in zip(sources, references, made.reference_sizes, strict=True)]
+        none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=device, dtype=self.pipe.vae.dtype)
         digests = [source.digest() for source in sources] if self.cache.folder else []
-        key = content_key(self._text, prepared.instruction, digests, made.condition_sizes)
-        text = self.cache.get(
-            key, lambda: prompt_embeddings(self.pipe, prepared.instruction, references, made.condition_sizes)
-        )
-        if len(text) != prepared.sample.text:
-            raise RuntimeError(f"{row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
-        clean = torch.cat([latents[0][:0], *latents[1:]])
-        return Encoded(latents[0].to(device), clean.to(device), text.to(device))
+        words = prepared.instruction if instruction is None else instruction
+        key = content_key(self._text, words, digests, made.condition_sizes)
+        text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, made.condition_sizes))
+        if instruction is None and len(text) != prepared.sample.text:
+            raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
+        return torch.cat([none, *parts]), text.to(device)
 
     def _latents(self, source: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
         key = content_key(self._vae, source.digest(), size) if self.cache.folder else ""
-        return self.cache.get(key, lambda: image_latents(self.pipe, image, size)).to(self.pipe._execution_device)
+        return self.cache.get(key, lambda: image_latents(self.pipe, image, size)).to(self.device)

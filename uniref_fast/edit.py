@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniref_fast.encode import image_latents, prompt_embeddings, to_rgb
+from uniref_fast.encode import decode_image, image_latents, prompt_embeddings, to_rgb
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.models.qwen_image_patch import offloaded_norm
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
 from uniref_fast.visibility import Rule
 
-__all__ = ["edit"]
+__all__ = ["denoising_schedule", "edit", "guide"]
 
 
 def edit(
@@ -98,7 +98,7 @@ class _Job:
 
 def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     """Encode prompt and references with the pipeline's own methods, draw the noise, set the schedule."""
-    stock, device = _stock(), pipe._execution_device
+    device = pipe._execution_device
     images = [to_rgb(image) for image in request.images]
     texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
     prompts = [prompt_embeddings(pipe, text or "", images, sizes.condition_sizes) for text in texts]
@@ -112,20 +112,25 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     )
     parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in zip(images, sizes.reference_sizes, strict=True)]
     references = torch.cat([latents[0, :0], *parts])
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler = denoising_schedule(pipe.scheduler, latents.shape[1], request.num_inference_steps, device)
+    return _Job(request, sizes, prompts, references, latents, scheduler, scheduler.timesteps)
+
+
+def denoising_schedule(scheduler: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+    """A scheduler like the given one, set to so many steps for a target of so many tokens, as the pipeline does."""
+    stock, scheduler = _stock(), type(scheduler).from_config(scheduler.config)
     config = scheduler.config
     mu = stock.calculate_shift(
-        latents.shape[1],
+        tokens,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
-    steps = request.num_inference_steps
     sigmas: Any = np.linspace(1.0, 1 / steps, steps)  # an array, as the pipeline passes, whatever the annotation says
-    timesteps, _ = stock.retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=mu)
+    stock.retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=mu)
     scheduler.set_begin_index(0)
-    return _Job(request, sizes, prompts, references, latents, scheduler, timesteps)
+    return scheduler
 
 
 def _stock() -> Any:
@@ -159,7 +164,7 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
         for job, velocities in zip(active, _predict(model, active, step, max_tokens, layouts), strict=True):
             velocity = velocities[0]
             if job.request.guided:
-                velocity = _guide(velocities[0], velocities[1], job.request.true_cfg_scale)
+                velocity = guide(velocities[0], velocities[1], job.request.true_cfg_scale)
             stepped = job.scheduler.step(velocity[None], job.timesteps[step], job.latents, return_dict=False)[0]
             job.latents = stepped.to(job.latents.dtype)
         if bar is not None:
@@ -207,7 +212,7 @@ def _packs(rows: list[tuple[_Job, Tensor, Sample]], max_tokens: int | None) -> l
     return packs
 
 
-def _guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance with the norm of the positive prediction kept per token, as the pipeline does."""
     combined = negative + scale * (positive - negative)
     return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
@@ -216,15 +221,7 @@ def _guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
 def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
     if output_type == "latent":
         return job.latents
-    vae = pipe.vae
-    width, height = job.geometry.size
-    latents = pipe._unpack_latents(job.latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
-    mean, std = (
-        torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    image = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-    return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+    return decode_image(pipe, job.latents, job.geometry.size, output_type)
 
 
 def _refuse_hooks(transformer: Any, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What the transformer is given: prompt embeddings and image latents, by a pipeline's own encoders."""
+"""Prompt embeddings and image latents for the transformer, and its result decoded; by a pipeline's own parts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["condition_tokens", "image_latents", "prompt_embeddings", "prompt_tokens", "to_rgb"]
+__all__ = ["condition_tokens", "decode_image", "image_latents", "prompt_embeddings", "prompt_tokens", "to_rgb"]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -45,6 +46,22 @@ def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int]) -> Tenso
     latents = pipe._encode_vae_image(pixels.to(pipe._execution_device, pipe.vae.dtype), None)
     rows, columns = latents.shape[3:]
     return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
+
+
+def decode_image(pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+    """The image of packed latents `[1, tokens, channels]` at (width, height) pixels; the reverse of `image_latents`.
+
+    `output_type` is "pil", "np" or "pt", as the pipeline's.
+    """
+    vae = pipe.vae
+    width, height = size
+    latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
+    mean, std = (
+        torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    image = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+    return pipe.image_processor.postprocess(image, output_type=output_type)[0]
 
 
 def prompt_tokens(pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:

@@ -6,9 +6,9 @@
 Importing this package imports neither torch nor diffusers; the functions do.
 """
 
-from .store import build, load, weights_status
+from .store import build, load, weights_status, write
 
-__all__ = ["BuiltinProcessor", "SmallQwenImageEditPlusPipeline", "build", "load", "weights_status"]
+__all__ = ["BuiltinProcessor", "SmallQwenImageEditPlusPipeline", "build", "load", "weights_status", "write"]
 
 
 def __getattr__(name: str):

@@ -18,9 +18,9 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from .processor import BuiltinProcessor
 
 STOCK_CLASS = QwenImageEditPlusPipeline.__name__
-CONDITION_IMAGE_AREA = 112 * 112
-VAE_IMAGE_AREA = 128 * 128
-OUTPUT_AREA = 128 * 128
+CONDITION_IMAGE_AREA = 56 * 56
+VAE_IMAGE_AREA = 64 * 64
+OUTPUT_AREA = 64 * 64
 
 _stock_call = inspect.unwrap(QwenImageEditPlusPipeline.__call__)  # without torch.no_grad, which is put back below
 

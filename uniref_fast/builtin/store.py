@@ -16,13 +16,21 @@ FORMAT = 1  # of the folder; a change makes old caches unused
 def build(folder: str | os.PathLike, seed: int = 0) -> Path:
     """Write the complete diffusers folder of the untrained built-in pipeline (safetensors, bfloat16, below 24 MB).
 
-    The folder appears complete or not at all: it is written beside `folder` and renamed. The same seed gives the same
-    bytes. Raises FileExistsError when `folder` exists and is not empty; OSError when it cannot be written.
+    The same seed gives the same bytes. Raises as `write` does.
     """
     import torch
 
     from . import components
 
+    return write(components.pipeline(seed, torch.bfloat16), folder, weights="untrained", seed=seed)
+
+
+def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
+    """Write a built-in pipeline's folder with its status; it appears complete or not at all.
+
+    It is written beside `folder` and renamed. Raises FileExistsError when `folder` exists and is not empty; OSError
+    when it cannot be written.
+    """
     folder = Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty: choose another folder or remove it")
@@ -30,8 +38,8 @@ def build(folder: str | os.PathLike, seed: int = 0) -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         with _no_progress_bars():
-            components.pipeline(seed, torch.bfloat16).save_pretrained(unfinished)
-        write_status(unfinished, weights="untrained", seed=seed)
+            pipe.save_pretrained(unfinished)
+        write_status(unfinished, weights=weights, **details)
         for path in unfinished.rglob("*"):
             if path.is_file():
                 path.chmod(0o644)  # safetensors and mkdtemp create private files

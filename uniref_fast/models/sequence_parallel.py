@@ -68,6 +68,29 @@ class SequenceParallel:
         received = _Exchange.apply(x, [n] * self.size, lengths, self.group)
         return received.unflatten(0, (self.size, n)).transpose(0, 1).flatten(1, 2)
 
+    def gather_rows(self, x: Tensor, bounds: list[int]) -> Tensor:
+        """Every rank's rows `[n, ...]` -> all rows `[N, ...]` on each of them.
+
+        For losses that all ranks of the group compute alike: in the backward each keeps the gradient of its own rows.
+        """
+        return _Gather.apply(x, bounds, self.rank, self.group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bounds: list[int], rank: int, group: dist.ProcessGroup) -> Tensor:
+        ctx.start, ctx.end = bounds[rank], bounds[rank + 1]
+        lengths = [end - start for start, end in pairwise(bounds)]
+        padded = x.new_zeros(max(lengths), *x.shape[1:])  # all_gather takes parts of one length
+        padded[: len(x)] = x
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(gathered, padded, group=group)
+        return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad[ctx.start : ctx.end], None, None, None
+
 
 class _Exchange(torch.autograd.Function):
     """all_to_all_single along the first dimension; its gradient is the exchange the other way."""

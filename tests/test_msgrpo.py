@@ -1,0 +1,474 @@
+"""MSGRPO end to end, on the built-in model: the gate, exact resume, ranks, a judge that misbehaves."""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from uniref_fast.training import gate, msgrpo, rl_trainer, roller
+from uniref_fast.training.made_files import make
+from uniref_fast.training.make_data import MakeConfig, artworks, sample
+
+sys.path.insert(0, str(Path(__file__).parent))
+import judge_server
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "made"
+    config = MakeConfig(artworks("shipped"), size=64, references=(1, 2))
+    make(folder, config, {"train": 16, "heldout_objects": 3, "heldout_combinations": 0}, 1, force=False, draw=sample)
+    return folder
+
+
+def flags(data, out, *more, steps=3):
+    given = {
+        "recipe": "tiny",
+        "data": data / "train.jsonl",
+        "heldout": data / "heldout_objects.jsonl",
+        "out": out,
+        "steps": steps,
+        "prompts": 2,
+        "group": 3,
+        "rollout-steps": 4,
+        "sample-steps": 3,
+        "lora-rank": 2,
+        "save-every": 1,
+        "eval-every": 0,
+        "eval-samples": 3,
+        "sample-every": 0,
+        "tensorboard": "false",
+    }
+    for i in range(2):
+        given |= {f"stages.{i}.side": 48, f"stages.{i}.target-side": 32, f"stages.{i}.pack-tokens": 512}
+    given |= {name.removeprefix("--"): value for name, value in zip(more[::2], more[1::2], strict=True)}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def records(out, name="metrics"):
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def steps_of(out):
+    """What a run did, without what depends on the clock."""
+    timed = ("seconds", "per_second")
+    return [{k: v for k, v in r.items() if not any(t in k for t in timed)} for r in records(out) if "loss" in r]
+
+
+def events(out, kind):
+    return [record for record in records(out, "events") if record["kind"] == kind]
+
+
+def weights(out):
+    return load_file(next((out / "lora").glob("*.safetensors")))
+
+
+def equal_to(whole, out):
+    assert steps_of(out) == steps_of(whole), "bit for bit"
+    expected = weights(whole)
+    assert [name for name, tensor in weights(out).items() if not torch.equal(tensor, expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of three steps, two stages, without any interruption."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert msgrpo.main(flags(data, out, "--sample-every", 2, "--eval-every", 3)) == 0
+    torch.set_num_threads(before)
+    return out
+
+
+def test_a_run(whole):
+    first = records(whole)[0]
+    assert {"eval/heldout_objects", "eval/heldout_objects/quality"} <= set(first)
+    made = steps_of(whole)
+    assert [record["step"] for record in made] == [0, 1, 2]
+    names = {"reward", "reward_std", "reward/integration", "reward/consistency", "reward/quality", "group_std"}
+    assert names | {"ratio", "zero_spread", "clip_fraction", "failures", "grad_norm"} <= set(made[0])
+    assert made[0]["ratio_min"] == made[0]["ratio_max"] == 1.0 and made[0]["grad_norm"] > 0
+    (passed,) = events(whole, "on-policy gate")
+    assert passed["timesteps"] == 3 and passed["worst_log_ratio"] == 0.0
+    assert [event["number"] for event in events(whole, "stage")] == [0, 1]
+    assert {path.name for path in (whole / "samples").iterdir()} >= {"groups-000001.png", "heldout-000002.png"}
+    moved = weights(whole)
+    assert any(tensor.abs().sum() > 0 for name, tensor in moved.items() if "lora_B" in name)
+
+
+def test_resume_is_exact(data, whole, tmp_path):
+    out = tmp_path / "half"
+    shutil.copytree(whole, out)
+    for step in (2, 3):
+        shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
+    shutil.rmtree(out / "lora")
+    assert msgrpo.main(flags(data, out, "--sample-every", 2, "--eval-every", 3, "--resume", "auto")) == 0
+    equal_to(whole, out)
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from uniref_fast.training import msgrpo, roller
+ask, asked = roller.Roller._ask, []
+def dying(self, batch, pack, step):
+    asked.append(pack)
+    if step == 1 and len(asked) % 2 == 0:
+        os.kill(os.getpid(), signal.{signal})
+    ask(self, batch, pack, step)
+roller.Roller._ask = dying
+sys.exit(msgrpo.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGKILL", -9), ("SIGTERM", 143)])
+def test_stopped_in_the_middle_of_a_group(data, whole, tmp_path, name, status):
+    """Rollouts and their noise are keyed: what was lost of the step is made again, to the bit."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED.replace("{signal}", name), *flags(data, out, "--packs", 2)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-2000:]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    assert msgrpo.main(flags(data, out, "--packs", 2, "--resume", "auto")) == 0
+    equal_to(whole, out)
+
+
+two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+
+
+def run_two_ranks(arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "training/msgrpo.py", *arguments], cwd=ROOT, env=environment,
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@two_ranks
+def test_two_ranks_make_the_same_rollouts_and_steps(data, whole, tmp_path):
+    """The same bits until gradients are summed, in another order."""
+    run_two_ranks(flags(data, tmp_path / "run"))
+    found, expected = steps_of(tmp_path / "run"), steps_of(whole)
+    exact = ("reward", "reward/quality", "group_std", "ratio_max", "tokens")
+    assert [found[0][name] for name in exact] == [expected[0][name] for name in exact]
+    for one, other in zip(found, expected, strict=True):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@two_ranks
+def test_ranks_that_share_packs(data, whole, tmp_path):
+    """Each half of the tokens of every pack; the ratio is still 1, and scores differ by rounding only."""
+    shared = [f"--stages.{i}.sequence-parallel" for i in range(2)]
+    run_two_ranks(flags(data, tmp_path / "run", shared[0], 2, shared[1], 2, "--guidance", 2))
+    found = steps_of(tmp_path / "run")
+    assert events(tmp_path / "run", "on-policy gate")[0]["worst_log_ratio"] <= gate.TOLERANCE
+    alone = tmp_path / "alone"
+    assert msgrpo.main(flags(data, alone, "--guidance", 2)) == 0
+    for one, other in zip(found, steps_of(alone), strict=True):
+        assert one["reward"] == pytest.approx(other["reward"], abs=1e-3)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--visibility", "group_shared"),
+        ("--visibility", "group_shared", "--guidance", "3"),
+        ("--sampler", "cps", "--noise", "0.8", "--advantage", "per_axis", "--spread", "batch"),
+        ("--window", "2", "--rollout-steps", "6", "--guard", "true", "--clip-high", "0.2"),
+        ("--kl", "0.1", "--inner-epochs", "2", "--updates", "2", "--timesteps", "0.7"),
+        ("--dtype", "bfloat16", "--stages.0.checkpointing", "true", "--ema", "0.9"),
+        ("--lora-rank", "none"),
+    ],
+    ids=lambda more: " ".join(more),
+)
+def test_other_settings(data, tmp_path, more):
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(data, out, *more, steps=2)) == 0
+    (passed,) = events(out, "on-policy gate")
+    assert passed["worst_log_ratio"] <= gate.TOLERANCE
+    made = steps_of(out)
+    assert all(record["grad_norm"] > 0 for record in made)
+    first_update = "--updates" not in more and "--inner-epochs" not in more
+    assert made[0]["ratio_max"] == pytest.approx(1.0, abs=1e-6) if first_update else made[0]["ratio_max"] != 1.0
+    assert ("kl" in made[0]) == ("--kl" in more)
+    if "--kl" in more:
+        assert made[1]["kl"] > 0
+
+
+def test_group_shared_sends_fewer_tokens(data, tmp_path):
+    tokens = {}
+    for visibility in ("full", "group_shared"):
+        out = tmp_path / visibility
+        assert msgrpo.main(flags(data, out, "--visibility", visibility, "--group", 6, steps=2)) == 0
+        tokens[visibility] = steps_of(out)[0]["tokens"]
+    assert tokens["group_shared"] < 0.8 * tokens["full"]
+
+
+# ---- the gate ----
+
+
+def test_check_ratio_prints_every_timestep_and_trains_nothing(data, tmp_path, capsys):
+    assert msgrpo.main(flags(data, tmp_path / "run", "--check-ratio", "true")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 3 and all("1.000000000" in line for line in lines[1:])
+    assert not (tmp_path / "run").exists()
+
+
+def low_precision_latents(monkeypatch):
+    real = roller.roll
+
+    def rounded(*arguments):
+        pack = arguments[1]
+        for step in real(*arguments):
+            for member in pack.members:
+                member.before = {i: x.bfloat16() for i, x in member.before.items()}
+            yield step
+
+    monkeypatch.setattr(roller, "roll", rounded)
+
+
+def dropout(monkeypatch):
+    real = roller.Roller.plan
+
+    def planned(self, *arguments):
+        for module in self.model.packed.transformer.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+                module.train()
+        return real(self, *arguments)
+
+    monkeypatch.setattr(roller.Roller, "plan", planned)
+
+
+def moved_weights(monkeypatch):
+    real = rl_trainer.RLTrainer._gate
+
+    def moved(self, batch):
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.add_(0.05)
+        real(self, batch)
+
+    monkeypatch.setattr(rl_trainer.RLTrainer, "_gate", moved)
+
+
+def unlike_gradients(monkeypatch):
+    real = gate.velocities
+
+    def other(*arguments):
+        made = real(*arguments)
+        return [v * 1.01 for v in made] if torch.is_grad_enabled() else made
+
+    monkeypatch.setattr(gate, "velocities", other)
+    monkeypatch.setattr("uniref_fast.training.rollout.velocities", other)
+
+
+def unsteady(monkeypatch):
+    real = gate.velocities
+
+    def other(*arguments):
+        return [v + 1e-3 * torch.randn_like(v) for v in real(*arguments)]
+
+    monkeypatch.setattr(gate, "velocities", other)
+    monkeypatch.setattr("uniref_fast.training.rollout.velocities", other)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (low_precision_latents, "latents are kept in torch.bfloat16"),
+        (dropout, "dropout is on"),
+        (moved_weights, "weights, packs or latents changed"),
+        (unlike_gradients, "keeps gradients differs"),
+        (unsteady, "not deterministic"),
+    ],
+)
+def test_the_gate_refuses_and_names_the_cause(data, tmp_path, monkeypatch, capsys, fault, cause):
+    fault(monkeypatch)
+    assert msgrpo.main(flags(data, tmp_path / "run")) == 1
+    message = capsys.readouterr().err
+    assert "OffPolicyError" in message and cause in message and "First at timestep 0 (t = 1.0000)" in message
+    assert not list((tmp_path / "run").glob("checkpoints/*")) and not steps_of(tmp_path / "run")
+
+
+# ---- the judge ----
+
+
+def judged(data, out, server, *more, steps=2):
+    return flags(data, out, "--rewards", "judge", "--judge.url", server.url, "--judge.backoff", 0.05,
+                 "--judge.timeout", 20, "--judge.attempts", 8, "--judge.model", judge_server.MODEL, "--group", 8,
+                 "--max-failures", 0.9, *more, steps=steps)  # fmt: skip
+
+
+def by_content(handler, request):
+    """Misbehaves for some results and not for others, whatever the order of the requests."""
+    result = judge_server.pictures(request)[-1]
+    value = sum(result.resize((1, 1)).getpixel((0, 0)))
+    misbehave = {
+        0: judge_server.say("I like it"),
+        1: judge_server.say(""),
+        2: judge_server.say(judge_server.scores(integration=70)),
+        3: judge_server.say('{"reasoning": "no scores"}'),
+        4: judge_server.status(400),
+    }.get(value % 9)
+    (misbehave or judge_server.say(judge_server.scores(value % 10, value % 7, 5)))(handler, request)
+
+
+@pytest.fixture(scope="module")
+def judged_whole(data, tmp_path_factory):
+    """A run with a judge that fails for some rollouts, and the calls it got."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("judged") / "run"
+    with judge_server.JudgeServer() as server:
+        server.default = by_content
+        server.plan = [judge_server.by_colour]  # the check before the run
+        assert msgrpo.main(judged(data, out, server)) == 0
+        calls = len(server.requests)
+    torch.set_num_threads(before)
+    return out, calls
+
+
+def test_failures_are_never_scores(judged_whole):
+    """Scores of the log alone, without those that failed, give the means and the spreads that were trained on."""
+    out, calls = judged_whole
+    log = records(out / "judge", "judge-0")
+    assert len(log) + 1 == calls == 1 + 2 * 2 * 8
+    for record in steps_of(out):
+        mine = [entry for entry in log if entry["step"] == record["step"]]
+        scored = [entry["scores"] for entry in mine if "scores" in entry]
+        assert 0 < len(scored) < len(mine) and record["failures"] == 1 - len(scored) / len(mine)
+        assert record["samples"] == len(scored)
+        for axis in ("integration", "consistency", "quality"):
+            assert record[f"reward/{axis}"] == pytest.approx(statistics.fmean(s[axis] for s in scored))
+        groups = {}
+        for entry in mine:
+            if "scores" in entry:
+                groups.setdefault(tuple(entry["key"][:2]), []).append(sum(entry["scores"].values()))
+        spreads = [statistics.pstdev(group) for group in groups.values() if len(group) > 1]
+        assert record["group_std"] == pytest.approx(statistics.fmean(s for s in spreads if s > 1e-6))
+        kinds = {event["failure"] for event in events(out, "no scores") if event["step"] == record["step"]}
+        assert kinds and kinds <= {"malformed", "empty", "schema", "status"}
+        assert record["judge/calls"] == 16
+    assert all(record["judge/seconds_p95"] > 0 for record in records(out) if "loss" in record)
+
+
+def test_a_resumed_run_asks_nothing_twice(data, judged_whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(judged_whole[0], out)
+    shutil.rmtree(out / "checkpoints" / "step-000002")
+    with judge_server.JudgeServer() as server:
+        server.plan = [judge_server.by_colour]
+        server.default = judge_server.status(500)
+        assert msgrpo.main(judged(data, out, server, "--resume", "auto")) == 0
+        assert len(server.requests) == 1, "the check before the run"
+    strip = [{k: v for k, v in r.items() if not k.startswith("judge/")} for r in steps_of(out)]
+    assert strip == [{k: v for k, v in r.items() if not k.startswith("judge/")} for r in steps_of(judged_whole[0])]
+    expected = weights(judged_whole[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(out).items())
+
+
+def test_an_outage_pauses_and_goes_on(data, judged_whole, tmp_path):
+    out = tmp_path / "run"
+    with judge_server.JudgeServer() as server:
+        server.default = by_content
+        answered = []
+
+        def going(handler, request):
+            answered.append(request)
+            by_content(handler, request)
+            if len(answered) == 9:
+                threading.Thread(target=away).start()
+
+        def away():
+            server.stop()
+            time.sleep(1.5)
+            server.start()
+
+        server.default = going
+        server.plan = [judge_server.by_colour]
+        assert msgrpo.main(judged(data, out, server)) == 0
+    (down,), (back,) = events(out, "judge down"), events(out, "judge back")
+    assert down["reason"] and back["seconds"] > 0
+    assert [r["reward"] for r in steps_of(out)] == [r["reward"] for r in steps_of(judged_whole[0])]
+
+
+def test_too_many_failures_end_the_run_and_keep_nothing_of_the_step(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    with judge_server.JudgeServer() as server:
+        server.plan = [judge_server.by_colour, *[by_content] * 16]
+        server.default = judge_server.say("nothing to say")
+        assert msgrpo.main(judged(data, out, server, "--save-every", 1)) == 1
+    message = capsys.readouterr().err
+    assert "RewardError: 16 of 16 rollouts of step 1 got no scores" in message and "malformed" in message
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_a_reward_of_ones_own(data, tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text(
+        "import numpy as np\n"
+        "def brightness(candidate):\n"
+        "    return {'quality': float(np.asarray(candidate.image).mean()) / 25.5}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert msgrpo.main(flags(data, tmp_path / "run", "--rewards", "own_reward:brightness", steps=2)) == 0
+    assert "reward/quality" in steps_of(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--rewards", "beauty"), "possible: scene, judge"),
+        (("--rewards", "nowhere:f"), "nowhere"),
+        (("--clip", "-1"), "clip must be at least 0"),
+        (("--window", "9"), "does not fit"),
+        (("--kl", "0.1", "--lora-rank", "none"), "lora_rank"),
+        (("--group", "1"), "group must be at least 2"),
+        (("--start", "nowhere"), "neither lora/ nor transformer/"),
+        (("--stages.0.pack-tokens", "64"), "over the 64 of a pack"),
+        (("--sampler", "ddim"), "sde"),
+        (("--rewards", "judge", "--judge.url", "http://localhost:9/v1"), "does not answer"),
+        (("--min-members", "9"), "more than a group has"),
+    ],
+)
+def test_wrong_input(data, tmp_path, capsys, more, message):
+    assert msgrpo.main(flags(data, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    (said,) = [line for line in error.splitlines() if line.startswith("msgrpo: ")]
+    assert message in said and "Traceback" not in error
+
+
+def test_no_rows_of_a_stages_kind(data, tmp_path, capsys):
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    single = [json.dumps(row) for row in rows if len(row["input_images"]) == 1]
+    (tmp_path / "single.jsonl").write_text("\n".join(single) + "\n")
+    status = msgrpo.main(
+        flags(data, tmp_path / "run", "--data", tmp_path / "single.jsonl", "--image-folder", data, "--heldout", "")
+    )
+    assert status == 2 and "no row with two references or more" in capsys.readouterr().err
+
+
+def test_goes_on_from_an_adapter_and_from_weights(data, whole, tmp_path):
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(data, out, "--start", whole, steps=2)) == 0
+    assert steps_of(out)[0]["reward"] != steps_of(whole)[0]["reward"], "the same rows and noise, other weights"
+    full = tmp_path / "full"
+    assert msgrpo.main(flags(data, full, "--lora-rank", "none", steps=2)) == 0
+    assert (full / "transformer").is_dir() and not (full / "lora").exists()
+    assert msgrpo.main(flags(data, tmp_path / "third", "--start", full, "--kl", 0.1, steps=2)) == 0
+    assert msgrpo.main(flags(data, tmp_path / "fourth", "--start", whole, "--lora-rank", 4)) == 2

@@ -1,0 +1,52 @@
+"""Multi-source GRPO, the second stage of UniRef-Image-Edit (arXiv 2602.14186).
+
+    torchrun --nproc-per-node 2 training/msgrpo.py --recipe tiny --start runs/tiny --out runs/tiny-rl
+    torchrun --nproc-per-node 8 training/msgrpo.py --recipe lora --data rows.jsonl --start runs/mine --out runs/rl \\
+        --judge.url http://localhost:8000/v1 --judge.model Qwen/Qwen3-VL-32B-Instruct
+
+`--help` lists every field of a recipe; each is a flag. `--check-ratio true` rolls out one step, replays it, prints how
+far its ratios are from 1 at every timestep, and trains nothing. The folder of the run holds what `training/sft.py`
+writes there, and the judge's log in `judge/`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from uniref_fast.training.gate import OffPolicyError
+from uniref_fast.training.launch import Place, launch
+from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.rl_recipes import MSGRPO, RL_RECIPES
+from uniref_fast.training.rl_trainer import RewardError, RLTrainer
+
+
+@dataclass(frozen=True)
+class RLPlace(Place):
+    """Where a run lives.
+
+    Attributes:
+        check_ratio: roll out one step, replay it, print its ratios at every timestep, and train nothing.
+    """
+
+    check_ratio: bool = False
+
+    @property
+    def only_looks(self) -> bool:
+        return self.check_ratio
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
+
+    def made(config: MSGRPO, ranks: Ranks, place: RLPlace, resume: int | None) -> RLTrainer:
+        return RLTrainer(config, ranks, place.out, resume, check=place.check_ratio)
+
+    return launch("msgrpo", RL_RECIPES, RLPlace(Path("runs/msgrpo")), made, sys.argv[1:] if argv is None else argv,
+                  "Multi-source GRPO on multi-reference editing rows.", (OffPolicyError, RewardError))  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""Prompts for rollouts: rows in the stream's order, those whose number of references a stage wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uniref_fast.training.feeder import refuse_broken, row_weights
+from uniref_fast.training.packing import Key
+from uniref_fast.training.rl_recipes import MSGRPO, RLStage
+from uniref_fast.training.rows import Dataset
+from uniref_fast.training.samples import Encoder, Prepared
+from uniref_fast.training.stream import Stream
+
+__all__ = ["Prompts"]
+
+COUNTS = {"multi": lambda k: k >= 2, "single": lambda k: k == 1, "any": lambda k: True}
+NAMES = {"multi": "two references or more", "single": "one reference", "any": "any number of references"}
+
+
+class Prompts:
+    """Gives out rows; all ranks ask alike and get the same.
+
+    Args:
+        dataset, encoder, config: of the run.
+        state: of `state()`, to go on from; None starts at the first row.
+
+    Raises:
+        ValueError: for a state of other data.
+    """
+
+    def __init__(
+        self, dataset: Dataset, encoder: Encoder, config: MSGRPO, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self.dataset, self.encoder, self.config = dataset, encoder, config
+        weights = row_weights(config)
+        self._stream = Stream(len(dataset), config.seed, weights)
+        self._broken: set[str] = set()
+        if state is not None:
+            if state["data"] != dataset.fingerprint:
+                raise ValueError(
+                    "the data is not what this run was trained on so far; give the same files, or start another run in "
+                    "a folder of its own"
+                )
+            self._stream = Stream.from_state(len(dataset), config.seed, state["stream"], weights)
+            self._broken = set(state["broken"])
+
+    def state(self) -> dict[str, Any]:
+        """What decides the rows that come next; for JSON."""
+        return {"data": self.dataset.fingerprint, "stream": self._stream.state(), "broken": sorted(self._broken)}
+
+    def take(self, count: int, stage: RLStage) -> tuple[list[tuple[Key, Prepared]], list[tuple[str, str]]]:
+        """The next rows with their sizes, and (place, reason) of rows that were passed over as broken.
+
+        Raises:
+            BrokenRowsError: for more broken rows than the run allows, or all there are.
+            ValueError: when a whole epoch has no row of the stage's kind.
+        """
+        taken: list[tuple[Key, Prepared]] = []
+        broken: list[tuple[str, str]] = []
+        passed = 0
+        while len(taken) < count:
+            (key,) = self._stream.take(1)
+            where = self.dataset.where(key[1])
+            try:
+                row = self.dataset[key[1]]
+                if not COUNTS[stage.references](len(row.references)):
+                    passed += 1
+                    if passed > 2 * len(self.dataset):
+                        raise LookupError
+                    continue
+                prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
+            except LookupError:
+                raise ValueError(
+                    f"the data has no row with {NAMES[stage.references]}, which a stage of references = "
+                    f'"{stage.references}" needs'
+                ) from None
+            except (ValueError, OSError) as error:
+                broken.append((where, str(error).removeprefix(f"{where}: ")))
+                self._broken.add(where)
+                refuse_broken(self._broken, self.config.max_broken, len(self.dataset), broken)
+                continue
+            taken.append((key, prepared))
+            passed = 0
+        return taken, broken

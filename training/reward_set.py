@@ -1,0 +1,116 @@
+"""The rewards of a run: functions in a weighted dict, asked while rollouts go on.
+
+"scene" is the programmatic reward of made data, "judge" the endpoint, and "package.module:function" a function of your
+own: it takes a `Candidate` and returns axis -> score, 0 to 10, with any names of axes; what it raises as a
+`UnscoredError` is a failure of that candidate alone, everything else ends the run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from uniref_fast.training.judge import Judge
+from uniref_fast.training.rewards import AXES, Candidate, Failure, Scores
+from uniref_fast.training.rl_recipes import MSGRPO
+from uniref_fast.training.scene_reward import scene_reward
+
+__all__ = ["RewardSet", "UnscoredError"]
+
+Reward = Callable[[Candidate], "Scores | Failure"]
+
+
+class UnscoredError(Exception):
+    """A candidate that a reward of your own cannot score."""
+
+
+class RewardSet:
+    """Asks all rewards of a run about a candidate.
+
+    Args:
+        config: of the run.
+        logs: folder of the judge's logs; None asks no judge whatever the config says.
+        rank: of this process; its log is `judge-<rank>.jsonl`.
+        resumed: answer from the logs of this folder what was asked before.
+        notify: takes (kind, **details) of the judge's outages.
+
+    Raises:
+        ValueError: for a reward that is not there, or a judge that does not answer.
+    """
+
+    def __init__(
+        self, config: MSGRPO, logs: Path, rank: int, resumed: bool, notify: Callable[..., None] | None = None
+    ) -> None:
+        self.weights = dict(zip(config.rewards, config.reward_weights or (1.0,) * len(config.rewards), strict=True))
+        self.axis_weights = dict(zip(AXES, config.axis_weights, strict=True))
+        self.judge: Judge | None = None
+        self._threads = ThreadPoolExecutor(1)  # a core stays with the rollouts
+        self._functions = {name: _function(name) for name in config.rewards if name != "judge"}
+        if "judge" in config.rewards:
+            logs.mkdir(parents=True, exist_ok=True)
+            old = sorted(logs.glob("judge-*.jsonl")) if resumed else []
+            self.judge = Judge(config.judge, logs / f"judge-{rank}.jsonl", notify, earlier=old)
+
+    def submit(self, candidate: Candidate, step: int) -> dict[str, Future[Scores | Failure]]:
+        """Ask every reward; returns at once."""
+        asked = {name: self._threads.submit(function, candidate) for name, function in self._functions.items()}
+        return asked if self.judge is None else {**asked, "judge": self.judge.submit(candidate, step)}
+
+    def combined(self, results: Mapping[str, Scores | Failure]) -> dict[str, float] | Failure:
+        """Axis -> weighted mean over the rewards that score it; a failure where any of them failed."""
+        totals: dict[str, list[tuple[float, float]]] = {}
+        for name, result in results.items():
+            if isinstance(result, Failure):
+                return Failure(result.kind, f"{name}: {result.reason}")
+            for axis, score in result.axes.items():
+                totals.setdefault(axis, []).append((self.weights[name], score))
+        return {
+            axis: sum(weight * score for weight, score in parts) / sum(weight for weight, _ in parts)
+            for axis, parts in totals.items()
+        }
+
+    def total(self, axes: Mapping[str, float]) -> float:
+        """Weighted mean over the axes, 0 to 10."""
+        weights = {axis: self.axis_weights.get(axis, 1.0) for axis in axes}
+        return sum(weights[axis] * score for axis, score in axes.items()) / sum(weights.values())
+
+    def statistics(self) -> dict[str, float]:
+        return {} if self.judge is None else self.judge.statistics()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self.judge is not None:
+            self.judge.close()
+
+
+def _function(name: str) -> Reward:
+    if name == "scene":
+        return scene_reward
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f'unknown reward {name!r}; possible: scene, judge, or "package.module:function"')
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+    return lambda candidate: _own(function, name, candidate)
+
+
+def _own(function: Callable[[Candidate], Any], name: str, candidate: Candidate) -> Scores | Failure:
+    try:
+        axes = function(candidate)
+    except UnscoredError as error:
+        return Failure("refused", str(error))
+    if not isinstance(axes, Mapping) or not axes or not all(_is_score(value) for value in axes.values()):
+        raise ValueError(f"reward {name!r} must return axis -> score from 0 to 10, got {axes!r}")
+    return Scores({str(axis): float(value) for axis, value in axes.items()})
+
+
+def _is_score(value: Any) -> bool:
+    try:
+        return 0 <= float(value) <= 10
+    except (TypeError, ValueError):
+        return False

@@ -1,0 +1,423 @@
+"""The loop of MSGRPO: prompts, rollouts in packs with rewards asked meanwhile, advantages, the replayed updates."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from uniref_fast.training.cache import TensorCache
+from uniref_fast.training.flow import draw
+from uniref_fast.training.gate import TOLERANCE, OffPolicyError, Timestep, probe, table
+from uniref_fast.training.grpo import Advantages, advantages, guarded_log_ratio, objective
+from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.prompts import Prompts
+from uniref_fast.training.recipes import stage_at
+from uniref_fast.training.reward_set import RewardSet
+from uniref_fast.training.rewards import Failure
+from uniref_fast.training.rl_recipes import MSGRPO, RLStage
+from uniref_fast.training.roller import Batch, Roller
+from uniref_fast.training.rollout import Group, MemberKey, RolloutPack, replay, schedule
+from uniref_fast.training.rows import Dataset
+from uniref_fast.training.run import Run
+from uniref_fast.training.samples import Encoder, Prepared
+from uniref_fast.training.sde import Sampler, deviations, divergence, log_density
+from uniref_fast.training.sight import Alarm, Shown, group_sheet, heldout_sheet
+
+__all__ = ["RLTrainer", "RewardError"]
+
+
+class RewardError(RuntimeError):
+    """Too many rollouts of a step got no scores."""
+
+
+@dataclass
+class Tally:
+    """What the updates of a step came to, on this rank."""
+
+    loss: float = 0.0
+    ratios: list[float] = field(default_factory=list)
+    clipped: int = 0
+    kl: list[float] = field(default_factory=list)
+
+
+class RLTrainer(Run):
+    """A run of MSGRPO; arguments and errors as `Run`, and ValueError for data that is not that of the checkpoint.
+
+    Args:
+        check: only pass the on-policy gate: `run` then rolls out one step, replays it, and trains nothing.
+    """
+
+    config: MSGRPO
+
+    def __init__(self, config: MSGRPO, ranks: Ranks, out: Path, resume: int | None = None, check: bool = False) -> None:
+        super().__init__(config, ranks, out, resume)
+        if getattr(self.model.pipe.vae, "use_tiling", False):
+            self.model.pipe.vae.disable_tiling()  # its seams would be judged, and learnt
+        self.check, self.checked = check, False
+        self.monitor.enabled &= not check
+        self.sampler = Sampler(config.sampler, config.noise)
+        self.model.packed.visibility = config.visibility
+        cache = TensorCache(config.cache)
+        self.encoder = Encoder(self.model.pipe, cache)
+        dataset = Dataset(config.data, config.image_folder, targets="optional")
+        self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
+        self._prompts_state = self.prompts.state()
+        self.heldout = {Path(p).stem: Dataset(p, config.image_folder, targets="optional") for p in config.heldout}
+        self.alarm = Alarm(config.alarm, self.saved.get("alarm"))
+        self.rewards = RewardSet(config, out / "judge", ranks.rank, resume is not None, self._notified)
+        self.roller = Roller(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
+
+    # ---- what `Run` asks for ----
+
+    def run(self) -> bool:
+        if not self.check:
+            return super().run()
+        try:
+            self._enter_stage()
+            rows, _ = self.prompts.take(self.config.prompts, self.config.stages[self.stage])
+            self._gate(self._rolled(rows, None)[0])
+        finally:
+            self.close()
+        return True
+
+    def begin(self) -> None:
+        if self.rewards.judge is not None and self.ranks.rank == 0:
+            self.monitor.event(self.step, "judge", told=self.rewards.judge.check())
+        self._warn_of_noise()
+
+    def state(self) -> dict[str, Any]:
+        return {"prompts": self._prompts_state, "alarm": self.alarm.state()}
+
+    def close(self) -> None:
+        self.rewards.close()
+
+    def train_step(self) -> bool:
+        start, config = time.perf_counter(), self.config
+        stage = config.stages[self.stage]
+        taken, broken = self.prompts.take(config.prompts, stage)
+        for where, reason in broken:
+            self.monitor.event(self.step, "broken row", where=where, reason=reason)
+        batch, whole = self._rolled(taken, self.step)
+        if not whole:
+            return False
+        if not self.checked:
+            self._gate(batch)
+        results = self.roller.results(batch)
+        if results is None:
+            return False
+        scores = self._scores(results)
+        advantage = advantages(
+            scores, batch.keys, self.rewards.axis_weights, kind=config.advantage, spread=config.spread,
+            min_members=config.min_members, clip=config.advantage_clip,
+        )  # fmt: skip
+        began = time.perf_counter()
+        tally, norm, trained = self._updated(batch, advantage)
+        metrics = self._metrics(batch, results, scores, advantage, tally)
+        metrics |= {"lr": config.lr(self.step), "grad_norm": norm}
+        metrics["update/tokens_per_second"] = trained / max(time.perf_counter() - began, 1e-9)
+        if self.average is not None:
+            self.average.update(self.step)
+        self.monitor.step(
+            self.step, metrics, tokens=batch.tokens + trained, samples=len(scores), flops=0.0,
+            seconds=time.perf_counter() - start,
+        )  # fmt: skip
+        self._sound(scores)
+        if config.sample_every and (self.step + 1) % config.sample_every == 0:
+            self._show_groups(batch, scores)
+        self._prompts_state = self.prompts.state()
+        return True
+
+    # ---- rollouts ----
+
+    def _rolled(self, rows: Sequence[tuple[tuple[int, int], Prepared]], step: int | None) -> tuple[Batch, bool]:
+        """Rollouts of rows; whether a signal left them whole. `step` None asks for no rewards."""
+        config = self.config
+        batch = self.roller.plan(rows, self.plans[self.stage], config.group, config.rollout_steps, config.guidance)
+        return batch, self.roller.roll(batch, self.sampler, config.guidance, config.seed, step)
+
+    def _scores(self, results: Mapping[MemberKey, dict[str, float] | Failure]) -> dict[MemberKey, dict[str, float]]:
+        """Scores of the members that have them.
+
+        Raises:
+            RewardError: when more failed than the run allows.
+        """
+        failed = [result for result in results.values() if isinstance(result, Failure)]
+        for kind, count in Counter(failure.kind for failure in failed).items():
+            reason = next(failure.reason for failure in failed if failure.kind == kind)
+            self.monitor.event(self.step, "no scores", failure=kind, count=count, such_as=reason)
+        if len(failed) > self.config.max_failures * len(results):
+            raise RewardError(
+                f"{len(failed)} of {len(results)} rollouts of step {self.step} got no scores, over max_failures = "
+                f"{self.config.max_failures:g}; the last: {failed[-1].kind}: {failed[-1].reason}. Nothing of this step "
+                "was kept; put it right and resume"
+            )
+        return {key: result for key, result in results.items() if not isinstance(result, Failure)}
+
+    # ---- the gate ----
+
+    def _gate(self, batch: Batch) -> None:
+        """Replay every noisy step of a rollout.
+
+        Raises:
+            OffPolicyError: on all ranks, where a ratio is not 1.
+        """
+        found: list[Timestep] = []
+        for slot in range(self.config.noisy_steps):
+            for pack in batch.packs:
+                mine = [] if pack is None else self._probed(pack, slot, diagnose=False)
+                if pack is None:
+                    self.roller.idle()
+                off = any(abs(one.log_ratio) > TOLERANCE or math.isnan(one.log_ratio) for one in mine)
+                if any(self.ranks.gather(off)):  # all ranks look for the cause together: weights are gathered
+                    if pack is not None:
+                        mine = self._probed(pack, slot, diagnose=True)
+                    else:
+                        for _ in range(4):
+                            self.roller.idle()
+                found += mine
+        everywhere = [one for ones in self.ranks.gather(found) for one in ones]
+        self.checked = True
+        worst = max((abs(one.log_ratio) for one in everywhere), default=0.0)
+        if self.check and self.ranks.rank == 0:
+            print(table(everywhere))
+        elif not self.check:
+            steps = len({one.step for one in everywhere})
+            self.monitor.event(self.step, "on-policy gate", timesteps=steps, worst_log_ratio=worst)
+        bad = sorted((one for one in everywhere if one.cause), key=lambda one: one.step)
+        if bad:
+            first = max((one for one in bad if one.step == bad[0].step), key=lambda one: abs(one.log_ratio))
+            raise OffPolicyError(
+                f"the replay does not repeat the rollout: {len(bad)} of {len(everywhere)} ratios are not 1. First at "
+                f"timestep {first.step} (t = {first.t:.4f}): ratio {math.exp(first.log_ratio):.8f}. Likely cause: "
+                f"{first.cause}. Nothing was trained"
+            )
+
+    def _probed(self, pack: RolloutPack, slot: int, diagnose: bool) -> list[Timestep]:
+        return probe(self.model.packed, pack, slot, self.sampler, self.config.guidance, diagnose)
+
+    # ---- updates ----
+
+    def _updated(self, batch: Batch, advantage: Advantages) -> tuple[Tally, float, int]:
+        """Train on the rollouts; (tally of this rank, largest gradient norm, tokens of all ranks)."""
+        config, tally, worst, tokens = self.config, Tally(), 0.0, 0
+        if not advantage.values:
+            self.monitor.event(self.step, "nothing to learn", zero_spread=advantage.zero_spread)
+            return tally, 0.0, 0
+        for epoch in range(config.inner_epochs):
+            for slots in self._chunks(epoch):
+                count = len(advantage.values) * len(slots)
+                for pack in batch.packs:
+                    for slot in slots:
+                        tokens += self._backward(pack, slot, advantage, count, tally)
+                norm = self.norm()
+                worst = max(worst, norm)
+                loss = math.fsum(self.ranks.gather(tally.loss))
+                if self.finite(norm, loss, lambda: [group.prepared.row.where for group in batch.groups]):
+                    self.take_step(norm)
+                self.optimizer.zero_grad(set_to_none=True)
+        return tally, worst, sum(self.ranks.gather(tokens)) // self.ranks.sequence
+
+    def _chunks(self, epoch: int) -> Iterator[list[int]]:
+        """The noisy steps that are trained on in an epoch, drawn for the step and shared out to its updates."""
+        config = self.config
+        drawn = torch.randperm(config.noisy_steps, generator=draw(config.seed, "timesteps", (self.step,)))
+        slots = sorted(drawn[: config.trained_steps].tolist())
+        order = torch.randperm(len(slots), generator=draw(config.seed, "slots", (self.step, epoch))).tolist()
+        for part in range(config.updates):
+            yield [slots[i] for i in order[part :: config.updates]]
+
+    def _backward(self, pack: RolloutPack | None, slot: int, advantage: Advantages, count: int, tally: Tally) -> int:
+        """Add the gradient of a pack at one noisy step; returns its tokens."""
+        packed, config = self.model.packed, self.config
+        if pack is None or not any(member.key in advantage.values for member in pack.members):
+            if config.kl:
+                with torch.no_grad(), self._adapter_off():
+                    self.roller.idle()
+            (self.roller.idle().sum() * 0.0).backward()
+            return 0
+        reference = None
+        if config.kl:
+            with torch.no_grad(), self._adapter_off():
+                reference = replay(packed, pack, slot, self.sampler, config.guidance)
+        terms = []
+        for number, (member, (i, step)) in enumerate(
+            zip(pack.members, replay(packed, pack, slot, self.sampler, config.guidance), strict=True)
+        ):
+            if member.key not in advantage.values:
+                continue
+            log_ratio = log_density(member.after[i], step) - member.log_probs[i]
+            tally.ratios.append(log_ratio.exp().item())
+            weight = 1.0
+            if config.guard:
+                rollout_mean = member.after[i] - step.std * member.noise(i, config.seed)
+                log_ratio = guarded_log_ratio(log_ratio, step.mean, rollout_mean, step.std)
+                weight = 1.0 / (member.group.grid[i] - member.group.grid[i + 1])
+            high = config.clip if config.clip_high is None else config.clip_high
+            loss, clipped = objective(log_ratio, advantage.values[member.key], config.clip, high)
+            tally.clipped += clipped
+            loss = weight * loss
+            if reference is not None:
+                kl = divergence(step, reference[number][1])
+                tally.kl.append(kl.item())
+                loss = loss + config.kl * kl
+            terms.append(loss)
+        total = torch.stack(terms).sum() / count
+        # every rank that shares the pack has the whole loss, and keeps the gradient of its own rows
+        total.backward()
+        tally.loss += total.item() / self.ranks.sequence
+        return pack.layout.joint_length
+
+    @contextlib.contextmanager
+    def _adapter_off(self) -> Iterator[None]:
+        transformer = self.model.pipe.transformer
+        transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            transformer.enable_adapters()
+
+    # ---- sight ----
+
+    def _metrics(
+        self,
+        batch: Batch,
+        results: Mapping[MemberKey, Any],
+        scores: Mapping[MemberKey, dict[str, float]],
+        advantage: Advantages,
+        tally: Tally,
+    ) -> dict[str, float]:
+        first = self.ranks.rank % self.ranks.sequence == 0
+        parts = self.ranks.gather((tally if first else Tally(), self.rewards.statistics()))
+        tallies = [part for part, _ in parts]
+        ratios = [ratio for part in tallies for ratio in part.ratios] or [1.0]
+        kl = [value for part in tallies for value in part.kl]
+        totals = [self.rewards.total(axes) for axes in scores.values()]
+        metrics = {
+            "loss": math.fsum(part.loss for part in tallies) * self.ranks.sequence,
+            "reward": _mean(totals),
+            "reward_std": _std(totals),
+            "group_std": advantage.spread,
+            "ratio": _mean(ratios),
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "clip_fraction": sum(part.clipped for part in tallies) / len(ratios),
+            "zero_spread": advantage.zero_spread / len(batch.groups),
+            "too_few": advantage.too_few / len(batch.groups),
+            "failures": sum(isinstance(result, Failure) for result in results.values()) / len(results),
+            "rollout/tokens_per_second": batch.tokens / batch.seconds,
+        }
+        for axis in sorted({axis for axes in scores.values() for axis in axes}):
+            values = [axes[axis] for axes in scores.values() if axis in axes]
+            metrics |= {f"reward/{axis}": _mean(values), f"reward_std/{axis}": _std(values)}
+        if kl:
+            metrics["kl"] = _mean(kl)
+        return metrics | _judge_metrics([statistics for _, statistics in parts])
+
+    def _sound(self, scores: Mapping[MemberKey, dict[str, float]]) -> None:
+        if not scores:
+            return
+        quality = [axes["quality"] for axes in scores.values() if "quality" in axes]
+        total = _mean([self.rewards.total(axes) for axes in scores.values()])
+        if quality and (told := self.alarm.add(total, _mean(quality))):
+            self.monitor.event(self.step, "reward hacking?", told=told)
+
+    def _show_groups(self, batch: Batch, scores: Mapping[MemberKey, dict[str, float]]) -> None:
+        """The best and the worst member of some groups, as a picture. All ranks."""
+        wanted: dict[MemberKey, str] = {}
+        chosen: list[tuple[Group, MemberKey, MemberKey]] = []
+        for group, keys in zip(batch.groups, batch.keys, strict=True):
+            scored = sorted((key for key in keys if key in scores), key=lambda key: self.rewards.total(scores[key]))
+            if len(scored) > 1 and len(chosen) < self.config.sample_count:
+                chosen.append((group, scored[-1], scored[0]))
+                wanted |= {scored[-1]: "best", scored[0]: "worst"}
+        mine = {key: image for key, image in batch.images.items() if key in wanted}
+        images = {key: image for part in self.ranks.gather(mine) for key, image in part.items()}
+        if self.ranks.rank == 0 and chosen:
+            shown = [
+                Shown(group.prepared, {"best": (images[best], scores[best]), "worst": (images[worst], scores[worst])})
+                for group, best, worst in chosen
+            ]
+            self.monitor.image(self.step, "groups", group_sheet(shown))
+
+    def look(self, figures: bool, grid: bool) -> None:
+        """Rewards of held-out rows, denoised without noise from the same start every time; and a picture of some."""
+        config, stage = self.config, self.config.stages[self.stage]
+        values: dict[str, float] = {}
+        shown: list[Shown] = []
+        for name, dataset in self.heldout.items():
+            count = min(config.eval_samples if figures else config.sample_count, len(dataset))
+            rows = [((0, i), self._prepared(dataset, i, stage)) for i in range(count)]
+            batch = self.roller.plan(rows, self.plans[self.stage], 1, config.sample_steps, config.sample_guidance)
+            if not self.roller.roll(batch, None, config.sample_guidance, 0, self.step):
+                return
+            results = self.roller.results(batch)
+            if results is None:
+                return
+            scores = {key: result for key, result in results.items() if not isinstance(result, Failure)}
+            if figures and scores:
+                values[f"eval/{name}"] = _mean([self.rewards.total(axes) for axes in scores.values()])
+                for axis in sorted({axis for axes in scores.values() for axis in axes}):
+                    values[f"eval/{name}/{axis}"] = _mean([axes[axis] for axes in scores.values() if axis in axes])
+                if len(scores) < len(results):
+                    values[f"eval/{name}/failures"] = 1 - len(scores) / len(results)
+            first = {keys[0] for keys in batch.keys[: config.sample_count]}
+            mine = {key: image for key, image in batch.images.items() if key in first}
+            images = {key: image for part in self.ranks.gather(mine) for key, image in part.items()}
+            for group, (key,) in zip(batch.groups[: config.sample_count], batch.keys, strict=False):
+                shown.append(Shown(group.prepared, {"made": (images[key], scores.get(key, {}))}))
+        if values:
+            self.monitor.log(self.step, values)
+        if grid and shown and self.ranks.rank == 0:
+            self.monitor.image(self.step, "heldout", heldout_sheet(shown))
+
+    def _prepared(self, dataset: Dataset, index: int, stage: RLStage) -> Prepared:
+        return self.encoder.prepare(dataset[index], (0, index), stage.side, stage.target_side, rollout=True)
+
+    def _warn_of_noise(self) -> None:
+        """Say when the noise of the rollouts leaves the model's latents other than those it was trained on."""
+        config = self.config
+        tokens = (stage_at(config, self.step)[1].target_side // (self.model.pipe.vae_scale_factor * 2)) ** 2
+        grid = schedule(self.model.pipe.scheduler, tokens, config.rollout_steps)
+        first = range(1, 1 + config.window) if config.window else None
+        plain, noisy = deviations(None, grid), deviations(self.sampler, grid, first)
+        told = {"final": noisy[-1], "largest": max(noisy), "without_noise": plain[-1]}
+        self.monitor.event(self.step, "sampler", **told)
+        if noisy[-1] > 1.03:
+            advice = (
+                f"rollouts end at {noisy[-1]:.1%} of the standard deviation they should have, {plain[-1]:.1%} without "
+                f"noise (Gaussian data, exact velocity): noise = {config.noise:g} is too large here; lower it, "
+                "or let all steps be noisy"
+            )
+            self.monitor.event(self.step, "noise too large", told=advice)
+
+    def _notified(self, kind: str, **details: Any) -> None:
+        self.monitor.event(self.step, kind, **details)
+
+
+def _judge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of all ranks: counts added up, shares and seconds weighed by calls."""
+    calls = sum(part.get("calls", 0.0) for part in parts)
+    if not calls:
+        return {}
+    metrics = {"judge/calls": calls}
+    for name in sorted({name for part in parts for name in part} - {"calls"}):
+        added = sum(part.get(name, 0.0) * (1 if name in ("retries", "replayed") else part["calls"]) for part in parts)
+        metrics[f"judge/{name}"] = added if name in ("retries", "replayed") else added / calls
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _std(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    return math.sqrt(_mean([(value - mean) ** 2 for value in values])) if values else math.nan

@@ -1,0 +1,264 @@
+"""What every training run does around its steps: plan the stages, look, save, resume, export, survive signals."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uniref_fast.estimate import transformer_flops
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.training.checkpoint import Checkpoints
+from uniref_fast.training.ema import MovingAverage
+from uniref_fast.training.model import TrainedModel
+from uniref_fast.training.monitor import Monitor, peak_flops
+from uniref_fast.training.parallel import Ranks, global_norm, scale_gradients
+from uniref_fast.training.recipes import Recipe, stage_at
+from uniref_fast.training.stages import StagePlan, device_memory, plan_stage
+
+__all__ = ["DivergedError", "Run"]
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had a NaN or infinite loss or gradient."""
+
+
+class Run:
+    """One process of a run; a subclass says what a step is.
+
+    Args:
+        config: of the run; data and heldout are paths by now.
+        ranks: of the run.
+        out: folder of the run.
+        resume: step of the checkpoint to go on from, or None.
+
+    Attributes:
+        saved: what the checkpoint kept of a subclass's `state()`; empty at the start of a run.
+
+    Raises:
+        ValueError: for a stage that does not fit.
+    """
+
+    def __init__(self, config: Recipe, ranks: Ranks, out: Path, resume: int | None = None) -> None:
+        self.config, self.ranks, self.out = config, ranks, out
+        self.model = TrainedModel(config, ranks)
+        self.parameters = list(self.model.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=1.0, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+        )
+        self.average = None if config.ema is None else MovingAverage(self.model.parameters, config.ema)
+        self.checkpoints = Checkpoints(out / "checkpoints", ranks, config.keep)
+        self.plans = self._plans()
+        self.stage = -1
+        self.step = 0
+        self.skipped = 0  # in a row
+        self.signalled = False  # this process was asked to stop
+        self.stopping = False  # all agreed to
+        self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
+        peak = peak_flops(ranks.device, getattr(torch, config.dtype))
+        self.monitor = Monitor(
+            out,
+            config.total_steps,
+            self.step,
+            enabled=ranks.rank == 0,
+            tensorboard=config.tensorboard,
+            wandb=config.wandb,
+            flops_per_second=peak and peak * ranks.size,
+        )
+
+    # ---- what a subclass says ----
+
+    def train_step(self) -> bool:
+        """Do step `self.step`; False when a signal came before it had any effect. All ranks agree."""
+        raise NotImplementedError
+
+    def look(self, figures: bool, grid: bool) -> None:
+        """Held-out figures and sample grids, at the averaged weights."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimizer, for JSON."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """Before the first step of this process, with the monitor open."""
+
+    def finished(self) -> None:
+        """After the last, with the monitor open."""
+
+    def close(self) -> None:
+        """Whatever happened."""
+
+    # ---- the loop ----
+
+    def run(self) -> bool:
+        """Train to the last step; False when a signal ended it before. A checkpoint then holds what was done."""
+        try:
+            with self.monitor, self._signals():
+                self.begin()
+                if self.step == 0:
+                    self._look()
+                while self.step < self.config.total_steps and not self.stopping:
+                    self._enter_stage()
+                    if not self.train_step():
+                        self.stopping = True
+                        self._save()
+                        break
+                    self.step += 1
+                    done = self.step == self.config.total_steps
+                    if self.step % self.config.save_every == 0 or done or self.stopping:
+                        self._save()
+                    if not self.stopping:
+                        self._look(done)
+                if not self.stopping:
+                    with self._averaged():
+                        self.model.export(self.out)
+                self.finished()
+        finally:
+            self.close()
+        return not self.stopping
+
+    def _enter_stage(self) -> None:
+        number, stage = stage_at(self.config, self.step)  # of the last step once all are done
+        if number != self.stage:
+            self.stage, plan = number, self.plans[number]
+            self.ranks.share_sequences(self.model.packed, plan.sequence_parallel)
+            self.model.packed.checkpointing = plan.checkpointing
+            self.monitor.event(
+                self.step, "stage", number=number, side=stage.side, pack_tokens=plan.pack_tokens, plan=plan.reason
+            )
+
+    def _look(self, done: bool = False) -> None:
+        config = self.config
+        figures = config.eval_every and (self.step % config.eval_every == 0 or done)
+        grid = config.sample_every and ((self.step and self.step % config.sample_every == 0) or done)
+        if figures or grid:
+            self._enter_stage()
+            self.model.packed.eval()
+            with self._averaged():
+                self.look(bool(figures), bool(grid))
+            self.model.packed.train()
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.average.applied() if self.average and self.step else contextlib.nullcontext()
+
+    def take_step(self, norm: float) -> None:
+        """Clip the gradients and let the optimizer step."""
+        if norm > self.config.max_grad_norm > 0:
+            scale_gradients(self.parameters, self.config.max_grad_norm / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr(self.step)
+        self.optimizer.step()
+
+    def norm(self) -> float:
+        return global_norm(self.parameters)
+
+    def finite(self, norm: float, loss: float, rows: Callable[[], list[str]]) -> bool:
+        """Whether the step may be taken; otherwise it is skipped, counted and named.
+
+        Args:
+            norm, loss: of the step.
+            rows: names what it was taken on.
+
+        Raises:
+            DivergedError: after `max_skipped` in a row.
+        """
+        if math.isfinite(norm) and math.isfinite(loss):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        places = rows()
+        self.monitor.event(self.step, "skipped", loss=loss, grad_norm=norm, in_a_row=self.skipped, rows=places)
+        if self.skipped >= self.config.max_skipped:
+            raise DivergedError(
+                f"{self.skipped} steps in a row had a loss or gradient that is not finite; the last was step "
+                f"{self.step} (loss {loss}, gradient norm {norm}) on {', '.join(places[:8])}. Nothing of these steps "
+                "was kept; resume with a lower lr"
+            )
+        return False
+
+    # ---- saving ----
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name; makes the optimizer's state where there is none yet."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.parameters.items():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+            tensors |= {f"{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
+            tensors[f"model.{name}"] = parameter.detach()
+            if self.average is not None:
+                tensors[f"average.{name}"] = self.average.average[name]
+        return tensors
+
+    def _save(self) -> None:
+        updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
+        state = {**self.state(), "skipped": self.skipped, "updates": updates}
+        path = self.checkpoints.save(self.step, self._tensors(), state)
+        self.monitor.event(self.step, "checkpoint", path=path.name)
+
+    def _load(self, step: int) -> dict[str, Any]:
+        state = self.checkpoints.load(step, self._tensors())
+        for parameter, updates in zip(self.parameters, state["updates"], strict=True):
+            self.optimizer.state[parameter]["step"].fill_(updates)
+        self.step, self.skipped = step, state["skipped"]
+        return state
+
+    # ---- planning ----
+
+    def _plans(self) -> list[StagePlan]:
+        ranks, config = self.ranks, self.config
+        memory = device_memory(ranks.device, config.memory_gib)
+        if ranks.device.type == "cpu" and config.memory_gib is None:
+            memory //= ranks.size
+        plans = [
+            plan_stage(
+                stage,
+                self.model.pipe.transformer.config,
+                ranks=ranks.size,
+                memory=memory,
+                fixed=self.model.fixed_bytes(),
+                sharded=self.model.sharded_bytes(),
+                element=getattr(torch, config.dtype).itemsize,
+                patch=self.model.pipe.vae_scale_factor * 2,
+            )
+            for stage in config.stages
+        ]
+        for plan in plans:
+            if config.packs % (ranks.size // plan.sequence_parallel):
+                raise ValueError(
+                    f"packs = {config.packs} cannot be shared equally by {ranks.size // plan.sequence_parallel} groups "
+                    f"of ranks ({ranks.size} ranks, {plan.sequence_parallel} a pack)"
+                )
+        return self.ranks.broadcast(plans)
+
+    def wait(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def flops(self, samples: tuple[Sample, ...]) -> int:
+        config = self.model.pipe.transformer.config
+        return sum(transformer_flops(config, SelfLayout.qwen(samples, zero_cond_t=bool(config.zero_cond_t))))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the run after the step, with a checkpoint; a second one ends it at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            self.signalled = True
+            signal.signal(number, before[number])
+
+        before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,226 @@
+"""The autoencoder of the built-in model, trained on made-up scenes; the first step towards that model.
+
+    python training/vae.py --out runs/vae --steps 2500
+
+Writes `runs/vae/model`: the whole built-in pipeline with this autoencoder and everything else untrained, which
+`training/sft.py --model runs/vae/model` goes on from. A run that was stopped goes on with the same command.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast import builtin
+from uniref_fast.builtin import components
+from uniref_fast.models.single_frame import single_frame
+from uniref_fast.scenes import contact_sheet
+from uniref_fast.training import config as configs
+from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
+from uniref_fast.training.flow import draw
+from uniref_fast.training.make_data import MakeConfig, artworks, sample
+from uniref_fast.training.monitor import Monitor
+from uniref_fast.training.parallel import Ranks
+
+__all__ = ["VAE", "crops", "main", "psnr"]
+
+
+@dataclass(frozen=True)
+class VAE:
+    """A run.
+
+    Attributes:
+        out: folder of the run; one that holds an unfinished run is gone on with.
+        steps: optimizer steps.
+        batch: crops a step.
+        side: of a crop, pixels; a multiple of 16.
+        scenes: samples of the data whose pictures are cropped.
+        size: longer side of the scenes' targets, pixels.
+        artworks: objects, as `uniref-fast data make` has them.
+        lr: peak learning rate of AdamW, along a cosine.
+        kl: weight of the divergence of the latents from a standard normal, per pixel value.
+        seed: of scenes, crops and noise.
+        threads: that draw scenes ahead.
+        save_every: steps between checkpoints and previews.
+    """
+
+    out: Path = Path("runs/vae")
+    steps: int = 2500
+    batch: int = 16
+    side: int = 48
+    scenes: int = 4000
+    size: int = 96
+    artworks: Literal["auto", "font", "shipped"] = "auto"
+    lr: float = 2e-3
+    kl: float = 1e-3
+    seed: int = 0
+    threads: int = 1
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "scenes", "threads", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.side < 16 or self.side % 16 or not self.lr > 0 or not self.kl >= 0:
+            got = f"{self.side}, {self.lr}, {self.kl}"
+            raise ValueError(f"side must be a multiple of 16, lr above 0 and kl at least 0, got {got}")
+
+
+def default() -> VAE:
+    """What the shipped autoencoder was trained with."""
+    return VAE()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    try:
+        config = configs.parse({"default": default}, sys.argv[1:] if argv is None else argv, prog="training/vae.py",
+                               description="Train the built-in model's autoencoder.").config  # fmt: skip
+        run(config)
+    except (ValueError, FileNotFoundError, CheckpointError, OSError) as error:
+        print(f"vae: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(config: VAE) -> None:
+    ranks = Ranks.start()
+    torch.manual_seed(config.seed)
+    pipe = components.pipeline(0, torch.float32)
+    vae = pipe.vae.to(ranks.device).train()
+    parameters = dict(vae.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    checkpoints = Checkpoints(config.out / "checkpoints", ranks, keep=1)
+    done = (checkpoints.steps() or [0])[-1]
+    if done:
+        checkpoints.load(done, _tensors(parameters, optimizer))
+        for state in optimizer.state.values():
+            state["step"].fill_(done)
+    held = torch.stack([crops(config, -1 - i, split="heldout_objects") for i in range(4)]).flatten(0, 1)
+    held = held.to(ranks.device)
+    with (
+        Monitor(config.out, config.steps, done, print_every=50) as monitor,
+        single_frame(vae),
+        ThreadPoolExecutor(config.threads) as pool,
+    ):
+        ahead = [pool.submit(crops, config, step) for step in range(done, min(done + 4, config.steps))]
+        for step in range(done, config.steps):
+            start, pixels = time.perf_counter(), ahead.pop(0).result().to(ranks.device)
+            if step + 4 < config.steps:
+                ahead.append(pool.submit(crops, config, step + 4))
+            optimizer.param_groups[0]["lr"] = config.lr * _schedule(step, config.steps)
+            losses = _losses(vae, pixels, config, step)
+            losses["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - start
+            values = {name: value.item() for name, value in losses.items()}
+            monitor.step(step, values, tokens=pixels[:, 0].numel(), samples=len(pixels), flops=0.0, seconds=seconds)
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                with torch.no_grad():
+                    made = vae.decode(vae.encode(held).latent_dist.mode()).sample
+                monitor.log(step + 1, {"eval/psnr": psnr(made, held).mean().item()})
+                monitor.image(step + 1, "heldout", _sheet(held, made))
+                checkpoints.save(step + 1, _tensors(parameters, optimizer), {})
+        _normalise(vae, config)
+    for part in (vae, pipe.transformer, pipe.text_encoder):
+        for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
+            parameter.data = parameter.data.to("cpu", torch.bfloat16)
+    builtin.write(pipe, config.out / "model", weights="untrained", seed=0)
+    print(config.out / "model")
+
+
+def crops(config: VAE, step: int, split: str = "train") -> Tensor:
+    """The crops of a step, float32 `[batch, 3, 1, side, side]` in -1..1: from all pictures of as many scenes as needed.
+
+    Negative steps give crops of their own.
+    """
+    random = np.random.Generator(np.random.PCG64([config.seed, abs(step), step < 0]))
+    made = MakeConfig(_artworks(config.artworks), config.size, config.seed)
+    found: list[np.ndarray] = []
+    while len(found) < config.batch:
+        scene = sample(split, int(random.integers(config.scenes)), made)
+        for image in (*scene.references, scene.target):
+            scale = max(1.0, config.side / min(image.size))
+            if scale > 1:
+                image = image.resize([math.ceil(s * scale) for s in image.size], Image.Resampling.LANCZOS)
+            left, top = (int(random.integers(s - config.side + 1)) for s in image.size)
+            found.append(np.asarray(image.crop((left, top, left + config.side, top + config.side))))
+    pixels = torch.from_numpy(np.stack(found[: config.batch])).permute(0, 3, 1, 2).float()
+    return (pixels / 127.5 - 1).unsqueeze(2)
+
+
+def psnr(made: Tensor, wanted: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, dB, for values in -1..1; made values are clamped to that. `[B]`"""
+    error = (made.float().clamp(-1, 1) - wanted.float()).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+_pools: dict[str, Any] = {}
+
+
+def _artworks(source: str) -> Any:
+    if source not in _pools:
+        _pools[source] = artworks(source)
+    return _pools[source]
+
+
+def _losses(vae: Any, pixels: Tensor, config: VAE, step: int) -> dict[str, Tensor]:
+    posterior = vae.encode(pixels).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=draw(config.seed, "vae", (step,))).to(pixels.device)
+    made = vae.decode(posterior.mean + posterior.std * noise).sample
+    difference = made - pixels
+    absolute, square = difference.abs().mean(), difference.square().mean()
+    divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).sum() / pixels.numel()
+    return {"loss": absolute + square + config.kl * divergence, "l1": absolute, "mse": square, "kl": divergence,
+            "latent_std": posterior.std.mean()}  # fmt: skip
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def _normalise(vae: Any, config: VAE) -> None:
+    """Mean and standard deviation of each latent channel over crops, into the autoencoder's configuration."""
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        parts = [vae.encode(crops(config, -100 - i).to(device)).latent_dist.mode() for i in range(32)]
+    latents = torch.cat(parts).transpose(0, 1).flatten(1).double()
+    vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+
+
+def _tensors(parameters: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+        tensors |= {f"{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
+        tensors[f"model.{name}"] = parameter.detach()
+    return tensors
+
+
+def _sheet(wanted: Tensor, made: Tensor, columns: int = 8) -> Image.Image:
+    rows = []
+    for first in range(0, min(len(wanted), 4 * columns), columns):
+        for label, images in (("given", wanted), ("decoded", made)):
+            values = ((images[first : first + columns, :, 0].clamp(-1, 1) + 1) * 127.5).round().byte()
+            rows.append([(label, Image.fromarray(v.permute(1, 2, 0).cpu().numpy())) for v in values])
+    return contact_sheet(rows, cell=96)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
