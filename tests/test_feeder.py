@@ -52,7 +52,7 @@ def dataset(tmp_path, pictures):
 
 
 # The second stage has other sizes, so what waits at its beginning gets other lengths.
-STAGES = (Stage(64, 3, 1e-3, target_side=48, pack_tokens=200), Stage(112, 3, 1e-3, target_side=80, pack_tokens=320))
+STAGES = (Stage(48, 3, 1e-3, target_side=32, pack_tokens=200), Stage(64, 3, 1e-3, target_side=48, pack_tokens=320))
 
 
 class Remembering(Encoder):
@@ -296,7 +296,7 @@ def test_only_the_last_rows_are_new(dataset, feed):
 
 def test_a_row_that_fits_the_first_stage_alone_is_named_at_the_second(tmp_path, pictures, feed):
     dataset = write(tmp_path, rows_of(), pictures)
-    stages = (STAGES[0], Stage(112, 3, 1e-3, target_side=112, pack_tokens=90))
+    stages = (STAGES[0], Stage(64, 3, 1e-3, target_side=64, pack_tokens=90))
     feeder = feed(dataset, stages=stages, packs=2)
     taken = [feeder.next(step) for step in range(STEPS)]
     assert not any(packs.broken for packs in taken[:3])

@@ -166,7 +166,7 @@ def test_the_joint_budget_holds_and_nothing_is_enlarged(builtin_pipe, side, refe
     assert all(w % 16 == h % 16 == 0 for w, h in sizes)
     for (w, h), (given_w, given_h) in zip(sizes, SIZES[1:], strict=False):
         assert w <= given_w + 8 and h <= given_h + 8
-    assert prepared.sample.references == tuple((1, h // 16, w // 16) for w, h in sizes)
+    assert prepared.sample.references == tuple((1, h // 8, w // 8) for w, h in sizes)
     if side == 4096:
         assert sizes == ((48, 208), (64, 64), (32, 48))[:references], "each its own size, to the nearest 16"
 
@@ -177,7 +177,7 @@ def test_the_joint_budget_holds_and_nothing_is_enlarged(builtin_pipe, side, refe
 )
 def test_a_target_over_its_side_is_made_smaller(builtin_pipe, target, side, expected):
     prepared = encoder_of(builtin_pipe).prepare(row(1, target=target), (0, 0), 64, side)
-    assert prepared.geometry.size == expected and prepared.sample.target == (1, expected[1] // 16, expected[0] // 16)
+    assert prepared.geometry.size == expected and prepared.sample.target == (1, expected[1] // 8, expected[0] // 8)
 
 
 def test_only_headers_are_read_to_prepare(builtin_pipe):
@@ -302,4 +302,4 @@ def test_encoding_leaves_no_graph_and_no_mark_on_the_pipeline(builtin_pipe):
     assert encoded.target.grad_fn is None and encoded.text.grad_fn is None
     assert before == [p.requires_grad for p in builtin_pipe.vae.parameters()]
     latents = image_latents(builtin_pipe, picture((64, 64)), (32, 48))
-    assert latents.shape == (6, 64), "rows of 3, of (width, height) pixels"
+    assert latents.shape == (24, 64), "6 rows of 4 tokens, of (width, height) pixels"
