@@ -88,7 +88,7 @@ def test_without_references_equals_a_loop_over_diffusers_transformer(pipe):
                 hidden_states=latents,
                 encoder_hidden_states=embeds,
                 timestep=t[None] / 1000,
-                img_shapes=[[(1, 4, 6)]],
+                img_shapes=[[(1, 8, 12)]],
                 return_dict=False,
             )[0]
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
@@ -164,7 +164,7 @@ def test_budget_sizes_references_jointly(pipe, layouts):
     out = uniref_fast.edit(pipe, [request], budget=96 * 96, output_type="latent", progress=False)[0]
     assert torch.isfinite(out).all()
     references = sum(s.length for s in layouts[0].segments if s.kind is Kind.REFERENCE)
-    assert references == sum(w * h for w, h in sizes.reference_sizes) // 256
+    assert references == sum(w * h for w, h in sizes.reference_sizes) // 8**2
 
 
 def test_visibility_reaches_the_model(pipe):
