@@ -439,7 +439,7 @@ def test_a_reward_of_ones_own(data, tmp_path, monkeypatch):
         (("--window", "9"), "does not fit"),
         (("--kl", "0.1", "--lora-rank", "none"), "lora_rank"),
         (("--group", "1"), "group must be at least 2"),
-        (("--start", "nowhere"), "neither lora/ nor transformer/"),
+        (("--initial", "nowhere"), "neither lora/ nor transformer/"),
         (("--stages.0.pack-tokens", "64"), "over the 64 of a pack"),
         (("--sampler", "ddim"), "sde"),
         (("--rewards", "judge", "--judge.url", "http://localhost:9/v1"), "does not answer"),
@@ -465,10 +465,10 @@ def test_no_rows_of_a_stages_kind(data, tmp_path, capsys):
 
 def test_goes_on_from_an_adapter_and_from_weights(data, whole, tmp_path):
     out = tmp_path / "run"
-    assert msgrpo.main(flags(data, out, "--start", whole, steps=2)) == 0
+    assert msgrpo.main(flags(data, out, "--initial", whole, steps=2)) == 0
     assert steps_of(out)[0]["reward"] != steps_of(whole)[0]["reward"], "the same rows and noise, other weights"
     full = tmp_path / "full"
     assert msgrpo.main(flags(data, full, "--lora-rank", "none", steps=2)) == 0
     assert (full / "transformer").is_dir() and not (full / "lora").exists()
-    assert msgrpo.main(flags(data, tmp_path / "third", "--start", full, "--kl", 0.1, steps=2)) == 0
-    assert msgrpo.main(flags(data, tmp_path / "fourth", "--start", whole, "--lora-rank", 4)) == 2
+    assert msgrpo.main(flags(data, tmp_path / "third", "--initial", full, "--kl", 0.1, steps=2)) == 0
+    assert msgrpo.main(flags(data, tmp_path / "fourth", "--initial", whole, "--lora-rank", 4)) == 2

@@ -328,3 +328,15 @@ def test_recipes_are_complete_and_named_after_themselves():
     assert [stage.side for stage in paper().stages] == [stage.side for stage in lora().stages] == [1024, 1536, 2048]
     assert paper().total_steps == 50_000 and paper().betas == (0.9, 0.95) and paper().weight_decay == 0.05
     assert paper().lora_rank is None and lora().lora_rank == 64 and tiny().model == "builtin"
+
+
+def test_no_flag_is_taken_for_one_of_torchrun():
+    """torchrun looks through all arguments, the script's too, and refuses one that begins several of its own."""
+    from torch.distributed.run import get_args_parser
+
+    from uniref_fast.training.rl_recipes import RL_RECIPES
+
+    own = [option for action in get_args_parser()._actions for option in action.option_strings]
+    for recipe in (*RECIPES.values(), *RL_RECIPES.values()):
+        flags = ["--" + name.replace("_", "-") for name in recipe().__dataclass_fields__]
+        assert [flag for flag in flags if any(option.startswith(flag) for option in own)] == []

@@ -35,7 +35,7 @@ class TrainedModel:
 
     def __init__(self, config: Recipe, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
-        compute, master = (getattr(torch, name) for name in (config.dtype, config.master))
+        compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
         try:
             self.pipe = load_pipeline(config.model, compute, "cpu")
         except TypeError as error:  # a model of another kind
@@ -45,8 +45,8 @@ class TrainedModel:
             part.requires_grad_(False).to(ranks.device)
         self._frames = contextlib.ExitStack()  # pictures, never videos, for as long as the model lives
         self._frames.enter_context(single_frame(self.pipe.vae))
-        if config.start is not None:
-            self._go_on(config.start, compute)
+        if config.initial is not None:
+            self._go_on(config.initial, compute)
         transformer = self.pipe.transformer
         transformer.requires_grad_(config.lora_rank is None)
         if config.lora_rank is not None:
@@ -64,7 +64,7 @@ class TrainedModel:
     def _go_on(self, start: Path, dtype: torch.dtype) -> None:
         """Load what an earlier run exported; an adapter is gone on with, not added to."""
         if not any((start / name).is_dir() for name in ("lora", "transformer")):
-            raise ValueError(f"start = {start} has neither lora/ nor transformer/; give the folder of a finished run")
+            raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
         if (start / "transformer").is_dir():
             kind = type(self.pipe.transformer)
             self.pipe.transformer = kind.from_pretrained(start / "transformer", torch_dtype=dtype, use_safetensors=True)

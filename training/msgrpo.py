@@ -1,7 +1,7 @@
 """Multi-source GRPO, the second stage of UniRef-Image-Edit (arXiv 2602.14186).
 
-    torchrun --nproc-per-node 2 training/msgrpo.py --recipe tiny --start runs/tiny --out runs/tiny-rl
-    torchrun --nproc-per-node 8 training/msgrpo.py --recipe lora --data rows.jsonl --start runs/mine --out runs/rl \\
+    torchrun --nproc-per-node 2 training/msgrpo.py --recipe tiny --initial runs/tiny --out runs/tiny-rl
+    torchrun --nproc-per-node 8 training/msgrpo.py --recipe lora --data rows.jsonl --initial runs/mine --out runs/rl \\
         --judge.url http://localhost:8000/v1 --judge.model Qwen/Qwen3-VL-32B-Instruct
 
 `--help` lists every field of a recipe; each is a flag. `--check-ratio true` rolls out one step, replays it, prints how

@@ -52,7 +52,7 @@ class Recipe:
 
     Attributes:
         model: "builtin", a diffusers folder, or a hub id.
-        start: folder of a run whose `lora/` or `transformer/` is gone on with; none starts at the model.
+        initial: folder of a run whose `lora/` or `transformer/` is gone on with; none starts at the model.
         data: files or folders of rows; "builtin" makes small ones with the shipped artworks.
         weights: how often a row of each path of `data` comes per epoch, 0.5 is every other epoch; empty: once each.
         heldout: files of rows that are never trained on, for held-out figures and the sample grids; each is reported
@@ -65,7 +65,7 @@ class Recipe:
         lora_alpha: the adapter's scale is lora_alpha / lora_rank.
         lora_targets: names of the Linears that get an adapter.
         dtype: of the computation.
-        master: dtype that trained weights are kept and updated in.
+        weight_dtype: dtype that trained weights are kept and updated in.
         betas: of AdamW.
         weight_decay: of AdamW.
         warmup: steps of linear warm-up.
@@ -93,7 +93,7 @@ class Recipe:
 
     stages: tuple[Stage, ...]
     model: str = "Qwen/Qwen-Image-Edit-2511"
-    start: Path | None = None
+    initial: Path | None = None
     data: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class Recipe:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
                                      "to_add_out", "net.0.proj", "net.2")  # fmt: skip
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    master: Literal["float32", "bfloat16"] = "float32"
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     warmup: int = 500

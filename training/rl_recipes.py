@@ -114,9 +114,9 @@ class MSGRPO(Recipe):
             raise ValueError(f"reward_weights: one for each of {len(self.rewards)} rewards, got {self.reward_weights}")
         if self.kl and self.lora_rank is None:
             raise ValueError("kl compares with the model without its adapter; set lora_rank, or kl to 0")
-        if self.kl and self.start is not None and (self.start / "lora").is_dir():
+        if self.kl and self.initial is not None and (self.initial / "lora").is_dir():
             raise ValueError(
-                f"kl compares with the model without its adapter, but {self.start} is gone on with as an adapter: fuse "
+                f"kl compares with the model without its adapter, but {self.initial} is gone on with as an adapter: fuse "
                 "it into the model first, or set kl to 0"
             )
         if self.updates > self.trained_steps:
