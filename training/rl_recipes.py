@@ -116,8 +116,8 @@ class MSGRPO(Recipe):
             raise ValueError("kl compares with the model without its adapter; set lora_rank, or kl to 0")
         if self.kl and self.initial is not None and (self.initial / "lora").is_dir():
             raise ValueError(
-                f"kl compares with the model without its adapter, but {self.initial} is gone on with as an adapter: fuse "
-                "it into the model first, or set kl to 0"
+                f"kl compares with the model without its adapter, but {self.initial} is gone on with as an adapter: "
+                "fuse it into the model first, or set kl to 0"
             )
         if self.updates > self.trained_steps:
             raise ValueError(f"{self.trained_steps} trained timesteps cannot be shared out to {self.updates} updates")
