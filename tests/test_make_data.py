@@ -192,12 +192,14 @@ def test_phrases():
 def test_sizes():
     assert CONFIG.target_sizes == ((128, 128), (128, 96), (96, 128), (128, 80))
     assert rounded_size((9, 16), 256) == (144, 256) and rounded_size((16, 9), 64) == (64, 32)
-    assert len(CONFIG.reference_sizes) > 20
-    assert all(side % 16 == 0 and 32 <= side <= 192 for size in CONFIG.reference_sizes for side in size)
+    sizes = CONFIG.reference_sizes((128, 96))
+    assert len(sizes) > 20 and all(side % 16 == 0 and 32 <= side <= 192 for size in sizes for side in size)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"size": 100}, {"size": 48}, {"seed": -1}, {"references": ()}, {"references": (7,)}], ids=str
+    "wrong",
+    [{"size": 100}, {"size": 48}, {"seed": -1}, {"references": ()}, {"references": (7,)}, {"pictures": "all"}],
+    ids=str,
 )
 def test_config_errors(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))[:4]):
@@ -218,6 +220,15 @@ def test_combinations_have_one_name_for_both_directions():
     assert overlapping([owl, Thing("cat", (39, 39), 10)]) and not overlapping([owl, Thing("cat", (40, 0), 10)])
 
 
+def test_equal_pictures():
+    """Every picture is as large as the target; the tasks and splits are as ever."""
+    equal = MakeConfig(artworks("shipped"), pictures="equal")
+    plans = [plan_sample("train", index, equal) for index in range(150)]
+    assert {plan.task_type for plan in plans} == {plan_sample("train", i, CONFIG).task_type for i in range(150)}
+    assert {len(plan.pictures) for plan in plans} == set(range(7))
+    assert all(picture.size == plan.target.size for plan in plans for picture in plan.pictures)
+
+
 def shown(plan) -> set[str]:
     return {thing.name for picture in (*plan.pictures, plan.target) for thing in picture.things}
 
@@ -229,6 +240,15 @@ def test_held_out_objects_never_occur_in_train(plans):
     assert names["heldout_combinations"] <= names["train"]
     other = MakeConfig(artworks("shipped"), seed=1)
     assert other.objects("heldout_objects") != CONFIG.objects("heldout_objects")
+
+
+def test_shipped_objects_are_held_out_of_larger_pools_too():
+    """So that a model trained with a font can be shown shipped artworks that it never saw."""
+    shipped = CONFIG.artworks
+    larger = MakeConfig(Artworks("shipped", dict(shipped.codes) | {f"thing {i}": 0x1F300 + i for i in range(200)}))
+    held = set(larger.objects("heldout_objects"))
+    assert len(held) == 21 and held & set(shipped.names) == set(CONFIG.objects("heldout_objects"))
+    assert not held & set(larger.objects("train"))
 
 
 def test_held_out_combinations_never_occur_in_train(plans):

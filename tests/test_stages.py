@@ -319,7 +319,7 @@ def test_values_at_the_limits_are_taken():
 
 
 def test_recipes_are_complete_and_named_after_themselves():
-    assert list(RECIPES) == ["tiny", "lora", "paper"]
+    assert list(RECIPES) == ["tiny", "builtin", "lora", "paper"]
     for name, recipe in RECIPES.items():
         config = recipe()
         assert config == RECIPES[name]() and config.ends()[-1] == config.total_steps

@@ -33,7 +33,7 @@ def card(facts: Mapping[str, Any]) -> str:
     command = (
         f"uniref-fast data make OUT --train {arguments['train']} --heldout {arguments['heldout_objects']}"
         f" --size {arguments['size']} --seed {arguments['seed']} --artworks {arguments['artworks']}"
-        f" --references {references}"
+        f" --references {references} --pictures {arguments['pictures']}"
     )
     font = f"{facts['font']['file']}, {facts['font']['version']}" if facts["font"] else "the shipped PNG files"
     return f"""---

@@ -81,6 +81,7 @@ def make(out: Path, config: MakeConfig, counts: Mapping[str, int], workers: int,
         "size": config.size,
         "seed": config.seed,
         "references": list(config.references),
+        "pictures": config.pictures,
         "artworks": config.artworks.source,
         **{split: counts[split] for split in SPLITS},
     }

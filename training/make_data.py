@@ -20,7 +20,7 @@ from uniref_fast.scenes import contact_sheet
 from uniref_fast.training.artworks import SOURCES, artworks
 from uniref_fast.training.drawing import MadeSample, draw_plan
 from uniref_fast.training.made_files import Made, make, writable_file
-from uniref_fast.training.plans import SPLITS, MakeConfig
+from uniref_fast.training.plans import PICTURES, SPLITS, MakeConfig
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.tasks import plan_sample
 
@@ -78,6 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--references", type=_references, default="0,1,2,3,4,5,6", metavar="K,K,...",
         help="numbers of pictures that samples have (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--pictures", choices=PICTURES, default="any",
+        help="sizes of the pictures: many, or all of a sample as large as its target, which is easier (%(default)s)",
+    )  # fmt: skip
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help=f"also draw {PREVIEWED} samples on a sheet")
     parser.add_argument("--force", action="store_true", help="replace a folder that this command made")
 
@@ -88,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--train and --heldout are both 0: there is nothing to make")
     if args.preview is not None:
         writable_file(args.preview, ".png")
-    config = MakeConfig(artworks(args.artworks), args.size, args.seed, args.references)
+    config = MakeConfig(artworks(args.artworks), args.size, args.seed, args.references, args.pictures)
     counts = {split: args.train if split == "train" else args.heldout for split in SPLITS}
     made = make(args.out, config, counts, args.workers, args.force, draw=sample)
     if made.resumed:

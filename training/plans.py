@@ -14,7 +14,9 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from uniref_fast import scenes
 from uniref_fast.training.artworks import Artworks
 
 __all__ = [
@@ -37,13 +39,15 @@ Size = tuple[int, int]
 SPLITS = ("train", "heldout_objects", "heldout_combinations")
 SPLIT_RULE = (
     "heldout_objects: every object is one of `heldout_objects`, which train and heldout_combinations never show: "
-    "the tenth of the artworks (at least six) with the lowest first 8 bytes of blake2b(`seed|object|name`). "
+    "a tenth of the artworks, at least six: six of the sixteen that come with uniref_fast, the rest of the others, "
+    "both those with the lowest first 8 bytes of blake2b(`seed|object|name`). "
     "heldout_combinations: objects of train; at least one combination of the sample's scene is held out, and no "
     "scene of train has one. A combination is `A|left of|B` or `A|above|B` for two different objects in the "
     "target whose centres are apart on that axis by at least half their mean side, or `object|task|place or "
     "colour` for a task on a single object; it is held out when the first 8 bytes of blake2b(`seed|combination`), "
     "big-endian, are divisible by 10."
 )
+PICTURES = ("any", "equal")
 SHARE = 10  # one combination in so many is held out, and one object
 MIN_HELD_OUT = 6  # objects: what a sample of six pictures may show
 
@@ -109,6 +113,8 @@ class MakeConfig:
         size: longer side of the targets, pixels; a multiple of 16, at least 64.
         seed: of everything.
         references: the numbers of pictures that samples have, 0..6.
+        pictures: "any" for pictures of many sizes and aspect ratios, "equal" for those of a sample to be as large as
+            its target, so that backgrounds need no resampling: easier for small models.
         artworks: the pool of objects.
     """
 
@@ -116,6 +122,7 @@ class MakeConfig:
     size: int = 128
     seed: int = 0
     references: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
+    pictures: Literal["any", "equal"] = "any"
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % MULTIPLE:
@@ -126,15 +133,20 @@ class MakeConfig:
             raise ValueError(
                 f"references are numbers of pictures from 0 to 6, for example 0,1,2, got {self.references}"
             )
+        if self.pictures not in PICTURES:
+            raise ValueError(f"pictures are one of {', '.join(PICTURES)}, got {self.pictures!r}")
         if len(self.artworks.names) < 2 * MIN_HELD_OUT:
             raise ValueError(f"at least {2 * MIN_HELD_OUT} artworks are needed, got {len(self.artworks.names)}")
         object.__setattr__(self, "references", tuple(sorted(set(self.references))))
 
     @functools.cached_property
     def _objects(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        names = self.artworks.names
-        count = max(MIN_HELD_OUT, len(names) // SHARE)
-        held = set(sorted(names, key=lambda name: (_hash(self.seed, f"object|{name}"), name))[:count])
+        names, shipped = self.artworks.names, scenes.artworks()
+        by_hash = sorted(names, key=lambda name: (_hash(self.seed, f"object|{name}"), name))
+        # Of the shipped ones the same are held out with a font as without: a model trained on a font can be shown them.
+        held = [name for name in by_hash if name in shipped][:MIN_HELD_OUT]
+        others = [name for name in by_hash if name not in shipped]
+        held += others[: max(MIN_HELD_OUT, len(names) // SHARE) - len(held)]
         return tuple(n for n in names if n not in held), tuple(n for n in names if n in held)
 
     def objects(self, split: str) -> tuple[str, ...]:
@@ -146,9 +158,13 @@ class MakeConfig:
         return tuple(rounded_size(ratio, self.size) for ratio in TARGET_RATIOS)
 
     @functools.cached_property
-    def reference_sizes(self) -> tuple[Size, ...]:
+    def _reference_sizes(self) -> tuple[Size, ...]:
         longer = [self.size * quarters // 4 for quarters in (3, 4, 5, 6)]
         return tuple(sorted({rounded_size(ratio, side) for ratio in REFERENCE_RATIOS for side in longer}))
+
+    def reference_sizes(self, target: Size) -> tuple[Size, ...]:
+        """What the pictures beside a target of that size may measure; those of a sample are drawn without repeats."""
+        return self._reference_sizes if self.pictures == "any" else (target,) * max(self.references)
 
 
 def rounded_size(ratio: tuple[int, int], longer: int) -> Size:

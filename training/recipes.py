@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["RECIPES", "SFT", "Recipe", "Stage", "lora", "paper", "stage_at", "tiny"]
+__all__ = ["RECIPES", "SFT", "Recipe", "Stage", "builtin", "lora", "paper", "stage_at", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,33 @@ def tiny() -> SFT:
     )  # fmt: skip
 
 
+def builtin() -> SFT:
+    """The built-in model as it is shipped, from scratch, on a CPU in an hour or so."""
+    return SFT(
+        model="builtin",
+        data=("builtin",),
+        stages=(Stage(side=64, steps=2800, lr=1e-3, target_side=64, pack_tokens=1280),
+                Stage(side=96, steps=700, lr=1e-3, target_side=64, pack_tokens=1280),
+                Stage(side=128, steps=500, lr=1e-3, target_side=64, pack_tokens=1280)),
+        packs=2,
+        dtype="float32",
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        warmup=100,
+        ema=0.998,
+        t_mean=0.3,
+        drop_references=0.0,
+        cost="flops",
+        workers=2,
+        save_every=200,
+        eval_every=500,
+        eval_samples=128,
+        sample_every=1000,
+        sample_steps=12,
+        sample_guidance=1.0,
+    )  # fmt: skip
+
+
 def lora() -> SFT:
     """A LoRA of Qwen-Image-Edit on one GPU, 1024 then 1536 then 2048 pixels square for all references together."""
     return SFT(
@@ -253,4 +280,4 @@ def paper() -> SFT:
     )
 
 
-RECIPES: dict[str, Callable[[], SFT]] = {recipe.__name__: recipe for recipe in (tiny, lora, paper)}
+RECIPES: dict[str, Callable[[], SFT]] = {recipe.__name__: recipe for recipe in (tiny, builtin, lora, paper)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from uniref_fast.training.judge import JudgeConfig
@@ -171,6 +171,20 @@ def tiny() -> MSGRPO:
     )  # fmt: skip
 
 
+def builtin() -> MSGRPO:
+    """The built-in model as it is shipped, after SFT. CPU, half an hour."""
+    return replace(
+        tiny(),
+        stages=(RLStage(side=128, steps=60, lr=1e-3, target_side=64, pack_tokens=2560, references="multi"),
+                RLStage(side=128, steps=30, lr=1e-3, target_side=64, pack_tokens=2560, references="single")),
+        timesteps=0.6,
+        eval_every=30,
+        eval_samples=64,
+        sample_every=30,
+        sample_steps=12,
+    )  # fmt: skip
+
+
 def lora() -> MSGRPO:
     """A LoRA of Qwen-Image-Edit with a judge, on a few GPUs: a window of noisy steps, no guidance."""
     return MSGRPO(
@@ -215,4 +229,4 @@ def paper() -> MSGRPO:
     )  # fmt: skip
 
 
-RL_RECIPES: dict[str, Callable[[], MSGRPO]] = {recipe.__name__: recipe for recipe in (tiny, lora, paper)}
+RL_RECIPES: dict[str, Callable[[], MSGRPO]] = {recipe.__name__: recipe for recipe in (tiny, builtin, lora, paper)}

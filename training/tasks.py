@@ -81,9 +81,9 @@ def _named_ground(draw: Draw) -> tuple[Ground, str]:
     return Ground(kind, colour=colour), words
 
 
-def _first_picture(draw: Draw, target: Size, things: Sequence[Thing]) -> Picture:
+def _first_picture(draw: Draw, target: Size, things: Sequence[Thing], equal: bool) -> Picture:
     """The picture an edit starts from: as large as the target, or half as large again where the sides allow it."""
-    if draw.chance(0.25) and all(side % (2 * MULTIPLE) == 0 for side in target):
+    if draw.chance(0.25) and not equal and all(side % (2 * MULTIPLE) == 0 for side in target):
         size = target[0] * 3 // 2, target[1] * 3 // 2
         scaled = [
             replace(thing, corner=(thing.corner[0] * 3 // 2, thing.corner[1] * 3 // 2), side=thing.side * 3 // 2)
@@ -93,12 +93,14 @@ def _first_picture(draw: Draw, target: Size, things: Sequence[Thing]) -> Picture
     return Picture(target, _ground(draw), tuple(things))
 
 
-def _edit(draw: Draw, task: str, text: str, source: Sequence[Thing], target: Picture, key: str, more=()) -> Plan | None:
+def _edit(
+    draw: Draw, config: MakeConfig, task: str, text: str, source: Sequence[Thing], target: Picture, key: str, more=()
+) -> Plan | None:
     """The plan of an edit of picture 1, or None when things would overlap; `key` is its single-object combination."""
     if not fits(source, target.size) or not fits(target.things, target.size):
         return None
     before = [replace(thing, picture=None) for thing in source]
-    pictures = (_first_picture(draw, target.size, before), *more)
+    pictures = (_first_picture(draw, target.size, before, config.pictures == "equal"), *more)
     return Plan(task, text, pictures, target, (*combinations(target.things), key))
 
 
@@ -151,7 +153,7 @@ def _recolour(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -
         )
     )
     after = replace(things[0], colour=colour), *things[1:]
-    return _edit(draw, "recolour", text, things, Picture(size, 1, after), f"{name}|recolour|{colour}")
+    return _edit(draw, config, "recolour", text, things, Picture(size, 1, after), f"{name}|recolour|{colour}")
 
 
 def _remove(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
@@ -167,7 +169,7 @@ def _remove(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> 
         )
     )
     key = f"{name}|remove|{places[0]}"
-    return _edit(draw, "remove", text, things, Picture(size, 1, tuple(things[1:])), key)
+    return _edit(draw, config, "remove", text, things, Picture(size, 1, tuple(things[1:])), key)
 
 
 def _move(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
@@ -184,7 +186,7 @@ def _move(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Pl
         )
     )
     after = replace(seat(size, name, PLACES[to], things[0].side), picture=1), *things[1:]
-    return _edit(draw, "move", text, things, Picture(size, 1, after), f"{name}|move|{to}")
+    return _edit(draw, config, "move", text, things, Picture(size, 1, after), f"{name}|move|{to}")
 
 
 def _add(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
@@ -204,10 +206,10 @@ def _add(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Pla
         text = draw.of(
             (f"add {what} to picture 1, {at}", f"put {what} {at} of picture 1", f"place {what} into picture 1, {at}")
         )
-        more = (portrait(draw, draw.of(config.reference_sizes), [new], _ground(draw)),)
+        more = (portrait(draw, draw.of(config.reference_sizes(size)), [new], _ground(draw)),)
     side = round(SOLO[big] * 0.8 * min(size))  # beside others
     after = *things, replace(seat(size, new, PLACES[to], side), picture=picture)
-    return _edit(draw, "add", text, things, Picture(size, 1, after), f"{new}|add|{to}", more)
+    return _edit(draw, config, "add", text, things, Picture(size, 1, after), f"{new}|add|{to}", more)
 
 
 def _replace_background(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
@@ -225,7 +227,7 @@ def _replace_background(draw: Draw, config: MakeConfig, pool: Sequence[str], cou
             )
         )
         target, key = Picture(size, ground, tuple(things)), f"{name}|replace_background|{ground.colour}"
-        return _edit(draw, "replace_background", text, things, target, key)
+        return _edit(draw, config, "replace_background", text, things, target, key)
     text = draw.of(
         (
             "replace the background of picture 1 with the background of picture 2",
@@ -234,9 +236,9 @@ def _replace_background(draw: Draw, config: MakeConfig, pool: Sequence[str], cou
             "keep everything of picture 1 where it is and change its background to that of picture 2",
         )
     )
-    more = (Picture(draw.of(config.reference_sizes), _ground(draw)),)
+    more = (Picture(draw.of(config.reference_sizes(size)), _ground(draw)),)
     key = f"{name}|replace_background|{places[0]}"
-    return _edit(draw, "replace_background", text, things, Picture(size, 2, tuple(things)), key, more)
+    return _edit(draw, config, "replace_background", text, things, Picture(size, 2, tuple(things)), key, more)
 
 
 # --- K = 2 .. 6 -------------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def _compose(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) ->
         )
     )
     keys = combinations(things) if len(used) > 1 else (f"{names[used[0]]}|compose|{where}",)
-    sizes = draw.some(config.reference_sizes, count)
+    sizes = draw.some(config.reference_sizes(size), count)
     if draw.chance(0.5) and size not in sizes:
         sizes[-1] = size  # else it is cropped to the target's aspect ratio
     pictures = [

@@ -1,6 +1,6 @@
 """The autoencoder of the built-in model, trained on made-up scenes; the first step towards that model.
 
-    python training/vae.py --out runs/vae --steps 2500
+    torchrun --nproc-per-node 2 training/vae.py --out runs/vae
 
 Writes `runs/vae/model`: the whole built-in pipeline with this autoencoder and everything else untrained, which
 `training/sft.py --model runs/vae/model` goes on from. A run that was stopped goes on with the same command.
@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class VAE:
     Attributes:
         out: folder of the run; one that holds an unfinished run is gone on with.
         steps: optimizer steps.
-        batch: crops a step.
+        batch: crops a step, of all ranks.
         side: of a crop, pixels; a multiple of 16.
         scenes: samples of the data whose pictures are cropped.
         size: longer side of the scenes' targets, pixels.
@@ -51,13 +52,13 @@ class VAE:
         lr: peak learning rate of AdamW, along a cosine.
         kl: weight of the divergence of the latents from a standard normal, per pixel value.
         seed: of scenes, crops and noise.
-        threads: that draw scenes ahead.
+        threads: that draw scenes ahead, of each rank.
         save_every: steps between checkpoints and previews.
     """
 
     out: Path = Path("runs/vae")
-    steps: int = 2500
-    batch: int = 16
+    steps: int = 8000
+    batch: int = 8
     side: int = 48
     scenes: int = 4000
     size: int = 96
@@ -91,11 +92,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, CheckpointError, OSError) as error:
         print(f"vae: {error}", file=sys.stderr)
         return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 
 def run(config: VAE) -> None:
     ranks = Ranks.start()
+    if config.batch % ranks.size:
+        raise ValueError(f"{config.batch} crops a step cannot be shared out to {ranks.size} ranks evenly")
     torch.manual_seed(config.seed)
     pipe = components.pipeline(0, torch.float32)
     vae = pipe.vae.to(ranks.device).train()
@@ -110,7 +116,7 @@ def run(config: VAE) -> None:
     held = torch.stack([crops(config, -1 - i, split="heldout_objects") for i in range(4)]).flatten(0, 1)
     held = held.to(ranks.device)
     with (
-        Monitor(config.out, config.steps, done, print_every=50) as monitor,
+        Monitor(config.out, config.steps, done, enabled=ranks.rank == 0, print_every=50) as monitor,
         single_frame(vae),
         ThreadPoolExecutor(config.threads) as pool,
     ):
@@ -120,8 +126,9 @@ def run(config: VAE) -> None:
             if step + 4 < config.steps:
                 ahead.append(pool.submit(crops, config, step + 4))
             optimizer.param_groups[0]["lr"] = config.lr * _schedule(step, config.steps)
-            losses = _losses(vae, pixels, config, step)
+            losses = _losses(vae, pixels, config, step, ranks)
             losses["loss"].backward()
+            _average([*(p.grad for p in parameters.values()), *losses.values()], ranks)
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -138,8 +145,9 @@ def run(config: VAE) -> None:
     for part in (vae, pipe.transformer, pipe.text_encoder):
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to("cpu", torch.bfloat16)
-    builtin.write(pipe, config.out / "model", weights="untrained", seed=0)
-    print(config.out / "model")
+    if ranks.rank == 0:
+        builtin.write(pipe, config.out / "model", weights="untrained", seed=0)
+        print(config.out / "model")
 
 
 def crops(config: VAE, step: int, split: str = "train") -> Tensor:
@@ -177,15 +185,29 @@ def _artworks(source: str) -> Any:
     return _pools[source]
 
 
-def _losses(vae: Any, pixels: Tensor, config: VAE, step: int) -> dict[str, Tensor]:
+def _losses(vae: Any, pixels: Tensor, config: VAE, step: int, ranks: Ranks) -> dict[str, Tensor]:
+    """Of this rank's share of the crops."""
+    pixels = pixels.chunk(ranks.size)[ranks.rank]
     posterior = vae.encode(pixels).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=draw(config.seed, "vae", (step,))).to(pixels.device)
+    shape = (config.batch, *posterior.mean.shape[1:])
+    noise = torch.randn(shape, generator=draw(config.seed, "vae", (step,))).chunk(ranks.size)[ranks.rank]
+    noise = noise.to(pixels.device)
     made = vae.decode(posterior.mean + posterior.std * noise).sample
     difference = made - pixels
     absolute, square = difference.abs().mean(), difference.square().mean()
     divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).sum() / pixels.numel()
     return {"loss": absolute + square + config.kl * divergence, "l1": absolute, "mse": square, "kl": divergence,
             "latent_std": posterior.std.mean()}  # fmt: skip
+
+
+@torch.no_grad()
+def _average(tensors: Sequence[Tensor | None], ranks: Ranks) -> None:
+    """Replace tensors by their means over the ranks, in one exchange."""
+    found = [tensor for tensor in tensors if tensor is not None]
+    flat = torch.cat([tensor.reshape(-1) for tensor in found]) / ranks.size
+    dist.all_reduce(flat)
+    for tensor, mean in zip(found, flat.split([tensor.numel() for tensor in found]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def _schedule(step: int, steps: int) -> float:

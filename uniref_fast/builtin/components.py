@@ -40,7 +40,7 @@ TRANSFORMER = dict(
 )
 # A quarter of the sides, not an eighth as in the large models: a token then covers 8 x 8 pixels, and pictures of 64 to
 # 128 pixels have as many tokens as a model of this size needs to tell their objects apart.
-VAE = dict(base_dim=12, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True])
+VAE = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
 TEXT = dict(
     vocab_size=VOCAB_SIZE,
     hidden_size=TEXT_DIM,

@@ -36,7 +36,7 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
 
     Args:
         condition_image_area: each reference's area as the text encoder sees it.
-        vae_image_area: each reference's area as the VAE sees it: its tokens in the transformer are `area / 256`.
+        vae_image_area: each reference's area as the VAE sees it: its tokens in the transformer are `area / 64`.
         output_area: the area of the result when `height` and `width` are not given.
 
     `from_pretrained` and `save_pretrained` use a folder that names the stock class, so plain diffusers loads it too
