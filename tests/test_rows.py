@@ -93,6 +93,77 @@ def test_every_naming_is_understood(folder, values, expected):
         assert meaning(Dataset(path)[0]) == expected
 
 
+MICO = {
+    "idx": 3, "input": ["r.png", "g.png"], "reference": "b.png", "Task": "HOI", "editing_type": "1 Human + 1 Object",
+    "prompt": "do it", "human_indices": [0],
+}  # fmt: skip
+
+
+def test_mico_bench(folder):
+    """Its `reference` is one of many right answers: no target. De&Re has better prompts under another name."""
+    dere = {**{k: v for k, v in MICO.items() if k not in ("idx", "editing_type")}, "ed_idx": 9, "Task": "DeRe"}
+    lines = [MICO, {**dere, "refined_prompt": "do it well"}, {**dere, "refined_prompt": ""}, {**MICO, "task_type": "x"}]
+    dataset = Dataset(write_jsonl(folder / "mico_bench_hoi.jsonl", lines), targets="optional")
+    assert [meaning(found) for found in dataset] == [
+        ("do it", [RED, GREEN], None),
+        ("do it well", [RED, GREEN], None),
+        ("do it", [RED, GREEN], None),
+        ("do it", [RED, GREEN], None),
+    ]
+    assert [found.task_type for found in dataset] == ["HOI", "DeRe", "DeRe", "x"]
+    columns = {key: [MICO[key]] for key in MICO} | {"refined_prompt": ["do it well"]}
+    (found,) = Dataset(write_parquet(folder / "m.parquet", columns), targets="optional")
+    assert (found.instruction, found.task_type) == ("do it well", "HOI")
+    with pytest.raises(RowError, match="Task must be a text, got 3"):
+        Dataset(write_jsonl(folder / "a.jsonl", [{**MICO, "Task": 3}]), targets="optional")[0]
+    with pytest.raises(RowError, match="did you mean 'input'"):
+        Dataset(write_jsonl(folder / "a.jsonl", [MICO, {**MICO, "input": None, "inputs": ["r.png"]}]),
+                targets="optional")[1]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        row(input="a text", human_indices=[0], Task=3, refined_prompt=7, reference="b.png"),
+        row(input=["r.png"], prompt="another", human_indices=[]),
+        {"prompt": "do it", "edit_image": ["r.png", "g.png"], "image": "b.png", "input": "x", "human_indices": [1]},
+    ],
+)
+def test_the_common_words_of_mico_bench_mean_nothing_in_other_formats(folder, values):
+    found = Dataset(write_jsonl(folder / "a.jsonl", [values]))[0]
+    assert meaning(found) == TWO and found.task_type is None
+
+
+def test_a_text_alone_with_those_words_is_still_a_text_alone(folder):
+    values = {"instruction": "do it", "prompt": "x", "input": "y", "human_indices": []}
+    found = Dataset(write_jsonl(folder / "a.jsonl", [values]), targets="optional")[0]
+    assert meaning(found) == ("do it", [], None)
+
+
+def test_gedit_bench(folder):
+    """Both pictures are structs of bytes; the raw one is what is edited, the other is the same, resized."""
+    pictures = [{"bytes": encoded(color), "path": None} for color in (RED, BLUE)]
+    columns = {
+        "task_type": ["background_change"], "key": ["0a"], "instruction": ["do it"], "instruction_language": ["en"],
+        "input_image": pictures[1:], "input_image_raw": pictures[:1], "Intersection_exist": [True],
+    }  # fmt: skip
+    (found,) = Dataset(write_parquet(folder / "train-0.parquet", columns), targets="optional")
+    assert meaning(found) == ("do it", [RED], None) and found.task_type == "background_change"
+    lines = [{"instruction": "do it", "input_image": "b.png", "input_image_raw": "r.png"}]
+    assert meaning(Dataset(write_jsonl(folder / "g.jsonl", lines), targets="optional")[0]) == ("do it", [RED], None)
+
+
+def test_omnicontext(folder):
+    """As on the hub: lists of structs of bytes, no target; and as lines with paths."""
+    facts = {"key": "a", "task_type": "multi_object", "instruction": "do it", "instruction_language": "en"}
+    pictures = [{"bytes": encoded(color), "path": "x.png"} for color in (RED, GREEN)]
+    write_parquet(folder / "OmniContext.parquet", {**{k: [v] for k, v in facts.items()}, "input_images": [pictures]})
+    (folder / "OmniContext.json").write_text(json.dumps([{**facts, "input_images": ["r.png", "g.png"]}]))
+    for name in ("OmniContext.parquet", "OmniContext.json"):
+        (found,) = Dataset(folder / name, targets="optional")
+        assert meaning(found) == ("do it", [RED, GREEN], None) and found.task_type == "multi_object"
+
+
 def test_more_than_ten_numbered_references_stay_in_order(folder):
     shades = [(20 * i, 0, 0) for i in range(12)]
     for i, shade in enumerate(shades):

@@ -23,7 +23,7 @@ from uniref_fast.training.rows import Dataset, Row, RowError
 from uniref_fast.training.scene_find import Canvas, find
 from uniref_fast.training.scene_pixels import softened
 from uniref_fast.training.scene_read import read_scene
-from uniref_fast.training.scene_reward import SceneError, scene_reward, scene_scores
+from uniref_fast.training.scene_reward import SceneError, scene_details, scene_reward, scene_scores
 from uniref_fast.training.tasks import plan_sample
 
 POOL = artworks("shipped")
@@ -578,3 +578,33 @@ def test_an_artwork_without_transparency_is_a_square():
     smaller.paste((200, 30, 30), (22, 22, 38, 38))
     assert found(smaller).likeness > 0.9 and found(smaller).piece.alpha.shape == (16, 16)
     assert 0.7 < found(smaller).score < 0.9, "found, but not as large as asked for"
+
+
+def test_details_of_an_answer_and_of_objects_that_are_elsewhere_or_not_there(folder):
+    path, cases, _ = folder
+    dataset, moved = Dataset(path / "rows.jsonl"), 0
+    for number, case in enumerate(cases):
+        row = dataset[number]
+        exact = scene_details(row, case.target)
+        assert exact.axes == scene_reward(Candidate((0,), "", (), case.target, row)).axes
+        things = read_scene(row.scene)
+        assert [(one.artwork, one.colour) for one in exact.objects] == [thing.look for thing in things.asked]
+        assert [one.kept for one in exact.objects] == list(things.kept)
+        for one in exact.objects:
+            assert one.present and one.distance == 0 and one.likeness > 0.99 and one.similarity > 0.97
+        bare = scene_details(row, case.drawn([]))
+        assert sum(one.present for one in bare.objects) <= 0.3 * len(bare.objects)
+        if len(case.things) == 1:
+            (one,) = scene_details(row, case.drawn(case.shifted(6))).objects
+            moved += one.present and 5 <= one.distance <= 7
+            assert one.similarity > bare.objects[0].similarity
+    assert moved >= 3, "found where they are"
+
+
+def test_the_distance_is_in_pixels_of_the_image(folder):
+    path, cases, _ = folder
+    number = next(i for i, case in enumerate(cases) if len(case.things) == 1)
+    row, image = Dataset(path / "rows.jsonl")[number], cases[number].drawn(cases[number].shifted(6))
+    (one,) = scene_details(row, image).objects
+    (larger,) = scene_details(row, image.resize((2 * image.width, 2 * image.height), Image.BICUBIC)).objects
+    assert larger.distance == pytest.approx(2 * one.distance, abs=2) and larger.present == one.present

@@ -26,6 +26,10 @@ class Format:
         target: key of the target; None: rows have none (reinforcement learning); the key of the references: the last of
             them is the target.
         needs: keys beside `text` that some row of the file must have for the file to be of this format.
+        finer: key of a text that is taken instead where a row has it.
+        task: key of the task where a row has no `task_type`.
+        same: keys of pictures that show what the references show; they are left alone.
+        common: its keys are words that others use for other things: they mean something in files of this format only.
     """
 
     name: str
@@ -33,12 +37,16 @@ class Format:
     references: str
     target: str | None
     needs: tuple[str, ...] = ()
+    finer: str | None = None
+    task: str | None = None
+    same: tuple[str, ...] = ()
+    common: bool = False
 
     def owns(self, key: str) -> bool:
         """Whether it is one of the format's keys other than the text."""
         base = self.references.removesuffix("#")
         numbered = base != self.references and re.fullmatch(rf"{base}_\d+", key) is not None
-        return key in (base, self.target, *self.needs) or numbered
+        return key in (base, self.target, self.finer, self.task, *self.needs) or numbered
 
     def __str__(self) -> str:
         references, end = self.references.removesuffix("#"), "_0.." if self.references.endswith("#") else ""
@@ -50,7 +58,7 @@ class Format:
 
 
 FORMATS = (
-    Format("OmniGen2, UniPic-3, MICo", "instruction", "input_images", "output_image"),
+    Format("OmniGen2, UniPic-3, MICo, OmniContext", "instruction", "input_images", "output_image"),
     Format("DyRef, DiffSynth", "prompt", "edit_image", "image", needs=("edit_image",)),
     Format("Flow-Factory", "prompt", "images", None, needs=("images",)),
     Format("Edit-R1", "prompt", "image", None, needs=("image", "requirement")),
@@ -59,6 +67,9 @@ FORMATS = (
     Format("Lumina", "prompt", "image_path", "edit_path", needs=("edit_path",)),
     Format("Echo-4o, Bagel", "instruction_list", "image_list", "image_list", needs=("image_list",)),
     Format("MICo for Bagel", "instruction", "image_list", "image_list", needs=("image_list",)),
+    # the picture of a bench that people judged right, `reference`, is one of many right answers, so no target
+    Format("MICo-Bench", "prompt", "input", None, ("input", "human_indices"), "refined_prompt", "Task", common=True),
+    Format("GEdit-Bench", "instruction", "input_image_raw", None, needs=("input_image_raw",), same=("input_image",)),
 )
 
 TEXT_KEYS = ("instruction", "prompt", "caption")
@@ -70,7 +81,7 @@ PICTURE_SUFFIXES = (
 @functools.lru_cache(maxsize=4096)
 def is_picture_key(key: str) -> bool:
     """Whether a known format uses the key for something other than the text."""
-    return any(form.owns(key) for form in FORMATS)
+    return any(form.owns(key) for form in FORMATS if not form.common)
 
 
 def recognise(keys: Collection[str]) -> Format:
@@ -85,6 +96,8 @@ def recognise(keys: Collection[str]) -> Format:
         for form in FORMATS
         if form.text in keys and all(key in keys for key in form.needs) and all(map(form.owns, pictures))
     ]
+    if len(fits) > 1:  # words that mean something else in a file that another format explains
+        fits = [form for form in fits if not form.common] or fits
     if len(fits) == 1:
         return fits[0]
     problem = "ambiguous keys" if fits else "the keys are those of no known format"
@@ -95,6 +108,8 @@ def recognise(keys: Collection[str]) -> Format:
 @functools.lru_cache(maxsize=4096)
 def nearest_key(key: str, form: Format) -> str | None:
     """The format's picture key that an unknown key may be a slip of the pen for."""
+    if key in form.same:
+        return None
     near = difflib.get_close_matches(key, [form.references.removesuffix("#"), str(form.target)], n=1, cutoff=0.7)
     return near[0] if near else None
 
@@ -124,9 +139,10 @@ class Parts:
             target = form.target, values[form.target]
             if isinstance(target[1], list):
                 raise ValueError(f"{form.target} must be one picture, got a list of {len(target[1])}")
-        task_type = values.get("task_type")
+        task_type = values.get("task_type", values.get(form.task or ""))
         if not isinstance(task_type, (str, type(None))):
-            raise ValueError(f"task_type must be a text, got {task_type!r}")
+            name = "task_type" if "task_type" in values else form.task
+            raise ValueError(f"{name} must be a text, got {task_type!r}")
         instruction = _instruction(values, form, len(references))
         return Parts(instruction, references, target, task_type, _object(values.get("scene")))
 
@@ -182,21 +198,22 @@ def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any
 
 
 def _instruction(values: Mapping[str, Any], form: Format, references: int) -> str:
-    if form.text not in values:
+    key = form.finer if form.finer and values.get(form.finer) else form.text
+    if key not in values:
         raise ValueError(f"no {form.text!r}; keys found: {sorted(values)}")
-    text = values[form.text]
-    if form.text == "instruction_list":
+    text = values[key]
+    if key == "instruction_list":
         if isinstance(text, list) and len(text) == references > 1:
             raise ValueError(f"instruction_list has {len(text)} texts for {references + 1} pictures: a chain of edits; "
                              "write each edit as a row of its own")  # fmt: skip
         for _ in range(2):  # Bagel nests phrasings of one edit: the first is taken
             text = text[0] if isinstance(text, list) and text else text
     if not isinstance(text, str):
-        raise ValueError(f"{form.text} must be a text, got {text!r:.80}")
+        raise ValueError(f"{key} must be a text, got {text!r:.80}")
     if not text.strip():
-        raise ValueError(f"{form.text} is empty")
+        raise ValueError(f"{key} is empty")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{form.text} has half a surrogate pair, which is no text: {text!r:.80}") from None
+        raise ValueError(f"{key} has half a surrogate pair, which is no text: {text!r:.80}") from None
     return text

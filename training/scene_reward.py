@@ -38,7 +38,7 @@ import functools
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,13 +63,48 @@ from uniref_fast.training.scene_find import (
 from uniref_fast.training.scene_pixels import Edges, alike, softened, steps_on_grids
 from uniref_fast.training.scene_read import Scene, SceneError, Thing, read_scene
 
-__all__ = ["SceneError", "scene_reward", "scene_scores"]
+__all__ = ["PRESENT", "SceneDetails", "SceneError", "SceneObject", "scene_details", "scene_reward", "scene_scores"]
 
 SMALLEST = 16  # pixels: shorter side of an image that can be scored
 GROUND = 3 * 32.0**2  # squared distance added to a background's own spread, as FLOOR is to an object's
 EXTRA = 0.7  # integration is divided by 1 + EXTRA for an object too many
 OBJECTS = 0.7  # share of the objects in consistency; the background has the rest
 SEAM = 16.0  # levels: how much larger steps on a grid halve quality
+# Likeness from which on an object counts as shown. Over 98 objects of held-out samples of 64 pixels that leaves all of
+# the answers, 95% blurred by 2 pixels, 47% where another sample's answer is mixed in by half, 5% in that answer alone.
+PRESENT = 0.3
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """An object that is asked for, and what an image shows of it.
+
+    Attributes:
+        artwork, colour: which it is, as the scene has it.
+        kept: whether a picture shows it at that very place.
+        likeness: how well the image shows it where it shows it best, 0..1; 1 in the answer.
+        distance: of that place from the asked one, centre to centre, in pixels of the image.
+        similarity: its part of the consistency axis: colours, structure and details at that place, 0..1.
+    """
+
+    artwork: str
+    colour: str | None
+    kept: bool
+    likeness: float
+    distance: float
+    similarity: float
+
+    @property
+    def present(self) -> bool:
+        return self.likeness >= PRESENT
+
+
+@dataclass(frozen=True)
+class SceneDetails:
+    """Scores of an image by axis, and what they say about each object that is asked for, in the scene's order."""
+
+    axes: Mapping[str, float]
+    objects: tuple[SceneObject, ...]
 
 
 def scene_reward(candidate: Candidate) -> Scores | Failure:
@@ -81,14 +116,19 @@ def scene_reward(candidate: Candidate) -> Scores | Failure:
         RowError: the row has no scene or no target, or its scene is not what the data set's card says: the run is
             wrongly configured.
     """
-    row, image = candidate.row, candidate.image
+    details = scene_details(candidate.row, candidate.image)
+    return details if isinstance(details, Failure) else Scores(details.axes)
+
+
+def scene_details(row: Row, image: Image.Image) -> SceneDetails | Failure:
+    """The scores that `scene_reward` gives an image for a row, with the objects; returns and raises as that does."""
     if row.scene is None or row.target is None:
         lacking = "scene" if row.scene is None else "target picture"
         raise RowError(
             row.where, f"has no {lacking}; the scene reward needs rows as `uniref-fast data make` writes them"
         )
     try:
-        return Scores(_answer(row, image.size).scores(image))
+        return _answer(row, image.size).details(image)
     except SceneError as error:
         raise RowError(row.where, error) from error
     except ValueError as error:
@@ -110,7 +150,7 @@ def scene_scores(
         SceneError: a ValueError that says what is wrong with the scene, which artwork is missing, or that the image is
             too small.
     """
-    return _Answer(target, read_scene(scene), artworks, image.size).scores(image)
+    return dict(_Answer(target, read_scene(scene), artworks, image.size).details(image).axes)
 
 
 @functools.lru_cache(maxsize=16)  # the candidates of a group share it
@@ -203,8 +243,8 @@ class _Answer:
                 piece = replace(piece, colours=self.soft[piece.box], alpha=bare + np.float32(1e-6))
                 self.gone.append(replace(piece, absent=piece.distance(before[piece.box]) + FLOOR))
 
-    def scores(self, image: Image.Image) -> dict[str, float]:
-        """Scores by axis of an image of the size that this is for."""
+    def details(self, image: Image.Image) -> SceneDetails:
+        """What an image of the size that this is for shows."""
         made = np.asarray(image.convert("RGB")).astype(np.float32)
         soft = softened(made, self.window)
         maps, canvas = self.search.maps(soft), Canvas(soft)
@@ -218,12 +258,20 @@ class _Answer:
             np.minimum(part, 1 - one.likeness * one.piece.outline, out=part)
         free += np.float32(1e-6)
         extras = self.search.extras(maps, self.groups)
+        similar = self._similarities(made, found)
         scores = {
             "integration": self._integration(soft, found, free) / (1 + EXTRA * extras),
-            "consistency": self._consistency(made, found, free),
+            "consistency": self._consistency(made, similar, free),
             "quality": self._quality(made, soft),
         }
-        return {axis: 10 * min(max(score, 0.0), 1.0) for axis, score in scores.items()}
+        axes = {axis: 10 * min(max(score, 0.0), 1.0) for axis, score in scores.items()}
+        objects = [
+            SceneObject(*thing.look, kept, one.likeness, math.dist(one.piece.centre, asked.centre), similarity)
+            for thing, kept, asked, one, similarity in zip(
+                self.scene.asked, self.scene.kept, self.asked, found, similar, strict=True
+            )
+        ]
+        return SceneDetails(axes, tuple(objects))
 
     def _integration(self, soft: np.ndarray, found: Sequence[Found], free: np.ndarray) -> float:
         """Geometric mean of what is to change, what is to stay, and the background."""
@@ -239,18 +287,22 @@ class _Answer:
         whole = sum(weight for _, weight in parts)
         return math.prod(score ** (weight / whole) for score, weight in parts)
 
-    def _consistency(self, made: np.ndarray, found: Sequence[Found], free: np.ndarray) -> float:
-        """Mean over the objects, each at the place where it is found, and the background."""
-        ground = alike(made, self.target, free)
-        if not found:
-            return ground
-        objects = 0.0
+    def _similarities(self, made: np.ndarray, found: Sequence[Found]) -> list[float]:
+        """Of each object, at the place where it is found."""
+        similar = []
         for one, asked in zip(found, self.asked, strict=True):
             sharp, (height, width) = self.target[asked.box], one.piece.alpha.shape
             if sharp.shape[:2] != (height, width):
                 sharp, _ = resized(sharp, asked.outline, (width, height))
-            objects += math.sqrt(one.likeness) * alike(made[one.piece.box], sharp, one.piece.outline)
-        return OBJECTS * objects / len(found) + (1 - OBJECTS) * ground
+            similar.append(math.sqrt(one.likeness) * alike(made[one.piece.box], sharp, one.piece.outline))
+        return similar
+
+    def _consistency(self, made: np.ndarray, similar: Sequence[float], free: np.ndarray) -> float:
+        """Mean over the objects and the background."""
+        ground = alike(made, self.target, free)
+        if not similar:
+            return ground
+        return OBJECTS * sum(similar) / len(similar) + (1 - OBJECTS) * ground
 
     def _quality(self, made: np.ndarray, soft: np.ndarray) -> float:
         sharp = Edges(made).like(self.edges, ((soft - self.soft) ** 2).mean(-1))

@@ -1,4 +1,4 @@
-"""The command line: `uniref-fast demo | edit | estimate | data | doctor`."""
+"""The command line: `uniref-fast demo | edit | estimate | data | eval | doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from uniref_fast import __version__
-from uniref_fast.data_cli import add_data_commands
+from uniref_fast.data_cli import add_data_commands, leave_to
 
 __all__ = ["main"]
 
@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.set_defaults(run=_estimate)
 
     add_data_commands(commands)
+    evaluation = commands.add_parser("eval", help="measure a model on held-out rows or a public bench")
+    leave_to(evaluation, "uniref_fast.training.benchmark_cli")
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which implementation serves each op and why")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from uniref_fast.training.rows import Dataset, ImageSource
 
-__all__ = ["add_data_commands"]
+__all__ = ["add_data_commands", "leave_to"]
 
 Size = tuple[int, int]  # (width, height) in pixels
 
@@ -45,10 +45,10 @@ def add_data_commands(commands: Any) -> None:
     check.set_defaults(run=_check)
 
     make = group.add_parser("make", help="make a data set of multi-reference edits with exact targets")
-    _leave_to(make, "uniref_fast.training.make_data")
+    leave_to(make, "uniref_fast.training.make_data")
 
 
-def _leave_to(parser: argparse.ArgumentParser, module: str) -> None:
+def leave_to(parser: argparse.ArgumentParser, module: str) -> None:
     """Leave a command to a module's `add_arguments(parser)` and `run(args)`, imported when the command is used."""
     parse = parser.parse_known_args
 

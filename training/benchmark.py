@@ -1,0 +1,404 @@
+"""How good a model is on rows it has not seen: `uniref-fast eval heldout_objects.jsonl --model builtin --out results/`.
+
+    results = evaluate(EvalConfig((Path("heldout_objects.jsonl"),), Path("results"), initial=(Path("runs/mine"),)))
+    results["aggregates"]["heldout_objects"]["all"]["scores"]["mean"]  # {"n": 64, "mean": 7.1, "sem": 0.2}
+
+Each row is edited with noise that follows from the seed and the row, the same for every model, so that differences of
+two evaluations can be taken row by row. Made data is scored exactly, by the scene reward; anything else by a judge. The
+folder gets `rows.jsonl` while it works, and `results.json`, `images/FILE/INDEX.png` and `grid.png`; an evaluation that
+was stopped goes on with the same settings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from uniref_fast import __version__
+from uniref_fast.edit import edit
+from uniref_fast.models.single_frame import single_frame
+from uniref_fast.request import DEFAULT_OUTPUT_AREA, EditRequest, validated
+from uniref_fast.training import benchmark_model as models
+from uniref_fast.training import benchmark_report as report
+from uniref_fast.training.benchmark_journal import Journal
+from uniref_fast.training.benchmark_measure import judged, measured, through_vae
+from uniref_fast.training.benchmark_rows import Planned, files_of, plan
+from uniref_fast.training.judge import Judge, JudgeConfig
+from uniref_fast.training.judge_log import PASSING
+from uniref_fast.training.records import write_whole
+from uniref_fast.training.rewards import Candidate, Failure, Scores
+from uniref_fast.training.rows import Dataset, RowError
+
+__all__ = ["EvalConfig", "evaluate"]
+
+GREY = (128, 128, 128)
+JUDGED_BY = ("model", "temperature", "seed", "max_tokens", "samples", "max_side", "json_mode")  # what may change scores
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """An evaluation.
+
+    Attributes:
+        data: files and folders of rows, as `rows.Dataset` reads them; targets are optional.
+        out: folder of the results: new, empty, or of the same evaluation, which then goes on.
+        model: "builtin", a diffusers folder or a hub id.
+        initial: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
+        baseline: instead of the model's results: "input", picture 1 at the size of the result (grey without pictures);
+            "vae", the target through the model's autoencoder; "untrained", those of the built-in model before training.
+        reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
+        judge: how the judge is asked.
+        steps: denoising steps; None for 8 with the built-in model, else 50.
+        guidance: true CFG scale; 1 turns guidance off.
+        budget: joint pixel budget of a row's references, budget x budget; None sizes each as diffusers does.
+        target_side: area of the results, target_side x target_side, at most where a row has a target; None for the
+            pipeline's own.
+        seed: of the noise, with the row.
+        limit: rows of each file, the first ones; None for all.
+        image_folder: of relative paths in rows; None for beside their file.
+        dtype, device: of the model; None for float32 on a CPU and bfloat16 on a GPU, and for a GPU where there is one.
+        batch: rows that are edited together.
+        pack_tokens: most tokens of a pack.
+        grid: rows of each file on `grid.png`; 0 for none.
+        against: folder of an earlier evaluation to take differences to.
+    """
+
+    data: tuple[Path, ...]
+    out: Path
+    model: str = "builtin"
+    initial: tuple[Path, ...] = ()
+    baseline: Literal["input", "vae", "untrained"] | None = None
+    reward: Literal["scene", "judge", "none"] | None = None
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    steps: int | None = None
+    guidance: float = 4.0
+    budget: int | None = None
+    target_side: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    image_folder: Path | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    batch: int = 8
+    pack_tokens: int = 32768
+    grid: int = 4
+    against: Path | None = None
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "budget": 16, "target_side": 16, "limit": 1, "batch": 1, "pack_tokens": 1, "grid": 0}
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ValueError(f"{name} must be at least {value}, got {given}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        if self.baseline == "untrained" and self.model != "builtin":
+            raise ValueError(f"baseline untrained is there for the built-in model only, not for {self.model}")
+        if self.baseline is not None and self.initial:
+            raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial")
+
+    @property
+    def runs_model(self) -> bool:
+        return self.baseline in (None, "untrained")
+
+    @property
+    def all_steps(self) -> int:
+        return self.steps if self.steps is not None else 8 if self.model == "builtin" else 50
+
+
+def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
+    """Evaluate, or go on with it, and write the folder.
+
+    Args:
+        config: what and how.
+        progress: show a bar on stderr.
+
+    Returns:
+        What `results.json` holds: "settings", "versions", "aggregates" (see `benchmark_report.aggregates`),
+        "comparison" (see `benchmark_report.compare`; None without `against`) and "rows". Rows that cannot be evaluated
+        have an "error".
+
+    Raises:
+        ValueError, TypeError: for what the caller can put right.
+        OSError: when the results cannot be written.
+    """
+    return _Evaluation(config).results(progress)
+
+
+class _Evaluation:
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self.device, self.dtype = models.on_device(config.device, config.dtype)
+        self.dataset = Dataset(config.data, config.image_folder, "optional")
+        self.files = files_of(self.dataset, config.limit)
+        models.check_runs(config.initial)
+        self.reward = config.reward or self._usual_reward()
+        if config.reward == "scene":
+            self._all_have_scenes()
+        self.settings = self._settings()
+        self.other = None if config.against is None else report.read_results(config.against)
+        if self.other is not None:
+            self._check_against(self.other)
+        _writable(config.out)
+        self.journal = Journal(config.out, self.settings)
+
+    def results(self, progress: bool) -> dict[str, Any]:
+        with contextlib.closing(self.journal):
+            if any(self._open(label, numbers) for label, numbers in self.files.items()):
+                self._work(progress)
+        rows = [self.journal.rows[label, i] for label, numbers in self.files.items() for i in range(len(numbers))]
+        made: dict[str, Any] = {
+            "format": report.FORMAT,
+            "settings": self.settings,
+            "versions": _versions(),
+            "aggregates": report.aggregates(rows),
+            "comparison": None,
+            "rows": rows,
+        }
+        self._write(made)
+        if self.config.grid and (shown := list(self._shown())):
+            sheet = report.sheet(shown)
+            write_whole(self.config.out / "grid.png", lambda file: sheet.save(file, "PNG"))
+        if self.other is not None:  # after what cost the time is safe
+            made["comparison"] = report.compare(rows, self.other["rows"], str(self.config.against))
+            self._write(made)
+        return made
+
+    def _write(self, made: dict[str, Any]) -> None:
+        text = json.dumps(made, indent=1, allow_nan=False)
+        write_whole(self.config.out / "results.json", lambda file: file.write(text.encode()))
+
+    # ---- before the work ----
+
+    def _usual_reward(self) -> str:
+        """By the first row of each file that can be read."""
+        for numbers in self.files.values():
+            for number in numbers:
+                with contextlib.suppress(RowError):
+                    row = self.dataset[number]
+                    if row.scene is not None and row.target is not None:
+                        return "scene"
+                    break
+        return "none"
+
+    def _all_have_scenes(self) -> None:
+        for numbers in self.files.values():
+            for number in numbers:
+                with contextlib.suppress(RowError):
+                    row = self.dataset[number]
+                    if lacking := [name for name in ("scene", "target") if getattr(row, name) is None]:
+                        raise ValueError(
+                            f"{row.where} has no {lacking[0]}; the scene reward needs rows as `uniref-fast data make` "
+                            "writes them; use the judge, or none"
+                        )
+
+    def _settings(self) -> dict[str, Any]:
+        """All that may change results."""
+        config, judge = self.config, self.config.judge
+        return {
+            "files": {label: len(numbers) for label, numbers in self.files.items()},
+            "data": self.dataset.fingerprint,
+            "limit": config.limit,
+            "model": config.model,
+            "initial": [str(run) for run in config.initial],
+            "baseline": config.baseline,
+            "reward": self.reward,
+            "judge": {name: getattr(judge, name) for name in JUDGED_BY} if self.reward == "judge" else None,
+            "steps": config.all_steps if config.runs_model else None,
+            "guidance": config.guidance if config.runs_model else None,
+            "budget": config.budget,
+            "target_side": config.target_side,
+            "seed": config.seed if config.runs_model else None,
+            "dtype": self.dtype,
+            "device": torch.device(self.device).type,
+        }
+
+    def _check_against(self, other: dict[str, Any]) -> None:
+        """Now rather than after hours."""
+        report.check_comparable(self.settings, other["settings"])
+        known = {report.identity(row) for row in other["rows"]}
+        for label, numbers in self.files.items():
+            for i, number in enumerate(numbers):
+                with contextlib.suppress(RowError):
+                    if (label, i, self.dataset[number].instruction) in known:
+                        return
+        raise ValueError(f"no rows of {self.config.against} are the same as here (file, index and instruction)")
+
+    # ---- the work ----
+
+    def _open(self, label: str, numbers: Sequence[int]) -> list[int]:
+        """Indices of the rows that are not done."""
+        return [i for i in range(len(numbers)) if not self._is_done(label, i)]
+
+    def _is_done(self, label: str, i: int) -> bool:
+        """A row that could not be read may be mended meanwhile, and a judge that was away may be back."""
+        record = self.journal.rows.get((label, i), {"error": "not yet"})
+        if "error" in record or record.get("failure", {}).get("kind") in PASSING:
+            return False
+        return self._image(label, i).exists()
+
+    def _work(self, progress: bool) -> None:
+        from tqdm import tqdm
+
+        config = self.config
+        total = sum(len(self._open(label, numbers)) for label, numbers in self.files.items())
+        with contextlib.ExitStack() as stack:
+            judge = None
+            if self.reward == "judge":
+                log = config.out / "judge.jsonl"
+                judge = stack.enter_context(Judge(config.judge, log, earlier=[log] if log.exists() else []))
+                judge.check()
+            self._load()
+            stack.enter_context(single_frame(self.pipe.vae))
+            bar = stack.enter_context(tqdm(total=total, desc="rows", unit="row", disable=None if progress else True))
+            waiting: deque[list[tuple[dict[str, Any], Future[Scores | Failure] | None]]] = deque()
+            for label, numbers in self.files.items():
+                for first in range(0, len(numbers), config.batch):  # the same packs however often it is stopped
+                    indices = range(first, min(first + config.batch, len(numbers)))
+                    waiting.append([self._scored(judge, *one) for one in self._made(label, indices)])
+                    if judge is None or len(waiting) > 1:  # a judge works on these while the next are made
+                        self._keep(waiting.popleft(), bar)
+            while waiting:
+                self._keep(waiting.popleft(), bar)
+
+    def _load(self) -> None:
+        config = self.config
+        self.pipe = models.load(config.model, config.initial, config.baseline == "untrained", self.device, self.dtype)
+        if config.runs_model:
+            validated([EditRequest("x", num_inference_steps=config.all_steps)], self.pipe)
+        area = getattr(self.pipe, "output_area", DEFAULT_OUTPUT_AREA)
+        self.target_side = config.target_side or math.isqrt(area)
+        self.journal.check_weights(models.weights_digest(self.pipe))
+
+    def _made(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], Planned | None]]:
+        """Open rows of a batch: the beginnings of their records, and their plans; those that cannot be read without.
+
+        All rows of the batch are edited when one has no image yet.
+        """
+        numbers, plans, records = self.files[label], {}, {}
+        to_do = [i for i in indices if not self._is_done(label, i)]
+        for i in indices if to_do else ():
+            records[i] = {"file": label, "index": i, "where": self.dataset.where(numbers[i])}
+            try:
+                plans[i] = self._plan(label, i)
+            except ValueError as error:
+                reason = error.reason if isinstance(error, RowError) else str(error)
+                records[i]["error"] = reason
+        lacking = [i for i in plans if i in to_do and not self._image(label, i).exists()]
+        if lacking:
+            for i, image in zip(plans, self._images(list(plans.values())), strict=True):
+                if i in lacking:
+                    write_whole(self._image(label, i), functools.partial(image.save, format="PNG"))
+        for i in to_do:
+            yield records[i], plans.get(i)
+
+    def _plan(self, label: str, i: int) -> Planned:
+        config = self.config
+        planned = plan(
+            self.pipe,
+            self.dataset[self.files[label][i]],
+            (label, i),
+            target_side=self.target_side,
+            budget=None if config.budget is None else config.budget**2,
+            seed=config.seed,
+            steps=config.all_steps,
+            guidance=config.guidance,
+        )
+        if config.baseline == "vae" and planned.target is None:
+            raise ValueError("no target picture, which the baseline vae needs")
+        return planned
+
+    def _images(self, plans: Sequence[Planned]) -> list[Image.Image]:
+        config = self.config
+        if config.baseline == "input":
+            return [_pasted(planned) for planned in plans]
+        if config.baseline == "vae":
+            return [through_vae(self.pipe, planned.target) for planned in plans if planned.target is not None]
+        budget = None if config.budget is None else config.budget**2
+        requests = [planned.request for planned in plans]
+        return edit(self.pipe, requests, budget=budget, max_tokens=config.pack_tokens, progress=False)
+
+    def _image(self, label: str, i: int) -> Path:
+        return self.config.out / "images" / label / f"{i}.png"
+
+    def _scored(
+        self, judge: Judge | None, record: dict[str, Any], planned: Planned | None
+    ) -> tuple[dict[str, Any], Future[Scores | Failure] | None]:
+        """The record with its measures, and what the judge will say."""
+        if planned is None:
+            return record, None
+        row, (label, i) = planned.row, (record["file"], record["index"])
+        with Image.open(self._image(label, i)) as file:
+            made = file.convert("RGB")
+        record |= {
+            "instruction": row.instruction,
+            "task": row.task_type or "none",
+            "references": len(row.references),
+            "size": list(made.size),
+            "seed": planned.request.seed if self.config.runs_model else None,
+        }
+        bound = None if planned.target is None else through_vae(self.pipe, planned.target)
+        try:
+            record |= measured(planned, made, bound, self.reward == "scene")
+        except ValueError as error:
+            return {**record, "error": error.reason if isinstance(error, RowError) else str(error)}, None
+        if judge is None:
+            return record, None
+        key = (list(self.files).index(label), i)
+        candidate = Candidate(key, row.instruction, tuple(planned.request.images), made, row)
+        return record, judge.submit(candidate, step=0)
+
+    def _keep(self, done: Sequence[tuple[dict[str, Any], Future[Scores | Failure] | None]], bar: Any) -> None:
+        for record, future in done:
+            self.journal.add(record if future is None else record | judged(future.result()))
+            bar.update()
+
+    def _shown(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Image.Image]]]]:
+        """The first rows of each file with their pictures: made, target, references."""
+        for label, numbers in self.files.items():
+            whole = [i for i in range(len(numbers)) if "error" not in self.journal.rows[label, i]]
+            for i in whole[: self.config.grid]:
+                row = self.dataset[numbers[i]]
+                with Image.open(self._image(label, i)) as file:
+                    pictures = [("made", file.convert("RGB"))]
+                if row.target is not None:
+                    pictures.append(("target", row.target.load()))
+                pictures += [(f"picture {k}", source.load()) for k, source in enumerate(row.references, start=1)]
+                yield self.journal.rows[label, i], pictures
+
+
+def _pasted(planned: Planned) -> Image.Image:
+    """Picture 1 at the size of the result."""
+    if not planned.request.images:
+        return Image.new("RGB", planned.size, GREY)
+    return planned.request.images[0].resize(planned.size, Image.Resampling.LANCZOS)
+
+
+def _writable(folder: Path) -> None:
+    """Make the folder; fail before the work when results could not be written after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out {folder} cannot be made: {error.strerror}; name a folder that can be") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"out {folder} cannot be written to; name a folder that can")
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("torch", "diffusers", "transformers", "numpy", "pillow")
+    found = {name: importlib.metadata.version(name) for name in libraries}
+    return {"uniref_fast": __version__, "python": platform.python_version(), **found}

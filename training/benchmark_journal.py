@@ -1,0 +1,108 @@
+"""What an evaluation has done so far: `rows.jsonl`, a line for each row, synced, after a line with the settings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Journal", "differing"]
+
+
+class Journal:
+    """Opens or begins a journal; a last line that a kill has cut is taken out.
+
+    Attributes:
+        rows: records by (file, index); of several about one row the last.
+
+    Raises:
+        ValueError: the folder holds other things, or an evaluation with other settings; or a line is damaged.
+        OSError: when it cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.path = folder / "rows.jsonl"
+        self.rows: dict[tuple[str, int], dict[str, Any]] = {}
+        self._weights: str | None = None
+        if not self.path.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no evaluation; give a new or an empty folder")
+        lines = self._lines() if self.path.exists() else []
+        begun = bool(lines) and (any("row" in line for line in lines) or (folder / "images").exists())
+        if begun:
+            changed = differing(lines[0]["settings"], settings)
+            if changed:
+                raise ValueError(
+                    f"{folder} holds an evaluation with other settings: {'; '.join(changed)}; give the same ones to go "
+                    "on with it, or another folder"
+                )
+            for line in lines[1:]:
+                self._weights = line.get("weights", self._weights)
+                if "row" in line:
+                    self._take(line["row"])
+        # with nothing made, as after a wrong --model, it begins anew
+        self._file = open(self.path, "ab" if begun else "wb")  # noqa: SIM115 - closed by close()
+        if not begun:
+            self._append({"settings": settings})
+
+    def check_weights(self, digest: str) -> None:
+        """Refuse to go on with a model that has changed since."""
+        if self._weights not in (None, digest):
+            raise ValueError(
+                f"the weights of the model have changed since {self.path.parent} was begun; give another folder"
+            )
+        if self._weights is None:
+            self._append({"weights": digest})
+            self._weights = digest
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep a row's record; it is on the disk when this returns."""
+        self._append({"row": record})
+        self._take(record)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _take(self, record: dict[str, Any]) -> None:
+        self.rows[record["file"], record["index"]] = record
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), end)
+            raise OSError(error.errno, f"a row could not be kept: {error.strerror}", str(self.path)) from error
+
+    def _lines(self) -> list[dict[str, Any]]:
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        found = []
+        for number, text in enumerate(whole.splitlines(), start=1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                line = None
+            keys = ("settings",) if number == 1 else ("row", "weights")
+            if not isinstance(line, dict) or not any(key in line for key in keys):
+                raise ValueError(
+                    f"{self.path}, line {number} is damaged: {text[:60]!r}; remove the line, or the whole folder"
+                )
+            found.append(line)
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        return found
+
+
+def differing(before: Any, after: Any, name: str = "") -> list[str]:
+    """What changed between two JSON values, as "judge.model: 'a' -> 'b'"."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = dict.fromkeys((*before, *after))
+        return [line for key in keys for line in differing(before.get(key), after.get(key), f"{name}.{key}".strip("."))]
+    before, after = (list(value) if isinstance(value, tuple) else value for value in (before, after))
+    return [] if before == after else [f"{name or 'settings'}: {before!r} -> {after!r}"]

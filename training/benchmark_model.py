@@ -1,0 +1,97 @@
+"""The model that an evaluation measures: a pipeline by name, what training runs left put on top, or random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from uniref_fast.builtin import components
+from uniref_fast.loading import load_pipeline
+from uniref_fast.training.cache import content_key, fingerprint
+
+__all__ = ["check_runs", "load", "on_device", "weights_digest"]
+
+
+def on_device(device: str | None, dtype: str | None) -> tuple[str, str]:
+    """Device and dtype by name: CUDA where there is one, float32 on a CPU and bfloat16 elsewhere, unless given."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
+    return device, dtype or ("float32" if kind == "cpu" else "bfloat16")
+
+
+def load(model: str, runs: tuple[Path, ...], untrained: bool, device: str, dtype: str) -> Any:
+    """A pipeline that is ready to edit.
+
+    Args:
+        model: "builtin", a diffusers folder or a hub id.
+        runs: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
+        untrained: the built-in model as it is before any training, with the weights of seed 0.
+        device, dtype: see `on_device`.
+
+    Raises:
+        ValueError, TypeError: for what is not there, cannot be read, or does not fit together.
+    """
+    kind = getattr(torch, dtype)
+    pipe = components.pipeline(0, kind).to(device) if untrained else load_pipeline(model, kind, device)
+    adapters: list[str] = []
+    for run in runs:
+        try:
+            _put_on(pipe, run, adapters, kind, device)
+        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"initial {run} could not be put on {model}: {first}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_runs(runs: tuple[Path, ...]) -> None:
+    """Refuse folders that no run wrote, adapters without the transformer that they were trained on, and those that
+    count twice. Raises ValueError."""
+    for number, run in enumerate(runs):
+        if not any((run / name).is_dir() for name in ("lora", "transformer")):
+            raise ValueError(f"initial {run} has neither lora/ nor transformer/; give the folder of a finished run")
+        base = _started_from(run)
+        if base is None or (run / "transformer").is_dir():
+            continue
+        given = base.resolve() in [before.resolve() for before in runs[:number]]
+        if (base / "transformer").is_dir() and not given:
+            raise ValueError(
+                f"the adapter of {run} was trained on top of {base}/transformer; give --initial {base} before it"
+            )
+        if given and not (base / "transformer").is_dir():
+            raise ValueError(f"the adapter of {run} went on from that of {base}, which it holds; leave {base} out")
+
+
+def weights_digest(pipe: Any) -> str:
+    """Changes when any part of the model does."""
+    return content_key(*(fingerprint(part) for part in (pipe.transformer, pipe.vae, pipe.text_encoder)))
+
+
+def _put_on(pipe: Any, run: Path, adapters: list[str], dtype: torch.dtype, device: str) -> None:
+    """Adapters are not fused: in 16 bits that would round what was trained away."""
+    if (run / "transformer").is_dir():
+        kind = type(pipe.transformer)
+        pipe.transformer = kind.from_pretrained(run / "transformer", torch_dtype=dtype, use_safetensors=True).to(device)
+        adapters.clear()
+    if (run / "lora").is_dir():
+        adapters.append(f"run{len(adapters)}")
+        pipe.load_lora_weights(str(run / "lora"), adapter_name=adapters[-1], use_safetensors=True)
+        pipe.set_adapters(adapters)
+
+
+def _started_from(run: Path) -> Path | None:
+    """The run that this one went on from, as its configuration says."""
+    try:
+        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get("initial")
+    except (OSError, ValueError, AttributeError):
+        return None  # exported by another program, or copied without it
+    return Path(value) if isinstance(value, str) else None

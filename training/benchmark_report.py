@@ -1,0 +1,283 @@
+"""What the records of an evaluation come to: means with standard errors, a table, differences to another evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from uniref_fast.scenes import contact_sheet
+from uniref_fast.training.rewards import AXES
+
+__all__ = [
+    "aggregates",
+    "check_comparable",
+    "compare",
+    "comparison_table",
+    "identity",
+    "read_results",
+    "sheet",
+    "table",
+]
+
+Record = Mapping[str, Any]
+MEASURES = (*AXES, "mean")
+FORMAT = 1  # of results.json
+
+
+def aggregates(rows: Sequence[Record]) -> dict[str, Any]:
+    """By file: "all", by number of references and by task; see `group`."""
+    return {
+        file: {
+            "all": group(own),
+            "references": {str(k): group(_with(own, "references", k)) for k in _values(own, "references")},
+            "tasks": {task: group(_with(own, "task", task)) for task in _values(own, "task")},
+        }
+        for file in dict.fromkeys(row["file"] for row in rows)
+        for own in [_with(rows, "file", file)]
+    }
+
+
+def group(rows: Sequence[Record]) -> dict[str, Any]:
+    """What some rows come to.
+
+    Returns:
+        "rows", "broken" of them, "failures" to score by kind; "scores", "bound_scores" (of the target through the
+        autoencoder) and "gap_scores" (the bound less the image made) by axis; "psnr", "bound_psnr" and "gap_psnr" in
+        dB; each as {"n", "mean", "sem"}, None where nothing is known. "objects": {"n", "present" share of them,
+        "new" and "new_present" the same of those that no picture shows at their place, "distance" mean of those
+        present in pixels, "similarity" mean of all}.
+    """
+    made = [row for row in rows if "error" not in row]
+    scores = {axis: [_score(row, axis) for row in made] for axis in MEASURES}
+    bounds = {axis: [_score(row.get("bound", {}), axis) for row in made] for axis in MEASURES}
+    psnrs, most = [row.get("psnr") for row in made], [row.get("bound", {}).get("psnr") for row in made]
+    objects = [one for row in made for one in row.get("objects", ())]
+    new = [one for one in objects if not one["kept"]]
+    return {
+        "rows": len(rows),
+        "broken": len(rows) - len(made),
+        "failures": dict(sorted(Counter(row["failure"]["kind"] for row in made if "failure" in row).items())),
+        "scores": {axis: statistic(values) for axis, values in scores.items()},
+        "bound_scores": {axis: statistic(values) for axis, values in bounds.items()},
+        "gap_scores": {axis: statistic(_less(bounds[axis], values)) for axis, values in scores.items()},
+        "psnr": statistic(psnrs),
+        "bound_psnr": statistic(most),
+        "gap_psnr": statistic(_less(most, psnrs)),
+        "objects": {
+            "n": len(objects),
+            "present": _share(objects),
+            "new": len(new),
+            "new_present": _share(new),
+            "distance": statistic([one["distance"] for one in objects])["mean"],
+            "similarity": statistic([one["similarity"] for one in objects])["mean"],
+        },
+    }
+
+
+def statistic(values: Sequence[float | None]) -> dict[str, Any]:
+    """Number, mean and standard error of the mean of the values that are there."""
+    known = [value for value in values if value is not None]
+    n = len(known)
+    mean = math.fsum(known) / n if n else None
+    spread = math.fsum((value - mean) ** 2 for value in known) / (n - 1) if mean is not None and n > 1 else None
+    return {"n": n, "mean": mean, "sem": None if spread is None else math.sqrt(spread / n)}
+
+
+def _share(objects: Sequence[Record]) -> float | None:
+    return statistic([float(one["present"]) for one in objects])["mean"]
+
+
+def _less(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:
+    return [None if a is None or b is None else a - b for a, b in zip(first, second, strict=True)]
+
+
+def _score(record: Record, axis: str) -> float | None:
+    return record.get("scores", {}).get(axis)
+
+
+def _with(rows: Sequence[Record], key: str, value: Any) -> list[Record]:
+    return [row for row in rows if row.get(key) == value]
+
+
+def _values(rows: Sequence[Record], key: str) -> list[Any]:
+    """In order; broken rows may have none."""
+    return sorted({row[key] for row in rows if key in row})
+
+
+# ---- a table ----
+
+Cell = Callable[[Mapping[str, Any]], str]
+
+
+def _measure(*path: str, digits: int = 2, errors: bool = False) -> Cell:
+    def cell(found: Mapping[str, Any]) -> str:
+        value: Any = found
+        for key in path:
+            value = value[key]
+        if not isinstance(value, Mapping):
+            return "" if value is None else f"{value:.{digits}f}"
+        if value["mean"] is None:
+            return ""
+        error = f" ±{value['sem']:.{digits}f}" if errors and value["sem"] is not None else ""
+        return f"{value['mean']:.{digits}f}{error}"
+
+    return cell
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
+
+
+COLUMNS: dict[str, Cell] = {
+    "rows": lambda found: str(found["rows"]),
+    "broken": lambda found: str(found["broken"] or ""),
+    "unscored": lambda found: str(sum(found["failures"].values()) or ""),
+    **{axis: _measure("scores", axis) for axis in AXES},
+    "mean": _measure("scores", "mean", errors=True),
+    "best": _measure("bound_scores", "mean"),
+    "PSNR": _measure("psnr", digits=1, errors=True),
+    "VAE": _measure("bound_psnr", digits=1),
+    "gap": _measure("gap_psnr", digits=1, errors=True),
+    "present": lambda found: _percent(found["objects"]["present"]),
+    "new": lambda found: _percent(found["objects"]["new_present"]),
+    "off": _measure("objects", "distance", digits=1),
+    "similar": _measure("objects", "similarity"),
+}
+LEGEND = {
+    "unscored": "unscored: the reward failed",
+    "mean": "mean: of the three axes, 0 to 10, ± standard error",
+    "best": "best: that mean for the target through the autoencoder",
+    "VAE": "VAE: PSNR of the target through the autoencoder; gap: what is left to it, dB",
+    "present": "present: share of the objects asked for; new: of those that no picture shows at their place",
+    "off": "off: pixels from where they belong",
+}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Aggregates as text; columns that say nothing are left out."""
+    lines = []
+    for file, part in found.items():
+        lines.append((file, part["all"]))
+        lines += [(f"  {k} picture{'' if k == '1' else 's'}", one) for k, one in part["references"].items()]
+        lines += [(f"  {task}", one) for task, one in part["tasks"].items()]
+    names = [name for name, cell in COLUMNS.items() if any(cell(one) for _, one in lines)]
+    grid = [["", *names]] + [[label, *(COLUMNS[name](one) for name in names)] for label, one in lines]
+    legend = [text for name, text in LEGEND.items() if name in names]
+    return "\n".join([*_aligned(grid), *(["", *legend] if legend else [])])
+
+
+def _aligned(grid: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
+        for row in grid
+    ]
+
+
+def sheet(rows: Sequence[tuple[Record, list[tuple[str, Image.Image]]]]) -> Image.Image:
+    """A labelled grid of records with their pictures: what was made with its scores, then the others."""
+    lines, texts = [], []
+    for number, (record, (made, *others)) in enumerate(rows, start=1):
+        scores = " ".join(f"{axis[0]}{record['scores'][axis]:.1f}" for axis in AXES) if "scores" in record else ""
+        lines.append([(f"{number}. {made[0]} {scores}".rstrip(), made[1]), *others])
+        texts.append(f"{number}. {record['file']} {record['index']}: {record['instruction']}")
+    return contact_sheet(lines, caption="\n".join(texts), cell=160)
+
+
+# ---- against another evaluation ----
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results.json of a folder. Raises ValueError when there is none that can be read."""
+    path = folder / "results.json"
+    try:
+        found = json.loads(path.read_bytes())
+        if found["format"] != FORMAT:
+            raise ValueError(f"it has format {found['format']!r}, this version reads {FORMAT}")
+        return {"settings": dict(found["settings"]), "rows": [dict(row) for row in found["rows"]]}
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no results.json: it is no finished evaluation") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be compared with: {error or type(error).__name__}") from error
+
+
+def check_comparable(settings: Record, other: Record) -> None:
+    """Raises ValueError that names the settings in which two evaluations must not differ."""
+    changed = []
+    for name in ("seed", "steps", "reward"):
+        before, after = other.get(name), settings[name]
+        if before != after and (name == "reward" or None not in (before, after)):  # no noise where no model is run
+            changed.append(f"{name} is {after!r} here and {before!r} there")
+    if changed:
+        raise ValueError(f"these evaluations cannot be compared: {'; '.join(changed)}")
+
+
+def compare(rows: Sequence[Record], others: Sequence[Record], name: str) -> dict[str, Any]:
+    """Differences of rows that are the same in both (file, index and instruction), this evaluation less the other.
+
+    Returns:
+        "against" the name, "unmatched" rows of this one, and "files": by file "rows" matched, and by measure (the axes,
+        "mean", "psnr", "present" share of a row's objects) {"n", "mean", "sem"}; measures that no row has in both are
+        left out.
+
+    Raises:
+        ValueError: when no rows are the same, or the images made of them differ in size.
+    """
+    known = {identity(row): row for row in others if "error" not in row}
+    pairs = [(row, known[identity(row)]) for row in rows if "error" not in row and identity(row) in known]
+    if not pairs:
+        raise ValueError(f"no rows of {name} are the same as here (file, index and instruction)")
+    for row, other in pairs:
+        if row["size"] != other["size"]:
+            here, there = ("x".join(map(str, each["size"])) for each in (row, other))
+            raise ValueError(
+                f"{row['file']} {row['index']} is {here} pixels here and {there} in {name}; evaluate both with one "
+                "--target-side"
+            )
+    files: dict[str, Any] = {}
+    for file in dict.fromkeys(row["file"] for row, _ in pairs):
+        own = [pair for pair in pairs if pair[0]["file"] == file]
+        values = {measure: _less(*zip(*(_both(pair, measure) for pair in own), strict=True)) for measure in PAIRED}
+        found = {measure: statistic(differences) for measure, differences in values.items()}
+        files[file] = {"rows": len(own), **{measure: one for measure, one in found.items() if one["n"]}}
+    return {"against": name, "unmatched": len(rows) - len(pairs), "files": files}
+
+
+PAIRED = (*MEASURES, "psnr", "present")
+
+
+def _both(pair: tuple[Record, Record], measure: str) -> tuple[float | None, float | None]:
+    return _value(pair[0], measure), _value(pair[1], measure)
+
+
+def identity(row: Record) -> tuple[Any, ...]:
+    return row.get("file"), row.get("index"), row.get("instruction")
+
+
+def _value(row: Record, measure: str) -> float | None:
+    if measure == "present":
+        return _share(row.get("objects", ()))
+    return row.get("psnr") if measure == "psnr" else _score(row, measure)
+
+
+def comparison_table(found: Mapping[str, Any]) -> str:
+    """Differences as text."""
+    names = [name for name in PAIRED if any(name in one for one in found["files"].values())]
+    grid = [[f"less {found['against']}", "rows", *("PSNR" if name == "psnr" else name for name in names)]]
+    for file, one in found["files"].items():
+        grid.append([file, str(one["rows"]), *(_difference(one.get(name)) for name in names)])
+    more = f"{found['unmatched']} rows are in this evaluation alone" if found["unmatched"] else ""
+    return "\n".join([*_aligned(grid), "differences row by row, mean ± standard error", *([more] if more else [])])
+
+
+def _difference(one: Record | None) -> str:
+    if one is None:
+        return ""
+    return f"{one['mean']:+.2f}" + ("" if one["sem"] is None else f" ±{one['sem']:.2f}")
