@@ -1,4 +1,7 @@
-"""One rank of `test_parallel.py`: two packs through a sharded model; rank 0 writes loss, gradients and norm."""
+"""One rank of `test_parallel.py`: two packs through a sharded model; rank 0 writes loss, gradients and norm.
+
+Or rows gathered among the first few ranks: each of them writes what it got and the gradient of its part.
+"""
 
 import sys
 
@@ -8,6 +11,7 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 from uniref_fast import PackedQwenImage, Sample, SelfLayout
+from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.training.flow import FlowBatch, sample_errors
 from uniref_fast.training.parallel import Ranks, global_norm, shard
 
@@ -80,11 +84,44 @@ def run(ranks: Ranks, sequence: int, checkpointing: bool, lora: bool) -> dict[st
     return result | {name: p.grad.full_tensor().contiguous() for name, p in parameters.items()}
 
 
+def all_rows(rows: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """`[rows, 2, 3]`, no two values alike."""
+    return torch.randn(rows, 2, 3, generator=torch.Generator().manual_seed(rows), dtype=torch.float64).to(dtype)
+
+
+def loss_of(rows: torch.Tensor) -> torch.Tensor:
+    """A loss that every rank computes alike, of all rows at once: each row's gradient depends on the others."""
+    weights = torch.arange(1, rows.numel() + 1, dtype=rows.dtype).view_as(rows)
+    return (rows * weights).sum().square() / rows.numel() + rows.prod(1).square().sum()
+
+
+def gathered(group: dist.ProcessGroup, bounds: list[int]) -> dict[str, torch.Tensor]:
+    """Rows that this rank held, gathered among the group; in float32 and, values alone, in bfloat16."""
+    parallel = SequenceParallel(group, dist.get_world_size(group))
+    start, end = bounds[parallel.rank], bounds[parallel.rank + 1]
+    whole = all_rows(bounds[-1]).transpose(1, 2).contiguous().requires_grad_()
+    part = whole.transpose(1, 2)[start:end]  # not contiguous
+    rows = parallel.gather_rows(part, bounds)
+    (gradient,) = torch.autograd.grad(loss_of(rows), whole)
+    low = parallel.gather_rows(all_rows(bounds[-1], torch.bfloat16)[start:end], bounds)
+    gradient = gradient.transpose(1, 2).contiguous()
+    return {"rows": rows.detach().contiguous(), "gradient": gradient, "bfloat16": low.contiguous()}
+
+
 def main(folder: str, *cases: str) -> None:
-    """Each case is "<ranks that share a pack>-<kept or recomputed>-<full or lora>"; one file of results each."""
+    """Each case is "<ranks that share a pack>-<kept or recomputed>-<full or lora>"; one file of results each.
+
+    Or "rows-<bounds with dashes>", for as many ranks as there are parts; one file of results each and a rank.
+    """
     torch.set_num_threads(1)
     ranks = Ranks.start()
     for case in cases:
+        if case.startswith("rows-"):
+            bounds = [int(bound) for bound in case.split("-")[1:]]
+            group = dist.new_group(range(len(bounds) - 1))
+            if ranks.rank < len(bounds) - 1:
+                save_file(gathered(group, bounds), f"{folder}/{ranks.rank}-{case}.safetensors")
+            continue
         sequence, blocks, kind = case.split("-")
         result = run(ranks, int(sequence), blocks == "recomputed", kind == "lora")
         if ranks.rank == 0:

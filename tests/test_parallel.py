@@ -18,6 +18,9 @@ from uniref_fast.testing import assert_within_budget
 from uniref_fast.training.flow import sample_errors
 
 WORKER = Path(__file__).parent / "mesh_worker.py"
+# Where rows are cut, for two and for three ranks: even parts; uneven ones; an empty part at the beginning, in the
+# middle and at the end; one rank that has all; one row.
+BOUNDS = ("0-4-8", "0-2-7", "0-6-7", "0-0-1", "0-5-5", "0-2-4-6", "0-1-6-9", "0-0-2-5", "0-3-3-4", "0-1-4-4", "0-0-7-7")
 
 
 def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -26,7 +29,14 @@ def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torc
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # on the CPU everywhere: a machine may have one GPU
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases}
+    return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases if not case.startswith("rows")}
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    """A folder and what four ranks came to: starting them takes longer than what they do."""
+    folder = tmp_path_factory.mktemp("four")
+    return folder, run_ranks(4, folder, "2-kept-full", "2-recomputed-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
 
 
 def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
@@ -52,12 +62,12 @@ def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_gradients_equal_one_rank(tmp_path):
+def test_gradients_equal_one_rank(tmp_path, four_ranks):
     """Data parallel x sequence parallel in {1x1, 2x1, 1x2, 2x2}; the sharing changes within one run of the ranks."""
     runs = {
         1: run_ranks(1, tmp_path, "1-kept-full", "1-recomputed-full"),
         2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full"),
-        4: run_ranks(4, tmp_path, "2-kept-full", "2-recomputed-lora"),
+        4: four_ranks[1],
     }
     expected = {kind: [alone(dtype, kind == "lora") for dtype in (torch.float32, torch.float64)]
                 for kind in ("full", "lora")}  # fmt: skip
@@ -69,6 +79,23 @@ def test_gradients_equal_one_rank(tmp_path):
                 assert_within_budget(value, eager[name], oracle[name], f"{size} ranks, {case}: {name}")
     single, double = (runs[size]["1-kept-full"] for size in (1, 2))
     assert [name for name in single if not torch.equal(single[name], double[name])] == [], "a sum of two packs is exact"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_gathered_rows(four_ranks, bounds):
+    """All rows in their order on every rank; each keeps the gradient of its own part of them."""
+    cuts = [int(bound) for bound in bounds.split("-")]
+    rows = mesh_worker.all_rows(cuts[-1]).requires_grad_()
+    (expected,) = torch.autograd.grad(mesh_worker.loss_of(rows), rows)
+    assert expected.flatten(1).any(1).all(), "every row has a gradient"
+    for rank in range(len(cuts) - 1):
+        found = load_file(four_ranks[0] / f"{rank}-rows-{bounds}.safetensors")
+        assert torch.equal(found["rows"], rows), f"rank {rank}"
+        assert torch.equal(found["bfloat16"], mesh_worker.all_rows(cuts[-1], torch.bfloat16)), f"rank {rank}"
+        mine = torch.zeros_like(expected)
+        mine[cuts[rank] : cuts[rank + 1]] = expected[cuts[rank] : cuts[rank + 1]]
+        torch.testing.assert_close(found["gradient"], mine)
 
 
 class FakeGroup:

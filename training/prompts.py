@@ -35,6 +35,7 @@ class Prompts:
         self.dataset, self.encoder, self.config = dataset, encoder, config
         weights = row_weights(config)
         self._stream = Stream(len(dataset), config.seed, weights)
+        self._coming = len(dataset) if weights is None else sum(weight > 0 for weight in weights)
         self._broken: set[str] = set()
         if state is not None:
             if state["data"] != dataset.fingerprint:
@@ -54,32 +55,29 @@ class Prompts:
 
         Raises:
             BrokenRowsError: for more broken rows than the run allows, or all there are.
-            ValueError: when a whole epoch has no row of the stage's kind.
+            ValueError: when every row that comes at all was passed over, or broken.
         """
         taken: list[tuple[Key, Prepared]] = []
         broken: list[tuple[str, str]] = []
-        passed = 0
+        unfit: set[int] = set()
         while len(taken) < count:
             (key,) = self._stream.take(1)
             where = self.dataset.where(key[1])
             try:
                 row = self.dataset[key[1]]
-                if not COUNTS[stage.references](len(row.references)):
-                    passed += 1
-                    if passed > 2 * len(self.dataset):
-                        raise LookupError
+                if COUNTS[stage.references](len(row.references)):
+                    prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
+                    taken.append((key, prepared))
                     continue
-                prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
-            except LookupError:
-                raise ValueError(
-                    f"the data has no row with {NAMES[stage.references]}, which a stage of references = "
-                    f'"{stage.references}" needs'
-                ) from None
             except (ValueError, OSError) as error:
                 broken.append((where, str(error).removeprefix(f"{where}: ")))
                 self._broken.add(where)
                 refuse_broken(self._broken, self.config.max_broken, len(self.dataset), broken)
-                continue
-            taken.append((key, prepared))
-            passed = 0
+            unfit.add(key[1])
+            if len(unfit) == self._coming:  # not counted in epochs: weights make rows rare
+                last = f"; the last that could not be used: {': '.join(broken[-1])}" if broken else ""
+                raise ValueError(
+                    f"the data has no row with {NAMES[stage.references]}, which a stage of references = "
+                    f'"{stage.references}" needs{last}'
+                )
         return taken, broken

@@ -8,6 +8,7 @@ own: it takes a `Candidate` and returns axis -> score, 0 to 10, with any names o
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -38,12 +39,14 @@ class RewardSet:
         notify: takes (kind, **details) of the judge's outages.
 
     Raises:
-        ValueError: for a reward that is not there, or a judge that does not answer.
+        ValueError: for a reward that is not there or given twice, weights that give no mean, or a judge's log that
+            cannot be read.
     """
 
     def __init__(
         self, config: MSGRPO, logs: Path, rank: int, resumed: bool, notify: Callable[..., None] | None = None
     ) -> None:
+        _check(config)
         self.weights = dict(zip(config.rewards, config.reward_weights or (1.0,) * len(config.rewards), strict=True))
         self.axis_weights = dict(zip(AXES, config.axis_weights, strict=True))
         self.judge: Judge | None = None
@@ -86,16 +89,25 @@ class RewardSet:
             self.judge.close()
 
 
+def _check(config: MSGRPO) -> None:
+    if twice := sorted({name for name in config.rewards if config.rewards.count(name) > 1}):
+        raise ValueError(f"rewards given twice: {', '.join(twice)}; reward_weights make one count more")
+    if not all(0 < weight < math.inf for weight in config.reward_weights):
+        raise ValueError(f"reward_weights must be above 0, got {config.reward_weights}; leave out what does not count")
+
+
 def _function(name: str) -> Reward:
     if name == "scene":
         return scene_reward
     module, colon, attribute = name.partition(":")
-    if not colon:
+    if not (module and colon and attribute):
         raise ValueError(f'unknown reward {name!r}; possible: scene, judge, or "package.module:function"')
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"reward {name!r} is not a function but {function!r:.80}")
     return lambda candidate: _own(function, name, candidate)
 
 

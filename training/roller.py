@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as StillWorking
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 import torch
@@ -157,9 +155,11 @@ class Roller:
         for key, asked in batch.asked.items():
             done: dict[str, Scores | Failure] = {}
             for name, future in asked.items():
-                while not self.signalled() and name not in done:
-                    with contextlib.suppress(StillWorking):
-                        done[name] = future.result(timeout=0.5)
+                while not self.signalled() and not future.done():
+                    wait([future], timeout=0.5)
+                if self.signalled():
+                    break
+                done[name] = future.result()  # here, not above: what a reward raises may be a TimeoutError too
             if self.signalled():
                 break
             mine[key] = self.rewards.combined(done)

@@ -34,10 +34,14 @@ def single_frame(vae: Any) -> Iterator[None]:
         return forward
 
     found = [module for module in vae.modules() if type(module) is QwenImageCausalConv3d]
+    before = [vars(module).get("forward") for module in found]  # of hooks, or of a block around this one
     for module in found:
         module.forward = bound(module)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in found:
-            del module.forward
+        for module, forward in zip(found, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward  # type: ignore[method-assign]
