@@ -234,9 +234,10 @@ def builtin() -> SFT:
     return SFT(
         model="builtin",
         data=("builtin",),
-        stages=(Stage(side=64, steps=2800, lr=1e-3, target_side=64, pack_tokens=1280),
-                Stage(side=96, steps=700, lr=1e-3, target_side=64, pack_tokens=1280),
-                Stage(side=128, steps=500, lr=1e-3, target_side=64, pack_tokens=1280)),
+        # Small packs: so little is learned from each that many small steps beat few large ones.
+        stages=(Stage(side=64, steps=600, lr=1e-3, target_side=64, pack_tokens=640),
+                Stage(side=96, steps=1200, lr=1e-3, target_side=64, pack_tokens=768),
+                Stage(side=128, steps=4200, lr=1e-3, target_side=64, pack_tokens=1024)),
         packs=2,
         dtype="float32",
         betas=(0.9, 0.99),
@@ -244,6 +245,7 @@ def builtin() -> SFT:
         warmup=100,
         ema=0.998,
         t_mean=0.3,
+        drop_text=0.05,
         drop_references=0.0,
         cost="flops",
         workers=2,

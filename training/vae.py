@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: VAE) -> None:
     ranks = Ranks.start()
+    if (config.out / "model").is_dir():
+        print(f"{config.out / 'model'} is there already")
+        return
     if config.batch % ranks.size:
         raise ValueError(f"{config.batch} crops a step cannot be shared out to {ranks.size} ranks evenly")
     torch.manual_seed(config.seed)
@@ -110,7 +113,7 @@ def run(config: VAE) -> None:
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, keep=1)
     done = (checkpoints.steps() or [0])[-1]
     if done:
-        checkpoints.load(done, _tensors(parameters, optimizer))
+        _refuse_changes(checkpoints.load(done, _tensors(parameters, optimizer)), _settings(config), config.out)
         for state in optimizer.state.values():
             state["step"].fill_(done)
     held = torch.stack([crops(config, -1 - i, split="heldout_objects") for i in range(4)]).flatten(0, 1)
@@ -134,13 +137,15 @@ def run(config: VAE) -> None:
             optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - start
             values = {name: value.item() for name, value in losses.items()}
+            if not math.isfinite(values["loss"]):
+                raise ValueError(f"the loss is {values['loss']} at step {step}; lower lr, or go on from a checkpoint")
             monitor.step(step, values, tokens=pixels[:, 0].numel(), samples=len(pixels), flops=0.0, seconds=seconds)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 with torch.no_grad():
                     made = vae.decode(vae.encode(held).latent_dist.mode()).sample
                 monitor.log(step + 1, {"eval/psnr": psnr(made, held).mean().item()})
                 monitor.image(step + 1, "heldout", _sheet(held, made))
-                checkpoints.save(step + 1, _tensors(parameters, optimizer), {})
+                checkpoints.save(step + 1, _tensors(parameters, optimizer), _settings(config))
         _normalise(vae, config)
     for part in (vae, pipe.transformer, pipe.text_encoder):
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
@@ -233,6 +238,17 @@ def _tensors(parameters: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]
         tensors |= {f"{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
         tensors[f"model.{name}"] = parameter.detach()
     return tensors
+
+
+def _settings(config: VAE) -> dict[str, Any]:
+    """What decides the weights."""
+    return {key: value for key, value in asdict(config).items() if key not in ("out", "threads", "save_every")}
+
+
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    odd = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if odd:
+        raise ValueError(f"{out} was begun with other settings ({', '.join(odd)}); give another --out")
 
 
 def _sheet(wanted: Tensor, made: Tensor, columns: int = 8) -> Image.Image:

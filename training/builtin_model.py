@@ -1,0 +1,242 @@
+"""The built-in model, from nothing: data, autoencoder, SFT with growing budgets, MSGRPO, the folder, its evaluation.
+
+    python training/builtin_model.py --out runs/builtin
+
+Every part is a command of this repository, printed before it runs. What is done is left alone, so a run that was
+stopped goes on with the same command. `runs/builtin/model` is the pipeline that `uniref_fast/assets/model` holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from uniref_fast import __version__
+from uniref_fast.training import config as configs
+from uniref_fast.training.recipes import RECIPES, Recipe
+from uniref_fast.training.records import write_whole
+from uniref_fast.training.rl_recipes import RL_RECIPES
+
+__all__ = ["BuiltinModel", "Part", "main", "parts", "ship"]
+
+HELDOUT = ("heldout_objects", "heldout_combinations")
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """What is made, and how large.
+
+    Attributes:
+        out: folder of all parts.
+        ranks: processes that train; a GPU each where there are GPUs, else a core each.
+        artworks: objects, as `uniref-fast data make` has them.
+        samples: made to train on.
+        heldout: samples of each held-out split.
+        vae_steps: optimizer steps of the autoencoder.
+        scale: of the numbers of steps of SFT and MSGRPO; below 1 for a trial, above where there is a GPU.
+        seed: of everything.
+    """
+
+    out: Path = Path("runs/builtin")
+    ranks: int = 2
+    artworks: Literal["auto", "font", "shipped"] = "font"
+    samples: int = 12_000
+    heldout: int = 256
+    vae_steps: int = 8000
+    scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "samples", "heldout", "vae_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f"scale must be above 0, got {self.scale}")
+
+
+def default() -> BuiltinModel:
+    """What the shipped model was made with."""
+    return BuiltinModel()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A step on the way.
+
+    Attributes:
+        name: of it.
+        done: exists when it is done.
+        work: a command line, or a function of this process.
+    """
+
+    name: str
+    done: Path
+    work: tuple[str, ...] | Callable[[], None]
+
+
+def parts(config: BuiltinModel) -> list[Part]:
+    """All parts, in order."""
+    out = config.out
+    heldout = [str(out / "data" / f"{name}.jsonl") for name in HELDOUT]
+    data = ("--data", str(out / "data" / "train.jsonl"), "--heldout", ",".join(heldout))
+    common = ("--recipe", "builtin", "--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"),
+              "--seed", str(config.seed), "--resume", "auto")  # fmt: skip
+    edits = ("-m", "uniref_fast", "eval", *heldout)
+    return [
+        Part("data", out / "data" / "made.json",
+             _python("-m", "uniref_fast", "data", "make", out / "data", "--size", 64, "--references", "1,2,3",
+                     "--pictures", "equal", "--artworks", config.artworks, "--train", config.samples, "--heldout", config.heldout,
+                     "--seed", config.seed, "--workers", config.ranks)),
+        Part("vae", out / "vae" / "model",
+             _torchrun(config.ranks, _script("vae"), "--out", out / "vae", "--steps", config.vae_steps,
+                       "--artworks", config.artworks, "--seed", config.seed)),
+        Part("sft", out / "sft" / "transformer",
+             _torchrun(config.ranks, _script("sft"), *common, "--out", out / "sft",
+                       "--steps", _steps(RECIPES["builtin"](), config.scale))),
+        Part("msgrpo", out / "msgrpo" / "lora",
+             _torchrun(config.ranks, _script("msgrpo"), *common, "--out", out / "msgrpo", "--initial", out / "sft",
+                       "--steps", _steps(RL_RECIPES["builtin"](), config.scale))),
+        Part("model", out / "model", lambda: ship(config)),
+        *(Part(f"eval {name}", out / "eval" / name / "results.json",
+               _python(*edits, "--out", out / "eval" / name, *flags))
+          for name, flags in {
+              "nothing": ("--model", str(out / "model"), "--baseline", "input"),
+              "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
+              "untrained": ("--model", str(out / "vae" / "model")),
+              "sft": ("--model", str(out / "vae" / "model"), "--initial", str(out / "sft")),
+              "msgrpo": ("--model", str(out / "model"), "--against", str(out / "eval" / "sft")),
+          }.items()),
+    ]  # fmt: skip
+
+
+def ship(config: BuiltinModel) -> None:
+    """Put the trained parts together as one bfloat16 pipeline folder, with what it was made from."""
+    import torch
+
+    from uniref_fast import builtin
+    from uniref_fast.loading import load_pipeline
+
+    out = config.out
+    pipe = load_pipeline(str(out / "vae" / "model"), torch.float32, "cpu")
+    pipe.transformer = type(pipe.transformer).from_pretrained(out / "sft" / "transformer", use_safetensors=True)
+    pipe.load_lora_weights(str(out / "msgrpo" / "lora"), use_safetensors=True)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    builtin.write(pipe, out / "model", weights="trained", made=json.loads((out / "made.json").read_text()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the model; returns the exit status: that of the part that failed, or 0."""
+    try:
+        given = sys.argv[1:] if argv is None else argv
+        config = configs.parse(
+            {"default": default}, given, prog="training/builtin_model.py", description="Make the built-in model."
+        ).config
+        _keep(config)
+        for part in parts(config):
+            if status := _run(part):
+                print(
+                    f"builtin_model: {part.name} ended with status {status}; the same command goes on", file=sys.stderr
+                )
+                return status
+    except (ValueError, OSError) as error:
+        print(f"builtin_model: {error}", file=sys.stderr)
+        return 2
+    print(config.out / "model")
+    return 0
+
+
+def _run(part: Part) -> int:
+    if part.done.exists():
+        print(f"{part.name}: done, {part.done}", flush=True)
+        return 0
+    start = time.perf_counter()
+    if callable(part.work):
+        print(f"{part.name}: {part.done}", flush=True)
+        part.work()
+        status = 0
+    else:
+        print(f"{part.name}: {shlex.join(part.work)}", flush=True)
+        status = _call(part.work)
+    if status == 0 and not part.done.exists():
+        raise ValueError(f"{part.name} ended well but did not write {part.done}")
+    print(f"{part.name}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
+    return status
+
+
+def _call(command: Sequence[str]) -> int:
+    """The exit status of a command; signals to this process are passed on, and it is waited for."""
+    with subprocess.Popen(command) as process, _passed_on(process):
+        return process.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    def pass_on(number: int, frame: Any) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep(config: BuiltinModel) -> None:
+    """Write down what the model is made from; refuse a folder that was begun otherwise."""
+    path = config.out / "made.json"
+    settings = {key: value for key, value in asdict(config).items() if key != "out"}
+    if path.exists():
+        before = json.loads(path.read_text())["settings"]
+        odd = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
+        if odd:
+            raise ValueError(f"{config.out} was begun with other settings ({', '.join(odd)}); give another --out")
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    made = {"settings": settings, "version": __version__, "commit": _commit()}
+    write_whole(path, lambda file: file.write((json.dumps(made, indent=2) + "\n").encode()))
+
+
+def _commit() -> str | None:
+    """Commit of the sources, marked when they differ from it; None without git."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def _steps(recipe: Recipe, scale: float) -> int:
+    return max(round(recipe.total_steps * scale), len(recipe.stages))
+
+
+def _script(name: str) -> Path:
+    return Path(__file__).resolve().with_name(f"{name}.py")
+
+
+def _python(*arguments: object) -> tuple[str, ...]:
+    return (sys.executable, *map(str, arguments))
+
+
+def _torchrun(ranks: int, *arguments: object) -> tuple[str, ...]:
+    return _python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
