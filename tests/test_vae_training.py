@@ -8,20 +8,34 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file
 
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training import vae
+from uniref_fast.training.made_files import make
+from uniref_fast.training.make_data import MakeConfig, artworks, sample
 from uniref_fast.training.vae import VAE, crops, psnr
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("threads")
-SMALL = VAE(steps=3, batch=2, side=16, scenes=8, size=64, artworks="shipped", lr=1e-2, save_every=2)
+DATA = Path(tempfile.mkdtemp(prefix="uniref_fast-test-"))
+SMALL = VAE(data=DATA / "made", steps=3, batch=2, side=16, lr=1e-2, save_every=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures():
+    config = MakeConfig(artworks("shipped"), size=64, references=(1, 2))
+    counts = {"train": 16, "heldout_objects": 8, "heldout_combinations": 0}
+    make(SMALL.data, config, counts, workers=1, force=False, draw=sample)
+    yield
+    shutil.rmtree(DATA)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,10 +49,10 @@ def process_group():
 # ---- crops ----
 
 
-@pytest.mark.parametrize(("batch", "side", "size"), [(1, 16, 64), (5, 48, 64), (2, 80, 64)])
-def test_crops_are_pictures_in_range(batch, side, size):
+@pytest.mark.parametrize(("batch", "side"), [(1, 16), (5, 48), (2, 112)])
+def test_crops_are_pictures_in_range(batch, side):
     """The last side is larger than any picture, which then is enlarged."""
-    made = crops(dataclasses.replace(SMALL, batch=batch, side=side, size=size), 3)
+    made = crops(dataclasses.replace(SMALL, batch=batch, side=side), 3)
     assert made.shape == (batch, 3, 1, side, side) and made.dtype == torch.float32
     assert made.min() >= -1 and made.max() <= 1
     assert made.amax() - made.amin() > 0.2, "something is seen"
@@ -47,7 +61,7 @@ def test_crops_are_pictures_in_range(batch, side, size):
 
 
 def test_crops_span_the_range():
-    made = torch.cat([crops(dataclasses.replace(SMALL, batch=16), step) for step in range(4)])
+    made = torch.cat([crops(dataclasses.replace(SMALL, batch=8), step) for step in range(8)])
     assert made.min() < -0.7 and made.max() > 0.7
 
 
@@ -62,6 +76,21 @@ def test_crops_are_keyed_by_seed_step_and_split():
     same = [(i, j) for i in range(len(keys)) for j in range(i) if torch.equal(first[i], first[j])]
     assert same == []
     assert torch.equal(crops(SMALL, 7), first[2]), "of training, unless said otherwise"
+
+
+def test_crops_are_of_different_pictures_of_the_split(tmp_path):
+    for split, levels in (("train", range(0, 120, 10)), ("heldout_objects", range(130, 250, 10))):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for level in levels:
+            Image.new("RGB", (32, 40), (level,) * 3).save(tmp_path / "images" / split / f"{level}.png")
+        made = crops(dataclasses.replace(SMALL, data=tmp_path, batch=12), 0, split)
+        found = ((made[:, 0, 0, 0, 0] + 1) * 127.5).round().tolist()
+        assert sorted(found) == list(levels)
+
+
+def test_too_few_pictures(tmp_path):
+    with pytest.raises(ValueError, match="0 pictures of train, fewer than the 2"):
+        crops(dataclasses.replace(SMALL, data=tmp_path), 0)
 
 
 def test_crops_leave_the_global_generators_alone():
@@ -194,7 +223,7 @@ def test_weights_move_and_a_finished_model_is_never_half_replaced(whole, capsys)
 @pytest.mark.slow
 def test_the_loss_falls(tmp_path):
     """By more than batches differ: means over a third of the steps, all of the first scenes."""
-    config = dataclasses.replace(SMALL, out=tmp_path / "run", steps=30, batch=4, scenes=2, lr=2e-2, save_every=100)
+    config = dataclasses.replace(SMALL, out=tmp_path / "run", steps=30, batch=4, lr=2e-2, save_every=100)
     vae.run(config)
     losses = [loss for _, loss in metrics(config.out)]
     assert len(losses) == 30 and sum(losses[-10:]) < 0.85 * sum(losses[:10])
@@ -214,7 +243,7 @@ def test_the_loss_falls(tmp_path):
         (["--lr", "nan"], "lr"),
         (["--kl", "-1"], "kl at least 0"),
         (["--steps", "many"], "many"),
-        (["--artworks", "mine"], "mine"),
+        (["--data", "nowhere"], "nowhere has 0 pictures"),
         (["--stepps", "3"], "steps"),
         (["--steps"], "steps"),
         (["--recipe", "large"], "large"),

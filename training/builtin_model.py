@@ -52,7 +52,7 @@ class BuiltinModel:
     artworks: Literal["auto", "font", "shipped"] = "font"
     samples: int = 12_000
     heldout: int = 256
-    vae_steps: int = 8000
+    vae_steps: int = 6000
     scale: float = 1.0
     seed: int = 0
 
@@ -91,15 +91,15 @@ def parts(config: BuiltinModel) -> list[Part]:
     data = ("--data", str(out / "data" / "train.jsonl"), "--heldout", ",".join(heldout))
     common = ("--recipe", "builtin", "--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"),
               "--seed", str(config.seed), "--resume", "auto")  # fmt: skip
-    edits = ("-m", "uniref_fast", "eval", *heldout)
+    edits = ("-m", "uniref_fast", "eval", *heldout, "--steps", 12, "--guidance", 1, "--budget", 128, "--batch", 32)
     return [
         Part("data", out / "data" / "made.json",
              _python("-m", "uniref_fast", "data", "make", out / "data", "--size", 64, "--references", "1,2,3",
-                     "--pictures", "equal", "--artworks", config.artworks, "--train", config.samples, "--heldout", config.heldout,
-                     "--seed", config.seed, "--workers", config.ranks)),
+                     "--pictures", "equal", "--artworks", config.artworks, "--train", config.samples,
+                     "--heldout", config.heldout, "--seed", config.seed, "--workers", config.ranks)),
         Part("vae", out / "vae" / "model",
-             _torchrun(config.ranks, _script("vae"), "--out", out / "vae", "--steps", config.vae_steps,
-                       "--artworks", config.artworks, "--seed", config.seed)),
+             _torchrun(config.ranks, _script("vae"), "--data", out / "data", "--out", out / "vae",
+                       "--steps", config.vae_steps, "--seed", config.seed)),
         Part("sft", out / "sft" / "transformer",
              _torchrun(config.ranks, _script("sft"), *common, "--out", out / "sft",
                        "--steps", _steps(RECIPES["builtin"](), config.scale))),

@@ -1,6 +1,7 @@
-"""The autoencoder of the built-in model, trained on made-up scenes; the first step towards that model.
+"""The autoencoder of the built-in model, trained on the pictures of made data; the first step towards that model.
 
-    torchrun --nproc-per-node 2 training/vae.py --out runs/vae
+    uniref-fast data make runs/data --size 64
+    torchrun --nproc-per-node 2 training/vae.py --data runs/data --out runs/vae
 
 Writes `runs/vae/model`: the whole built-in pipeline with this autoencoder and everything else untrained, which
 `training/sft.py --model runs/vae/model` goes on from. A run that was stopped goes on with the same command.
@@ -8,6 +9,7 @@ Writes `runs/vae/model`: the whole built-in pipeline with this autoencoder and e
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -15,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,6 @@ from uniref_fast.scenes import contact_sheet
 from uniref_fast.training import config as configs
 from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
 from uniref_fast.training.flow import draw
-from uniref_fast.training.make_data import MakeConfig, artworks, sample
 from uniref_fast.training.monitor import Monitor
 from uniref_fast.training.parallel import Ranks
 
@@ -43,34 +44,28 @@ class VAE:
 
     Attributes:
         out: folder of the run; one that holds an unfinished run is gone on with.
+        data: folder that `uniref-fast data make` wrote, whose pictures are cropped.
         steps: optimizer steps.
         batch: crops a step, of all ranks.
         side: of a crop, pixels; a multiple of 16.
-        scenes: samples of the data whose pictures are cropped.
-        size: longer side of the scenes' targets, pixels.
-        artworks: objects, as `uniref-fast data make` has them.
         lr: peak learning rate of AdamW, along a cosine.
         kl: weight of the divergence of the latents from a standard normal, per pixel value.
-        seed: of scenes, crops and noise.
-        threads: that draw scenes ahead, of each rank.
+        seed: of crops and noise.
         save_every: steps between checkpoints and previews.
     """
 
     out: Path = Path("runs/vae")
-    steps: int = 8000
+    data: Path = Path("runs/data")
+    steps: int = 6000
     batch: int = 8
     side: int = 48
-    scenes: int = 4000
-    size: int = 96
-    artworks: Literal["auto", "font", "shipped"] = "auto"
     lr: float = 2e-3
     kl: float = 1e-3
     seed: int = 0
-    threads: int = 1
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "scenes", "threads", "save_every"):
+        for name in ("steps", "batch", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.side < 16 or self.side % 16 or not self.lr > 0 or not self.kl >= 0:
@@ -109,7 +104,7 @@ def run(config: VAE) -> None:
     pipe = components.pipeline(0, torch.float32)
     vae = pipe.vae.to(ranks.device).train()
     parameters = dict(vae.named_parameters())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, keep=1)
     done = (checkpoints.steps() or [0])[-1]
     if done:
@@ -121,7 +116,7 @@ def run(config: VAE) -> None:
     with (
         Monitor(config.out, config.steps, done, enabled=ranks.rank == 0, print_every=50) as monitor,
         single_frame(vae),
-        ThreadPoolExecutor(config.threads) as pool,
+        ThreadPoolExecutor(1) as pool,
     ):
         ahead = [pool.submit(crops, config, step) for step in range(done, min(done + 4, config.steps))]
         for step in range(done, config.steps):
@@ -156,22 +151,30 @@ def run(config: VAE) -> None:
 
 
 def crops(config: VAE, step: int, split: str = "train") -> Tensor:
-    """The crops of a step, float32 `[batch, 3, 1, side, side]` in -1..1: from all pictures of as many scenes as needed.
+    """The crops of a step, float32 `[batch, 3, 1, side, side]` in -1..1, each of another picture of the split.
 
-    Negative steps give crops of their own.
+    Smaller pictures are enlarged. Negative steps give crops of their own.
+
+    Raises:
+        ValueError: when the data has too few pictures.
     """
     random = np.random.Generator(np.random.PCG64([config.seed, abs(step), step < 0]))
-    made = MakeConfig(_artworks(config.artworks), config.size, config.seed)
+    files = _pictures(config.data, split)
+    if len(files) < config.batch:
+        raise ValueError(
+            f"{config.data} has {len(files)} pictures of {split}, fewer than the {config.batch} of a step; make data "
+            f"with: uniref-fast data make {config.data} --size 64"
+        )
     found: list[np.ndarray] = []
-    while len(found) < config.batch:
-        scene = sample(split, int(random.integers(config.scenes)), made)
-        for image in (*scene.references, scene.target):
-            scale = max(1.0, config.side / min(image.size))
-            if scale > 1:
-                image = image.resize([math.ceil(s * scale) for s in image.size], Image.Resampling.LANCZOS)
-            left, top = (int(random.integers(s - config.side + 1)) for s in image.size)
-            found.append(np.asarray(image.crop((left, top, left + config.side, top + config.side))))
-    pixels = torch.from_numpy(np.stack(found[: config.batch])).permute(0, 3, 1, 2).float()
+    for number in random.choice(len(files), config.batch, replace=False):
+        with Image.open(files[number]) as opened:
+            image = opened.convert("RGB")
+        scale = max(1.0, config.side / min(image.size))
+        if scale > 1:
+            image = image.resize([math.ceil(s * scale) for s in image.size], Image.Resampling.LANCZOS)
+        left, top = (int(random.integers(s - config.side + 1)) for s in image.size)
+        found.append(np.asarray(image.crop((left, top, left + config.side, top + config.side))))
+    pixels = torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).float()
     return (pixels / 127.5 - 1).unsqueeze(2)
 
 
@@ -181,13 +184,9 @@ def psnr(made: Tensor, wanted: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
 
-_pools: dict[str, Any] = {}
-
-
-def _artworks(source: str) -> Any:
-    if source not in _pools:
-        _pools[source] = artworks(source)
-    return _pools[source]
+@functools.cache
+def _pictures(data: Path, split: str) -> list[Path]:
+    return sorted((data / "images" / split).glob("*.png"))
 
 
 def _losses(vae: Any, pixels: Tensor, config: VAE, step: int, ranks: Ranks) -> dict[str, Tensor]:
@@ -242,7 +241,7 @@ def _tensors(parameters: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]
 
 def _settings(config: VAE) -> dict[str, Any]:
     """What decides the weights."""
-    return {key: value for key, value in asdict(config).items() if key not in ("out", "threads", "save_every")}
+    return {key: value for key, value in asdict(config).items() if key not in ("out", "data", "save_every")}
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
