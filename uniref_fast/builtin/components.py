@@ -153,6 +153,71 @@ def attend_in_place(transformer) -> None:
             attn.norm_k.weight.fill_(1.5)
 
 
+def compress_linearly(vae) -> None:
+    """Let the autoencoder start out as nearly linear, its encoder as a map that keeps what matters of 4 x 4 pixels.
+
+    Left to itself a small autoencoder spends most of a short training on finding a code that loses little. This one, the
+    10 lowest coefficients of the cosine transform for the sum of the colours and 3 each for two of their differences,
+    keeps 16 of 48 numbers at an error of 32 dB. After 600 steps of training the decoder reads it at 25.9 dB; from random
+    weights it took 1500 steps to get as far.
+    """
+    import torch
+
+    encoder, code = vae.encoder, torch.from_numpy(_cosines())  # [16, colour, 4, 4]
+    code = code.unflatten(-1, (2, 2)).unflatten(-3, (2, 2))  # [16, colour, row of 2, row in it, column of 2, column]
+    code = code.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)  # [16, colour and place in 2 x 2, row of 2, column of 2]
+    residual = [block for block in encoder.down_blocks if hasattr(block, "conv1")]
+    first, second = (block.resample[1] for block in encoder.down_blocks if hasattr(block, "resample"))
+    widen = residual[1].conv_shortcut
+    with torch.no_grad():
+        for part in vae.modules():
+            if hasattr(part, "conv_shortcut"):
+                part.conv2.weight.mul_(0.05)
+                if part.in_dim != part.out_dim:
+                    part.conv_shortcut.weight.zero_()
+                    for channel in range(part.out_dim):
+                        part.conv_shortcut.weight[channel, channel % part.in_dim] = 1
+            elif hasattr(part, "to_qkv"):
+                part.proj.weight.mul_(0.05)
+        for part in vae.decoder.modules():
+            if hasattr(part, "gamma"):
+                part.gamma.fill_(1)
+        for conv in (encoder.conv_in, first, widen, second, encoder.conv_out, vae.quant_conv):
+            conv.weight.zero_()
+            conv.bias.zero_()
+        for colour in range(3):
+            encoder.conv_in.weight[colour, colour, -1, 1, 1] = 1
+            for place in range(4):  # 2 x 2 pixels side by side in the channels
+                first.weight[4 * colour + place, colour, place // 2, place % 2] = 1
+        for channel in range(12):
+            widen.weight[channel, channel, -1] = 1
+        second.weight[:16, :12, :2, :2] = code
+        # A constant far above what the coefficients are makes the last norm and SiLU all but linear. Half of the
+        # channels have it, so the norm divides them by above / sqrt(2).
+        above, gain = 24.0, 4.0
+        height = gain * math.sqrt(2)
+        second.bias[:16] = above
+        encoder.norm_out.gamma.fill_(gain)
+        for channel, (_, u, v) in enumerate(_KEPT):  # high frequencies are weaker
+            encoder.conv_out.weight[channel, channel, -1, 1, 1] = (1 + u + v) * above / height / 2
+            encoder.conv_out.bias[channel] = -(1 + u + v) * above / 2 / (1 + math.exp(-height))
+        encoder.conv_out.bias[16:] = -6  # log variances
+        for channel in range(32):
+            vae.quant_conv.weight[channel, channel] = 1
+
+
+# (sum or difference of colours, frequencies down and across)
+_KEPT = [(c, u, v) for c, most in enumerate((3, 1, 1)) for u in range(4) for v in range(4) if u + v <= most]
+
+
+def _cosines() -> np.ndarray:
+    """The 16 patterns of 3 x 4 x 4 numbers that `compress_linearly` keeps, orthonormal, float32 `[16, 3, 4, 4]`."""
+    at = np.arange(4)
+    waves = np.cos(np.pi * (at + 0.5) * at[:, None] / 4) * np.where(at == 0, 0.5, math.sqrt(0.5))[:, None]
+    colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
+    return np.stack([np.einsum("c,y,x->cyx", colours[c], waves[u], waves[v]) for c, u, v in _KEPT]).astype(np.float32)
+
+
 def models(seed: int, dtype):
     """(transformer, vae, text_encoder) with initial weights in `dtype`, in eval mode, on the CPU."""
     import torch
@@ -176,8 +241,9 @@ def models(seed: int, dtype):
     named: dict[str, Any] = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder}
     for name, module in named.items():
         initialise(module, seed, name)
-        if name == "transformer":
-            attend_in_place(module)
+        start = {"transformer": attend_in_place, "vae": compress_linearly}.get(name)
+        if start is not None:
+            start(module)
         for parameter in module.parameters():  # not module.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to(dtype)
         module.eval()
