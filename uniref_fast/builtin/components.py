@@ -156,9 +156,9 @@ def attend_in_place(transformer) -> None:
 def compress_linearly(vae) -> None:
     """Let the autoencoder start out as nearly linear, its encoder as a map that keeps what matters of 4 x 4 pixels.
 
-    Left to itself a small autoencoder spends most of a short training on finding a code that loses little. This one, the
-    10 lowest coefficients of the cosine transform for the sum of the colours and 3 each for two of their differences,
-    keeps 16 of 48 numbers at an error of 32 dB. After 600 steps of training the decoder reads it at 25.9 dB; from random
+    Left to itself a small autoencoder spends most of a short training on finding a code that loses little. This one,
+    the 10 lowest coefficients of the cosine transform for the sum of the colours and 3 each for two differences, keeps
+    16 of 48 numbers at an error of 32 dB. After 600 steps of training the decoder read it at 25.9 dB; from random
     weights it took 1500 steps to get as far.
     """
     import torch
