@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= $(or $(OUT),bench/results)
 
-.PHONY: demo test bench lint kernels gpu tune clean
+.PHONY: demo test bench lint kernels gpu train-builtin tune clean
 
 demo: $(STAMP)  ## stock against patched pipeline on a composed scene: out/demo.png
 	$(BIN)/uniref-fast demo --out out/demo.png
@@ -26,6 +26,9 @@ kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and c
 	rm -rf build/newest-triton
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/newest-triton triton
 	PYTHONPATH=build/newest-triton $(BIN)/python -m uniref_fast.kernels.compile_matrix
+
+train-builtin: $(STAMP)  ## the built-in model from nothing, about two hours; wants the Debian package fonts-noto-color-emoji
+	$(BIN)/python training/builtin_model.py --out runs/builtin
 
 tune: $(STAMP)  ## measure this machine's attention costs: uniref_fast/assets/tuned/<device>.json
 	$(BIN)/python bench/autotune.py

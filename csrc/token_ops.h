@@ -42,10 +42,15 @@ UF_INLINE Moments layer_moments(const T* x, float sum, int64_t channels, float e
 template <class T>
 UF_INLINE float moment_sum(const T* x, int64_t channels, bool rms) {
   vf sums[2] = {};
-  for_row_slots(channels, [&](int64_t c, int64_t n, int slot) UF_BODY {
-    const vf value = load_n(x + c, n);
-    sums[slot] += rms ? value * value : value;
-  });
+  // Two loops: a choice within one is contracted to FMA here and not there, and two ops would round differently.
+  if (rms) {
+    for_row_slots(channels, [&](int64_t c, int64_t n, int slot) UF_BODY {
+      const vf value = load_n(x + c, n);
+      sums[slot] += value * value;
+    });
+  } else {
+    for_row_slots(channels, [&](int64_t c, int64_t n, int slot) UF_BODY { sums[slot] += load_n(x + c, n); });
+  }
   return sum_slots(sums);
 }
 

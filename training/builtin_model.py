@@ -30,6 +30,7 @@ from uniref_fast.training.rl_recipes import RL_RECIPES
 __all__ = ["BuiltinModel", "Part", "main", "parts", "ship"]
 
 HELDOUT = ("heldout_objects", "heldout_combinations")
+MORE = (4, 5, 6)  # pictures of a sample, of which the model saw at most three in training
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,21 @@ def parts(config: BuiltinModel) -> list[Part]:
     """All parts, in order."""
     out = config.out
     heldout = [str(out / "data" / f"{name}.jsonl") for name in HELDOUT]
+    more = [str(out / "data-more" / f"{name}.jsonl") for name in HELDOUT]
+    make = ("--size", 64, "--pictures", "equal", "--artworks", config.artworks, "--seed", config.seed,
+            "--workers", config.ranks)  # fmt: skip
     data = ("--data", str(out / "data" / "train.jsonl"), "--heldout", ",".join(heldout))
     common = ("--recipe", "builtin", "--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"),
               "--dtype", config.dtype, "--seed", str(config.seed), "--resume", "auto")  # fmt: skip
-    edits = ("-m", "uniref_fast", "eval", *heldout, "--steps", 12, "--guidance", 1, "--budget", 128, "--batch", 32)
+    edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
+             "--batch", 32)  # fmt: skip
     return [
         Part("data", out / "data" / "made.json",
-             _python("-m", "uniref_fast", "data", "make", out / "data", "--size", 64, "--references", "1,2,3",
-                     "--pictures", "equal", "--artworks", config.artworks, "--train", config.samples,
-                     "--heldout", config.heldout, "--seed", config.seed, "--workers", config.ranks)),
+             _python("-m", "uniref_fast", "data", "make", out / "data", *make, "--references", "1,2,3",
+                     "--train", config.samples, "--heldout", config.heldout)),
+        Part("data of more pictures", out / "data-more" / "made.json",
+             _python("-m", "uniref_fast", "data", "make", out / "data-more", *make,
+                     "--references", ",".join(map(str, MORE)), "--train", 0, "--heldout", -(-config.heldout // 3))),
         Part("vae", out / "vae" / "model",
              _torchrun(config.ranks, _script("vae"), "--data", out / "data", "--out", out / "vae",
                        "--steps", config.vae_steps, "--seed", config.seed)),

@@ -115,7 +115,7 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
 def _demo(args: argparse.Namespace) -> int:
     import torch
 
-    from uniref_fast.demo import run_demo
+    from uniref_fast.demo import MORE, run_demo
 
     _writable(args.out, [".png"])
     _check_device(args.device)
@@ -136,7 +136,9 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"max relative error  {result.max_rel_error:.2e} (allowed {result.tolerance:.2e}, {result.dtype})")
         print(f"stock               {result.stock_seconds:.3f} s")
         print(f"patched             {result.patched_seconds:.3f} s ({result.speedup:.2f}x)")
+        print(f"packed              {result.packed_seconds:.3f} s for {MORE} more scenes")
         print(f"weights             {result.weights}")
+        print(f"PSNR                {result.psnr:.1f} dB; of the packed ones {result.packed_psnr:.1f} dB on average")
         print(f"contact sheet       {args.out}")
         if result.weights == "untrained":
             print(UNTRAINED)
