@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
 import warnings
 from collections.abc import Callable
@@ -77,14 +76,15 @@ class TensorCache:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all, and on the disk before it has its name; any number of processes may write the same file."""
+    """Whole or not at all; any number of processes may write the same file.
+
+    It is not waited for on the disk: that would take longer than encoding, and what a crash of the machine damages is
+    made anew.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        partial.write_bytes(content)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

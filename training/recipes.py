@@ -235,9 +235,9 @@ def builtin() -> SFT:
         model="builtin",
         data=("builtin",),
         # Ten samples a pack: with fewer, the exchange of weights and gradients takes longer than the products.
-        stages=(Stage(side=64, steps=1000, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                Stage(side=96, steps=2000, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                Stage(side=128, steps=6500, lr=1.5e-3, target_side=64, pack_tokens=2048)),
+        stages=(Stage(side=64, steps=400, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                Stage(side=96, steps=600, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                Stage(side=128, steps=7500, lr=1.5e-3, target_side=64, pack_tokens=2048)),
         packs=2,
         dtype="bfloat16",
         betas=(0.9, 0.99),

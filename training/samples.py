@@ -136,11 +136,11 @@ class Encoder:
         digests = [source.digest() for source in sources] if self.cache.folder else []
         words = prepared.instruction if instruction is None else instruction
         key = content_key(self._text, words, digests, made.condition_sizes)
-        text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, made.condition_sizes))
+        text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, made.condition_sizes, device))
         if instruction is None and len(text) != prepared.sample.text:
             raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
         return torch.cat([none, *parts]), text.to(device)
 
     def _latents(self, source: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
         key = content_key(self._vae, source.digest(), size) if self.cache.folder else ""
-        return self.cache.get(key, lambda: image_latents(self.pipe, image, size)).to(self.device)
+        return self.cache.get(key, lambda: image_latents(self.pipe, image, size, self.device)).to(self.device)

@@ -24,7 +24,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def prompt_embeddings(
-    pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]
+    pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], device: Any = None
 ) -> Tensor:
     """Embeddings of a prompt and the pictures it speaks of, `[n, joint_attention_dim]`, without padding.
 
@@ -33,17 +33,18 @@ def prompt_embeddings(
         prompt: the instruction.
         images: RGB references, in order.
         sizes: (width, height) in pixels that the text encoder sees each at.
+        device: that the pipeline runs on; None asks it, which takes a look at each of its modules.
     """
     resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)] or None
-    embeds, mask = pipe.encode_prompt(prompt=prompt, image=resized, device=pipe._execution_device)
+    embeds, mask = pipe.encode_prompt(prompt=prompt, image=resized, device=device or pipe._execution_device)
     return embeds[0] if mask is None else embeds[0][mask[0].bool()]
 
 
-def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """Packed latents of an RGB image at (width, height) pixels, `[tokens, channels]`, normalised."""
+def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+    """Packed latents of an RGB image at (width, height) pixels, `[tokens, channels]`, normalised; `device` as above."""
     width, height = size
     pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
-    latents = pipe._encode_vae_image(pixels.to(pipe._execution_device, pipe.vae.dtype), None)
+    latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
     rows, columns = latents.shape[3:]
     return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
 
