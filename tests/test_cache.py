@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from uniref_fast.training import cache as cache_module
 from uniref_fast.training.cache import TensorCache, content_key, fingerprint
 
 KEY = content_key("a picture", (64, 48))
@@ -138,19 +137,14 @@ def test_a_make_that_raises_leaves_nothing_and_may_be_tried_again(tmp_path):
     assert torch.equal(cache.get(KEY, lambda: VALUE), VALUE)
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "open"])
+@pytest.mark.parametrize("call", ["write_bytes", "replace"])
 def test_a_full_disk_is_a_warning_and_leaves_nothing(tmp_path, monkeypatch, call):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     cache = TensorCache(tmp_path)
     with monkeypatch.context() as patch:
-        if call == "fsync":
-            patch.setattr(os, "fsync", full)
-        elif call == "replace":
-            patch.setattr(Path, "replace", full)
-        else:
-            patch.setattr(cache_module, "open", full, raising=False)
+        patch.setattr(Path, call, full)
         for _ in range(2):
             make, calls = counted()
             with pytest.warns(UserWarning, match="cannot be written .No space left on device.; what it lacks is made"):
@@ -170,15 +164,15 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
 
 
 def test_a_killed_writer_leaves_no_file_with_the_name(tmp_path, monkeypatch):
-    """What is written has another name until it is on the disk."""
+    """What is written has another name until it is whole."""
     seen = []
-    fsync = os.fsync
+    replace = Path.replace
 
-    def watch(handle):
+    def watch(path, to):
         seen.append(files(tmp_path))
-        fsync(handle)
+        return replace(path, to)
 
-    monkeypatch.setattr(os, "fsync", watch)
+    monkeypatch.setattr(Path, "replace", watch)
     TensorCache(tmp_path).get(KEY, lambda: VALUE)
     assert len(seen) == 1 and len(seen[0]) == 1 and seen[0][0].endswith(".partial")
 

@@ -136,7 +136,8 @@ class Encoder:
         digests = [source.digest() for source in sources] if self.cache.folder else []
         words = prepared.instruction if instruction is None else instruction
         key = content_key(self._text, words, digests, made.condition_sizes)
-        text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, made.condition_sizes, device))
+        seen = made.condition_sizes
+        text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, seen, device))
         if instruction is None and len(text) != prepared.sample.text:
             raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
         return torch.cat([none, *parts]), text.to(device)
