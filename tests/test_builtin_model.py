@@ -20,14 +20,15 @@ from uniref_fast.training.benchmark_measure import psnr
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("--artworks", "shipped", "--samples", "24", "--heldout", "3", "--vae_steps", "2", "--scale", "1e-6",
-         "--ranks", "1", "--dtype", "float32")  # fmt: skip
+         "--ranks", "1", "--dtype", "float32", "--seeds", "1")  # fmt: skip
 
 
 def test_parts_are_in_order_and_leave_out_nothing(tmp_path):
     parts = builtin_model.parts(builtin_model.BuiltinModel(out=tmp_path))
     assert [part.name for part in parts] == [
-        "data", "data of more pictures", "vae", "sft", "msgrpo", "model", "eval nothing", "eval autoencoder",
-        "eval untrained", "eval sft", "eval msgrpo",
+        "data", "data of more pictures", "vae", "sft", "msgrpo", "msgrpo-1", "msgrpo-2", "model", "eval nothing",
+        "eval autoencoder", "eval untrained", "eval sft", "eval msgrpo", "eval msgrpo-1", "eval msgrpo-2", "curves",
+        "report",
     ]  # fmt: skip
     assert len({part.done for part in parts}) == len(parts)
 
@@ -51,9 +52,9 @@ def test_wrong_settings(tmp_path, capsys, flags, message):
 def test_a_folder_begun_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     done = []
     monkeypatch.setattr(builtin_model, "_run", lambda part: done.append(part.name) or 0)
-    assert builtin_model.main(["--out", str(tmp_path)]) == 0 and len(done) == 11
-    assert builtin_model.main(["--out", str(tmp_path), "--seed", "1"]) == 2
-    assert "seed 0 -> 1" in capsys.readouterr().err and len(done) == 11
+    assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1"]) == 0 and len(done) == 13
+    assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1", "--seed", "1"]) == 2
+    assert "seed 0 -> 1" in capsys.readouterr().err and len(done) == 13
 
 
 def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
@@ -89,7 +90,7 @@ def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
     )
     assert results["comparison"]["files"]
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count(": done, ") == 11
+    assert again.returncode == 0 and again.stdout.count(": done, ") == 13
 
 
 # ---- what is shipped ----

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from uniref_fast import __version__
+from uniref_fast.training import benchmark_report
 from uniref_fast.training import config as configs
 from uniref_fast.training.recipes import RECIPES, Recipe
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.rl_recipes import RL_RECIPES
 
-__all__ = ["BuiltinModel", "Part", "main", "parts", "ship"]
+__all__ = ["BuiltinModel", "Part", "main", "parts", "report", "ship"]
 
 HELDOUT = ("heldout_objects", "heldout_combinations")
 MORE = (4, 5, 6)  # pictures of a sample, of which the model saw at most three in training
@@ -49,6 +50,8 @@ class BuiltinModel:
         dtype: that SFT and MSGRPO compute in. bfloat16 takes a third of float32's time where a CPU multiplies it
             (AVX-512-BF16), and longer than float32 where it does not.
         seed: of everything.
+        seeds: runs of MSGRPO, with this seed and those after it. What the first makes is shipped, the others say how
+            much of it is luck.
     """
 
     out: Path = Path("runs/builtin")
@@ -60,9 +63,10 @@ class BuiltinModel:
     scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     seed: int = 0
+    seeds: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "samples", "heldout", "vae_steps"):
+        for name in ("ranks", "samples", "heldout", "vae_steps", "seeds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (self.scale > 0 and math.isfinite(self.scale)):
@@ -100,10 +104,21 @@ def parts(config: BuiltinModel) -> list[Part]:
     make = ("--size", 64, "--pictures", "equal", "--artworks", config.artworks, "--seed", config.seed,
             "--workers", config.ranks)  # fmt: skip
     data = ("--data", str(out / "data" / "train.jsonl"), "--heldout", ",".join(heldout))
-    common = ("--recipe", "builtin", "--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"),
-              "--dtype", config.dtype, "--seed", str(config.seed), "--resume", "auto")  # fmt: skip
+    common = ("--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"), "--dtype", config.dtype,
+              "--resume", "auto")  # fmt: skip
     edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
              "--batch", 32)  # fmt: skip
+    after_sft = ("--model", str(out / "vae" / "model"), "--initial", str(out / "sft"))
+    evaluated: dict[str, tuple[str, ...]] = {
+        "nothing": ("--model", str(out / "model"), "--baseline", "input"),
+        "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
+        "untrained": ("--model", str(out / "vae" / "model")),
+        "sft": after_sft,
+        "msgrpo": ("--model", str(out / "model"), "--against", str(out / "eval" / "sft")),
+    }
+    runs = {config.seed + i: out / (f"msgrpo-{i}" if i else "msgrpo") for i in range(config.seeds)}
+    for run in list(runs.values())[1:]:
+        evaluated[run.name] = (*after_sft, "--initial", str(run), "--against", str(out / "eval" / "sft"))
     return [
         Part("data", out / "data" / "made.json",
              _python("-m", "uniref_fast", "data", "make", out / "data", *make, "--references", "1,2,3",
@@ -115,21 +130,21 @@ def parts(config: BuiltinModel) -> list[Part]:
              _torchrun(config.ranks, _script("vae"), "--data", out / "data", "--out", out / "vae",
                        "--steps", config.vae_steps, "--seed", config.seed)),
         Part("sft", out / "sft" / "transformer",
-             _torchrun(config.ranks, _script("sft"), *common, "--out", out / "sft",
-                       "--steps", _steps(RECIPES["builtin"](), config.scale))),
-        Part("msgrpo", out / "msgrpo" / "lora",
-             _torchrun(config.ranks, _script("msgrpo"), *common, "--out", out / "msgrpo", "--initial", out / "sft",
-                       "--steps", _steps(RL_RECIPES["builtin"](), config.scale))),
+             _torchrun(config.ranks, _script("sft"), "--recipe", "builtin", *common, "--out", out / "sft",
+                       "--seed", config.seed, "--steps", _steps(RECIPES["builtin"](), config.scale))),
+        *(Part(run.name, run / "lora",
+               _torchrun(config.ranks, _script("msgrpo"), "--recipe", "tiny", *common, "--out", run,
+                         "--initial", out / "sft", "--seed", seed,
+                         "--steps", _steps(RL_RECIPES["tiny"](), config.scale)))
+          for seed, run in runs.items()),
         Part("model", out / "model", lambda: ship(config)),
         *(Part(f"eval {name}", out / "eval" / name / "results.json",
                _python(*edits, "--out", out / "eval" / name, *flags))
-          for name, flags in {
-              "nothing": ("--model", str(out / "model"), "--baseline", "input"),
-              "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
-              "untrained": ("--model", str(out / "vae" / "model")),
-              "sft": ("--model", str(out / "vae" / "model"), "--initial", str(out / "sft")),
-              "msgrpo": ("--model", str(out / "model"), "--against", str(out / "eval" / "sft")),
-          }.items()),
+          for name, flags in evaluated.items()),
+        Part("curves", out / "curves.png",
+             _python("-m", "uniref_fast.training.plots", *runs.values(),
+                     "--keys", "reward", "eval", "ratio", "grad_norm", "--out", out / "curves.png")),
+        Part("report", out / "report.json", lambda: report(out, list(evaluated))),
     ]  # fmt: skip
 
 
@@ -150,6 +165,21 @@ def ship(config: BuiltinModel) -> None:
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to(torch.bfloat16)
     builtin.write(pipe, out / "model", weights="trained", made=json.loads((out / "made.json").read_text()))
+
+
+def report(out: Path, names: Sequence[str]) -> None:
+    """Put what the evaluations came to in one file, without their rows: `report.json`; and print it as a table."""
+    found: dict[str, Any] = {"made": json.loads((out / "made.json").read_text()), "evaluations": {}}
+    lines = []
+    for name in names:
+        results = json.loads((out / "eval" / name / "results.json").read_text())
+        kept = {key: results[key] for key in ("settings", "versions", "aggregates", "comparison")}
+        found["evaluations"][name] = kept
+        lines += [f"== {name}", benchmark_report.table(kept["aggregates"])]
+        if kept["comparison"] is not None:
+            lines.append(benchmark_report.comparison_table(kept["comparison"]))
+    print("\n".join(lines))
+    write_whole(out / "report.json", lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

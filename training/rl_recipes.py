@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from uniref_fast.training.judge import JudgeConfig
@@ -139,15 +139,16 @@ class MSGRPO(Recipe):
 
 
 def tiny() -> MSGRPO:
-    """The built-in model on the built-in data, with programmatic rewards, on a CPU."""
+    """The built-in model on the built-in data, with programmatic rewards, on a CPU, in minutes."""
     return MSGRPO(
         model="builtin",
         data=("builtin",),
-        stages=(RLStage(side=64, steps=40, lr=1e-3, target_side=64, pack_tokens=2048, references="multi"),
-                RLStage(side=64, steps=20, lr=1e-3, target_side=64, pack_tokens=2048, references="single")),
-        prompts=4,
+        stages=(RLStage(side=128, steps=60, lr=1e-3, target_side=64, pack_tokens=6144, references="multi"),
+                RLStage(side=128, steps=30, lr=1e-3, target_side=64, pack_tokens=6144, references="single")),
+        prompts=6,
         group=8,
         rollout_steps=8,
+        timesteps=0.6,
         noise=0.7,
         clip=1e-3,
         rewards=("scene",),
@@ -162,26 +163,12 @@ def tiny() -> MSGRPO:
         ema=None,
         workers=2,
         save_every=10,
-        eval_every=20,
-        eval_samples=32,
-        sample_every=20,
-        sample_steps=8,
-        sample_guidance=1.0,
-        alarm=20,
-    )  # fmt: skip
-
-
-def builtin() -> MSGRPO:
-    """The built-in model as it is shipped, after SFT. CPU, half an hour."""
-    return replace(
-        tiny(),
-        stages=(RLStage(side=128, steps=60, lr=1e-3, target_side=64, pack_tokens=2560, references="multi"),
-                RLStage(side=128, steps=30, lr=1e-3, target_side=64, pack_tokens=2560, references="single")),
-        timesteps=0.6,
         eval_every=30,
         eval_samples=64,
         sample_every=30,
         sample_steps=12,
+        sample_guidance=1.0,
+        alarm=20,
     )  # fmt: skip
 
 
@@ -229,4 +216,4 @@ def paper() -> MSGRPO:
     )  # fmt: skip
 
 
-RL_RECIPES: dict[str, Callable[[], MSGRPO]] = {recipe.__name__: recipe for recipe in (tiny, builtin, lora, paper)}
+RL_RECIPES: dict[str, Callable[[], MSGRPO]] = {recipe.__name__: recipe for recipe in (tiny, lora, paper)}
