@@ -18,6 +18,7 @@ from uniref_fast.training import benchmark_model as models
 from uniref_fast.training.benchmark import EvalConfig, evaluate
 from uniref_fast.training.benchmark_measure import psnr
 from uniref_fast.training.benchmark_rows import files_of, plan
+from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.made_files import make
 from uniref_fast.training.make_data import MakeConfig, artworks, sample
 from uniref_fast.training.rewards import AXES
@@ -123,18 +124,21 @@ def test_objects_are_those_that_the_scene_reward_finds(config, data, tmp_path):
         assert part["all"]["gap_psnr"]["mean"] == 0 and part["all"]["gap_scores"]["mean"]["mean"] == 0
 
 
-def test_the_baseline_input_is_picture_1_and_grey_without(config, tmp_path):
+def test_the_baseline_input_is_the_background_else_picture_1_and_grey_without(config, tmp_path):
     found = evaluate(replace(config, out=tmp_path / "a", baseline="input"))
     dataset, seen = Dataset(config.data), set()
     for number, row in enumerate(found["rows"]):
         made = Image.open(tmp_path / "a" / "images" / row["file"] / f"{row['index']}.png")
         sources = dataset[number].references
-        seen.add(bool(sources))
-        expected = (
-            sources[0].load().resize(made.size, Image.LANCZOS) if sources else Image.new("RGB", made.size, "#808080")
-        )
+        shown = dataset[number].scene["background"].get("picture")
+        seen.add(shown)
+        expected = Image.new("RGB", made.size, "#808080")
+        if sources:
+            picture = sources[(shown or 1) - 1].load()
+            box = crop_box(picture.size, made.size) if shown else None
+            expected = picture.resize(made.size, Image.LANCZOS, box=box)
         assert np.array_equal(np.asarray(made), np.asarray(expected))
-    assert True in seen and found["settings"]["steps"] is None
+    assert max(n for n in seen if n) > 1 and found["settings"]["steps"] is None
 
 
 def test_psnr():
@@ -248,6 +252,39 @@ def test_other_settings_in_the_folder_are_refused(config, whole, capsys):
     assert status == 0 and "heldout_combinations" in out, "how many are edited together is no setting"
 
 
+def test_a_finished_evaluation_is_not_that_of_other_weights(config, tmp_path):
+    folder = builtin.build(tmp_path / "model")
+    few = replace(config, data=config.data[:1], limit=1, model=str(folder), out=tmp_path / "a", baseline="input")
+    evaluate(few)
+    evaluate(few)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="other settings: weights: "):
+        evaluate(few)
+
+
+def test_a_file_is_the_same_alone_and_beside_others(config, whole, tmp_path):
+    """Its label and so its noise and its rows' identity do not depend on what is evaluated with it."""
+    (tmp_path / "other").mkdir()
+    copy = tmp_path / "other" / config.data[0].name
+    copy.write_text(config.data[0].read_text())
+    both = (config.data[0], copy)
+    found = evaluate(replace(config, data=both, limit=1, image_folder=config.data[0].parent, out=tmp_path / "a",
+                             against=whole))  # fmt: skip
+    assert len(found["aggregates"]) == 2
+    assert all(part["mean"]["mean"] == 0 and part["rows"] == 1 for part in found["comparison"]["files"].values())
+
+
+def test_a_run_of_another_model_needs_its_name(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"model": "Qwen/Qwen-Image-Edit-2511"}))
+    with pytest.raises(ValueError, match="trained on Qwen/Qwen-Image-Edit-2511, not on the built-in model; give --mod"):
+        models.check_runs((tmp_path,), "builtin")
+    models.check_runs((tmp_path,), "Qwen/Qwen-Image-Edit-2511")
+
+
 # ---- models ----
 
 
@@ -268,12 +305,12 @@ def test_a_run_put_on_top(config, builtin_pipe, whole, tmp_path):
 
     sft, rl = tmp_path / "sft", tmp_path / "rl"
     with pytest.raises(ValueError, match=f"trained on top of {sft}/transformer; give --initial {sft} before it"):
-        models.check_runs((rl,))
-    models.check_runs((sft, rl))
+        models.check_runs((rl,), "a/b")
+    models.check_runs((sft, rl), "a/b")
     (tmp_path / "rl2" / "lora").mkdir(parents=True)
     (tmp_path / "rl2" / "config.json").write_text(json.dumps({"initial": str(rl)}))
     with pytest.raises(ValueError, match=r"went on from that of .*leave .*rl out"):
-        models.check_runs((sft, rl, tmp_path / "rl2"))
+        models.check_runs((sft, rl, tmp_path / "rl2"), "a/b")
 
     few = replace(config, data=config.data[:1], limit=1)
     evaluate(replace(few, out=tmp_path / "a", initial=(sft,)))
@@ -404,7 +441,7 @@ def test_the_command_prints_a_table_and_differences(config, data, whole, tmp_pat
     assert status == 0 and f"less {whole}" in text and "heldout_combinations" in text and "best" in text
     found = results(tmp_path / "a")
     ours, theirs = found["rows"], results(whole)["rows"]
-    made = [{"psnr": row["psnr"], "scores": row["scores"]} for row in ours]
+    made = [{"psnr": row["psnr"], "scores": row["scores"], "objects": row["objects"]} for row in ours]
     assert made == [row["bound"] for row in theirs], "what is made of the target is the bound of every model"
     part = found["comparison"]["files"]["heldout_objects"]
     expected = [a["psnr"] - b["psnr"] for a, b in zip(ours[:3], theirs[:3], strict=True)]

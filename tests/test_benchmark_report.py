@@ -61,7 +61,7 @@ def test_aggregates():
     assert whole["gap_psnr"]["mean"] == 9.0 and whole["bound_psnr"]["sem"] == 0.0
     assert whole["objects"] == {
         "n": 3, "present": pytest.approx(2 / 3), "new": 1, "new_present": 1.0, "distance": 2.5,
-        "similarity": pytest.approx(1.1 / 3),
+        "similarity": pytest.approx(1.1 / 3), "bound_present": None, "bound_similarity": None,
     }  # fmt: skip
     assert set(found["a"]["tasks"]) == {"add", "move"} and found["a"]["tasks"]["add"]["rows"] == 2
     assert found["a"]["references"]["1"]["scores"]["mean"]["n"] == 1
@@ -117,6 +117,8 @@ def test_what_cannot_be_compared():
     settings = {"seed": 1, "steps": 8, "reward": "scene"}
     report.check_comparable(settings, {**settings, "model": "another"})
     report.check_comparable(settings, {**settings, "seed": None, "steps": None})  # a baseline that runs no model
+    with pytest.raises(ValueError, match="judge is"):
+        report.check_comparable({**settings, "judge": {"model": "a"}}, {**settings, "judge": {"model": "b"}})
     with pytest.raises(ValueError, match="seed is 1 here and 2 there; steps is 8 here and 50 there"):
         report.check_comparable(settings, {**settings, "seed": 2, "steps": 50})
     with pytest.raises(ValueError, match="reward is 'scene' here and 'judge' there"):

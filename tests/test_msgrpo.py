@@ -1,6 +1,8 @@
 """MSGRPO end to end, on the built-in model: the gate, exact resume, ranks, a judge that misbehaves."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 import statistics
@@ -100,8 +102,8 @@ def test_a_run(whole):
     names = {"reward", "reward_std", "reward/integration", "reward/consistency", "reward/quality", "group_std"}
     assert names | {"ratio", "zero_spread", "clip_fraction", "failures", "grad_norm"} <= set(made[0])
     assert made[0]["ratio_min"] == made[0]["ratio_max"] == 1.0 and made[0]["grad_norm"] > 0
-    (passed,) = events(whole, "on-policy gate")
-    assert passed["timesteps"] == 3 and passed["worst_log_ratio"] == 0.0
+    for passed in events(whole, "on-policy gate"):
+        assert passed["timesteps"] == 3 and passed["worst_log_ratio"] == 0.0
     assert [event["number"] for event in events(whole, "stage")] == [0, 1]
     assert {path.name for path in (whole / "samples").iterdir()} >= {"groups-000001.png", "heldout-000002.png"}
     moved = weights(whole)
@@ -199,8 +201,7 @@ def test_ranks_that_share_packs(data, whole, tmp_path):
 def test_other_settings(data, tmp_path, more):
     out = tmp_path / "run"
     assert msgrpo.main(flags(data, out, *more, steps=2)) == 0
-    (passed,) = events(out, "on-policy gate")
-    assert passed["worst_log_ratio"] <= gate.TOLERANCE
+    assert all(passed["worst_log_ratio"] <= gate.TOLERANCE for passed in events(out, "on-policy gate"))
     made = steps_of(out)
     assert all(record["grad_norm"] > 0 for record in made)
     first_update = "--updates" not in more and "--inner-epochs" not in more
@@ -208,6 +209,33 @@ def test_other_settings(data, tmp_path, more):
     assert ("kl" in made[0]) == ("--kl" in more)
     if "--kl" in more:
         assert made[1]["kl"] > 0
+
+
+def test_each_setting_of_the_update_changes_it(data, tmp_path):
+    base = {"--inner-epochs": 2, "--clip": 1e-7, "--updates": 2, "--timesteps": 1}
+    made = []
+    for more in ({}, {"--timesteps": 0.7}, {"--guard": "true"}, {"--clip-high": 0.5}, {"--inner-epochs": 3},
+                 {"--advantage": "per_axis"}, {"--spread": "batch"}):  # fmt: skip
+        out = tmp_path / str(len(made))
+        assert msgrpo.main(flags(data, out, *(x for pair in (base | more).items() for x in pair), steps=2)) == 0
+        tensors = weights(out)
+        made.append(torch.cat([tensors[name].flatten() for name in sorted(tensors)]))
+        assert not any(torch.equal(made[-1], earlier) for earlier in made[:-1]), more
+
+
+def test_noise_that_is_too_large_is_said(data, tmp_path):
+    """At whichever place of the window it is worst."""
+    for noise, told in ((0.2, 0), (1.5, 1)):
+        out = tmp_path / str(noise)
+        given = ("--rollout-steps", 10, "--window", 2, "--noise", noise, "--window-end", 2)
+        assert msgrpo.main(flags(data, out, *given, steps=2)) == 0
+        assert len(events(out, "noise too large")) == told and len(events(out, "sampler")) == 1
+
+
+def test_an_alarm_is_sounded(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_trainer.Alarm, "add", lambda self, total, quality: f"{total:.1f} {quality:.1f}")
+    assert msgrpo.main(flags(data, tmp_path / "run", steps=2)) == 0
+    assert [event["step"] for event in events(tmp_path / "run", "reward hacking?")] == [0, 1]
 
 
 def test_group_shared_sends_fewer_tokens(data, tmp_path):
@@ -225,7 +253,8 @@ def test_group_shared_sends_fewer_tokens(data, tmp_path):
 def test_check_ratio_prints_every_timestep_and_trains_nothing(data, tmp_path, capsys):
     assert msgrpo.main(flags(data, tmp_path / "run", "--check-ratio", "true")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 3 and all("1.000000000" in line for line in lines[1:])
+    assert [line.partition(":")[0] for line in lines[::5]] == ["stage 0", "stage 1"] and len(lines) == 2 * (2 + 3)
+    assert all("1.000000000" in line for start in (2, 7) for line in lines[start : start + 3])
     assert not (tmp_path / "run").exists()
 
 
@@ -286,6 +315,43 @@ def unsteady(monkeypatch):
 
     monkeypatch.setattr(gate, "velocities", other)
     monkeypatch.setattr("uniref_fast.training.rollout.velocities", other)
+
+
+def test_the_gate_names_the_first_timestep_that_differs(data, tmp_path, monkeypatch, capsys):
+    real = roller.Roller.roll
+
+    def late(self, batch, *arguments):
+        whole = real(self, batch, *arguments)
+        for pack in batch.packs:
+            for member in pack.members:
+                member.before[2] = member.before[2] + 0.01
+        return whole
+
+    monkeypatch.setattr(roller.Roller, "roll", late)
+    assert msgrpo.main(flags(data, tmp_path / "run")) == 1
+    message = capsys.readouterr().err
+    assert "6 of 18 ratios are not 1. First at timestep 2 (t = 0." in message
+
+
+def test_a_ratio_that_is_off_once_is_not_forgotten(data, tmp_path, monkeypatch, capsys):
+    """The second look, for the cause, finds nothing: the first counts."""
+    real, calls = gate.replay, []
+
+    def once(*arguments):
+        made = real(*arguments)
+        calls.append(made)
+        if len(calls) > 1:
+            return made
+        return [(i, dataclasses.replace(step, mean=step.mean + 0.01)) for i, step in made]
+
+    monkeypatch.setattr(gate, "replay", once)
+    assert msgrpo.main(flags(data, tmp_path / "run")) == 1
+    assert "a second replay gave another number" in capsys.readouterr().err
+
+
+def test_every_stage_passes_the_gate(whole):
+    """The second has packs of its own."""
+    assert [event["step"] for event in events(whole, "on-policy gate")] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -417,6 +483,44 @@ def test_too_many_failures_end_the_run_and_keep_nothing_of_the_step(data, tmp_pa
     message = capsys.readouterr().err
     assert "RewardError: 16 of 16 rollouts of step 1 got no scores" in message and "malformed" in message
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
+    with judge_server.JudgeServer() as mended:  # what ended the run is asked again
+        mended.plan, mended.default = [judge_server.by_colour], by_content
+        assert msgrpo.main([*judged(data, out, mended, "--save-every", 1), "--resume", "auto"]) == 0
+    assert [record["step"] for record in steps_of(out)] == [0, 1] and steps_of(out)[1]["failures"] < 1
+
+
+def test_a_damaged_picture_is_passed_over_with_its_place(data, tmp_path):
+    """Its header is whole, so only decoding shows it."""
+    shutil.copytree(data, tmp_path / "data")
+    row = json.loads((tmp_path / "data" / "train.jsonl").read_text().splitlines()[3])
+    path = tmp_path / "data" / row["input_images"][0]
+    path.write_bytes(path.read_bytes()[:-200])
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(tmp_path / "data", out, "--prompts", 6)) == 0
+    assert {event["where"].rpartition(":")[2] for event in events(out, "broken row")} == {"4"}
+
+
+def test_a_nan_in_one_update_leaves_the_others(data, tmp_path, monkeypatch):
+    real, calls = rl_trainer.objective, []
+
+    def sometimes(*arguments):
+        loss, clipped = real(*arguments)
+        calls.append(loss)
+        return (loss * math.nan if len(calls) == 1 else loss), clipped
+
+    monkeypatch.setattr(rl_trainer, "objective", sometimes)
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(data, out, "--timesteps", 1, "--updates", 3, "--max-skipped", 2)) == 0
+    assert len(events(out, "skipped")) == 1 and all(math.isfinite(record["loss"]) for record in steps_of(out)[1:])
+
+
+def test_two_held_out_files_of_one_name(data, tmp_path, capsys):
+    (tmp_path / "heldout_objects.jsonl").write_text("")
+    both = f"{data / 'heldout_objects.jsonl'},{tmp_path / 'heldout_objects.jsonl'}"
+    assert msgrpo.main(flags(data, tmp_path / "run", "--heldout", both)) == 2
+    assert "two files of held-out rows are called heldout_objects" in capsys.readouterr().err
+    assert msgrpo.main(flags(data, tmp_path / "b", "--heldout", tmp_path / "heldout_objects.jsonl")) == 2
+    assert "has no held-out rows" in capsys.readouterr().err
 
 
 def test_a_reward_of_ones_own(data, tmp_path, monkeypatch):

@@ -104,6 +104,15 @@ def test_axes_are_averaged_over_the_rewards_that_score_them(make, own):
     assert rewards.combined({"scene": scene}) == dict(scene.axes), "the weight of one alone does not scale it"
 
 
+def test_a_reward_with_axes_of_its_own_counts_as_its_weight_says(make, own):
+    rewards = make(rewards=("scene", f"{own}:good"), reward_weights=(1.0, 0.5))
+    given = {"scene": Scores({"integration": 4.0}), f"{own}:good": Scores({"mood": 10.0})}
+    axes = rewards.combined(given)
+    assert axes == {"integration": 4.0, "mood": 10.0}
+    assert rewards.total(axes) == pytest.approx((4.0 + 0.5 * 10.0) / 1.5)
+    assert rewards.axis_weights["mood"] == 0.5 and rewards.axis_weights["integration"] == 1.0
+
+
 def test_a_failure_wins(make, own):
     rewards = make("scene", f"{own}:good")
     bad = Failure("timeout", "60 seconds")

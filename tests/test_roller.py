@@ -46,6 +46,7 @@ class FakeRanks:
 class FakeRewards:
     def __init__(self):
         self.asked = []
+        self.shares = {}
 
     def submit(self, candidate, step):
         self.asked.append((candidate, step))
@@ -293,7 +294,8 @@ def done(result=None, error=None):
 
 def test_results_of_all_ranks(make):
     theirs = {(0, 1, 0): {"quality": 4.0}}
-    roller = make(FakeRanks(0, 2, others=lambda value: [(theirs, False)]))
+    said = {bool: (True, False), dict: (theirs, {"quality": 1.0})}  # how far they are, then what they found
+    roller = make(FakeRanks(0, 2, others=lambda value: [said[type(value[0])]]))
     failure = Failure("timeout", "60 seconds")
     found = roller.results(batch_of(a=done(Scores({"quality": 3.0})), b=done(failure)))
     assert found == {(0, 0, 0): {"quality": 3.0}, (0, 0, 1): failure, (0, 1, 0): {"quality": 4.0}}

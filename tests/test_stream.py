@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -80,8 +81,9 @@ def test_weights_are_occurrences_per_epoch(weights, seed):
         weights[0] += 1
     stream, epochs = Stream(len(weights), seed, weights), 7
     taken = stream.take(int(sum(weights) * (epochs + 1)) + len(weights) * 2)
-    counts = Counter(i for e, i in taken if e < epochs)
-    assert taken[-1][0] >= epochs, "the epochs counted are complete"
+    repeats = max(math.ceil(max(weights)), 1)  # numbers of an epoch
+    counts = Counter(i for number, i in taken if number // repeats < epochs)
+    assert taken[-1][0] // repeats >= epochs, "the epochs counted are complete"
     for i, weight in enumerate(weights):
         assert abs(counts[i] - epochs * weight) < 1 + 1e-9
         assert weight > 0 or counts[i] == 0
@@ -167,3 +169,14 @@ def test_items_are_drawn_only_as_there_is_room_and_closing_stops(ahead):
 def test_wrong_numbers_are_refused_at_once(workers, ahead):
     with pytest.raises(ValueError, match="at least 1"):
         prefetch(str, [1], workers, ahead)
+
+
+def test_no_pair_comes_twice_however_often_an_index_does():
+    stream = Stream(4, 7, [3.0, 1.0, 0.5, 2.0])
+    pairs = stream.take(65)
+    assert len(set(pairs)) == len(pairs)
+    assert [index for _, index in pairs].count(0) == 30, "ten epochs of 6 or 7"
+    again = Stream(4, 7, [3.0, 1.0, 0.5, 2.0])
+    first = again.take(5)
+    resumed = Stream.from_state(4, 7, again.state(), [3.0, 1.0, 0.5, 2.0])
+    assert first + resumed.take(60) == pairs, "also when taken, and gone on with, in the middle of an epoch"

@@ -4,9 +4,9 @@
     results["aggregates"]["heldout_objects"]["all"]["scores"]["mean"]  # {"n": 64, "mean": 7.1, "sem": 0.2}
 
 Each row is edited with noise that follows from the seed and the row, the same for every model, so that differences of
-two evaluations can be taken row by row. Made data is scored exactly, by the scene reward; anything else by a judge. The
-folder gets `rows.jsonl` while it works, and `results.json`, `images/FILE/INDEX.png` and `grid.png`; an evaluation that
-was stopped goes on with the same settings.
+two evaluations can be taken row by row. Made data is scored exactly, by the scene reward; anything else by a judge that
+is asked for. The folder gets `rows.jsonl` while it works, and `results.json`, `images/FILE/INDEX.png` and `grid.png`;
+an evaluation that was stopped goes on with the same settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import os
 import platform
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from uniref_fast.training import benchmark_report as report
 from uniref_fast.training.benchmark_journal import Journal
 from uniref_fast.training.benchmark_measure import judged, measured, through_vae
 from uniref_fast.training.benchmark_rows import Planned, files_of, plan
+from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.judge import Judge, JudgeConfig
 from uniref_fast.training.judge_log import PASSING
 from uniref_fast.training.records import write_whole
@@ -58,7 +59,8 @@ class EvalConfig:
         out: folder of the results: new, empty, or of the same evaluation, which then goes on.
         model: "builtin", a diffusers folder or a hub id.
         initial: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
-        baseline: instead of the model's results: "input", picture 1 at the size of the result (grey without pictures);
+        baseline: instead of the model's results: "input", the picture whose background the answer has, where a scene
+            says so, else picture 1, at the size of the result (grey without pictures);
             "vae", the target through the model's autoencoder; "untrained", those of the built-in model before training.
         reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
         judge: how the judge is asked.
@@ -145,7 +147,7 @@ class _Evaluation:
         self.device, self.dtype = models.on_device(config.device, config.dtype)
         self.dataset = Dataset(config.data, config.image_folder, "optional")
         self.files = files_of(self.dataset, config.limit)
-        models.check_runs(config.initial)
+        models.check_runs(config.initial, config.model)
         self.reward = config.reward or self._usual_reward()
         if config.reward == "scene":
             self._all_have_scenes()
@@ -215,6 +217,7 @@ class _Evaluation:
             "limit": config.limit,
             "model": config.model,
             "initial": [str(run) for run in config.initial],
+            "weights": models.files_digest(config.model, config.initial),
             "baseline": config.baseline,
             "reward": self.reward,
             "judge": {name: getattr(judge, name) for name in JUDGED_BY} if self.reward == "judge" else None,
@@ -234,7 +237,8 @@ class _Evaluation:
         for label, numbers in self.files.items():
             for i, number in enumerate(numbers):
                 with contextlib.suppress(RowError):
-                    if (label, i, self.dataset[number].instruction) in known:
+                    row = {"file": label, "index": i, "instruction": self.dataset[number].instruction}
+                    if report.identity(row) in known:
                         return
         raise ValueError(f"no rows of {self.config.against} are the same as here (file, index and instruction)")
 
@@ -311,7 +315,7 @@ class _Evaluation:
         planned = plan(
             self.pipe,
             self.dataset[self.files[label][i]],
-            (label, i),
+            (report.file_name(label), i),
             target_side=self.target_side,
             budget=None if config.budget is None else config.budget**2,
             seed=config.seed,
@@ -382,10 +386,17 @@ class _Evaluation:
 
 
 def _pasted(planned: Planned) -> Image.Image:
-    """Picture 1 at the size of the result."""
-    if not planned.request.images:
+    """What there is before anything is done: the picture whose background is asked for, cropped to the result's aspect
+    ratio."""
+    images = planned.request.images
+    if not images:
         return Image.new("RGB", planned.size, GREY)
-    return planned.request.images[0].resize(planned.size, Image.Resampling.LANCZOS)
+    ground = (planned.row.scene or {}).get("background")
+    number = ground.get("picture") if isinstance(ground, Mapping) else None
+    if not isinstance(number, int) or not 0 < number <= len(images):
+        return images[0].resize(planned.size, Image.Resampling.LANCZOS)
+    picture = images[number - 1]
+    return picture.resize(planned.size, Image.Resampling.LANCZOS, box=crop_box(picture.size, planned.size))
 
 
 def _writable(folder: Path) -> None:

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--baseline", choices=("input", "vae", "untrained"),
-        help="instead: picture 1 as it is, the target through the autoencoder, the built-in model before training",
+        help="instead: the picture that gives the background, as it is; the target through the autoencoder; the "
+        "built-in model before training",
     )  # fmt: skip
     add("--reward", choices=("scene", "judge", "none"), help="scene where rows have a scene, else none, by default")
     add("--steps", type=int, help="denoising steps (8 for the built-in model, else 50)")

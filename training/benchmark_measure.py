@@ -13,7 +13,7 @@ from uniref_fast.encode import decode_image, image_latents
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.training.benchmark_rows import Planned
 from uniref_fast.training.rewards import AXES, Failure, Scores
-from uniref_fast.training.scene_reward import scene_details
+from uniref_fast.training.scene_reward import SceneDetails, scene_details
 
 __all__ = ["judged", "measured", "psnr", "through_vae"]
 
@@ -42,7 +42,7 @@ def measured(planned: Planned, made: Image.Image, bound: Image.Image | None, sce
         scene: use the scene reward, where the row has a scene and a target.
 
     Returns:
-        "psnr" and "bound": {"psnr"} with a target; with a scene also "scores", "bound": {"scores"} and "objects", or
+        "psnr" and "bound": {"psnr"} with a target; with a scene also "scores", "objects", and both in "bound", or
         "failure" instead. Scores are 0..10 by axis and their "mean".
 
     Raises:
@@ -59,7 +59,12 @@ def measured(planned: Planned, made: Image.Image, bound: Image.Image | None, sce
         return record | judged(details if isinstance(details, Failure) else best)  # type: ignore[arg-type]
     record |= judged(Scores(details.axes))
     record["bound"] |= judged(Scores(best.axes))
-    record["objects"] = [
+    record["objects"], record["bound"]["objects"] = _objects(details), _objects(best)
+    return record
+
+
+def _objects(details: SceneDetails) -> list[dict[str, Any]]:
+    return [
         {
             "artwork": one.artwork, "colour": one.colour, "kept": one.kept, "present": one.present,
             "distance": one.distance if one.present else None,  # what is not there is nowhere
@@ -67,7 +72,6 @@ def measured(planned: Planned, made: Image.Image, bound: Image.Image | None, sce
         }
         for one in details.objects
     ]  # fmt: skip
-    return record
 
 
 def judged(result: Scores | Failure) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from safetensors import SafetensorError
 
 from uniref_fast.builtin import components
+from uniref_fast.builtin.store import model_folder
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training.cache import content_key, fingerprint
 
-__all__ = ["check_runs", "load", "on_device", "weights_digest"]
+__all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
+
+ENDS = 1 << 16  # bytes
 
 
 def on_device(device: str | None, dtype: str | None) -> tuple[str, str]:
@@ -53,13 +57,17 @@ def load(model: str, runs: tuple[Path, ...], untrained: bool, device: str, dtype
     return pipe
 
 
-def check_runs(runs: tuple[Path, ...]) -> None:
-    """Refuse folders that no run wrote, adapters without the transformer that they were trained on, and those that
-    count twice. Raises ValueError."""
+def check_runs(runs: tuple[Path, ...], model: str) -> None:
+    """Refuse folders that no run wrote, runs of another model where none is named, adapters without the transformer
+    that they were trained on, and those that count twice. Raises ValueError."""
     for number, run in enumerate(runs):
         if not any((run / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial {run} has neither lora/ nor transformer/; give the folder of a finished run")
-        base = _started_from(run)
+        trained = _said(run, "model")
+        if model == "builtin" and trained not in (None, model):
+            raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")
+        started = _said(run, "initial")
+        base = None if started is None else Path(started)
         if base is None or (run / "transformer").is_dir():
             continue
         given = base.resolve() in [before.resolve() for before in runs[:number]]
@@ -69,6 +77,25 @@ def check_runs(runs: tuple[Path, ...]) -> None:
             )
         if given and not (base / "transformer").is_dir():
             raise ValueError(f"the adapter of {run} went on from that of {base}, which it holds; leave {base} out")
+
+
+def files_digest(model: str, runs: tuple[Path, ...]) -> str:
+    """Changes when weight files of this machine do, of the model or of runs; without loading them.
+
+    Names, sizes, and the first and last 64 KiB of each: training leaves none of these as they were.
+    """
+    folders = [model_folder() if model == "builtin" else Path(model)]
+    folders += [run / part for run in runs for part in ("transformer", "lora")]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(ENDS))
+                file.seek(max(size - ENDS, 0))
+                digest.update(file.read(ENDS))
+    return digest.hexdigest()
 
 
 def weights_digest(pipe: Any) -> str:
@@ -88,10 +115,10 @@ def _put_on(pipe: Any, run: Path, adapters: list[str], dtype: torch.dtype, devic
         pipe.set_adapters(adapters)
 
 
-def _started_from(run: Path) -> Path | None:
-    """The run that this one went on from, as its configuration says."""
+def _said(run: Path, name: str) -> str | None:
+    """A text of a run's configuration, such as the run that it went on from."""
     try:
-        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get("initial")
+        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError):
         return None  # exported by another program, or copied without it
-    return Path(value) if isinstance(value, str) else None
+    return value if isinstance(value, str) else None

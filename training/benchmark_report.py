@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -19,6 +19,7 @@ __all__ = [
     "check_comparable",
     "compare",
     "comparison_table",
+    "file_name",
     "identity",
     "read_results",
     "sheet",
@@ -51,13 +52,15 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
         autoencoder) and "gap_scores" (the bound less the image made) by axis; "psnr", "bound_psnr" and "gap_psnr" in
         dB; each as {"n", "mean", "sem"}, None where nothing is known. "objects": {"n", "present" share of them,
         "new" and "new_present" the same of those that no picture shows at their place, "distance" mean of those
-        present in pixels, "similarity" mean of all}.
+        present in pixels, "similarity" mean of all, "bound_present" and "bound_similarity" the same of the targets
+        through the autoencoder}.
     """
     made = [row for row in rows if "error" not in row]
     scores = {axis: [_score(row, axis) for row in made] for axis in MEASURES}
     bounds = {axis: [_score(row.get("bound", {}), axis) for row in made] for axis in MEASURES}
     psnrs, most = [row.get("psnr") for row in made], [row.get("bound", {}).get("psnr") for row in made]
     objects = [one for row in made for one in row.get("objects", ())]
+    best = [one for row in made for one in row.get("bound", {}).get("objects", ())]
     new = [one for one in objects if not one["kept"]]
     return {
         "rows": len(rows),
@@ -76,6 +79,8 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
             "new_present": _share(new),
             "distance": statistic([one["distance"] for one in objects])["mean"],
             "similarity": statistic([one["similarity"] for one in objects])["mean"],
+            "bound_present": _share(best),
+            "bound_similarity": statistic([one["similarity"] for one in best])["mean"],
         },
     }
 
@@ -148,6 +153,7 @@ COLUMNS: dict[str, Cell] = {
     "new": lambda found: _percent(found["objects"]["new_present"]),
     "off": _measure("objects", "distance", digits=1),
     "similar": _measure("objects", "similarity"),
+    "most": _measure("objects", "bound_similarity"),
 }
 LEGEND = {
     "unscored": "unscored: the reward failed",
@@ -156,6 +162,7 @@ LEGEND = {
     "VAE": "VAE: PSNR of the target through the autoencoder; gap: what is left to it, dB",
     "present": "present: share of the objects asked for; new: of those that no picture shows at their place",
     "off": "off: pixels from where they belong",
+    "similar": "similar: how alike they are, 0 to 1; most: that of the target through the autoencoder",
 }
 
 
@@ -211,9 +218,10 @@ def read_results(folder: Path) -> dict[str, Any]:
 def check_comparable(settings: Record, other: Record) -> None:
     """Raises ValueError that names the settings in which two evaluations must not differ."""
     changed = []
-    for name in ("seed", "steps", "reward"):
-        before, after = other.get(name), settings[name]
-        if before != after and (name == "reward" or None not in (before, after)):  # no noise where no model is run
+    for name in ("seed", "steps", "reward", "judge"):
+        before, after = other.get(name), settings.get(name)
+        no_noise = name in ("seed", "steps") and None in (before, after)  # where no model is run
+        if before != after and not no_noise:
             changed.append(f"{name} is {after!r} here and {before!r} there")
     if changed:
         raise ValueError(f"these evaluations cannot be compared: {'; '.join(changed)}")
@@ -258,7 +266,13 @@ def _both(pair: tuple[Record, Record], measure: str) -> tuple[float | None, floa
 
 
 def identity(row: Record) -> tuple[Any, ...]:
-    return row.get("file"), row.get("index"), row.get("instruction")
+    """Of a row in any evaluation: a file is called by a path or by its name, as the files beside it demand."""
+    return file_name(row.get("file", "")), row.get("index"), row.get("instruction")
+
+
+def file_name(label: str) -> str:
+    """What stays the same of a file's label whatever it is evaluated with."""
+    return PurePosixPath(label).name
 
 
 def _value(row: Record, measure: str) -> float | None:

@@ -69,7 +69,7 @@ def plan(
 
     Args:
         pipe: the pipeline, for its sizes.
-        key: (label of the file, index of the row in it); with the seed it decides the noise.
+        key: (name of the file, index of the row in it); with the seed it decides the noise.
         target_side: the result has the target's size, at most target_side x target_side pixels; without a target the
             last reference's aspect ratio (a square without references) at so many.
         budget: joint pixels of the references; None sizes each as diffusers does.

@@ -30,6 +30,7 @@ from uniref_fast.training.rl_recipes import RL_RECIPES
 
 __all__ = ["BuiltinModel", "Part", "main", "parts", "report", "ship"]
 
+MADE = "made.json"
 HELDOUT = ("heldout_objects", "heldout_combinations")
 MORE = (4, 5, 6)  # pictures of a sample, of which the model saw at most three in training
 
@@ -77,8 +78,9 @@ def default() -> BuiltinModel:
     """What the shipped model was made with; float32 on a CPU that does not multiply bfloat16."""
     import torch
 
-    fast = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    return BuiltinModel(dtype="bfloat16" if fast else "float32")
+    gpus = torch.cuda.device_count()
+    fast = gpus or torch.cpu._is_avx512_bf16_supported()
+    return BuiltinModel(ranks=min(gpus, 2) or 2, dtype="bfloat16" if fast else "float32")
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,11 @@ def parts(config: BuiltinModel) -> list[Part]:
         "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
         "untrained": ("--model", str(out / "vae" / "model")),
         "sft": after_sft,
-        "msgrpo": ("--model", str(out / "model"), "--against", str(out / "eval" / "sft")),
     }
     runs = {config.seed + i: out / (f"msgrpo-{i}" if i else "msgrpo") for i in range(config.seeds)}
-    for run in list(runs.values())[1:]:
-        evaluated[run.name] = (*after_sft, "--initial", str(run), "--against", str(out / "eval" / "sft"))
+    against = ("--against", str(out / "eval" / "sft"))
+    evaluated |= {run.name: (*after_sft, "--initial", str(run), *against) for run in runs.values()}
+    evaluated["shipped"] = ("--model", str(out / "model"), *against)  # the first of these, rounded to bfloat16
     return [
         Part("data", out / "data" / "made.json",
              _python("-m", "uniref_fast", "data", "make", out / "data", *make, "--references", "1,2,3",
@@ -164,12 +166,12 @@ def ship(config: BuiltinModel) -> None:
     for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to(torch.bfloat16)
-    builtin.write(pipe, out / "model", weights="trained", made=json.loads((out / "made.json").read_text()))
+    builtin.write(pipe, out / "model", weights="trained", made=json.loads((out / MADE).read_text()))
 
 
 def report(out: Path, names: Sequence[str]) -> None:
     """Put what the evaluations came to in one file, without their rows: `report.json`; and print it as a table."""
-    found: dict[str, Any] = {"made": json.loads((out / "made.json").read_text()), "evaluations": {}}
+    found: dict[str, Any] = {"made": json.loads((out / MADE).read_text()), "evaluations": {}}
     lines = []
     for name in names:
         results = json.loads((out / "eval" / name / "results.json").read_text())
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ).config
         _keep(config)
         for part in parts(config):
-            if status := _run(part):
+            if status := _run(part, config.out):
                 print(
                     f"builtin_model: {part.name} ended with status {status}; the same command goes on", file=sys.stderr
                 )
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(part: Part) -> int:
+def _run(part: Part, out: Path) -> int:
     if part.done.exists():
         print(f"{part.name}: done, {part.done}", flush=True)
         return 0
@@ -217,7 +219,13 @@ def _run(part: Part) -> int:
         status = _call(part.work)
     if status == 0 and not part.done.exists():
         raise ValueError(f"{part.name} ended well but did not write {part.done}")
-    print(f"{part.name}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{part.name}: {minutes:.1f} min", flush=True)
+    made = json.loads((out / MADE).read_text())
+    done = made["parts"].setdefault(part.name, {"commits": [], "minutes": 0.0})  # of all tries
+    done["commits"] = list(dict.fromkeys([*done["commits"], _commit()]))
+    done["minutes"] = round(done["minutes"] + minutes, 1)
+    _write_made(out, made)
     return status
 
 
@@ -242,7 +250,7 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _keep(config: BuiltinModel) -> None:
     """Write down what the model is made from; refuse a folder that was begun otherwise."""
-    path = config.out / "made.json"
+    path = config.out / MADE
     settings = {key: value for key, value in asdict(config).items() if key != "out"}
     if path.exists():
         before = json.loads(path.read_text())["settings"]
@@ -251,8 +259,11 @@ def _keep(config: BuiltinModel) -> None:
             raise ValueError(f"{config.out} was begun with other settings ({', '.join(odd)}); give another --out")
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    made = {"settings": settings, "version": __version__, "commit": _commit()}
-    write_whole(path, lambda file: file.write((json.dumps(made, indent=2) + "\n").encode()))
+    _write_made(config.out, {"settings": settings, "version": __version__, "parts": {}})
+
+
+def _write_made(out: Path, made: dict[str, Any]) -> None:
+    write_whole(out / MADE, lambda file: file.write((json.dumps(made, indent=2) + "\n").encode()))
 
 
 def _commit() -> str | None:

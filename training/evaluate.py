@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -20,7 +21,21 @@ from uniref_fast.training.recipes import SFT, Stage
 from uniref_fast.training.rows import Dataset
 from uniref_fast.training.samples import Encoded, Encoder, Prepared
 
-__all__ = ["HeldOut", "idle_batch", "partial_errors"]
+__all__ = ["HeldOut", "heldout_datasets", "idle_batch", "partial_errors"]
+
+
+def heldout_datasets(
+    files: Iterable[Path], image_folder: Path | None, targets: Literal["required", "optional"] = "required"
+) -> dict[str, Dataset]:
+    """Files of held-out rows by name. Raises ValueError for those that have the same name, or no rows."""
+    found: dict[str, Dataset] = {}
+    for path in files:
+        if path.stem in found:
+            raise ValueError(f"two files of held-out rows are called {path.stem}, one is {path}; rename one")
+        found[path.stem] = Dataset(path, image_folder, targets)
+        if not len(found[path.stem]):
+            raise ValueError(f"{path} has no held-out rows; leave it out")
+    return found
 
 
 class HeldOut:
@@ -37,13 +52,7 @@ class HeldOut:
 
     def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
-        self.datasets: dict[str, Dataset] = {}
-        for path in files:
-            if path.stem in self.datasets:
-                raise ValueError(f"two files of held-out rows are called {path.stem}, one is {path}; rename one")
-            self.datasets[path.stem] = Dataset(path, config.image_folder)
-            if not len(self.datasets[path.stem]):
-                raise ValueError(f"{path} has no held-out rows; leave it out")
+        self.datasets = heldout_datasets(files, config.image_folder)
         self._encoded: dict[tuple[str, Stage], list[tuple[Prepared, Encoded | None]]] = {}
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,16 @@ class Timestep:
     log_ratio: float
     cause: str = ""
 
+    @property
+    def off(self) -> bool:
+        """Whether the ratio is not 1."""
+        return not abs(self.log_ratio) <= TOLERANCE  # nor NaN
+
+    def because(self, again: Timestep) -> Timestep:
+        """This one with the cause that a second, diagnosing probe found."""
+        unsteady = "a second replay gave another number: a kernel or a module is not deterministic"
+        return replace(self, cause=(again.cause or unsteady) if self.off else "")
+
 
 def probe(
     packed: PackedQwenImage, pack: RolloutPack, slot: int, sampler: Sampler, guidance: float, diagnose: bool = True
@@ -59,7 +69,7 @@ def probe(
     if not diagnose:
         return found
     cause = _cause(packed, pack, slot, guidance)
-    return [Timestep(o.step, o.t, o.log_ratio, "" if abs(o.log_ratio) <= TOLERANCE else cause) for o in found]
+    return [replace(one, cause=cause if one.off else "") for one in found]
 
 
 def _cause(packed: PackedQwenImage, pack: RolloutPack, slot: int, guidance: float) -> str:

@@ -238,6 +238,11 @@ class Judge:
         """
         return self._tally.take()
 
+    def void(self, step: int) -> None:
+        """Have the failures of a step asked again when its run is resumed."""
+        if self._log is not None:
+            self._log.void(step)
+
     def close(self) -> None:
         """Cancel what waits, and end the thread. A second time does nothing."""
         with self._open:

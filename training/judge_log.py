@@ -24,7 +24,8 @@ class RewardLog:
     """A file that gets a record for each call; one process writes to it.
 
     A record is {"step", "key", "content", "sample", "attempts", "seconds", "status", "reply", "finish_reason",
-    "refusal", "usage"} and "scores" by axis or "failure" {"kind", "reason"}; "replayed" where no server was asked.
+    "refusal", "usage"} and "scores" by axis or "failure" {"kind", "reason"}; "replayed" where no server was asked. Or
+    {"step", "void": true}: failures of that step, so far, answer nothing.
 
     Raises:
         ValueError: for an existing file damaged otherwise than by a kill.
@@ -43,6 +44,10 @@ class RewardLog:
         else:
             record["failure"] = {"kind": result.kind, "reason": result.reason}
         self._file.append(record)
+
+    def void(self, step: int) -> None:
+        """Failures of the step are not to be replayed: they ended the run, and what caused them will be put right."""
+        self._file.append({"step": step, "void": True})
 
     def close(self) -> None:
         self._file.close()
@@ -71,6 +76,11 @@ class Replay:
         if not path.is_file():
             raise ValueError(f"there is no reward log {path} to replay")
         for record in read_records(path):
+            if record.get("void") is True:
+                failed = [k for k, r in self._records.items() if r["step"] == record["step"] and "failure" in r]
+                for place in failed:
+                    del self._records[place]
+                continue
             content = record.get("content")
             if not isinstance(content, str) or not (isinstance(record.get("reply"), str) or "failure" in record):
                 raise ValueError(f"{path} is no reward log: a record of step {record['step']} is no call of a judge")

@@ -222,7 +222,8 @@ class Monitor:
         return self._files[name]
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        parts = [f"{name} {values[name]:.4g}" for name in ("loss", "lr") if name in values]
+        shown = [name for name in values if name in ("loss", "reward", "lr") or name.startswith("reward/")]
+        parts = [f"{name.removeprefix('reward/')} {values[name]:.4g}" for name in shown]
         parts.append(f"{tqdm.format_sizeof(values['tokens_per_second'])} tokens/s")
         parts.append(f"{values['samples_per_second']:.3g} samples/s")
         if "mfu" in values:

@@ -67,6 +67,7 @@ class Prompts:
                 row = self.dataset[key[1]]
                 if COUNTS[stage.references](len(row.references)):
                     prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
+                    prepared.load_references()  # damaged pictures too are passed over, by all ranks alike
                     taken.append((key, prepared))
                     continue
             except (ValueError, OSError) as error:

@@ -48,7 +48,8 @@ class RewardSet:
     ) -> None:
         _check(config)
         self.weights = dict(zip(config.rewards, config.reward_weights or (1.0,) * len(config.rewards), strict=True))
-        self.axis_weights = dict(zip(AXES, config.axis_weights, strict=True))
+        self._own_weights = dict(zip(AXES, config.axis_weights, strict=True))
+        self.shares: dict[str, float] = {}  # of each axis seen so far: the weights of the rewards that score it
         self.judge: Judge | None = None
         self._threads = ThreadPoolExecutor(1)  # a core stays with the rollouts
         self._functions = {name: _function(name) for name in config.rewards if name != "judge"}
@@ -70,15 +71,28 @@ class RewardSet:
                 return Failure(result.kind, f"{name}: {result.reason}")
             for axis, score in result.axes.items():
                 totals.setdefault(axis, []).append((self.weights[name], score))
-        return {
-            axis: sum(weight * score for weight, score in parts) / sum(weight for weight, _ in parts)
-            for axis, parts in totals.items()
-        }
+        made = {}
+        for axis, parts in totals.items():
+            self.shares[axis] = sum(weight for weight, _ in parts)
+            made[axis] = sum(weight * score for weight, score in parts) / self.shares[axis]
+        return made
+
+    @property
+    def axis_weights(self) -> dict[str, float]:
+        """What each axis counts: its own weight times those of the rewards that score it."""
+        axes = {**self._own_weights, **self.shares}
+        return {axis: self._own_weights.get(axis, 1.0) * self.shares.get(axis, 1.0) for axis in axes}
 
     def total(self, axes: Mapping[str, float]) -> float:
         """Weighted mean over the axes, 0 to 10."""
-        weights = {axis: self.axis_weights.get(axis, 1.0) for axis in axes}
-        return sum(weights[axis] * score for axis, score in axes.items()) / sum(weights.values())
+        weights = self.axis_weights
+        total = sum(weights.get(axis, 1.0) for axis in axes)
+        return sum(weights.get(axis, 1.0) * score for axis, score in axes.items()) / total
+
+    def void(self, step: int) -> None:
+        """Have failures of a step asked again when the run is resumed."""
+        if self.judge is not None:
+            self.judge.void(step)
 
     def statistics(self) -> dict[str, float]:
         return {} if self.judge is None else self.judge.statistics()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 
+from uniref_fast.estimate import transformer_flops
 from uniref_fast.training.cache import TensorCache
+from uniref_fast.training.evaluate import heldout_datasets
 from uniref_fast.training.flow import draw
-from uniref_fast.training.gate import TOLERANCE, OffPolicyError, Timestep, probe, table
+from uniref_fast.training.gate import OffPolicyError, Timestep, probe, table
 from uniref_fast.training.grpo import Advantages, advantages, guarded_log_ratio, objective
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.prompts import Prompts
@@ -47,6 +50,13 @@ class Tally:
     clipped: int = 0
     kl: list[float] = field(default_factory=list)
 
+    def add(self, part: Tally, share: float) -> None:
+        """Count an update, whose loss has that share of the step's."""
+        self.loss += share * part.loss
+        self.ratios += part.ratios
+        self.clipped += part.clipped
+        self.kl += part.kl
+
 
 class RLTrainer(Run):
     """A run of MSGRPO; arguments and errors as `Run`, and ValueError for data that is not that of the checkpoint.
@@ -61,7 +71,8 @@ class RLTrainer(Run):
         super().__init__(config, ranks, out, resume)
         if getattr(self.model.pipe.vae, "use_tiling", False):
             self.model.pipe.vae.disable_tiling()  # its seams would be judged, and learnt
-        self.check, self.checked = check, False
+        self.check = check
+        self.checked = -1  # the stage whose packs and parallel layout passed the gate
         self.monitor.enabled &= not check
         self.sampler = Sampler(config.sampler, config.noise)
         self.model.packed.visibility = config.visibility
@@ -70,7 +81,7 @@ class RLTrainer(Run):
         dataset = Dataset(config.data, config.image_folder, targets="optional")
         self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
         self._prompts_state = self.prompts.state()
-        self.heldout = {Path(p).stem: Dataset(p, config.image_folder, targets="optional") for p in config.heldout}
+        self.heldout = heldout_datasets(map(Path, config.heldout), config.image_folder, "optional")
         self.alarm = Alarm(config.alarm, self.saved.get("alarm"))
         self.rewards = RewardSet(config, out / "judge", ranks.rank, resume is not None, self._notified)
         self.roller = Roller(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
@@ -81,9 +92,11 @@ class RLTrainer(Run):
         if not self.check:
             return super().run()
         try:
-            self._enter_stage()
-            rows, _ = self.prompts.take(self.config.prompts, self.config.stages[self.stage])
-            self._gate(self._rolled(rows, None)[0])
+            for start in [self.step, *(end for end in self.config.ends()[:-1] if end > self.step)]:
+                self.step = start
+                self._enter_stage()
+                rows, _ = self.prompts.take(self.config.prompts, self.config.stages[self.stage])
+                self._gate(self._rolled(rows, None)[0])
         finally:
             self.close()
         return True
@@ -108,7 +121,7 @@ class RLTrainer(Run):
         batch, whole = self._rolled(taken, self.step)
         if not whole:
             return False
-        if not self.checked:
+        if self.checked != self.stage:
             self._gate(batch)
         results = self.roller.results(batch)
         if results is None:
@@ -126,7 +139,7 @@ class RLTrainer(Run):
         if self.average is not None:
             self.average.update(self.step)
         self.monitor.step(
-            self.step, metrics, tokens=batch.tokens + trained, samples=len(scores), flops=0.0,
+            self.step, metrics, tokens=batch.tokens + trained, samples=len(scores), flops=self._flops(batch),
             seconds=time.perf_counter() - start,
         )  # fmt: skip
         self._sound(scores)
@@ -154,6 +167,7 @@ class RLTrainer(Run):
             reason = next(failure.reason for failure in failed if failure.kind == kind)
             self.monitor.event(self.step, "no scores", failure=kind, count=count, such_as=reason)
         if len(failed) > self.config.max_failures * len(results):
+            self.rewards.void(self.step)
             raise RewardError(
                 f"{len(failed)} of {len(results)} rollouts of step {self.step} got no scores, over max_failures = "
                 f"{self.config.max_failures:g}; the last: {failed[-1].kind}: {failed[-1].reason}. Nothing of this step "
@@ -175,19 +189,20 @@ class RLTrainer(Run):
                 mine = [] if pack is None else self._probed(pack, slot, diagnose=False)
                 if pack is None:
                     self.roller.idle()
-                off = any(abs(one.log_ratio) > TOLERANCE or math.isnan(one.log_ratio) for one in mine)
-                if any(self.ranks.gather(off)):  # all ranks look for the cause together: weights are gathered
+                if any(self.ranks.gather(any(one.off for one in mine))):  # all look for the cause: weights are gathered
                     if pack is not None:
-                        mine = self._probed(pack, slot, diagnose=True)
+                        again = self._probed(pack, slot, diagnose=True)
+                        mine = [one.because(other) for one, other in zip(mine, again, strict=True)]
                     else:
                         for _ in range(4):
                             self.roller.idle()
                 found += mine
         everywhere = [one for ones in self.ranks.gather(found) for one in ones]
-        self.checked = True
+        self.checked = self.stage
         worst = max((abs(one.log_ratio) for one in everywhere), default=0.0)
         if self.check and self.ranks.rank == 0:
-            print(table(everywhere))
+            stage = self.config.stages[self.stage]
+            print(f"stage {self.stage}: side {stage.side}, references {stage.references}\n{table(everywhere)}")
         elif not self.check:
             steps = len({one.step for one in everywhere})
             self.monitor.event(self.step, "on-policy gate", timesteps=steps, worst_log_ratio=worst)
@@ -207,22 +222,24 @@ class RLTrainer(Run):
 
     def _updated(self, batch: Batch, advantage: Advantages) -> tuple[Tally, float, int]:
         """Train on the rollouts; (tally of this rank, largest gradient norm, tokens of all ranks)."""
-        config, tally, worst, tokens = self.config, Tally(), 0.0, 0
+        config, tally, norms, tokens = self.config, Tally(), [0.0], 0
         if not advantage.values:
             self.monitor.event(self.step, "nothing to learn", zero_spread=advantage.zero_spread)
             return tally, 0.0, 0
         for epoch in range(config.inner_epochs):
             for slots in self._chunks(epoch):
-                count = len(advantage.values) * len(slots)
+                count, part = len(advantage.values) * len(slots), Tally()
                 for pack in batch.packs:
                     for slot in slots:
-                        tokens += self._backward(pack, slot, advantage, count, tally)
+                        tokens += self._backward(pack, slot, advantage, count, part)
                 norm = self.norm()
-                worst = max(worst, norm)
-                loss = math.fsum(self.ranks.gather(tally.loss))
+                norms.append(norm)
+                loss = math.fsum(self.ranks.gather(part.loss))
+                tally.add(part, 1 / (config.inner_epochs * config.updates))
                 if self.finite(norm, loss, lambda: [group.prepared.row.where for group in batch.groups]):
                     self.take_step(norm)
                 self.optimizer.zero_grad(set_to_none=True)
+        worst = math.nan if any(map(math.isnan, norms)) else max(norms)
         return tally, worst, sum(self.ranks.gather(tokens)) // self.ranks.sequence
 
     def _chunks(self, epoch: int) -> Iterator[list[int]]:
@@ -283,6 +300,16 @@ class RLTrainer(Run):
             yield
         finally:
             transformer.enable_adapters()
+
+    def _flops(self, batch: Batch) -> float:
+        """Of the rollouts and the updates, on all ranks; 0 where the monitor has no use for them."""
+        if not self.monitor.flops_per_second:
+            return 0.0
+        config = self.config
+        passes = config.rollout_steps + config.inner_epochs * config.trained_steps * (4 if config.kl else 3)
+        model = self.model.pipe.transformer.config
+        own = sum(sum(transformer_flops(model, pack.layout)) for pack in batch.packs if pack is not None)
+        return math.fsum(self.ranks.gather(float(own * passes))) / self.ranks.sequence
 
     # ---- sight ----
 
@@ -373,6 +400,8 @@ class RLTrainer(Run):
             images = {key: image for part in self.ranks.gather(mine) for key, image in part.items()}
             for group, (key,) in zip(batch.groups[: config.sample_count], batch.keys, strict=False):
                 shown.append(Shown(group.prepared, {"made": (images[key], scores.get(key, {}))}))
+        asked = _judge_metrics(self.ranks.gather(self.rewards.statistics()))  # not to be counted in the next step
+        values |= {f"eval/{name}": value for name, value in asked.items()}
         if values:
             self.monitor.log(self.step, values)
         if grid and shown and self.ranks.rank == 0:
@@ -386,8 +415,10 @@ class RLTrainer(Run):
         config = self.config
         tokens = (stage_at(config, self.step)[1].target_side // (self.model.pipe.vae_scale_factor * 2)) ** 2
         grid = schedule(self.model.pipe.scheduler, tokens, config.rollout_steps)
-        first = range(1, 1 + config.window) if config.window else None
-        plain, noisy = deviations(None, grid), deviations(self.sampler, grid, first)
+        window, last = config.window, 0 if config.window is None else config.window_stop - config.window
+        places = [None if window is None else range(first, first + window) for first in range(last + 1)]
+        plain = deviations(None, grid)
+        noisy = max((deviations(self.sampler, grid, place) for place in places), key=lambda found: found[-1])
         told = {"final": noisy[-1], "largest": max(noisy), "without_noise": plain[-1]}
         self.monitor.event(self.step, "sampler", **told)
         if noisy[-1] > 1.03:
@@ -399,18 +430,23 @@ class RLTrainer(Run):
             self.monitor.event(self.step, "noise too large", told=advice)
 
     def _notified(self, kind: str, **details: Any) -> None:
+        """Of this rank's judge; the monitor speaks on rank 0 only."""
         self.monitor.event(self.step, kind, **details)
+        if self.ranks.rank:
+            told = "  ".join(f"{name}={value}" for name, value in details.items())
+            print(f"step {self.step}  rank {self.ranks.rank}  {kind}  {told}", file=sys.stderr, flush=True)
 
 
 def _judge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of all ranks: counts added up, shares and seconds weighed by calls."""
-    calls = sum(part.get("calls", 0.0) for part in parts)
-    if not calls:
+    """Of all ranks: counts added up, shares weighed by calls, seconds by those that were not replayed."""
+    parts = [part for part in parts if part.get("calls")]
+    if not parts:
         return {}
-    metrics = {"judge/calls": calls}
-    for name in sorted({name for part in parts for name in part} - {"calls"}):
-        added = sum(part.get(name, 0.0) * (1 if name in ("retries", "replayed") else part["calls"]) for part in parts)
-        metrics[f"judge/{name}"] = added if name in ("retries", "replayed") else added / calls
+    metrics = {f"judge/{name}": sum(part[name] for part in parts) for name in ("calls", "retries", "replayed")}
+    for name in sorted({name for part in parts for name in part} - {"calls", "retries", "replayed"}):
+        asked = [part["calls"] - part["replayed"] * name.startswith("seconds") for part in parts]
+        added = sum(part.get(name, 0.0) * weight for part, weight in zip(parts, asked, strict=True))
+        metrics[f"judge/{name}"] = added / max(sum(asked), 1.0)
     return metrics
 
 

@@ -25,6 +25,8 @@ from uniref_fast.training.stages import StagePlan
 
 __all__ = ["Batch", "Roller"]
 
+ROUND = 60.0  # seconds after which ranks tell each other how far they are
+
 
 @dataclass
 class Batch:
@@ -151,22 +153,25 @@ class Roller:
 
     def results(self, batch: Batch) -> dict[MemberKey, dict[str, float] | Failure] | None:
         """Scores or failure of every member of all ranks; None when a signal came while waiting."""
-        mine: dict[MemberKey, dict[str, float] | Failure] = {}
-        for key, asked in batch.asked.items():
-            done: dict[str, Scores | Failure] = {}
-            for name, future in asked.items():
-                while not self.signalled() and not future.done():
-                    wait([future], timeout=0.5)
-                if self.signalled():
-                    break
-                done[name] = future.result()  # here, not above: what a reward raises may be a TimeoutError too
-            if self.signalled():
+        pending = {future for asked in batch.asked.values() for future in asked.values()}
+        while True:  # in rounds: a rank that waited for the others in one exchange would give up before a judge is back
+            end = time.perf_counter() + ROUND
+            while pending and not self.signalled() and time.perf_counter() < end:
+                pending = wait(pending, timeout=0.5).not_done
+            everywhere = self.ranks.gather((not pending, self.signalled()))
+            if any(signalled for _, signalled in everywhere):
+                return None
+            if all(done for done, _ in everywhere):
                 break
-            mine[key] = self.rewards.combined(done)
-        everywhere = self.ranks.gather((mine, self.signalled()))
-        if any(signalled for _, signalled in everywhere):
-            return None
-        return {key: result for results, _ in everywhere for key, result in results.items()}
+        mine = {
+            key: self.rewards.combined({name: future.result() for name, future in asked.items()})
+            for key, asked in batch.asked.items()
+        }
+        results: dict[MemberKey, dict[str, float] | Failure] = {}
+        for part, shares in self.ranks.gather((mine, self.rewards.shares)):
+            results |= part
+            self.rewards.shares |= shares
+        return results
 
     def idle(self) -> torch.Tensor:
         """Take part in gathering the weights, without a pack."""

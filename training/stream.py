@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ Result = TypeVar("Result")
 
 class Stream:
     """Endless (epoch, index) pairs: every epoch is a new permutation of the indices, fixed by the seed and the epoch.
+
+    No pair comes twice, so that what is drawn for one is its own. Where an index may occur w times per epoch, epoch e
+    has the numbers from e w on, one for each occurrence.
 
     One stream feeds the whole run; ranks and workers take their parts of what it gives, so the order does not depend on
     how many there are. It draws raw PCG64 words, whose values NumPy guarantees, so an upgrade does not reorder a run.
@@ -41,6 +45,7 @@ class Stream:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.length, self.seed = int(length), int(seed)
         self._weights = None if weights is None else _checked_weights(weights, self.length)
+        self._repeats = 1 if self._weights is None else max(math.ceil(self._weights.max()), 1)
         self._epoch = self._position = 0
         self._order = self._order_of(0)
 
@@ -51,12 +56,25 @@ class Stream:
         taken: list[tuple[int, int]] = []
         while len(taken) < count:
             chunk = self._order[self._position : self._position + count - len(taken)]
-            taken += [(self._epoch, index) for index in chunk.tolist()]
+            taken += zip(self._numbers(len(chunk)), chunk.tolist(), strict=True)
             self._position += len(chunk)
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._order_of(self._epoch)
         return taken
+
+    def _numbers(self, count: int) -> list[int]:
+        """First halves of the next pairs, all of this epoch."""
+        first = self._epoch * self._repeats
+        if self._repeats == 1:
+            return [first] * count
+        before, places = self._order[: self._position], range(self._position, self._position + count)
+        seen = Counter(before[np.isin(before, self._order[places.start : places.stop])].tolist())
+        numbers = []
+        for index in self._order[places.start : places.stop].tolist():
+            numbers.append(first + seen[index])
+            seen[index] += 1
+        return numbers
 
     def state(self) -> dict[str, int]:
         """What `from_state` needs to go on with the next pair: plain ints, fit for JSON."""

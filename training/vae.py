@@ -56,7 +56,7 @@ class VAE:
 
     out: Path = Path("runs/vae")
     data: Path = Path("runs/data")
-    steps: int = 6000
+    steps: int = 10_000
     batch: int = 8
     side: int = 48
     lr: float = 2e-3
@@ -232,7 +232,7 @@ def _tensors(parameters: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]
     for name, parameter in parameters.items():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
         tensors |= {f"{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
         tensors[f"model.{name}"] = parameter.detach()

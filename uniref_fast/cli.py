@@ -17,11 +17,9 @@ from uniref_fast.data_cli import add_data_commands, leave_to
 
 __all__ = ["main"]
 
+TRAIN_ONLY = ("fontTools", "httpx2", "matplotlib", "peft", "pyarrow", "tensorboard")
 DTYPES = ("float32", "bfloat16", "float16")
-UNTRAINED = (
-    "The built-in weights are untrained: the picture is noise shaped by the architecture. Give --model a diffusers "
-    "folder or hub id of Qwen-Image-Edit-2509/2511 for real edits."
-)
+UNTRAINED = "The weights are untrained: the picture is noise shaped by the architecture."
 
 
 class UsageError(Exception):
@@ -30,14 +28,20 @@ class UsageError(Exception):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    args = _parser().parse_args(argv)
+    name = "uniref-fast"
     try:
+        args = _parser().parse_args(argv)
+        name += f" {args.command}"
         return args.run(args)
     except (UsageError, ValueError, TypeError) as error:
-        print(f"uniref-fast {args.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
-    except (OSError, ImportError, RuntimeError) as error:  # disk, missing packages, out of memory
-        print(f"uniref-fast {args.command}: {type(error).__name__}: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        extra = "; pip install uniref_fast[train] brings it" if error.name in TRAIN_ONLY else ""
+        print(f"{name}: {error}{extra}", file=sys.stderr)
+        return 1
+    except (OSError, ImportError, RuntimeError) as error:  # disk, broken packages, out of memory
+        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
