@@ -105,7 +105,7 @@ def test_axes_are_averaged_over_the_rewards_that_score_them(make, own):
 
 
 def test_a_reward_with_axes_of_its_own_counts_as_its_weight_says(make, own):
-    rewards = make(rewards=("scene", f"{own}:good"), reward_weights=(1.0, 0.5))
+    rewards = make("scene", f"{own}:good", reward_weights=(1.0, 0.5))
     given = {"scene": Scores({"integration": 4.0}), f"{own}:good": Scores({"mood": 10.0})}
     axes = rewards.combined(given)
     assert axes == {"integration": 4.0, "mood": 10.0}
