@@ -26,7 +26,7 @@ TOKENS = 1200  # of assets/tokenizer: 256 bytes and merges; the special tokens f
 VOCAB_SIZE = 1216
 TEXT_DIM = 128
 
-TRANSFORMER = dict(
+TRANSFORMER: dict[str, Any] = dict(
     patch_size=2,
     in_channels=64,
     out_channels=16,
