@@ -25,7 +25,7 @@ from uniref_fast.training.artworks import Artworks, artworks, unicode_name, usab
 from uniref_fast.training.backgrounds import COLOURS, KINDS, NAMED, PHOTOS, background, named_background
 from uniref_fast.training.drawing import crop_box, recolour, recolours_visibly
 from uniref_fast.training.make_data import MakeConfig, sample
-from uniref_fast.training.plans import SPLITS, Thing, combinations, held_out, overlapping, rounded_size
+from uniref_fast.training.plans import SPLITS, STEP, Thing, combinations, held_out, overlapping, rounded_size
 from uniref_fast.training.tasks import plan_sample
 from uniref_fast.training.wording import PLACES, Draw, a, described, place, plural
 
@@ -220,13 +220,28 @@ def test_combinations_have_one_name_for_both_directions():
     assert overlapping([owl, Thing("cat", (39, 39), 10)]) and not overlapping([owl, Thing("cat", (40, 0), 10)])
 
 
-def test_equal_pictures():
-    """Every picture is as large as the target; the tasks and splits are as ever."""
-    equal = MakeConfig(artworks("shipped"), pictures="equal")
-    plans = [plan_sample("train", index, equal) for index in range(150)]
-    assert {plan.task_type for plan in plans} == {plan_sample("train", i, CONFIG).task_type for i in range(150)}
-    assert {len(plan.pictures) for plan in plans} == set(range(7))
-    assert all(picture.size == plan.target.size for plan in plans for picture in plan.pictures)
+def test_simple_pictures():
+    """What is taken from a picture stands alone in its middle, has its size in the answer and comes by whole steps."""
+    simple = MakeConfig(artworks("shipped"), size=64, references=(1, 2, 3, 4, 5, 6), pictures="simple")
+    plans = [plan_sample("train", index, simple) for index in range(300)]
+    tasks = {(len(plan.pictures), plan.task_type) for plan in plans}
+    assert {task for k, task in tasks if k == 1} == {"recolour", "remove", "move", "replace_background"}
+    assert {task for k, task in tasks if k == 2} == {"compose", "add", "replace_background"}
+    moved = 0
+    for plan in plans:
+        assert {picture.size for picture in plan.pictures} == {plan.target.size} == {(64, 64)}
+        for thing in plan.target.things:
+            source = plan.pictures[thing.picture - 1].things
+            if any((thing.name, thing.corner) == (other.name, other.corner) for other in source):
+                continue
+            (whole,) = source
+            assert whole.side == thing.side and whole.name == thing.name
+            assert all((a - b) % STEP == 0 for a, b in zip(whole.corner, thing.corner, strict=True))
+            if plan.task_type != "move":
+                assert whole.corner == ((64 - whole.side) // 2,) * 2
+            moved += 1
+        assert len(plan.pictures) != 1 or len(plan.pictures[0].things) == 1 or plan.task_type == "replace_background"
+    assert moved > 200
 
 
 def shown(plan) -> set[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from uniref_fast.training.plans import Ground, Picture, Thing, overlapping
+from uniref_fast.training.plans import STEP, Ground, Picture, Thing, overlapping
 from uniref_fast.training.wording import PLACES, Draw, described, listed, place, plural
 
-__all__ = ["SOLO", "arrange", "fits", "portrait", "seat", "source"]
+__all__ = ["SOLO", "arrange", "fits", "middle", "portrait", "seat", "source", "stepped"]
 
 Size = tuple[int, int]
 
@@ -49,8 +49,25 @@ def fits(things: Sequence[Thing], canvas: Size) -> bool:
     return inside and not overlapping(things)
 
 
-def portrait(draw: Draw, size: Size, names: Sequence[str], ground: Ground) -> Picture:
-    """A picture that shows one object large, or two side by side along its longer side."""
+def middle(size: Size, side: int) -> tuple[int, int]:
+    """The corner of a square of that side in the middle of a canvas."""
+    return (size[0] - side) // 2, (size[1] - side) // 2
+
+
+def stepped(thing: Thing, start: tuple[int, int], canvas: Size) -> Thing:
+    """A thing as near to where it is as whole steps from a corner `start` of its square lead, inside the canvas."""
+    corner = []
+    for at, begin, extent in zip(thing.corner, start, canvas, strict=True):
+        places = range(begin % STEP, extent - thing.side + 1, STEP)
+        corner.append(min(places, key=lambda place: abs(place - at)) if places else at)
+    return replace(thing, corner=(corner[0], corner[1]))
+
+
+def portrait(draw: Draw, size: Size, names: Sequence[str], ground: Ground, side: int | None = None) -> Picture:
+    """A picture that shows one object large, or two side by side along its longer side; one of a given side in the
+    middle."""
+    if side is not None:
+        return Picture(size, ground, (Thing(names[0], middle(size, side), side),))
     if len(names) == 1:
         side = round(draw.uniform(0.62, 0.86) * min(size))
         centre = draw.uniform(0.42, 0.58), draw.uniform(0.42, 0.58)

@@ -103,7 +103,7 @@ def parts(config: BuiltinModel) -> list[Part]:
     out = config.out
     heldout = [str(out / "data" / f"{name}.jsonl") for name in HELDOUT]
     more = [str(out / "data-more" / f"{name}.jsonl") for name in HELDOUT]
-    make = ("--size", 64, "--pictures", "equal", "--artworks", config.artworks, "--seed", config.seed,
+    make = ("--size", 64, "--pictures", "simple", "--artworks", config.artworks, "--seed", config.seed,
             "--workers", config.ranks)  # fmt: skip
     data = ("--data", str(out / "data" / "train.jsonl"), "--heldout", ",".join(heldout))
     common = ("--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"), "--dtype", config.dtype,

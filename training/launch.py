@@ -101,7 +101,7 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
     if ranks.rank == 0 and not (folder / "train.jsonl").exists():
         try:
             made = MakeConfig(
-                artworks("shipped"), size=BUILTIN_SIZE, seed=config.seed, references=(1, 2, 3), pictures="equal"
+                artworks("shipped"), size=BUILTIN_SIZE, seed=config.seed, references=(1, 2, 3), pictures="simple"
             )
             make(folder, made, BUILTIN_ROWS, config.workers, force=False, draw=sample)
         except (OSError, ValueError, RuntimeError) as error:

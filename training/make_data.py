@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--pictures", choices=PICTURES, default="any",
-        help="sizes of the pictures: many, or all of a sample as large as its target, which is easier (%(default)s)",
+        help="of many sizes and arrangements, or as simple as a very small model needs them (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help=f"also draw {PREVIEWED} samples on a sheet")
     parser.add_argument("--force", action="store_true", help="replace a folder that this command made")

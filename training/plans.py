@@ -47,7 +47,8 @@ SPLIT_RULE = (
     "colour` for a task on a single object; it is held out when the first 8 bytes of blake2b(`seed|combination`), "
     "big-endian, are divisible by 10."
 )
-PICTURES = ("any", "equal")
+PICTURES = ("any", "simple")
+STEP = 8  # pixels of a token of the built-in model
 SHARE = 10  # one combination in so many is held out, and one object
 MIN_HELD_OUT = 6  # objects: what a sample of six pictures may show
 
@@ -113,8 +114,10 @@ class MakeConfig:
         size: longer side of the targets, pixels; a multiple of 16, at least 64.
         seed: of everything.
         references: the numbers of pictures that samples have, 0..6.
-        pictures: "any" for pictures of many sizes and aspect ratios, "equal" for those of a sample to be as large as
-            its target, so that backgrounds need no resampling: easier for small models.
+        pictures: "any" for pictures of many sizes and aspect ratios; "simple" for what a very small model can learn in
+            an hour: all pictures of a sample are squares of one size, an object is as large in its picture as in the
+            answer and comes there by whole steps of STEP pixels, and no name has to be known: a picture that an object
+            is taken from shows that one alone, in its middle.
         artworks: the pool of objects.
     """
 
@@ -122,7 +125,7 @@ class MakeConfig:
     size: int = 128
     seed: int = 0
     references: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
-    pictures: Literal["any", "equal"] = "any"
+    pictures: Literal["any", "simple"] = "any"
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % MULTIPLE:
@@ -155,6 +158,8 @@ class MakeConfig:
 
     @functools.cached_property
     def target_sizes(self) -> tuple[Size, ...]:
+        if self.pictures == "simple":
+            return ((self.size, self.size),)
         return tuple(rounded_size(ratio, self.size) for ratio in TARGET_RATIOS)
 
     @functools.cached_property

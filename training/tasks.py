@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from uniref_fast.training.arrange import SOLO, arrange, fits, portrait, seat, source
+from uniref_fast.training.arrange import SOLO, arrange, fits, middle, portrait, seat, source, stepped
 from uniref_fast.training.backgrounds import COLOURS, KINDS, NAMED
 from uniref_fast.training.drawing import recolours_visibly
 from uniref_fast.training.plans import (
@@ -45,7 +45,7 @@ def plan_sample(split: str, index: int, config: MakeConfig) -> Plan:
     names = config.objects(split)
     for attempt in range(ATTEMPTS):
         # The task stays for long: otherwise those that fit more easily would be more frequent.
-        task = Draw(*seeds, 0, attempt // 1000).of(TASKS[min(count, 3)])
+        task = Draw(*seeds, 0, attempt // 1000).of(_tasks(count, config))
         draw = Draw(*seeds, 1, attempt)
         plan = task(draw, config, names, count)
         if plan is None:
@@ -54,6 +54,13 @@ def plan_sample(split: str, index: int, config: MakeConfig) -> Plan:
         if split == "heldout_objects" or held == (split == "heldout_combinations"):
             return plan
     raise RuntimeError(f"no plan for sample {index} of {split} in {ATTEMPTS} attempts; try another seed")
+
+
+def _tasks(count: int, config: MakeConfig) -> tuple[Task, ...]:
+    tasks = TASKS[min(count, 3)]
+    if config.pictures == "simple" and count == 1:  # what is only named must be known
+        return tuple(task for task in tasks if task is not _add)
+    return tasks
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -100,8 +107,14 @@ def _edit(
     if not fits(source, target.size) or not fits(target.things, target.size):
         return None
     before = [replace(thing, picture=None) for thing in source]
-    pictures = (_first_picture(draw, target.size, before, config.pictures == "equal"), *more)
+    pictures = (_first_picture(draw, target.size, before, config.pictures == "simple"), *more)
     return Plan(task, text, pictures, target, (*combinations(target.things), key))
+
+
+def _several(draw: Draw, config: MakeConfig, counts: tuple[int, ...]) -> int:
+    """Objects of picture 1, of which the first is meant: with others beside it, its name must be known."""
+    count = draw.of(counts)
+    return 1 if config.pictures == "simple" else count
 
 
 def _of_picture(draw: Draw) -> str:
@@ -137,7 +150,7 @@ def _generate(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -
 
 def _recolour(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
     size = draw.of(config.target_sizes)
-    things, _ = source(draw, size, _names(draw, pool, draw.of((1, 1, 2))))
+    things, _ = source(draw, size, _names(draw, pool, _several(draw, config, (1, 1, 2))))
     name, colour = things[0].name, draw.of(tuple(COLOURS))
     if set(name.split()) & set(COLOURS):
         return None  # what is a "blue heart" after it?
@@ -158,7 +171,7 @@ def _recolour(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -
 
 def _remove(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
     size = draw.of(config.target_sizes)
-    things, places = source(draw, size, _names(draw, pool, draw.of((1, 2, 2, 3))))
+    things, places = source(draw, size, _names(draw, pool, _several(draw, config, (1, 2, 2, 3))))
     name, where = things[0].name, _of_picture(draw)
     text = draw.of(
         (
@@ -174,7 +187,7 @@ def _remove(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> 
 
 def _move(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
     size = draw.of(config.target_sizes)
-    things, places = source(draw, size, _names(draw, pool, draw.of((1, 1, 2))))
+    things, places = source(draw, size, _names(draw, pool, _several(draw, config, (1, 1, 2))))
     name, to = things[0].name, draw.of([key for key in PLACES if key != places[0]])
     where = _of_picture(draw)
     text = draw.of(
@@ -185,7 +198,10 @@ def _move(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Pl
             f"put the {name}{where} {place(draw, to)} instead",
         )
     )
-    after = replace(seat(size, name, PLACES[to], things[0].side), picture=1), *things[1:]
+    moved = replace(seat(size, name, PLACES[to], things[0].side), picture=1)
+    if config.pictures == "simple":
+        moved = stepped(moved, things[0].corner, size)
+    after = moved, *things[1:]
     return _edit(draw, config, "move", text, things, Picture(size, 1, after), f"{name}|move|{to}")
 
 
@@ -199,6 +215,10 @@ def _add(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Pla
     at = place(draw, to)
     picture = None if count == 1 else 2
     what = described(draw, new, picture, big)
+    side = round(SOLO[big] * 0.8 * min(size))  # beside others
+    added = replace(seat(size, new, PLACES[to], side), picture=picture)
+    if config.pictures == "simple":
+        added = stepped(added, middle(size, side), size)
     if count == 1:
         text = draw.of((f"add {what} {at}", f"put {what} {at} of picture 1", f"add {what} {at} of picture 1"))
         more: tuple[Picture, ...] = ()
@@ -206,9 +226,9 @@ def _add(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Pla
         text = draw.of(
             (f"add {what} to picture 1, {at}", f"put {what} {at} of picture 1", f"place {what} into picture 1, {at}")
         )
-        more = (portrait(draw, draw.of(config.reference_sizes(size)), [new], _ground(draw)),)
-    side = round(SOLO[big] * 0.8 * min(size))  # beside others
-    after = *things, replace(seat(size, new, PLACES[to], side), picture=picture)
+        shown = side if config.pictures == "simple" else None
+        more = (portrait(draw, draw.of(config.reference_sizes(size)), [new], _ground(draw), shown),)
+    after = *things, added
     return _edit(draw, config, "add", text, things, Picture(size, 1, after), f"{new}|add|{to}", more)
 
 
@@ -247,7 +267,8 @@ def _replace_background(draw: Draw, config: MakeConfig, pool: Sequence[str], cou
 def _compose(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) -> Plan | None:
     size = draw.of(config.target_sizes)
     shown = count - 1
-    spare = draw.chance(0.25)  # one more object beside that of a picture, so that names must be read
+    simple = config.pictures == "simple"
+    spare = draw.chance(0.25) and not simple  # one more object beside that of a picture, so that names must be read
     names = _names(draw, pool, shown + spare)
     beside = draw.integer(0, shown - 1) if spare else -1
     used = list(range(shown))
@@ -259,6 +280,12 @@ def _compose(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) ->
     if made is None:
         return None
     things, body, where = made
+    sides: dict[int | None, int] = {}
+    if simple:
+        things = [stepped(thing, middle(size, thing.side), size) for thing in things]
+        if not fits(things, size):
+            return None
+        sides = dict.fromkeys(range(1, count), round(SOLO[""] * min(size))) | {t.picture: t.side for t in things}
     background = f"{draw.of(('the background of', 'the background from'))} picture {count}"
     text = draw.of(
         (
@@ -274,7 +301,9 @@ def _compose(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) ->
     if draw.chance(0.5) and size not in sizes:
         sizes[-1] = size  # else it is cropped to the target's aspect ratio
     pictures = [
-        portrait(draw, sizes[i], [names[i], *names[shown:]] if i == beside else [names[i]], _ground(draw))
+        portrait(
+            draw, sizes[i], [names[i], *names[shown:]] if i == beside else [names[i]], _ground(draw), sides.get(i + 1)
+        )
         for i in range(shown)
     ]
     return Plan(

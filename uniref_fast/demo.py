@@ -157,7 +157,7 @@ def run_demo(
 
 def heldout_scenes(seed: int, references: int, count: int) -> list[MadeSample]:
     """Scenes of SIDE x SIDE pixels with exact answers, of the shipped objects that no training data shows."""
-    config = MakeConfig(artworks("shipped"), size=SIDE, references=(references,), pictures="equal")
+    config = MakeConfig(artworks("shipped"), size=SIDE, references=(references,), pictures="simple")
     plans = (plan_sample("heldout_objects", index, config) for index in itertools.count(1000 * seed))
     square = (plan for plan in plans if plan.target.size == (SIDE, SIDE))
     return [draw_plan(plan, config.artworks) for plan in itertools.islice(square, count)]
