@@ -229,6 +229,10 @@ def test_simple_pictures():
     assert {task for k, task in tasks if k == 2} == {"compose", "add", "replace_background"}
     moved = 0
     for plan in plans:
+        mentioned = [int(n) for n in re.findall(r"picture (\d)", plan.instruction)]
+        assert len(plan.pictures) < 3 or mentioned in (list(range(1, len(plan.pictures) + 1)),
+                                                       [len(plan.pictures), *range(1, len(plan.pictures))])  # fmt: skip
+        assert len({thing.name for thing in plan.target.things}) == len(plan.target.things)
         assert {picture.size for picture in plan.pictures} == {plan.target.size} == {(64, 64)}
         for thing in plan.target.things:
             source = plan.pictures[thing.picture - 1].things

@@ -90,7 +90,12 @@ def source(draw: Draw, canvas: Size, names: Sequence[str]) -> tuple[list[Thing],
 
 
 def arrange(
-    draw: Draw, canvas: Size, names: Sequence[str], pictures: Sequence[int | None], pool: Sequence[str]
+    draw: Draw,
+    canvas: Size,
+    names: Sequence[str],
+    pictures: Sequence[int | None],
+    pool: Sequence[str],
+    copies: bool = True,
 ) -> tuple[list[Thing], str, str] | None:
     """Things on a canvas and the words for it, in a way drawn among those for so many objects.
 
@@ -98,13 +103,16 @@ def arrange(
         names: of one to five different objects.
         pictures: where each comes from, or None.
         pool: all names, so that a plural is not the name of something else.
+        copies: some objects may come several times.
 
     Returns:
         The things, the words, and the place of a single object ("" for several); None when things would overlap.
     """
     ways = WAYS[len(names) - 1]
     things, words, where = draw.of(ways)(draw, canvas, list(zip(names, pictures, strict=True)), pool)
-    return (things, words, where) if things and fits(things, canvas) else None
+    if not things or not fits(things, canvas) or (len(things) > len(names) and not copies):
+        return None
+    return things, words, where
 
 
 # --- ways: (draw, canvas, objects, pool) -> things, words, place; no things where it cannot be said -------------------

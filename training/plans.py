@@ -116,8 +116,8 @@ class MakeConfig:
         references: the numbers of pictures that samples have, 0..6.
         pictures: "any" for pictures of many sizes and aspect ratios; "simple" for what a very small model can learn in
             an hour: all pictures of a sample are squares of one size, an object is as large in its picture as in the
-            answer and comes there by whole steps of STEP pixels, and no name has to be known: a picture that an object
-            is taken from shows that one alone, in its middle.
+            answer and comes there once, by whole steps of STEP pixels, pictures are mentioned in their order, all of
+            them, and no name has to be known: a picture that an object is taken from shows it alone, in its middle.
         artworks: the pool of objects.
     """
 

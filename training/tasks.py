@@ -17,6 +17,7 @@ from uniref_fast.training.drawing import recolours_visibly
 from uniref_fast.training.plans import (
     MULTIPLE,
     SPLITS,
+    STEP,
     Ground,
     MakeConfig,
     Picture,
@@ -272,20 +273,23 @@ def _compose(draw: Draw, config: MakeConfig, pool: Sequence[str], count: int) ->
     names = _names(draw, pool, shown + spare)
     beside = draw.integer(0, shown - 1) if spare else -1
     used = list(range(shown))
-    if shown > 1 and draw.chance(0.2):  # a picture that the instruction does not mention
+    if shown > 1 and draw.chance(0.2) and not simple:  # a picture that the instruction does not mention
         used.remove(draw.of(used))
-    used = draw.some(used, len(used))
+    used = used if simple else draw.some(used, len(used))
 
-    made = arrange(draw, size, [names[i] for i in used], [i + 1 for i in used], pool)
+    made = arrange(draw, size, [names[i] for i in used], [i + 1 for i in used], pool, copies=not simple)
     if made is None:
         return None
     things, body, where = made
-    sides: dict[int | None, int] = {}
     if simple:
-        things = [stepped(thing, middle(size, thing.side), size) for thing in things]
+        whole = (thing.side - thing.side % (STEP // 2) for thing in things)  # so that neighbours fit side by side
+        things = [
+            stepped(replace(thing, side=side), middle(size, side), size)
+            for thing, side in zip(things, whole, strict=True)
+        ]
         if not fits(things, size):
             return None
-        sides = dict.fromkeys(range(1, count), round(SOLO[""] * min(size))) | {t.picture: t.side for t in things}
+    sides = {thing.picture: thing.side for thing in things} if simple else {}
     background = f"{draw.of(('the background of', 'the background from'))} picture {count}"
     text = draw.of(
         (
