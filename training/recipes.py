@@ -230,7 +230,7 @@ def tiny() -> SFT:
 
 
 def builtin() -> SFT:
-    """The built-in model as it is shipped, from scratch, on a CPU in an hour or so."""
+    """The built-in model from scratch: about 80 minutes on two cores that multiply bfloat16."""
     return SFT(
         model="builtin",
         data=("builtin",),
@@ -238,7 +238,7 @@ def builtin() -> SFT:
         # first budgets make several pictures smaller than the answer, of which little is learned for the last.
         stages=(Stage(side=64, steps=200, lr=1.5e-3, target_side=64, pack_tokens=2048),
                 Stage(side=96, steps=300, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                Stage(side=128, steps=8000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
+                Stage(side=128, steps=12_000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
         packs=2,
         dtype="bfloat16",
         betas=(0.9, 0.99),
