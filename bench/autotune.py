@@ -2,8 +2,10 @@
 
     python bench/autotune.py [--out uniref_fast/assets/tuned]
 
-Results are checked first. Costs are a linear function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the fastest
-rounds of plans from tiny to big, by relative error and with no coefficient below zero; how far they are off is printed.
+Results are checked first. On a GPU bfloat16 is measured; float16, whose arithmetic costs the same, is checked and
+gets the same figures. Launches are compiled side by side, in a process for each core but two. Costs are a linear
+function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the fastest rounds of plans from tiny to big, by relative
+error and with no coefficient below zero; how far they are off is printed.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ import dataclasses
 import datetime
 import itertools
 import json
+import multiprocessing
+import os
 import platform
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +35,8 @@ from uniref_fast.visibility import AttentionPlan, plan
 
 DEVICE = "cuda" if CUDA else "cpu"
 OURS = "triton" if CUDA else "native"
-DTYPES = (torch.bfloat16, torch.float16) if CUDA else (torch.float32, torch.bfloat16)
+DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
+SAME = {torch.bfloat16: (torch.float16,)} if CUDA else {}  # dtypes that get another's figures
 HEADS, DIMS, SIDE = (24, (64, 128), 64) if CUDA else (4, (64, 128), 16)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
@@ -101,10 +107,12 @@ def costs() -> dict:
             seconds = torch.tensor([s for _, s in measured], dtype=torch.float64)
             coefficients = fit(features, seconds)
             errors = ((features @ torch.tensor(coefficients, dtype=torch.float64)) / seconds - 1).abs()
-            name = str(dtype).removeprefix("torch.")
+            name = _name(dtype)
             made[impl].setdefault(name, {})[way] = [float(f"{c:.4g}") for c in coefficients]
             off = f"off by {errors.median():.0%}, at most {errors.max():.0%}"
-            print(f"{impl:8}{name:10}{way:10}{made[impl][name][way]}  {off}")
+            print(f"{impl:8}{name:10}{way:10}{made[impl][name][way]}  {off}", flush=True)
+            for same in SAME.get(dtype, ()):
+                made[impl].setdefault(_name(same), {})[way] = made[impl][name][way]
     return made
 
 
@@ -130,7 +138,11 @@ def check_against_dense(compiled: AttentionPlan, dtype: torch.dtype, dim: int) -
 
 
 def launch_key(dtype: torch.dtype, dim: int, way: str) -> str:
-    return f"{str(dtype).removeprefix('torch.')}/{dim}/{way}"
+    return f"{_name(dtype)}/{dim}/{way}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def using(configs: dict):
@@ -146,17 +158,23 @@ def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
         return [AttentionConfig(*each) for each in itertools.product(rows, keys, warps, stages)]
 
     if way == "forward":
-        tried = [pick_config(dim, dtype, capability), *grid((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))]
+        tried = [pick_config(dim, dtype, capability)]
+        tried += grid((128,), (64,), (8,), (2, 3, 4)) + grid((64,), (64,), (4,), (2, 3, 4))
+        tried += (
+            grid((128,), (128,), (8,), (2, 3)) + grid((128,), (64,), (4,), (2, 3)) + grid((128,), (32,), (8,), (3,))
+        )
         if capability[0] == 9:
             tried += [dataclasses.replace(tried[0], hopper_keys=keys) for keys in (64, 128)]
         return tried
     # The two kernels run one after the other: each is varied beside the other's default.
     default = pick_backward_config(dim, dtype, capability)
-    dkdv = grid((32, 64), (64, 128), (4, 8), (2, 3))
+    dq = grid((128,), (32, 64, 128), (8,), (2, 3)) + grid((64,), (32, 64), (4,), (2, 3))
+    dkdv = grid((64,), (64, 128), (8,), (2, 3)) + grid((32,), (64, 128), (4, 8), (2, 3))
+    dkdv += grid((64,), (64,), (4,), (2,))
     dkdv += [dataclasses.replace(config, fold=True) for config in dkdv]
     return [
         default,
-        *(dataclasses.replace(default, dq=config) for config in grid((64, 128), (32, 64), (4, 8), (2, 3))),
+        *(dataclasses.replace(default, dq=config) for config in dq),
         *(dataclasses.replace(default, dkdv=config) for config in dkdv),
     ]
 
@@ -172,27 +190,52 @@ def fastest(timings: list[tuple[float, dict]], default: dict) -> dict:
     return best
 
 
+def long_sequence() -> AttentionPlan:
+    return plan(SelfLayout.qwen([Sample(SIDE * 8, (1, SIDE, SIDE), ((1, SIDE, SIDE),) * 3)]))
+
+
+def trial(dtype: torch.dtype, dim: int, way: str, parameters: dict) -> str | None:
+    """Why a launch cannot be used, or None; in a process of its own, since a bad one can end its process."""
+    try:
+        with using({launch_key(dtype, dim, way): parameters}):
+            check_against_dense(long_sequence(), dtype, dim)
+    except Exception as error:  # does not fit this GPU, or is wrong
+        return f"{type(error).__name__} {str(error)[:160]}"
+    return None
+
+
 def launches() -> dict:
     """The fastest launch parameters of the Triton kernels, by "dtype/head_dim/direction"."""
-    compiled = plan(SelfLayout.qwen([Sample(SIDE * 8, (1, SIDE, SIDE), ((1, SIDE, SIDE),) * 3)]))
+    compiled = long_sequence()
     torch.manual_seed(0)
+    jobs = {
+        (dtype, dim, way): [dataclasses.asdict(config) for config in candidates(dtype, dim, way)]
+        for dtype, dim, way in itertools.product(DTYPES, DIMS, ("forward", "backward"))
+    }
     best = {}
-    for dtype, dim in itertools.product(DTYPES, DIMS):
-        for way in ("forward", "backward"):
-            timings: list[tuple[float, dict]] = []
-            tried = [dataclasses.asdict(config) for config in candidates(dtype, dim, way)]
-            for parameters in tried:
-                try:
-                    with using({launch_key(dtype, dim, way): parameters}):
-                        check_against_dense(compiled, dtype, dim)
-                        forward, backward = calls(compiled, "triton", dtype, dim)
-                        timings.append((seconds_of(forward if way == "forward" else backward), parameters))
-                except Exception as error:  # does not fit this GPU: said, and not a candidate
-                    print(f"  {dtype} {dim} {way} {parameters}: {type(error).__name__} {str(error)[:80]}")
-                    if parameters is tried[0]:
-                        raise SystemExit("the default launch fails, see above: nothing was written") from error
-            best[launch_key(dtype, dim, way)] = fastest(timings, tried[0])
-            print(f"{dtype} {dim} {way}: {best[launch_key(dtype, dim, way)]}, {len(timings)} of {len(tried)} ran")
+    processes = max((os.cpu_count() or 1) - 2, 1)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        tried = {key: [pool.submit(trial, *key, parameters) for parameters in given] for key, given in jobs.items()}
+        verdicts = {key: [future.result() for future in futures] for key, futures in tried.items()}
+    for key, given in jobs.items():
+        dtype, dim, way = key
+        timings: list[tuple[float, dict]] = []
+        for parameters, why in zip(given, verdicts[key], strict=True):
+            if why is None:
+                with using({launch_key(*key): parameters}):
+                    calls_ = calls(compiled, "triton", dtype, dim)
+                    timings.append((seconds_of(calls_[way == "backward"]), parameters))
+                print(f"  {launch_key(*key)} {timings[-1][0] * 1e3:.3f} ms {parameters}", flush=True)
+                continue
+            print(f"  {launch_key(*key)} {parameters}: {why}", flush=True)
+            if parameters == given[0]:
+                raise SystemExit("the default launch fails, see above: nothing was written")
+        best[launch_key(*key)] = chosen = fastest(timings, given[0])
+        for same in SAME.get(dtype, ()):
+            with using({launch_key(same, dim, way): chosen}):
+                check_against_dense(compiled, same, dim)
+            best[launch_key(same, dim, way)] = chosen
+        print(f"{launch_key(*key)}: {chosen}, {len(timings)} of {len(given)} ran", flush=True)
     return best
 
 

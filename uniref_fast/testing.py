@@ -59,8 +59,8 @@ def max_relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """``max|actual - expected| / max|expected|`` in float64; 0 when both are empty."""
     if expected.numel() == 0:
         return 0.0
-    expected = expected.detach().double().cpu()
-    difference = (actual.detach().double().cpu() - expected).abs().max().item()
+    expected = expected.detach().double()
+    difference = (actual.detach().to(expected.device).double() - expected).abs().max().item()
     return difference / max(expected.abs().max().item(), torch.finfo(torch.float64).tiny)
 
 
