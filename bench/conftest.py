@@ -11,7 +11,7 @@ CUDA = torch.cuda.is_available()
 if CUDA:
     # A backward runs on the stream of its forward, and nothing on the default stream can be captured.
     torch.cuda.set_stream(torch.cuda.Stream())
-SECONDS = 3  # a member takes, when its rounds are long; at least three rounds
+SECONDS = 1 if CUDA else 3  # a member takes, when its rounds are long; at least three rounds
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

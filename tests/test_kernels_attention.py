@@ -360,6 +360,8 @@ def test_offsets_beyond_32_bits(device):
     near = [x.clone(memory_format=torch.contiguous_format) for x in far]
     plan = block_diagonal([33])
     for config in paths(q):
+        if config.BLOCK_M * stride >= 2**31:
+            continue  # refused: within a tile, offsets have 32 bits
         results, expected = (run_attention(*x[:3], plan, config) for x in (far, near))
         assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
     out.copy_(results[0])

@@ -22,6 +22,7 @@ if not CUDA:
     missing = pytest.mark.skipif(not native.available(), reason=f"native: {native.reason()}")
     CASES += [pytest.param("native", dtype, marks=missing) for dtype in (torch.float32, torch.bfloat16)]
     CASES += [("dense", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+SERVED = torch.bfloat16 if CUDA else torch.float32  # by our kernels and by the library
 each_case = pytest.mark.parametrize("impl, dtype", CASES)
 
 # Ragged on purpose: no text, one token of text, 1 x 1 images, no references, a sample across a tile border of 64.
@@ -167,7 +168,7 @@ def test_under_torch_compile(impl):
 
     compiled_attend = torch.compile(attend, backend="aot_eager")
     for each in plans * 2:
-        x, g = inputs(each, torch.float32, dim=32)
+        x, g = inputs(each, SERVED if impl == "dense" else torch.float32, dim=32)
         out, expected = compiled_attend(*x, each), attend(*x, each)
         assert torch.equal(out, expected)
         for a, b in zip(torch.autograd.grad(out, x, g), torch.autograd.grad(expected, x, g), strict=True):
@@ -199,13 +200,14 @@ def fresh_plan(samples):
 
 def test_a_table_decides(monkeypatch):
     """Ours is given a dear pair and a cheap rectangle, dense the opposite."""
-    probe = torch.zeros(1, 2, 64, device=DEVICE)
+    probe = rand(1, 2, 64, dtype=SERVED)
     ours = "triton" if CUDA else "native"
     if _dispatch.unavailable(ours, probe) or (dense_attention.backend(probe) is None):
         pytest.skip("one implementation only")
+    dtype = str(SERVED).removeprefix("torch.")
     costs = {
-        ours: {"float32": {"forward": [0, 1e-6, 0, 2e-9], "backward": [0, 1, 0, 0]}},
-        "dense": {"float32": {"forward": [0, 1e-4, 0, 1e-9], "backward": [0, 0, 0, 0]}},
+        ours: {dtype: {"forward": [0, 1e-6, 0, 2e-9], "backward": [0, 1, 0, 0]}},
+        "dense": {dtype: {"forward": [0, 1e-4, 0, 1e-9], "backward": [0, 0, 0, 0]}},
     }
     monkeypatch.setattr(tuning, "table", lambda name: {"attention": costs})
     assert ops.explain_attention(probe, fresh_plan(ONE_BIG))[0] == "dense"
@@ -217,7 +219,7 @@ def test_a_table_decides(monkeypatch):
 
 def test_without_a_table(monkeypatch):
     monkeypatch.setattr(tuning, "table", lambda name: None)
-    probe = torch.zeros(1, 2, 64, device=DEVICE)
+    probe = rand(1, 2, 64, dtype=SERVED)
     if _dispatch.unavailable("triton" if CUDA else "native", probe):
         pytest.skip("none of our kernels")
     impl, reason = ops.explain_attention(probe, fresh_plan(MANY_SMALL))
@@ -243,7 +245,8 @@ def test_committed_tables(name):
                 assert sum(costs[direction]) > 0
             kind = getattr(torch, dtype)
             small, big = (
-                tuning.attention_seconds(name, impl, kind, fresh_plan(p), 4, 64, True) for p in (MANY_SMALL, ONE_BIG)
+                tuning.attention_seconds(name, impl, kind, fresh_plan(p), 4, 64, True)
+                for p in (MANY_SMALL[:1], ONE_BIG)
             )
             assert 0 < small < big
 

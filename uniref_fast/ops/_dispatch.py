@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from importlib import metadata
@@ -23,8 +22,6 @@ TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def _triton_missing() -> str | None:
     try:
         version = metadata.version("triton")
@@ -32,6 +29,9 @@ def _triton_missing() -> str | None:
         return "the triton package is not installed"
     older = tuple(int(part) for part in version.split(".")[:2]) < TRITON_FLOOR
     return f"triton {version} is installed, at least 3.6 is needed" if older else None
+
+
+TRITON_MISSING = _triton_missing()  # once: torch.compile cannot trace it
 
 
 def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) -> str | None:
@@ -49,8 +49,8 @@ def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) ->
         if head_dim is not None and head_dim % 8:
             return f"native attention takes head dimensions that are multiples of 8, got {head_dim}"
         return None
-    if missing := _triton_missing():
-        return missing
+    if TRITON_MISSING:
+        return TRITON_MISSING
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests), this tensor is on {tensor.device}"
     if device != "cuda" and dtype not in (torch.float32, torch.float16):

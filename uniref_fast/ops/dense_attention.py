@@ -104,15 +104,17 @@ _BACKWARD: dict[str, Callable] = {"cpu": _cpu_backward, "cudnn": _cudnn_backward
 
 @torch.library.custom_op("uniref_fast::dense_attention", mutates_args=())
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rectangles: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
-    attend = _FORWARD[_backend(q)]
+    library = _backend(q)
     rects = list(_rectangles(rectangles))
     if _covered_once(rects, q.shape[0]):
+        attend = _FORWARD[_for_rectangle(library, rects[0])]
         out, lse = attend(*(_heads_first(x[a:b]) for x, (a, b) in zip((q, k, v), _spans(rects[0]), strict=True)), scale)
         return _tokens_first(out).contiguous(), lse[0].to(torch.float32).contiguous()
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
     sums: Tensor | None = None
     for i, (a, b, c, d) in enumerate(rects):
+        attend = _FORWARD[_for_rectangle(library, rects[i])]
         part, part_lse = attend(_heads_first(q[a:b]), _heads_first(k[c:d]), _heads_first(v[c:d]), scale)
         part, part_lse = _tokens_first(part), part_lse[0].to(torch.float32)
         continues = i + 1 < len(rects) and rects[i + 1][:2] == (a, b)
@@ -134,9 +136,10 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rectangles: Sequence[int],
 def _dense_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rectangles: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    differentiate = _BACKWARD[_backend(q)]
+    library = _backend(q)
     rects = list(_rectangles(rectangles))
     if _covered_once(rects, q.shape[0]) and rects[0][2:] == (0, k.shape[0]):
+        differentiate = _BACKWARD[_for_rectangle(library, rects[0])]
         dense = differentiate(*(_heads_first(x) for x in (grad, q, k, v, out)), lse[None], scale)
         dq, dk, dv = (_tokens_first(x).contiguous() for x in dense)
         return dq, dk, dv
@@ -147,7 +150,8 @@ def _dense_attention_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros(q.shape, dtype=wide if shared_q else q.dtype, device=q.device)
     dk, dv = (torch.zeros(k.shape, dtype=wide if shared_k else k.dtype, device=k.device) for _ in range(2))
-    for a, b, c, d in rects:
+    for rect in rects:
+        (a, b, c, d), differentiate = rect, _BACKWARD[_for_rectangle(library, rect)]
         queries = (_heads_first(x[a:b]) for x in (grad, q))
         dense = differentiate(
             *queries,
@@ -191,6 +195,12 @@ def _backend(x: Tensor) -> str:
     if name is None:
         raise RuntimeError(f"no fused attention of PyTorch takes {x.dtype} {list(x.shape)} on {x.device}")
     return name
+
+
+def _for_rectangle(library: str, rect: tuple[int, int, int, int]) -> str:
+    """cuDNN refuses a rectangle of one query and one key."""
+    a, b, c, d = rect
+    return "flash" if library == "cudnn" and b - a == d - c == 1 else library
 
 
 def _rectangles(flat: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
