@@ -1,5 +1,7 @@
 """Benchmarks compare side by side: a group is one question, its members answer it on the same inputs in one run."""
 
+import functools
+import gc
 import platform
 import statistics
 import time
@@ -27,16 +29,31 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         machine_info["triton"] = None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A member that needs more memory than there is, is no failure; what it had is not kept in a traceback."""
+    try:
+        return (yield)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).split(". ")[1]
+    finally:
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+    pytest.skip(f"out of memory: {reason}")
+
+
 @pytest.fixture
 def device():
     return "cuda" if CUDA else "cpu"
 
 
-def stopwatch(call):
+def stopwatch(call, graph=True):
     """A function that runs the call once and returns seconds, and how it measures.
 
     On a GPU the call is replayed from a CUDA graph where it can be captured, so that launches from Python, which a
-    whole model hides behind its work, do not count; calls that plan on the host each time cannot be captured.
+    whole model hides behind its work, do not count; calls that plan on the host each time cannot be captured. Without
+    `graph` it is not tried: a failed capture of a backward leaves PyTorch's random generator unusable.
     """
     if not CUDA:
 
@@ -47,19 +64,8 @@ def stopwatch(call):
 
         return wall, "wall clock"
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run, how = call, "events"
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        run, how = graph.replay, "cuda graph"
-    except RuntimeError:
-        torch.cuda.synchronize()
+    replay = captured(call) if graph else None
+    run, how = (call, "events") if replay is None else (replay, "cuda graph")
 
     def events():
         torch.cuda.synchronize()
@@ -72,23 +78,41 @@ def stopwatch(call):
     return events, how
 
 
+def captured(call):
+    """Replays the call from a CUDA graph; None for a call that cannot be captured."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+
 @pytest.fixture
 def timed(benchmark):
     """Time a call of no arguments against its baseline, in turns; the ratio of medians goes to `extra_info`.
 
     `flops` and `moved` (bytes) of the call give its rate and its fraction of what this machine reaches in a matrix
-    product of that dtype or in a copy, measured in the same run.
+    product of that dtype or in a copy, measured in the same run. Both are captured, or neither: see `stopwatch`.
     """
 
-    def run(call, baseline, rounds=15, flops=None, moved=None, dtype=torch.float32):
+    def run(call, baseline, rounds=15, flops=None, moved=None, dtype=torch.float32, graph=True):
         watches = []
         for each in (baseline, call):
             each()  # compiles what is to be compiled
-            watches.append(stopwatch(each))
+            watches.append(stopwatch(each, graph))
         (their_watch, _), (our_watch, how) = watches
         pairs, until = [], time.perf_counter() + SECONDS
         while len(pairs) < 3 or (len(pairs) < rounds and time.perf_counter() < until):
-            pairs.append((their_watch(), our_watch()))
+            theirs = their_watch()
+            pairs.append((theirs, theirs if call is baseline else our_watch()))
         theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
         info = benchmark.extra_info
         info.update(ratio=theirs / ours, seconds=ours, rounds=len(pairs), timing=how)
@@ -126,3 +150,52 @@ def _best(call):
     call()
     watch, _ = stopwatch(call)
     return min(watch() for _ in range(10))
+
+
+SHAPE_20B = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": (16, 56, 56),
+    "zero_cond_t": True,
+}
+
+
+def make_model(shape, device, rank=None):
+    """Random bfloat16 weights that were never in float32, and with a rank a LoRA in float32."""
+    from diffusers import QwenImageTransformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(**shape)
+    model = torch.nn.Module.to(model, torch.bfloat16).to_empty(device=device)
+    model.pos_embed = QwenEmbedRope(theta=10000, axes_dim=list(shape["axes_dims_rope"]), scale_rope=True)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.constant_(parameter, float("norm" in name and "weight" in name))
+        else:
+            torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    model.requires_grad_(False)
+    if rank is None:
+        return model
+    from peft import LoraConfig
+
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_20b():
+    """Makes a transformer of the size of Qwen-Image-Edit on the GPU, with a LoRA of `rank` or none."""
+    if not CUDA or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("needs a GPU with 60 GiB: the weights alone are 41 GB")
+    return functools.partial(make_model, SHAPE_20B, "cuda")

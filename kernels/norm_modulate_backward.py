@@ -23,12 +23,19 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
-from uniref_fast.kernels.rows import channel_block, check, new_like, normalise, row_stride
+from uniref_fast.kernels.rows import channel_block, check, new_like, row_stride
 
 # The sums of a tile cost 4 bytes a channel twice, written and read, for each of up to three quantities: at 32 tokens
 # and 16 bits 1/16 of the traffic of the fused backward. More tokens would leave a short text to a few programs.
 TOKENS = 32
 BLOCK_TILES, BLOCK_CHANNELS = 128, 32  # of the second kernel: 128 bytes of a tile's sums at once
+
+
+@triton.jit
+def mean_of_both(b_a, b_b, C: tl.constexpr):
+    """Means of two rows [BC] over their C channels, in one reduction."""
+    a, b = tl.split(tl.sum(tl.join(b_a, b_b), 0))
+    return a / C, b / C
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -93,13 +100,20 @@ def norm_modulate_backward_kernel(
             b_x = tl.load(p_x + i_n * s_xn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
             b_grad = tl.load(p_grad_normed + i_n * s_gnn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
             b_grad = b_grad.to(tl.float32)
-            b_n, rstd = normalise(b_x.to(tl.float32), m_c, eps, C, RMS)  # [BC]
+            b_x = b_x.to(tl.float32)
+            b_dn = b_grad * b_scale
+            # A sum over channels is a barrier of all warps, and these are what the loop waits for: two a time.
+            if not RMS:
+                mean, mean_dn = mean_of_both(b_x, b_dn, C)
+                b_x = tl.where(m_c, b_x - mean, 0.0)
+            var, mean_dn_x = mean_of_both(b_x * b_x, b_dn * b_x, C)
+            rstd = tl.rsqrt(var + eps)
+            b_n = b_x * rstd  # [BC]
             b_dshift += b_grad
             b_dscale += b_grad * b_n
-            b_dn = b_grad * b_scale
-            b_dx = b_dn - b_n * (tl.sum(b_dn * b_n, 0) / C)
+            b_dx = b_dn - b_n * (rstd * mean_dn_x)
             if not RMS:
-                b_dx -= tl.sum(b_dn, 0) / C
+                b_dx -= mean_dn
             b_g = b_g.to(tl.float32) + rstd * b_dx
             tl.store(p_dx + i_n * C + o_c, b_g.to(p_dx.dtype.element_ty), mask=m_c)
         if GATED:

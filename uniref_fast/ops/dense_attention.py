@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from uniref_fast.ops._dispatch import unit_stride
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["backend", "rectangles_of"]
@@ -184,7 +183,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, _):
     op = torch.ops.uniref_fast.dense_attention_backward
-    return *op(unit_stride(grad), *ctx.saved_tensors, ctx.rectangles, ctx.scale), None, None
+    return *op(grad.contiguous(), *ctx.saved_tensors, ctx.rectangles, ctx.scale), None, None
 
 
 _dense_attention.register_autograd(_differentiate, setup_context=_save)
@@ -221,8 +220,15 @@ def _weight(part: Tensor, whole: Tensor) -> Tensor:
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[n, H, D] to [1, H, n, D]."""
-    return x.transpose(0, 1)[None]
+    """[n, H, D] to [1, H, n, D], with a batch stride that nobody else would give the one sample.
+
+    PyTorch keeps cuDNN's compiled backward by the shapes and strides of q, k and v, and not by those of the gradient: a
+    call from elsewhere in the process with equal q, k and v and a gradient of another layout would serve ours, or ours
+    it, with wrong results (seen on an H100, PyTorch 2.11). The odd stride keeps the two apart, and between our own
+    calls all gradients are laid out alike.
+    """
+    n, heads, dim = x.shape
+    return x.as_strided((1, heads, n, dim), (16 * max(n * x.stride(0), 1), x.stride(1), x.stride(0), x.stride(2)))
 
 
 def _tokens_first(x: Tensor) -> Tensor:
