@@ -171,7 +171,6 @@ def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
     dq = grid((128,), (32, 64, 128), (8,), (2, 3)) + grid((64,), (32, 64), (4,), (2, 3))
     dkdv = grid((64,), (64, 128), (8,), (2, 3)) + grid((32,), (64, 128), (4, 8), (2, 3))
     dkdv += grid((64,), (64,), (4,), (2,))
-    dkdv += [dataclasses.replace(config, fold=True) for config in dkdv]
     return [
         default,
         *(dataclasses.replace(default, dq=config) for config in dq),

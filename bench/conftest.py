@@ -96,12 +96,14 @@ def captured(call):
 
 
 @pytest.fixture
-def timed(benchmark):
+def timed(benchmark, request):
     """Time a call of no arguments against its baseline, in turns; the ratio of medians goes to `extra_info`.
 
     `flops` and `moved` (bytes) of the call give its rate and its fraction of what this machine reaches in a matrix
     product of that dtype or in a copy, measured in the same run. Both are captured, or neither: see `stopwatch`.
     """
+
+    capture = request.config.pluginmanager.getplugin("capturemanager")  # a session that is cut off writes no JSON
 
     def run(call, baseline, rounds=15, flops=None, moved=None, dtype=torch.float32, graph=True):
         watches = []
@@ -120,6 +122,8 @@ def timed(benchmark):
             info.update(flops=flops, fraction_of_matmul=flops / ours / matmul_rate(dtype))
         if moved:
             info.update(bytes=moved, fraction_of_copy=moved / ours / copy_rate())
+        with capture.global_and_fixture_disabled():
+            print(f"\n{benchmark.name}: {theirs / ours:.2f}x, {ours * 1e3:.4g} ms", flush=True)
         benchmark.pedantic(call, rounds=1)
 
     return run
@@ -138,11 +142,12 @@ def matmul_rate(dtype):
 
 
 def copy_rate():
-    """Bytes a second, read and written, of a copy much larger than the caches."""
+    """Bytes a second, read and written, of the better of two copies much larger than the caches."""
     if "copy" not in _rates:
-        source = torch.zeros(2**30 if CUDA else 2**26, dtype=torch.uint8, device="cuda" if CUDA else "cpu")
-        target = torch.empty_like(source).zero_()
-        _rates["copy"] = 2 * source.nbytes / _best(lambda: target.copy_(source))
+        source = torch.ones(2**28 if CUDA else 2**24, device="cuda" if CUDA else "cpu")
+        target = torch.empty_like(source)
+        copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+        _rates["copy"] = 2 * source.nbytes / min(_best(copy) for copy in copies)
     return _rates["copy"]
 
 

@@ -36,12 +36,10 @@ def delta_kernel(
     p_lse2,  # [H, Nq]
     p_delta,  # [H, Nq]
     num_queries,
-    lse_factor,
-    delta_factor,
     D: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """What both kernels need of each query: delta, and lse in base 2; folded, -delta and -lse / scale."""
+    """What both kernels need of each query: delta, and lse in base 2."""
     row = tl.program_id(0).to(tl.int64) * BM
     i_h = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BM)
@@ -54,8 +52,8 @@ def delta_kernel(
     b_do = tl.load(p_do + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
     b_lse = tl.load(p_lse + o_stat, mask=m_m, other=0.0)
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(p_lse2 + o_stat, b_lse * lse_factor, mask=m_m)
-    tl.store(p_delta + o_stat, b_delta * delta_factor, mask=m_m)
+    tl.store(p_lse2 + o_stat, b_lse * 1.4426950408889634, mask=m_m)
+    tl.store(p_delta + o_stat, b_delta, mask=m_m)
 
 
 @triton.jit(do_not_specialize=["s_lse"])
@@ -75,7 +73,6 @@ def dkdv_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FOLD: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -113,23 +110,13 @@ def dkdv_kernel(
             b_do = tl.load(p_do_i + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
             b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=0.0)
             # Keys down, queries across: P and dS are then the left operands of dv and dk as they lie in registers.
-            if FOLD:
-                b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
-                b_s = tl.broadcast_to(b_lse2[None, :], (BN, BM))
-                b_s = tl.dot(b_k, tl.trans(b_q), b_s, input_precision="ieee")  # [BN, BM]
-                b_dp = tl.broadcast_to(b_delta[None, :], (BN, BM))
-                b_dp = tl.dot(b_v, tl.trans(b_do), b_dp, input_precision="ieee")  # [BN, BM]
-                b_p = tl.exp2(b_s * qk_scale)  # [BN, BM]
-                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
-                b_ds = b_p * b_dp  # [BN, BM]
-            else:
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
-                b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
-                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
-                # Read this late, delta takes no registers beside lse.
-                b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
-                b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
+            b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
+            # Read this late, delta takes no registers beside lse.
+            b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
+            b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BN, D]
 
     # Not the mask of the loads: that one would live in registers throughout the loops.
@@ -156,7 +143,6 @@ def dq_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FOLD: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -180,9 +166,6 @@ def dq_kernel(
     b_do = tl.load(p_do + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
     b_lse2 = tl.load(p_lse2 + o_stat, mask=m_m, other=0.0)
     b_delta = tl.load(p_delta + o_stat, mask=m_m, other=0.0)
-    if FOLD:
-        b_lse2 *= -qk_scale
-        b_delta = -b_delta
     b_dq = tl.zeros([BM, D], dtype=tl.float32)
     for i in range(first_interval, last_interval):
         start = tl.load(p_kv_ranges + 2 * i)
@@ -264,24 +247,23 @@ def segment_attention_backward(
         lse2, delta, lse2.stride(0),
     )  # fmt: skip
     scales = (scale, scale * math.log2(math.e))
-    factors = (-1 / scale, -1.0) if config.dkdv.fold else (math.log2(math.e), 1.0)
     with torch.cuda.device_of(q):
         if dq.numel():
             delta_kernel[(triton.cdiv(num_queries, DELTA_ROWS), heads)](
                 out, out.stride(0), out.stride(1), grad_out, grad_out.stride(0), grad_out.stride(1),
-                lse, lse2, delta, num_queries, *factors, D=head_dim, BM=DELTA_ROWS, num_warps=4,
+                lse, lse2, delta, num_queries, D=head_dim, BM=DELTA_ROWS, num_warps=4,
             )  # fmt: skip
             dq_kernel[(q_tiles.shape[0], heads)](
                 *operands, dq, dq.stride(0), dq.stride(1),
                 q_ranges, kv_ptr, kv_ranges, q_tiles, *scales,
-                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N, FOLD=config.dkdv.fold,
+                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N,
                 num_warps=config.dq.num_warps, num_stages=config.dq.num_stages,
             )  # fmt: skip
         if dk.numel():
             dkdv_kernel[(k_tiles.shape[0], heads)](
                 *operands, dk, dv, dk.stride(0), dk.stride(1),
                 k_ranges, q_ptr, q_spans, k_tiles, *scales,
-                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N, FOLD=config.dkdv.fold,
+                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N,
                 num_warps=config.dkdv.num_warps, num_stages=config.dkdv.num_stages,
             )  # fmt: skip
     return dq, dk, dv
