@@ -78,7 +78,7 @@ class Encoder:
         self, pipe: Any, cache: TensorCache, seed: int = 0, drop_text: float = 0.0, drop_references: float = 0.0
     ) -> None:
         self.pipe, self.cache, self.seed = pipe, cache, seed
-        self.device = pipe._execution_device  # asked for once: the pipeline looks through all its modules
+        self.device, self._dtype = pipe._execution_device, pipe.vae.dtype  # asked for once: they look through modules
         self.drop_text, self.drop_references = drop_text, drop_references
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
         self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
@@ -132,7 +132,7 @@ class Encoder:
         made, device = prepared.geometry, self.device
         sources = [] if prepared.dropped else list(prepared.row.references)
         parts = [self._latents(*each) for each in zip(sources, references, made.reference_sizes, strict=True)]
-        none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=device, dtype=self.pipe.vae.dtype)
+        none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=device, dtype=self._dtype)
         digests = [source.digest() for source in sources] if self.cache.folder else []
         words = prepared.instruction if instruction is None else instruction
         key = content_key(self._text, words, digests, made.condition_sizes)
