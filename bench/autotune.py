@@ -3,7 +3,7 @@
     python bench/autotune.py [--out uniref_fast/assets/tuned]
 
 Results are checked first. On a GPU bfloat16 is measured; float16, whose arithmetic costs the same, is checked and
-gets the same figures. Launches are compiled side by side, in a process for each core but two. Costs are a linear
+gets the same figures. Launches are tried side by side, each in a process of its own. Costs are a linear
 function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the fastest rounds of plans from tiny to big, by relative
 error and with no coefficient below zero; how far they are off is printed.
 """
@@ -18,12 +18,13 @@ import json
 import multiprocessing
 import os
 import platform
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
 import torch
-from conftest import CUDA, stopwatch
+from conftest import CUDA, captured, stopwatch
 
 from uniref_fast import ops, tuning
 from uniref_fast.kernels.segment_attention_config import AttentionConfig, pick_backward_config, pick_config
@@ -70,7 +71,7 @@ def calls(compiled: AttentionPlan, impl: str, dtype: torch.dtype, dim: int):
 def seconds_of(call, rounds: int = 15) -> float:
     """The fastest round: what other processes take away from a round is not a cost of the call."""
     call()
-    watch, _ = stopwatch(call)
+    watch = stopwatch(captured(call) or call)
     return min(watch() for _ in range(rounds))
 
 
@@ -193,14 +194,29 @@ def long_sequence() -> AttentionPlan:
     return plan(SelfLayout.qwen([Sample(SIDE * 8, (1, SIDE, SIDE), ((1, SIDE, SIDE),) * 3)]))
 
 
-def trial(dtype: torch.dtype, dim: int, way: str, parameters: dict) -> str | None:
-    """Why a launch cannot be used, or None; in a process of its own, since a bad one can end its process."""
+def trial(dtype: torch.dtype, dim: int, way: str, parameters: dict, answer: Connection) -> None:
+    """Send why a launch cannot be used, or None."""
     try:
         with using({launch_key(dtype, dim, way): parameters}):
             check_against_dense(long_sequence(), dtype, dim)
+        answer.send(None)
     except Exception as error:  # does not fit this GPU, or is wrong
-        return f"{type(error).__name__} {str(error)[:160]}"
-    return None
+        answer.send(f"{type(error).__name__} {str(error)[:160]}")
+
+
+def tried(*what) -> str | None:
+    """What a `trial` in a process of its own says: a bad launch leaves its process unusable, or ends it."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=trial, args=(*what, theirs))
+    process.start()
+    theirs.close()
+    try:
+        verdict = ours.recv()
+    except EOFError:
+        verdict = "its process ended"
+    process.join()
+    return verdict
 
 
 def launches() -> dict:
@@ -212,10 +228,10 @@ def launches() -> dict:
         for dtype, dim, way in itertools.product(DTYPES, DIMS, ("forward", "backward"))
     }
     best = {}
-    processes = max((os.cpu_count() or 1) - 2, 1)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        tried = {key: [pool.submit(trial, *key, parameters) for parameters in given] for key, given in jobs.items()}
-        verdicts = {key: [future.result() for future in futures] for key, futures in tried.items()}
+    room = torch.cuda.mem_get_info()[0] // (6 * 2**30)  # a trial takes about 4 GiB
+    with ThreadPoolExecutor(max(min(len(os.sched_getaffinity(0)) - 2, room), 1)) as pool:
+        asked = {key: [pool.submit(tried, *key, parameters) for parameters in given] for key, given in jobs.items()}
+        verdicts = {key: [future.result() for future in futures] for key, futures in asked.items()}
     for key, given in jobs.items():
         dtype, dim, way = key
         timings: list[tuple[float, dict]] = []

@@ -2,10 +2,12 @@
 
     pytest bench/bench_edit_20b.py --benchmark-only
 
-The transformer alone, with and without the prompt, as guidance needs it: diffusers' model twice; patched, twice; and
-both in one pack. 700 text tokens. `peak_gib` is what the allocator had at most, weights included, and
-`estimated_gib` what `uniref_fast.estimate` expects of the pack.
+The transformer alone, with the prompt and with the negative one, 700 text tokens each: diffusers' model twice; patched,
+twice; and both in one pack. `peak_gib` is what the allocator had at most, weights included, and `estimated_gib` what
+`uniref_fast.estimate` expects of the pack.
 """
+
+import gc
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ SIDE, TEXT = 64, 700  # tokens
 
 @pytest.fixture(scope="module")
 def model(make_20b):
-    return make_20b().eval()
+    yield make_20b().eval()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def members(model, references, side, text):

@@ -6,6 +6,8 @@ One sample: a target of 1024 x 1024 pixels and three references that fill the jo
 backward and AdamW. "stock" is diffusers' forward with its gradient checkpointing; ours keeps attention's results.
 """
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,7 +67,9 @@ def sample_of(side, target_side=1024):
 
 @pytest.fixture(scope="module")
 def model(make_20b):
-    return make_20b(rank=64)
+    yield make_20b(rank=64)
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("which", ["stock", "ours"])
@@ -73,12 +77,18 @@ def model(make_20b):
 def test_lora_step(timed, benchmark, model, side, which):
     benchmark.group = f"20B LoRA step, {side}x{side} budget"
     sample = sample_of(side)
-    stock, flops = make_step(model, sample, "stock")
-    step = stock if which == "stock" else make_step(model, sample, which)[0]
-    assert max_relative_error(step(), stock()) < 0.1
+    step, flops = make_step(model, sample, which)
+    made = step()
     torch.cuda.reset_peak_memory_stats()
     step()
     peak = torch.cuda.max_memory_allocated()
+    stock = step
+    if which != "stock":
+        try:
+            stock = make_step(model, sample, "stock")[0]
+            assert max_relative_error(made, stock()) < 0.1
+        except torch.OutOfMemoryError:  # then there is no ratio
+            stock = step
     timed(step, stock, flops=flops, dtype=torch.bfloat16, graph=False)
     info, known = benchmark.extra_info, peak_flops("cuda", torch.bfloat16)
     info.update(tokens=sample.length, peak_gib=peak / 2**30, mfu=known and flops / info["seconds"] / known)

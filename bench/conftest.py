@@ -5,6 +5,7 @@ import gc
 import platform
 import statistics
 import time
+import traceback
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except torch.OutOfMemoryError as error:
-        reason = str(error).split(". ")[1]
+        traceback.clear_frames(error.__traceback__)
+        reason = str(error).splitlines()[0][:160]
     finally:
         gc.collect()
         if CUDA:
@@ -48,13 +50,8 @@ def device():
     return "cuda" if CUDA else "cpu"
 
 
-def stopwatch(call, graph=True):
-    """A function that runs the call once and returns seconds, and how it measures.
-
-    On a GPU the call is replayed from a CUDA graph where it can be captured, so that launches from Python, which a
-    whole model hides behind its work, do not count; calls that plan on the host each time cannot be captured. Without
-    `graph` it is not tried: a failed capture of a backward leaves PyTorch's random generator unusable.
-    """
+def stopwatch(call):
+    """A function that runs the call once and returns the seconds that it took."""
     if not CUDA:
 
         def wall():
@@ -62,24 +59,27 @@ def stopwatch(call, graph=True):
             call()
             return time.perf_counter() - start
 
-        return wall, "wall clock"
+        return wall
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    replay = captured(call) if graph else None
-    run, how = (call, "events") if replay is None else (replay, "cuda graph")
 
     def events():
         torch.cuda.synchronize()
         start.record()
-        run()
+        call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    return events, how
+    return events
 
 
 def captured(call):
-    """Replays the call from a CUDA graph; None for a call that cannot be captured."""
+    """Replays the call from a CUDA graph; None for one that cannot be captured, such as one that plans on the host.
+
+    So launches from Python, which a whole model hides behind its work, do not count.
+    """
+    if not CUDA:
+        return None
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -90,6 +90,8 @@ def captured(call):
         with torch.cuda.graph(graph):
             call()
         return graph.replay
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         torch.cuda.synchronize()
         return None
@@ -100,17 +102,19 @@ def timed(benchmark, request):
     """Time a call of no arguments against its baseline, in turns; the ratio of medians goes to `extra_info`.
 
     `flops` and `moved` (bytes) of the call give its rate and its fraction of what this machine reaches in a matrix
-    product of that dtype or in a copy, measured in the same run. Both are captured, or neither: see `stopwatch`.
+    product of that dtype or in a copy, measured in the same run. On a GPU both are replayed from CUDA graphs where both
+    can be; `graph=False` does not try, as a failed capture of a backward leaves PyTorch's random generator unusable.
     """
-
-    capture = request.config.pluginmanager.getplugin("capturemanager")  # a session that is cut off writes no JSON
+    capture = request.config.pluginmanager.getplugin("capturemanager")  # a run that is cut off writes no JSON
 
     def run(call, baseline, rounds=15, flops=None, moved=None, dtype=torch.float32, graph=True):
-        watches = []
-        for each in (baseline, call):
+        both = [baseline] if call is baseline else [baseline, call]
+        for each in both:
             each()  # compiles what is to be compiled
-            watches.append(stopwatch(each, graph))
-        (their_watch, _), (our_watch, how) = watches
+        replays = [captured(each) for each in both] if graph else [None]
+        how = "cuda graph" if None not in replays else "events" if CUDA else "wall clock"
+        watches = [stopwatch(each) for each in (both if None in replays else replays)]
+        their_watch, our_watch = watches[0], watches[-1]
         pairs, until = [], time.perf_counter() + SECONDS
         while len(pairs) < 3 or (len(pairs) < rounds and time.perf_counter() < until):
             theirs = their_watch()
@@ -153,7 +157,7 @@ def copy_rate():
 
 def _best(call):
     call()
-    watch, _ = stopwatch(call)
+    watch = stopwatch(captured(call) or call)
     return min(watch() for _ in range(10))
 
 

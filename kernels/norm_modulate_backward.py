@@ -27,15 +27,17 @@ from uniref_fast.kernels.rows import channel_block, check, new_like, row_stride
 
 # The sums of a tile cost 4 bytes a channel twice, written and read, for each of up to three quantities: at 16 tokens
 # and 16 bits 1/8 of the traffic of the fused backward. On an H100 17408 x 3072 tokens take as long with 32 a tile in
-# the fused backward and 8 % longer in the norm's: the programs that are left for the last round have more to do.
+# the fused backward and 8 % longer in the norm's, probably because the programs of the last round have more to do.
 TOKENS = 16
 BLOCK_TILES, BLOCK_CHANNELS = 128, 32  # of the second kernel: 128 bytes of a tile's sums at once
 
 
 @triton.jit
 def mean_of_both(b_a, b_b, C: tl.constexpr):
-    """Means of two rows [BC] over their C channels, in one reduction."""
-    a, b = tl.split(tl.sum(tl.join(b_a, b_b), 0))
+    """Means of two rows [BC] over their C channels, in one reduction; in parts, as an interpreter adds one by one."""
+    PART: tl.constexpr = 32 if b_a.shape[0] >= 32 else b_a.shape[0]
+    b_both = tl.reshape(tl.join(b_a, b_b), (b_a.shape[0] // PART, PART, 2))
+    a, b = tl.split(tl.sum(tl.sum(b_both, 1), 0))
     return a / C, b / C
 
 
@@ -103,7 +105,7 @@ def norm_modulate_backward_kernel(
             b_grad = b_grad.to(tl.float32)
             b_x = b_x.to(tl.float32)
             b_dn = b_grad * b_scale
-            # A sum over channels is a barrier of all warps, and these are what the loop waits for: two a time.
+            # A sum over channels is a barrier of all warps, and these are what the loop waits for: two at a time.
             if not RMS:
                 mean, mean_dn = mean_of_both(b_x, b_dn, C)
                 b_x = tl.where(m_c, b_x - mean, 0.0)
@@ -173,9 +175,9 @@ def launch_parameters(block: int, quantities: int, row_grads: bool, dtype: torch
     Without row gradients 32 values of a stream a thread, as in the forward. With them the sums of the tile fill the
     registers. In 16 bits, 8 warps hold three sums of 4096 channels, the next tokens are on their way to shared memory
     while one is computed, and two programs of two sums fit a multiprocessor of sm_90, where one computes while the
-    other waits for its reductions: on an H100 (bfloat16, 3072 channels) 20 % faster than 16 warps, and 3 stages up to
-    40 % faster than 2. The rest is chosen from the compiler's report, not timed: 16 warps have room for two sums of
-    8192 channels, 8 warps for three with nothing in flight.
+    other waits for its reductions: on an H100 (bfloat16, 3072 channels) 4 to 31 % faster than 16 warps, and 3 stages
+    1 to 30 % faster than 2. The rest is chosen from the compiler's report, not timed: 16 warps have room for two sums
+    of 8192 channels, 8 warps for three with nothing in flight.
     """
     if not row_grads or block > 8192 or (block > 4096 and quantities == 3):
         return min(max(block // 1024, 1), 32), 1

@@ -1,8 +1,9 @@
 """Launch parameters of segment attention: the one place where tuned numbers live, and what made them.
 
-Those of 9.x in 16 bits were the fastest on an H100 (`bench/autotune.py`; that GPU itself is served by its table). The
-others come from the compiler's report (`compile_matrix`), not from a measurement: no spills, shared memory within
-the chip's limit, tensor-core instructions in every matmul.
+Those of 9.x in 16 bits at head dimensions 64 and 128 were the fastest on an H100 that do not spill
+(`bench/autotune.py`; that GPU itself is served by its table). The others come from the compiler's report
+(`compile_matrix`), not from a measurement: no spills, shared memory within the chip's limit, tensor-core instructions
+in every matmul.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The forward of `segment_attention` for Hopper: keys and values through TMA, in a warp-specialised loop.
 
 One warp group copies tiles of k and v into shared memory, two compute 64 query rows each (12 warps, setmaxnreg, no
-spills). On an H100 its results are right, with the ptxas 12.8 that comes with Triton 3.6 too, which is reported to
-miscompile some such kernels; and at best 3 % slower than the portable kernel, which is why nothing picks it there.
-`bench/autotune.py` tries it on every Hopper GPU.
+spills). On an H100 its results are right, although ptxas 12.8, which comes with Triton 3.6, is reported to miscompile
+some such kernels. It is at best 3 % slower than the portable kernel there, so nothing picks it; `bench/autotune.py`
+tries it on every Hopper GPU.
 
 What Triton 3.6 specialises decides the shape of the kernel: four warps, all operands through device descriptors made
 outside of the loop, one loop, and no matmul beside it (with one the loop is silently not specialised, or fails to

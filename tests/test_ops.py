@@ -305,7 +305,10 @@ def test_choice_of_implementation():
             ops.choose("triton", torch.zeros(1, dtype=torch.bfloat16))
 
 
-@pytest.mark.parametrize("version, reason", [("3.5.1", "at least 3.6"), (None, "not installed"), ("3.10.0", None)])
+@pytest.mark.parametrize(
+    "version, reason",
+    [("3.5.1", "at least 3.6"), ("3.6rc1", None), ("main", "at least 3.6"), (None, "not installed"), ("3.10.0", None)],
+)
 def test_old_or_missing_triton_is_named(monkeypatch, version, reason):
     from uniref_fast.ops import _dispatch
 
@@ -317,6 +320,8 @@ def test_old_or_missing_triton_is_named(monkeypatch, version, reason):
     monkeypatch.setattr(_dispatch.metadata, "version", look_up)
     said = _dispatch._triton_missing()
     assert said is None if reason is None else reason in said
+    monkeypatch.setattr(_dispatch, "TRITON_MISSING", said)
+    assert said is None or _dispatch.unavailable("triton", torch.zeros(1)) == said
 
 
 LAYOUT = SelfLayout.qwen(PACK)

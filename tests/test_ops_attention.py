@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uniref_fast import native, ops, tuning
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops import _dispatch, dense_attention
 from uniref_fast.ops.segment_attention import segment_attention_reference
-from uniref_fast.testing import assert_within_budget
+from uniref_fast.testing import assert_within_budget, max_relative_error
 from uniref_fast.visibility import POLICIES, AttentionPlan, plan
 
 CUDA = torch.cuda.is_available()
@@ -186,6 +187,25 @@ def test_gpu_libraries_take_our_calls(name):
         assert out.shape == q.shape and lse.shape == (1, 3, 40) and lse.dtype == torch.float32
         grads = dense_attention._BACKWARD[name](q, q, k, k, out, lse, 0.125)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("ours_first", [False, True])
+def test_compiled_backward_is_not_shared_with_other_calls(ours_first):
+    """PyTorch finds cuDNN's by q, k and v alone; theirs has a gradient that is laid out heads first."""
+    compiled = plan(SelfLayout.qwen([Sample(20 + ours_first, (1, 16, 16))]))
+    x, g = inputs(compiled, torch.bfloat16)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        theirs = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in x))
+    ours = ops.segment_attention(*x, compiled, impl="dense")
+    heads_first = g.transpose(0, 1)[None].contiguous()
+    calls = [lambda: torch.autograd.grad(theirs, x, heads_first), lambda: torch.autograd.grad(ours, x, g)]
+    wide = [t.detach().double().requires_grad_() for t in x]
+    oracle = torch.autograd.grad(eager_attention(*wide, compiled), wide, g.double())
+    for call in reversed(calls) if ours_first else calls:
+        for got, expected in zip(call(), oracle, strict=True):
+            assert max_relative_error(got, expected) < 0.02
 
 
 # ---- which one serves ----

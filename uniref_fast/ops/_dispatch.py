@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from importlib import metadata
 from types import ModuleType
 from typing import Literal
@@ -27,7 +28,8 @@ def _triton_missing() -> str | None:
         version = metadata.version("triton")
     except metadata.PackageNotFoundError:
         return "the triton package is not installed"
-    older = tuple(int(part) for part in version.split(".")[:2]) < TRITON_FLOOR
+    found = re.match(r"(\d+)\.(\d+)", version)
+    older = found is None or tuple(map(int, found.groups())) < TRITON_FLOOR
     return f"triton {version} is installed, at least 3.6 is needed" if older else None
 
 

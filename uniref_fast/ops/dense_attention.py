@@ -197,9 +197,9 @@ def _backend(x: Tensor) -> str:
 
 
 def _for_rectangle(library: str, rect: tuple[int, int, int, int]) -> str:
-    """cuDNN refuses a rectangle of one query and one key."""
+    """PyTorch itself gives cuDNN no single key, and not everywhere a single query."""
     a, b, c, d = rect
-    return "flash" if library == "cudnn" and b - a == d - c == 1 else library
+    return "flash" if library == "cudnn" and 1 in (b - a, d - c) else library
 
 
 def _rectangles(flat: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
@@ -222,13 +222,13 @@ def _weight(part: Tensor, whole: Tensor) -> Tensor:
 def _heads_first(x: Tensor) -> Tensor:
     """[n, H, D] to [1, H, n, D], with a batch stride that nobody else would give the one sample.
 
-    PyTorch keeps cuDNN's compiled backward by the shapes and strides of q, k and v, and not by those of the gradient: a
-    call from elsewhere in the process with equal q, k and v and a gradient of another layout would serve ours, or ours
-    it, with wrong results (seen on an H100, PyTorch 2.11). The odd stride keeps the two apart, and between our own
-    calls all gradients are laid out alike.
+    PyTorch keeps cuDNN's compiled backward by the shapes and strides of q, k and v, and not by those of out and the
+    gradient: a call from elsewhere in the process with equal q, k and v and a gradient of another layout would serve
+    ours, or ours it, with wrong results (seen on an H100, PyTorch 2.11). The odd stride keeps the two apart, and
+    between our own calls all gradients are laid out alike.
     """
     n, heads, dim = x.shape
-    return x.as_strided((1, heads, n, dim), (16 * max(n * x.stride(0), 1), x.stride(1), x.stride(0), x.stride(2)))
+    return x.as_strided((1, heads, n, dim), (2 * max(n * x.stride(0), 1), x.stride(1), x.stride(0), x.stride(2)))
 
 
 def _tokens_first(x: Tensor) -> Tensor:
