@@ -51,7 +51,7 @@ def test_a_panel_for_each_thing_that_the_run_has(tmp_path):
     run = plots.load(write(tmp_path / "run", records()))
     shown = panels(plots.draw([run]))
     assert list(shown) == [
-        "Training loss", "Held-out loss", "Loss by number of references", "Loss by task", "Learning rate",
+        "Training loss", "Held out", "Loss by number of references", "Loss by task", "Learning rate",
         "Tokens per second",
     ]  # fmt: skip
     assert [t.get_text() for t in shown["Loss by number of references"].get_legend().get_texts()] == ["1", "2", "10"]
@@ -59,7 +59,7 @@ def test_a_panel_for_each_thing_that_the_run_has(tmp_path):
     raw, smooth = shown["Training loss"].lines
     assert np.array_equal(raw.get_ydata(), run.curves["loss"][1]) and raw.get_alpha() < 0.5
     assert np.ptp(smooth.get_ydata()[20:]) < 0.2 * np.ptp(raw.get_ydata())
-    (held_out,) = shown["Held-out loss"].lines
+    (held_out,) = shown["Held out"].lines
     assert list(held_out.get_xdata()) == [0, 20, 40] and held_out.get_marker() == "o"
     assert shown["Learning rate"].get_ylim()[0] == 0 < shown["Learning rate"].get_ylim()[1] - 1e-4
     low = write(tmp_path / "low", [{"step": 0, "loss": 1.0, "seconds": 2.0}])

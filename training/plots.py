@@ -29,7 +29,7 @@ __all__ = ["Run", "draw", "load", "main", "smoothed"]
 
 TITLES = {
     "loss": "Training loss",
-    "eval": "Held-out loss",
+    "eval": "Held out",
     "loss_by_k": "Loss by number of references",
     "loss_by_task": "Loss by task",
     "lr": "Learning rate",
