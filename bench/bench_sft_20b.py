@@ -91,4 +91,6 @@ def test_lora_step(timed, benchmark, model, side, which):
             stock = step
     timed(step, stock, flops=flops, dtype=torch.bfloat16, graph=False)
     info, known = benchmark.extra_info, peak_flops("cuda", torch.bfloat16)
+    if stock is step and which != "stock":
+        info["ratio"] = None
     info.update(tokens=sample.length, peak_gib=peak / 2**30, mfu=known and flops / info["seconds"] / known)

@@ -51,7 +51,7 @@ def _rows(results: dict) -> list[dict]:
 
 
 def _answer(row: dict, gpu: bool) -> str:
-    text = f"{row['member']} {row['ratio']:.2f}x"
+    text = row["member"] + ("" if row["ratio"] is None else f" {row['ratio']:.2f}x")
     if not gpu:
         return text
     of = {"fraction_of_matmul": "matmul", "fraction_of_copy": "copy"}
