@@ -25,9 +25,9 @@ SMALL = ("--artworks", "shipped", "--samples", "24", "--heldout", "3", "--vae_st
 def test_parts_are_in_order_and_leave_out_nothing(tmp_path):
     parts = builtin_model.parts(builtin_model.BuiltinModel(out=tmp_path))
     assert [part.name for part in parts] == [
-        "data", "data of more pictures", "vae", "sft", "msgrpo", "msgrpo-1", "msgrpo-2", "model", "eval nothing",
-        "eval autoencoder", "eval untrained", "eval sft", "eval msgrpo", "eval msgrpo-1", "eval msgrpo-2",
-        "eval shipped", "curves", "report",
+        "data", "data of more pictures", "data of one picture", "vae", "sft", "sft-more", "msgrpo", "msgrpo-1",
+        "msgrpo-2", "model", "eval nothing", "eval autoencoder", "eval untrained", "eval sft", "eval sft-more",
+        "eval msgrpo", "eval msgrpo-1", "eval msgrpo-2", "eval shipped", "curves", "report",
     ]  # fmt: skip
     assert len({part.done for part in parts}) == len(parts)
 
@@ -51,9 +51,9 @@ def test_wrong_settings(tmp_path, capsys, flags, message):
 def test_a_folder_begun_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     done = []
     monkeypatch.setattr(builtin_model, "_run", lambda part, out: done.append(part.name) or 0)
-    assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1"]) == 0 and len(done) == 14
+    assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1"]) == 0 and len(done) == 17
     assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1", "--seed", "1"]) == 2
-    assert "seed 0 -> 1" in capsys.readouterr().err and len(done) == 14
+    assert "seed 0 -> 1" in capsys.readouterr().err and len(done) == 17
 
 
 def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
@@ -82,14 +82,16 @@ def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
     assert status["weights"] == "trained" and status["made"]["settings"]["samples"] == 24
     assert sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) < 24e6
     report = json.loads((out / "report.json").read_text())
-    assert list(report["evaluations"]) == ["nothing", "autoencoder", "untrained", "sft", "msgrpo", "shipped"]
+    assert list(report["evaluations"]) == [
+        "nothing", "autoencoder", "untrained", "sft", "sft-more", "msgrpo", "shipped",
+    ]  # fmt: skip
     assert all(len(one["aggregates"]) == 4 for one in report["evaluations"].values())
     assert report["evaluations"]["msgrpo"]["comparison"]["files"] and (out / "curves.png").is_file()
     names = {part.name for part in builtin_model.parts(builtin_model.BuiltinModel(out=out, seeds=1))}
     assert set(report["made"]["parts"]) == names - {"report"}
     assert all(part["commits"] and part["minutes"] >= 0 for part in report["made"]["parts"].values())
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count(": done, ") == 14
+    assert again.returncode == 0 and again.stdout.count(": done, ") == 17
 
 
 # ---- what is shipped ----

@@ -26,7 +26,7 @@ from uniref_fast.training.backgrounds import COLOURS, KINDS, NAMED, PHOTOS, back
 from uniref_fast.training.drawing import crop_box, recolour, recolours_visibly
 from uniref_fast.training.make_data import MakeConfig, sample
 from uniref_fast.training.plans import SPLITS, STEP, Thing, combinations, held_out, overlapping, rounded_size
-from uniref_fast.training.tasks import plan_sample
+from uniref_fast.training.tasks import plan_sample, tasks_of
 from uniref_fast.training.wording import PLACES, Draw, a, described, place, plural
 
 CONFIG = MakeConfig(artworks("shipped"))
@@ -210,6 +210,23 @@ def test_config_errors(wrong):
         sample("test", 0, CONFIG)
     with pytest.raises(ValueError, match="-1"):
         sample("train", -1, CONFIG)
+
+
+def test_tasks_that_are_asked_for():
+    config = MakeConfig(artworks("shipped"), 64, references=(1, 2), tasks=("move", "move", "compose", "recolour"))
+    tasks = Counter(
+        (len(plan.pictures), plan.task_type) for plan in (plan_sample("train", i, config) for i in range(300))
+    )
+    assert set(tasks) == {(1, "move"), (1, "recolour"), (2, "compose")}
+    assert 1.4 < tasks[1, "move"] / tasks[1, "recolour"] < 2.8
+    wrong = (("move", "with 2 pictures the tasks are compose, add, replace_background; got move"), ("moove", "'moove'"))
+    for name, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            plan_sample("train", 3, MakeConfig(artworks("shipped"), 64, references=(2,), tasks=(name,)))
+    with pytest.raises(ValueError, match="got none"):
+        tasks_of(1, MakeConfig(artworks("shipped"), 64, tasks=()))
+    with pytest.raises(ValueError, match="simple ones"):
+        tasks_of(1, MakeConfig(artworks("shipped"), 64, pictures="simple", tasks=("add",)))
 
 
 def test_combinations_have_one_name_for_both_directions():

@@ -105,20 +105,24 @@ def parts(config: BuiltinModel) -> list[Part]:
     more = [str(out / "data-more" / f"{name}.jsonl") for name in HELDOUT]
     make = ("--size", 64, "--pictures", "simple", "--artworks", config.artworks, "--seed", config.seed,
             "--workers", config.ranks)  # fmt: skip
-    data = ("--data", str(out / "data" / "train.jsonl"), "--heldout", ",".join(heldout))
-    common = ("--model", str(out / "vae" / "model"), *data, "--cache", str(out / "cache"), "--dtype", config.dtype,
-              "--resume", "auto")  # fmt: skip
+    train, train_one = (str(out / name / "train.jsonl") for name in ("data", "data-one"))
+    data = ("--data", train)
+    both = ("--data", f"{train},{train_one}", "--weights", "1,0.6")  # a quarter is "move", two in five have several
+    common = ("--model", str(out / "vae" / "model"), "--heldout", ",".join(heldout), "--cache", str(out / "cache"),
+              "--dtype", config.dtype, "--resume", "auto")  # fmt: skip
     edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
              "--batch", 32)  # fmt: skip
-    after_sft = ("--model", str(out / "vae" / "model"), "--initial", str(out / "sft"))
+    model = ("--model", str(out / "vae" / "model"))
+    after_sft = (*model, "--initial", str(out / "sft-more"))
     evaluated: dict[str, tuple[str, ...]] = {
         "nothing": ("--model", str(out / "model"), "--baseline", "input"),
         "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
-        "untrained": ("--model", str(out / "vae" / "model")),
-        "sft": after_sft,
+        "untrained": model,
+        "sft": (*model, "--initial", str(out / "sft")),
+        "sft-more": after_sft,
     }
     runs = {config.seed + i: out / (f"msgrpo-{i}" if i else "msgrpo") for i in range(config.seeds)}
-    against = ("--against", str(out / "eval" / "sft"))
+    against = ("--against", str(out / "eval" / "sft-more"))
     evaluated |= {run.name: (*after_sft, "--initial", str(run), *against) for run in runs.values()}
     evaluated["shipped"] = ("--model", str(out / "model"), *against)  # the first of these, rounded to bfloat16
     return [
@@ -128,15 +132,22 @@ def parts(config: BuiltinModel) -> list[Part]:
         Part("data of more pictures", out / "data-more" / "made.json",
              _python("-m", "uniref_fast", "data", "make", out / "data-more", *make,
                      "--references", ",".join(map(str, MORE)), "--train", 0, "--heldout", -(-config.heldout // 3))),
+        Part("data of one picture", out / "data-one" / "made.json",
+             _python("-m", "uniref_fast", "data", "make", out / "data-one", *make, "--references", 1,
+                     "--tasks", "move,move,replace_background,recolour", "--train", config.samples, "--heldout", 0)),
         Part("vae", out / "vae" / "model",
              _torchrun(config.ranks, _script("vae"), "--data", out / "data", "--out", out / "vae",
                        "--steps", config.vae_steps, "--seed", config.seed)),
         Part("sft", out / "sft" / "transformer",
-             _torchrun(config.ranks, _script("sft"), "--recipe", "builtin", *common, "--out", out / "sft",
+             _torchrun(config.ranks, _script("sft"), "--recipe", "builtin", *common, *data, "--out", out / "sft",
                        "--seed", config.seed, "--steps", _steps(RECIPES["builtin"](), config.scale))),
+        Part("sft-more", out / "sft-more" / "transformer",
+             _torchrun(config.ranks, _script("sft"), "--recipe", "builtin_more", *common, *both,
+                       "--out", out / "sft-more", "--initial", out / "sft",
+                       "--seed", config.seed + 1, "--steps", _steps(RECIPES["builtin_more"](), config.scale))),
         *(Part(run.name, run / "lora",
-               _torchrun(config.ranks, _script("msgrpo"), "--recipe", "tiny", *common, "--out", run,
-                         "--initial", out / "sft", "--seed", seed,
+               _torchrun(config.ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
+                         "--initial", out / "sft-more", "--seed", seed,
                          "--steps", _steps(RL_RECIPES["tiny"](), config.scale)))
           for seed, run in runs.items()),
         Part("model", out / "model", lambda: ship(config)),
@@ -159,7 +170,7 @@ def ship(config: BuiltinModel) -> None:
 
     out = config.out
     pipe = load_pipeline(str(out / "vae" / "model"), torch.float32, "cpu")
-    pipe.transformer = type(pipe.transformer).from_pretrained(out / "sft" / "transformer", use_safetensors=True)
+    pipe.transformer = type(pipe.transformer).from_pretrained(out / "sft-more" / "transformer", use_safetensors=True)
     pipe.load_lora_weights(str(out / "msgrpo" / "lora"), use_safetensors=True)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

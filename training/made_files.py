@@ -82,6 +82,7 @@ def make(out: Path, config: MakeConfig, counts: Mapping[str, int], workers: int,
         "seed": config.seed,
         "references": list(config.references),
         "pictures": config.pictures,
+        "tasks": config.tasks and list(config.tasks),
         "artworks": config.artworks.source,
         **{split: counts[split] for split in SPLITS},
     }

@@ -22,7 +22,7 @@ from uniref_fast.training.drawing import MadeSample, draw_plan
 from uniref_fast.training.made_files import Made, make, writable_file
 from uniref_fast.training.plans import PICTURES, SPLITS, MakeConfig
 from uniref_fast.training.records import write_whole
-from uniref_fast.training.tasks import plan_sample
+from uniref_fast.training.tasks import NAMES, plan_sample, tasks_of
 
 __all__ = ["MadeSample", "MakeConfig", "add_arguments", "artworks", "preview", "run", "sample"]
 
@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures", choices=PICTURES, default="any",
         help="of many sizes and arrangements, or as simple as a very small model needs them (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tasks", type=lambda text: tuple(text.split(",")), metavar="TASK,TASK,...",
+        help=f"what samples may ask, twice as often what stands twice: {', '.join(NAMES)}"
+        " (all that their numbers of pictures allow)",
+    )  # fmt: skip
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help=f"also draw {PREVIEWED} samples on a sheet")
     parser.add_argument("--force", action="store_true", help="replace a folder that this command made")
 
@@ -92,7 +97,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--train and --heldout are both 0: there is nothing to make")
     if args.preview is not None:
         writable_file(args.preview, ".png")
-    config = MakeConfig(artworks(args.artworks), args.size, args.seed, args.references, args.pictures)
+    config = MakeConfig(artworks(args.artworks), args.size, args.seed, args.references, args.pictures, args.tasks)
+    for number in config.references:
+        tasks_of(number, config)  # or it says what is wrong
     counts = {split: args.train if split == "train" else args.heldout for split in SPLITS}
     made = make(args.out, config, counts, args.workers, args.force, draw=sample)
     if made.resumed:

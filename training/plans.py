@@ -118,6 +118,8 @@ class MakeConfig:
             an hour: all pictures of a sample are squares of one size, an object is as large in its picture as in the
             answer and comes there once, by whole steps of STEP pixels, pictures are mentioned in their order, all of
             them, and no name has to be known: a picture that an object is taken from shows it alone, in its middle.
+        tasks: what samples may ask, by their names in `tasks.py`; one that is given twice is drawn twice as often.
+            None: all that the number of pictures allows.
         artworks: the pool of objects.
     """
 
@@ -126,6 +128,7 @@ class MakeConfig:
     seed: int = 0
     references: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6)
     pictures: Literal["any", "simple"] = "any"
+    tasks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % MULTIPLE:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["RECIPES", "SFT", "Recipe", "Stage", "builtin", "lora", "paper", "stage_at", "tiny"]
+__all__ = ["RECIPES", "SFT", "Recipe", "Stage", "builtin", "builtin_more", "lora", "paper", "stage_at", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,11 @@ def builtin() -> SFT:
     )  # fmt: skip
 
 
+def builtin_more() -> SFT:
+    """Goes on from `builtin`, with more of the tasks that it learns last; 70 minutes on the same two cores."""
+    return replace(builtin(), stages=(Stage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),))
+
+
 def lora() -> SFT:
     """A LoRA of Qwen-Image-Edit on one GPU, 1024 then 1536 then 2048 pixels square for all references together."""
     return SFT(
@@ -283,4 +288,6 @@ def paper() -> SFT:
     )
 
 
-RECIPES: dict[str, Callable[[], SFT]] = {recipe.__name__: recipe for recipe in (tiny, builtin, lora, paper)}
+RECIPES: dict[str, Callable[[], SFT]] = {
+    recipe.__name__: recipe for recipe in (tiny, builtin, builtin_more, lora, paper)
+}

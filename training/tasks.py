@@ -28,7 +28,7 @@ from uniref_fast.training.plans import (
 )
 from uniref_fast.training.wording import PLACES, Draw, a, described, place
 
-__all__ = ["TASKS", "plan_sample"]
+__all__ = ["NAMES", "TASKS", "plan_sample", "tasks_of"]
 
 Size = tuple[int, int]
 ATTEMPTS = 20_000  # one combination in ten is held out, so a few dozen are what it takes
@@ -46,7 +46,7 @@ def plan_sample(split: str, index: int, config: MakeConfig) -> Plan:
     names = config.objects(split)
     for attempt in range(ATTEMPTS):
         # The task stays for long: otherwise those that fit more easily would be more frequent.
-        task = Draw(*seeds, 0, attempt // 1000).of(_tasks(count, config))
+        task = Draw(*seeds, 0, attempt // 1000).of(tasks_of(count, config))
         draw = Draw(*seeds, 1, attempt)
         plan = task(draw, config, names, count)
         if plan is None:
@@ -57,11 +57,30 @@ def plan_sample(split: str, index: int, config: MakeConfig) -> Plan:
     raise RuntimeError(f"no plan for sample {index} of {split} in {ATTEMPTS} attempts; try another seed")
 
 
-def _tasks(count: int, config: MakeConfig) -> tuple[Task, ...]:
+def tasks_of(count: int, config: MakeConfig) -> tuple[Task, ...]:
+    """The tasks that a sample of `count` pictures may have, as often as they are drawn.
+
+    Raises ValueError where `config.tasks` leaves none.
+    """
     tasks = TASKS[min(count, 3)]
     if config.pictures == "simple" and count == 1:  # what is only named must be known
-        return tuple(task for task in tasks if task is not _add)
-    return tasks
+        tasks = tuple(task for task in tasks if task is not _add)
+    if config.tasks is None:
+        return tasks
+    by_name = {_name(task): task for task in tasks}
+    chosen = tuple(by_name[name] for name in config.tasks if name in by_name)
+    if unknown := [name for name in config.tasks if name not in NAMES]:
+        raise ValueError(f"no task {', '.join(map(repr, unknown))}; there are: {', '.join(NAMES)}")
+    if not chosen:
+        raise ValueError(
+            f"with {count} pictures{' (simple ones)' if config.pictures == 'simple' else ''} the tasks are "
+            f"{', '.join(by_name)}; got {', '.join(config.tasks) or 'none'}"
+        )
+    return chosen
+
+
+def _name(task: Task) -> str:
+    return task.__name__.removeprefix("_")
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -323,3 +342,4 @@ TASKS: tuple[tuple[Task, ...], ...] = (
     (_compose, _compose, _add, _replace_background),
     (_compose,),
 )
+NAMES = tuple(dict.fromkeys(_name(task) for tasks in TASKS for task in tasks))
