@@ -108,13 +108,13 @@ def dkdv_kernel(
             # A row past the span, and so of somebody else, is loaded as 0: it adds 1 * 0 to dv and to dk.
             b_q = tl.load(p_q_i + o_m[:, None] * s_qn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
             b_do = tl.load(p_do_i + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
-            b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=0.0)
             # Keys down, queries across: P and dS are then the left operands of dv and dk as they lie in registers.
             b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+            # Read after S, and delta after dv, they take no registers while the products before them run.
+            b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=0.0)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
             b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
-            # Read this late, delta takes no registers beside lse.
             b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
             b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BN, D]
