@@ -245,16 +245,28 @@ def test_hooks_that_would_be_skipped_are_refused(pipe):
     uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2)], progress=False)
 
 
-@pytest.mark.parametrize("place", ["transformer", "block", "attention"])
+@pytest.mark.parametrize("place", ["transformer", "block", "attention", "norm", "norm_out"])
 def test_forward_hooks_are_refused(pipe, place):
     block = pipe.transformer.transformer_blocks[1]
-    module = {"transformer": pipe.transformer, "block": block, "attention": block.attn}[place]
+    module = {"transformer": pipe.transformer, "block": block, "attention": block.attn,
+              "norm": block.txt_norm1, "norm_out": pipe.transformer.norm_out}[place]  # fmt: skip
     handle = module.register_forward_hook(lambda module, args, out: None)
     try:
         with pytest.raises(ValueError, match="hook"):
             uniref_fast.edit(pipe, requests()[:1])
     finally:
         handle.remove()
+
+
+def test_patched_with_another_visibility(pipe):
+    """The hook of such a patch is ours."""
+    plain = uniref_fast.edit(pipe, requests()[:1], visibility="reference_causal", output_type="latent")
+    uniref_fast.patch(pipe, visibility="reference_causal")
+    try:
+        patched = uniref_fast.edit(pipe, requests()[:1], visibility="reference_causal", output_type="latent")
+    finally:
+        uniref_fast.unpatch(pipe)
+    assert torch.equal(plain[0], patched[0])
 
 
 def test_offloading_by_layer_and_own_processors_are_refused(pipe):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -104,6 +105,13 @@ def test_shared_references_are_held_once():
     assert len(shared.targets) == 3
     with pytest.raises(ValueError, match="share references but list different ones"):
         SelfLayout.qwen([pack[0], Sample(1, (1, 4, 4), (), group=7)], shared_references=True)
+    alone = SelfLayout.qwen([Sample(1, (1, 4, 4), references), *pack], shared_references=True)
+    below = [dataclasses.replace(sample, group=-1) for sample in pack]
+    assert (
+        SelfLayout.qwen([Sample(1, (1, 4, 4), references), *below], shared_references=True).segments == alone.segments
+    )
+    assert shared.shares_references and not copied.shares_references
+    assert not SelfLayout.qwen(pack[:1], shared_references=True).shares_references
 
 
 def test_target_rows_point_at_targets():

@@ -355,3 +355,19 @@ LAYOUT = SelfLayout.qwen(PACK)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_gradient_of_an_empty_stream():
+    """A sum's gradient is expanded: it has no strides of its own."""
+    x = torch.zeros(0, 8, requires_grad=True)
+    rows, table = torch.zeros(0, dtype=torch.int32), torch.zeros(1, 8)
+    ops.norm_modulate(x, table, table, rows).sum().backward()
+    assert x.grad.shape == (0, 8)
+
+
+def test_no_budget_from_what_is_not_finite():
+    one, inf = torch.ones(2), torch.tensor([1.0, float("inf")])
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_within_budget(one, inf, one)
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_within_budget(one, one, inf)

@@ -235,6 +235,13 @@ def test_a_table_decides(monkeypatch):
     impl, reason = ops.explain_attention(probe, many)
     assert impl == ours and "times as fast as dense" in reason
     assert ops.explain_attention(probe, many, backward=True)[0] == "dense"  # its backward is free
+    # A forward that is gone backward through and one that must equal it are served alike.
+    q, k, v = (rand(plan(SelfLayout.qwen(MANY_SMALL)).num_queries, 2, 64, dtype=SERVED) for _ in range(3))
+    free = ops.segment_attention(q, k, v, many)
+    alike = ops.segment_attention(q, k, v, many, backward=True)
+    trained = ops.segment_attention(q.clone().requires_grad_(), k, v, many)
+    assert torch.equal(alike, trained) and torch.equal(alike, ops.segment_attention(q, k, v, many, impl="dense"))
+    assert torch.equal(free, ops.segment_attention(q, k, v, many, impl=ours))
 
 
 def test_without_a_table(monkeypatch):
@@ -244,6 +251,11 @@ def test_without_a_table(monkeypatch):
         pytest.skip("none of our kernels")
     impl, reason = ops.explain_attention(probe, fresh_plan(MANY_SMALL))
     assert impl == ops.choose(None, probe, 64) and "no table" in reason
+
+
+def test_float64_is_float64():
+    probe = torch.zeros(1, 2, 64, dtype=torch.float64)
+    assert ops.explain_attention(probe, fresh_plan(MANY_SMALL))[0] == "reference"
 
 
 def test_without_our_kernels_the_library_serves(monkeypatch):

@@ -1,6 +1,7 @@
 """patch/unpatch on the transformer and the pipeline: equal images, true reports, and living with diffusers' hooks."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 
 import uniref_fast
 from uniref_fast.models.qwen_image_patch import SELF_CHECK_TOLERANCE, PatchedBlock
+from uniref_fast.patch import _grids
 from uniref_fast.testing import assert_within_budget, max_relative_error
 
 GRIDS = [(1, 4, 6), (1, 3, 5), (1, 1, 7)]
@@ -137,8 +139,9 @@ def test_failed_self_check(make_transformer, monkeypatch):
     model = make_transformer()
     original = run(model)
     uniref_fast.patch(model)
-    with pytest.raises(RuntimeError, match=r"transformer_blocks\.0.*strict=False"):
-        run(model)
+    for _ in range(2):  # not once only
+        with pytest.raises(RuntimeError, match=r"transformer_blocks\.0.*strict=False"):
+            run(model)
     uniref_fast.unpatch(model)
     report = uniref_fast.patch(model, strict=False)
     assert torch.equal(run(model), original) and torch.equal(run(model), original)
@@ -294,6 +297,51 @@ def test_training_under_a_patch(make_transformer, zero_cond_t, checkpointing):
             assert (fused[name] - grad).abs().max().item() < 1e-4 * scale, name
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_recomputation_knows_its_own_forward(make_transformer, elsewhere):
+    """A backward may run blocks again after another forward, on a GPU in a thread of its own."""
+
+    def gradients(between):
+        model = make_transformer(True).train()
+        model.enable_gradient_checkpointing()
+        uniref_fast.patch(model, visibility="reference_causal")
+        loss = model(**inputs())[0].square().mean()
+        if between:
+            model(**{**inputs(), "img_shapes": [[GRIDS[0], GRIDS[2], GRIDS[1]]]})
+        if elsewhere:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(loss.backward).result()
+        else:
+            loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(torch.equal(*pair) for pair in zip(gradients(False), gradients(True), strict=True))
+
+
+@pytest.mark.parametrize("place", ["img_norm1", "txt_norm2", "attn.norm_q", "attn.norm_added_k"])
+def test_forward_hooks_of_norms_run(make_transformer, place):
+    stock, model = make_transformer(True), make_transformer(True)
+    report = uniref_fast.patch(model)
+    run(model)
+    for each in (stock, model):
+        norm = each.transformer_blocks[1].get_submodule(place)
+        norm.register_forward_hook(lambda module, args, out: 2 * out)
+    assert max_relative_error(run(model), run(stock)) < 1e-4
+    assert any("forward hooks" in reason for reason in report.fallbacks)
+
+
+def test_self_check_waits_for_dropout_to_end(make_transformer):
+    model = make_transformer(True)
+    for block in model.transformer_blocks:
+        block.attn.to_out[1].p = 0.5
+    report = uniref_fast.patch(model.train())
+    run(model)
+    assert report.max_rel_error is None and not report.fallbacks
+    model.eval()
+    run(model)
+    assert report.max_rel_error < 1e-4
+
+
 def test_controlnet_residuals(make_transformer):
     model, stock = make_transformer(True), make_transformer(True)
     residuals = [torch.randn(1, TOKENS, 128)]
@@ -382,8 +430,10 @@ def test_other_visibilities_never_fall_back_to_full_attention(make_transformer, 
     model = make_transformer(True)
     if cause == "processor":
         model.transformer_blocks[1].attn.set_processor(type("Own", (QwenDoubleStreamAttnProcessor2_0,), {})())
+        before = forwards(model)
         with pytest.raises(ValueError, match="has its own Own"):
             uniref_fast.patch(model, visibility="reference_causal")
+        assert forwards(model) == before and not model._forward_pre_hooks and not uniref_fast.unpatch(model)
         return
     uniref_fast.patch(model, visibility="reference_causal")
     if cause == "backend":
@@ -393,13 +443,10 @@ def test_other_visibilities_never_fall_back_to_full_attention(make_transformer, 
         model(**inputs())
 
 
-def test_batched_shapes_under_another_visibility(make_transformer):
+def test_batched_shapes_under_another_visibility():
     """Every row of a batch has its own references."""
-    model = make_transformer(True)
-    uniref_fast.patch(model, visibility="reference_causal")
-    state = model._uniref_fast
-    state.calls.img_shapes = [GRIDS, [GRIDS[0], GRIDS[2]]]
-    assert state._grids(1, 0) == (GRIDS[0], (GRIDS[2],)) and state._grids(0, 0) == (GRIDS[0], tuple(GRIDS[1:]))
+    shapes = [GRIDS, [GRIDS[0], GRIDS[2]]]
+    assert _grids(shapes, 1, 0) == (GRIDS[0], (GRIDS[2],)) and _grids(shapes, 0, 0) == (GRIDS[0], tuple(GRIDS[1:]))
 
 
 def test_process_wide_attention_backend(make_transformer):

@@ -54,7 +54,7 @@ class TrainedModel:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(master)
-        self.packed = PackedQwenImage(transformer)
+        self.packed = PackedQwenImage(transformer, trained=True)
         if config.compile:
             for block in self.packed.blocks:
                 block.compile(dynamic=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from uniref_fast.encode import decode_image, image_latents, prompt_embeddings, to_rgb
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
-from uniref_fast.models.qwen_image_patch import offloaded_norm
+from uniref_fast.models.qwen_image_patch import has_hooks, offloaded_norm
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
 from uniref_fast.visibility import Rule
 
@@ -227,15 +227,19 @@ def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
 def _refuse_hooks(transformer: Any, device: torch.device) -> None:
     """The packed loop calls the Linears, not what holds them: hooks of those would be skipped silently."""
     advice = "a packed loop would skip them; remove them, or call the patched pipeline request by request"
-    if transformer._forward_hooks or transformer._forward_pre_hooks:
+    patched = getattr(getattr(transformer, "_uniref_fast", None), "hook", None)  # of ours, where there is one
+    if transformer._forward_hooks or set(transformer._forward_pre_hooks) - {patched and patched.id}:
         raise ValueError(f"the transformer has forward hooks, and {advice}")
+    if has_hooks(transformer.norm_out) or has_hooks(transformer.norm_out.norm):
+        raise ValueError(f"norm_out has forward hooks, and {advice}")
     for name, block in transformer.transformer_blocks.named_children():
         where = f"transformer_blocks.{name}"
-        for part in (block, block.attn):
+        norms = (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)
+        for part in (block, block.attn, *norms):
             registry = getattr(part, "_diffusers_hook", None)
             names = list(registry.hooks) if registry is not None else []
             names += ["accelerate"] * hasattr(part, "_hf_hook")
-            names += ["forward hook"] * bool(part._forward_hooks or part._forward_pre_hooks)
+            names += ["forward hook"] * has_hooks(part)
             if names:
                 raise ValueError(
                     f"{where} has hooks ({', '.join(names)}) of a cache, offloading or your own, and {advice}"

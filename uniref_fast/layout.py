@@ -147,7 +147,7 @@ class SelfLayout:
             samples: the pack, in order.
             zero_cond_t: modulate references with t = 0 (Qwen-Image-Edit-2511), in rows after the sampled ones.
             shared_references: samples of one `group` hold their references once (they must list the same ones);
-                use it with the `group_shared` visibility.
+                use it with the `group_shared` visibility. Without `zero_cond_t` the first sample's t modulates them.
         """
         return _qwen_layout(tuple(samples), zero_cond_t, shared_references)
 
@@ -173,6 +173,12 @@ class SelfLayout:
     def targets(self) -> tuple[Segment, ...]:
         """The target segments, by sample."""
         return tuple(sorted((s for s in self.segments if s.kind is Kind.TARGET), key=lambda s: s.sample))
+
+    @functools.cached_property
+    def shares_references(self) -> bool:
+        """Whether samples hold references in common."""
+        held = {s.group for s in self.segments if s.kind is Kind.REFERENCE}
+        return any(s.group in held and s.sample != s.group for s in self.targets)
 
     @functools.cached_property
     def text_segments(self) -> tuple[Segment, ...]:
@@ -230,8 +236,9 @@ class SelfLayout:
 def _qwen_layout(samples: tuple[Sample, ...], zero_cond_t: bool, shared_references: bool) -> SelfLayout:
     if not samples:
         raise ValueError("a layout needs at least one sample")
-    groups = [s.group if shared_references and s.group is not None else -1 - i for i, s in enumerate(samples)]
-    first_of_group: dict[int, int] = {}
+    groups = [("group", s.group) if shared_references and s.group is not None else ("alone", i)
+              for i, s in enumerate(samples)]  # fmt: skip
+    first_of_group: dict[tuple[str, int], int] = {}
     segments: list[Segment] = []
     text_at = image_at = joint_at = 0
     for i, sample in enumerate(samples):

@@ -23,6 +23,7 @@ def error_budget(eager: torch.Tensor, oracle: torch.Tensor, dtype: torch.dtype |
     oracle = oracle.double().cpu()
     if oracle.numel() == 0:
         return 0.0
+    assert oracle.isfinite().all() and eager.isfinite().all(), "no budget: the baseline or the oracle is not finite"
     eager_error = (eager.double().cpu() - oracle).abs().max().item()
     return 2.0 * eager_error + torch.finfo(dtype or eager.dtype).eps * oracle.abs().max().item()
 

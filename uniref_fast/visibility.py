@@ -11,7 +11,8 @@ tensor exists anywhere. For one sample with text `t`, target `x` and references 
         a      # # # #             . . # #              . . # .
         b      # # # #             . . # #              . . . #
 
-`group_shared` is `reference_causal` for a group of samples that hold one copy of their references.
+`group_shared` is `reference_causal` for a group of samples that hold one copy of their references. What is the same
+bits alone and in any pack is then the group: its first sample has its references beside it, the others have not.
 """
 
 from __future__ import annotations
@@ -161,6 +162,11 @@ def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
         if visibility not in POLICIES:
             raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(POLICIES)}, or pass a function")
         rule = POLICIES[visibility]
+        if visibility != "group_shared" and layout.shares_references:
+            raise ValueError(
+                f"samples of this layout share references, which only the first of a group sees under {visibility!r}; "
+                'use "group_shared", a rule of your own, or a layout with shared_references=False'
+            )
     else:
         rule = visibility
     rows: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = []

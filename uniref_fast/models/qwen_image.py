@@ -61,6 +61,7 @@ class AttentionContext:
         parallel: exchange among the ranks that share the pack, or None.
         checkpointing: recompute blocks in the backward.
         closed: whether every block adds its last residual itself, or leaves it to be fused with the next norm.
+        trained: attention is picked as for training, with and without gradients.
     """
 
     layout: SelfLayout
@@ -72,6 +73,7 @@ class AttentionContext:
     parallel: SequenceParallel | None = None
     checkpointing: bool = False
     closed: bool = False
+    trained: bool = False
 
     def modulation_rows(self, stream: str) -> Tensor:
         """Modulation row of every row of a stream that this rank has, int32 `[n]`."""
@@ -133,7 +135,7 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionCo
         (image, text) stream outputs, shapes as given.
     """
     q, k, v = project_qkv(attn, image, text, context)
-    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl)
+    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl, backward=context.trained or None)
     streams = {}
     for name in ("image", "text"):
         part = _stream(out, context.layout, name)
@@ -228,7 +230,8 @@ class PackedBlock(nn.Module):
         targets = layout.target_rows(image.device)
         q, k, v = project_qkv(block.attn, image_in, text_in, context)
         q = q[layout.joint_index("image", image.device)[targets]]
-        out = ops.segment_attention(q, k, v, target_plan(layout, context.visibility), impl=impl)
+        mine_only = target_plan(layout, context.visibility)
+        out = ops.segment_attention(q, k, v, mine_only, impl=impl, backward=context.trained or None)
         if context.parallel is not None:
             out = context.parallel.scatter_heads(out, context.parallel.targets(layout))
         mine = context.target_rows()
@@ -248,6 +251,8 @@ class PackedQwenImage(nn.Module):
         visibility: policy name or rule (`uniref_fast.visibility`); anything but "full" needs a model trained for it.
         impl: implementation forced on every op, or None to pick by device.
         checkpointing: keep only each block's input and attention output for the backward, and recompute the rest.
+        trained: a forward without gradients must be the one with them to the bit: attention is then picked by what both
+            directions cost, always.
 
     Attributes:
         blocks: the `PackedBlock`s; what sharding by block wraps.
@@ -267,6 +272,7 @@ class PackedQwenImage(nn.Module):
         visibility: str | Rule = "full",
         impl: str | None = None,
         checkpointing: bool = False,
+        trained: bool = False,
     ) -> None:
         super().__init__()
         config = transformer.config
@@ -284,6 +290,7 @@ class PackedQwenImage(nn.Module):
         self.visibility = visibility
         self.impl = impl
         self.checkpointing = checkpointing
+        self.trained = trained
         self.parallel: SequenceParallel | None = None
 
     def forward(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> Tensor:
@@ -311,6 +318,7 @@ class PackedQwenImage(nn.Module):
             checkpointing=self.checkpointing,
             # float16 models: diffusers clips the residual stream to the finite range, so every block closes it
             closed=self.checkpointing or image.dtype == torch.float16,
+            trained=self.trained,
         )
         if self.parallel is not None:
             image, text = image[self.parallel.rows(layout, "image")], text[self.parallel.rows(layout, "text")]

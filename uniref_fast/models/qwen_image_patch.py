@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.models.qwen_image import AttentionContext, Modulation, joint_attention
@@ -24,6 +24,7 @@ __all__ = [
     "PatchedAttention",
     "PatchedBlock",
     "Site",
+    "has_hooks",
     "offloaded_norm",
     "register_processor",
 ]
@@ -66,9 +67,15 @@ class Owner(Protocol):
         """Row of the modulation table for every token of a stream."""
 
     def accept(
-        self, site: Site, fused: tuple, original: Callable[[], tuple], choice: tuple[str, str] | None = None
+        self,
+        site: Site,
+        fused: tuple,
+        original: Callable[[], tuple],
+        module: nn.Module,
+        choice: tuple[str, str] | None = None,
     ) -> tuple:
-        """Count a fused result and, the first time, compare it with the original's; `choice` is what served and why."""
+        """Count a fused result of a module and, the first time, compare it with the original's; `choice` is what served
+        and why."""
 
     def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
         """Count a refusal and run the original."""
@@ -159,7 +166,7 @@ class PatchedAttention:
         fused = image_out.unflatten(0, hidden_states.shape[:2]), text_out.unflatten(0, text.shape[:2])
         like = hidden_states.flatten(0, 1)[:, : attn.inner_dim].unflatten(-1, (attn.heads, -1))  # shaped as q is
         choice = ops.explain_attention(like, context.plan, context.impl, backward=image_out.requires_grad)
-        return self.owner.accept(self.site, fused, original, choice)
+        return self.owner.accept(self.site, fused, original, attn, choice)
 
     def refusal(self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, rotary: Any) -> str | None:
         """Why this call must run the original, or None."""
@@ -188,9 +195,16 @@ def offloaded_norm(attn: Any, device: torch.device | None) -> str | None:
         registry = getattr(norm, "_diffusers_hook", None)
         if hasattr(norm, "_hf_hook") or (registry is not None and registry.hooks):
             return "the QK norms have hooks of their own (offloaded by layer)"
+        if has_hooks(norm):
+            return "the QK norms have forward hooks"
         if device is not None and norm.weight.device != device:
             return f"a QK norm has its weight on {norm.weight.device}, not {device}"
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has PyTorch's forward hooks, which nobody runs who reads its weights instead of calling it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _active_backend() -> str | None:
@@ -267,7 +281,7 @@ class PatchedBlock:
         fused = _refusal(self.owner, self.site, attn.inner_dim // attn.heads, *tensors) or self._fused(*arguments)
         if isinstance(fused, str):
             return self.owner.refuse(self.site, fused, original)
-        return self.owner.accept(self.site, fused, original)
+        return self.owner.accept(self.site, fused, original, self.block)
 
     def _modulation(self, temb: Tensor) -> tuple[Modulation, Modulation]:
         """(image, text) modulation; text always uses the sampled timestep, the first half of a doubled `temb`."""
@@ -281,6 +295,8 @@ class PatchedBlock:
         block, owner = self.block, self.owner
         impl, eps = owner.impl, block.img_norm1.eps
         batch = image.shape[0]
+        if any(map(has_hooks, (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2))):
+            return "the norms have forward hooks"
         if temb.shape[0] != batch * (2 if block.zero_cond_t else 1):
             return f"{temb.shape[0]} timestep embeddings for a batch of {batch}"
         mods = self._modulation(temb)

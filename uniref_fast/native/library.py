@@ -93,7 +93,7 @@ def raise_for(status: int) -> None:
 
 def check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """On the CPU, of this shape and dtype, last dimension contiguous."""
-    if x.is_cpu and x.dtype is dtype and x.shape == shape and (shape[-1] < 2 or x.stride(-1) == 1):
+    if x.is_cpu and x.dtype is dtype and x.shape == shape and (x.numel() == 0 or shape[-1] < 2 or x.stride(-1) == 1):
         return x
     if not x.is_cpu:
         raise ValueError(f"{name} is on {x.device}; native kernels take CPU tensors")

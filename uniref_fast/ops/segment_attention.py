@@ -36,7 +36,14 @@ REFERENCE_ROWS = 512
 
 @overload
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float | None = None, impl: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    backward: bool | None = None,
 ) -> Tensor: ...
 
 
@@ -50,6 +57,7 @@ def segment_attention(
     scale: float | None = None,
     return_lse: bool,
     impl: str | None = None,
+    backward: bool | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -62,6 +70,7 @@ def segment_attention(
     scale: float | None = None,
     return_lse: bool = False,
     impl: str | None = None,
+    backward: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention under a plan.
 
@@ -81,7 +90,9 @@ def segment_attention(
         scale: positive factor on the logits, `1 / sqrt(D)` by default.
         return_lse: also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
         impl: "reference", "native", "triton", "dense" (PyTorch's fused attention, one call a rectangle); None picks by
-            device, plan and size, so for bit-equal results under different packs force one.
+            device, plan, size and `backward`, so for bit-equal results under different packs force one.
+        backward: whether the time of a backward counts when it picks; None: when gradients will be taken. True makes a
+            forward without gradients the one that a forward with them is, to the bit.
 
     Returns:
         out `[Nq, H, D]`, dtype of q; with `return_lse`, `(out, lse)`. A query that sees no key gives 0 and -inf.
@@ -100,7 +111,7 @@ def segment_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl, tables, transposed, rectangles = _prepare(q.detach(), plan, impl, needs_grad)
+    impl, tables, transposed, rectangles = _prepare(q.detach(), plan, impl, needs_grad, backward)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if impl == "reference":
@@ -135,6 +146,8 @@ def explain_attention(
 
 def _choose(q: Tensor, plan: AttentionPlan, backward: bool) -> tuple[str, str]:
     heads, head_dim = q.shape[1:]
+    if q.dtype == torch.float64:
+        return "reference", "float64: the others keep a log-sum-exp in float32"
     ours = "triton" if q.device.type == "cuda" else "native"
     dense = backend(q)
     if why := unavailable(ours, q, head_dim):
@@ -157,13 +170,13 @@ def _choose(q: Tensor, plan: AttentionPlan, backward: bool) -> tuple[str, str]:
 
 @torch.compiler.disable  # work on the host, kept with the plan: the only graph break of a compiled caller
 def _prepare(
-    q: Tensor, plan: AttentionPlan, impl: str | None, backward: bool
+    q: Tensor, plan: AttentionPlan, impl: str | None, needs_grad: bool, backward: bool | None
 ) -> tuple[str, list[Tensor], list[Tensor], list[int]]:
     """The implementation, and what it needs: tables of the plan and of its transpose, or rectangles."""
-    impl = explain_attention(q, plan, impl, backward=backward)[0]
+    impl = explain_attention(q, plan, impl, backward=needs_grad if backward is None else backward)[0]
     if impl in ("reference", "dense"):
         return impl, [], [], rectangles_of(plan) if impl == "dense" else []
-    return impl, *_tables(q, plan, impl, backward), []
+    return impl, *_tables(q, plan, impl, needs_grad), []
 
 
 def _tables(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
