@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from uniref_fast.training.cache import TensorCache
-from uniref_fast.training.feeder import BrokenRowsError, Feeder
+from uniref_fast.training.feeder import BrokenRowsError, Feeder, agree
 from uniref_fast.training.packing import CostModel, assign
 from uniref_fast.training.recipes import SFT, Stage
 from uniref_fast.training.rows import Dataset
@@ -73,7 +73,12 @@ def feed(builtin_pipe):
     made = []
 
     def build(dataset, rank=0, ranks=1, state=None, stages=STAGES, **fields):
-        config = SFT(stages, data=("x",), packs=fields.pop("packs", 4), **{"steps": STEPS, "workers": 2, **fields})
+        config = SFT(
+            stages,
+            data=fields.pop("data", ("x",)),
+            packs=fields.pop("packs", 4),
+            **{"steps": STEPS, "workers": 2, **fields},
+        )
         encoder = Remembering(builtin_pipe, TensorCache(None), config.seed, config.drop_text, config.drop_references)
         plans = [StagePlan(stage.pack_tokens, 1, False, 0, "") for stage in stages]
         feeder = Feeder(dataset, encoder, config, plans, COSTS, lambda packs, n: assign(packs, ranks)[rank], state)
@@ -357,3 +362,36 @@ def test_a_picture_that_breaks_later_is_an_error_of_its_own_future(dataset, feed
     outcomes = {key[1]: future.exception(timeout=20) for key, future in packs.images.items()}
     assert outcomes[2] is not None and "cut.png" in str(outcomes[2]) and isinstance(outcomes[2], ValueError)
     assert all(error is None for index, error in outcomes.items() if index != 2) and not packs.broken
+
+
+# ---- ranks that read unlike rows ----
+
+
+class TwoRanks:
+    """The second of two; the first has planned `other`."""
+
+    def __init__(self, *other):
+        self.other = other
+
+    def gather(self, value):
+        return [(hash(self.other[0]), self.other[1]), value]
+
+
+def test_ranks_that_plan_alike_go_on_and_others_do_not():
+    keys, broken = [(0, 1), (0, 2)], [("rows.jsonl:4", "cannot be opened")]
+    agree(TwoRanks(((0, 1), (0, 2)), []), keys, [])
+    with pytest.raises(BrokenRowsError, match=r"rank 1: rows\.jsonl:4: cannot be opened"):
+        agree(TwoRanks(((0, 1), (0, 3)), []), keys, broken)
+    with pytest.raises(BrokenRowsError, match="none, but in one before it"):
+        agree(TwoRanks(((0, 2), (0, 1)), []), keys, [])
+
+
+def test_rows_that_never_come_do_not_hide_that_all_others_are_broken(tmp_path, feed):
+    for name, picture in (("bad", "gone.png"), ("good", "there.png")):
+        row = {"input_images": [picture], "output_image": picture, "instruction": "x"}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    Image.new("RGB", (32, 32)).save(tmp_path / "there.png")
+    paths = tuple(str(tmp_path / f"{name}.jsonl") for name in ("bad", "good"))
+    feeder = feed(Dataset(paths), data=paths, weights=(1.0, 0.0))
+    with pytest.raises(BrokenRowsError, match="all of them"):
+        feeder.next(0)

@@ -52,6 +52,11 @@ def test_groups_with_too_few_scores():
     assert made.too_few == 3 and {key[1] for key in made.values} == {2}
 
 
+def test_unlike_axes_are_refused():
+    with pytest.raises(ValueError, match=r"same axes, mood, quality; \(0, 0, 1\) has mood"):
+        advantages({(0, 0, 0): {"quality": 1.0, "mood": 2.0}, (0, 0, 1): {"mood": 3.0}}, [[(0, 0, 0), (0, 0, 1)]], {})
+
+
 def test_clipped():
     made = advantages(*scores([0.0] * 99 + [1.0]), W, clip=5.0)
     assert max(made.values.values()) == 5.0

@@ -549,6 +549,8 @@ def test_a_reward_of_ones_own(data, tmp_path, monkeypatch):
         (("--sampler", "ddim"), "sde"),
         (("--rewards", "judge", "--judge.url", "http://localhost:9/v1"), "does not answer"),
         (("--min-members", "9"), "more than a group has"),
+        (("--max-failures", "-0.5"), "share from 0 to 1"),
+        (("--axis-weights", "1,-1,0"), "axis_weights must be at least 0"),
     ],
 )
 def test_wrong_input(data, tmp_path, capsys, more, message):

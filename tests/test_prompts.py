@@ -209,7 +209,7 @@ def test_no_row_of_the_kind_that_is_whole(make):
 def test_broken_rows_beside_rows_that_never_come(make, tmp_path):
     other = write(tmp_path, [row(2, 100)], "other.jsonl")
     given = {"data": (str(tmp_path / "rows.jsonl"), str(other)), "weights": (1.0, 0.0)}
-    with pytest.raises(ValueError, match=r"rows\.jsonl:[12]: .*gone\.png"):
+    with pytest.raises(BrokenRowsError, match=r"rows\.jsonl:[12]: .*gone\.png"):
         make([None, None], max_broken=100, **given).take(1, STAGES["any"])
 
 

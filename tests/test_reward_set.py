@@ -1,6 +1,7 @@
 """Several rewards of one candidate: how they are weighted, what fails, and functions of one's own."""
 
 import json
+import math
 import re
 import sys
 from concurrent.futures import CancelledError
@@ -65,9 +66,9 @@ def make(tmp_path):
     """Makes reward sets, and closes them."""
     made = []
 
-    def build(*rewards, resumed=False, rank=0, notify=None, **fields):
+    def build(*rewards, rank=0, notify=None, **fields):
         config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", rewards=rewards, **fields)
-        made.append(RewardSet(config, tmp_path / "judge", rank, resumed, notify))
+        made.append(RewardSet(config, tmp_path / "judge", rank, notify))
         return made[-1]
 
     yield build
@@ -230,7 +231,7 @@ def test_without_a_judge(make, tmp_path):
 
 
 def test_with_a_judge(make, own, tmp_path):
-    """Its log is that of the rank; a resumed run is answered from the logs of all ranks, another one is not."""
+    """Its log is that of the rank; what was asked before is answered from the logs of all ranks."""
     name = f"{own}:good"
     with judge_server.JudgeServer() as server:
         given = {"judge": JudgeConfig(url=server.url, model=judge_server.MODEL), "reward_weights": (1.0, 3.0)}
@@ -243,8 +244,23 @@ def test_with_a_judge(make, own, tmp_path):
         (record,) = [json.loads(line) for line in (tmp_path / "judge" / "judge-2.jsonl").read_text().splitlines()]
         assert record["step"] == 4 and tuple(record["key"]) == (0, 0, 0)
         assert len(server.requests) == 1
-        resumed = make("judge", name, rank=0, resumed=True, **given)
+        resumed = make("judge", name, rank=0, **given)
         assert asked(resumed, candidate(red=51), step=4) == found and len(server.requests) == 1
         resumed.close()
-        assert asked(make("judge", name, rank=1, **given), candidate(red=51), step=4) == found
+        asked(make("judge", name, rank=1, **given), candidate(red=52), step=4)
         assert len(server.requests) == 2
+
+
+def test_a_look_at_the_ratio_makes_no_log(tmp_path):
+    config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", rewards=("judge", "scene"))
+    rewards = RewardSet(config, None, 0)
+    assert rewards.judge is None and not list(tmp_path.iterdir())
+    rewards.close()
+
+
+def test_weights_of_axes_that_give_no_mean(make):
+    for weights in ((1.0, -1.0, 0.0), (float("nan"), 1.0, 1.0), (math.inf, 1.0, 1.0)):
+        with pytest.raises(ValueError, match="axis_weights must be at least 0"):
+            make("scene", axis_weights=weights)
+    with pytest.raises(ValueError, match="quality weigh 0"):
+        make("scene", axis_weights=(1.0, 0.0, 0.0)).total({"quality": 4.0})

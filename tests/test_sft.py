@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from uniref_fast import builtin
 from uniref_fast.scenes import demo_scene
-from uniref_fast.training import checkpoint, sft, trainer
+from uniref_fast.training import checkpoint, launch, sft, trainer
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
@@ -195,6 +195,39 @@ def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
     equal_to(whole, out)
 
 
+def test_figures_of_a_step_that_a_signal_ended_come_later(data, tmp_path, monkeypatch):
+    out, step = tmp_path / "run", trainer.Trainer.train_step
+    every = ("--eval-every", 1, "--heldout", data / "heldout.jsonl")
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    assert sft.main(flags(data, out, *every)) == 143
+    assert looked(out) == [0]
+    monkeypatch.undo()
+    assert sft.main(flags(data, out, *every, "--resume", "auto")) == 0
+    assert looked(out) == list(range(max(losses(out)) + 2))
+
+
+def looked(out):
+    return sorted(record["step"] for record in records(out) if any(name.startswith("eval/") for name in record))
+
+
+def test_a_resumed_run_keeps_its_packs_whatever_memory_there_is(data, tmp_path):
+    """Where pack_tokens is planned, more memory makes larger packs; a run that is gone on with keeps its own."""
+
+    def packs(out, steps, gib, *more):
+        planned = [text for i in (0, 1) for text in (f"--stages.{i}.pack-tokens", "none")]
+        assert sft.main(flags(data, out, *planned, "--memory-gib", gib, *more, steps=steps)) == 0
+        return [event["pack_tokens"] for event in events(out, "stage") if event["number"] == 1]
+
+    (few,), (many,) = packs(tmp_path / "run", 2, 0.5), packs(tmp_path / "other", 2, 8)
+    assert few < many
+    assert set(packs(tmp_path / "run", 4, 8, "--resume", "auto")) == {few}
+
+
 def not_finite(monkeypatch, steps):
     real = trainer.partial_errors
     calls = []
@@ -298,3 +331,14 @@ def test_other_data(data, half, tmp_path, capsys):
     (other / "train.jsonl").write_text("".join((other / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
     assert sft.main(flags(other, half, "--resume", "auto")) == 2
     assert "not what this run was trained on" in capsys.readouterr().err
+
+
+def test_every_rank_says_what_ended_it(monkeypatch, capsys):
+    """Rank 0 at once, the others where it has not ended them meanwhile: what only they met must not be lost."""
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    for rank, expected in (("0", "sft: no"), ("3", "sft, rank 3: no")):
+        monkeypatch.setenv("RANK", rank)
+        assert launch._failed("sft", ValueError("no"), 2) == 2
+        assert capsys.readouterr().err == expected + "\n"
+    assert len(waited) == 1

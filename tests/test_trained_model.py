@@ -258,3 +258,33 @@ def test_files_of_one_name_or_no_rows_are_refused(trained, ranks, rows, tmp_path
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"none\.jsonl"):
         held_out(model, ranks, [tmp_path / "none.jsonl"])
+
+
+def test_an_adapter_comes_with_the_weights_that_it_was_trained_on(trained, tmp_path):
+    """SFT of all weights, then an adapter on top, then a third run that is only told of the second."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    trained().export(first)
+    model = trained(initial=first, lora_rank=2)
+    model.export(second)
+    (second / "config.json").write_text(json.dumps({"initial": str(first)}))
+    expected = predicted(model.packed)
+    assert torch.equal(predicted(trained(moved=False, initial=second, lora_rank=2).packed), expected)
+    again = trained(moved=False, initial=second, lora_rank=2)
+    again.export(third)
+    (third / "config.json").write_text(json.dumps({"initial": str(second)}))
+    assert torch.equal(predicted(trained(moved=False, initial=third, lora_rank=2).packed), expected)
+    shutil.rmtree(first)
+    with pytest.raises(ValueError, match=f"{second} was trained on top of {first}, which is not there"):
+        trained(moved=False, initial=second, lora_rank=2)
+
+
+def test_an_adapter_is_gone_on_with_unrounded_and_as_it_is(trained, tmp_path, capsys):
+    model = trained(lora_rank=2, lora_alpha=3.0, dtype="bfloat16")
+    model.export(tmp_path)
+    again = trained(moved=False, initial=tmp_path, lora_rank=2, lora_alpha=7.0, dtype="bfloat16")
+    assert "keeps its lora_alpha = 3" in capsys.readouterr().err
+    assert {p.dtype for p in again.parameters.values()} == {torch.float32}
+    assert again.parameters.keys() == model.parameters.keys()
+    for name, parameter in model.parameters.items():
+        assert torch.equal(local(again.parameters[name]), local(parameter)), name
+    assert torch.equal(predicted(again.packed, torch.bfloat16), predicted(model.packed, torch.bfloat16))

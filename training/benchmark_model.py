@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training.cache import content_key, fingerprint
+from uniref_fast.training.model import said
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
 
@@ -63,10 +63,10 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
     for number, run in enumerate(runs):
         if not any((run / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial {run} has neither lora/ nor transformer/; give the folder of a finished run")
-        trained = _said(run, "model")
+        trained = said(run, "model")
         if model == "builtin" and trained not in (None, model):
             raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")
-        started = _said(run, "initial")
+        started = said(run, "initial")
         base = None if started is None else Path(started)
         if base is None or (run / "transformer").is_dir():
             continue
@@ -113,12 +113,3 @@ def _put_on(pipe: Any, run: Path, adapters: list[str], dtype: torch.dtype, devic
         adapters.append(f"run{len(adapters)}")
         pipe.load_lora_weights(str(run / "lora"), adapter_name=adapters[-1], use_safetensors=True)
         pipe.set_adapters(adapters)
-
-
-def _said(run: Path, name: str) -> str | None:
-    """A text of a run's configuration, such as the run that it went on from."""
-    try:
-        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError):
-        return None  # exported by another program, or copied without it
-    return value if isinstance(value, str) else None

@@ -104,8 +104,9 @@ class HeldOut:
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
         return assembled(self.model, chosen, times, noises)
 
-    def grid(self, stage: Stage) -> Image.Image | None:
-        """References, target and result of some rows of each file, as a labelled picture. All ranks."""
+    def grid(self, stage: Stage, max_tokens: int) -> Image.Image | None:
+        """References, target and result of some rows of each file, as a labelled picture. All ranks, in packs of
+        `max_tokens`."""
         requests, pictures = [], []
         for name, dataset in self.datasets.items():
             for i in range(min(self.config.sample_count, len(dataset))):
@@ -130,7 +131,14 @@ class HeldOut:
         packed = self.model.packed
         parallel, packed.parallel = packed.parallel, None
         try:
-            results = edit(self.model.pipe, requests, budget=stage.side**2, model=packed, progress=False)
+            results = edit(
+                self.model.pipe,
+                requests,
+                budget=stage.side**2,
+                model=packed,
+                max_tokens=max_tokens,
+                progress=False,
+            )
         finally:
             packed.parallel = parallel
         rows = []

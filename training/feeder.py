@@ -6,19 +6,20 @@ where the stream stands and which samples wait: a state of a few hundred integer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from uniref_fast.training.packing import CostModel, Key, Pack, Packer
+from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.recipes import SFT, Recipe, stage_at
 from uniref_fast.training.rows import Dataset
 from uniref_fast.training.samples import Encoder, Prepared
 from uniref_fast.training.stages import StagePlan
 from uniref_fast.training.stream import Stream
 
-__all__ = ["BrokenRowsError", "Feeder", "StepPacks", "refuse_broken", "row_weights"]
+__all__ = ["BrokenRowsError", "Feeder", "StepPacks", "agree", "coming", "refuse_broken", "row_weights"]
 
 
 class BrokenRowsError(RuntimeError):
@@ -75,6 +76,7 @@ class Feeder:
         self._waiting: list[Key] = []
         weights = row_weights(config)
         self._stream = Stream(len(dataset), config.seed, weights)
+        self._coming = coming(dataset, weights)
         self._broken: set[str] = set()  # places of the rows that could not be used
         if state is not None:
             if state["data"] != dataset.fingerprint:
@@ -172,7 +174,18 @@ class Feeder:
             BrokenRowsError: for more than the run allows, or all there are.
         """
         self._broken.update(where for where, _ in rows[len(rows) - count :])
-        refuse_broken(self._broken, self.config.max_broken, len(self.dataset), rows)
+        refuse_broken(self._broken, self.config.max_broken, self._coming, rows)
+
+
+def agree(ranks: Ranks, keys: Sequence[Key], broken: Sequence[tuple[str, str]]) -> None:
+    """Raise BrokenRowsError, on all ranks, unless all have planned the same rows: one may not read what others can."""
+    everywhere = ranks.gather((hash(tuple(keys)), [tuple(row) for row in broken]))
+    if len({planned for planned, _ in everywhere}) > 1:
+        told = [f"rank {rank}: {': '.join(row)}" for rank, (_, rows) in enumerate(everywhere) for row in rows]
+        raise BrokenRowsError(
+            "the ranks do not read the same rows, so each would train on others; every rank needs the same files. "
+            f"Not usable in this step: {'; '.join(told[:6]) or 'none, but in one before it'}"
+        )
 
 
 def refuse_broken(broken: Collection[str], most: int, total: int, rows: list[tuple[str, str]]) -> None:
@@ -183,6 +196,11 @@ def refuse_broken(broken: Collection[str], most: int, total: int, rows: list[tup
         raise BrokenRowsError(
             f"{len(broken)} rows could not be used, {limit}; the last: {last}. `uniref-fast data check` lists all"
         )
+
+
+def coming(dataset: Dataset, weights: Sequence[float] | None) -> int:
+    """Rows that come at all."""
+    return len(dataset) if weights is None else sum(weight > 0 for weight in weights)
 
 
 def row_weights(config: Recipe) -> list[float] | None:

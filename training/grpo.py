@@ -60,8 +60,15 @@ def advantages(
         spread: "group": a group's own (population) standard deviation; "batch": that of all groups' deviations.
         min_members: a group with fewer scored members is left out.
         clip: largest size.
+
+    Raises:
+        ValueError: for members that are scored on unlike axes.
     """
     axes = sorted({axis for values in scores.values() for axis in values})
+    for member, scored_on in scores.items():
+        if len(scored_on) < len(axes):
+            has = ", ".join(scored_on) or "none"
+            raise ValueError(f"every rollout must be scored on the same axes, {', '.join(axes)}; {member} has {has}")
     kept: list[list[Key]] = []
     zero = few = 0
     for group in groups:

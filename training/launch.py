@@ -44,7 +44,7 @@ class Place:
 
     @property
     def only_looks(self) -> bool:
-        """Whether nothing is written into the folder."""
+        """Whether nothing is written into the folder, but data that the command makes."""
         return False
 
 
@@ -131,8 +131,9 @@ def prepare(config: Recipe, place: Place, ranks: Ranks) -> int | None:
 
 
 def _failed(name: str, error: BaseException, status: int) -> int:
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{name}: {type(error).__name__ + ': ' if status == 1 else ''}{error}", file=sys.stderr)
-    else:
-        time.sleep(2)  # torchrun ends all ranks with the first: let the message out
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(3)  # where rank 0 says the same, torchrun ends the others meanwhile
+        name = f"{name}, rank {rank}"
+    print(f"{name}: {type(error).__name__ + ': ' if status == 1 else ''}{error}", file=sys.stderr)
     return status

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from uniref_fast.loading import load_pipeline
@@ -17,7 +20,7 @@ from uniref_fast.models.single_frame import single_frame
 from uniref_fast.training.parallel import Ranks, shard
 from uniref_fast.training.recipes import Recipe
 
-__all__ = ["TrainedModel"]
+__all__ = ["TrainedModel", "said"]
 
 
 class TrainedModel:
@@ -54,6 +57,8 @@ class TrainedModel:
         for parameter in transformer.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(master)
+        if config.initial is not None and (config.initial / "lora").is_dir():
+            self._unrounded(config.initial / "lora")
         self.packed = PackedQwenImage(transformer, trained=True)
         if config.compile:
             for block in self.packed.blocks:
@@ -65,14 +70,29 @@ class TrainedModel:
         """Load what an earlier run exported; an adapter is gone on with, not added to."""
         if not any((start / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
-        if (start / "transformer").is_dir():
+        if base := _base(start):
             kind = type(self.pipe.transformer)
-            self.pipe.transformer = kind.from_pretrained(start / "transformer", torch_dtype=dtype, use_safetensors=True)
+            self.pipe.transformer = kind.from_pretrained(base / "transformer", torch_dtype=dtype, use_safetensors=True)
         if (start / "lora").is_dir():
             self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
-            rank = self.pipe.transformer.peft_config["default"].r
-            if rank != self.config.lora_rank:
-                raise ValueError(f"the adapter of {start} has rank {rank}; set lora_rank to it, or fuse it first")
+            kept = self.pipe.transformer.peft_config["default"]
+            if kept.r != self.config.lora_rank:
+                raise ValueError(f"the adapter of {start} has rank {kept.r}; set lora_rank to it, or fuse it first")
+            odd = [f"lora_alpha = {kept.lora_alpha}"] * (kept.lora_alpha != self.config.lora_alpha)
+            odd += ["lora_targets"] * (set(kept.target_modules) != set(self.config.lora_targets))
+            if odd and self.ranks.rank == 0:
+                print(f"the adapter of {start} is gone on with: it keeps its {' and '.join(odd)}", file=sys.stderr)
+
+    def _unrounded(self, folder: Path) -> None:
+        """Factors as the file has them: peft casts them to the base's dtype on the way."""
+        from peft.utils import get_peft_model_state_dict
+
+        mine = get_peft_model_state_dict(self.pipe.transformer)
+        for file in sorted(folder.glob("*.safetensors")):
+            for name, tensor in load_file(file).items():
+                name = name.removeprefix("transformer.")
+                if name in mine:  # else of another program, with other names
+                    mine[name].copy_(tensor)
 
     def _add_adapter(self) -> None:
         from peft import LoraConfig
@@ -148,6 +168,34 @@ class TrainedModel:
         self.pipe.transformer.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
+
+
+def said(run: Path, name: str) -> str | None:
+    """A text of a run's configuration, such as the run that it went on from."""
+    try:
+        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None  # exported by another program, or copied without it
+    return value if isinstance(value, str) else None
+
+
+def _base(run: Path) -> Path | None:
+    """The run whose transformer a run's export belongs to: itself, or one that its adapter went on from, or none.
+
+    Raises:
+        ValueError: when one on the way is not there.
+    """
+    while not (run / "transformer").is_dir():
+        before = said(run, "initial")
+        if before is None:
+            return None
+        if not Path(before).is_dir():
+            raise ValueError(
+                f"the adapter of {run} was trained on top of {before}, which is not there; put it back, or, where it "
+                f"held an adapter alone, take `initial` out of {run / 'config.json'}"
+            )
+        run = Path(before)
+    return run
 
 
 def _whole(parameter: Tensor) -> Tensor:

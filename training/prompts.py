@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uniref_fast.training.feeder import refuse_broken, row_weights
+from uniref_fast.training.feeder import coming, refuse_broken, row_weights
 from uniref_fast.training.packing import Key
 from uniref_fast.training.rl_recipes import MSGRPO, RLStage
 from uniref_fast.training.rows import Dataset
@@ -35,7 +35,7 @@ class Prompts:
         self.dataset, self.encoder, self.config = dataset, encoder, config
         weights = row_weights(config)
         self._stream = Stream(len(dataset), config.seed, weights)
-        self._coming = len(dataset) if weights is None else sum(weight > 0 for weight in weights)
+        self._coming = coming(dataset, weights)
         self._broken: set[str] = set()
         if state is not None:
             if state["data"] != dataset.fingerprint:
@@ -73,7 +73,7 @@ class Prompts:
             except (ValueError, OSError) as error:
                 broken.append((where, str(error).removeprefix(f"{where}: ")))
                 self._broken.add(where)
-                refuse_broken(self._broken, self.config.max_broken, len(self.dataset), broken)
+                refuse_broken(self._broken, self.config.max_broken, self._coming, broken)
             unfit.add(key[1])
             if len(unfit) == self._coming:  # not counted in epochs: weights make rows rare
                 last = f"; the last that could not be used: {': '.join(broken[-1])}" if broken else ""

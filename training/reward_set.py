@@ -1,8 +1,8 @@
 """The rewards of a run: functions in a weighted dict, asked while rollouts go on.
 
 "scene" is the programmatic reward of made data, "judge" the endpoint, and "package.module:function" a function of your
-own: it takes a `Candidate` and returns axis -> score, 0 to 10, with any names of axes; what it raises as a
-`UnscoredError` is a failure of that candidate alone, everything else ends the run.
+own: it takes a `Candidate` and returns axis -> score, 0 to 10, with any names of axes, the same ones for every
+candidate; what it raises as a `UnscoredError` is a failure of that candidate alone, everything else ends the run.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class RewardSet:
 
     Args:
         config: of the run.
-        logs: folder of the judge's logs; None asks no judge whatever the config says.
+        logs: folder of the judge's logs, which answer what was asked before; None asks no judge whatever the config
+            says.
         rank: of this process; its log is `judge-<rank>.jsonl`.
-        resumed: answer from the logs of this folder what was asked before.
         notify: takes (kind, **details) of the judge's outages.
 
     Raises:
@@ -43,9 +43,7 @@ class RewardSet:
             cannot be read.
     """
 
-    def __init__(
-        self, config: MSGRPO, logs: Path, rank: int, resumed: bool, notify: Callable[..., None] | None = None
-    ) -> None:
+    def __init__(self, config: MSGRPO, logs: Path | None, rank: int, notify: Callable[..., None] | None = None) -> None:
         _check(config)
         self.weights = dict(zip(config.rewards, config.reward_weights or (1.0,) * len(config.rewards), strict=True))
         self._own_weights = dict(zip(AXES, config.axis_weights, strict=True))
@@ -53,9 +51,9 @@ class RewardSet:
         self.judge: Judge | None = None
         self._threads = ThreadPoolExecutor(1)  # a core stays with the rollouts
         self._functions = {name: _function(name) for name in config.rewards if name != "judge"}
-        if "judge" in config.rewards:
+        if "judge" in config.rewards and logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
-            old = sorted(logs.glob("judge-*.jsonl")) if resumed else []
+            old = sorted(logs.glob("judge-*.jsonl"))
             self.judge = Judge(config.judge, logs / f"judge-{rank}.jsonl", notify, earlier=old)
 
     def submit(self, candidate: Candidate, step: int) -> dict[str, Future[Scores | Failure]]:
@@ -87,6 +85,8 @@ class RewardSet:
         """Weighted mean over the axes, 0 to 10."""
         weights = self.axis_weights
         total = sum(weights.get(axis, 1.0) for axis in axes)
+        if not total > 0:
+            raise ValueError(f"axis_weights leave nothing of what was scored: {', '.join(axes)} weigh 0")
         return sum(weights.get(axis, 1.0) * score for axis, score in axes.items()) / total
 
     def void(self, step: int) -> None:
@@ -108,6 +108,9 @@ def _check(config: MSGRPO) -> None:
         raise ValueError(f"rewards given twice: {', '.join(twice)}; reward_weights make one count more")
     if not all(0 < weight < math.inf for weight in config.reward_weights):
         raise ValueError(f"reward_weights must be above 0, got {config.reward_weights}; leave out what does not count")
+
+    if not all(0 <= weight < math.inf for weight in config.axis_weights):
+        raise ValueError(f"axis_weights must be at least 0, got {config.axis_weights}")
 
 
 def _function(name: str) -> Reward:

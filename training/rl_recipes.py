@@ -20,7 +20,8 @@ class RLStage(Stage):
 
     Attributes:
         references: rows that are used: "multi" with two references or more, "single" with one, "any".
-        target_side: what is made has about target_side x target_side pixels.
+        target_side: what is made has about target_side x target_side pixels, but no more than the target of a row that
+            has one.
     """
 
     references: Literal["multi", "single", "any"] = "any"
@@ -95,10 +96,11 @@ class MSGRPO(Recipe):
                         "kl": 0, "min_members": 2, "guidance": 1, "alarm": 0})  # fmt: skip
         if self.min_members > self.group:
             raise ValueError(f"min_members = {self.min_members} is more than a group has, {self.group}")
-        for name, least in (("timesteps", 0.0), ("max_failures", -1.0), ("advantage_clip", 0.0)):
-            value, most = getattr(self, name), math.inf if name == "advantage_clip" else 1.0
-            if not least < value <= most:
-                raise ValueError(f"{name} must be above {max(least, 0):g} and at most {most:g}, got {value}")
+        for name, most in (("timesteps", 1.0), ("advantage_clip", math.inf)):
+            if not 0 < getattr(self, name) <= most:
+                raise ValueError(f"{name} must be above 0 and at most {most:g}, got {getattr(self, name)}")
+        if not 0 <= self.max_failures <= 1:
+            raise ValueError(f"max_failures is a share from 0 to 1, got {self.max_failures}")
         if self.window is not None and not 1 <= self.window <= self.window_stop:
             raise ValueError(
                 f"a window of {self.window} noisy steps does not fit before step {self.window_stop} (window_end) of "

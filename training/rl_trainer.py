@@ -17,6 +17,7 @@ import torch
 from uniref_fast.estimate import transformer_flops
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.evaluate import heldout_datasets
+from uniref_fast.training.feeder import agree
 from uniref_fast.training.flow import draw
 from uniref_fast.training.gate import OffPolicyError, Timestep, probe, table
 from uniref_fast.training.grpo import Advantages, advantages, guarded_log_ratio, objective
@@ -83,7 +84,7 @@ class RLTrainer(Run):
         self._prompts_state = self.prompts.state()
         self.heldout = heldout_datasets(map(Path, config.heldout), config.image_folder, "optional")
         self.alarm = Alarm(config.alarm, self.saved.get("alarm"))
-        self.rewards = RewardSet(config, out / "judge", ranks.rank, resume is not None, self._notified)
+        self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notified)
         self.roller = Roller(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
 
     # ---- what `Run` asks for ----
@@ -116,6 +117,7 @@ class RLTrainer(Run):
         start, config = time.perf_counter(), self.config
         stage = config.stages[self.stage]
         taken, broken = self.prompts.take(config.prompts, stage)
+        agree(self.ranks, [key for key, _ in taken], broken)
         for where, reason in broken:
             self.monitor.event(self.step, "broken row", where=where, reason=reason)
         batch, whole = self._rolled(taken, self.step)

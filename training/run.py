@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,13 @@ class Run:
         )
         self.average = None if config.ema is None else MovingAverage(self.model.parameters, config.ema)
         self.checkpoints = Checkpoints(out / "checkpoints", ranks, config.keep)
-        self.plans = self._plans()
         self.stage = -1
         self.step = 0
         self.skipped = 0  # in a row
         self.signalled = False  # this process was asked to stop
         self.stopping = False  # all agreed to
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
+        self.plans = self._plans(self.saved.get("pack_tokens"))
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
             out,
@@ -102,8 +103,8 @@ class Run:
         try:
             with self.monitor, self._signals():
                 self.begin()
-                if self.step == 0:
-                    self._look()
+                if self.step == 0 or not self.saved.get("looked", True):
+                    self._look(self.step == self.config.total_steps)
                 while self.step < self.config.total_steps and not self.stopping:
                     self._enter_stage()
                     if not self.train_step():
@@ -201,7 +202,9 @@ class Run:
 
     def _save(self) -> None:
         updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
-        state = {**self.state(), "skipped": self.skipped, "updates": updates}
+        tokens = [plan.pack_tokens for plan in self.plans]
+        looked = not self.stopping  # or it will be, at once
+        state = {**self.state(), "skipped": self.skipped, "updates": updates, "pack_tokens": tokens, "looked": looked}
         path = self.checkpoints.save(self.step, self._tensors(), state)
         self.monitor.event(self.step, "checkpoint", path=path.name)
 
@@ -214,14 +217,15 @@ class Run:
 
     # ---- planning ----
 
-    def _plans(self) -> list[StagePlan]:
+    def _plans(self, pack_tokens: Sequence[int | None] | None) -> list[StagePlan]:
+        """Of each stage, with the packs of the run that is gone on with, however much memory there is now."""
         ranks, config = self.ranks, self.config
         memory = device_memory(ranks.device, config.memory_gib)
         if ranks.device.type == "cpu" and config.memory_gib is None:
             memory //= ranks.size
         plans = [
             plan_stage(
-                stage,
+                replace(stage, pack_tokens=stage.pack_tokens or tokens),
                 self.model.pipe.transformer.config,
                 ranks=ranks.size,
                 memory=memory,
@@ -230,7 +234,7 @@ class Run:
                 element=getattr(torch, config.dtype).itemsize,
                 patch=self.model.pipe.vae_scale_factor * 2,
             )
-            for stage in config.stages
+            for stage, tokens in zip(config.stages, pack_tokens or [None] * len(config.stages), strict=True)
         ]
         for plan in plans:
             if config.packs % (ranks.size // plan.sequence_parallel):

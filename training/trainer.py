@@ -13,7 +13,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training import packing
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.evaluate import HeldOut, assembled, idle_batch, partial_errors
-from uniref_fast.training.feeder import Feeder, StepPacks
+from uniref_fast.training.feeder import Feeder, StepPacks, agree
 from uniref_fast.training.flow import FlowBatch, draw, resolution_shift, sample_t
 from uniref_fast.training.monitor import GroupedMean
 from uniref_fast.training.packing import Key
@@ -50,7 +50,7 @@ class Trainer(Run):
         stage, plan = self.config.stages[self.stage], self.plans[self.stage]
         if figures and self.heldout.datasets:
             self.monitor.log(self.step, self.heldout.losses(stage, plan.pack_tokens))
-        if grid and (picture := self.heldout.grid(stage)):
+        if grid and (picture := self.heldout.grid(stage, plan.pack_tokens // plan.sequence_parallel)):
             self.monitor.image(self.step, "heldout", picture)
 
     def close(self) -> None:
@@ -63,6 +63,7 @@ class Trainer(Run):
     def train_step(self) -> bool:
         start, config = time.perf_counter(), self.config
         step_packs = self.feeder.next(self.step)
+        agree(self.ranks, [item.key for pack in step_packs.packs for item in pack.items], step_packs.broken)
         encoded, unread = self._encoded(step_packs)
         everywhere = self.ranks.gather(unread)
         # Ranks of a group run the same packs: what one of them cannot read leaves the packs of all.
