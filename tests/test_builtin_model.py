@@ -30,6 +30,10 @@ def test_parts_are_in_order_and_leave_out_nothing(tmp_path):
         "eval msgrpo", "eval msgrpo-1", "eval msgrpo-2", "eval shipped", "curves", "report",
     ]  # fmt: skip
     assert len({part.done for part in parts}) == len(parts)
+    fewer = builtin_model.parts(builtin_model.BuiltinModel(out=tmp_path, more=False))
+    left_out = {"data of one picture", "sft-more", "eval sft-more"}
+    assert [part.name for part in fewer] == [part.name for part in parts if part.name not in left_out]
+    assert not any("sft-more" in str(part.work) for part in fewer)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ __all__ = ["BuiltinModel", "Part", "main", "parts", "report", "ship"]
 MADE = "made.json"
 HELDOUT = ("heldout_objects", "heldout_combinations")
 MORE = (4, 5, 6)  # pictures of a sample, of which the model saw at most three in training
+MORE_SFT = ("data of one picture", "sft-more")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class BuiltinModel:
             GPU.
         dtype: that SFT and MSGRPO compute in. bfloat16 takes a third of float32's time where a CPU multiplies it
             (AVX-512-BF16), and longer than float32 where it does not.
+        more: go on with SFT after its first part (recipe `builtin_more`). Without, all ends in two hours and a quarter.
         seed: of everything.
         seeds: runs of MSGRPO, with this seed and those after it. What the first makes is shipped, the others say how
             much of it is luck.
@@ -63,6 +65,7 @@ class BuiltinModel:
     vae_steps: int = 10_000
     scale: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    more: bool = True
     seed: int = 0
     seeds: int = 3
 
@@ -113,19 +116,20 @@ def parts(config: BuiltinModel) -> list[Part]:
     edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
              "--batch", 32)  # fmt: skip
     model = ("--model", str(out / "vae" / "model"))
-    after_sft = (*model, "--initial", str(out / "sft-more"))
+    sft = _sft(config)
+    after_sft = (*model, "--initial", str(sft))
     evaluated: dict[str, tuple[str, ...]] = {
         "nothing": ("--model", str(out / "model"), "--baseline", "input"),
         "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
         "untrained": model,
         "sft": (*model, "--initial", str(out / "sft")),
-        "sft-more": after_sft,
+        sft.name: after_sft,
     }
     runs = {config.seed + i: out / (f"msgrpo-{i}" if i else "msgrpo") for i in range(config.seeds)}
-    against = ("--against", str(out / "eval" / "sft-more"))
+    against = ("--against", str(out / "eval" / sft.name))
     evaluated |= {run.name: (*after_sft, "--initial", str(run), *against) for run in runs.values()}
     evaluated["shipped"] = ("--model", str(out / "model"), *against)  # the first of these, rounded to bfloat16
-    return [
+    made = [
         Part("data", out / "data" / "made.json",
              _python("-m", "uniref_fast", "data", "make", out / "data", *make, "--references", "1,2,3",
                      "--train", config.samples, "--heldout", config.heldout)),
@@ -147,7 +151,7 @@ def parts(config: BuiltinModel) -> list[Part]:
                        "--seed", config.seed + 1, "--steps", _steps(RECIPES["builtin_more"](), config.scale))),
         *(Part(run.name, run / "lora",
                _torchrun(config.ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
-                         "--initial", out / "sft-more", "--seed", seed,
+                         "--initial", sft, "--seed", seed,
                          "--steps", _steps(RL_RECIPES["tiny"](), config.scale)))
           for seed, run in runs.items()),
         Part("model", out / "model", lambda: ship(config)),
@@ -159,6 +163,12 @@ def parts(config: BuiltinModel) -> list[Part]:
                      "--keys", "reward", "eval", "ratio", "grad_norm", "--out", out / "curves.png")),
         Part("report", out / "report.json", lambda: report(out, list(evaluated))),
     ]  # fmt: skip
+    return [part for part in made if config.more or part.name not in MORE_SFT]
+
+
+def _sft(config: BuiltinModel) -> Path:
+    """The run that MSGRPO goes on from."""
+    return config.out / ("sft-more" if config.more else "sft")
 
 
 def ship(config: BuiltinModel) -> None:
@@ -170,7 +180,7 @@ def ship(config: BuiltinModel) -> None:
 
     out = config.out
     pipe = load_pipeline(str(out / "vae" / "model"), torch.float32, "cpu")
-    pipe.transformer = type(pipe.transformer).from_pretrained(out / "sft-more" / "transformer", use_safetensors=True)
+    pipe.transformer = type(pipe.transformer).from_pretrained(_sft(config) / "transformer", use_safetensors=True)
     pipe.load_lora_weights(str(out / "msgrpo" / "lora"), use_safetensors=True)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
