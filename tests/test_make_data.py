@@ -23,6 +23,7 @@ from uniref_fast import scenes
 from uniref_fast.training import made_files, make_data
 from uniref_fast.training.artworks import Artworks, artworks, unicode_name, usable
 from uniref_fast.training.backgrounds import COLOURS, KINDS, NAMED, PHOTOS, background, named_background
+from uniref_fast.training.card import card as card_of
 from uniref_fast.training.drawing import crop_box, recolour, recolours_visibly
 from uniref_fast.training.make_data import MakeConfig, sample
 from uniref_fast.training.plans import SPLITS, STEP, Thing, combinations, held_out, overlapping, rounded_size
@@ -560,7 +561,9 @@ def test_everything_that_belongs_to_the_data_is_there(made_folder):
     assert facts["heldout_objects"] == list(SMALL.objects("heldout_objects")) and "blake2b" in facts["split_rule"]
     card = (made_folder / "README.md").read_text()
     assert card.startswith("---\n") and "path: heldout_objects.jsonl" in card and "| train | 70 |" in card
-    assert "--train 70 --heldout 5 --size 64" in card
+    assert "--train 70 --heldout 5 --size 64" in card and "--tasks" not in card
+    chosen = {**facts, "arguments": {**facts["arguments"], "tasks": ["move", "move", "recolour"]}}
+    assert "--tasks move,move,recolour\n" in card_of(chosen)
     siblings = {path.name for path in made_folder.parent.iterdir()}
     assert siblings == {made_folder.name}  # nothing temporary stays
 

@@ -251,6 +251,13 @@ def test_with_a_judge(make, own, tmp_path):
         assert len(server.requests) == 2
 
 
+def test_a_module_of_the_working_directory_is_found(make, tmp_path, monkeypatch):
+    (tmp_path / "rewards_here.py").write_text("def flat(candidate):\n    return {'quality': 5}\n")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)
+    assert asked(make("rewards_here:flat"), candidate())["rewards_here:flat"] == Scores({"quality": 5.0})
+
+
 def test_a_look_at_the_ratio_makes_no_log(tmp_path):
     config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", rewards=("judge", "scene"))
     rewards = RewardSet(config, None, 0)

@@ -211,6 +211,14 @@ def test_figures_of_a_step_that_a_signal_ended_come_later(data, tmp_path, monkey
     assert looked(out) == list(range(max(losses(out)) + 2))
 
 
+def test_another_visibility_is_trained(data, whole, tmp_path):
+    """References see themselves alone: other losses, and the run says so for those who load it."""
+    out = tmp_path / "run"
+    assert sft.main(flags(data, out, "--visibility", "reference_causal")) == 0
+    assert losses(out).keys() == losses(whole).keys() and losses(out) != losses(whole)
+    assert json.loads((out / "config.json").read_text())["visibility"] == "reference_causal"
+
+
 def looked(out):
     return sorted(record["step"] for record in records(out) if any(name.startswith("eval/") for name in record))
 

@@ -319,7 +319,7 @@ def test_values_at_the_limits_are_taken():
 
 
 def test_recipes_are_complete_and_named_after_themselves():
-    assert list(RECIPES) == ["tiny", "builtin", "lora", "paper"]
+    assert list(RECIPES) == ["tiny", "builtin", "builtin_more", "lora", "paper"]
     for name, recipe in RECIPES.items():
         config = recipe()
         assert config == RECIPES[name]() and config.ends()[-1] == config.total_steps
@@ -328,6 +328,19 @@ def test_recipes_are_complete_and_named_after_themselves():
     assert [stage.side for stage in paper().stages] == [stage.side for stage in lora().stages] == [1024, 1536, 2048]
     assert paper().total_steps == 50_000 and paper().betas == (0.9, 0.95) and paper().weight_decay == 0.05
     assert paper().lora_rank is None and lora().lora_rank == 64 and tiny().model == "builtin"
+
+
+@pytest.mark.parametrize(("gib", "ranks"), [(139, 1), (139, 8), (79, 2), (79, 4), (79, 8)])
+def test_the_lora_recipes_run_where_they_say(gib, ranks):
+    """20.4 billion weights, 0.42 of them the adapter's, beside an encoder of 8.3: it fits, and packs can be shared."""
+    from uniref_fast.training.rl_recipes import RL_RECIPES
+
+    memory, fixed, sharded = int(0.9 * gib * GIB), int(16.9e9), int(40.9e9 + 0.42e9 * 16)
+    for config in (lora(), RL_RECIPES["lora"]()):
+        plans = [planned(stage, memory, ranks, fixed, sharded) for stage in config.stages]
+        assert all(config.packs % (ranks // plan.sequence_parallel) == 0 for plan in plans)
+    with pytest.raises(ValueError, match="use more ranks"):
+        planned(lora().stages[-1], int(0.9 * 79 * GIB), 1, fixed, sharded)
 
 
 def test_no_flag_is_taken_for_one_of_torchrun():

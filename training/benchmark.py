@@ -40,6 +40,7 @@ from uniref_fast.training.benchmark_rows import Planned, files_of, plan
 from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.judge import Judge, JudgeConfig
 from uniref_fast.training.judge_log import PASSING
+from uniref_fast.training.model import said
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.rewards import Candidate, Failure, Scores
 from uniref_fast.training.rows import Dataset, RowError
@@ -75,6 +76,7 @@ class EvalConfig:
         dtype, device: of the model; None for float32 on a CPU and bfloat16 on a GPU, and for a GPU where there is one.
         batch: rows that are edited together.
         pack_tokens: most tokens of a pack.
+        visibility: policy that the model attends under; None: the one that the last run of `initial` was trained with.
         grid: rows of each file on `grid.png`; 0 for none.
         against: folder of an earlier evaluation to take differences to.
     """
@@ -97,6 +99,7 @@ class EvalConfig:
     device: str | None = None
     batch: int = 8
     pack_tokens: int = 32768
+    visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None
     grid: int = 4
     against: Path | None = None
 
@@ -116,6 +119,12 @@ class EvalConfig:
     @property
     def runs_model(self) -> bool:
         return self.baseline in (None, "untrained")
+
+    @property
+    def attends(self) -> str:
+        """The visibility; a group of one sample shares its references with nobody."""
+        trained = said(self.initial[-1], "visibility") if self.initial else None
+        return self.visibility or ("reference_causal" if trained == "group_shared" else trained) or "full"
 
     @property
     def all_steps(self) -> int:
@@ -226,6 +235,7 @@ class _Evaluation:
             "budget": config.budget,
             "target_side": config.target_side,
             "seed": config.seed if config.runs_model else None,
+            "visibility": config.attends if config.runs_model else None,
             "dtype": self.dtype,
             "device": torch.device(self.device).type,
         }
@@ -334,7 +344,8 @@ class _Evaluation:
             return [through_vae(self.pipe, planned.target) for planned in plans if planned.target is not None]
         budget = None if config.budget is None else config.budget**2
         requests = [planned.request for planned in plans]
-        return edit(self.pipe, requests, budget=budget, max_tokens=config.pack_tokens, progress=False)
+        return edit(self.pipe, requests, budget=budget, max_tokens=config.pack_tokens,
+                    visibility=config.attends, progress=False)  # fmt: skip
 
     def _image(self, label: str, i: int) -> Path:
         return self.config.out / "images" / label / f"{i}.png"

@@ -55,6 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cuda where there is one, else cpu, by default")
     add("--batch", type=int, default=own.batch, metavar="N", help="rows that are edited together (%(default)s)")
     add("--pack-tokens", type=int, default=own.pack_tokens, metavar="N", help="most tokens of a pack (%(default)s)")
+    add(
+        "--visibility", choices=("full", "reference_causal", "reference_isolated"),
+        help="that the model attends under (that of the last --initial's training, else full)",
+    )  # fmt: skip
     add("--grid", type=int, default=own.grid, metavar="N", help="rows of each file on grid.png (%(default)s)")
     add("--against", type=Path, metavar="DIR", help="an earlier evaluation to take differences to, row by row")
     add("--json", action="store_true", help="print one JSON object instead of text")

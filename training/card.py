@@ -34,6 +34,7 @@ def card(facts: Mapping[str, Any]) -> str:
         f"uniref-fast data make OUT --train {arguments['train']} --heldout {arguments['heldout_objects']}"
         f" --size {arguments['size']} --seed {arguments['seed']} --artworks {arguments['artworks']}"
         f" --references {references} --pictures {arguments['pictures']}"
+        + (f" --tasks {','.join(arguments['tasks'])}" if arguments["tasks"] else "")
     )
     font = f"{facts['font']['file']}, {facts['font']['version']}" if facts["font"] else "the shipped PNG files"
     return f"""---

@@ -184,6 +184,8 @@ class SFT(Recipe):
         drop_text: share of samples that are trained with an empty instruction, for classifier-free guidance.
         drop_references: share of samples that are trained without their references.
         cost: prices of packing: counted operations, or measured on this machine when the run starts.
+        visibility: who sees whom (`uniref_fast.visibility`). "full" is what the models are; with another the model
+            becomes one that must be run with it, and whose references can be shared by a group or kept.
     """
 
     t_mean: float = 0.0
@@ -191,6 +193,7 @@ class SFT(Recipe):
     drop_text: float = 0.1
     drop_references: float = 0.05
     cost: Literal["measured", "flops"] = "measured"
+    visibility: Literal["full", "reference_causal", "reference_isolated"] = "full"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,10 +268,11 @@ def builtin_more() -> SFT:
 
 
 def lora() -> SFT:
-    """A LoRA of Qwen-Image-Edit on one GPU, 1024 then 1536 then 2048 pixels square for all references together."""
+    """A LoRA of Qwen-Image-Edit, 1024 then 1536 then 2048 pixels square for all references together; on 1, 2, 4 or 8
+    GPUs, by the memory that is planned one of 141 GB or two of 80 GB."""
     return SFT(
         stages=(Stage(1024, 2000, 1e-4), Stage(1536, 1000, 1e-4), Stage(2048, 500, 5e-5)),
-        packs=4,
+        packs=8,
         lora_rank=64,
         lora_alpha=64.0,
         weight_decay=0.01,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -119,6 +121,8 @@ def _function(name: str) -> Reward:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f'unknown reward {name!r}; possible: scene, judge, or "package.module:function"')
+    if os.getcwd() not in sys.path:  # torchrun puts the folder of its script there alone
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -183,7 +183,7 @@ def lora() -> MSGRPO:
         rollout_steps=10,
         noise=0.7,
         window=3,
-        packs=4,
+        packs=8,
         lora_rank=64,
         lora_alpha=128.0,
         betas=(0.9, 0.999),

@@ -33,6 +33,7 @@ class Trainer(Run):
 
     def __init__(self, config: SFT, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         super().__init__(config, ranks, out, resume)
+        self.model.packed.visibility = config.visibility
         costs = self.saved["costs"] if self.saved else self._costs().as_dict()
         self.costs = packing.CostModel(**costs)
         cache = TensorCache(config.cache)

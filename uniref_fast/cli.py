@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        extra = "; pip install uniref_fast[train] brings it" if error.name in TRAIN_ONLY else ""
+        extra = '; pip install -e ".[train]" brings it' if error.name in TRAIN_ONLY else ""
         print(f"{name}: {error}{extra}", file=sys.stderr)
         return 1
     except (OSError, ImportError, RuntimeError) as error:  # disk, broken packages, out of memory
@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     edit = commands.add_parser("edit", help="edit your own pictures")
     _add_request(edit)
     edit.add_argument("--out", type=Path, required=True, help="picture to write (.png, .jpg, .webp, ...)")
+    edit.add_argument(
+        "--visibility", choices=("full", "reference_causal", "reference_isolated"), default="full",
+        help="other than full for models trained with it (%(default)s)",
+    )  # fmt: skip
     edit.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU by default")
     edit.add_argument("--device", help="cuda where there is one, else cpu, by default")
     edit.set_defaults(run=_edit)
@@ -167,7 +171,7 @@ def _edit(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
     pipe = load_pipeline(args.model, dtype, device)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
-    (image,) = edit(pipe, [request], budget=_budget(args))
+    (image,) = edit(pipe, [request], budget=_budget(args), visibility=args.visibility)
     _save(image, args.out)
     print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
     if builtin.weights_status(pipe) == "untrained":

@@ -41,11 +41,13 @@ def edit(
     Args:
         pipe: a `QwenImageEditPlusPipeline`; it need not be patched, and is left as it is.
         requests: `EditRequest`s or mappings of its fields; any number of references of any sizes, each its own.
-        budget: joint pixel budget of each request's references; None sizes each reference as diffusers does.
+        budget: joint pixel budget of each request's references, an area such as `1024**2`; None sizes each reference as
+            diffusers does.
         max_tokens: most tokens in one pack; a step then runs as several packs. None puts all in one.
         visibility: policy or rule; anything but "full" needs a model trained for it.
         impl: implementation forced on every op; None picks by device.
-        output_type: "pil", "np", "pt", or "latent" (packed latents `[1, N, C]`).
+        output_type: "pil", "np" (float32 `[H, W, 3]`, 0 to 1), "pt" (`[3, H, W]`, 0 to 1, the pipeline's dtype), or
+            "latent" (packed latents `[1, N, C]`).
         progress: show the pipeline's progress bar, one step a tick.
         model: the packed model to run instead of one made of the pipeline's transformer, such as a sharded one;
             it brings its own visibility and impl.

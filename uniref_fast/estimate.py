@@ -133,6 +133,7 @@ def estimate(
 
     Raises:
         ValueError, TypeError: as `edit` would, before any work is done.
+        OSError: when a configuration of a folder or hub id cannot be read.
     """
     if isinstance(pipe, (str, os.PathLike)):
         pipe = skeleton(pipe)
@@ -157,7 +158,7 @@ def estimate(
     packed = layout.joint_length if max_tokens is None else max(min(layout.joint_length, max_tokens), largest)
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
-    text_flops, text_peak = _text_encoder(pipe, requests, sizes, texts)
+    text_flops, text_peak = _text_encoder(pipe, sizes, texts)
     vae_bytes = _weight_bytes(pipe.vae)
     encode_flops, encode_peak = _vae(pipe, pixels, "encode")
     decode_flops, decode_peak = _vae(pipe, results, "decode")
@@ -232,7 +233,7 @@ def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]
     return [prompt_tokens(pipe, text, sizes.condition_sizes) for text in texts]
 
 
-def _text_encoder(pipe: Any, requests: list, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
     """Operations of the vision-language encoder, each prompt run by itself, and the peak of its largest run."""
     config = pipe.text_encoder.config
     language, vision = config.text_config, config.vision_config

@@ -47,7 +47,12 @@ _STATE = "_uniref_fast"
 class PatchReport:
     """What `patch` did; live: its counters go on counting while the pipeline runs. `str(report)` is for people.
 
-    `implementation` and `reason` are the choice for the model as it was when patched; `calls` tells what really served.
+    Attributes:
+        model: class of the transformer.
+        mode, visibility: as patched.
+        implementation, reason: the choice for the model as it was when patched; `calls` tells what really served.
+        sites: the patched places (`Site`), each with its counters.
+        notes: what was left alone, and why.
     """
 
     model: str
@@ -70,6 +75,7 @@ class PatchReport:
 
     @property
     def fallbacks(self) -> Counter[str]:
+        """Calls that ran the original, by reason."""
         return sum((s.fallbacks for s in self.sites), Counter())
 
     @property
@@ -111,7 +117,8 @@ def patch(
         mode: "exact" computes what the original computes and rounds where the original rounds.
         visibility: "full" is what diffusers computes; other policies (`uniref_fast.visibility`) are for models trained
             with them.
-        strict: a failed self-check raises; with False that site runs the original from then on.
+        strict: a failed self-check raises RuntimeError, in the call of the pipeline that finds it and in all after it;
+            with False that site runs the original from then on.
         impl: implementation forced on every op ("reference", "native", "triton"); None picks by device.
 
     Returns:
@@ -136,7 +143,11 @@ def patch(
 
 
 def unpatch(pipe_or_transformer: Any) -> bool:
-    """Undo `patch`: the very same processors and forwards as before. False when there was nothing to undo."""
+    """Undo `patch`: the very same processors and forwards as before. False when there was nothing to undo.
+
+    Raises:
+        RuntimeError: when something else wrapped or replaced a patched forward; nothing is undone then.
+    """
     transformer = find_transformer(pipe_or_transformer)
     state: _Patch | None = getattr(transformer, _STATE, None)
     if state is None:

@@ -29,15 +29,17 @@ class EditRequest:
 
     Attributes:
         prompt: the instruction; references are "picture 1", "picture 2", ... in it.
-        images: the references, in order; may be empty.
-        negative_prompt: turns classifier-free guidance on; None leaves it off.
+        images: the references, in order; may be empty. What is transparent becomes white.
+        negative_prompt: turns classifier-free guidance on; None leaves it off. (The command line gives " ".)
         true_cfg_scale: guidance scale; guidance needs a value over 1 and a negative prompt.
-        height, width: size of the result in pixels, rounded down to multiples of 16; by default the aspect ratio of
-            the last image at the pipeline's output area (1024 x 1024 pixels), a square without images.
+        height, width: size of the result in pixels, rounded down to multiples of 16 (8 for the built-in model); by
+            default the aspect ratio of the last image at the pipeline's output area (1024 x 1024 pixels), a square
+            without images.
         num_inference_steps: denoising steps.
         seed: seed of the noise (drawn on the CPU); None draws at random.
         generator: a torch.Generator instead of a seed.
-        latents: packed starting noise `[1, height/16 * width/16, channels]` instead of either.
+        latents: packed starting noise `[1, height/16 * width/16, channels]` instead of either (8 for the built-in
+            model); moved to the pipeline's device and dtype.
     """
 
     prompt: str
