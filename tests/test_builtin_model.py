@@ -84,6 +84,7 @@ def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
     assert "data: done" in done.stdout
     status = json.loads((out / "model" / store.STATUS_FILE).read_text())
     assert status["weights"] == "trained" and status["made"]["settings"]["samples"] == 24
+    assert not [path for path in (out / "model").rglob("config.json") if str(tmp_path) in path.read_text()]
     assert sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) < 24e6
     report = json.loads((out / "report.json").read_text())
     assert list(report["evaluations"]) == [
@@ -112,6 +113,10 @@ def test_the_shipped_folder(tmp_path):
     assert sum(path.stat().st_size for path in files) < 24e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
     assert status["weights"] == "trained" and status["made"]["settings"]
+    texts = [path.read_text() for path in files if path.name == "config.json"]
+    assert len(texts) >= 3 and not any("_name_or_path" in text for text in texts), (
+        "no place of the machine it was made on"
+    )
     assert store._complete(folder)
     assert builtin.weights_status() == "trained"
 

@@ -39,6 +39,10 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
     try:
         with _no_progress_bars():
             pipe.save_pretrained(unfinished)
+        for path in unfinished.rglob("config.json"):  # where parts were loaded from is nobody's business
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_status(unfinished, weights=weights, **details)
         for path in unfinished.rglob("*"):
             if path.is_file():
