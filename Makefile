@@ -27,7 +27,7 @@ kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90, sm_100 and c
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target build/newest-triton triton
 	PYTHONPATH=build/newest-triton $(BIN)/python -m uniref_fast.kernels.compile_matrix
 
-train-builtin: $(STAMP)  ## the built-in model from nothing, about two hours; wants the Debian package fonts-noto-color-emoji
+train-builtin: $(STAMP)  ## the built-in model from nothing, under four hours; wants the Debian package fonts-noto-color-emoji
 	$(BIN)/python training/builtin_model.py --out runs/builtin
 
 tune: $(STAMP)  ## measure this machine's attention costs: uniref_fast/assets/tuned/<device>.json
