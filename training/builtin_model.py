@@ -51,7 +51,8 @@ class BuiltinModel:
             GPU.
         dtype: that SFT and MSGRPO compute in. bfloat16 takes a third of float32's time where a CPU multiplies it
             (AVX-512-BF16), and longer than float32 where it does not.
-        more: go on with SFT after its first part (recipe `builtin_more`). Without, all ends in under two and a half hours.
+        more: go on with SFT after its first part (recipe `builtin_more`). Without, all ends in under two and a half
+            hours.
         seed: of everything.
         seeds: runs of MSGRPO, with this seed and those after it. What the first makes is shipped, the others say how
             much of it is luck.
