@@ -230,22 +230,32 @@ def test_layerwise_casting(make_transformer, patch_first):
 
 
 @order
-@pytest.mark.parametrize("fused", [False, True])
-def test_lora(make_transformer, patch_first, fused):
+@pytest.mark.parametrize("how", ["added", "fused", "loaded"])
+def test_lora(make_transformer, patch_first, how, tmp_path):
     from peft import LoraConfig
 
-    def prepare(model):
+    def add(model):
         torch.manual_seed(5)
         model.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "add_v_proj", "to_out.0", "net.2"]))
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
-        if fused:
+
+    def prepare(model):
+        if how == "loaded":  # what a pipeline's load_lora_weights does with its transformer
+            model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+            return
+        add(model)
+        if how == "fused":
             model.fuse_lora()
 
+    if how == "loaded":
+        donor = make_transformer(True)
+        add(donor)
+        donor.save_lora_adapter(tmp_path)
     model, _ = assert_patched_equals_stock(prepare, make_transformer, patch_first=patch_first)
     assert max_relative_error(run(model), run(make_transformer(True))) > 1e-2, "the adapter must matter"
-    if not fused:
+    if how != "fused":
         model.disable_adapters()
         assert max_relative_error(run(model), run(make_transformer(True))) < 1e-4
 
