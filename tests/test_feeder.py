@@ -73,12 +73,7 @@ def feed(builtin_pipe):
     made = []
 
     def build(dataset, rank=0, ranks=1, state=None, stages=STAGES, **fields):
-        config = SFT(
-            stages,
-            data=fields.pop("data", ("x",)),
-            packs=fields.pop("packs", 4),
-            **{"steps": STEPS, "workers": 2, **fields},
-        )
+        config = SFT(stages, **{"data": ("x",), "packs": 4, "steps": STEPS, "workers": 2, **fields})
         encoder = Remembering(builtin_pipe, TensorCache(None), config.seed, config.drop_text, config.drop_references)
         plans = [StagePlan(stage.pack_tokens, 1, False, 0, "") for stage in stages]
         feeder = Feeder(dataset, encoder, config, plans, COSTS, lambda packs, n: assign(packs, ranks)[rank], state)
@@ -367,23 +362,13 @@ def test_a_picture_that_breaks_later_is_an_error_of_its_own_future(dataset, feed
 # ---- ranks that read unlike rows ----
 
 
-class TwoRanks:
-    """The second of two; the first has planned `other`."""
-
-    def __init__(self, *other):
-        self.other = other
-
-    def gather(self, value):
-        return [(hash(self.other[0]), self.other[1]), value]
-
-
 def test_ranks_that_plan_alike_go_on_and_others_do_not():
     keys, broken = [(0, 1), (0, 2)], [("rows.jsonl:4", "cannot be opened")]
-    agree(TwoRanks(((0, 1), (0, 2)), []), keys, [])
+    agree([(keys, broken), (list(keys), broken)])
     with pytest.raises(BrokenRowsError, match=r"rank 1: rows\.jsonl:4: cannot be opened"):
-        agree(TwoRanks(((0, 1), (0, 3)), []), keys, broken)
+        agree([([(0, 1), (0, 3)], []), (keys, broken)])
     with pytest.raises(BrokenRowsError, match="none, but in one before it"):
-        agree(TwoRanks(((0, 2), (0, 1)), []), keys, [])
+        agree([(keys, []), (keys, []), (keys[::-1], [])])
 
 
 def test_rows_that_never_come_do_not_hide_that_all_others_are_broken(tmp_path, feed):

@@ -314,7 +314,7 @@ def test_recomputation_knows_its_own_forward(make_transformer, elsewhere):
     def gradients(between):
         model = make_transformer(True).train()
         model.enable_gradient_checkpointing()
-        uniref_fast.patch(model, visibility="reference_causal")
+        uniref_fast.patch(model, visibility="reference_isolated")
         loss = model(**inputs())[0].square().mean()
         if between:
             model(**{**inputs(), "img_shapes": [[GRIDS[0], GRIDS[2], GRIDS[1]]]})

@@ -258,10 +258,9 @@ def test_a_module_of_the_working_directory_is_found(make, tmp_path, monkeypatch)
     assert asked(make("rewards_here:flat"), candidate())["rewards_here:flat"] == Scores({"quality": 5.0})
 
 
-def test_a_look_at_the_ratio_makes_no_log(tmp_path):
-    config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", rewards=("judge", "scene"))
-    rewards = RewardSet(config, None, 0)
-    assert rewards.judge is None and not list(tmp_path.iterdir())
+def test_a_look_at_the_ratio_asks_no_judge():
+    rewards = RewardSet(MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", rewards=("judge", "scene")), None, 0)
+    assert rewards.judge is None and set(rewards.submit(candidate(), 0)) == {"scene"}
     rewards.close()
 
 

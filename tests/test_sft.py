@@ -234,6 +234,7 @@ def test_a_resumed_run_keeps_its_packs_whatever_memory_there_is(data, tmp_path):
     (few,), (many,) = packs(tmp_path / "run", 2, 0.5), packs(tmp_path / "other", 2, 8)
     assert few < many
     assert set(packs(tmp_path / "run", 4, 8, "--resume", "auto")) == {few}
+    assert packs(tmp_path / "run", 6, 8, "--resume", "auto", "--stages.1.side", 112)[-1] > few, "of other sizes"
 
 
 def not_finite(monkeypatch, steps):

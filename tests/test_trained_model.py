@@ -14,10 +14,11 @@ from uniref_fast import builtin
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.scenes import demo_scene
+from uniref_fast.training.benchmark_model import check_runs
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.ema import MovingAverage
 from uniref_fast.training.evaluate import HeldOut
-from uniref_fast.training.model import TrainedModel
+from uniref_fast.training.model import TrainedModel, base
 from uniref_fast.training.parallel import Ranks, local
 from uniref_fast.training.recipes import SFT, Stage
 from uniref_fast.training.samples import Encoder
@@ -273,6 +274,11 @@ def test_an_adapter_comes_with_the_weights_that_it_was_trained_on(trained, tmp_p
     again.export(third)
     (third / "config.json").write_text(json.dumps({"initial": str(second)}))
     assert torch.equal(predicted(trained(moved=False, initial=third, lora_rank=2).packed), expected)
+    with pytest.raises(ValueError, match=f"on top of {first}/transformer; give --initial {first} before it"):
+        check_runs((third,), "builtin")
+    check_runs((first, third), "builtin")
+    (third / "config.json").write_text(json.dumps({"initial": str(third)}))
+    assert base(third) is None, "a run that was told to go on from itself ends the search"
     shutil.rmtree(first)
     with pytest.raises(ValueError, match=f"{second} was trained on top of {first}, which is not there"):
         trained(moved=False, initial=second, lora_rank=2)

@@ -13,7 +13,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training.cache import content_key, fingerprint
-from uniref_fast.training.model import said
+from uniref_fast.training.model import base, said
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
 
@@ -66,17 +66,16 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
         trained = said(run, "model")
         if model == "builtin" and trained not in (None, model):
             raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")
-        started = said(run, "initial")
-        base = None if started is None else Path(started)
-        if base is None or (run / "transformer").is_dir():
-            continue
-        given = base.resolve() in [before.resolve() for before in runs[:number]]
-        if (base / "transformer").is_dir() and not given:
+        given = [before.resolve() for before in runs[:number]]
+        below, started = base(run), said(run, "initial")  # whose transformer, and what the run began with
+        if below not in (None, run) and below.resolve() not in given:
             raise ValueError(
-                f"the adapter of {run} was trained on top of {base}/transformer; give --initial {base} before it"
+                f"the adapter of {run} was trained on top of {below}/transformer; give --initial {below} before it"
             )
-        if given and not (base / "transformer").is_dir():
-            raise ValueError(f"the adapter of {run} went on from that of {base}, which it holds; leave {base} out")
+        if started is not None and below not in (run, Path(started)) and Path(started).resolve() in given:
+            raise ValueError(
+                f"the adapter of {run} went on from that of {started}, which it holds; leave {started} out"
+            )
 
 
 def files_digest(model: str, runs: tuple[Path, ...]) -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from uniref_fast.training.packing import CostModel, Key, Pack, Packer
-from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.recipes import SFT, Recipe, stage_at
 from uniref_fast.training.rows import Dataset
 from uniref_fast.training.samples import Encoder, Prepared
@@ -177,11 +176,14 @@ class Feeder:
         refuse_broken(self._broken, self.config.max_broken, self._coming, rows)
 
 
-def agree(ranks: Ranks, keys: Sequence[Key], broken: Sequence[tuple[str, str]]) -> None:
-    """Raise BrokenRowsError, on all ranks, unless all have planned the same rows: one may not read what others can."""
-    everywhere = ranks.gather((hash(tuple(keys)), [tuple(row) for row in broken]))
-    if len({planned for planned, _ in everywhere}) > 1:
-        told = [f"rank {rank}: {': '.join(row)}" for rank, (_, rows) in enumerate(everywhere) for row in rows]
+def agree(planned: Sequence[tuple[Sequence[Key], Sequence[tuple[str, str]]]]) -> None:
+    """Raise BrokenRowsError unless all ranks have planned the same rows: one may not read what others can.
+
+    Args:
+        planned: of each rank the keys of the rows, and (place, reason) of those that were passed over.
+    """
+    if any(list(keys) != list(planned[0][0]) for keys, _ in planned):
+        told = [f"rank {rank}: {': '.join(row)}" for rank, (_, rows) in enumerate(planned) for row in rows]
         raise BrokenRowsError(
             "the ranks do not read the same rows, so each would train on others; every rank needs the same files. "
             f"Not usable in this step: {'; '.join(told[:6]) or 'none, but in one before it'}"

@@ -20,7 +20,7 @@ from uniref_fast.models.single_frame import single_frame
 from uniref_fast.training.parallel import Ranks, shard
 from uniref_fast.training.recipes import Recipe
 
-__all__ = ["TrainedModel", "said"]
+__all__ = ["TrainedModel", "base", "said"]
 
 
 class TrainedModel:
@@ -70,9 +70,9 @@ class TrainedModel:
         """Load what an earlier run exported; an adapter is gone on with, not added to."""
         if not any((start / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
-        if base := _base(start):
+        if below := base(start):
             kind = type(self.pipe.transformer)
-            self.pipe.transformer = kind.from_pretrained(base / "transformer", torch_dtype=dtype, use_safetensors=True)
+            self.pipe.transformer = kind.from_pretrained(below / "transformer", torch_dtype=dtype, use_safetensors=True)
         if (start / "lora").is_dir():
             self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
             kept = self.pipe.transformer.peft_config["default"]
@@ -179,15 +179,17 @@ def said(run: Path, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _base(run: Path) -> Path | None:
+def base(run: Path) -> Path | None:
     """The run whose transformer a run's export belongs to: itself, or one that its adapter went on from, or none.
 
     Raises:
         ValueError: when one on the way is not there.
     """
+    seen: list[Path] = []
     while not (run / "transformer").is_dir():
+        seen.append(run.resolve())
         before = said(run, "initial")
-        if before is None:
+        if before is None or Path(before).resolve() in seen:  # a run that was told to go on from itself
             return None
         if not Path(before).is_dir():
             raise ValueError(

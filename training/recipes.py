@@ -263,7 +263,7 @@ def builtin() -> SFT:
 
 
 def builtin_more() -> SFT:
-    """Goes on from `builtin`, with more of the tasks that it learns last; about 80 minutes more."""
+    """Goes on from `builtin`, with more of the tasks that it learns last; about 75 minutes more."""
     return replace(builtin(), stages=(Stage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),))
 
 

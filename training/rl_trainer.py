@@ -117,7 +117,7 @@ class RLTrainer(Run):
         start, config = time.perf_counter(), self.config
         stage = config.stages[self.stage]
         taken, broken = self.prompts.take(config.prompts, stage)
-        agree(self.ranks, [key for key, _ in taken], broken)
+        agree(self.ranks.gather(([key for key, _ in taken], broken)))
         for where, reason in broken:
             self.monitor.event(self.step, "broken row", where=where, reason=reason)
         batch, whole = self._rolled(taken, self.step)

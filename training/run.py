@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,9 @@ class Run:
         self.skipped = 0  # in a row
         self.signalled = False  # this process was asked to stop
         self.stopping = False  # all agreed to
+        self.looked = True  # at the state of this step
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
-        self.plans = self._plans(self.saved.get("pack_tokens"))
+        self.plans = self._plans({(side, target): tokens for side, target, tokens in self.saved.get("packs", ())})
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
             out,
@@ -112,6 +113,7 @@ class Run:
                         self._save()
                         break
                     self.step += 1
+                    self.looked = False
                     done = self.step == self.config.total_steps
                     if self.step % self.config.save_every == 0 or done or self.stopping:
                         self._save()
@@ -136,7 +138,7 @@ class Run:
             )
 
     def _look(self, done: bool = False) -> None:
-        config = self.config
+        self.looked, config = True, self.config
         figures = config.eval_every and (self.step % config.eval_every == 0 or done)
         grid = config.sample_every and ((self.step and self.step % config.sample_every == 0) or done)
         if figures or grid:
@@ -202,9 +204,10 @@ class Run:
 
     def _save(self) -> None:
         updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
-        tokens = [plan.pack_tokens for plan in self.plans]
-        looked = not self.stopping  # or it will be, at once
-        state = {**self.state(), "skipped": self.skipped, "updates": updates, "pack_tokens": tokens, "looked": looked}
+        stages = zip(self.config.stages, self.plans, strict=True)
+        packs = [(stage.side, stage.target_side, plan.pack_tokens) for stage, plan in stages]
+        looked = self.looked or not self.stopping  # or it will be, at once
+        state = {**self.state(), "skipped": self.skipped, "updates": updates, "packs": packs, "looked": looked}
         path = self.checkpoints.save(self.step, self._tensors(), state)
         self.monitor.event(self.step, "checkpoint", path=path.name)
 
@@ -217,15 +220,16 @@ class Run:
 
     # ---- planning ----
 
-    def _plans(self, pack_tokens: Sequence[int | None] | None) -> list[StagePlan]:
-        """Of each stage, with the packs of the run that is gone on with, however much memory there is now."""
+    def _plans(self, kept: Mapping[tuple[int, int], int]) -> list[StagePlan]:
+        """Of each stage; a run that is gone on with keeps the packs that it had for the same sizes, however much memory
+        there is now."""
         ranks, config = self.ranks, self.config
         memory = device_memory(ranks.device, config.memory_gib)
         if ranks.device.type == "cpu" and config.memory_gib is None:
             memory //= ranks.size
         plans = [
             plan_stage(
-                replace(stage, pack_tokens=stage.pack_tokens or tokens),
+                replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.side, stage.target_side))),
                 self.model.pipe.transformer.config,
                 ranks=ranks.size,
                 memory=memory,
@@ -234,7 +238,7 @@ class Run:
                 element=getattr(torch, config.dtype).itemsize,
                 patch=self.model.pipe.vae_scale_factor * 2,
             )
-            for stage, tokens in zip(config.stages, pack_tokens or [None] * len(config.stages), strict=True)
+            for stage in config.stages
         ]
         for plan in plans:
             if config.packs % (ranks.size // plan.sequence_parallel):

@@ -64,11 +64,12 @@ class Trainer(Run):
     def train_step(self) -> bool:
         start, config = time.perf_counter(), self.config
         step_packs = self.feeder.next(self.step)
-        agree(self.ranks, [item.key for pack in step_packs.packs for item in pack.items], step_packs.broken)
         encoded, unread = self._encoded(step_packs)
-        everywhere = self.ranks.gather(unread)
+        keys = [item.key for pack in step_packs.packs for item in pack.items]
+        told = self.ranks.gather((keys, step_packs.broken, unread))
+        agree([(planned, broken) for planned, broken, _ in told])
         # Ranks of a group run the same packs: what one of them cannot read leaves the packs of all.
-        lost = {key: row for rows in everywhere for key, row in rows.items()}
+        lost = {key: row for *_, rows in told for key, row in rows.items()}
         self._report_broken(step_packs.broken + list(lost.values()), len(lost))
         samples = sum(item.key not in lost for pack in step_packs.packs for item in pack.items)
         batches = self._batches(step_packs, encoded, set(lost))
