@@ -451,24 +451,26 @@ def test_a_resumed_run_asks_nothing_twice(data, judged_whole, tmp_path):
 
 
 def test_an_outage_pauses_and_goes_on(data, judged_whole, tmp_path):
-    out = tmp_path / "run"
+    """It begins among the calls of step 0 and lasts until the run has noticed it, however long that takes."""
+    out, asked, lock = tmp_path / "run", [], threading.Lock()
+
+    def away():
+        server.stop()
+        end = time.monotonic() + 60
+        while "judge down" not in (out / "events.jsonl").read_text() and time.monotonic() < end:
+            time.sleep(0.01)
+        server.start()
+
+    def going(handler, request):
+        with lock:
+            asked.append(request)
+            ninth = len(asked) == 9
+        if ninth:
+            threading.Thread(target=away).start()
+        by_content(handler, request)
+
     with judge_server.JudgeServer() as server:
-        server.default = by_content
-        answered = []
-
-        def going(handler, request):
-            answered.append(request)
-            by_content(handler, request)
-            if len(answered) == 9:
-                threading.Thread(target=away).start()
-
-        def away():
-            server.stop()
-            time.sleep(1.5)
-            server.start()
-
-        server.default = going
-        server.plan = [judge_server.by_colour]
+        server.default, server.plan = going, [judge_server.by_colour]
         assert msgrpo.main(judged(data, out, server)) == 0
     (down,), (back,) = events(out, "judge down"), events(out, "judge back")
     assert down["reason"] and back["seconds"] > 0
