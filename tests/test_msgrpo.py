@@ -110,14 +110,20 @@ def test_a_run(whole):
     assert any(tensor.abs().sum() > 0 for name, tensor in moved.items() if "lora_B" in name)
 
 
-def test_resume_is_exact(data, whole, tmp_path):
-    out = tmp_path / "half"
+@pytest.fixture
+def begun(whole, tmp_path):
+    """A copy of that run, as if it had ended after its first step."""
+    out = tmp_path / "begun"
     shutil.copytree(whole, out)
     for step in (2, 3):
         shutil.rmtree(out / "checkpoints" / f"step-{step:06d}")
     shutil.rmtree(out / "lora")
-    assert msgrpo.main(flags(data, out, "--sample-every", 2, "--eval-every", 3, "--resume", "auto")) == 0
-    equal_to(whole, out)
+    return out
+
+
+def test_resume_is_exact(data, whole, begun):
+    assert msgrpo.main(flags(data, begun, "--sample-every", 2, "--eval-every", 3, "--resume", "auto")) == 0
+    equal_to(whole, begun)
 
 
 KILLED = """
@@ -159,16 +165,27 @@ def run_two_ranks(arguments):
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@two_ranks
-def test_two_ranks_make_the_same_rollouts_and_steps(data, whole, tmp_path):
-    """The same bits until gradients are summed, in another order."""
-    run_two_ranks(flags(data, tmp_path / "run"))
-    found, expected = steps_of(tmp_path / "run"), steps_of(whole)
+def equal_until_updated(whole, out, step):
+    """The same bits in that step, until its gradients are summed in another order; then close."""
+    found, expected = steps_of(out), steps_of(whole)
     exact = ("reward", "reward/quality", "group_std", "ratio_max", "tokens")
-    assert [found[0][name] for name in exact] == [expected[0][name] for name in exact]
+    assert [found[step][name] for name in exact] == [expected[step][name] for name in exact]
     for one, other in zip(found, expected, strict=True):
         assert one["reward"] == pytest.approx(other["reward"], abs=1e-3)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@two_ranks
+def test_two_ranks_make_the_same_rollouts_and_steps(data, whole, tmp_path):
+    run_two_ranks(flags(data, tmp_path / "run"))
+    equal_until_updated(whole, tmp_path / "run", 0)
+
+
+@two_ranks
+def test_resume_with_twice_the_ranks(data, whole, begun):
+    run_two_ranks(flags(data, begun, "--sample-every", 2, "--eval-every", 3, "--resume", "auto"))
+    assert steps_of(begun)[0] == steps_of(whole)[0] and len(steps_of(begun)) == 3
+    equal_until_updated(whole, begun, 1)
 
 
 @two_ranks
