@@ -88,6 +88,26 @@ def test_each_axis_on_its_own_counts_alike_whatever_its_range():
     assert sorted(only, key=only.get) == groups[0]
 
 
+@pytest.mark.parametrize("kind", ["sum", "per_axis"])
+@pytest.mark.parametrize("spread", ["group", "batch"])
+def test_groups_whose_axes_cancel_are_dropped_and_counted(kind, spread):
+    """And the spread is that of the groups that are left."""
+    values, groups = scores([1.0, 2.0], [1.0, 3.0], axis="a")
+    for key, b in zip([*groups[0], *groups[1]], (5.0, 4.0, 2.0, 2.0), strict=True):
+        values[key]["b"] = b
+    if kind == "per_axis" and spread == "batch":  # there each axis is divided by its own spread over all groups
+        values[groups[1][0]]["b"], values[groups[1][1]]["b"] = 4.0, 6.0
+    made = advantages(values, groups, W, kind=kind, spread=spread)
+    assert made.zero_spread == 1 and list(made.values) == groups[1]
+    alone = advantages({key: values[key] for key in groups[1]}, groups[1:], W, kind=kind, spread=spread)
+    assert made.spread == alone.spread and made.values == pytest.approx(alone.values)
+    few = [0.1, 0.2], [30.0, 10.0]  # the same order of axes of unlike range
+    small, one = scores(few[0], axis="a")
+    for key, b in zip(one[0], few[1], strict=True):
+        small[key]["b"] = b
+    assert (advantages(small, one, W, kind=kind, spread=spread).zero_spread == 1) == (kind == "per_axis")
+
+
 def test_one_flat_axis_does_not_matter():
     values, groups = scores([1.0, 2.0], axis="a", b=7.0)
     made = advantages(values, groups, W, kind="per_axis")

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import CancelledError
 from pathlib import Path
 
@@ -378,13 +379,29 @@ def test_one_request_that_always_breaks_does_not_stop_the_others(server):
 
 
 def test_slow_answers_and_errors_are_no_outage(server):
+    """While it answers anybody, or refuses, it is there."""
     notes = Notes()
     server.default = status(500)
     with judge_of(server, notify=notes, attempts=1, timeout=1.0) as judge:
         ask(judge, *map(candidate, range(6)))
         server.default = slow(1.6, by_colour)
-        assert {lost.kind for lost in ask(judge, *map(candidate, range(6)))} == {"timeout"}
-    assert notes == []
+        server.plan = [slow(0.5, by_colour)]
+        kinds = Counter(getattr(result, "kind", "scores") for result in ask(judge, *map(candidate, range(6))))
+    assert kinds == {"timeout": 5, "scores": 1} and notes == []
+
+
+def test_who_answers_nobody_is_away(server):
+    """It accepts and is silent: the calls wait, and none is lost."""
+    notes, silent = Notes(), threading.Event()
+    server.default = lambda handler, request: silent.wait(20) and by_colour(handler, request)
+    with judge_of(server, notify=notes, attempts=2, timeout=0.5, concurrency=4) as judge:
+        futures = [judge.submit(candidate(i), 0) for i in range(10)]
+        until(lambda: judge._link._gate._probes >= 2)
+        assert notes.kinds == ["judge down"] and "no answer within 0.5 s" in notes[0][1]["reason"]
+        server.default = by_colour
+        silent.set()
+        assert [future.result(20) for future in futures] == [good(i, 1, 2) for i in range(10)]
+    assert notes.kinds == ["judge down", "judge back"]
 
 
 # ---- the way JSON is asked for ----
@@ -626,6 +643,22 @@ def test_a_run_that_is_resumed_asks_nothing_twice(server, tmp_path):
     assert len(server.requests) == 3 and [len(read_records(log)) for log in logs] == [2, 1]
 
 
+def test_a_void_is_for_the_failures_before_it_in_its_own_log(server, tmp_path):
+    """All ranks say it at the end of a run that fails; what they are then told counts, in whichever log it is."""
+    logs = [tmp_path / f"judge-{rank}.jsonl" for rank in (0, 1)]
+    server.default = say("no")
+    for log in logs:
+        with judge_of(server, log) as judge:
+            ask(judge, candidate(1))
+            judge.void(3)
+    with Judge(JudgeConfig(url=server.url, **QUICK, model=MODEL), logs[0], earlier=logs) as judge:
+        assert ask(judge, candidate(1))[0].kind == "malformed" and judge.statistics()["replayed"] == 0
+    sent = len(server.requests)
+    with Judge(JudgeConfig(url=server.url, **QUICK, model=MODEL), logs[1], earlier=logs) as judge:
+        assert ask(judge, candidate(1))[0].kind == "malformed" and judge.statistics()["replayed"] == 1
+    assert len(server.requests) == sent == 3
+
+
 def test_bad_logs(server, tmp_path):
     with pytest.raises(ValueError, match=r"no reward log .*none.jsonl"):
         judge_of(server, replay=tmp_path / "none.jsonl")
@@ -689,6 +722,17 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
         for form in ("secret", KEY, json.dumps(KEY)[1:-1]):
             assert form not in text
     assert sum("[the key]" in text for text in texts) > 5, "they would have shown it"
+
+
+def test_a_short_key_spoils_no_answer(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_API_KEY", "1234")
+    reply = {"index": 0, "message": {"content": scores(1, 2, 3, "with 1234 dots")}, "finish_reason": "stop"}
+    server.plan = [body({"created": 1771234567, "choices": [reply]}), body({"created": 1771234567, "oops": "1234"})]
+    with judge_of(server, tmp_path / "a.jsonl", concurrency=1) as judge:
+        first, second = ask(judge, candidate(1), candidate(2))
+    assert first == good(1, 2, 3) and second.kind == "malformed"
+    assert "1234" not in second.reason and "[the key]" in second.reason
+    assert "with [the key] dots" in (tmp_path / "a.jsonl").read_text()
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel", "nul\0"[:3] + "\x07"])

@@ -1,10 +1,12 @@
 """MSGRPO end to end, on the built-in model: the gate, exact resume, ranks, a judge that misbehaves."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -16,9 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from uniref_fast.training import gate, msgrpo, rl_trainer, roller
+from uniref_fast.training import config as configs
+from uniref_fast.training import gate, lineage, msgrpo, rl_trainer, roller
+from uniref_fast.training.grpo import Advantages
 from uniref_fast.training.made_files import make
 from uniref_fast.training.make_data import MakeConfig, artworks, sample
+from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.rl_recipes import RL_RECIPES
+from uniref_fast.training.rollout import replay
+from uniref_fast.training.sde import log_density
 
 sys.path.insert(0, str(Path(__file__).parent))
 import judge_server
@@ -154,6 +162,31 @@ def test_stopped_in_the_middle_of_a_group(data, whole, tmp_path, name, status):
     equal_to(whole, out)
 
 
+def looked(out):
+    return [record["step"] for record in records(out) if "eval/heldout_objects" in record]
+
+
+@pytest.mark.parametrize(("place", "last"), [("_updated", 0), ("_updated", 2), ("look", 0), ("look", 2), ("look", 3)])
+def test_a_look_that_a_signal_ended_comes_later(data, tmp_path, monkeypatch, place, last):
+    """A signal in a step ends the run after it, before the next one; what it kept from being looked at comes first."""
+    out, real = tmp_path / "run", getattr(rl_trainer.RLTrainer, place)
+
+    def interrupted(self, *arguments):
+        if self.step == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(rl_trainer.RLTrainer, place, interrupted)
+    given = flags(data, out, "--eval-every", 1, "--save-every", 2)
+    assert msgrpo.main(given) == 143
+    done = last + (place == "_updated")
+    assert [record["step"] for record in steps_of(out)] == looked(out) == list(range(done))
+    assert not (out / "lora").exists()
+    monkeypatch.undo()
+    assert msgrpo.main([*given, "--resume", "auto"]) == 0
+    assert looked(out) == [0, 1, 2, 3] and (out / "lora").is_dir()
+
+
 two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
 
@@ -228,6 +261,132 @@ def test_other_settings(data, tmp_path, more):
         assert made[1]["kl"] > 0
 
 
+# ---- the update ----
+
+
+@contextlib.contextmanager
+def trainer_of(data, out, *more):
+    """A run before its first step, its weights a little off, so that no part of the gradient vanishes."""
+    given = configs.parse(RL_RECIPES, flags(data, out, *more), extra=msgrpo.RLPlace(out))
+    run = rl_trainer.RLTrainer(given.config, Ranks.start(), out)
+    try:
+        with run.monitor, torch.no_grad():
+            draw = torch.Generator().manual_seed(1)
+            for parameter in run.parameters:
+                parameter.to_local().add_(torch.randn(parameter.shape, generator=draw), alpha=0.02)
+            run._enter_stage()
+            with torch.enable_grad():
+                yield run
+    finally:
+        run.close()
+        torch.distributed.destroy_process_group()
+
+
+def rolled(run):
+    """A step's rollouts, and advantages of both signs for all of them but one."""
+    rows, _ = run.prompts.take(run.config.prompts, run.config.stages[0])
+    batch, whole = run._rolled(rows, None)
+    assert whole
+    keys = [key for group in batch.keys for key in group][:-1]
+    values = {key: (-1) ** i * (0.5 + i) for i, key in enumerate(keys)}
+    return batch, Advantages(values, 0, 0, 1.0)
+
+
+def gradient(run, loss=None):
+    """Of a loss, or what has come together; it is taken away."""
+    if loss is not None:
+        loss.backward()
+    grads = [torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for p in run.parameters]
+    run.optimizer.zero_grad(set_to_none=True)
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def likelihood(run, batch, values, scaled=False):
+    """Advantages times the log-probability that the rollouts have gained, all noisy steps; GRPO-Guard's scale."""
+    terms = []
+    for pack in batch.packs:
+        for slot in range(run.config.noisy_steps):
+            for member, (i, step) in zip(pack.members, replay(run.model.packed, pack, slot, run.sampler,
+                                                              run.config.guidance), strict=True):  # fmt: skip
+                gained = log_density(member.after[i], step) - member.log_probs[i]
+                t, t_next = member.group.grid[i : i + 2]
+                terms.append(values.get(member.key, 0.0) * gained * (step.std / (t - t_next) if scaled else 1.0))
+    return torch.stack(terms).sum()
+
+
+def distance(run, batch, values):
+    """From the model without its adapter."""
+    terms = []
+    for pack in batch.packs:
+        for slot in range(run.config.noisy_steps):
+            arguments = (run.model.packed, pack, slot, run.sampler, run.config.guidance)
+            with torch.no_grad(), run._adapter_off():
+                before = replay(*arguments)
+            for member, (_, step), (_, other) in zip(pack.members, replay(*arguments), before, strict=True):
+                apart = (step.mean - other.mean).square().mean() / (2 * step.std**2)
+                terms.append(apart * (member.key in values))
+    return torch.stack(terms).sum()
+
+
+@pytest.mark.parametrize("more", [(), ("--kl", 3.0), ("--guard", "true"), ("--packs", 5), ("--guidance", 2)])
+def test_the_gradient_is_that_of_the_formula(data, tmp_path, more):
+    """At the rollouts' own weights, where clipping holds nothing back; whatever the packs, over all noisy steps."""
+    with trainer_of(data, tmp_path / "run", *more) as run:
+        batch, advantage = rolled(run)
+        slots = range(run.config.noisy_steps)
+        count, tally = len(advantage.values) * len(slots), rl_trainer.Tally()
+        for pack in batch.packs:
+            for slot in slots:
+                run._backward(pack, slot, advantage, count, tally)
+        found = gradient(run)
+        wanted = -gradient(run, likelihood(run, batch, advantage.values, scaled=run.config.guard)) / count
+        if run.config.kl:
+            apart = distance(run, batch, advantage.values)
+            assert sum(tally.kl) == pytest.approx(apart.item(), rel=1e-5)
+            wanted += run.config.kl * gradient(run, apart) / count
+        assert torch.equal(torch.tensor(tally.ratios), torch.ones(count))
+        assert (found - wanted).norm() < 1e-4 * wanted.norm() and wanted.norm() > 0
+
+
+def test_updates_make_likelier_what_scored_well(data, tmp_path):
+    with trainer_of(data, tmp_path / "run", "--inner-epochs", 3, "--clip", 100, "--timesteps", 1) as run:
+        batch, advantage = rolled(run)
+        assert likelihood(run, batch, advantage.values).item() == 0
+        tally, norm, _ = run._updated(batch, advantage)
+        assert likelihood(run, batch, advantage.values).item() > 0.01 and norm > 0 and tally.clipped == 0
+
+
+def test_the_divergence_pulls_back(data, tmp_path):
+    with trainer_of(data, tmp_path / "run", "--inner-epochs", 3, "--kl", 1000.0, "--clip", 0.5) as run:
+        batch, advantage = rolled(run)
+        before = distance(run, batch, advantage.values).item()
+        run._updated(batch, advantage)
+        assert 0 < distance(run, batch, advantage.values).item() < 0.9 * before
+
+
+def test_clipping_is_counted(data, tmp_path):
+    with trainer_of(data, tmp_path / "run", "--inner-epochs", 2, "--clip", 0, "--timesteps", 1) as run:
+        batch, advantage = rolled(run)
+        tally, *_ = run._updated(batch, advantage)
+        half = len(tally.ratios) // 2  # of the second epoch, and those that moved the way they should
+        assert 0 < tally.clipped < half
+        scores = {key: {"quality": 5.0} for group in batch.keys for key in group}
+        made = run._metrics(batch, scores, scores, advantage, tally)
+        assert made["clip_fraction"] == tally.clipped / len(tally.ratios)
+
+
+def test_timesteps_and_their_order_are_drawn_anew(data, tmp_path):
+    more = ("--rollout-steps", 9, "--timesteps", 0.5, "--updates", 2)
+    with trainer_of(data, tmp_path / "run", *more) as run:
+        drawn = {}
+        for run.step in range(6):
+            chunks = [list(run._chunks(epoch)) for epoch in range(3)]
+            assert all(list(map(len, parts)) == [2, 2] for parts in chunks)
+            (drawn[run.step],) = {tuple(sorted(parts[0] + parts[1])) for parts in chunks}
+            assert len(set(drawn[run.step])) == 4 and len({str(parts) for parts in chunks}) > 1
+        assert len(set(drawn.values())) > 1 and set().union(*drawn.values()) == set(range(8))
+
+
 def test_each_setting_of_the_update_changes_it(data, tmp_path):
     base = {"--inner-epochs": 2, "--clip": 1e-7, "--updates": 2, "--timesteps": 1}
     made = []
@@ -246,13 +405,57 @@ def test_noise_that_is_too_large_is_said(data, tmp_path):
         out = tmp_path / str(noise)
         given = ("--rollout-steps", 10, "--window", 2, "--noise", noise, "--window-end", 2)
         assert msgrpo.main(flags(data, out, *given, steps=2)) == 0
-        assert len(events(out, "noise too large")) == told and len(events(out, "sampler")) == 1
+        assert len(events(out, "noise too large")) == told * 2
+        assert [event["step"] for event in events(out, "sampler")] == [0, 1], "of every stage, which has its own sizes"
 
 
 def test_an_alarm_is_sounded(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(rl_trainer.Alarm, "add", lambda self, total, quality: f"{total:.1f} {quality:.1f}")
-    assert msgrpo.main(flags(data, tmp_path / "run", steps=2)) == 0
-    assert [event["step"] for event in events(tmp_path / "run", "reward hacking?")] == [0, 1]
+    given, add = [], rl_trainer.Alarm.add
+
+    def told(*arguments):
+        given.append(arguments[1:])
+        return add(*arguments) or "!"
+
+    monkeypatch.setattr(rl_trainer.Alarm, "add", told)
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(data, out, "--prompts", 1)) == 0
+    assert [event["step"] for event in events(out, "reward hacking?")] == [0, 1, 2]
+    made = steps_of(out)
+    assert given == [(stage, r["reward"], r["reward/quality"]) for stage, r in zip((0, 0, 1), made, strict=True)]
+    state = json.loads((out / "checkpoints" / "step-000002" / "state.json").read_text())["state"]
+    assert state["alarm"] == [list(one) for one in given[:2]]
+
+
+def test_what_decides_the_advantages(data, tmp_path, monkeypatch):
+    """Every setting arrives, and the figures are those of the weighted sum."""
+    given, real = [], rl_trainer.advantages
+
+    def kept(scores, *arguments, **settings):
+        given.append((scores, *arguments, settings))
+        return real(scores, *arguments, **settings)
+
+    monkeypatch.setattr(rl_trainer, "advantages", kept)
+    more = {"axis-weights": "0.5,0,2", "advantage": "per_axis", "spread": "batch", "min-members": 3,
+            "advantage-clip": 1.5}  # fmt: skip
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(data, out, *(x for pair in more.items() for x in pair), steps=2)) == 0
+    scores, groups, weights, settings = given[0]
+    assert weights == {"integration": 0.5, "consistency": 0.0, "quality": 2.0} and list(map(len, groups)) == [3, 3]
+    assert settings == {"kind": "per_axis", "spread": "batch", "min_members": 3, "clip": 1.5}
+    totals = [0.5 * one["integration"] + 2 * one["quality"] for one in scores.values()]
+    first = steps_of(out)[0]
+    assert first["reward"] == pytest.approx(statistics.fmean(totals) / 2.5)
+    inside = [statistics.pstdev(totals[i : i + 3]) for i in (0, 3)]
+    assert first["group_std"] == pytest.approx(statistics.fmean(inside))
+
+
+def test_pictures_of_the_best_and_the_worst(data, tmp_path, monkeypatch):
+    shown, sheet = [], rl_trainer.group_sheet
+    monkeypatch.setattr(rl_trainer, "group_sheet", lambda given: shown.append(given) or sheet(given))
+    assert msgrpo.main(flags(data, tmp_path / "run", "--sample-every", 1, "--group", 6, steps=2)) == 0
+    assert len(shown) == 2 and all(len(one) == 2 for one in shown)
+    for (best, its), (worst, others) in ((one.made["best"], one.made["worst"]) for given in shown for one in given):
+        assert sum(its.values()) > sum(others.values()) and best.tobytes() != worst.tobytes()
 
 
 def test_group_shared_sends_fewer_tokens(data, tmp_path):
@@ -520,6 +723,38 @@ def test_a_damaged_picture_is_passed_over_with_its_place(data, tmp_path):
     assert {event["where"].rpartition(":")[2] for event in events(out, "broken row")} == {"4"}
 
 
+def test_a_damaged_held_out_picture_is_said_at_once(data, tmp_path, capsys):
+    """With its place, and not in the middle of the run; the folder is free for the next try."""
+    shutil.copytree(data, tmp_path / "data")
+    heldout = tmp_path / "data" / "heldout_objects.jsonl"
+    path = tmp_path / "data" / json.loads(heldout.read_text().splitlines()[1])["input_images"][0]
+    whole_picture = path.read_bytes()
+    path.write_bytes(whole_picture[:-200])
+    given = flags(tmp_path / "data", tmp_path / "run", steps=2)
+    assert msgrpo.main(given) == 2
+    assert "heldout_objects.jsonl:2: " in capsys.readouterr().err
+    path.write_bytes(whole_picture)
+    assert msgrpo.main(given) == 0
+
+
+def test_a_model_is_trained_as_it_attends(data, tmp_path, capsys):
+    """As the run says that it goes on from, or the one before; another visibility is refused, or said where none is."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert msgrpo.main(flags(data, first, "--visibility", "reference_causal", "--lora-rank", "none", steps=2)) == 0
+    assert "nothing says" in events(first, "visibility")[0]["told"]
+    assert msgrpo.main(flags(data, second, "--initial", first, "--lora-rank", 2, steps=2)) == 0
+    assert events(second, "visibility") == [] and lineage.attends(second) == "reference_causal"
+    assert json.loads((second / "config.json").read_text())["visibility"] is None
+    given = configs.parse(RL_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLPlace(tmp_path)).config
+    assert given.attends == "reference_causal"
+    assert dataclasses.replace(given, visibility="group_shared").attends == "group_shared"
+    for wrong in ("full", "reference_isolated"):
+        assert msgrpo.main(flags(data, tmp_path / "third", "--initial", second, "--visibility", wrong)) == 2
+        assert f'visibility = "{wrong}" is not how' in capsys.readouterr().err
+    with trainer_of(data, tmp_path / "fourth", "--initial", second) as run:
+        assert run.model.packed.visibility == "reference_causal" and not run.roller.shared
+
+
 def test_a_nan_in_one_update_leaves_the_others(data, tmp_path, monkeypatch):
     real, calls = rl_trainer.objective, []
 
@@ -570,6 +805,8 @@ def test_a_reward_of_ones_own(data, tmp_path, monkeypatch):
         (("--min-members", "9"), "more than a group has"),
         (("--max-failures", "-0.5"), "share from 0 to 1"),
         (("--axis-weights", "1,-1,0"), "axis_weights must be at least 0"),
+        (("--alarm", "3"), "at least 4 steps"),
+        (("--guard", "true", "--sampler", "cps"), 'guard weighs steps by the noise of sampler = "sde"'),
     ],
 )
 def test_wrong_input(data, tmp_path, capsys, more, message):

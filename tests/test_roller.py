@@ -16,6 +16,7 @@ from uniref_fast.training.images import ImageSource
 from uniref_fast.training.rewards import Failure, Scores
 from uniref_fast.training.rl_recipes import MSGRPO, RLStage
 from uniref_fast.training.roller import Batch, Roller
+from uniref_fast.training.rollout import noisy_steps
 from uniref_fast.training.rows import Row
 from uniref_fast.training.samples import Encoder
 from uniref_fast.training.sde import Sampler
@@ -64,8 +65,7 @@ def make(builtin_pipe):
     def build(ranks=None, signalled=lambda: False, **fields):
         fields = {"packs": 2, "dtype": "float32", "rollout_steps": STEPS, "rewards": ("scene",), **fields}
         config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", **fields)
-        visibility = "full" if config.visibility == "full" else "group_shared"
-        packed = PackedQwenImage(builtin_pipe.transformer, visibility=visibility)
+        packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.attends)
         model = SimpleNamespace(pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks())
         encoder = Encoder(builtin_pipe, TensorCache(None))
         return Roller(config, model.ranks, model, encoder, FakeRewards(), signalled)
@@ -144,6 +144,17 @@ def test_times_and_noisy_steps(make, rows):
     again = make(window=1, window_end=2).plan(rows(2, 0), PLAN, 2, STEPS, 1.0)
     assert [group.noisy for group in again.groups] == [group.noisy for group in batch.groups]
     assert all(group.noisy == (0, 1, 2) for group in make().plan(rows(2), PLAN, 2, STEPS, 1.0).groups)
+    windows = {noisy_steps(25, 3, 12, 0, (0, row)) for row in range(200)}
+    assert windows == {(first, first + 1, first + 2) for first in range(10)}, "drawn for each row, up to the end"
+
+
+def test_a_look_takes_rows_that_are_larger_than_a_pack(make, rows):
+    """It keeps nothing for a backward; what is trained on must fit."""
+    small = StagePlan(100, 1, False, 0, "")
+    with pytest.raises(ValueError, match=r"rows.jsonl:1: a rollout has 1\d\d tokens, over the 100 of a pack"):
+        make().plan(rows(2), small, 2, STEPS, 4.0)
+    looked = make().plan(rows(2, 0), small, 1, STEPS, 4.0)
+    assert [member.key for member in members_of(looked)] == [(2, 10, 0), (2, 11, 0)]
 
 
 def test_looks_at_held_out_rows_have_noise_of_their_own(make, rows):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from uniref_fast import builtin
 from uniref_fast.scenes import demo_scene
 from uniref_fast.training import checkpoint, launch, sft, trainer
+from uniref_fast.training.recipes import SFT, Stage
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
@@ -217,6 +218,7 @@ def test_another_visibility_is_trained(data, whole, tmp_path):
     assert sft.main(flags(data, out, "--visibility", "reference_causal")) == 0
     assert losses(out).keys() == losses(whole).keys() and losses(out) != losses(whole)
     assert json.loads((out / "config.json").read_text())["visibility"] == "reference_causal"
+    assert SFT((Stage(64, 1, 1.0),), initial=out).attends == "reference_causal", "a run that goes on from it"
 
 
 def looked(out):

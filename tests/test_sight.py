@@ -6,14 +6,23 @@ from uniref_fast.training.sight import Alarm
 
 
 def told(alarm, totals, qualities):
-    return [bool(alarm.add(*pair)) for pair in zip(totals, qualities, strict=True)]
+    return [bool(alarm.add(0, *pair)) for pair in zip(totals, qualities, strict=True)]
 
 
 def test_rising_sum_and_falling_quality():
     alarm = Alarm(10)
     flags = told(alarm, [5 + 0.1 * i for i in range(10)], [8 - 0.2 * i for i in range(10)])
     assert flags == [False] * 9 + [True]
-    assert not alarm.add(7.0, 5.0), "told once"
+    assert not alarm.add(0, 7.0, 5.0), "told once"
+
+
+def test_a_stage_is_not_compared_with_another():
+    """Prompts of another kind are worth more, and look worse."""
+    alarm = Alarm(10)
+    told(alarm, [5.0] * 20, [8.0] * 20)
+    assert not any(alarm.add(1, 6.5, 7.6) for _ in range(20))
+    flags = [bool(alarm.add(2, 5 + 0.1 * i, 8 - 0.2 * i)) for i in range(10)]
+    assert flags == [False] * 9 + [True]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from uniref_fast import native
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.training.recipes import RECIPES, SFT, Stage, lora, paper, stage_at, tiny
+from uniref_fast.training.rl_recipes import RL_RECIPES
 from uniref_fast.training.stages import TEXT_TOKENS, activation_bytes, device_memory, plan_stage
 
 GIB = 2**30
@@ -107,8 +108,8 @@ class Config:
     num_attention_heads, attention_head_dim, num_layers = 24, 128, 60
 
 
-def planned(stage, memory, ranks=8, fixed=0, sharded=0):
-    return plan_stage(stage, Config, ranks=ranks, memory=memory, fixed=fixed, sharded=sharded, element=2)
+def planned(stage, memory, ranks=8, fixed=0, sharded=0, **more):
+    return plan_stage(stage, Config, ranks=ranks, memory=memory, fixed=fixed, sharded=sharded, element=2, **more)
 
 
 STAGE = Stage(1024, 100, 1e-4)
@@ -151,6 +152,18 @@ def test_what_ranks_hold_anyway_comes_off_the_memory():
 def test_packs_hold_what_fits_up_to_four_of_the_largest_samples(times):
     plan = planned(STAGE, needs(times * LARGEST, False) + needs(LARGEST // 2, False))
     assert plan.pack_tokens == min(times, 4) * LARGEST and not plan.checkpointing
+
+
+def test_with_guidance_a_sample_takes_two_sequences():
+    """Automatic packs hold both; what cannot is said."""
+    enough, memory = needs(2 * LARGEST, True), needs(2 * LARGEST, True) - GIB // 8
+    assert planned(STAGE, enough + GIB // 8, ranks=1, sequences=2).pack_tokens == 2 * LARGEST
+    assert planned(STAGE, memory, ranks=1).pack_tokens >= LARGEST
+    with pytest.raises(ValueError, match=f"a pack of {2 * LARGEST} tokens .*, twice for guidance\\) needs"):
+        planned(STAGE, memory, ranks=1, sequences=2)
+    plain = RL_RECIPES["lora"]()
+    assert plain.sequences == lora().sequences == 1 and dataclasses.replace(plain, guidance=2.0).sequences == 2
+    assert plain.sample_guidance == 1.0, "as it is trained"
 
 
 def test_what_a_stage_sets_is_kept():
@@ -333,11 +346,11 @@ def test_recipes_are_complete_and_named_after_themselves():
 @pytest.mark.parametrize(("gib", "ranks"), [(139, 1), (139, 8), (79, 2), (79, 4), (79, 8)])
 def test_the_lora_recipes_run_where_they_say(gib, ranks):
     """20.4 billion weights, 0.42 of them the adapter's, beside an encoder of 8.3: it fits, and packs can be shared."""
-    from uniref_fast.training.rl_recipes import RL_RECIPES
-
     memory, fixed, sharded = int(0.9 * gib * GIB), int(16.9e9), int(40.9e9 + 0.42e9 * 16)
     for config in (lora(), RL_RECIPES["lora"]()):
         plans = [planned(stage, memory, ranks, fixed, sharded) for stage in config.stages]
+        assert all(plan.pack_tokens >= (s.side**2 + s.target_side**2) // 256 + TEXT_TOKENS
+                   for plan, s in zip(plans, config.stages, strict=True))  # fmt: skip
         assert all(config.packs % (ranks // plan.sequence_parallel) == 0 for plan in plans)
     with pytest.raises(ValueError, match="use more ranks"):
         planned(lora().stages[-1], int(0.9 * 79 * GIB), 1, fixed, sharded)
@@ -346,8 +359,6 @@ def test_the_lora_recipes_run_where_they_say(gib, ranks):
 def test_no_flag_is_taken_for_one_of_torchrun():
     """torchrun looks through all arguments, the script's too, and refuses one that begins several of its own."""
     from torch.distributed.run import get_args_parser
-
-    from uniref_fast.training.rl_recipes import RL_RECIPES
 
     own = [option for action in get_args_parser()._actions for option in action.option_strings]
     for recipe in (*RECIPES.values(), *RL_RECIPES.values()):

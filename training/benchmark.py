@@ -40,7 +40,7 @@ from uniref_fast.training.benchmark_rows import Planned, files_of, plan
 from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.judge import Judge, JudgeConfig
 from uniref_fast.training.judge_log import PASSING
-from uniref_fast.training.model import said
+from uniref_fast.training.lineage import attends
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.rewards import Candidate, Failure, Scores
 from uniref_fast.training.rows import Dataset, RowError
@@ -123,8 +123,7 @@ class EvalConfig:
     @property
     def attends(self) -> str:
         """The visibility; a group of one sample shares its references with nobody."""
-        trained = said(self.initial[-1], "visibility") if self.initial else None
-        return self.visibility or ("reference_causal" if trained == "group_shared" else trained) or "full"
+        return self.visibility or attends(self.initial[-1] if self.initial else None) or "full"
 
     @property
     def all_steps(self) -> int:

@@ -13,7 +13,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training.cache import content_key, fingerprint
-from uniref_fast.training.model import base, said
+from uniref_fast.training.lineage import base, said
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
 

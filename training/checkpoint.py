@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.records import write_whole
 
 __all__ = ["CheckpointError", "Checkpoints"]
 
@@ -58,7 +59,7 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step, then delete the oldest over `keep`.
+        """Write the checkpoint of a step, then delete the oldest over `keep`. One that is there gets the state alone.
 
         Args:
             step: number of steps done.
@@ -69,7 +70,8 @@ class Checkpoints:
             CheckpointError: on all ranks, when any of them failed; nothing is left behind.
         """
         final = self.path(step)
-        if self.ranks.broadcast(step in self.steps()):  # of a run that was resumed and stopped before its next step
+        if self.ranks.broadcast(step in self.steps()):  # of a run that was stopped before its next step
+            self._together("finish", lambda: _restate(final, state), first_only=True)
             return final
         partial = final.with_name(f".{final.name}.partial")
         self._together("prepare", lambda: _fresh(partial), first_only=True)
@@ -144,11 +146,21 @@ def _write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _finish(partial: Path, final: Path, names: list[str], state: Mapping[str, Any]) -> None:
     files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    (partial / STATE_FILE).write_text(json.dumps({"files": files, "tensors": names, "state": dict(state)}) + "\n")
+    (partial / STATE_FILE).write_text(_stated(files, names, state))
     for path in (*partial.iterdir(), partial):
         _sync(path)
     os.rename(partial, final)
     _sync(final.parent)
+
+
+def _restate(folder: Path, state: Mapping[str, Any]) -> None:
+    found = json.loads((folder / STATE_FILE).read_text())
+    text = _stated(found["files"], found["tensors"], state)
+    write_whole(folder / STATE_FILE, lambda file: file.write(text.encode()))
+
+
+def _stated(files: Mapping[str, int], names: list[str], state: Mapping[str, Any]) -> str:
+    return json.dumps({"files": files, "tensors": names, "state": dict(state)}) + "\n"
 
 
 def _check(path: Path, found: Mapping[str, Any], names: list[str]) -> None:

@@ -17,7 +17,7 @@ from uniref_fast.scenes import contact_sheet
 from uniref_fast.training.flow import FlowBatch, draw, flow_batch, resolution_shift, sample_errors, shifted
 from uniref_fast.training.model import TrainedModel
 from uniref_fast.training.parallel import Ranks
-from uniref_fast.training.recipes import SFT, Stage
+from uniref_fast.training.recipes import SFT, Recipe, Stage
 from uniref_fast.training.rows import Dataset
 from uniref_fast.training.samples import Encoded, Encoder, Prepared
 
@@ -25,16 +25,27 @@ __all__ = ["HeldOut", "heldout_datasets", "idle_batch", "partial_errors"]
 
 
 def heldout_datasets(
-    files: Iterable[Path], image_folder: Path | None, targets: Literal["required", "optional"] = "required"
+    files: Iterable[Path], config: Recipe, targets: Literal["required", "optional"] = "required"
 ) -> dict[str, Dataset]:
-    """Files of held-out rows by name. Raises ValueError for those that have the same name, or no rows."""
+    """Files of held-out rows by name.
+
+    Raises:
+        ValueError: for those that have the same name, no rows, or a broken one among those that are looked at.
+    """
     found: dict[str, Dataset] = {}
     for path in files:
         if path.stem in found:
             raise ValueError(f"two files of held-out rows are called {path.stem}, one is {path}; rename one")
-        found[path.stem] = Dataset(path, image_folder, targets)
-        if not len(found[path.stem]):
+        found[path.stem] = dataset = Dataset(path, config.image_folder, targets)
+        if not len(dataset):
             raise ValueError(f"{path} has no held-out rows; leave it out")
+        for i in range(min(max(config.eval_samples, config.sample_count), len(dataset))):
+            row = dataset[i]
+            for picture in (*row.references, *([row.target] if row.target else ())):
+                try:
+                    picture.load()
+                except (ValueError, OSError) as error:  # now, not in the middle of the run
+                    raise ValueError(f"{row.where}: {error}; mend or leave out this held-out row") from error
     return found
 
 
@@ -52,7 +63,7 @@ class HeldOut:
 
     def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
-        self.datasets = heldout_datasets(files, config.image_folder)
+        self.datasets = heldout_datasets(files, config)
         self._encoded: dict[tuple[str, Stage], list[tuple[Prepared, Encoded | None]]] = {}
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ __all__ = ["Advantages", "advantages", "guarded_log_ratio", "objective"]
 
 Key = tuple[int, ...]
 SAME = 1e-6  # scores of 0..10 that differ less are alike
+CANCELLED = 0.01  # of their standard deviations, that axes may leave of each other: the floor makes them uneven
 FLOOR = 1e-4  # keeps a tiny spread from becoming a large advantage
 
 
@@ -80,19 +81,22 @@ def advantages(
         else:
             kept.append(scored)
     totals = {key: sum(weights.get(a, 1.0) * scores[key][a] for a in axes) for group in kept for key in group}
-    inside = [_std([totals[key] for key in group]) for group in kept]
-    if kind == "sum":
-        flat = [i for i, value in enumerate(inside) if value <= SAME]  # axes that cancel
-        zero += len(flat)
-        kept = [group for i, group in enumerate(kept) if i not in flat]
-        values = _normalised(kept, totals, spread)
-    else:
+    values = totals
+    if kind == "per_axis":
         values = {key: 0.0 for group in kept for key in group}
         for axis in axes:
             one = _normalised(kept, {key: scores[key][axis] for group in kept for key in group}, spread)
             values = {key: value + weights.get(axis, 1.0) * one[key] for key, value in values.items()}
+    least = SAME if kind == "sum" else CANCELLED
+    left = [group for group in kept if _std([values[key] for key in group]) > least]
+    zero += len(kept) - len(left)
+    if kind == "sum":
+        values = _normalised(left, totals, spread)
+    else:
+        values = {key: values[key] for group in left for key in group}
         size = math.sqrt(sum(value**2 for value in values.values()) / max(len(values), 1))
         values = {key: value / max(size, FLOOR) for key, value in values.items()}
+    inside = [_std([totals[key] for key in group]) for group in left]
     return Advantages(
         {key: min(max(value, -clip), clip) for key, value in values.items()},
         zero,

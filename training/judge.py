@@ -345,7 +345,7 @@ class Judge:
             ) from None
         if answer.status >= 300:
             raise ValueError(f"{tried} refused a first call: {answer.reason}; {await self._remedy(answer)}")
-        reply = self._link.read(answer.text)
+        reply = self._link.read(answer)
         result = read_scores(reply) if isinstance(reply, Reply) else reply
         if isinstance(result, Failure):
             raise ValueError(

@@ -14,7 +14,7 @@ import random
 import ssl
 import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import httpx2
@@ -73,11 +73,13 @@ class Answer:
 
     Attributes:
         status: of HTTP.
+        body: as it came; what is read from it or said of it is without the key.
         text: the body, without the key.
         wait: seconds that the server asks to wait before the next try; None where it does not.
     """
 
     status: int
+    body: str = field(repr=False)
     text: str
     wait: float | None = None
 
@@ -118,9 +120,10 @@ class AwayError(Exception):
 class Link:
     """Sends requests to one endpoint. Its methods belong to one asyncio loop.
 
-    Connection errors, timeouts, 408, 429 and 5xx are tried again, nothing else is. An endpoint that cannot be reached,
-    or answers 502 to 504, `MISSES` times in a row is away: then one waiting call at a time, in turn, probes it with its
-    own request. Attempts that were probes are not counted, nor those that could not connect in an outage.
+    Connection errors, timeouts, 408, 429 and 5xx are tried again, nothing else is. An endpoint that `MISSES` times in a
+    row cannot be reached, answers 502 to 504, or answers nobody while a request times out, is away: then one waiting
+    call at a time, in turn, probes it with its own request. Attempts that were probes are not counted, nor those that
+    could not connect in an outage.
 
     Attributes:
         json_mode: the way JSON is asked for.
@@ -171,7 +174,7 @@ class Link:
                 status = outcome.status
                 if status < 300:
                     self._settle(mode, complaint)
-                    return Exchange(self.read(outcome.text), sent, status)
+                    return Exchange(self.read(outcome), sent, status)
                 if (weaker := self._weaker(mode, status)) is not None:
                     mode, complaint = weaker, complaint or outcome.reason
                     continue
@@ -206,15 +209,15 @@ class Link:
                 return answer
             mode, complaint = weaker, complaint or answer.reason
 
-    def read(self, text: str) -> Reply | Failure:
-        """The reply in a body."""
-        reply = read_completion(text)
+    def read(self, answer: Answer) -> Reply | Failure:
+        """The reply in an answer, read before the key is hidden: a short one may be part of any number."""
+        reply = read_completion(answer.body)
         if isinstance(reply, Failure):
-            return reply
-        texts: dict[str, Any] = {
+            return read_completion(answer.text)  # its reason shows a part of the body
+        hidden: dict[str, Any] = {
             name: self.key.hide(value) for name in ("text", "refusal") if (value := getattr(reply, name))
         }
-        return dataclasses.replace(reply, **texts)  # here too: in the body, the key may have been written otherwise
+        return dataclasses.replace(reply, **hidden)
 
     async def models(self) -> list[str]:
         """Names of the models that the endpoint lists; none where it lists none."""
@@ -227,6 +230,7 @@ class Link:
     async def _attempt(self, body: bytes, submitted: float) -> Answer | _Miss:
         """One request, when its turn has come. Raises AwayError when that takes longer than the patience."""
         async with self._gate.turn(submitted) as probe:
+            began = asyncio.get_running_loop().time()
             try:
                 answer = await self._post(body)
             except httpx2.RequestError as error:
@@ -236,7 +240,7 @@ class Link:
                 return _Miss("connection", reason, free=probe or (refused and self._gate.away))
             except asyncio.TimeoutError:
                 reason = f"no answer within {self.config.timeout:g} s"
-                if probe:
+                if probe or self._gate.heard < began:  # else it is alive, and slow with this one
                     self._gate.missed(reason, probe)
                 return _Miss("timeout", reason, free=probe)
             if answer.status in AWAY:
@@ -250,7 +254,8 @@ class Link:
             f"{self.config.base}/chat/completions", content=body, headers={"Content-Type": "application/json"}
         )
         response = await asyncio.wait_for(work, self.config.timeout)
-        return Answer(response.status_code, self.key.hide(response.text), _retry_after(response.headers))
+        text = response.text
+        return Answer(response.status_code, text, self.key.hide(text), _retry_after(response.headers))
 
     def _weaker(self, mode: str, status: int) -> str | None:
         """The next way to ask for JSON after a server refused one; None where that cannot be the matter."""
@@ -276,6 +281,7 @@ class _Gate:
 
     def __init__(self, config: JudgeConfig, notify: Notify) -> None:
         self.away = False
+        self.heard = 0.0  # time of the last answer
         self._config = config
         self._notify = notify
         self._turn = asyncio.Lock()  # first come, first served: no call can stand before the others for long
@@ -339,7 +345,7 @@ class _Gate:
             self._notify("judge down", reason=reason)
 
     def answered(self) -> None:
-        self._misses = 0
+        self._misses, self.heard = 0, asyncio.get_running_loop().time()
         if self.away:
             self.away = False
             self._back.set()

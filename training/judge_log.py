@@ -75,15 +75,17 @@ class Replay:
     def _read(self, path: Path) -> None:
         if not path.is_file():
             raise ValueError(f"there is no reward log {path} to replay")
+        valid: list[dict[str, Any]] = []
         for record in read_records(path):
-            if record.get("void") is True:
-                failed = [k for k, r in self._records.items() if r["step"] == record["step"] and "failure" in r]
-                for place in failed:
-                    del self._records[place]
+            if record.get("void") is True:  # of what this file has so far; the other ranks' say it themselves
+                valid = [one for one in valid if one["step"] != record["step"] or "failure" not in one]
                 continue
             content = record.get("content")
             if not isinstance(content, str) or not (isinstance(record.get("reply"), str) or "failure" in record):
                 raise ValueError(f"{path} is no reward log: a record of step {record['step']} is no call of a judge")
+            valid.append(record)
+        for record in valid:
+            content = record["content"]
             self._records[content, record["step"], tuple(record.get("key", ()))] = record
             if (content,) not in self._records or not _passing(record):
                 self._records[(content,)] = record

@@ -117,7 +117,7 @@ def prepare(config: Recipe, place: Place, ranks: Ranks) -> int | None:
     """Look at what the folder holds and keep the configuration; returns the step to go on from. All ranks."""
     steps = Checkpoints(place.out / "checkpoints", ranks, config.keep).steps()
     kept = place.out / CONFIG_FILE
-    steps, exists = ranks.broadcast((steps, kept.exists()))
+    steps, exists = ranks.broadcast((steps, (place.out / "metrics.jsonl").exists() and kept.exists()))
     if place.only_looks:
         return steps[-1] if steps and place.resume == "auto" else None
     if place.resume == "never" and (steps or exists):

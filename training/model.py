@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -17,10 +16,11 @@ from torch import Tensor
 from uniref_fast.loading import load_pipeline
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
+from uniref_fast.training.lineage import base
 from uniref_fast.training.parallel import Ranks, shard
 from uniref_fast.training.recipes import Recipe
 
-__all__ = ["TrainedModel", "base", "said"]
+__all__ = ["TrainedModel"]
 
 
 class TrainedModel:
@@ -168,36 +168,6 @@ class TrainedModel:
         self.pipe.transformer.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
-
-
-def said(run: Path, name: str) -> str | None:
-    """A text of a run's configuration, such as the run that it went on from."""
-    try:
-        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
-    except (OSError, ValueError, AttributeError):
-        return None  # exported by another program, or copied without it
-    return value if isinstance(value, str) else None
-
-
-def base(run: Path) -> Path | None:
-    """The run whose transformer a run's export belongs to: itself, or one that its adapter went on from, or none.
-
-    Raises:
-        ValueError: when one on the way is not there.
-    """
-    seen: list[Path] = []
-    while not (run / "transformer").is_dir():
-        seen.append(run.resolve())
-        before = said(run, "initial")
-        if before is None or Path(before).resolve() in seen:  # a run that was told to go on from itself
-            return None
-        if not Path(before).is_dir():
-            raise ValueError(
-                f"the adapter of {run} was trained on top of {before}, which is not there; put it back, or, where it "
-                f"held an adapter alone, take `initial` out of {run / 'config.json'}"
-            )
-        run = Path(before)
-    return run
 
 
 def _whole(parameter: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from uniref_fast.training.lineage import attends
+
 __all__ = ["RECIPES", "SFT", "Recipe", "Stage", "builtin", "builtin_more", "lora", "paper", "stage_at", "tiny"]
 
 
@@ -152,6 +154,11 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
     @property
+    def sequences(self) -> int:
+        """Of the model, that a sample of a pack takes."""
+        return 1
+
+    @property
     def total_steps(self) -> int:
         return self.steps if self.steps is not None else sum(stage.steps for stage in self.stages)
 
@@ -184,8 +191,9 @@ class SFT(Recipe):
         drop_text: share of samples that are trained with an empty instruction, for classifier-free guidance.
         drop_references: share of samples that are trained without their references.
         cost: prices of packing: counted operations, or measured on this machine when the run starts.
-        visibility: who sees whom (`uniref_fast.visibility`). "full" is what the models are; with another the model
-            becomes one that must be run with it, and whose references can be shared by a group or kept.
+        visibility: who sees whom (`uniref_fast.visibility`); none: that of the run that `initial` names, else "full",
+            which is what the models are. With another the model becomes one that must be run with it, and whose
+            references can be shared by a group or kept.
     """
 
     t_mean: float = 0.0
@@ -193,7 +201,7 @@ class SFT(Recipe):
     drop_text: float = 0.1
     drop_references: float = 0.05
     cost: Literal["measured", "flops"] = "measured"
-    visibility: Literal["full", "reference_causal", "reference_isolated"] = "full"
+    visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,6 +209,10 @@ class SFT(Recipe):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
         self._at_least({"t_std": 0})
+
+    @property
+    def attends(self) -> str:
+        return self.visibility or attends(self.initial) or "full"
 
 
 def stage_at(config: Recipe, step: int) -> tuple[int, Stage]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from uniref_fast.training.judge import JudgeConfig
+from uniref_fast.training.lineage import attends
 from uniref_fast.training.recipes import Recipe, Stage
 from uniref_fast.training.sde import Sampler
 
@@ -56,9 +57,11 @@ class MSGRPO(Recipe):
         min_members: a group with fewer scored rollouts is left out.
         max_failures: share of a step's rollouts without scores that ends the run.
         judge: the endpoint.
-        visibility: "full", or "group_shared" for models trained with `reference_causal`: a group's rollouts share one
-            copy of their references.
-        alarm: steps over which a falling quality beside a rising sum is called reward hacking; 0 never.
+        visibility: as the model was trained; none: as the run that `initial` names says, else "full". "group_shared" is
+            for models trained with `reference_causal`: a group's rollouts share one copy of their references.
+        sample_guidance: true CFG scale of held-out rows; 1, as policies are trained by default, turns guidance off.
+        alarm: steps of a stage over which a falling quality beside a rising sum is called reward hacking; at least 4, 0
+            never.
     """
 
     stages: tuple[RLStage, ...]  # type: ignore[assignment]
@@ -86,7 +89,8 @@ class MSGRPO(Recipe):
     min_members: int = 2
     max_failures: float = 0.5
     judge: JudgeConfig = field(default_factory=JudgeConfig)
-    visibility: Literal["full", "group_shared"] = "full"
+    visibility: Literal["full", "reference_causal", "reference_isolated", "group_shared"] | None = None
+    sample_guidance: float = 1.0
     alarm: int = 30
 
     def __post_init__(self) -> None:
@@ -94,6 +98,16 @@ class MSGRPO(Recipe):
         Sampler(self.sampler, self.noise)
         self._at_least({"prompts": 1, "group": 2, "rollout_steps": 2, "updates": 1, "inner_epochs": 1, "clip": 0,
                         "kl": 0, "min_members": 2, "guidance": 1, "alarm": 0})  # fmt: skip
+        if 0 < self.alarm < 4:
+            raise ValueError(f"alarm compares two halves of at least 4 steps, or is 0; got {self.alarm}")
+        if self.guard and self.sampler == "cps":
+            raise ValueError('guard weighs steps by the noise of sampler = "sde"; leave it out with "cps"')
+        trained = attends(self.initial)
+        if trained and self.attends not in (trained, *(["group_shared"] * (trained == "reference_causal"))):
+            raise ValueError(
+                f'visibility = "{self.attends}" is not how {self.initial} was trained: "{trained}"; leave visibility '
+                "out to go on as it was"
+            )
         if self.min_members > self.group:
             raise ValueError(f"min_members = {self.min_members} is more than a group has, {self.group}")
         for name, most in (("timesteps", 1.0), ("advantage_clip", math.inf)):
@@ -123,6 +137,14 @@ class MSGRPO(Recipe):
             )
         if self.updates > self.trained_steps:
             raise ValueError(f"{self.trained_steps} trained timesteps cannot be shared out to {self.updates} updates")
+
+    @property
+    def attends(self) -> str:
+        return self.visibility or attends(self.initial) or "full"
+
+    @property
+    def sequences(self) -> int:
+        return 2 if self.guidance > 1 else 1
 
     @property
     def window_stop(self) -> int:
@@ -170,7 +192,6 @@ def tiny() -> MSGRPO:
         eval_samples=64,
         sample_every=36,
         sample_steps=12,
-        sample_guidance=1.0,
         alarm=20,
     )  # fmt: skip
 

@@ -21,9 +21,9 @@ from uniref_fast.training.feeder import agree
 from uniref_fast.training.flow import draw
 from uniref_fast.training.gate import OffPolicyError, Timestep, probe, table
 from uniref_fast.training.grpo import Advantages, advantages, guarded_log_ratio, objective
+from uniref_fast.training.lineage import attends
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.prompts import Prompts
-from uniref_fast.training.recipes import stage_at
 from uniref_fast.training.reward_set import RewardSet
 from uniref_fast.training.rewards import Failure
 from uniref_fast.training.rl_recipes import MSGRPO, RLStage
@@ -76,13 +76,13 @@ class RLTrainer(Run):
         self.checked = -1  # the stage whose packs and parallel layout passed the gate
         self.monitor.enabled &= not check
         self.sampler = Sampler(config.sampler, config.noise)
-        self.model.packed.visibility = config.visibility
+        self.model.packed.visibility = config.attends
         cache = TensorCache(config.cache)
         self.encoder = Encoder(self.model.pipe, cache)
         dataset = Dataset(config.data, config.image_folder, targets="optional")
         self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
         self._prompts_state = self.prompts.state()
-        self.heldout = heldout_datasets(map(Path, config.heldout), config.image_folder, "optional")
+        self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
         self.alarm = Alarm(config.alarm, self.saved.get("alarm"))
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notified)
         self.roller = Roller(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
@@ -103,9 +103,12 @@ class RLTrainer(Run):
         return True
 
     def begin(self) -> None:
+        config = self.config
         if self.rewards.judge is not None and self.ranks.rank == 0:
             self.monitor.event(self.step, "judge", told=self.rewards.judge.check())
-        self._warn_of_noise()
+        if config.visibility not in (None, "full") and not attends(config.initial):
+            told = f"nothing says that the model was trained with it; {config.visibility} is only for models that were"
+            self.monitor.event(self.step, "visibility", told=told)
 
     def state(self) -> dict[str, Any]:
         return {"prompts": self._prompts_state, "alarm": self.alarm.state()}
@@ -148,7 +151,14 @@ class RLTrainer(Run):
         if config.sample_every and (self.step + 1) % config.sample_every == 0:
             self._show_groups(batch, scores)
         self._prompts_state = self.prompts.state()
+        self.stopping = any(self.ranks.gather(self.signalled))
         return True
+
+    def _enter_stage(self) -> None:
+        before = self.stage
+        super()._enter_stage()
+        if self.stage != before:
+            self._warn_of_noise()
 
     # ---- rollouts ----
 
@@ -355,7 +365,7 @@ class RLTrainer(Run):
             return
         quality = [axes["quality"] for axes in scores.values() if "quality" in axes]
         total = _mean([self.rewards.total(axes) for axes in scores.values()])
-        if quality and (told := self.alarm.add(total, _mean(quality))):
+        if quality and (told := self.alarm.add(self.stage, total, _mean(quality))):
             self.monitor.event(self.step, "reward hacking?", told=told)
 
     def _show_groups(self, batch: Batch, scores: Mapping[MemberKey, dict[str, float]]) -> None:
@@ -376,7 +386,7 @@ class RLTrainer(Run):
             ]
             self.monitor.image(self.step, "groups", group_sheet(shown))
 
-    def look(self, figures: bool, grid: bool) -> None:
+    def look(self, figures: bool, grid: bool) -> bool:
         """Rewards of held-out rows, denoised without noise from the same start every time; and a picture of some."""
         config, stage = self.config, self.config.stages[self.stage]
         values: dict[str, float] = {}
@@ -386,10 +396,10 @@ class RLTrainer(Run):
             rows = [((0, i), self._prepared(dataset, i, stage)) for i in range(count)]
             batch = self.roller.plan(rows, self.plans[self.stage], 1, config.sample_steps, config.sample_guidance)
             if not self.roller.roll(batch, None, config.sample_guidance, 0, self.step):
-                return
+                return False
             results = self.roller.results(batch)
             if results is None:
-                return
+                return False
             scores = {key: result for key, result in results.items() if not isinstance(result, Failure)}
             if figures and scores:
                 values[f"eval/{name}"] = _mean([self.rewards.total(axes) for axes in scores.values()])
@@ -408,6 +418,7 @@ class RLTrainer(Run):
             self.monitor.log(self.step, values)
         if grid and shown and self.ranks.rank == 0:
             self.monitor.image(self.step, "heldout", heldout_sheet(shown))
+        return True
 
     def _prepared(self, dataset: Dataset, index: int, stage: RLStage) -> Prepared:
         return self.encoder.prepare(dataset[index], (0, index), stage.side, stage.target_side, rollout=True)
@@ -415,7 +426,7 @@ class RLTrainer(Run):
     def _warn_of_noise(self) -> None:
         """Say when the noise of the rollouts leaves the model's latents other than those it was trained on."""
         config = self.config
-        tokens = (stage_at(config, self.step)[1].target_side // (self.model.pipe.vae_scale_factor * 2)) ** 2
+        tokens = (config.stages[self.stage].target_side // (self.model.pipe.vae_scale_factor * 2)) ** 2
         grid = schedule(self.model.pipe.scheduler, tokens, config.rollout_steps)
         window, last = config.window, 0 if config.window is None else config.window_stop - config.window
         places = [None if window is None else range(first, first + window) for first in range(last + 1)]

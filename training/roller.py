@@ -69,7 +69,7 @@ class Roller:
     ) -> None:
         self.config, self.ranks, self.model, self.encoder = config, ranks, model, encoder
         self.rewards, self.signalled = rewards, signalled
-        self.shared = config.visibility == "group_shared"
+        self.shared = config.attends == "group_shared"
 
     def plan(
         self,
@@ -90,7 +90,10 @@ class Roller:
             grid = schedule(self.model.pipe.scheduler, math.prod(shape.target), steps)
             noisy = noisy_steps(steps, config.window, config.window_stop, config.seed, key) if size > 1 else ()
             groups.append(Group(key, prepared, tuple(lengths), grid, noisy, number))
-        parts = plan_packs(groups, size, stage.pack_tokens, config.packs, self.shared)
+        most = stage.pack_tokens
+        if size == 1:  # a look keeps nothing for a backward: there is room for any row
+            most = max(most, *(group.tokens for group in groups))
+        parts = plan_packs(groups, size, most, config.packs, self.shared)
         keys = [[(*group.key, member) for member in range(size)] for group in groups]
         packs: list[RolloutPack | None] = []
         for part in parts[self.ranks.replica :: self.ranks.replicas]:

@@ -72,6 +72,11 @@ class Group:
         """Of one member, references left out."""
         return sum(self.lengths) + len(self.lengths) * self.target_tokens
 
+    @property
+    def tokens(self) -> int:
+        """Of one member that shares nothing."""
+        return self.own_tokens + len(self.lengths) * self.reference_tokens
+
 
 @dataclass
 class Member:
@@ -165,12 +170,10 @@ def plan_packs(groups: Sequence[Group], size: int, pack_tokens: int, least: int,
 
     def tokens(part: Sequence[int]) -> int:
         inside = [members[i] for i in part]
-        if shared:
-            owners = {group.number: group for group in inside}.values()
-            held = sum(group.reference_tokens for group in owners)
-        else:
-            held = sum(group.reference_tokens * len(group.lengths) for group in inside)
-        return held + sum(group.own_tokens for group in inside)
+        if not shared:
+            return sum(group.tokens for group in inside)
+        owners = {group.number: group for group in inside}.values()
+        return sum(group.reference_tokens for group in owners) + sum(group.own_tokens for group in inside)
 
     alone = [tokens([i]) for i in range(len(members))]
     if max(alone) > pack_tokens:

@@ -80,8 +80,8 @@ class Run:
         """Do step `self.step`; False when a signal came before it had any effect. All ranks agree."""
         raise NotImplementedError
 
-    def look(self, figures: bool, grid: bool) -> None:
-        """Held-out figures and sample grids, at the averaged weights."""
+    def look(self, figures: bool, grid: bool) -> bool:
+        """Held-out figures and sample grids, at the averaged weights; False when a signal ended it. All ranks agree."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
@@ -138,6 +138,7 @@ class Run:
             )
 
     def _look(self, done: bool = False) -> None:
+        """What is due at this step; what a signal ends is made up for when the run is resumed."""
         self.looked, config = True, self.config
         figures = config.eval_every and (self.step % config.eval_every == 0 or done)
         grid = config.sample_every and ((self.step and self.step % config.sample_every == 0) or done)
@@ -145,8 +146,11 @@ class Run:
             self._enter_stage()
             self.model.packed.eval()
             with self._averaged():
-                self.look(bool(figures), bool(grid))
+                self.looked = self.look(bool(figures), bool(grid))
             self.model.packed.train()
+            if not self.looked:
+                self.stopping = True
+                self._save()
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.average.applied() if self.average and self.step else contextlib.nullcontext()
@@ -237,6 +241,7 @@ class Run:
                 sharded=self.model.sharded_bytes(),
                 element=getattr(torch, config.dtype).itemsize,
                 patch=self.model.pipe.vae_scale_factor * 2,
+                sequences=config.sequences,
             )
             for stage in config.stages
         ]

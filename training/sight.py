@@ -26,21 +26,22 @@ class Alarm:
 
     def __init__(self, steps: int, state: Sequence[Sequence[float]] | None = None) -> None:
         self.steps = steps
-        self._past: list[tuple[float, float]] = [(float(total), float(quality)) for total, quality in state or ()]
+        self._past: list[tuple[float, float, float]] = [(s, total, quality) for s, total, quality in state or ()]
 
     def state(self) -> list[list[float]]:
         return [list(one) for one in self._past]
 
-    def add(self, total: float, quality: float) -> str:
+    def add(self, stage: int, total: float, quality: float) -> str:
         """Take in a step's means; returns what there is to tell, or nothing. The second half of the steps looked back
-        on is compared with the first."""
-        self._past = [*self._past, (total, quality)][-self.steps :] if self.steps else []
+        on is compared with the first; another stage has other prompts, and begins anew."""
+        past = [one for one in self._past if one[0] == stage]
+        self._past = [*past, (stage, total, quality)][-self.steps :] if self.steps else []
         if len(self._past) < self.steps or self.steps < 4:
             return ""
         half = self.steps // 2
         before, after = self._past[:half], self._past[-half:]
-        rise, _ = _change([one[0] for one in before], [one[0] for one in after])
-        fall, error = _change([one[1] for one in before], [one[1] for one in after])
+        rise, _ = _change([one[1] for one in before], [one[1] for one in after])
+        fall, error = _change([one[2] for one in before], [one[2] for one in after])
         if rise <= 0 or fall >= -SURE * error:
             return ""
         self._past = []  # tell once, then look at later steps

@@ -66,7 +66,16 @@ def device_memory(device: torch.device, limit_gib: float | None) -> int:
 
 
 def plan_stage(
-    stage: Stage, config: Any, *, ranks: int, memory: int, fixed: int, sharded: int, element: int, patch: int = 16
+    stage: Stage,
+    config: Any,
+    *,
+    ranks: int,
+    memory: int,
+    fixed: int,
+    sharded: int,
+    element: int,
+    patch: int = 16,
+    sequences: int = 1,
 ) -> StagePlan:
     """The least sharing and recomputing that fits the memory; what the stage sets is kept.
 
@@ -79,11 +88,12 @@ def plan_stage(
         sharded: bytes that the ranks share: weights, gradients, optimizer state, averages.
         element: bytes of a number in the computation.
         patch: pixels that a token covers per side.
+        sequences: that a sample takes; two with guidance.
 
     Raises:
         ValueError: when not even one of the largest samples fits; says what would help.
     """
-    largest = (stage.side**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS
+    largest = sequences * ((stage.side**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
     free = memory - fixed - sharded // ranks
     heads = config.num_attention_heads
     degrees = [n for n in range(1, ranks + 1) if ranks % n == 0 and heads % n == 0]
@@ -110,8 +120,9 @@ def plan_stage(
         )
     degree, checkpointing = options[-1]
     least = memory - free + activation_bytes(config, wanted, checkpointing, element) / degree
+    twice = ", twice for guidance" if sequences > 1 else ""
     raise ValueError(
         f"a pack of {wanted} tokens (references of {stage.side} x {stage.side} pixels together, targets of "
-        f"{stage.target_side} x {stage.target_side}) needs {least / 2**30:.1f} GiB on each of {ranks} rank(s), there "
-        f"are {memory / 2**30:.1f}; use more ranks, a LoRA, smaller sides, or set the stage's pack_tokens"
+        f"{stage.target_side} x {stage.target_side}{twice}) needs {least / 2**30:.1f} GiB on each of {ranks} rank(s), "
+        f"there are {memory / 2**30:.1f}; use more ranks, a LoRA, smaller sides, or set the stage's pack_tokens"
     )

@@ -33,7 +33,7 @@ class Trainer(Run):
 
     def __init__(self, config: SFT, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         super().__init__(config, ranks, out, resume)
-        self.model.packed.visibility = config.visibility
+        self.model.packed.visibility = config.attends
         costs = self.saved["costs"] if self.saved else self._costs().as_dict()
         self.costs = packing.CostModel(**costs)
         cache = TensorCache(config.cache)
@@ -47,12 +47,13 @@ class Trainer(Run):
     def state(self) -> dict[str, Any]:
         return {"feeder": self.feeder.state(), "costs": self.costs.as_dict()}
 
-    def look(self, figures: bool, grid: bool) -> None:
+    def look(self, figures: bool, grid: bool) -> bool:
         stage, plan = self.config.stages[self.stage], self.plans[self.stage]
         if figures and self.heldout.datasets:
             self.monitor.log(self.step, self.heldout.losses(stage, plan.pack_tokens))
         if grid and (picture := self.heldout.grid(stage, plan.pack_tokens // plan.sequence_parallel)):
             self.monitor.image(self.step, "heldout", picture)
+        return True
 
     def close(self) -> None:
         self.feeder.close()

@@ -1,0 +1,53 @@
+"""What the folder of an earlier run tells: its configuration, the transformer below it, how its model attends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+__all__ = ["attends", "base", "said"]
+
+
+def said(run: Path, name: str) -> str | None:
+    """A text of a run's configuration, such as the run that it went on from."""
+    try:
+        value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
+    except (OSError, ValueError, AttributeError):
+        return None  # exported by another program, or copied without it
+    return value if isinstance(value, str) else None
+
+
+def base(run: Path) -> Path | None:
+    """The run whose transformer a run's export belongs to: itself, or one that its adapter went on from, or none.
+
+    Raises:
+        ValueError: when one on the way is not there.
+    """
+    seen: list[Path] = []
+    while not (run / "transformer").is_dir():
+        seen.append(run.resolve())
+        before = said(run, "initial")
+        if before is None or Path(before).resolve() in seen:  # a run that was told to go on from itself
+            return None
+        if not Path(before).is_dir():
+            raise ValueError(
+                f"the adapter of {run} was trained on top of {before}, which is not there; put it back, or, where it "
+                f"held an adapter alone, take `initial` out of {run / 'config.json'}"
+            )
+        run = Path(before)
+    return run
+
+
+def attends(run: Path | None) -> str | None:
+    """The visibility that a run's model was trained with: the run's own, or that of the one it went on from.
+
+    None where no run says it.
+    """
+    seen: list[Path] = []
+    while run is not None and run.resolve() not in seen:
+        if visibility := said(run, "visibility"):
+            return "reference_causal" if visibility == "group_shared" else visibility  # alike for a sample alone
+        seen.append(run.resolve())
+        before = said(run, "initial")
+        run = None if before is None else Path(before)
+    return None
