@@ -150,10 +150,34 @@ def test_the_baseline_input_is_the_background_else_picture_1_and_grey_without(co
         expected = Image.new("RGB", made.size, "#808080")
         if sources:
             picture = sources[(shown or 1) - 1].load()
-            box = crop_box(picture.size, made.size) if shown else None
-            expected = picture.resize(made.size, Image.LANCZOS, box=box)
+            expected = picture.resize(made.size, Image.LANCZOS, box=crop_box(picture.size, made.size))
         assert np.array_equal(np.asarray(made), np.asarray(expected))
     assert max(n for n in seen if n) > 1 and found["settings"]["steps"] is None
+
+
+@pytest.mark.parametrize("more", [{"seed": 1}, {"guidance": 3.0}, {"steps": 3}, {"budget": 48}, {"target_side": 48},
+                                  {"size": (48, 32)}], ids=str)  # fmt: skip
+def test_each_setting_changes_what_is_made(config, whole, tmp_path, more):
+    found = evaluate(replace(config, out=tmp_path / "a", limit=2, data=config.data[:1], **more))
+    before = [row["psnr"] for row in results(whole)["rows"][:2]]
+    assert [row["psnr"] for row in found["rows"]] != before
+    name, value = next(iter(more.items()))
+    assert found["settings"][name] == (list(value) if name == "size" else value)
+    if name == "size":
+        assert [row["size"] for row in found["rows"]] == [[48, 32]] * 2
+
+
+def test_guidance_is_off_for_the_built_in_model_unless_asked_for(config):
+    assert replace(config, guidance=None).scale == 1.0 == config.scale
+    assert replace(config, guidance=None, model="a/b").scale == 4.0 and replace(config, guidance=2.5).scale == 2.5
+
+
+def test_the_grid_has_so_many_rows_of_each_file(config, whole, tmp_path):
+    heights = {}
+    for grid in (1, 2):
+        evaluate(replace(config, out=tmp_path / str(grid), baseline="input", grid=grid))
+        heights[grid] = Image.open(tmp_path / str(grid) / "grid.png").height
+    assert heights[2] > heights[1] + 2 * 160
 
 
 def test_psnr():
@@ -246,6 +270,52 @@ def test_an_image_that_is_gone_is_made_again(config, whole, tmp_path):
     shutil.rmtree(out / "images" / "heldout_combinations")
     evaluate(replace(config, out=out))
     assert results(out) == results(whole) and images(out) == images(whole)
+
+
+def test_what_is_no_picture_is_made_again(config, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "images" / "heldout_objects" / "1.png").write_bytes(b"no picture")
+    evaluate(replace(config, out=out))
+    assert results(out) == results(whole) and images(out) == images(whole)
+
+
+def test_rows_that_changed_are_not_gone_on_with(config, data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    few = replace(config, data=(folder / "heldout_objects.jsonl",), baseline="input", out=tmp_path / "out")
+    evaluate(few)
+    text = few.data[0].read_text()
+    few.data[0].write_text(text.replace('"instruction": "', '"instruction": "p', 1).replace(", ", ",", 1))
+    assert len(few.data[0].read_text()) == len(text)
+    with pytest.raises(ValueError, match=r"other settings: data.heldout_objects: "):
+        evaluate(few)
+
+
+def test_a_comparison_outlives_a_call_without_it(config, whole, tmp_path):
+    here = replace(config, out=tmp_path / "out", baseline="input", against=whole)
+    compared = evaluate(here)["comparison"]
+    assert compared["files"]["heldout_objects"]["rows"] == 3 and compared["settings"] == []
+    assert evaluate(replace(here, against=None))["comparison"] == compared == results(tmp_path / "out")["comparison"]
+    (tmp_path / "out" / "images" / "heldout_objects" / "0.png").unlink()
+    assert evaluate(replace(here, against=None))["comparison"] is None, "of rows that were made anew"
+
+
+def test_two_files_of_one_name_are_not_taken_for_each_other(config, data, tmp_path):
+    """An evaluation less itself is nothing, whatever its files are called."""
+    for name in ("d", "e"):
+        shutil.copytree(data, tmp_path / name)
+    lines = [json.loads(line) for line in (tmp_path / "e" / "heldout_objects.jsonl").read_text().splitlines()]
+    for line in lines:
+        path = tmp_path / "e" / line["output_image"]
+        Image.eval(Image.open(path).convert("RGB"), lambda value: 255 - value).save(path)
+    (tmp_path / "e" / "heldout_objects.jsonl").write_text("".join(json.dumps(line) + " \n" for line in lines))
+    both = replace(config, data=tuple(tmp_path / name / "heldout_objects.jsonl" for name in "de"), baseline="input")
+    evaluate(replace(both, out=tmp_path / "a"))
+    found = evaluate(replace(both, out=tmp_path / "b", against=tmp_path / "a"))["comparison"]
+    assert {name: one["psnr"]["mean"] for name, one in found["files"].items()} == {
+        "d/heldout_objects": 0.0, "e/heldout_objects": 0.0,
+    }  # fmt: skip
 
 
 def test_a_batch_half_made_is_edited_as_a_whole(config, whole, tmp_path):
@@ -343,9 +413,11 @@ def test_a_run_put_on_top(config, builtin_pipe, whole, tmp_path):
         models.load("builtin", (sft, rl), False, "cpu", "float32")
 
 
-def test_the_untrained_baseline_has_the_weights_of_seed_0():
+def test_the_untrained_baseline_has_the_transformer_of_seed_0(builtin_pipe):
+    """And the model's own autoencoder, so that its bound is that of the others."""
     loaded = models.load("builtin", (), True, "cpu", "float32")
     expected = builtin.components.pipeline(0, torch.float32)
+    expected.vae, expected.text_encoder = builtin_pipe.vae, builtin_pipe.text_encoder
     for name in ("transformer", "vae", "text_encoder"):
         ours, theirs = getattr(loaded, name).state_dict(), getattr(expected, name).state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -415,6 +487,35 @@ def test_calls_that_a_judge_did_not_get_are_made_again(bench, tmp_path, capsys):
         assert status == 2 and "judge.max_tokens: 1024 -> 7" in err
     status, _, err = run(capsys, *judged(bench, tmp_path / "new", server))
     assert status == 2 and "does not answer" in err
+
+
+def test_keys_and_languages_of_a_bench(tmp_path, capsys):
+    """As GEdit-Bench has them: each edit in two languages, reported apart, or one alone."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "r.png")
+    same = {"task_type": "color_alter", "input_image_raw": "r.png"}
+    lines = [{**same, "key": f"k{i}", "instruction": text, "instruction_language": language}
+             for i in range(2) for language, text in (("en", "turn"), ("cn", "b"))]  # fmt: skip
+    (tmp_path / "gedit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = [tmp_path / "gedit.jsonl", "--baseline", "input", "--reward", "none", "--size", "64x32"]
+    status, text, _ = run(capsys, *args, "--out", tmp_path / "a")
+    found = results(tmp_path / "a")
+    assert status == 0 and [(row["key"], row["language"]) for row in found["rows"]] == [
+        ("k0", "en"), ("k0", "cn"), ("k1", "en"), ("k1", "cn"),
+    ]  # fmt: skip
+    assert found["aggregates"]["gedit"]["languages"]["cn"]["rows"] == 2 == found["overall"]["languages"]["en"]["rows"]
+    assert {tuple(row["size"]) for row in found["rows"]} == {(64, 32)} and "  cn" in text
+    status, *_ = run(capsys, *args, "--out", tmp_path / "b", "--language", "cn", "--limit", 1)
+    assert status == 0 and [row["instruction"] for row in results(tmp_path / "b")["rows"]] == ["b"]
+    status, _, err = run(capsys, *args, "--out", tmp_path / "c", "--language", "fr")
+    assert status == 2 and 'no rows are in language "fr"; there are: cn, en' in err
+
+
+def test_lists_that_hold_no_rows_are_passed_over_in_folders(bench, tmp_path):
+    """Captions beside the pictures, as benches have them."""
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "captions.json").write_text('["a cat", "a mat"]')
+    dataset = Dataset(tmp_path, targets="optional")
+    assert dataset.files == ("mico_bench_hoi.jsonl",) and dataset.skipped == (tmp_path / "0" / "captions.json",)
 
 
 # ---- broken rows ----
@@ -487,6 +588,8 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
         ([file, "--guidance", "nan"], "guidance must be a finite number"),
         ([file, "--budget", 3], "budget must be at least 16"),
         ([file, "--device", "tpu9"], "unknown device"),
+        ([file, "--size", "8x64"], "at least 16 pixels, got 8x64"),
+        ([data, "--out", data / "results"], "its files would be taken for rows"),
         ([bench, "--reward", "scene"], "mico_bench_hoi.jsonl:1 has no scene; the scene reward needs"),
         ([file, "--judge-model", "x"], "--judge-model is for --reward judge"),
         ([file, "--reward", "judge", "--judge-timeout", "soon"], "--judge-timeout expects number, got 'soon'"),
@@ -496,7 +599,7 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
         ([data / "heldout_combinations.jsonl", "--image-folder", tmp_path / "none"], "image folder"),
     ]
     for args, message in cases:
-        status, text, err = run(capsys, *args, "--out", out)
+        status, text, err = run(capsys, *([] if "--out" in args else ["--out", out]), *args)
         assert status == 2 and message in err and not text and "Traceback" not in err, args
     for place, message in (("full", "cannot be made"), ("busy", "not empty and holds no evaluation")):
         status, _, err = run(capsys, file, "--out", tmp_path / place)

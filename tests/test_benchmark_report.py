@@ -60,7 +60,8 @@ def test_aggregates():
     assert whole["psnr"]["n"] == 3 and whole["psnr"]["mean"] == 21.0, "a row without scores has its PSNR all the same"
     assert whole["gap_psnr"]["mean"] == 9.0 and whole["bound_psnr"]["sem"] == 0.0
     assert whole["objects"] == {
-        "n": 3, "present": pytest.approx(2 / 3), "new": 1, "new_present": 1.0, "distance": 2.5,
+        "n": 3, "present": pytest.approx(2 / 3), "present_sem": pytest.approx(2 / 9), "new": 1, "new_present": 1.0,
+        "new_present_sem": None, "distance": 2.5,
         "similarity": pytest.approx(1.1 / 3), "bound_present": None, "bound_similarity": None,
     }  # fmt: skip
     assert set(found["a"]["tasks"]) == {"add", "move"} and found["a"]["tasks"]["add"]["rows"] == 2
@@ -68,6 +69,68 @@ def test_aggregates():
     empty = report.aggregates([broken()])["a"]
     assert empty["all"]["psnr"]["mean"] is None and empty["tasks"] == {} and empty["all"]["broken"] == 1
     json.dumps(found, allow_nan=False)
+
+
+def test_every_group_has_its_own_rows():
+    """By number of references, task and language, and of all files as one."""
+    rows = [record(index=i, score=float(i), references=1 + i % 3, task=("add", "move")[i % 2],
+                   **({"language": ("en", "cn")[i // 6]} if i < 12 else {})) for i in range(13)]  # fmt: skip
+    found = report.aggregates(rows)["a"]
+    for kind, value in (("references", lambda i: str(1 + i % 3)), ("tasks", lambda i: ("add", "move")[i % 2]),
+                        ("languages", lambda i: ("en", "cn")[i // 6] if i < 12 else None)):  # fmt: skip
+        wanted = {}
+        for i in range(13):
+            if value(i) is not None:
+                wanted.setdefault(value(i), []).append(float(i))
+        means = {name: one["scores"]["mean"]["mean"] for name, one in found[kind].items()}
+        assert means == {name: pytest.approx(sum(values) / len(values)) for name, values in wanted.items()}
+    both = [*rows, *({**row, "file": "b", "scores": scores(50.0)} for row in rows[:1])]
+    whole = report.parts(both)
+    assert whole["all"]["scores"]["mean"]["mean"] == pytest.approx((78 + 50) / 14) and whole["all"]["rows"] == 14
+    text = report.table(report.aggregates(both), whole)
+    assert "all files" in text and "  cn" in text and "all files" not in report.table({"a": found}, whole)
+
+
+def test_the_error_of_a_share_is_that_of_rows():
+    """Objects of a row stand or fall together: four of one row are no more than one draw each."""
+    rows = [record(index=i, objects=[thing(i % 2 == 0, 1.0 if i % 2 == 0 else None)] * 4) for i in range(16)]
+    one = [record(index=i, objects=[thing(i % 2 == 0, None)]) for i in range(16)]
+    both = [report.group(each)["objects"] for each in (rows, one)]
+    assert [each["present"] for each in both] == [0.5, 0.5]
+    assert [each["present_sem"] for each in both] == [pytest.approx(math.sqrt(0.25 / 15))] * 2
+    assert "50% ±13" in report.table(report.aggregates(rows))
+    assert both[0]["distance"] == 1.0 and report.group(one[:1])["objects"]["present_sem"] is None
+
+
+def test_files_are_the_same_by_label_content_or_a_name_there_is_once():
+    def settings(**contents):
+        return {"data": {label.replace("__", "/"): content for label, content in contents.items()}}
+
+    same = report.same_files
+    assert same(settings(d__x="1", e__x="2"), settings(d__x="1", e__x="3")) == {"d/x": "d/x", "e/x": "e/x"}
+    assert same(settings(x="1"), settings(d__x="2", e__x="1")) == {"x": "e/x"}, "by what is in it"
+    assert same(settings(d__x="1", e__x="1"), settings(x="1")) == {"d/x": "x", "e/x": "x"}
+    assert same(settings(d__x="1", e__x="2"), settings(x="3")) == {}, "which of them it is nobody knows"
+    assert same(settings(a__x="1", y="2"), settings(b__x="3", z="2")) == {"a/x": "b/x"}
+    assert same({"files": {"x": 3}, "data": "old"}, settings(d__x="2")) == {"x": "d/x"}
+
+
+def test_settings_that_differ_are_told():
+    settings = {"guidance": 1.0, "budget": 32, "visibility": "full", "dtype": "float32", "device": "cpu"}
+    other = {**settings, "guidance": 4.0, "budget": None, "seed": 3, "model": "x"}
+    assert report.unlike(settings, other) == ["guidance: 4.0 there, 1.0 here", "budget: None there, 32 here"]
+    no_model = {**settings, "guidance": None, "visibility": None, "budget": 16}
+    assert report.unlike(settings, no_model) == ["budget: 16 there, 32 here"]
+    rows = [record(index=i) for i in range(2)]
+    found = report.compare(rows, rows, "old") | {"settings": report.unlike(settings, other)}
+    assert "settings that differ: guidance: 4.0 there" in report.comparison_table(found)
+
+
+def test_one_instruction_at_two_places_is_two_rows():
+    here = [record(index=i, instruction="the same", psnr=10.0 * (i + 1)) for i in range(2)]
+    there = [record(index=i, instruction="the same", psnr=1.0 * (i + 1)) for i in range(2)]
+    found = report.compare(here, there[::-1], "old")["files"]["a"]["psnr"]
+    assert found["n"] == 2 and found["mean"] == pytest.approx((9 + 18) / 2) and found["sem"] == pytest.approx(4.5)
 
 
 def test_the_table_shows_what_there_is_and_explains_it():
@@ -195,6 +258,18 @@ def test_a_journal_refuses_other_settings_weights_and_folders(tmp_path):
     with pytest.raises(ValueError, match="not empty and holds no evaluation"):
         Journal(tmp_path / "b", SETTINGS)
     assert differing({"a": (1,)}, {"a": [1]}) == [] and differing({}, {"a": None}) == []
+
+
+def test_one_at_a_time(tmp_path):
+    """Also before anything is made: what another has begun is not begun anew under its hands."""
+    first = Journal(tmp_path, SETTINGS)
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="another evaluation is writing"):
+        Journal(tmp_path, {**SETTINGS, "seed": 5})
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+    first.check_weights("w")
+    first.close()
+    Journal(tmp_path, SETTINGS).close()
 
 
 def test_nothing_made_nothing_binds(tmp_path):

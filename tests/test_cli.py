@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uniref_fast import builtin
+from uniref_fast import builtin, cli
 from uniref_fast.cli import main
 
 
@@ -133,6 +133,7 @@ BAD = [
     (["--image", "long.png"], "too elongated"),
     (["--prompt", "  "], "--prompt is empty"),
     (["--out", "result.txt"], "the ending says the format"),
+    (["--out", "result.xbm"], "cannot hold the picture"),
     (["--out", "."], "--out"),
     (["--out", "text.png/x.png"], "not a folder"),
     (["--out", "new/deep/x.png", "--image", "missing.png"], "no such image"),
@@ -168,6 +169,20 @@ def test_bad_input_is_explained(tmp_path, monkeypatch, capsys, args, message):
     status, out, err = run(capsys, "edit", *args, *rest)
     assert status == 2 and message in err and out == ""
     assert "Traceback" not in err and sorted(tmp_path.iterdir()) == before, "nothing is left behind"
+
+
+@pytest.mark.parametrize("seed", [-1, 10**20])
+def test_a_seed_the_demo_has_no_scenes_for(tmp_path, capsys, seed):
+    status, out, err = run(capsys, "demo", "--out", tmp_path / "a.png", "--seed", seed)
+    assert status == 2 and "--seed is a number from 0 to 999999999" in err and out == ""
+
+
+@pytest.mark.parametrize("model, given, scale", [("builtin", None, 1.0), ("a/b", None, 4.0), ("builtin", 3.0, 3.0)])
+def test_guidance_is_off_for_the_built_in_model_unless_asked_for(model, given, scale):
+    """It makes its best pictures without."""
+    more = [] if given is None else ["--guidance", str(given)]
+    args = cli._parser().parse_args(["edit", "--prompt", "x", "--out", "a.png", "--model", model, *more])
+    assert cli._request_fields(args)["true_cfg_scale"] == scale
 
 
 def test_a_hub_id_that_cannot_be_had(tmp_path, monkeypatch, capsys):

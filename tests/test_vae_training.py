@@ -215,9 +215,16 @@ def test_weights_move_and_a_finished_model_is_never_half_replaced(whole, capsys)
     moved = [name for name, value in weights(whole).items() if not torch.equal(value, initial[name])]
     assert len(moved) > len(initial) / 2
     before = contents(whole / "model")
-    vae.main(flags(dataclasses.replace(SMALL, out=whole)))
-    assert contents(whole / "model") == before
-    assert "Traceback" not in capsys.readouterr().err
+    assert vae.main(flags(dataclasses.replace(SMALL, out=whole))) == 0
+    assert contents(whole / "model") == before and "is there already" in capsys.readouterr().out
+    assert vae.main(flags(dataclasses.replace(SMALL, out=whole, lr=0.1))) == 2
+    assert "begun with other settings (lr " in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_no_model(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    assert vae.main(["--out", str(tmp_path)]) == 2
+    assert "holds no model; remove it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

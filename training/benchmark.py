@@ -62,14 +62,18 @@ class EvalConfig:
         initial: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
         baseline: instead of the model's results: "input", the picture whose background the answer has, where a scene
             says so, else picture 1, at the size of the result (grey without pictures);
-            "vae", the target through the model's autoencoder; "untrained", those of the built-in model before training.
+            "vae", the target through the model's autoencoder; "untrained", those of the built-in model with its
+            transformer before training.
         reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
         judge: how the judge is asked.
         steps: denoising steps; None for 8 with the built-in model, else 50.
-        guidance: true CFG scale; 1 turns guidance off.
+        guidance: true CFG scale, 1 turns guidance off; None for 1 with the built-in model, which makes its best
+            pictures without, else 4.
         budget: joint pixel budget of a row's references, budget x budget; None sizes each as diffusers does.
         target_side: area of the results, target_side x target_side, at most where a row has a target; None for the
             pipeline's own.
+        size: (width, height) of all results, in pixels, instead of what the targets and references say.
+        language: only rows of this language, where a bench has several, such as GEdit-Bench's "en" and "cn".
         seed: of the noise, with the row.
         limit: rows of each file, the first ones; None for all.
         image_folder: of relative paths in rows; None for beside their file.
@@ -89,9 +93,11 @@ class EvalConfig:
     reward: Literal["scene", "judge", "none"] | None = None
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     steps: int | None = None
-    guidance: float = 4.0
+    guidance: float | None = None
     budget: int | None = None
     target_side: int | None = None
+    size: tuple[int, int] | None = None
+    language: str | None = None
     seed: int = 0
     limit: int | None = None
     image_folder: Path | None = None
@@ -109,7 +115,9 @@ class EvalConfig:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise ValueError(f"{name} must be at least {value}, got {given}")
-        if not math.isfinite(self.guidance):
+        if self.size is not None and min(self.size) < 16:
+            raise ValueError(f"size is width and height of at least 16 pixels, got {self.size[0]}x{self.size[1]}")
+        if not math.isfinite(self.scale):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if self.baseline == "untrained" and self.model != "builtin":
             raise ValueError(f"baseline untrained is there for the built-in model only, not for {self.model}")
@@ -129,6 +137,10 @@ class EvalConfig:
     def all_steps(self) -> int:
         return self.steps if self.steps is not None else 8 if self.model == "builtin" else 50
 
+    @property
+    def scale(self) -> float:
+        return self.guidance if self.guidance is not None else 1.0 if self.model == "builtin" else 4.0
+
 
 def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
     """Evaluate, or go on with it, and write the folder.
@@ -138,9 +150,9 @@ def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
         progress: show a bar on stderr.
 
     Returns:
-        What `results.json` holds: "settings", "versions", "aggregates" (see `benchmark_report.aggregates`),
-        "comparison" (see `benchmark_report.compare`; None without `against`) and "rows". Rows that cannot be evaluated
-        have an "error".
+        What `results.json` holds: "settings", "versions", "aggregates" (see `benchmark_report.aggregates`), "overall"
+        (the same of all files as one), "comparison" (see `benchmark_report.compare`; None without `against`, now or
+        before) and "rows". Rows that cannot be evaluated have an "error".
 
     Raises:
         ValueError, TypeError: for what the caller can put right.
@@ -152,9 +164,14 @@ def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
 class _Evaluation:
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
+        for path in config.data:
+            if path.is_dir() and config.out.resolve().is_relative_to(path.resolve()):
+                raise ValueError(
+                    f"out {config.out} lies in {path}, where its files would be taken for rows; name another"
+                )
         self.device, self.dtype = models.on_device(config.device, config.dtype)
         self.dataset = Dataset(config.data, config.image_folder, "optional")
-        self.files = files_of(self.dataset, config.limit)
+        self.files = files_of(self.dataset, config.limit, config.language)
         models.check_runs(config.initial, config.model)
         self.reward = config.reward or self._usual_reward()
         if config.reward == "scene":
@@ -168,7 +185,8 @@ class _Evaluation:
 
     def results(self, progress: bool) -> dict[str, Any]:
         with contextlib.closing(self.journal):
-            if any(self._open(label, numbers) for label, numbers in self.files.items()):
+            worked = any(self._open(label, numbers) for label, numbers in self.files.items())
+            if worked:
                 self._work(progress)
         rows = [self.journal.rows[label, i] for label, numbers in self.files.items() for i in range(len(numbers))]
         made: dict[str, Any] = {
@@ -176,7 +194,8 @@ class _Evaluation:
             "settings": self.settings,
             "versions": _versions(),
             "aggregates": report.aggregates(rows),
-            "comparison": None,
+            "overall": report.parts(rows),
+            "comparison": None if worked else self._earlier_comparison(),
             "rows": rows,
         }
         self._write(made)
@@ -184,13 +203,22 @@ class _Evaluation:
             sheet = report.sheet(shown)
             write_whole(self.config.out / "grid.png", lambda file: sheet.save(file, "PNG"))
         if self.other is not None:  # after what cost the time is safe
-            made["comparison"] = report.compare(rows, self.other["rows"], str(self.config.against))
+            differing = report.unlike(self.settings, self.other["settings"])
+            compared = report.compare(rows, self.other["rows"], str(self.config.against), self.files_there)
+            made["comparison"] = compared | {"settings": differing}
             self._write(made)
         return made
 
     def _write(self, made: dict[str, Any]) -> None:
         text = json.dumps(made, indent=1, allow_nan=False)
         write_whole(self.config.out / "results.json", lambda file: file.write(text.encode()))
+
+    def _earlier_comparison(self) -> Any:
+        """Of the same rows, made by an earlier call."""
+        try:
+            return json.loads((self.config.out / "results.json").read_bytes())["comparison"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     # ---- before the work ----
 
@@ -221,7 +249,7 @@ class _Evaluation:
         config, judge = self.config, self.config.judge
         return {
             "files": {label: len(numbers) for label, numbers in self.files.items()},
-            "data": self.dataset.fingerprint,
+            "data": dict(zip(self.files, self.dataset.contents, strict=True)),
             "limit": config.limit,
             "model": config.model,
             "initial": [str(run) for run in config.initial],
@@ -230,9 +258,11 @@ class _Evaluation:
             "reward": self.reward,
             "judge": {name: getattr(judge, name) for name in JUDGED_BY} if self.reward == "judge" else None,
             "steps": config.all_steps if config.runs_model else None,
-            "guidance": config.guidance if config.runs_model else None,
+            "guidance": config.scale if config.runs_model else None,
             "budget": config.budget,
             "target_side": config.target_side,
+            "size": None if config.size is None else list(config.size),
+            "language": config.language,
             "seed": config.seed if config.runs_model else None,
             "visibility": config.attends if config.runs_model else None,
             "dtype": self.dtype,
@@ -243,10 +273,15 @@ class _Evaluation:
         """Now rather than after hours."""
         report.check_comparable(self.settings, other["settings"])
         known = {report.identity(row) for row in other["rows"]}
+        self.files_there = report.same_files(self.settings, other["settings"])
         for label, numbers in self.files.items():
             for i, number in enumerate(numbers):
                 with contextlib.suppress(RowError):
-                    row = {"file": label, "index": i, "instruction": self.dataset[number].instruction}
+                    row = {
+                        "file": self.files_there.get(label),
+                        "index": i,
+                        "instruction": self.dataset[number].instruction,
+                    }
                     if report.identity(row) in known:
                         return
         raise ValueError(f"no rows of {self.config.against} are the same as here (file, index and instruction)")
@@ -262,7 +297,16 @@ class _Evaluation:
         record = self.journal.rows.get((label, i), {"error": "not yet"})
         if "error" in record or record.get("failure", {}).get("kind") in PASSING:
             return False
-        return self._image(label, i).exists()
+        return self._made_already(label, i)
+
+    def _made_already(self, label: str, i: int) -> bool:
+        """Also not where what is there is no picture: it is made again."""
+        try:
+            with Image.open(self._image(label, i)) as file:
+                file.load()
+        except (OSError, SyntaxError, ValueError):
+            return False
+        return True
 
     def _work(self, progress: bool) -> None:
         from tqdm import tqdm
@@ -311,7 +355,7 @@ class _Evaluation:
             except ValueError as error:
                 reason = error.reason if isinstance(error, RowError) else str(error)
                 records[i]["error"] = reason
-        lacking = [i for i in plans if i in to_do and not self._image(label, i).exists()]
+        lacking = [i for i in plans if i in to_do and not self._made_already(label, i)]
         if lacking:
             for i, image in zip(plans, self._images(list(plans.values())), strict=True):
                 if i in lacking:
@@ -329,7 +373,8 @@ class _Evaluation:
             budget=None if config.budget is None else config.budget**2,
             seed=config.seed,
             steps=config.all_steps,
-            guidance=config.guidance,
+            guidance=config.scale,
+            size=config.size,
         )
         if config.baseline == "vae" and planned.target is None:
             raise ValueError("no target picture, which the baseline vae needs")
@@ -361,6 +406,7 @@ class _Evaluation:
         record |= {
             "instruction": row.instruction,
             "task": row.task_type or "none",
+            **{name: value for name in ("key", "language") if (value := getattr(row, name)) is not None},
             "references": len(row.references),
             "size": list(made.size),
             "seed": planned.request.seed if self.config.runs_model else None,
@@ -403,9 +449,7 @@ def _pasted(planned: Planned) -> Image.Image:
         return Image.new("RGB", planned.size, GREY)
     ground = (planned.row.scene or {}).get("background")
     number = ground.get("picture") if isinstance(ground, Mapping) else None
-    if not isinstance(number, int) or not 0 < number <= len(images):
-        return images[0].resize(planned.size, Image.Resampling.LANCZOS)
-    picture = images[number - 1]
+    picture = images[number - 1 if isinstance(number, int) and 0 < number <= len(images) else 0]
     return picture.resize(planned.size, Image.Resampling.LANCZOS, box=crop_box(picture.size, planned.size))
 
 

@@ -42,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--reward", choices=("scene", "judge", "none"), help="scene where rows have a scene, else none, by default")
     add("--steps", type=int, help="denoising steps (8 for the built-in model, else 50)")
-    add("--guidance", type=float, default=own.guidance, help="true CFG scale; 1 turns it off (%(default)s)")
+    add("--guidance", type=float, help="true CFG scale; 1 turns it off (1 for the built-in model, else 4)")
     add("--budget", type=int, metavar="SIDE", help="joint pixel budget of all references of a row: SIDE x SIDE")
     add(
         "--target-side", type=int, metavar="SIDE",
         help="results have SIDE x SIDE pixels; with a target its size, at most so many (as the pipeline has it)",
     )  # fmt: skip
+    add("--size", type=_size, metavar="WxH", help="of all results, as OmniContext has 1024x1024, whatever the rows say")
+    add("--language", metavar="NAME", help='only rows of this language, such as "en" of GEdit-Bench (all)')
     add("--seed", type=int, default=own.seed, help="of the noise, with the row (%(default)s)")
     add("--limit", type=int, metavar="N", help="rows of each file (all)")
     add("--image-folder", type=Path, metavar="DIR", help="of relative paths (beside their file by default)")
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     results = evaluate(config, progress=True)
     broken = [row for row in results["rows"] if "error" in row]
     if args.json:
-        names = ("settings", "versions", "aggregates", "comparison")
+        names = ("settings", "versions", "aggregates", "overall", "comparison")
         found: dict[str, Any] = {name: results[name] for name in names}
         print(json.dumps(found | {"broken": [{k: row[k] for k in ("where", "error")} for row in broken]}))
     else:
@@ -89,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, Any]]) -> str:
-    parts = [report.table(results["aggregates"])]
+    parts = [report.table(results["aggregates"], results["overall"])]
     if results["comparison"] is not None:
         parts.append(report.comparison_table(results["comparison"]))
     if broken:
@@ -100,6 +102,13 @@ def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, An
         parts.append("the built-in weights are untrained: what they make is noise")
     parts.append(f"results  {config.out / 'results.json'}")
     return "\n\n".join(parts)
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"WIDTHxHEIGHT in pixels, for example 1024x1024; got {text!r}")
+    return int(width), int(height)
 
 
 def _judge_fields() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -29,7 +30,19 @@ class Journal:
         self._weights: str | None = None
         if not self.path.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no evaluation; give a new or an empty folder")
-        lines = self._lines() if self.path.exists() else []
+        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        try:
+            self._begin(folder, settings)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _begin(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another evaluation is writing {folder}; wait for it, or give another folder") from None
+        lines = self._lines()
         begun = bool(lines) and (any("row" in line for line in lines) or (folder / "images").exists())
         if begun:
             changed = differing(lines[0]["settings"], settings)
@@ -42,9 +55,8 @@ class Journal:
                 self._weights = line.get("weights", self._weights)
                 if "row" in line:
                     self._take(line["row"])
-        # with nothing made, as after a wrong --model, it begins anew
-        self._file = open(self.path, "ab" if begun else "wb")  # noqa: SIM115 - closed by close()
-        if not begun:
+        if not begun:  # with nothing made, as after a wrong --model, it begins anew
+            self._file.truncate(0)
             self._append({"settings": settings})
 
     def check_weights(self, digest: str) -> None:

@@ -38,14 +38,16 @@ def load(model: str, runs: tuple[Path, ...], untrained: bool, device: str, dtype
     Args:
         model: "builtin", a diffusers folder or a hub id.
         runs: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
-        untrained: the built-in model as it is before any training, with the weights of seed 0.
+        untrained: the built-in model with the transformer that it has before any training, of seed 0.
         device, dtype: see `on_device`.
 
     Raises:
         ValueError, TypeError: for what is not there, cannot be read, or does not fit together.
     """
     kind = getattr(torch, dtype)
-    pipe = components.pipeline(0, kind).to(device) if untrained else load_pipeline(model, kind, device)
+    pipe = load_pipeline(model, kind, device)
+    if untrained:  # the autoencoder stays: it bounds what any transformer can reach
+        pipe.transformer = components.pipeline(0, kind).transformer.to(device)
     adapters: list[str] = []
     for run in runs:
         try:

@@ -21,9 +21,12 @@ __all__ = [
     "comparison_table",
     "file_name",
     "identity",
+    "parts",
     "read_results",
+    "same_files",
     "sheet",
     "table",
+    "unlike",
 ]
 
 Record = Mapping[str, Any]
@@ -32,15 +35,17 @@ FORMAT = 1  # of results.json
 
 
 def aggregates(rows: Sequence[Record]) -> dict[str, Any]:
-    """By file: "all", by number of references and by task; see `group`."""
+    """By file, see `parts`."""
+    return {file: parts(_with(rows, "file", file)) for file in dict.fromkeys(row["file"] for row in rows)}
+
+
+def parts(rows: Sequence[Record]) -> dict[str, Any]:
+    """ "all", by number of "references", by "tasks", and by "languages" where a bench has them; see `group`."""
     return {
-        file: {
-            "all": group(own),
-            "references": {str(k): group(_with(own, "references", k)) for k in _values(own, "references")},
-            "tasks": {task: group(_with(own, "task", task)) for task in _values(own, "task")},
-        }
-        for file in dict.fromkeys(row["file"] for row in rows)
-        for own in [_with(rows, "file", file)]
+        "all": group(rows),
+        "references": {str(k): group(_with(rows, "references", k)) for k in _values(rows, "references")},
+        "tasks": {task: group(_with(rows, "task", task)) for task in _values(rows, "task")},
+        "languages": {language: group(_with(rows, "language", language)) for language in _values(rows, "language")},
     }
 
 
@@ -50,8 +55,9 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
     Returns:
         "rows", "broken" of them, "failures" to score by kind; "scores", "bound_scores" (of the target through the
         autoencoder) and "gap_scores" (the bound less the image made) by axis; "psnr", "bound_psnr" and "gap_psnr" in
-        dB; each as {"n", "mean", "sem"}, None where nothing is known. "objects": {"n", "present" share of them,
-        "new" and "new_present" the same of those that no picture shows at their place, "distance" mean of those
+        dB; each as {"n", "mean", "sem"}, None where nothing is known. "objects": {"n", "present" share of them and
+        "present_sem" its standard error, objects of a row counting as one draw, "new", "new_present" and
+        "new_present_sem" the same of those that no picture shows at their place, "distance" mean of those
         present in pixels, "similarity" mean of all, "bound_present" and "bound_similarity" the same of the targets
         through the autoencoder}.
     """
@@ -75,8 +81,10 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
         "objects": {
             "n": len(objects),
             "present": _share(objects),
+            "present_sem": _share_error([row.get("objects", ()) for row in made]),
             "new": len(new),
             "new_present": _share(new),
+            "new_present_sem": _share_error([[o for o in row.get("objects", ()) if not o["kept"]] for row in made]),
             "distance": statistic([one["distance"] for one in objects])["mean"],
             "similarity": statistic([one["similarity"] for one in objects])["mean"],
             "bound_present": _share(best),
@@ -96,6 +104,17 @@ def statistic(values: Sequence[float | None]) -> dict[str, Any]:
 
 def _share(objects: Sequence[Record]) -> float | None:
     return statistic([float(one["present"]) for one in objects])["mean"]
+
+
+def _share_error(rows: Sequence[Sequence[Record]]) -> float | None:
+    """Standard error of the share over all objects, from how its rows differ; None for fewer than two rows."""
+    counts = [(sum(bool(one["present"]) for one in row), len(row)) for row in rows if row]
+    if len(counts) < 2:
+        return None
+    n = sum(own for _, own in counts)
+    share = sum(there for there, _ in counts) / n
+    squares = math.fsum((there - share * own) ** 2 for there, own in counts)
+    return math.sqrt(squares * len(counts) / (len(counts) - 1)) / n
 
 
 def _less(first: Sequence[float | None], second: Sequence[float | None]) -> list[float | None]:
@@ -135,8 +154,12 @@ def _measure(*path: str, digits: int = 2, errors: bool = False) -> Cell:
     return cell
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
+def _percent(name: str) -> Cell:
+    def cell(found: Mapping[str, Any]) -> str:
+        share, error = found["objects"][name], found["objects"][f"{name}_sem"]
+        return "" if share is None else f"{share:.0%}" + ("" if error is None else f" ±{100 * error:.0f}")
+
+    return cell
 
 
 COLUMNS: dict[str, Cell] = {
@@ -149,8 +172,8 @@ COLUMNS: dict[str, Cell] = {
     "PSNR": _measure("psnr", digits=1, errors=True),
     "VAE": _measure("bound_psnr", digits=1),
     "gap": _measure("gap_psnr", digits=1, errors=True),
-    "present": lambda found: _percent(found["objects"]["present"]),
-    "new": lambda found: _percent(found["objects"]["new_present"]),
+    "present": _percent("present"),
+    "new": _percent("new_present"),
     "off": _measure("objects", "distance", digits=1),
     "similar": _measure("objects", "similarity"),
     "most": _measure("objects", "bound_similarity"),
@@ -166,13 +189,14 @@ LEGEND = {
 }
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """Aggregates as text; columns that say nothing are left out."""
+def table(found: Mapping[str, Any], overall: Mapping[str, Any] | None = None) -> str:
+    """Aggregates as text, those of all files last where there are several; columns that say nothing are left out."""
     lines = []
-    for file, part in found.items():
+    whole = {"all files": overall} if overall is not None and len(found) > 1 else {}
+    for file, part in {**found, **whole}.items():
         lines.append((file, part["all"]))
         lines += [(f"  {k} picture{'' if k == '1' else 's'}", one) for k, one in part["references"].items()]
-        lines += [(f"  {task}", one) for task, one in part["tasks"].items()]
+        lines += [(f"  {name}", one) for kind in ("tasks", "languages") for name, one in part[kind].items()]
     names = [name for name, cell in COLUMNS.items() if any(cell(one) for _, one in lines)]
     grid = [["", *names]] + [[label, *(COLUMNS[name](one) for name in names)] for label, one in lines]
     legend = [text for name, text in LEGEND.items() if name in names]
@@ -227,8 +251,49 @@ def check_comparable(settings: Record, other: Record) -> None:
         raise ValueError(f"these evaluations cannot be compared: {'; '.join(changed)}")
 
 
-def compare(rows: Sequence[Record], others: Sequence[Record], name: str) -> dict[str, Any]:
+def unlike(settings: Record, other: Record) -> list[str]:
+    """Settings that differ though the model is the same or another, as "guidance: 4.0 there, 1.0 here"."""
+    names = ("guidance", "budget", "target_side", "size", "visibility", "dtype", "device")
+    pairs = {name: (other.get(name), settings.get(name)) for name in names}
+    runs = None not in (other.get("guidance"), settings.get("guidance"))  # else one runs no model
+    skipped = () if runs else ("guidance", "visibility", "dtype", "device")
+    return [
+        f"{n}: {there} there, {here} here" for n, (there, here) in pairs.items() if there != here and n not in skipped
+    ]
+
+
+def same_files(settings: Record, other: Record) -> dict[str, str]:
+    """The other evaluation's label of each file: the same; else one that ends alike, as labels have as much of a path
+    as tells files from those beside them, and has the same content or is the only one of that name in both."""
+    here, there = (_contents(each) for each in (settings, other))
+    names_here, names_there = (Counter(map(file_name, each)) for each in (here, there))
+    same = {}
+    for label, content in here.items():
+        name = file_name(label)
+        alike = [one for one in there if file_name(one) == name]
+        equal = [one for one in alike if content is not None and there[one] == content]
+        if label in there:
+            same[label] = label
+        elif equal or (names_here[name] == names_there[name] == 1):
+            same[label] = (equal or alike)[0]
+    return same
+
+
+def _contents(settings: Record) -> Mapping[str, str | None]:
+    """Of each file by its label."""
+    found = settings.get("data")
+    return found if isinstance(found, Mapping) else dict.fromkeys(settings.get("files", ()))
+
+
+def compare(
+    rows: Sequence[Record], others: Sequence[Record], name: str, files_there: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Differences of rows that are the same in both (file, index and instruction), this evaluation less the other.
+
+    Args:
+        rows, others: records of the two.
+        name: of the other.
+        files_there: what the other calls the files of this one, see `same_files`; None: the same.
 
     Returns:
         "against" the name, "unmatched" rows of this one, and "files": by file "rows" matched, and by measure (the axes,
@@ -239,7 +304,11 @@ def compare(rows: Sequence[Record], others: Sequence[Record], name: str) -> dict
         ValueError: when no rows are the same, or the images made of them differ in size.
     """
     known = {identity(row): row for row in others if "error" not in row}
-    pairs = [(row, known[identity(row)]) for row in rows if "error" not in row and identity(row) in known]
+    pairs = []
+    for row in rows:
+        place = identity(row if files_there is None else {**row, "file": files_there.get(row["file"])})
+        if "error" not in row and place in known:
+            pairs.append((row, known[place]))
     if not pairs:
         raise ValueError(f"no rows of {name} are the same as here (file, index and instruction)")
     for row, other in pairs:
@@ -266,8 +335,8 @@ def _both(pair: tuple[Record, Record], measure: str) -> tuple[float | None, floa
 
 
 def identity(row: Record) -> tuple[Any, ...]:
-    """Of a row in any evaluation: a file is called by a path or by its name, as the files beside it demand."""
-    return file_name(row.get("file", "")), row.get("index"), row.get("instruction")
+    """Of a row in an evaluation."""
+    return row.get("file"), row.get("index"), row.get("instruction")
 
 
 def file_name(label: str) -> str:
@@ -288,7 +357,9 @@ def comparison_table(found: Mapping[str, Any]) -> str:
     for file, one in found["files"].items():
         grid.append([file, str(one["rows"]), *(_difference(one.get(name)) for name in names)])
     more = f"{found['unmatched']} rows are in this evaluation alone" if found["unmatched"] else ""
-    return "\n".join([*_aligned(grid), "differences row by row, mean ± standard error", *([more] if more else [])])
+    text = "differences row by row, mean ± standard error; present: of the share of a row's objects"
+    unlike = [f"settings that differ: {'; '.join(found['settings'])}"] if found.get("settings") else []
+    return "\n".join([*_aligned(grid), text, *unlike, *([more] if more else [])])
 
 
 def _difference(one: Record | None) -> str:

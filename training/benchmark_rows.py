@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from PIL import Image
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.request import EditRequest, geometry, validated
 from uniref_fast.training.flow import draw
-from uniref_fast.training.rows import Dataset, Row
+from uniref_fast.training.rows import Dataset, Row, RowError
 
 __all__ = ["Planned", "files_of", "plan"]
 
@@ -35,20 +36,30 @@ class Planned:
     size: tuple[int, int]
 
 
-def files_of(dataset: Dataset, limit: int | None) -> dict[str, list[int]]:
+def files_of(dataset: Dataset, limit: int | None, language: str | None = None) -> dict[str, list[int]]:
     """Numbers of the rows of each file, at most `limit`; files are called by their names without the ending.
+
+    With a language only the rows of that, and those that cannot be read.
 
     Raises:
         ValueError: for a file without rows.
     """
     numbers: dict[str, list[int]] = {name: [] for name in dataset.files}
     names = iter(dataset.files)
-    name = next(names)
+    name, found = next(names), set[str]()
     for number in range(len(dataset)):
         while not dataset.where(number).startswith(f"{name}:"):  # the rows of a file follow one another
             name = next(names)
         if limit is None or len(numbers[name]) < limit:
-            numbers[name].append(number)
+            spoken = None
+            if language is not None:
+                with contextlib.suppress(RowError):
+                    spoken = dataset[number].language or "none"
+                    found.add(spoken)
+            if spoken in (None, language):
+                numbers[name].append(number)
+    if language is not None and language not in found:
+        raise ValueError(f'no rows are in language "{language}"; there are: {", ".join(sorted(found)) or "none"}')
     if empty := [name for name, found in numbers.items() if not found]:
         raise ValueError(f"no rows in {', '.join(empty)}; leave out what is empty")
     return dict(zip(_labels(dataset.files), numbers.values(), strict=True))
@@ -63,7 +74,7 @@ def _labels(names: Iterable[str]) -> list[str]:
 
 def plan(
     pipe: Any, row: Row, key: tuple[str, int], *, target_side: int, budget: int | None, seed: int, steps: int,
-    guidance: float,
+    guidance: float, size: tuple[int, int] | None = None,
 ) -> Planned:  # fmt: skip
     """Read a row's pictures and say what is asked of the model.
 
@@ -73,6 +84,7 @@ def plan(
         target_side: the result has the target's size, at most target_side x target_side pixels; without a target the
             last reference's aspect ratio (a square without references) at so many.
         budget: joint pixels of the references; None sizes each as diffusers does.
+        size: (width, height) of the result instead of all that.
 
     Raises:
         ValueError: for a row that cannot be edited.
@@ -80,7 +92,7 @@ def plan(
     references = [source.load() for source in row.references]
     target = None if row.target is None else row.target.load()
     wanted = target.size if target else references[-1].size if references else (1, 1)
-    ((width, height),) = fit_to_budget([wanted], target_side**2, upscale=target is None)
+    ((width, height),) = [size] if size else fit_to_budget([wanted], target_side**2, upscale=target is None)
     request = EditRequest(
         row.instruction,
         references,
@@ -95,7 +107,7 @@ def plan(
         (request,) = validated([request])
     except TypeError as error:
         raise ValueError(str(error)) from error
-    size = geometry(pipe, request, budget).size
-    if target is not None and target.size != size:
-        target = target.resize(size, Image.Resampling.LANCZOS)
-    return Planned(row, target, request, size)
+    made = geometry(pipe, request, budget).size
+    if target is not None and target.size != made:
+        target = target.resize(made, Image.Resampling.LANCZOS)
+    return Planned(row, target, request, made)

@@ -12,7 +12,17 @@ from typing import Any
 
 from uniref_fast.training.readers import from_json
 
-__all__ = ["FORMATS", "PICTURE_SUFFIXES", "TEXT_KEYS", "Format", "Parts", "is_picture_key", "nearest_key", "recognise"]
+__all__ = [
+    "FORMATS",
+    "KEYS",
+    "PICTURE_SUFFIXES",
+    "TEXT_KEYS",
+    "Format",
+    "Parts",
+    "is_picture_key",
+    "nearest_key",
+    "recognise",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Format:
         finer: key of a text that is taken instead where a row has it.
         task: key of the task where a row has no `task_type`.
         same: keys of pictures that show what the references show; they are left alone.
+        language: key of the instruction's language.
         common: its keys are words that others use for other things: they mean something in files of this format only.
     """
 
@@ -41,6 +52,7 @@ class Format:
     task: str | None = None
     same: tuple[str, ...] = ()
     common: bool = False
+    language: str | None = None
 
     def owns(self, key: str) -> bool:
         """Whether it is one of the format's keys other than the text."""
@@ -69,9 +81,18 @@ FORMATS = (
     Format("MICo for Bagel", "instruction", "image_list", "image_list", needs=("image_list",)),
     # the picture of a bench that people judged right, `reference`, is one of many right answers, so no target
     Format("MICo-Bench", "prompt", "input", None, ("input", "human_indices"), "refined_prompt", "Task", common=True),
-    Format("GEdit-Bench", "instruction", "input_image_raw", None, needs=("input_image_raw",), same=("input_image",)),
+    Format(
+        "GEdit-Bench",
+        "instruction",
+        "input_image_raw",
+        None,
+        needs=("input_image_raw",),
+        same=("input_image",),
+        language="instruction_language",
+    ),
 )
 
+KEYS = ("key", "case_id", "id", "idx")  # what data sets call a row's own name; the first that a row has
 TEXT_KEYS = ("instruction", "prompt", "caption")
 PICTURE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -123,6 +144,8 @@ class Parts:
     target: tuple[str, Any] | None
     task_type: str | None
     scene: Mapping[str, Any] | None = None
+    key: str | None = None
+    language: str | None = None
 
     @staticmethod
     def of(values: Mapping[str, Any], form: Format) -> Parts:
@@ -144,7 +167,15 @@ class Parts:
             name = "task_type" if "task_type" in values else form.task
             raise ValueError(f"{name} must be a text, got {task_type!r}")
         instruction = _instruction(values, form, len(references))
-        return Parts(instruction, references, target, task_type, _object(values.get("scene")))
+        key, language = next((values[key] for key in KEYS if key in values), None), values.get(form.language or "")
+        return Parts(
+            instruction, references, target, task_type, _object(values.get("scene")), _word(key), _word(language)
+        )
+
+
+def _word(value: Any) -> str | None:
+    """A label as a text; None for anything that is none."""
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def _object(value: Any) -> Mapping[str, Any] | None:

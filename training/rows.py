@@ -12,6 +12,7 @@ number of references, none included; `formats` lists the other names that are un
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from uniref_fast.training.formats import Format, Parts, nearest_key, recognise
+from uniref_fast.training.formats import KEYS, Format, Parts, nearest_key, recognise
 from uniref_fast.training.images import MAX_PIXELS, ImageSource
 from uniref_fast.training.readers import (
     BrokenFileError,
@@ -77,6 +78,8 @@ class Row:
             in the file: whoever uses it checks it.
         artworks: the pictures of the scene's objects, those of its references too, by their paths as the scene has
             them; not those that are not there.
+        key: what the data set calls it; None without a name.
+        language: of the instruction, where a bench says it.
     """
 
     instruction: str
@@ -86,6 +89,8 @@ class Row:
     where: str
     scene: Mapping[str, Any] | None = field(default=None, repr=False, hash=False)
     artworks: Mapping[str, ImageSource] = field(default_factory=dict, repr=False, hash=False)
+    key: str | None = None
+    language: str | None = None
 
 
 class Dataset:
@@ -96,7 +101,7 @@ class Dataset:
 
     Attributes:
         files: names of the files, as messages call them.
-        skipped: .json files of folders that hold no list (descriptions of the data, not rows).
+        skipped: .json files of folders that hold no list of objects (descriptions of the data, not rows).
     """
 
     def __init__(
@@ -156,11 +161,18 @@ class Dataset:
         reader, row, _ = self._locate(index)
         return reader.place(row)
 
-    @property
+    @functools.cached_property
+    def contents(self) -> tuple[str, ...]:
+        """Of each file what changes when it does: a digest of .jsonl and .json, else size and row count.
+
+        Pictures beside the files are not looked at.
+        """
+        return tuple(_content(reader.path, len(reader)) for reader in self._readers)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the files' names, sizes and row counts: another one means that the data changed."""
-        facts = [[reader.name, reader.path.stat().st_size, len(reader)] for reader in self._readers]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        """Hex digest of the files' names and contents: another one means that the data changed."""
+        return hashlib.sha256(json.dumps([*zip(self.files, self.contents, strict=True)]).encode()).hexdigest()
 
     def _locate(self, index: int) -> tuple[Reader, int, Format | None]:
         index = operator.index(index)
@@ -181,7 +193,8 @@ class Dataset:
                 f'no target picture: {hint}; only targets="optional" (reinforcement learning) takes such rows'
             )
         artworks = _artworks(parts.scene, record)
-        return Row(parts.instruction, references, target, parts.task_type, where, parts.scene, artworks)
+        return Row(parts.instruction, references, target, parts.task_type, where, parts.scene, artworks, parts.key,
+                   parts.language)  # fmt: skip
 
 
 def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache) -> Reader:
@@ -209,7 +222,7 @@ def _format_of(reader: Reader) -> Format | None:
         (form,) = alone
     if isinstance(reader, ParquetReader):
         # columns under a misspelt name too: their rows are refused, not taken without them
-        kept = (form.text, "task_type", "scene")
+        kept = (form.text, "task_type", "scene", form.language, *KEYS)
         reader.select(lambda key: key in kept or form.owns(key) or bool(nearest_key(key, form)))
     return form
 
@@ -292,8 +305,21 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _holds_a_list(file: Path) -> bool:
+    """Of objects, as far as its beginning tells."""
     with open(file, "rb") as content:
-        return content.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        start = content.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start[:1] == b"[" and start[1:].lstrip()[:1] in (b"{", b"]", b"")
+
+
+def _content(path: Path, rows: int) -> str:
+    """Tars and parquet hold pictures and are large: they are not read for it."""
+    if path.suffix.lower() not in (".jsonl", ".json"):
+        return f"{path.stat().st_size} bytes, {rows} rows"
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _distinct_names(found: Sequence[tuple[Path, Path]]) -> list[str]:

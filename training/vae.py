@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: VAE) -> None:
     ranks = Ranks.start()
-    if (config.out / "model").is_dir():
-        print(f"{config.out / 'model'} is there already")
-        return
+    made = config.out / "model"
+    if made.is_dir() and not (made / "model_index.json").is_file():
+        raise ValueError(f"{made} holds no model; remove it, or give another --out")
     if config.batch % ranks.size:
         raise ValueError(f"{config.batch} crops a step cannot be shared out to {ranks.size} ranks evenly")
     torch.manual_seed(config.seed)
@@ -111,6 +111,9 @@ def run(config: VAE) -> None:
         _refuse_changes(checkpoints.load(done, _tensors(parameters, optimizer)), _settings(config), config.out)
         for state in optimizer.state.values():
             state["step"].fill_(done)
+    if made.is_dir():
+        print(f"{made} is there already")
+        return
     held = torch.stack([crops(config, -1 - i, split="heldout_objects") for i in range(4)]).flatten(0, 1)
     held = held.to(ranks.device)
     with (
@@ -137,17 +140,17 @@ def run(config: VAE) -> None:
             monitor.step(step, values, tokens=pixels[:, 0].numel(), samples=len(pixels), flops=0.0, seconds=seconds)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 with torch.no_grad():
-                    made = vae.decode(vae.encode(held).latent_dist.mode()).sample
-                monitor.log(step + 1, {"eval/psnr": psnr(made, held).mean().item()})
-                monitor.image(step + 1, "heldout", _sheet(held, made))
+                    decoded = vae.decode(vae.encode(held).latent_dist.mode()).sample
+                monitor.log(step + 1, {"eval/psnr": psnr(decoded, held).mean().item()})
+                monitor.image(step + 1, "heldout", _sheet(held, decoded))
                 checkpoints.save(step + 1, _tensors(parameters, optimizer), _settings(config))
         _normalise(vae, config)
     for part in (vae, pipe.transformer, pipe.text_encoder):
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to("cpu", torch.bfloat16)
     if ranks.rank == 0:
-        builtin.write(pipe, config.out / "model", weights="untrained", seed=0)
-        print(config.out / "model")
+        builtin.write(pipe, made, weights="untrained", seed=0)
+        print(made)
 
 
 def crops(config: VAE, step: int, split: str = "train") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import platform
@@ -106,7 +107,9 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
         )
     parser.add_argument("--prompt", required=True, help="what to do")
     parser.add_argument("--negative-prompt", default=" ", help="for guidance (a single space by default)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="true CFG scale; 1 turns it off (%(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, help="true CFG scale; 1 turns it off (1 for the built-in model, else 4)"
+    )
     parser.add_argument("--width", type=int, help="of the result in pixels")
     parser.add_argument("--height", type=int, help="of the result in pixels")
     parser.add_argument("--steps", type=int, help="denoising steps (8 for the built-in model, else 50)")
@@ -126,6 +129,8 @@ def _demo(args: argparse.Namespace) -> int:
     from uniref_fast.demo import MORE, run_demo
 
     _writable(args.out, [".png"])
+    if not 0 <= args.seed < 10**9:
+        raise UsageError(f"--seed is a number from 0 to 999999999, got {args.seed}")
     _check_device(args.device)
     result, sheet, report = run_demo(
         seed=args.seed,
@@ -244,7 +249,7 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
-        "true_cfg_scale": args.guidance,
+        "true_cfg_scale": (1.0 if args.model == "builtin" else 4.0) if args.guidance is None else args.guidance,
         "height": args.height,
         "width": args.width,
         "num_inference_steps": (8 if args.model == "builtin" else 50) if args.steps is None else args.steps,
@@ -284,10 +289,16 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
     """Fail before the work when the result could not be written after it."""
     from PIL import Image
 
-    known = sorted(ext for ext, fmt in Image.registered_extensions().items() if fmt in Image.SAVE)
+    known = {ext: fmt for ext, fmt in Image.registered_extensions().items() if fmt in Image.SAVE}
     if path.suffix.lower() not in (suffixes or known):
         few = ", ".join(suffixes or (".png", ".jpg", ".webp"))
         raise UsageError(f"--out {path}: the ending says the format; use {few}")
+    try:
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), known[path.suffix.lower()])
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--out {path}: that format cannot hold the picture ({error}); use .png, .jpg or .webp"
+        ) from None
     if path.is_dir():
         raise UsageError(f"--out {path} is a folder; name a file")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
