@@ -177,6 +177,7 @@ class _Evaluation:
         if config.reward == "scene":
             self._all_have_scenes()
         self.settings = self._settings()
+        self._seen: set[tuple[str, int]] = set()  # whose images can be read
         self.other = None if config.against is None else report.read_results(config.against)
         if self.other is not None:
             self._check_against(self.other)
@@ -301,11 +302,14 @@ class _Evaluation:
 
     def _made_already(self, label: str, i: int) -> bool:
         """Also not where what is there is no picture: it is made again."""
+        if (label, i) in self._seen:
+            return True
         try:
             with Image.open(self._image(label, i)) as file:
                 file.load()
         except (OSError, SyntaxError, ValueError):
             return False
+        self._seen.add((label, i))
         return True
 
     def _work(self, progress: bool) -> None:

@@ -157,7 +157,7 @@ def _measure(*path: str, digits: int = 2, errors: bool = False) -> Cell:
 def _percent(name: str) -> Cell:
     def cell(found: Mapping[str, Any]) -> str:
         share, error = found["objects"][name], found["objects"][f"{name}_sem"]
-        return "" if share is None else f"{share:.0%}" + ("" if error is None else f" ±{100 * error:.0f}")
+        return "" if share is None else f"{share:.0%}" + (f" ±{100 * error:.0f}" if error else "")
 
     return cell
 
