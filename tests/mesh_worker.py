@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from uniref_fast import PackedQwenImage, Sample, SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.training.flow import FlowBatch, sample_errors
-from uniref_fast.training.parallel import Ranks, global_norm, shard
+from uniref_fast.training.parallel import Ranks, global_norm, leave, shard
 
 SHAPE = {
     "in_channels": 64,
@@ -131,3 +131,4 @@ def main(folder: str, *cases: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)

@@ -138,7 +138,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from uniref_fast.training import msgrpo, roller
+from uniref_fast.training import msgrpo, parallel, roller
 ask, asked = roller.Roller._ask, []
 def dying(self, batch, pack, step):
     asked.append(pack)
@@ -146,7 +146,7 @@ def dying(self, batch, pack, step):
         os.kill(os.getpid(), signal.{signal})
     ask(self, batch, pack, step)
 roller.Roller._ask = dying
-sys.exit(msgrpo.main(sys.argv[1:]))
+parallel.leave(msgrpo.main(sys.argv[1:]))
 """
 
 

@@ -131,3 +131,13 @@ def test_cuts(size, monkeypatch):
             assert all(mine.start <= row < mine.stop for row in own)
             targets += own
         assert rows == list(range(layout.image_length)) and targets == all_targets
+
+
+def test_leaving_flushes_what_was_written_and_tears_nothing_down():
+    """A process that would fail on its way out has its status all the same."""
+    code = (
+        "import atexit, os, sys; from uniref_fast.training.parallel import leave; atexit.register(os.abort)\n"
+        "print('written', end=''); print('said', end='', file=sys.stderr); leave(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "written") and done.stderr.endswith("said")

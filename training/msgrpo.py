@@ -18,7 +18,7 @@ from pathlib import Path
 
 from uniref_fast.training.gate import OffPolicyError
 from uniref_fast.training.launch import Place, launch
-from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.parallel import Ranks, leave
 from uniref_fast.training.rl_recipes import MSGRPO, RL_RECIPES
 from uniref_fast.training.rl_trainer import RewardError, RLTrainer
 
@@ -49,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from uniref_fast.training.launch import Place, launch
-from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.parallel import Ranks, leave
 from uniref_fast.training.recipes import RECIPES, SFT
 from uniref_fast.training.trainer import Trainer
 
@@ -30,4 +30,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -33,7 +33,7 @@ from uniref_fast.training import config as configs
 from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
 from uniref_fast.training.flow import draw
 from uniref_fast.training.monitor import Monitor
-from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.parallel import Ranks, leave
 
 __all__ = ["VAE", "crops", "main", "psnr"]
 
@@ -263,4 +263,4 @@ def _sheet(wanted: Tensor, made: Tensor, columns: int = 8) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
