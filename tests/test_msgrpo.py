@@ -737,7 +737,7 @@ def test_a_damaged_held_out_picture_is_said_at_once(data, tmp_path, capsys):
     path = tmp_path / "data" / json.loads(heldout.read_text().splitlines()[1])["input_images"][0]
     whole_picture = path.read_bytes()
     path.write_bytes(whole_picture[:-200])
-    given = flags(tmp_path / "data", tmp_path / "run", steps=2)
+    given = flags(tmp_path / "data", tmp_path / "run", "--eval-every", 5, steps=2)
     assert msgrpo.main(given) == 2
     assert "heldout_objects.jsonl:2: " in capsys.readouterr().err
     path.write_bytes(whole_picture)

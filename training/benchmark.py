@@ -30,6 +30,7 @@ from PIL import Image
 
 from uniref_fast import __version__
 from uniref_fast.edit import edit
+from uniref_fast.loading import defaults
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.request import DEFAULT_OUTPUT_AREA, EditRequest, validated
 from uniref_fast.training import benchmark_model as models
@@ -67,8 +68,7 @@ class EvalConfig:
         reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
         judge: how the judge is asked.
         steps: denoising steps; None for 8 with the built-in model, else 50.
-        guidance: true CFG scale, 1 turns guidance off; None for 1 with the built-in model, which makes its best
-            pictures without, else 4.
+        guidance: true CFG scale, 1 turns guidance off; None for 1 with the built-in model, else 4.
         budget: joint pixel budget of a row's references, budget x budget; None sizes each as diffusers does.
         target_side: area of the results, target_side x target_side, at most where a row has a target; None for the
             pipeline's own.
@@ -135,11 +135,11 @@ class EvalConfig:
 
     @property
     def all_steps(self) -> int:
-        return self.steps if self.steps is not None else 8 if self.model == "builtin" else 50
+        return defaults(self.model)[0] if self.steps is None else self.steps
 
     @property
     def scale(self) -> float:
-        return self.guidance if self.guidance is not None else 1.0 if self.model == "builtin" else 4.0
+        return defaults(self.model)[1] if self.guidance is None else self.guidance
 
 
 def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
@@ -180,6 +180,7 @@ class _Evaluation:
         self._seen: set[tuple[str, int]] = set()  # whose images can be read
         self.other = None if config.against is None else report.read_results(config.against)
         if self.other is not None:
+            self.files_there = report.same_files(self.settings, self.other["settings"])
             self._check_against(self.other)
         _writable(config.out)
         self.journal = Journal(config.out, self.settings)
@@ -274,7 +275,6 @@ class _Evaluation:
         """Now rather than after hours."""
         report.check_comparable(self.settings, other["settings"])
         known = {report.identity(row) for row in other["rows"]}
-        self.files_there = report.same_files(self.settings, other["settings"])
         for label, numbers in self.files.items():
             for i, number in enumerate(numbers):
                 with contextlib.suppress(RowError):

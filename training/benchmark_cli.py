@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast import builtin
+from uniref_fast.request import parse_size
 from uniref_fast.training import benchmark_report as report
 from uniref_fast.training import config as configs
 from uniref_fast.training.benchmark import EvalConfig, evaluate
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-side", type=int, metavar="SIDE",
         help="results have SIDE x SIDE pixels; with a target its size, at most so many (as the pipeline has it)",
     )  # fmt: skip
-    add("--size", type=_size, metavar="WxH", help="of all results, as OmniContext has 1024x1024, whatever the rows say")
+    add("--size", metavar="WxH", help="of all results, as OmniContext has 1024x1024, whatever the rows say")
     add("--language", metavar="NAME", help='only rows of this language, such as "en" of GEdit-Bench (all)')
     add("--seed", type=int, default=own.seed, help="of the noise, with the row (%(default)s)")
     add("--limit", type=int, metavar="N", help="rows of each file (all)")
@@ -72,10 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit status: 1 when no row could be evaluated. Raises as `evaluate` does."""
-    fields = [field.name for field in dataclasses.fields(EvalConfig) if field.name not in ("data", "initial", "judge")]
+    fields = [
+        field.name for field in dataclasses.fields(EvalConfig) if field.name not in ("data", "initial", "size", "judge")
+    ]
     config = EvalConfig(
         tuple(args.data),
         initial=tuple(args.initial),
+        size=None if args.size is None else parse_size(args.size),
         judge=_judge(args),
         **{name: getattr(args, name) for name in fields},
     )
@@ -102,13 +106,6 @@ def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, An
         parts.append("the built-in weights are untrained: what they make is noise")
     parts.append(f"results  {config.out / 'results.json'}")
     return "\n\n".join(parts)
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise argparse.ArgumentTypeError(f"WIDTHxHEIGHT in pixels, for example 1024x1024; got {text!r}")
-    return int(width), int(height)
 
 
 def _judge_fields() -> list[str]:

@@ -40,7 +40,7 @@ def aggregates(rows: Sequence[Record]) -> dict[str, Any]:
 
 
 def parts(rows: Sequence[Record]) -> dict[str, Any]:
-    """ "all", by number of "references", by "tasks", and by "languages" where a bench has them; see `group`."""
+    """Of "all" rows, by number of "references", by "tasks", and by "languages" where a bench has them; see `group`."""
     return {
         "all": group(rows),
         "references": {str(k): group(_with(rows, "references", k)) for k in _values(rows, "references")},

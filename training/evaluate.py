@@ -39,7 +39,10 @@ def heldout_datasets(
         found[path.stem] = dataset = Dataset(path, config.image_folder, targets)
         if not len(dataset):
             raise ValueError(f"{path} has no held-out rows; leave it out")
-        for i in range(min(max(config.eval_samples, config.sample_count), len(dataset))):
+        looked_at = max(
+            config.eval_samples if config.eval_every else 0, config.sample_count if config.sample_every else 0
+        )
+        for i in range(min(looked_at, len(dataset))):
             row = dataset[i]
             for picture in (*row.references, *([row.target] if row.target else ())):
                 try:

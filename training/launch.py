@@ -117,13 +117,14 @@ def prepare(config: Recipe, place: Place, ranks: Ranks) -> int | None:
     """Look at what the folder holds and keep the configuration; returns the step to go on from. All ranks."""
     steps = Checkpoints(place.out / "checkpoints", ranks, config.keep).steps()
     kept = place.out / CONFIG_FILE
-    steps, exists = ranks.broadcast((steps, (place.out / "metrics.jsonl").exists() and kept.exists()))
+    begun = (place.out / "metrics.jsonl").exists() and kept.exists()  # not where it failed before its first record
+    steps, begun = ranks.broadcast((steps, begun))
     if place.only_looks:
         return steps[-1] if steps and place.resume == "auto" else None
-    if place.resume == "never" and (steps or exists):
+    if place.resume == "never" and (steps or begun):
         raise ValueError(f"{place.out} holds a run; go on with --resume auto, or give another --out")
     if ranks.rank == 0:
-        if exists:
+        if begun:
             for line in configs.differences(configs.from_json(type(config), kept.read_text()), config):
                 print(f"changed since the run began: {line}", file=sys.stderr)
         write_whole(kept, lambda file: file.write(configs.to_json(config).encode()))

@@ -155,7 +155,7 @@ class Recipe:
 
     @property
     def sequences(self) -> int:
-        """Of the model, that a sample of a pack takes."""
+        """That a sample takes in a pack; two where it is run with guidance."""
         return 1
 
     @property

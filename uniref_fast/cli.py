@@ -187,8 +187,9 @@ def _edit(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     from uniref_fast import EditRequest, builtin, estimate
     from uniref_fast.loading import model_errors
+    from uniref_fast.request import parse_size
 
-    sizes = [_open_image(path).size for path in args.image] + [_parse_size(text) for text in args.size]
+    sizes = [_open_image(path).size for path in args.image] + [parse_size(text) for text in args.size]
     request = EditRequest(images=sizes, **_request_fields(args))
     with model_errors(args.model):
         pipe = builtin.load() if args.model == "builtin" else args.model
@@ -246,13 +247,16 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    from uniref_fast.loading import defaults
+
+    steps, guidance = defaults(args.model)
     return {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
-        "true_cfg_scale": (1.0 if args.model == "builtin" else 4.0) if args.guidance is None else args.guidance,
+        "true_cfg_scale": guidance if args.guidance is None else args.guidance,
         "height": args.height,
         "width": args.width,
-        "num_inference_steps": (8 if args.model == "builtin" else 50) if args.steps is None else args.steps,
+        "num_inference_steps": steps if args.steps is None else args.steps,
     }
 
 
@@ -276,13 +280,6 @@ def _open_image(path: str) -> Any:
         raise UsageError(f"{path} is not an image that can be read (PNG, JPEG, WebP, ...)") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} cannot be read as an image: {error}") from None
-
-
-def _parse_size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UsageError(f"--size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
-    return int(width), int(height)
 
 
 def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from uniref_fast.budget import SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.layout import Grid, Sample
 
-__all__ = ["EditRequest", "Geometry", "geometry", "validated"]
+__all__ = ["EditRequest", "Geometry", "geometry", "parse_size", "validated"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_ASPECT_RATIO = 200
@@ -121,6 +121,14 @@ def validated(
     if not checked:
         raise ValueError("no requests given")
     return checked
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height of "768x1024". Raises ValueError."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"--size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
+    return int(width), int(height)
 
 
 def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
