@@ -1,10 +1,10 @@
-"""A guided denoising step of the 20B shape (random weights), 1024 x 1024 pixels, 1 and 3 references. GPU only.
+"""A guided denoising step of the 20B shape (random weights), 1024 x 1024 pixels, 1, 2 and 3 references. GPU only.
 
     pytest bench/bench_edit_20b.py --benchmark-only
 
-The transformer alone, with the prompt and with the negative one, 700 text tokens each: diffusers' model twice; patched,
-twice; and both in one pack. `peak_gib` is what the allocator had at most, weights included, and `estimated_gib` what
-`uniref_fast.estimate` expects of the pack.
+The transformer alone, with the prompt and with the negative one, 700 text tokens each: diffusers' model called twice,
+the same with its blocks compiled, patched, and both prompts in one pack. `peak_gib` is the most that PyTorch's
+allocator held, weights included, and `estimated_gib` what `uniref_fast.estimate` expects of the pack.
 """
 
 import gc
@@ -18,17 +18,23 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
 
-SIDE, TEXT = 64, 700  # tokens
+
+
+@pytest.fixture(scope="module")
+def step_size(tiny):
+    """Tokens along a side of each image, and of each prompt."""
+    return (4, 5) if tiny else (64, 700)
 
 
 @pytest.fixture(scope="module")
 def model(make_20b):
     yield make_20b().eval()
     gc.collect()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def members(model, references, side, text):
+def members(model, references, side, text, tiny):
     """Name -> a call without arguments that gives both velocities `[2, N, C]`; and the layout of both."""
     device, dtype = model.device, model.dtype
     generator = torch.Generator(device).manual_seed(0)
@@ -47,6 +53,20 @@ def members(model, references, side, text):
         ]
         return torch.stack(made)
 
+    def compiled():
+        """Compiled block by block, as `compile_repeated_blocks` does, for the call."""
+        if not compiled_calls:
+            for block in model.transformer_blocks:
+                block.compile(fullgraph=True, dynamic=False, backend="eager" if tiny else "inductor")
+                compiled_calls.append(block._compiled_call_impl)
+        for block, call in zip(model.transformer_blocks, compiled_calls, strict=True):
+            block._compiled_call_impl = call
+        try:
+            return one_by_one()
+        finally:
+            for block in model.transformer_blocks:
+                block._compiled_call_impl = None
+
     def patched():
         """Patched for the call, so that both can run in turns; the first use's self-check is not timed."""
         for site in uniref_fast.patch(model).sites:
@@ -59,21 +79,24 @@ def members(model, references, side, text):
     def pack():
         return packed(latents[0].repeat(2, 1), prompts.flatten(0, 1), t.repeat(2), both).view(2, side * side, -1)
 
-    calls = {"stock": one_by_one, "patched": patched, "one pack": pack}
+    compiled_calls: list = []
+    calls = {"stock": one_by_one, "compiled": compiled, "patched": patched, "one pack": pack}
     return {name: torch.no_grad()(call) for name, call in calls.items()}, both
 
 
-@pytest.mark.parametrize("which", ["stock", "patched", "one pack"])
-@pytest.mark.parametrize("references", [1, 3])
-def test_step(timed, benchmark, model, references, which):
+@pytest.mark.parametrize("which", ["stock", "compiled", "patched", "one pack"])
+@pytest.mark.parametrize("references", [1, 2, 3])
+def test_step(timed, benchmark, model, references, which, step_size, tiny):
     benchmark.group = f"guided 20B step, {references} references, 1024x1024"
-    calls, layout = members(model, references, SIDE, TEXT)
-    torch.cuda.reset_peak_memory_stats()
-    ours = calls[which]()
-    peak = torch.cuda.max_memory_allocated()
+    calls, layout = members(model, references, *step_size, tiny)
+    call, cuda = calls[which], model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    ours = call()
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
     assert max_relative_error(ours, calls["stock"]()) < 0.05
     flops = sum(transformer_flops(model.config, layout))
-    timed(calls[which], calls["stock"], flops=flops, dtype=torch.bfloat16, graph=False)
+    timed(call, calls["stock"], flops=flops, dtype=torch.bfloat16, graph=False)
     benchmark.extra_info.update(tokens=layout.joint_length, peak_gib=peak / 2**30)
     if which == "one pack":
         expected = _weight_bytes(model) + _block_peak(model, layout.joint_length)

@@ -20,7 +20,6 @@ from uniref_fast.testing import max_relative_error
 from uniref_fast.training.monitor import peak_flops
 
 CUDA = torch.cuda.is_available()
-TEXT = 700
 
 
 def make_step(model, sample, which):
@@ -59,29 +58,33 @@ def make_step(model, sample, which):
     return step, 3 * sum(transformer_flops(model.config, layout))
 
 
-def sample_of(side, target_side=1024):
+def sample_of(side, tiny):
+    """Three references in a joint budget of `side` x `side` pixels, or a sixteenth of it each way."""
+    text, target_side, side = (5, 64, side // 16) if tiny else (700, 1024, side)
     sizes = fit_to_budget([(4000, 3000), (3000, 4000), (2048, 2048)], side * side)
     grids = [(1, height // 16, width // 16) for width, height in sizes]
-    return Sample(TEXT, (1, target_side // 16, target_side // 16), tuple(grids))
+    return Sample(text, (1, target_side // 16, target_side // 16), tuple(grids))
 
 
 @pytest.fixture(scope="module")
 def model(make_20b):
     yield make_20b(rank=64)
     gc.collect()
-    torch.cuda.empty_cache()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize("which", ["stock", "ours"])
 @pytest.mark.parametrize("side", [1024, 1536, 2048])
-def test_lora_step(timed, benchmark, model, side, which):
+def test_lora_step(timed, benchmark, model, side, which, tiny):
     benchmark.group = f"20B LoRA step, {side}x{side} budget"
-    sample = sample_of(side)
+    sample, cuda = sample_of(side, tiny), model.device.type == "cuda"
     step, flops = make_step(model, sample, which)
     made = step()
-    torch.cuda.reset_peak_memory_stats()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     step()
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
     stock = step
     if which != "stock":
         try:
@@ -90,7 +93,7 @@ def test_lora_step(timed, benchmark, model, side, which):
         except torch.OutOfMemoryError:  # then there is no ratio
             stock = step
     timed(step, stock, flops=flops, dtype=torch.bfloat16, graph=False)
-    info, known = benchmark.extra_info, peak_flops("cuda", torch.bfloat16)
+    info, known = benchmark.extra_info, peak_flops(model.device.type, torch.bfloat16)
     if stock is step and which != "stock":
         info["ratio"] = None
     info.update(tokens=sample.length, peak_gib=peak / 2**30, mfu=known and flops / info["seconds"] / known)

@@ -1,11 +1,23 @@
-"""Benchmarks compare side by side: a group is one question, its members answer it on the same inputs in one run."""
+"""Benchmarks compare side by side: a group is one question, its members answer it on the same inputs in one run.
 
+    pytest bench --benchmark-only --results bench/results --what bench
+
+writes `bench/results/<date>-<device>-bench.json` and updates it after every member, so that a run that is stopped keeps
+what it has measured; `report.py` prints such a file as a table. `--tiny` runs the same code on tiny shapes on the CPU.
+"""
+
+import datetime
 import functools
 import gc
+import json
+import os
 import platform
+import re
 import statistics
+import subprocess
 import time
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +29,100 @@ if CUDA:
 SECONDS = 1 if CUDA else 3  # a member takes, when its rounds are long; at least three rounds
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["cuda"] = CUDA
-    machine_info["device"] = torch.cuda.get_device_name() if CUDA else platform.processor()
+def pytest_addoption(parser):
+    group = parser.getgroup("uniref_fast benchmarks")
+    group.addoption("--results", type=Path, metavar="DIR", help="write DIR/<date>-<device>-<what>.json")
+    group.addoption("--what", default="bench", metavar="NAME", help="last part of the name of the results file")
+    group.addoption(
+        "--tiny",
+        action="store_true",
+        help="tiny shapes on the CPU, one round each: checks that the benchmarks run; their figures mean nothing",
+    )
+
+
+def machine():
+    """What a figure must be read with: device, versions, threads, commit and date."""
     try:
         import triton
 
-        machine_info["triton"] = triton.__version__
+        triton_version = triton.__version__
     except ImportError:
-        machine_info["triton"] = None
+        triton_version = None
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if CUDA else _processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "commit": described.stdout.strip() or None,
+    }
+
+
+def _processor():
+    names = re.findall(r"^model name\s*:\s*(.*)$", _read("/proc/cpuinfo"), flags=re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read(path):
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+def results_path(folder, what):
+    """Name of a results file of today on this machine."""
+    header = machine()
+    device = re.sub(r"[^a-z0-9]+", "-", header["device"].lower().replace("nvidia", "")).strip("-")
+    return Path(folder) / f"{header['date']}-{device}-{what}.json"
+
+
+def write_results(path, results):
+    """Replace a results file, or create it; a process that is killed meanwhile leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    new.replace(path)
+
+
+def pytest_configure(config):
+    folder = config.getoption("--results")
+    if folder is not None:
+        config.stash[RESULTS] = (results_path(folder, config.getoption("--what")), machine() | {"groups": {}})
+
+
+RESULTS = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Add a member to the results as soon as it is measured, or the reason why it could not be."""
+    report = yield
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if call.when != "call" or RESULTS not in item.config.stash or benchmark is None or benchmark.group is None:
+        return report
+    info = {k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in benchmark.extra_info.items()}
+    if not report.passed:
+        reason = str(call.excinfo.value).strip().splitlines() or [""]
+        info[report.outcome] = f"{call.excinfo.typename}: {reason[0][:200]}"
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    member = str(params.get("whose") or params.get("which") or item.name)
+    path, results = item.config.stash[RESULTS]
+    results["groups"].setdefault(benchmark.group, []).append({"member": member} | info)
+    write_results(path, results)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if RESULTS in config.stash and config.stash[RESULTS][1]["groups"]:
+        terminalreporter.write_line(f"results: {config.stash[RESULTS][0]}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -43,6 +138,12 @@ def pytest_runtest_call(item):
         if CUDA:
             torch.cuda.empty_cache()
     pytest.skip(f"out of memory: {reason}")
+
+
+@pytest.fixture(scope="session")
+def tiny(request):
+    """Whether the run only checks that the benchmarks work."""
+    return request.config.getoption("--tiny")
 
 
 @pytest.fixture
@@ -98,7 +199,7 @@ def captured(call):
 
 
 @pytest.fixture
-def timed(benchmark, request):
+def timed(benchmark, request, tiny):
     """Time a call of no arguments against its baseline, in turns; the ratio of medians goes to `extra_info`.
 
     `flops` and `moved` (bytes) of the call give its rate and its fraction of what this machine reaches in a matrix
@@ -108,6 +209,7 @@ def timed(benchmark, request):
     capture = request.config.pluginmanager.getplugin("capturemanager")  # a run that is cut off writes no JSON
 
     def run(call, baseline, rounds=15, flops=None, moved=None, dtype=torch.float32, graph=True):
+        fewest, rounds = (1, 1) if tiny else (3, rounds)
         both = [baseline] if call is baseline else [baseline, call]
         for each in both:
             each()  # compiles what is to be compiled
@@ -116,7 +218,7 @@ def timed(benchmark, request):
         watches = [stopwatch(each) for each in (both if None in replays else replays)]
         their_watch, our_watch = watches[0], watches[-1]
         pairs, until = [], time.perf_counter() + SECONDS
-        while len(pairs) < 3 or (len(pairs) < rounds and time.perf_counter() < until):
+        while len(pairs) < fewest or (len(pairs) < rounds and time.perf_counter() < until):
             theirs = their_watch()
             pairs.append((theirs, theirs if call is baseline else our_watch()))
         theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -202,9 +304,15 @@ def make_model(shape, device, rank=None):
     return model
 
 
+SHAPE_TINY = SHAPE_20B | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "joint_attention_dim": 32}
+SHAPE_TINY["axes_dims_rope"] = (8, 28, 28)
+
+
 @pytest.fixture(scope="session")
-def make_20b():
+def make_20b(tiny):
     """Makes a transformer of the size of Qwen-Image-Edit on the GPU, with a LoRA of `rank` or none."""
+    if tiny:
+        return functools.partial(make_model, SHAPE_TINY, "cpu")
     if not CUDA or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs a GPU with 60 GiB: the weights alone are 41 GB")
     return functools.partial(make_model, SHAPE_20B, "cuda")

@@ -1,38 +1,14 @@
-"""A pytest-benchmark JSON -> a small results JSON to commit, and a Markdown table of ratios.
+"""Print results JSON of the benchmarks as a Markdown table of ratios.
 
-    pytest bench --benchmark-only --benchmark-json=/tmp/raw.json
-    python bench/report.py /tmp/raw.json --what ops --out bench/results
+    pytest bench --benchmark-only --results bench/results --what bench
+    python bench/report.py bench/results/2026-11-23-amd-epyc-bench.json
 
-The first member of a group is the baseline; a ratio is its median time over a member's, the two run in turns. Only
-what is needed to judge the figures is kept: device, versions, threads, commit, date; nothing else about the machine.
+The first member of a group is the baseline; a ratio is its median time over a member's, the two run in turns.
 """
 
 import argparse
 import json
-import re
 from pathlib import Path
-
-
-def condense(raw: dict) -> dict:
-    """Device, versions, and for each group what every member measured (`conftest.timed`), in run order."""
-    machine = raw["machine_info"]
-    groups: dict[str, list[dict]] = {}
-    for item in raw["benchmarks"]:
-        params = item.get("params") or {}
-        member = str(params.get("whose") or params.get("which") or item["name"])
-        info = {key: float(f"{x:.5g}") if isinstance(x, float) else x for key, x in item["extra_info"].items()}
-        groups.setdefault(item["group"], []).append({"member": member} | info)
-    gpu = machine["device"] if machine.get("cuda") else None
-    return {
-        "date": raw["datetime"][:10],
-        "device": gpu or machine["cpu"].get("brand_raw", machine["processor"]),
-        "threads": machine["threads"],
-        "python": machine["python_version"],
-        "torch": machine["torch"],
-        "triton": machine["triton"],
-        "commit": raw["commit_info"].get("id"),
-        "groups": groups,
-    }
 
 
 def table(results: dict) -> str:
@@ -40,6 +16,9 @@ def table(results: dict) -> str:
     gpu = results["triton"] is not None and any("cuda" in row.get("timing", "") for row in _rows(results))
     lines = ["| question | answer: baseline time over ours, medians of one run |", "|---|---|"]
     for name, rows in results["groups"].items():
+        if "seconds" not in rows[0]:  # the baseline itself could not run
+            lines.append(f"| {name} | {', '.join(_answer(row, gpu) for row in rows)} |")
+            continue
         answers = ", ".join(_answer(row, gpu) for row in rows[1:])
         first = _answer(rows[0], gpu) if gpu else rows[0]["member"]
         lines.append(f"| {name} (1x = {first}) | {answers} |")
@@ -51,6 +30,8 @@ def _rows(results: dict) -> list[dict]:
 
 
 def _answer(row: dict, gpu: bool) -> str:
+    if "seconds" not in row:
+        return f"{row['member']}: {row.get('skipped') or row.get('failed')}"
     text = row["member"] + ("" if row["ratio"] is None else f" {row['ratio']:.2f}x")
     if not gpu:
         return text
@@ -61,16 +42,9 @@ def _answer(row: dict, gpu: bool) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("raw", type=Path, help="JSON written by --benchmark-json")
-    parser.add_argument("--what", required=True, help="last part of the result's name, e.g. ops")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    args = parser.parse_args()
-    results = condense(json.loads(args.raw.read_text()))
-    device = re.sub(r"[^a-z0-9]+", "-", results["device"].lower().replace("nvidia", "")).strip("-")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{results['date']}-{device}-{args.what}.json"
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{path}\n\n{table(results)}")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files written by `pytest bench --results`")
+    for path in parser.parse_args().results:
+        print(f"{path}\n\n{table(json.loads(path.read_text()))}\n")
 
 
 if __name__ == "__main__":
