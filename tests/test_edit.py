@@ -1,15 +1,27 @@
 """edit(): many unlike requests in one packed loop, each equal to its own single run."""
 
+import contextlib
 import dataclasses
+import functools
+import types
+from copy import deepcopy
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+import torch.nn.functional as F
+from diffusers import FirstBlockCacheConfig, QwenImageEditPlusPipeline, attention_backend
+from diffusers.hooks import hooks as diffusers_hooks
+from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.transformers import transformer_qwenimage as qwen
 from PIL import Image
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniref_fast
-from uniref_fast import EditRequest
+from uniref_fast import EditRequest, Sample, SelfLayout
+from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.layout import Kind
+from uniref_fast.models.qwen_image_stock import REPLACED_MODULES
 from uniref_fast.request import geometry, validated
 from uniref_fast.testing import max_relative_error
 
@@ -300,21 +312,271 @@ def test_one_request_may_be_given_alone():
     assert len(validated(EditRequest("x"))) == 1 and len(validated({"prompt": "x"})) == 1
 
 
-def test_model_offload_hook_is_honoured(pipe):
+def test_model_offload_hook_is_honoured(pipe, monkeypatch):
     """accelerate's model offloading hooks the transformer's forward; the packed loop triggers it itself."""
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import CpuOffload, ModelHook, add_hook_to_module, remove_hook_from_module
 
-    class Counting(ModelHook):
-        calls = 0
+    calls = []
+    monkeypatch.setattr(CpuOffload, "pre_forward", lambda self, module, *args, **kwargs: calls.append(module))
+    for hook, message in (
+        (CpuOffload("cpu"), None),
+        (type("Own", (ModelHook,), {})(), "the transformer has hooks .Own"),
+    ):
+        add_hook_to_module(pipe.transformer, hook)
+        try:
+            with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+                uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2, seed=0)], progress=False)
+        finally:
+            remove_hook_from_module(pipe.transformer)
+    assert calls == [pipe.transformer]
 
-        def pre_forward(self, module, *args, **kwargs):
-            self.calls += 1
-            return args, kwargs
 
-    hook = Counting()
-    add_hook_to_module(pipe.transformer, hook)
+# ---- changed models: followed, or refused by name ----
+
+
+def test_the_list_of_replaced_modules_is_what_a_packed_forward_does(pipe):
+    """Modules that a packed forward calls, as PyTorch sees them, against the list that is checked before it."""
+    transformer, called = pipe.transformer, set()
+    expected = set()
+    for part in REPLACED_MODULES:
+        for name in [part.path.replace("*", str(i)) for i in range(len(transformer.transformer_blocks))]:
+            module = transformer.get_submodule(name)
+            for attribute in part.reads:
+                assert hasattr(module, attribute), (name, attribute)
+            for child in part.calls:
+                held = module.get_submodule(child)
+                expected |= {id(m) for m in held.modules() if not isinstance(m, torch.nn.ModuleList)}
+    last = transformer.transformer_blocks[-1]  # whose text output nothing uses
+    spared = {id(m) for part in (last.attn.to_add_out, last.txt_mlp) for m in part.modules()}
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(lambda module, args: called.add(id(module)))
+    layout = SelfLayout.qwen([Sample(3, (1, 2, 2))], zero_cond_t=True)
     try:
-        uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2, seed=0)], progress=False)
+        with torch.no_grad():
+            packed = uniref_fast.PackedQwenImage(transformer)
+            packed(torch.zeros(4, 64), torch.zeros(3, 128), torch.ones(1), layout)
     finally:
-        remove_hook_from_module(pipe.transformer)
-    assert hook.calls == 1
+        handle.remove()
+    ours = {id(m) for m in packed.modules()} - {id(m) for m in transformer.modules()}
+    names = {id(m): name for name, m in transformer.named_modules()}
+    assert {names[i] for i in called - ours} == {names[i] for i in expected - spared}
+
+
+@contextlib.contextmanager
+def attribute(owner, name, value):
+    """Set for the block, and afterwards as if it had never been set."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is missing else setattr(owner, name, before)
+
+
+@contextlib.contextmanager
+def submodule(model, name, module):
+    before = model.get_submodule(name)
+    model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        model.set_submodule(name, before)
+
+
+@contextlib.contextmanager
+def removed(handle):
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class OwnHook(diffusers_hooks.ModelHook):
+    """A hook of the kind that caches and guiders are made of."""
+
+
+@contextlib.contextmanager
+def hooked(module, hook=None, name="own_hook"):
+    registry = diffusers_hooks.HookRegistry.check_if_exists_or_initialize(module)
+    registry.register_hook(hook or OwnHook(), name)
+    try:
+        yield
+    finally:
+        registry.remove_hook(name)
+
+
+def own_forward(module):
+    """A forward bound to the instance that does what the class's does, as caches and adapters set it."""
+    original = type(module).forward
+    return attribute(module, "forward", types.MethodType(lambda self, *args, **kw: original(self, *args, **kw), module))
+
+
+def wrapped(owner, name):
+    """A method of a class, wrapped as a decorator would."""
+    original = getattr(owner, name)
+    return attribute(owner, name, functools.wraps(original)(lambda *args, **kwargs: original(*args, **kwargs)))
+
+
+class OwnMode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class OwnDispatchMode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class SubclassedPipeline(SmallQwenImageEditPlusPipeline):
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+def rescaled(transformer):
+    """Rotary embedding with an NTK-scaled base."""
+    config = transformer.config
+    return qwen.QwenEmbedRope(theta=40000, axes_dim=list(config.axes_dims_rope), scale_rope=True)
+
+
+BLOCK = qwen.QwenImageTransformerBlock
+GLOBAL_HOOK = torch.nn.modules.module.register_module_forward_hook
+CHANGES = {
+    "transformer.forward": (lambda t: own_forward(t), "the transformer.forward was replaced"),
+    "class of transformer": (lambda t: wrapped(type(t), "forward"), "the transformer.forward was replaced"),
+    "hook on transformer": (lambda t: hooked(t), "the transformer has hooks .own_hook"),
+    "pos_embed.forward": (lambda t: own_forward(t.pos_embed), "pos_embed.forward was replaced"),
+    "pos_embed hook": (lambda t: hooked(t.pos_embed), "pos_embed has hooks .own_hook"),
+    "pos_embed forward hook": (
+        lambda t: removed(t.pos_embed.register_forward_hook(lambda *args: None)), "pos_embed has hooks .forward hook"),
+    "pos_embed theta": (lambda t: submodule(t, "pos_embed", rescaled(t)), "pos_embed has other frequencies"),
+    "pos_embed tables": (
+        lambda t: attribute(t.pos_embed, "pos_freqs", t.pos_embed.pos_freqs**2), "pos_embed has other frequencies"),
+    "pos_embed scheme": (lambda t: attribute(t.pos_embed, "scale_rope", False), "pos_embed has other frequencies"),
+    "pos_embed class": (
+        lambda t: submodule(t, "pos_embed", type("Own", (type(t.pos_embed),), {})(1e4, [8, 28, 28], True)),
+        "pos_embed is a Own"),
+    "block.forward": (lambda t: own_forward(t.transformer_blocks[1]), r"transformer_blocks.1.forward was replaced"),
+    "class of block": (lambda t: wrapped(BLOCK, "forward"), r"transformer_blocks.0.forward was replaced"),
+    "modulation": (lambda t: wrapped(BLOCK, "_modulate"), r"transformer_blocks.0._modulate was replaced"),
+    "attn.forward": (lambda t: own_forward(t.transformer_blocks[1].attn), r"blocks.1.attn.forward was replaced"),
+    "attn hook": (lambda t: hooked(t.transformer_blocks[1].attn), r"blocks.1.attn has hooks .own_hook"),
+    "norm.forward": (lambda t: own_forward(t.transformer_blocks[1].txt_norm2), r"1.txt_norm2.forward was replaced"),
+    "class of norm": (lambda t: wrapped(torch.nn.LayerNorm, "forward"), r"norm_out.norm.forward was replaced"),
+    "qk norm.forward": (lambda t: own_forward(t.transformer_blocks[1].attn.norm_k), r"1.attn.norm_k.forward was repl"),
+    "swapped qk norm": (
+        lambda t: submodule(t, "transformer_blocks.1.attn.norm_q", torch.nn.LayerNorm(64)),
+        r"1.attn.norm_q is a LayerNorm, not a RMSNorm"),
+    "swapped norm": (
+        lambda t: submodule(t, "transformer_blocks.1.img_norm1", torch.nn.LayerNorm(256)), "1.img_norm1 has a weight"),
+    "eps of a qk norm": (
+        lambda t: attribute(t.transformer_blocks[1].attn.norm_q, "eps", 1e-2), r"1.attn: its QK norms differ in eps"),
+    "class of processor": (
+        lambda t: wrapped(qwen.QwenDoubleStreamAttnProcessor2_0, "__call__"), "Processor2_0.__call__ was replaced"),
+    "norm_out.forward": (lambda t: own_forward(t.norm_out), "norm_out.forward was replaced"),
+    "zero_cond_t": (lambda t: attribute(t, "zero_cond_t", False), "the transformer has zero_cond_t=False"),
+    "forward hook on a Linear": (
+        lambda t: removed(t.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *args: None)),
+        r"transformer_blocks.1.attn.to_q has hooks .forward hook .*all samples as one"),
+    "skipped feed-forward": (lambda t: hooked(t.transformer_blocks[1].img_mlp), r"1.img_mlp has hooks .own_hook"),
+    "global hook": (lambda t: removed(GLOBAL_HOOK(lambda *args: None)), "global module hook forward hook"),
+    "function mode": (lambda t: OwnMode(), "mode OwnMode is active"),
+    "dispatch mode": (lambda t: OwnDispatchMode(), "mode OwnDispatchMode is active"),
+    "attention function": (
+        lambda t: attribute(F, "scaled_dot_product_attention", lambda *args, **kwargs: None),
+        "torch.nn.functional.scaled_dot_product_attention was replaced"),
+    "dispatcher": (lambda t: wrapped(qwen, "dispatch_attention_fn"), "dispatch_attention_fn was replaced"),
+    "attention backend": (
+        lambda t: attribute(t.transformer_blocks[0].attn.processor, "_attention_backend", AttentionBackendName.FLEX),
+        "backend 'flex'.*reset_attention_backend"),
+    "active backend": (lambda t: attention_backend("flex"), "backend 'flex' is active"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_models_are_refused_by_name(pipe, change):
+    make, message = CHANGES[change]
+    with make(pipe.transformer), pytest.raises(ValueError, match=message):
+        uniref_fast.edit(pipe, requests()[:1], progress=False)
+
+
+@pytest.mark.parametrize("change", ["block.forward", "swapped norm", "swapped qk norm", "class of processor"])
+def test_changed_models_are_refused_below_a_patch(pipe, change):
+    make, message = CHANGES[change]
+    with make(pipe.transformer):
+        uniref_fast.patch(pipe)
+        try:
+            with pytest.raises(ValueError, match=message):
+                uniref_fast.edit(pipe, requests()[:1], progress=False)
+        finally:
+            uniref_fast.unpatch(pipe)
+    uniref_fast.edit(pipe, [EditRequest("x", num_inference_steps=2)], progress=False)
+
+
+def test_another_call_of_the_pipeline_is_refused(pipe):
+    with pytest.raises(ValueError, match=r"SubclassedPipeline.__call__ is not diffusers' own"):
+        uniref_fast.edit(SubclassedPipeline(**pipe.components), requests()[:1])
+    with wrapped(QwenImageEditPlusPipeline, "__call__"):
+        plain = QwenImageEditPlusPipeline(**pipe.components)
+        with pytest.raises(ValueError, match=r"QwenImageEditPlusPipeline.__call__ is not"):
+            uniref_fast.edit(plain, requests()[:1])
+
+
+def pruned(transformer):
+    linear = transformer.transformer_blocks[1].attn.to_q
+    prune.random_unstructured(linear, "weight", 0.3)
+    return lambda: prune.remove(linear, "weight")
+
+
+def cast(transformer):
+    transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    return lambda: None
+
+
+FOLLOWED = {
+    "pruning": pruned,
+    "layerwise casting": cast,
+    "eps of norms": lambda t: (
+        setattr(t.transformer_blocks[1].txt_norm1, "eps", 0.1), setattr(t.transformer_blocks[1].txt_norm2, "eps", 0.2)),
+    "longer rotary tables": lambda t: setattr(
+        t.pos_embed, "pos_freqs", torch.cat([t.pos_embed.pos_freqs, t.pos_embed.pos_freqs])),
+    "a Linear's forward": lambda t: setattr(
+        t.proj_out, "forward", lambda x, linear=t.proj_out: 0.5 * F.linear(x, linear.weight, linear.bias)),
+    "a compiled forward": lambda t: setattr(t, "forward", torch.compile(t.forward, backend="eager")),
+    "a backend of PyTorch": lambda t: t.set_attention_backend("native"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", FOLLOWED)
+def test_changes_of_what_is_called_or_read_are_followed(pipe, change):
+    copy = SmallQwenImageEditPlusPipeline(**{**pipe.components, "transformer": deepcopy(pipe.transformer)})
+    copy.set_progress_bar_config(disable=True)
+    before = uniref_fast.edit(copy, requests()[1:2], output_type="pt", progress=False)[0]
+    FOLLOWED[change](copy.transformer)
+    after = uniref_fast.edit(copy, requests()[1:2], output_type="pt", progress=False)[0]
+    assert max_relative_error(after, stock_image(copy, requests()[1])) < 1e-4
+    if change not in ("longer rotary tables", "a compiled forward", "a backend of PyTorch"):
+        assert max_relative_error(after, before) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "method", ["encode_prompt", "prepare_latents", "_encode_vae_image", "vae.encode", "vae.decode"]
+)
+def test_replaced_methods_of_the_pipeline_are_followed(pipe, method):
+    """Each result is scaled, so that a method which is not called shows."""
+    owner, name = (pipe.vae, method[4:]) if method.startswith("vae.") else (pipe, method)
+    original = getattr(owner, name)
+
+    def changed(*args, **kwargs):
+        out = original(*args, **kwargs)
+        if method == "vae.encode":
+            out.latent_dist.mean = out.latent_dist.mean * 0.7
+            return out
+        if isinstance(out, tuple):
+            return tuple(None if part is None else part * 0.7 + 0.1 for part in out)
+        return out * 0.7
+
+    before = uniref_fast.edit(pipe, requests()[1:2], output_type="pt", progress=False)[0]
+    with attribute(owner, name, changed):
+        after = uniref_fast.edit(pipe, requests()[1:2], output_type="pt", progress=False)[0]
+        assert max_relative_error(after, stock_image(pipe, requests()[1])) < 1e-4
+    assert max_relative_error(after, before) > 1e-3

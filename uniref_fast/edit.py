@@ -17,7 +17,7 @@ from torch import Tensor
 from uniref_fast.encode import decode_image, image_latents, prompt_embeddings, to_rgb
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
-from uniref_fast.models.qwen_image_patch import has_hooks, offloaded_norm
+from uniref_fast.models.qwen_image_stock import deviations, is_own_method
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
 from uniref_fast.visibility import Rule
 
@@ -66,7 +66,7 @@ def edit(
     if not isinstance(pipe, _stock().QwenImageEditPlusPipeline):
         raise TypeError(f"edit() takes a QwenImageEditPlusPipeline, got {type(pipe).__name__}")
     device = pipe._execution_device
-    _refuse_hooks(transformer, device)
+    _refuse_changes(pipe, transformer, device)
     if torch.is_autocast_enabled(device.type):
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     requests = validated(requests, pipe)
@@ -107,15 +107,29 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     generator = request.generator
     if request.seed is not None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
-    width, height = sizes.size
-    channels = pipe.transformer.config.in_channels // 4
-    latents, _ = pipe.prepare_latents(
-        None, 1, channels, height, width, prompts[0].dtype, device, generator, request.latents
-    )
-    parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in zip(images, sizes.reference_sizes, strict=True)]
-    references = torch.cat([latents[0, :0], *parts])
+    latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
     scheduler = denoising_schedule(pipe.scheduler, latents.shape[1], request.num_inference_steps, device)
     return _Job(request, sizes, prompts, references, latents, scheduler, scheduler.timesteps)
+
+
+def _latents(
+    pipe: Any, request: EditRequest, sizes: Geometry, images: list[Any], dtype: torch.dtype, generator: Any
+) -> tuple[Tensor, Tensor]:
+    """Starting noise `[1, N, C]` and packed latents of the references `[N_references, C]`."""
+    pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
+    own = is_own_method(pipe, "prepare_latents")
+    if pairs and not own:  # somebody's method is given all that the pipeline would give it
+        pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
+    width, height = sizes.size
+    channels = pipe.transformer.config.in_channels // 4
+    latents, packed = pipe.prepare_latents(
+        pixels, 1, channels, height, width, dtype, pipe._execution_device, generator, request.latents
+    )
+    if not own:
+        return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
+    # diffusers' own would give the pictures to the VAE in the transformer's dtype; it may have another
+    parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in pairs]
+    return latents, torch.cat([latents[0, :0], *parts])
 
 
 def denoising_schedule(scheduler: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
@@ -226,33 +240,13 @@ def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
     return decode_image(pipe, job.latents, job.geometry.size, output_type)
 
 
-def _refuse_hooks(transformer: Any, device: torch.device) -> None:
-    """The packed loop calls the Linears, not what holds them: hooks of those would be skipped silently."""
-    advice = "a packed loop would skip them; remove them, or call the patched pipeline request by request"
-    patched = getattr(getattr(transformer, "_uniref_fast", None), "hook", None)  # of ours, where there is one
-    if transformer._forward_hooks or set(transformer._forward_pre_hooks) - {patched and patched.id}:
-        raise ValueError(f"the transformer has forward hooks, and {advice}")
-    if has_hooks(transformer.norm_out) or has_hooks(transformer.norm_out.norm):
-        raise ValueError(f"norm_out has forward hooks, and {advice}")
-    for name, block in transformer.transformer_blocks.named_children():
-        where = f"transformer_blocks.{name}"
-        norms = (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2)
-        for part in (block, block.attn, *norms):
-            registry = getattr(part, "_diffusers_hook", None)
-            names = list(registry.hooks) if registry is not None else []
-            names += ["accelerate"] * hasattr(part, "_hf_hook")
-            names += ["forward hook"] * has_hooks(part)
-            if names:
-                raise ValueError(
-                    f"{where} has hooks ({', '.join(names)}) of a cache, offloading or your own, and {advice}"
-                )
-        processor = type(block.attn.processor).__name__
-        if processor not in ("QwenDoubleStreamAttnProcessor2_0", "PatchedAttention"):
-            raise ValueError(f"{where}.attn has its own processor {processor}, which a packed loop would skip")
-        if block.attn.processor._parallel_config is not None:
-            raise ValueError("context parallel splits sequences over ranks; a packed loop needs the whole sequence")
-        moved = hasattr(transformer, "_hf_hook")  # whole-model offloading: on the device when the loop starts
-        if reason := offloaded_norm(block.attn, None if moved else device):
-            raise ValueError(
-                f"{where}: {reason}; a packed loop reads their weights, so offload by whole models instead"
-            )
+def _refuse_changes(pipe: Any, transformer: Any, device: torch.device) -> None:
+    """The packed loop replaces the pipeline's call and the forwards of blocks: changes of those would be skipped."""
+    found = next(deviations(transformer, device), None)
+    if found is None and not is_own_method(pipe, "__call__"):
+        found = f"{type(pipe).__name__}.__call__ is not diffusers' own"
+    if found is not None:
+        raise ValueError(
+            f"{found}. edit() runs all requests through one packed forward, which would skip this; undo it, or call "
+            "the pipeline (patched or not) request by request"
+        )

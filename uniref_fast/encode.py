@@ -36,7 +36,10 @@ def prompt_embeddings(
         device: that the pipeline runs on; None asks it, which takes a look at each of its modules.
     """
     resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)] or None
-    embeds, mask = pipe.encode_prompt(prompt=prompt, image=resized, device=device or pipe._execution_device)
+    embeds, mask = pipe.encode_prompt(
+        prompt=prompt, image=resized, device=device or pipe._execution_device, num_images_per_prompt=1,
+        prompt_embeds=None, prompt_embeds_mask=None, max_sequence_length=512,
+    )  # fmt: skip
     return embeds[0] if mask is None else embeds[0][mask[0].bool()]
 
 

@@ -192,8 +192,9 @@ class PackedBlock(nn.Module):
         mods = _modulation(block, temb, layout)
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
         inputs = []
+        norms = (block.img_norm1, block.img_norm2), (block.txt_norm1, block.txt_norm2)
         for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
-            eps = block.img_norm1.eps
+            eps = norms[i][0].eps
             if pending is None:
                 inputs.append((streams[i], ops.norm_modulate(streams[i], mod.shift1, mod.scale1, rows, eps, impl=impl)))
             else:
@@ -208,11 +209,11 @@ class PackedBlock(nn.Module):
             return self._targets(mods[0], image, image_in, text_in, context), None
         branches = joint_attention(block.attn, image_in, text_in, context)
         outputs, left = [], []
-        for x, branch, mod, mlp, rows in zip(
-            (image, text), branches, mods, (block.img_mlp, block.txt_mlp), all_rows, strict=True
+        for x, branch, mod, mlp, rows, (_, norm) in zip(
+            (image, text), branches, mods, (block.img_mlp, block.txt_mlp), all_rows, norms, strict=True
         ):
             x, normed = ops.gate_residual_norm_modulate(
-                x, branch, mod.gate1, mod.shift2, mod.scale2, rows, block.img_norm2.eps, impl=impl
+                x, branch, mod.gate1, mod.shift2, mod.scale2, rows, norm.eps, impl=impl
             )
             branch = mlp(normed)
             if context.closed:

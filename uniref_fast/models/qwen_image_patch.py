@@ -24,6 +24,7 @@ __all__ = [
     "PatchedAttention",
     "PatchedBlock",
     "Site",
+    "active_backend",
     "has_hooks",
     "offloaded_norm",
     "register_processor",
@@ -179,7 +180,7 @@ class PatchedAttention:
         if self._attention_backend is not None:
             backend = getattr(self._attention_backend, "value", self._attention_backend)
             return f"attention backend {backend!r} was chosen with set_attention_backend"
-        if active := _active_backend():
+        if active := active_backend():
             return f"attention backend {active!r} is active in this process"
         return offloaded_norm(attn, image.device)
 
@@ -207,7 +208,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _active_backend() -> str | None:
+def active_backend() -> str | None:
     """The process-wide attention backend of diffusers, unless it is PyTorch's own."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
