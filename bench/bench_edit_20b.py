@@ -19,7 +19,6 @@ from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
 
 
-
 @pytest.fixture(scope="module")
 def step_size(tiny):
     """Tokens along a side of each image, and of each prompt."""

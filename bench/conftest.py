@@ -304,8 +304,13 @@ def make_model(shape, device, rank=None):
     return model
 
 
-SHAPE_TINY = SHAPE_20B | {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 64, "joint_attention_dim": 32}
-SHAPE_TINY["axes_dims_rope"] = (8, 28, 28)
+SHAPE_TINY = SHAPE_20B | {
+    "num_layers": 2,
+    "attention_head_dim": 64,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "axes_dims_rope": (8, 28, 28),
+}
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,15 @@
 """Everything that waits for a GPU, in order of worth, within 12 minutes on one H200 (bench/GPU_TODO.md).
 
-    python bench/harvest.py --out bench/results        # on a machine with a CUDA device
-    python bench/harvest.py --out build/harvest --tiny # the same code on tiny shapes on the CPU; no figure means anything
+    python bench/harvest.py --out bench/results          # on a machine with a CUDA device
+    python bench/harvest.py --out build/harvest --tiny   # tiny shapes on the CPU: checks that every part runs
 
 Each part runs in a process of its own with its own time limit and writes `<date>-<device>-<part>.json`, updated after
 every measurement, so that a part that fails or is stopped keeps what it has and costs the next part nothing. Time that
 a part leaves unused goes to the parts after it. The exit status is 1 when a part failed, 0 otherwise; a part that
 reached its time limit has not failed.
 
-The machine needs Python 3.10 or newer and the packages in NEEDED; nothing is downloaded. From a bare machine with torch:
+The machine needs Python 3.10 or newer and the packages in NEEDED; nothing is downloaded. On a machine that has torch
+and no network:
 
     pip install --no-build-isolation --no-deps -e . diffusers-*.whl
 """
