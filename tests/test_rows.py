@@ -124,14 +124,20 @@ def test_mico_bench(folder):
 @pytest.mark.parametrize(
     "values",
     [
-        row(input="a text", human_indices=[0], Task=3, refined_prompt=7, reference="b.png"),
-        row(input=["r.png"], prompt="another", human_indices=[]),
+        row(input="a text", human_indices=[0], Task=3, refined_prompt=7, reference="a text"),
+        row(input=["a text"], prompt="another", human_indices=[]),
         {"prompt": "do it", "edit_image": ["r.png", "g.png"], "image": "b.png", "input": "x", "human_indices": [1]},
     ],
 )
 def test_the_common_words_of_mico_bench_mean_nothing_in_other_formats(folder, values):
     found = Dataset(write_jsonl(folder / "a.jsonl", [values]))[0]
     assert meaning(found) == TWO and found.task_type is None
+
+
+@pytest.mark.parametrize("key, value", [("reference", "b.png"), ("input", ["r.png"])])
+def test_pictures_under_those_words_are_refused_in_other_formats(folder, key, value):
+    with pytest.raises(RowError, match=f"^a.jsonl:1: key '{key}' holds pictures .* did you mean 'input_images'"):
+        Dataset(write_jsonl(folder / "a.jsonl", [row(**{key: value})]))[0]
 
 
 def test_a_text_alone_with_those_words_is_still_a_text_alone(folder):
@@ -303,7 +309,7 @@ def test_the_scene_of_a_row_comes_with_its_artworks(folder):
     assert found.scene == SCENE and {path: color_of(s) for path, s in found.artworks.items()} == {"art/one.png": RED}
 
 
-@pytest.mark.parametrize("scene", ["a beach", "[1, 2]", "{broken", "\ud800", 3, None, [SCENE], True])
+@pytest.mark.parametrize("scene", ["a beach", "[1, 2]", "{broken", "\ud800", 3, None, [{"a": 1}], True])
 def test_what_is_no_scene_is_none_and_no_error(folder, scene):
     found = Dataset(write_jsonl(folder / "a.jsonl", [row(scene=scene)]))[0]
     assert found.scene is None and found.artworks == {} and meaning(found) == TWO

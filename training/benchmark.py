@@ -77,6 +77,7 @@ class EvalConfig:
         seed: of the noise, with the row.
         limit: rows of each file, the first ones; None for all.
         image_folder: of relative paths in rows; None for beside their file.
+        columns: what columns whose names are not known hold, as "role=column" pairs (`columns.Columns`).
         dtype, device: of the model; None for float32 on a CPU and bfloat16 on a GPU, and for a GPU where there is one.
         batch: rows that are edited together.
         pack_tokens: most tokens of a pack.
@@ -101,6 +102,7 @@ class EvalConfig:
     seed: int = 0
     limit: int | None = None
     image_folder: Path | None = None
+    columns: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     batch: int = 8
@@ -170,7 +172,7 @@ class _Evaluation:
                     f"out {config.out} lies in {path}, where its files would be taken for rows; name another"
                 )
         self.device, self.dtype = models.on_device(config.device, config.dtype)
-        self.dataset = Dataset(config.data, config.image_folder, "optional")
+        self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
         self.files = files_of(self.dataset, config.limit, config.language)
         models.check_runs(config.initial, config.model)
         self.reward = config.reward or self._usual_reward()

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=own.seed, help="of the noise, with the row (%(default)s)")
     add("--limit", type=int, metavar="N", help="rows of each file (all)")
     add("--image-folder", type=Path, metavar="DIR", help="of relative paths (beside their file by default)")
+    add(
+        "--columns", type=lambda text: tuple(text.split(",")), default=(), metavar="PAIRS",
+        help="what columns hold whose names are not known, such as instruction=prompt,references=refs; as for "
+        "`uniref-fast data check`",
+    )  # fmt: skip
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="float32 on a CPU, bfloat16 on a GPU by default")
     add("--device", help="cuda where there is one, else cpu, by default")
     add("--batch", type=int, default=own.batch, metavar="N", help="rows that are edited together (%(default)s)")

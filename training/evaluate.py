@@ -36,7 +36,7 @@ def heldout_datasets(
     for path in files:
         if path.stem in found:
             raise ValueError(f"two files of held-out rows are called {path.stem}, one is {path}; rename one")
-        found[path.stem] = dataset = Dataset(path, config.image_folder, targets)
+        found[path.stem] = dataset = Dataset(path, config.image_folder, targets, config.columns)
         if not len(dataset):
             raise ValueError(f"{path} has no held-out rows; leave it out")
         looked_at = max(

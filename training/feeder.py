@@ -209,5 +209,5 @@ def row_weights(config: Recipe) -> list[float] | None:
     """Occurrences per epoch of each row of the data, or None when each comes once."""
     if not config.weights:
         return None
-    lengths = [len(Dataset(path, config.image_folder)) for path in config.data]
+    lengths = [len(Dataset(path, config.image_folder, columns=config.columns)) for path in config.data]
     return [weight for weight, length in zip(config.weights, lengths, strict=True) for _ in range(length)]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -19,6 +18,7 @@ __all__ = [
     "TEXT_KEYS",
     "Format",
     "Parts",
+    "explains",
     "is_picture_key",
     "nearest_key",
     "recognise",
@@ -38,9 +38,11 @@ class Format:
         needs: keys beside `text` that some row of the file must have for the file to be of this format.
         finer: key of a text that is taken instead where a row has it.
         task: key of the task where a row has no `task_type`.
-        same: keys of pictures that show what the references show; they are left alone.
+        unread: keys that may hold pictures and are not read.
         language: key of the instruction's language.
         common: its keys are words that others use for other things: they mean something in files of this format only.
+        more: keys of further references, one picture or a list each, which follow those of `references`.
+        key: key of the row's own name; None takes the first of `KEYS` that the row has.
     """
 
     name: str
@@ -50,15 +52,29 @@ class Format:
     needs: tuple[str, ...] = ()
     finer: str | None = None
     task: str | None = None
-    same: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     common: bool = False
     language: str | None = None
+    more: tuple[str, ...] = ()
+    key: str | None = None
 
     def owns(self, key: str) -> bool:
         """Whether it is one of the format's keys other than the text."""
+        return key in (self.target, self.finer, self.task, *self.needs) or self._holds_references(key)
+
+    def _holds_references(self, key: str) -> bool:
         base = self.references.removesuffix("#")
-        numbered = base != self.references and re.fullmatch(rf"{base}_\d+", key) is not None
-        return key in (base, self.target, self.finer, self.task, *self.needs) or numbered
+        numbered = base != self.references and re.fullmatch(rf"{re.escape(base)}_\d+", key) is not None
+        return key in (base, *self.more) or numbered
+
+    def role(self, key: str) -> str | None:
+        """What a key is read as: "instruction", "references", "target", ...; None for one that is not read."""
+        if self.target == self.references and key == self.target:
+            return "references, the last is the target"
+        names = {self.text: "instruction", self.finer: "instruction", self.target: "target", "task_type": "task type",
+                 self.task: "task type", self.language: "language", "scene": "scene"}  # fmt: skip
+        names |= {key: "key" for key in ((self.key,) if self.key else KEYS)}
+        return "references" if self._holds_references(key) else names.get(key)
 
     def __str__(self) -> str:
         references, end = self.references.removesuffix("#"), "_0.." if self.references.endswith("#") else ""
@@ -79,15 +95,25 @@ FORMATS = (
     Format("Lumina", "prompt", "image_path", "edit_path", needs=("edit_path",)),
     Format("Echo-4o, Bagel", "instruction_list", "image_list", "image_list", needs=("image_list",)),
     Format("MICo for Bagel", "instruction", "image_list", "image_list", needs=("image_list",)),
-    # the picture of a bench that people judged right, `reference`, is one of many right answers, so no target
-    Format("MICo-Bench", "prompt", "input", None, ("input", "human_indices"), "refined_prompt", "Task", common=True),
+    # `reference`, the picture of a bench that people judged right, is one of many right answers, so it is no target
+    Format(
+        "MICo-Bench",
+        "prompt",
+        "input",
+        None,
+        ("input", "human_indices"),
+        "refined_prompt",
+        "Task",
+        unread=("reference",),
+        common=True,
+    ),
     Format(
         "GEdit-Bench",
         "instruction",
         "input_image_raw",
         None,
         needs=("input_image_raw",),
-        same=("input_image",),
+        unread=("input_image",),  # the same picture as the raw one, resized
         language="instruction_language",
     ),
 )
@@ -105,34 +131,42 @@ def is_picture_key(key: str) -> bool:
     return any(form.owns(key) for form in FORMATS if not form.common)
 
 
+def explains(form: Format, keys: Collection[str]) -> bool:
+    """Whether rows with these keys are of the format: it has all that it needs, and no key of another format."""
+    return form.text in keys and all(key in keys for key in form.needs) and all(
+        form.owns(key) for key in keys if is_picture_key(key) and key not in form.unread
+    )  # fmt: skip
+
+
 def recognise(keys: Collection[str]) -> Format:
     """The format whose keys these are; keys that no format knows do not matter.
 
     Raises:
         ValueError: when no format, or more than one, explains them; lists the keys and the formats.
     """
-    pictures = {key for key in keys if is_picture_key(key)}
-    fits = [
-        form
-        for form in FORMATS
-        if form.text in keys and all(key in keys for key in form.needs) and all(map(form.owns, pictures))
-    ]
+    fits = [form for form in FORMATS if explains(form, keys)]
     if len(fits) > 1:  # words that mean something else in a file that another format explains
         fits = [form for form in fits if not form.common] or fits
     if len(fits) == 1:
         return fits[0]
     problem = "ambiguous keys" if fits else "the keys are those of no known format"
     known = "\n  ".join(map(str, fits or FORMATS))
-    raise ValueError(f"{problem}: {sorted(keys)}; known formats (text, references, target):\n  {known}")
+    raise ValueError(
+        f"{problem}: {sorted(keys)}; say what they hold with columns such as instruction=prompt,references=images,"
+        f"target=image (--columns), or rename them; known formats (text, references, target):\n  {known}"
+    )
 
 
-@functools.lru_cache(maxsize=4096)
-def nearest_key(key: str, form: Format) -> str | None:
-    """The format's picture key that an unknown key may be a slip of the pen for."""
-    if key in form.same:
-        return None
-    near = difflib.get_close_matches(key, [form.references.removesuffix("#"), str(form.target)], n=1, cutoff=0.7)
-    return near[0] if near else None
+TARGET_WORDS = {"answer", "edited", "expected", "gt", "ground", "out", "output", "outputs", "result", "results",
+                "target", "targets", "truth"}  # fmt: skip
+
+
+def nearest_key(key: str, form: Format) -> tuple[str, str]:
+    """(role, key of the format) that an unknown key of pictures most probably stands for."""
+    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", key).lower()))
+    if form.target is not None and words & TARGET_WORDS:
+        return "target", form.target
+    return "references", form.references.removesuffix("#")
 
 
 @dataclass(frozen=True)
@@ -148,10 +182,19 @@ class Parts:
     language: str | None = None
 
     @staticmethod
-    def of(values: Mapping[str, Any], form: Format) -> Parts:
-        """Take a row apart; pictures come with a name for messages. Raises ValueError for what is missing or wrong."""
+    def of(values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool] = lambda path: False) -> Parts:
+        """Take a row apart; pictures come with a name for messages.
+
+        Args:
+            values: the row by key.
+            form: of its file.
+            names_file: tells whether a text is the path of a file beside the row.
+
+        Raises:
+            ValueError: for what is missing or wrong, and for pictures under a key that is not read.
+        """
         values = {key: value for key, value in values.items() if value is not None}
-        _refuse_strays(values, form)
+        _refuse_strays(values, form, names_file)
         references = _references(values, form)
         target = None
         if form.target == form.references:
@@ -167,7 +210,8 @@ class Parts:
             name = "task_type" if "task_type" in values else form.task
             raise ValueError(f"{name} must be a text, got {task_type!r}")
         instruction = _instruction(values, form, len(references))
-        key, language = next((values[key] for key in KEYS if key in values), None), values.get(form.language or "")
+        own_names = (form.key,) if form.key else KEYS
+        key, language = next((values[key] for key in own_names if key in values), None), values.get(form.language or "")
         return Parts(
             instruction, references, target, task_type, _object(values.get("scene")), _word(key), _word(language)
         )
@@ -188,30 +232,50 @@ def _object(value: Any) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _refuse_strays(values: Mapping[str, Any], form: Format) -> None:
-    """A reference under a wrong name would otherwise be dropped in silence."""
+def _refuse_strays(values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool]) -> None:
+    """Pictures under a key that is not read would otherwise be left out in silence."""
     for key, value in values.items():
-        if form.owns(key):
+        if form.owns(key) or key in (form.text, form.key, form.language, "task_type", *form.unread, *KEYS):
+            continue
+        if key in TEXT_KEYS and isinstance(value, str):
+            continue
+        if key == "scene" and _object(value) is not None:  # it names the files of its objects
             continue
         if is_picture_key(key):
             raise ValueError(f"key {key!r} does not belong to the format of this file: {form}")
-        near = nearest_key(key, form)
-        if near and _like_a_picture(value):
-            raise ValueError(f"key {key!r} holds pictures but is not known; did you mean {near!r}?")
+        if _holds_pictures(value, names_file):
+            role, near = nearest_key(key, form)
+            raise ValueError(
+                f"key {key!r} holds pictures but is not known; did you mean {near!r}? Rename it, or say what it holds "
+                f"with columns {role}={key}, or ignore={key} to leave it out (--columns)"
+            )
 
 
-def _like_a_picture(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(map(_like_a_picture, value))
-    if isinstance(value, str):
-        return PurePath(value).suffix.lower() in PICTURE_SUFFIXES
-    return isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
+NO_PICTURES = (".jsonl", ".json", ".parquet", ".tar", ".zip", ".gz", ".tgz", ".txt", ".csv", ".tsv", ".md", ".toml",
+               ".yaml", ".yml", ".py", ".log")  # fmt: skip
+ENCODED = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # data URIs; base64 of PNG, JPEG, GIF and WebP
+
+
+def _holds_pictures(value: Any, names_file: Callable[[str], bool]) -> bool:
+    """Whether a value has bytes, encoded pictures, names of picture files, or of files that exist, at any depth."""
+    if isinstance(value, dict):
+        return any(_holds_pictures(item, names_file) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_holds_pictures(item, names_file) for item in value)
+    if not isinstance(value, str):
+        return isinstance(value, bytes)
+    if value.startswith(ENCODED):
+        return True
+    if len(value) > 4096 or "\n" in value:
+        return False
+    suffix = PurePath(value).suffix.lower()
+    return suffix in PICTURE_SUFFIXES or (suffix not in NO_PICTURES and names_file(value))
 
 
 def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any], ...]:
     base = form.references.removesuffix("#")
     numbers = sorted(int(key[len(base) + 1 :]) for key in values if key != base and form.references != base
-                     and re.fullmatch(rf"{base}_\d+", key))  # fmt: skip
+                     and re.fullmatch(rf"{re.escape(base)}_\d+", key))  # fmt: skip
     if numbers:
         keys = [f"{base}_{number}" for number in numbers]
         if base in values or numbers != list(range(len(numbers))) or any(key not in values for key in keys):
@@ -219,13 +283,23 @@ def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any
             raise ValueError(f"references must be {base}, or {base}_0, {base}_1, ... without gaps; got {given}")
         found: list[tuple[str, Any]] = [(key, values[key]) for key in keys]
     else:
-        value = values.get(base, [])
-        items = value if isinstance(value, list) else [value]
-        found = [(f"{base}[{i}]", item) for i, item in enumerate(items)]
+        found = []
+        for key in _without_gaps(values, (base, *form.more)):
+            value = values[key]
+            items = value if isinstance(value, list) else [value]
+            found += [(f"{key}[{i}]", item) for i, item in enumerate(items)]
     for name, item in found:
         if item is None or isinstance(item, list):
             raise ValueError(f"{name} must be one picture, got {'null' if item is None else 'a list'}")
     return tuple(found)
+
+
+def _without_gaps(values: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
+    """The keys that the row has; one that is missing before another would renumber the pictures."""
+    there = [key for key in keys if key in values]
+    if there != list(keys[: len(there)]):
+        raise ValueError(f"references must fill {', '.join(keys)} in this order without gaps; the row has {there}")
+    return there
 
 
 def _instruction(values: Mapping[str, Any], form: Format, references: int) -> str:

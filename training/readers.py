@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ __all__ = [
     "RowGroupCache",
     "filled",
     "from_json",
+    "printable",
 ]
 
 BOM = b"\xef\xbb\xbf"
@@ -66,10 +68,12 @@ class Reader:
         path: the file.
         name: what messages call it.
         folder: where relative paths in its rows are looked up.
+        unread: columns that are never read.
     """
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
         self.path, self.name, self.folder = path, name, folder
+        self.unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -92,7 +96,12 @@ class Reader:
 
     def find(self, path: str) -> ImageSource:
         """The file that a path in a row names: absolute, or under `folder`."""
-        return ImageSource(path, located(path, self.folder))
+        return ImageSource(printable(path), located(path, self.folder))
+
+
+def printable(text: object) -> str:
+    """A text that any stream can print: bytes of a file name that are not UTF-8 are written as escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def filled(values: Mapping[str, Any]) -> frozenset[str]:
@@ -101,17 +110,30 @@ def filled(values: Mapping[str, Any]) -> frozenset[str]:
 
 
 def located(path: str, folder: Path) -> Path:
-    """The file at a path, relative ones under the folder. Raises ValueError for one that is not there or leaves it."""
+    """The file at a path, relative ones under the folder.
+
+    Raises:
+        ValueError: for a path that names no plain file, that the file system refuses, or that leaves the folder.
+    """
     if not path:
         raise ValueError("a picture's path is empty")
     full = Path(path)
     if not full.is_absolute():
         inside = os.path.normpath(path)
         if inside.split(os.sep)[0] == "..":
-            raise ValueError(f"path {path!r} leaves its folder {folder}; use a path inside it, or an absolute one")
+            raise ValueError(f"path {path!r:.80} leaves its folder {folder}; use a path inside it, or an absolute one")
         full = folder / inside
-    if not full.is_file():
-        raise ValueError(f"no picture file {path!r} (looked for {full})")
+    shown = repr(path) if len(path) <= 200 else f"{path[:60]!r}... of {len(path):,} characters"
+    try:
+        mode = full.stat().st_mode
+    except FileNotFoundError:
+        raise ValueError(f"no picture file {shown} (looked for {printable(full)})") from None
+    except (OSError, ValueError) as error:  # too long a name, no permission, links in a circle; a NUL, half a surrogate
+        reason = error.strerror if isinstance(error, OSError) else printable(error)
+        raise ValueError(f"no picture file {shown}: the system refuses that path ({reason})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
+        raise ValueError(f"no picture file {shown}: {printable(full)} is {kind}")
     return full
 
 
@@ -226,7 +248,7 @@ class ParquetReader(Reader):
         super().__init__(path, name, folder)
         self._cache = cache
         with _damage(lambda reason: BrokenFileError(name, reason)), self._open() as file:
-            self._columns = list(file.schema_arrow.names)
+            self._columns = {field.name: _may_hold_pictures(field.type) for field in file.schema_arrow}
             groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
 
@@ -236,9 +258,10 @@ class ParquetReader(Reader):
     def keys(self, sample: int) -> set[frozenset[str]]:
         return {frozenset(self._columns)}
 
-    def select(self, keys: Callable[[str], bool]) -> None:
-        """Read these columns only."""
-        self._columns = [name for name in self._columns if keys(name)]
+    def select(self, wanted: Callable[[str, bool], bool]) -> None:
+        """Read only the columns for which `wanted(name, may hold pictures)` is true."""
+        self.unread = tuple(name for name, pictures in self._columns.items() if not wanted(name, pictures))
+        self._columns = {name: held for name, held in self._columns.items() if name not in self.unread}
 
     def record(self, row: int) -> Record:
         group = int(np.searchsorted(self._ends, row, side="right"))
@@ -249,7 +272,7 @@ class ParquetReader(Reader):
 
     def _read(self, group: int) -> Any:
         with self._open() as file:
-            return file.read_row_group(group, columns=self._columns)
+            return file.read_row_group(group, columns=list(self._columns))
 
     def _open(self) -> Any:
         try:
@@ -257,6 +280,19 @@ class ParquetReader(Reader):
         except ImportError:
             raise ImportError(f"{self.name}: reading parquet needs pyarrow; pip install 'uniref_fast[train]'") from None
         return parquet.ParquetFile(self.path)
+
+
+def _may_hold_pictures(kind: Any) -> bool:
+    """Whether values of an Arrow type may have texts or bytes in them, at any depth."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _may_hold_pictures(kind.value_type)
+    if types.is_nested(kind):
+        return any(_may_hold_pictures(kind.field(i).type) for i in range(kind.num_fields))
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_string_view,
+             types.is_binary_view, types.is_fixed_size_binary)  # fmt: skip
+    return any(test(kind) for test in tests)
 
 
 @contextlib.contextmanager

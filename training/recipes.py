@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from uniref_fast.training.columns import Columns
 from uniref_fast.training.lineage import attends
 
 __all__ = ["RECIPES", "SFT", "Recipe", "Stage", "builtin", "builtin_more", "lora", "paper", "stage_at", "tiny"]
@@ -60,6 +61,8 @@ class Recipe:
         heldout: files of rows that are never trained on, for held-out figures and the sample grids; each is reported
             by its file name.
         image_folder: where relative image paths of the rows are looked up; none: beside their file.
+        columns: what the columns of `data` and `heldout` hold where their names are not known, as role=column pairs,
+            such as instruction=prompt,references=refs (`columns.Columns`).
         stages: the curriculum, in order.
         steps: optimizer steps of the whole run; none: as the stages say, else their lengths are scaled to it.
         packs: packs of a step over all ranks; the ranks that share packs must divide it.
@@ -100,6 +103,7 @@ class Recipe:
     weights: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
     image_folder: Path | None = None
+    columns: tuple[str, ...] = ()
     steps: int | None = None
     packs: int = 8
     lora_rank: int | None = None
@@ -139,6 +143,7 @@ class Recipe:
                  "sample_count": 1, "sample_steps": 2, "max_skipped": 1, "max_broken": 0, "workers": 1, "warmup": 0,
                  "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
         self._at_least(least)
+        Columns.of(self.columns)
         if self.weights and len(self.weights) != len(self.data):
             raise ValueError(f"weights: one for each path of data, {len(self.data)}; got {len(self.weights)}")
         if self.steps is not None and self.steps < len(self.stages):

@@ -79,7 +79,7 @@ class RLTrainer(Run):
         self.model.packed.visibility = config.attends
         cache = TensorCache(config.cache)
         self.encoder = Encoder(self.model.pipe, cache)
-        dataset = Dataset(config.data, config.image_folder, targets="optional")
+        dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
         self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
         self._prompts_state = self.prompts.state()
         self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")

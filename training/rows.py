@@ -19,14 +19,15 @@ import json
 import operator
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from uniref_fast.training.formats import KEYS, Format, Parts, nearest_key, recognise
+from uniref_fast.training.columns import Columns
+from uniref_fast.training.formats import Format, Parts
 from uniref_fast.training.images import MAX_PIXELS, ImageSource
 from uniref_fast.training.readers import (
     BrokenFileError,
@@ -109,6 +110,7 @@ class Dataset:
         paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         image_folder: str | os.PathLike[str] | None = None,
         targets: Literal["required", "optional"] = "required",
+        columns: Iterable[str] = (),
     ) -> None:
         """Index the files.
 
@@ -116,6 +118,7 @@ class Dataset:
             paths: files and folders, or one; folders are searched to any depth, hidden files left out.
             image_folder: where relative paths in rows are looked up; beside their file by default. Tars name members.
             targets: "optional" also takes rows without a target.
+            columns: what the files' own columns hold, as "role=column" pairs; see `columns.Columns`.
 
         Raises:
             ValueError: for a path that is not there or not known, or a file that occurs twice.
@@ -128,14 +131,14 @@ class Dataset:
         if image_folder is not None and not Path(image_folder).is_dir():
             raise ValueError(f"image folder {image_folder} is not there")
         found, self.skipped = _find_files([Path(path) for path in paths])
-        self._targets = targets
+        self._targets, self._columns = targets, Columns.of(columns)
         cache = RowGroupCache()
         self._readers: list[Reader] = []
         self._formats: list[Format | None] = []
         for path, name in found:
             reader = _reader(path, name, Path(image_folder) if image_folder is not None else path.parent, cache)
             self._readers.append(reader)
-            self._formats.append(_format_of(reader))
+            self._formats.append(_format_of(reader, self._columns))
         self.files = tuple(reader.name for reader in self._readers)
         self._ends = np.cumsum([len(reader) for reader in self._readers], dtype=np.int64)
 
@@ -152,9 +155,27 @@ class Dataset:
         where = reader.place(row)
         try:
             record = reader.record(row)
-            return self._row(record, form or recognise(filled(record.values)), where)
-        except ValueError as error:
+            return self._row(record, form or self._columns.format(filled(record.values)), where)
+        except (ValueError, OSError) as error:
             raise RowError(where, error) from error
+
+    def roles(self, index: int) -> dict[str, str | None]:
+        """What each key of a row is read as, such as "references"; None for one that is not read.
+
+        Keys without a value are left out. Raises ValueError for a row that cannot be read at all.
+        """
+        reader, row, form = self._locate(index)
+        keys = filled(reader.record(row).values)
+        form = form or self._columns.format(keys)
+        return {key: form.role(key) for key in sorted(keys)}
+
+    @property
+    def unread_columns(self) -> dict[str, int]:
+        """Columns of parquet files that are never read, since they can hold neither text nor pictures; with rows."""
+        found: Counter[str] = Counter()
+        for reader in self._readers:
+            found.update(dict.fromkeys(reader.unread, len(reader)))
+        return dict(found)
 
     def where(self, index: int) -> str:
         """The place of a row, broken or not."""
@@ -163,11 +184,13 @@ class Dataset:
 
     @functools.cached_property
     def contents(self) -> tuple[str, ...]:
-        """Of each file what changes when it does: a digest of .jsonl and .json, else size and row count.
+        """Of each file what changes when it does, and the columns given: a digest of .jsonl and .json, else size and
+        row count.
 
         Pictures beside the files are not looked at.
         """
-        return tuple(_content(reader.path, len(reader)) for reader in self._readers)
+        read_as = f", columns {self._columns}" if self._columns else ""
+        return tuple(_content(reader.path, len(reader)) + read_as for reader in self._readers)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -184,7 +207,7 @@ class Dataset:
         return self._readers[file], index - first, self._formats[file]
 
     def _row(self, record: Record, form: Format, where: str) -> Row:
-        parts = Parts.of(record.values, form)
+        parts = Parts.of(record.values, form, functools.partial(_names_file, record))
         references = tuple(_source(name, value, record) for name, value in parts.references)
         target = None if parts.target is None else _source(*parts.target, record)
         if target is None and self._targets == "required":
@@ -204,27 +227,35 @@ def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache) -> Reader
     return {".jsonl": JsonlReader, ".json": JsonReader, ".tar": TarReader}[ending](path, name, folder)
 
 
-def _format_of(reader: Reader) -> Format | None:
+def _format_of(reader: Reader, columns: Columns) -> Format | None:
     """The format of a file; None when it has no row that can be read."""
     rows = reader.keys(SAMPLE)
     if not rows:
         return None
     try:
-        form = recognise(frozenset().union(*rows))
+        form = columns.format(frozenset().union(*rows))
     except ValueError as error:
         alone = set()  # formats of the rows that tell theirs by themselves: one with a stray key spoils no others
         for keys in rows:
             with contextlib.suppress(ValueError):
-                alone.add(recognise(keys))
+                alone.add(columns.format(keys))
         if len(alone) != 1:
             several = f"rows of several formats ({', '.join(sorted(map(str, alone)))}); " if alone else ""
             raise BrokenFileError(reader.name, f"{several}{error}") from None
         (form,) = alone
     if isinstance(reader, ParquetReader):
-        # columns under a misspelt name too: their rows are refused, not taken without them
-        kept = (form.text, "task_type", "scene", form.language, *KEYS)
-        reader.select(lambda key: key in kept or form.owns(key) or bool(nearest_key(key, form)))
+        # also columns that are not read, when they may hold pictures: their rows are refused, not taken without them
+        reader.select(lambda key, pictures: form.role(key) is not None or (pictures and key not in form.unread))
     return form
+
+
+def _names_file(record: Record, path: str) -> bool:
+    """Whether a text in a row is the path of a file."""
+    try:
+        record.find(path)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def _source(name: str, value: Any, record: Record) -> ImageSource:

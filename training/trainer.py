@@ -37,7 +37,7 @@ class Trainer(Run):
         costs = self.saved["costs"] if self.saved else self._costs().as_dict()
         self.costs = packing.CostModel(**costs)
         cache = TensorCache(config.cache)
-        dataset = Dataset(config.data, config.image_folder)
+        dataset = Dataset(config.data, config.image_folder, columns=config.columns)
         self.encoder = Encoder(self.model.pipe, cache, config.seed, config.drop_text, config.drop_references)
         feeding = self.saved["feeder"] if self.saved else None
         self.feeder = Feeder(dataset, self.encoder, config, self.plans, self.costs, self._assign, feeding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -23,6 +24,11 @@ __all__ = ["add_data_commands", "leave_to"]
 
 Size = tuple[int, int]  # (width, height) in pixels
 
+COLUMNS_HELP = (
+    "what columns hold whose names are not known, as ROLE=COLUMN pairs with commas between them: "
+    "instruction=prompt,references=refs; roles are instruction, references, target, task_type, key, language and "
+    "ignore; references and ignore may have several columns"
+)
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 
@@ -34,6 +40,7 @@ def add_data_commands(commands: Any) -> None:
 
     check = group.add_parser("check", help="count and measure rows, list broken ones; exit status 1 if there are any")
     check.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl, .json, .parquet, .tar, or a folder of them")
+    check.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
     check.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
     check.add_argument(
         "--targets", choices=("required", "optional"), default="required",
@@ -70,6 +77,7 @@ class _Found:
     """What the rows hold; sizes are of upright pictures."""
 
     counts: Counter[int] = field(default_factory=Counter)  # rows by number of references
+    columns: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # rows by (column, what it is read as)
     task_types: Counter[str | None] = field(default_factory=Counter)
     targets: list[Size] = field(default_factory=list)
     references: list[Size] = field(default_factory=list)
@@ -83,7 +91,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.show < 0:
         raise ValueError(f"--show must not be negative, got {args.show}")
     try:
-        dataset = Dataset(args.paths, args.image_folder, args.targets)
+        dataset = Dataset(args.paths, args.image_folder, args.targets, args.columns)
     except BrokenFileError as error:  # not a wrong command but wrong data
         print(f"uniref-fast data check: broken file {error}", file=sys.stderr)
         return 1
@@ -101,10 +109,12 @@ def _measure(dataset: Dataset, decode: bool) -> _Found:
     from uniref_fast.training.rows import RowError
     from uniref_fast.training.stream import prefetch
 
-    found = _Found()
+    found = _Found(columns=Counter({(name, None): rows for name, rows in dataset.unread_columns.items()}))
     workers = min(os.cpu_count() or 1, 8)
     inspected = prefetch(functools.partial(_inspect, dataset, decode), range(len(dataset)), workers, ahead=4 * workers)
-    for _, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
+    for index, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
+        with contextlib.suppress(ValueError):  # of a row that cannot be read at all
+            found.columns.update(dataset.roles(index).items())
         if isinstance(outcome, RowError):
             found.broken.append({"where": outcome.where, "reason": outcome.reason})
             continue
@@ -153,6 +163,9 @@ def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "rows": len(dataset),
         "broken": len(found.broken),
+        "columns": [
+            {"column": name, "read_as": role, "rows": count} for (name, role), count in _by_role(found.columns)
+        ],
         "references": {str(k): found.counts[k] for k in sorted(found.counts)},
         "task_types": {kind or "": count for kind, count in found.task_types.most_common()},
         "target_sizes": measured(found.targets),
@@ -167,6 +180,9 @@ def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
     lines = [f"rows              {len(dataset):,} in {len(dataset.files):,} file(s), {len(found.broken):,} broken"]
     if dataset.skipped:
         lines.append(f"no rows in        {', '.join(facts['skipped'])}")
+    lines.append("columns")
+    for column in facts["columns"]:
+        lines.append(f"  {column['column']:<16}{column['read_as'] or 'not read':<16} {column['rows']:,} row(s)")
     counts = (f"{k}: {count:,}" for k, count in facts["references"].items())
     lines.append(f"by references     {', '.join(counts) or 'none'}")
     kinds = (f"{kind or '(none)'}: {count:,}" for kind, count in facts["task_types"].items())
@@ -189,6 +205,21 @@ def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
         if len(found.broken) > show:
             lines.append(f"  and {len(found.broken) - show:,} more")
     return lines
+
+
+def _by_role(columns: Counter[tuple[str, str | None]]) -> list[tuple[tuple[str, str | None], int]]:
+    """Columns that are read first: instruction, references, target, the others, those that are not read."""
+    order = ("instruction", "references", "references, the last is the target", "target")
+
+    def rank(item: tuple[tuple[str, str | None], int]) -> tuple[int, str, str]:
+        (name, role), _ = item
+        return (order.index(role) if role in order else len(order) + (role is None), role or "", name)
+
+    return sorted(columns.items(), key=rank)
+
+
+def _pairs(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _ratio(size: Size) -> str:
