@@ -3,13 +3,22 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import types
 from copy import deepcopy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import FirstBlockCacheConfig, QwenImageEditPlusPipeline, attention_backend
+from diffusers import (
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    QwenImageEditPlusPipeline,
+    UniPCMultistepScheduler,
+    attention_backend,
+)
 from diffusers.hooks import hooks as diffusers_hooks
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers import transformer_qwenimage as qwen
@@ -329,6 +338,89 @@ def test_model_offload_hook_is_honoured(pipe, monkeypatch):
         finally:
             remove_hook_from_module(pipe.transformer)
     assert calls == [pipe.transformer]
+
+
+# ---- schedulers: those that take `sigmas` and `mu`, which is what the stock pipeline gives ----
+
+EULER = FlowMatchEulerDiscreteScheduler
+SCHEDULERS = {
+    "stochastic": lambda config: EULER.from_config(config, stochastic_sampling=True),
+    "karras": lambda config: EULER.from_config(config, use_karras_sigmas=True),
+    "exponential": lambda config: EULER.from_config(config, use_dynamic_shifting=False, use_exponential_sigmas=True),
+    "inverted": lambda config: EULER.from_config(config, invert_sigmas=True),
+    "lcm": lambda config: FlowMatchLCMScheduler.from_config(
+        {name: value for name, value in config.items() if name != "stochastic_sampling"}),
+    "unipc": lambda config: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+    "unipc, third order": lambda config: UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=3, flow_shift=3.0),
+    "another shift": lambda config: shifted(EULER.from_config(config, use_dynamic_shifting=False)),
+}  # fmt: skip
+
+
+def shifted(scheduler):
+    """State that the configuration does not hold."""
+    scheduler.set_shift(7.0)
+    return scheduler
+
+
+@pytest.fixture
+def with_scheduler(pipe):
+    before = pipe.scheduler
+
+    def change(name):
+        pipe.scheduler = SCHEDULERS[name](before.config)
+        return pipe
+
+    yield change
+    pipe.scheduler = before
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_equals_the_stock_run(with_scheduler, name):
+    """Also while others ride along, under PyTorch's global generator as in stock, and after an earlier run."""
+    pipe = with_scheduler(name)
+    request = dataclasses.replace(requests()[1], num_inference_steps=4)
+    unseeded = dataclasses.replace(request, seed=None)
+    torch.manual_seed(5)
+    drawn = uniref_fast.edit(pipe, [unseeded], output_type="pt", progress=False)[0]
+    before = pipe.scheduler.__dict__.copy()
+    first, _, again = uniref_fast.edit(
+        pipe, [request, requests()[3], request], output_type="pt", progress=False, max_tokens=500
+    )
+    assert pipe.scheduler.__dict__ == before, "the pipeline's scheduler is left as it is"
+    assert max_relative_error(again, first) < 1e-4  # float32 sums go by the place in a pack
+    torch.manual_seed(5)
+    fields = {"image": list(request.images), "prompt": request.prompt, "negative_prompt": " ", "true_cfg_scale": 2.5,
+              "num_inference_steps": 4, "output_type": "pt"}  # fmt: skip
+    assert max_relative_error(drawn, pipe(**fields).images[0]) < 1e-4
+    generator, step = torch.Generator().manual_seed(request.seed), pipe.scheduler.step
+    if "generator" in inspect.signature(step).parameters:  # which stock does not pass on
+        pipe.scheduler.step = functools.partial(step, generator=generator)
+    assert max_relative_error(first, pipe(**fields, generator=generator).images[0]) < 1e-4
+    vars(pipe.scheduler).pop("step", None)
+    after = uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0]
+    assert max_relative_error(after, first) < 1e-4, "a stock run leaves its state in the scheduler"
+
+
+def test_given_latents_and_a_seed_for_the_noise_of_the_steps(with_scheduler):
+    pipe = with_scheduler("stochastic")
+    request = dataclasses.replace(
+        requests()[1], latents=torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    )
+    one, same, other = uniref_fast.edit(
+        pipe, [request, request, dataclasses.replace(request, seed=3)], output_type="latent", progress=False
+    )
+    assert max_relative_error(same, one) < 1e-4 and max_relative_error(other, one) > 1e-2
+
+
+def test_schedulers_that_stock_refuses_are_refused_before_any_work(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "encode_prompt", None)
+    before, pipe.scheduler = pipe.scheduler, FlowMatchHeunDiscreteScheduler()
+    try:
+        with pytest.raises(ValueError, match="does not support custom"):
+            uniref_fast.edit(pipe, requests()[:1], progress=False)
+    finally:
+        pipe.scheduler = before
 
 
 # ---- changed models: followed, or refused by name ----

@@ -6,6 +6,9 @@ ride in the same pack. A request's result does not depend on what it is packed w
 
 from __future__ import annotations
 
+import copy
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,11 +74,14 @@ def edit(
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     requests = validated(requests, pipe)
     geometries = [geometry(pipe, request, budget) for request in requests]
+    schedulers = []  # all of them before any model runs, as a scheduler may refuse its schedule
     for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
         _check_latents(pipe, request, sizes, f"request {i + 1}")
+        tokens = math.prod(sizes.grid(sizes.size))
+        schedulers.append(denoising_schedule(pipe.scheduler, tokens, request.num_inference_steps, device))
     model = model or PackedQwenImage(transformer, visibility=visibility, impl=impl)
     with torch.no_grad():
-        jobs = [_prepare(pipe, *pair) for pair in zip(requests, geometries, strict=True)]
+        jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, strict=True)]
         _denoise(pipe, model, jobs, max_tokens, progress)
         results = [_decode(pipe, job, output_type) for job in jobs]
     pipe.maybe_free_model_hooks()
@@ -93,14 +99,14 @@ class _Job:
     latents: Tensor  # [1, N, C], as the scheduler and the VAE expect
     scheduler: Any
     timesteps: Tensor
+    step_options: dict[str, Any]  # of `scheduler.step`: the generator, where it takes one
 
     def samples(self) -> list[Sample]:
         return [self.geometry.sample(len(prompt)) for prompt in self.prompts]
 
 
-def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
-    """Encode prompt and references with the pipeline's own methods, draw the noise, set the schedule."""
-    device = pipe._execution_device
+def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> _Job:
+    """Encode prompt and references with the pipeline's own methods, draw the noise."""
     images = [to_rgb(image) for image in request.images]
     texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
     prompts = [prompt_embeddings(pipe, text or "", images, sizes.condition_sizes) for text in texts]
@@ -108,8 +114,9 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry) -> _Job:
     if request.seed is not None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
     latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
-    scheduler = denoising_schedule(pipe.scheduler, latents.shape[1], request.num_inference_steps, device)
-    return _Job(request, sizes, prompts, references, latents, scheduler, scheduler.timesteps)
+    # The pipeline leaves the noise of stochastic schedulers to the global generator; here a request's seed covers it.
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    return _Job(request, sizes, prompts, references, latents, scheduler, scheduler.timesteps, options)
 
 
 def _latents(
@@ -133,8 +140,18 @@ def _latents(
 
 
 def denoising_schedule(scheduler: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-    """A scheduler like the given one, set to so many steps for a target of so many tokens, as the pipeline does."""
-    stock, scheduler = _stock(), type(scheduler).from_config(scheduler.config)
+    """A copy of a scheduler, its state outside the configuration included, set to its steps as the pipeline does.
+
+    Args:
+        scheduler: of the pipeline; it is left as it is.
+        tokens: of the target, which dynamic shifting goes by.
+        steps: denoising steps.
+        device: of the timesteps.
+
+    Raises:
+        ValueError: by the scheduler, when it does not take the pipeline's `sigmas`.
+    """
+    stock, scheduler = _stock(), copy.deepcopy(scheduler)
     config = scheduler.config
     mu = stock.calculate_shift(
         tokens,
@@ -181,7 +198,9 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
             velocity = velocities[0]
             if job.request.guided:
                 velocity = guide(velocities[0], velocities[1], job.request.true_cfg_scale)
-            stepped = job.scheduler.step(velocity[None], job.timesteps[step], job.latents, return_dict=False)[0]
+            stepped = job.scheduler.step(
+                velocity[None], job.timesteps[step], job.latents, return_dict=False, **job.step_options
+            )[0]
             job.latents = stepped.to(job.latents.dtype)
         if bar is not None:
             bar.update()

@@ -36,10 +36,11 @@ class EditRequest:
             default the aspect ratio of the last image at the pipeline's output area (1024 x 1024 pixels), a square
             without images.
         num_inference_steps: denoising steps.
-        seed: seed of the noise (drawn on the CPU); None draws at random.
+        seed: seed of all noise (drawn on the CPU): the starting noise, and what a stochastic scheduler draws in its
+            steps. None draws from PyTorch's global generator.
         generator: a torch.Generator instead of a seed.
-        latents: packed starting noise `[1, height/16 * width/16, channels]` instead of either (8 for the built-in
-            model); moved to the pipeline's device and dtype.
+        latents: packed starting noise `[1, height/16 * width/16, channels]` (8 for the built-in model), moved to the
+            pipeline's device and dtype; seed or generator then serve the scheduler's noise alone.
     """
 
     prompt: str
@@ -155,8 +156,8 @@ def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
             raise ValueError(f"{where}: {name} must be at least {least} and at most {most}, got {value}")
     if request.seed is not None and not -(2**63) <= request.seed < 2**64:
         raise ValueError(f"{where}: seed must fit 64 bits, got {request.seed}")
-    if sum(x is not None for x in (request.seed, request.generator, request.latents)) > 1:
-        raise ValueError(f"{where}: give at most one of seed, generator and latents")
+    if request.seed is not None and request.generator is not None:
+        raise ValueError(f"{where}: give at most one of seed and generator")
 
 
 def _check_image(image: Any, where: str, sizes_only: bool) -> None:
