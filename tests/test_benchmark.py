@@ -515,7 +515,7 @@ def test_lists_that_hold_no_rows_are_passed_over_in_folders(bench, tmp_path):
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "captions.json").write_text('["a cat", "a mat"]')
     dataset = Dataset(tmp_path, targets="optional")
-    assert dataset.files == ("mico_bench_hoi.jsonl",) and dataset.skipped == (tmp_path / "0" / "captions.json",)
+    assert dataset.files == ("mico_bench_hoi.jsonl",) and dataset.left_out[0][0] == "0/captions.json"
 
 
 # ---- broken rows ----

@@ -93,6 +93,16 @@ def test_check_of_rows_without_targets(measured, capsys):
     assert status == 0 and "targets           none" in out
 
 
+def test_check_says_what_is_left_out(measured, capsys):
+    folder = measured.parent
+    (folder / "about.json").write_text('{"seed": 0}')
+    (folder / "more.tsv").write_text("x")
+    status, out, _ = check(capsys, folder)
+    assert status == 0 and "left out          2" in out and "  about.json: holds a JSON object ('seed')" in out
+    status, out, _ = check(capsys, folder, "--json")
+    assert [one["file"] for one in json.loads(out)["left_out"]] == ["more.tsv", "about.json"]
+
+
 def test_check_of_no_rows(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("")
     status, out, _ = check(capsys, tmp_path / "a.jsonl")

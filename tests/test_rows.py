@@ -16,7 +16,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from uniref_fast.training import readers
-from uniref_fast.training.rows import BrokenFileError, Dataset, RowError
+from uniref_fast.training.cache import TensorCache
+from uniref_fast.training.rows import BrokenFileError, Dataset, RowError, left_out
+from uniref_fast.training.samples import Encoder
 
 
 def encoded(color, size=(8, 6), form="PNG", **options):
@@ -389,12 +391,113 @@ def test_a_json_list(folder):
 
 
 @pytest.mark.parametrize(
-    "content, reason", [("[{]", "not JSON"), ('{"a": 1}', "list of rows, got dict"), ("", "not JSON")]
+    "content, reason", [("[{]", "not JSON"), ('{"a": 1}', "no row of a known format"), ("", "not JSON")]
 )
 def test_a_json_file_that_is_no_list_of_rows(tmp_path, content, reason):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(BrokenFileError, match=f"^a.json: .*{reason}"):
         Dataset(tmp_path / "a.json")
+
+
+ROWS_OF_JSON = {
+    "lines": "\n".join(json.dumps(row(text=text)) for text in ("one", "two")) + "\n",
+    "lines with a BOM and blanks": "\ufeff\n" + "\n\n".join(json.dumps(row(text=text)) for text in ("one", "two")),
+    "a list under a key": json.dumps(
+        {"version": 1, "tags": ["a"], "data": [row(text="one"), row(text="two")]}, indent=1
+    ),
+    "a list": json.dumps([row(text="one"), row(text="two")]),
+}
+
+
+@pytest.mark.parametrize("content", ROWS_OF_JSON.values(), ids=ROWS_OF_JSON.keys())
+@pytest.mark.parametrize("inside", [True, False])
+def test_every_layout_of_json_is_read_named_and_in_a_folder(folder, content, inside):
+    (folder / "a.json").write_text(content)
+    dataset = pickle.loads(pickle.dumps(Dataset(folder if inside else folder / "a.json")))
+    assert [found.instruction for found in dataset] == ["one", "two"] and dataset.left_out == ()
+
+
+def test_a_json_file_of_one_row(folder):
+    for name in ("one", "two"):
+        (folder / f"{name}.json").write_text(json.dumps(row(text=name), indent=2))
+    assert [found.instruction for found in Dataset(folder)] == ["one", "two"]
+    line = json.dumps(row(text="three")) + '\n{"broken\n'
+    (folder / "two.json").write_text(line)
+    dataset = Dataset(folder)
+    assert dataset[1].instruction == "three" and len(dataset) == 3
+    with pytest.raises(RowError, match=r"^two.json:2: not JSON"):
+        dataset[2]
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ('{"seed": 0}', "holds a JSON object ('seed') that is no row"),
+        ('{"data": [{"text": "x", "picture": "y"}]}', "no row of a known format"),
+        ("[1, 2]", "list without objects"),
+        ("3", "must hold a JSON list of rows, got int"),
+    ],
+)
+def test_a_json_file_without_rows_is_left_out_of_a_folder_and_said(folder, capsys, content, reason):
+    write_jsonl(folder / "a.jsonl", [row()])
+    (folder / "b.json").write_text(content)
+    dataset = Dataset(folder)
+    ((name, told),) = dataset.left_out
+    assert len(dataset) == 1 and name == "b.json" and reason in told
+    assert left_out([dataset, dataset]) == [(name, told)]
+    with pytest.raises(BrokenFileError, match=r"^b.json: "):
+        Dataset(folder / "b.json")
+
+
+@pytest.mark.parametrize("content", ['{"data": [{"instruction": "x"', "[{]", "{]\n"])
+def test_a_damaged_json_file_in_a_folder_is_an_error(folder, content):
+    write_jsonl(folder / "a.jsonl", [row()])
+    (folder / "b.json").write_text(content)
+    with pytest.raises(BrokenFileError, match=r"^b.json: not JSON"):
+        Dataset(folder)
+
+
+def test_rows_under_several_keys_are_an_error(folder):
+    (folder / "a.json").write_text(json.dumps({"train": [row()], "test": [row()]}))
+    with pytest.raises(BrokenFileError, match="rows under several keys, train, test"):
+        Dataset(folder)
+
+
+def test_files_that_may_hold_rows_are_named_when_they_are_not_read(folder):
+    write_jsonl(folder / "a.jsonl", [row()])
+    for name in ("b.tsv", "c.jsonl.gz", "d.arrow"):
+        (folder / name).write_text("x")
+    assert [name for name, _ in Dataset(folder).left_out] == ["b.tsv", "c.jsonl.gz", "d.arrow"]
+    (folder / "a.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"has no file of rows .*; it has b.tsv, c.jsonl.gz, d.arrow"):
+        Dataset(folder)
+
+
+def test_a_run_reports_the_first_of_many_that_are_left_out(folder):
+    write_jsonl(folder / "a.jsonl", [row()])
+    for number in range(30):
+        (folder / f"{number:02}.tsv").write_text("x")
+    told = left_out([Dataset(folder)])
+    assert len(told) == 21 and told[0][0] == "00.tsv" and told[-1][0] == "10 more"
+
+
+def test_the_same_rows_are_refused_by_check_and_by_training(folder, builtin_pipe):
+    (folder / "cut.png").write_bytes(encoded(RED)[:20])
+    Image.new("RGB", (402, 2)).save(folder / "long.png")
+    lines = [row(), row(["cut.png"]), row(["long.png"]), row(target="long.png"), row(text=""), row(["none.png"]), row()]
+    dataset = Dataset(write_jsonl(folder / "a.jsonl", lines))
+    encoder = Encoder(builtin_pipe, TensorCache(None), drop_references=1.0)
+    checked, trained = {}, {}
+    for index in range(len(dataset)):
+        for refused, use in (
+            (checked, lambda row: row.sizes()),
+            (trained, lambda row: encoder.prepare(row, (0, 0), 64, 64)),
+        ):
+            try:
+                use(dataset[index])
+            except RowError as error:
+                refused[error.where] = error.reason
+    assert checked == trained and list(checked) == [f"a.jsonl:{line}" for line in (2, 3, 4, 5, 6)]
 
 
 def test_where_relative_paths_are_looked_up(folder):
@@ -543,7 +646,7 @@ def test_a_folder_is_read_in_the_order_of_relative_paths(many):
     dataset = Dataset(many)
     assert [found.instruction for found in dataset] == ["a1", "b1", "b2", "c1", "c2", "c3", "d1"]
     assert dataset.files == ("a.json", "b.jsonl", "deep/c.parquet", "deep/d.TAR")
-    assert dataset.skipped == (many / "made.json",)
+    assert [name for name, _ in dataset.left_out] == ["made.json"]
     assert dataset[-1].where == "deep/d.TAR:1" and dataset[5].where == "deep/c.parquet:3"
     several = Dataset([many / "deep", many / "b.jsonl"])
     assert [found.instruction for found in several] == ["c1", "c2", "c3", "d1", "b1", "b2"]

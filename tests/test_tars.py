@@ -183,3 +183,46 @@ def test_a_tar_that_is_cut_after_it_was_indexed(tmp_path):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"1.output.png: .* was cut short"):
         found.target.read()
+
+
+# ---- dotted keys, and what no sample reads ----
+
+
+def test_keys_of_samples_may_have_dots(tmp_path):
+    b = encoded(BLUE)
+    path = write_tar(tmp_path / "s.tar", [
+        ("good.txt", b"good"), ("good.output.png", b),
+        ("v1.5_002.txt", b"dotted"), ("v1.5_002.input_0.png", encoded(RED)), ("v1.5_002.output.png", b),
+        ("a.b/v1.5_003.json", b'{"instruction": "json"}'), ("a.b/v1.5_003.output.jpg", encoded(BLUE, form="JPEG")),
+        ("w.txt", b"first"), ("w.output.png", b), ("w.2.txt", b"second"), ("w.2.output.png", b),
+    ])  # fmt: skip
+    dataset = Dataset(path)
+    assert [dataset.where(i).removeprefix("s.tar:") for i in range(len(dataset))] == [
+        "good", "v1.5_002", "a.b/v1.5_003", "w", "w.2",
+    ]  # fmt: skip
+    assert [found.instruction for found in dataset] == ["good", "dotted", "json", "first", "second"]
+    assert meaning(dataset[1]) == ("dotted", [RED], BLUE) and dataset.left_out == ()
+
+
+def test_a_dotted_sample_that_lacks_its_target_is_a_broken_row(tmp_path):
+    good = [("good.txt", b"good"), ("good.output.png", encoded(BLUE))]
+    path = write_tar(tmp_path / "s.tar", [*good, ("v1.5_002.txt", b"dotted"), ("v1.5_002.input_0.png", encoded(RED))])
+    with pytest.raises(RowError, match=r"^s.tar:v1.5_002: no target picture"):
+        Dataset(path)[1]
+
+
+def test_texts_beside_a_sample_are_parts_of_it(tmp_path):
+    members = [("1.txt", b"do it"), ("1.output.png", encoded(BLUE)), ("1.meta.json", b"{}"), ("1.caption.txt", b"x"),
+               ("1.output.png.txt", b"x"), ("1.cls", b"3")]  # fmt: skip
+    dataset = Dataset(write_tar(tmp_path / "s.tar", members))
+    assert [meaning(found) for found in dataset] == [("do it", [], BLUE)]
+    ((name, reason),) = dataset.left_out
+    assert name == "s.tar" and reason.startswith("4 members are read only where the json of a sample names them: ")
+    assert "2 .txt" in reason and "1 .json" in reason and "1 .cls" in reason
+
+
+def test_members_of_no_sample_are_counted(tmp_path):
+    members = [("1.txt", b"do it"), ("1.output.png", encoded(BLUE)), ("2.jpg", b"x"), ("2.caption", b"x"),
+               ("3.jpg", b"x"), ("README", b"x"), ("._1.txt", b"a file manager's")]  # fmt: skip
+    ((_, reason),) = Dataset(write_tar(tmp_path / "s.tar", members)).left_out
+    assert reason.startswith("4 members") and "2 .jpg" in reason and "1 .caption" in reason and "ending" in reason

@@ -154,7 +154,7 @@ def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
     Returns:
         What `results.json` holds: "settings", "versions", "aggregates" (see `benchmark_report.aggregates`), "overall"
         (the same of all files as one), "comparison" (see `benchmark_report.compare`; None without `against`, now or
-        before) and "rows". Rows that cannot be evaluated have an "error".
+        before), "rows", of which those that cannot be evaluated have an "error", and "left_out", files without rows.
 
     Raises:
         ValueError, TypeError: for what the caller can put right.
@@ -201,6 +201,7 @@ class _Evaluation:
             "overall": report.parts(rows),
             "comparison": None if worked else self._earlier_comparison(),
             "rows": rows,
+            "left_out": [list(one) for one in self.dataset.left_out],
         }
         self._write(made)
         if self.config.grid and (shown := list(self._shown())):

@@ -107,6 +107,10 @@ def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, An
         lines = [f"  {row['where']}: {row['error']}" for row in broken[:SHOWN]]
         more = [f"  and {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
         parts.append("\n".join(["rows that could not be evaluated", *lines, *more]))
+    if results["left_out"]:
+        lines = [f"  {name}: {reason}" for name, reason in results["left_out"][:SHOWN]]
+        more = [f"  and {len(results['left_out']) - SHOWN} more"] if len(results["left_out"]) > SHOWN else []
+        parts.append("\n".join(["files or members that hold no rows", *lines, *more]))
     if config.model == "builtin" and not config.initial and builtin.weights_status() == "untrained":
         parts.append("the built-in weights are untrained: what they make is noise")
     parts.append(f"results  {config.out / 'results.json'}")

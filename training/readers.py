@@ -69,11 +69,13 @@ class Reader:
         name: what messages call it.
         folder: where relative paths in its rows are looked up.
         unread: columns that are never read.
+        left_out: sentences that say how much of the file is not read, and why.
     """
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
         self.path, self.name, self.folder = path, name, folder
         self.unread: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -191,10 +193,14 @@ class JsonlReader(Reader):
 
 
 class JsonReader(Reader):
-    """One JSON list of objects. A process that reads it keeps the parsed list; pickles leave it behind."""
+    """Objects of one JSON file: those of a list, of the list under a key of an object, or the one object itself.
 
-    def __init__(self, path: Path, name: str, folder: Path) -> None:
+    A process that reads it keeps the parsed rows; pickles leave them behind.
+    """
+
+    def __init__(self, path: Path, name: str, folder: Path, key: str | None = None) -> None:
         super().__init__(path, name, folder)
+        self._key = key
         self._parsed: list[Any] | None = None
         self._length = len(self._rows())
 
@@ -211,11 +217,10 @@ class JsonReader(Reader):
         if self._parsed is None:
             try:
                 parsed = from_json(self.path.read_bytes())
+                rows = parsed if self._key is None else _mapping(parsed).get(self._key)
             except ValueError as error:
                 raise BrokenFileError(self.name, error) from None
-            if not isinstance(parsed, list):
-                raise BrokenFileError(self.name, f"must hold a JSON list of rows, got {type(parsed).__name__}")
-            self._parsed = parsed
+            self._parsed = rows if isinstance(rows, list) else [rows]
         return self._parsed
 
 

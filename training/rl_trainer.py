@@ -29,7 +29,7 @@ from uniref_fast.training.rewards import Failure
 from uniref_fast.training.rl_recipes import MSGRPO, RLStage
 from uniref_fast.training.roller import Batch, Roller
 from uniref_fast.training.rollout import Group, MemberKey, RolloutPack, replay, schedule
-from uniref_fast.training.rows import Dataset
+from uniref_fast.training.rows import Dataset, left_out
 from uniref_fast.training.run import Run
 from uniref_fast.training.samples import Encoder, Prepared
 from uniref_fast.training.sde import Sampler, deviations, divergence, log_density
@@ -104,6 +104,8 @@ class RLTrainer(Run):
 
     def begin(self) -> None:
         config = self.config
+        for name, reason in left_out([self.prompts.dataset, *self.heldout.values()]):
+            self.monitor.event(self.step, "left out", where=name, reason=reason)
         if self.rewards.judge is not None and self.ranks.rank == 0:
             self.monitor.event(self.step, "judge", told=self.rewards.judge.check())
         if config.visibility not in (None, "full") and not attends(config.initial):

@@ -1,8 +1,8 @@
 """Training rows from files: an instruction, references in order, a target. `Dataset` reads them at random.
 
 The canonical row is {"input_images": [paths], "output_image": path, "instruction": text, "task_type": text}, with any
-number of references, none included; `formats` lists the other names that are understood. Files are .jsonl, .json,
-.parquet and .tar, or folders of those.
+number of references, none included; `formats` lists the other names that are understood. Files are .jsonl (.ndjson),
+.json, .parquet and .tar, or folders of those.
 
     dataset = Dataset(["data/edits.jsonl", "data/shards"])
     row = dataset[17]
@@ -26,10 +26,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from uniref_fast.budget import MAX_ASPECT_RATIO
 from uniref_fast.training.columns import Columns
 from uniref_fast.training.formats import Format, Parts
 from uniref_fast.training.images import MAX_PIXELS, ImageSource
 from uniref_fast.training.readers import (
+    BOM,
     BrokenFileError,
     JsonlReader,
     JsonReader,
@@ -38,12 +40,17 @@ from uniref_fast.training.readers import (
     Record,
     RowGroupCache,
     filled,
+    from_json,
 )
 from uniref_fast.training.tars import TarReader
 
-__all__ = ["MAX_PIXELS", "BrokenFileError", "Dataset", "ImageSource", "Row", "RowError"]
+__all__ = ["MAX_PIXELS", "BrokenFileError", "Dataset", "ImageSource", "Row", "RowError", "left_out"]
 
-ENDINGS = (".jsonl", ".json", ".parquet", ".tar")
+Size = tuple[int, int]  # (width, height) in pixels
+ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".tar")
+# Files that may hold rows too: in a folder they are named instead of passed over in silence.
+UNREAD = (".csv", ".tsv", ".arrow", ".feather", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tfrecord",
+          ".lmdb", ".xlsx", ".toml")  # fmt: skip
 SAMPLE = 1000  # rows that are looked at to tell a file's format: some must have the key that tells it
 
 
@@ -93,6 +100,32 @@ class Row:
     key: str | None = None
     language: str | None = None
 
+    def sizes(self, decode: bool = False) -> tuple[Size | None, list[Size]]:
+        """(width, height) in pixels of the target, None without, and of each reference; of the upright pictures.
+
+        Every command asks this of a row before it uses it, so that all of them refuse the same rows.
+
+        Args:
+            decode: read all pixels, not the headers only.
+
+        Raises:
+            RowError: when a picture cannot be read or is too elongated for the text encoder.
+        """
+
+        def size(source: ImageSource) -> Size:
+            width, height = source.load().size if decode else source.size()
+            if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+                raise ValueError(
+                    f"{source.name}: {width} x {height} pixels are too elongated: the text encoder takes aspect ratios "
+                    f"up to {MAX_ASPECT_RATIO}"
+                )
+            return width, height
+
+        try:
+            return None if self.target is None else size(self.target), [size(source) for source in self.references]
+        except ValueError as error:
+            raise RowError(self.where, error) from error
+
 
 class Dataset:
     """Rows of many files in one sequence: in the order of the paths, folders by relative path, files by row.
@@ -102,7 +135,8 @@ class Dataset:
 
     Attributes:
         files: names of the files, as messages call them.
-        skipped: .json files of folders that hold no list of objects (descriptions of the data, not rows).
+        left_out: (file, reason) of everything in the given folders and archives that is not read as a row, or a part of
+            one, although it may have been meant so: descriptions in .json, files of other kinds, members of no sample.
     """
 
     def __init__(
@@ -130,15 +164,26 @@ class Dataset:
             paths = [paths]
         if image_folder is not None and not Path(image_folder).is_dir():
             raise ValueError(f"image folder {image_folder} is not there")
-        found, self.skipped = _find_files([Path(path) for path in paths])
+        found, named, left_out = _find_files([Path(path) for path in paths])
         self._targets, self._columns = targets, Columns.of(columns)
         cache = RowGroupCache()
         self._readers: list[Reader] = []
         self._formats: list[Format | None] = []
         for path, name in found:
-            reader = _reader(path, name, Path(image_folder) if image_folder is not None else path.parent, cache)
+            folder = Path(image_folder) if image_folder is not None else path.parent
+            reader = _reader(path, name, folder, cache, self._columns)
+            if isinstance(reader, str):
+                if path in named:
+                    raise BrokenFileError(name, reader)
+                left_out.append((name, reader))
+                continue
+            left_out += [(name, reason) for reason in reader.left_out]
             self._readers.append(reader)
             self._formats.append(_format_of(reader, self._columns))
+        if not self._readers:
+            told = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
+            raise ValueError(f"no rows in {', '.join(map(str, paths))}: {told}")
+        self.left_out = tuple(left_out)
         self.files = tuple(reader.name for reader in self._readers)
         self._ends = np.cumsum([len(reader) for reader in self._readers], dtype=np.int64)
 
@@ -220,11 +265,58 @@ class Dataset:
                    parts.language)  # fmt: skip
 
 
-def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache) -> Reader:
+def left_out(datasets: Iterable[Dataset], most: int = 20) -> list[tuple[str, str]]:
+    """What data sets leave out, as (file, reason), for a run to report; after `most` of them only their number."""
+    found = list(dict.fromkeys(one for dataset in datasets for one in dataset.left_out))
+    more = [(f"{len(found) - most:,} more", "`uniref-fast data check` lists all")] if len(found) > most else []
+    return [*found[:most], *more]
+
+
+def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache, columns: Columns) -> Reader | str:
+    """The reader of a file, or the reason why it holds no rows."""
     ending = path.suffix.lower()
+    if ending == ".json":
+        return _json_reader(path, name, folder, columns)
     if ending == ".parquet":
         return ParquetReader(path, name, folder, cache)
-    return {".jsonl": JsonlReader, ".json": JsonReader, ".tar": TarReader}[ending](path, name, folder)
+    return TarReader(path, name, folder) if ending == ".tar" else JsonlReader(path, name, folder)
+
+
+def _json_reader(path: Path, name: str, folder: Path, columns: Columns) -> Reader | str:
+    """The reader of a .json file: a list of rows, an object with one list of rows, one row, or a row a line."""
+    content = path.read_bytes()
+    try:
+        parsed = from_json(content)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            if isinstance(from_json(content.removeprefix(BOM).lstrip().partition(b"\n")[0]), dict):
+                return JsonlReader(path, name, folder)
+        raise BrokenFileError(name, error) from None
+    if isinstance(parsed, list):
+        if parsed and not any(isinstance(item, dict) for item in parsed):
+            return "holds a JSON list without objects; a row is an object"
+        return JsonReader(path, name, folder)
+    if not isinstance(parsed, dict):
+        return f"must hold a JSON list of rows, got {type(parsed).__name__}"
+    if _are_rows([parsed], columns):
+        return JsonReader(path, name, folder)
+    keys = [key for key, value in parsed.items() if isinstance(value, list) and _are_rows(value, columns)]
+    if len(keys) > 1:
+        raise BrokenFileError(name, f"has rows under several keys, {', '.join(keys)}; write each list as its own file")
+    if keys:
+        return JsonReader(path, name, folder, keys[0])
+    shown = ", ".join(map(repr, list(parsed)[:6])) or "empty"
+    return f"holds a JSON object ({shown}) that is no row of a known format, and none of its keys has a list of rows"
+
+
+def _are_rows(values: Sequence[Any], columns: Columns) -> bool:
+    """Whether the objects among the values have keys of a known format, one of pictures included."""
+    keys = frozenset[str]().union(*(filled(value) for value in values[:SAMPLE] if isinstance(value, dict)))
+    try:
+        form = columns.format(keys)
+    except ValueError:
+        return False
+    return any(form.owns(key) for key in keys)
 
 
 def _format_of(reader: Reader, columns: Columns) -> Format | None:
@@ -292,20 +384,22 @@ def _artworks(scene: Mapping[str, Any] | None, record: Record) -> dict[str, Imag
 # ---- files ----
 
 
-def _find_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], tuple[Path, ...]]:
-    """Files with the names that messages use, in order, and what was left out."""
+def _find_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], set[Path], list[tuple[str, str]]]:
+    """Files with the names that messages use, in order; which of them were named; (name, reason) of those left out."""
     if not paths:
         raise ValueError("no paths given")
     found: list[tuple[Path, Path]] = []  # file, shortest name
-    skipped: list[Path] = []
+    named: set[Path] = set()
+    left_out: list[tuple[str, str]] = []
     for path in paths:
         if path.is_dir():
             inside = _files_in(path)
-            no_rows = {file for file in inside if file.suffix.lower() == ".json" and not _holds_a_list(file)}
-            rows = [file for file in inside if file not in no_rows]
-            skipped += sorted(no_rows)
+            rows = [file for file in inside if file.suffix.lower() in ENDINGS]
+            others = [file.relative_to(path).as_posix() for file in inside if file.suffix.lower() not in ENDINGS]
+            left_out += [(name, f"is not read: files of rows end in {', '.join(ENDINGS)}") for name in others]
             if not rows:
-                raise ValueError(f"folder {path} has no file of rows ({', '.join(ENDINGS)})")
+                there = f"; it has {', '.join(others[:5])}" if others else ""
+                raise ValueError(f"folder {path} has no file of rows ({', '.join(ENDINGS)}){there}")
             found += [(file, file.relative_to(path)) for file in rows]
         elif not path.exists():
             raise ValueError(f"no such file or folder: {path}")
@@ -313,10 +407,12 @@ def _find_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], tuple[Pa
             raise ValueError(f"{path} is not a file of rows; known endings: {', '.join(ENDINGS)}")
         else:
             found.append((path, Path(path.name)))
+            named.add(path)
     twice = [str(file) for file, count in Counter(file.resolve() for file, _ in found).items() if count > 1]
     if twice:
         raise ValueError(f"given twice: {', '.join(twice)}; its rows would count double")
-    return list(zip([file for file, _ in found], _distinct_names(found), strict=True)), tuple(skipped)
+    names = _distinct_names(found)
+    return list(zip([file for file, _ in found], names, strict=True)), named, left_out
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -331,20 +427,14 @@ def _files_in(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(place, name) for name in files if not name.startswith(".") and name.lower().endswith(ENDINGS)]
+        visible = [name for name in files if not name.startswith(".")]
+        found += [Path(place, name) for name in visible if name.lower().endswith(ENDINGS + UNREAD)]
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _holds_a_list(file: Path) -> bool:
-    """Of objects, as far as its beginning tells."""
-    with open(file, "rb") as content:
-        start = content.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return start[:1] == b"[" and start[1:].lstrip()[:1] in (b"{", b"]", b"")
 
 
 def _content(path: Path, rows: int) -> str:
     """Tars and parquet hold pictures and are large: they are not read for it."""
-    if path.suffix.lower() not in (".jsonl", ".json"):
+    if path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
         return f"{path.stat().st_size} bytes, {rows} rows"
     digest = hashlib.sha256()
     with open(path, "rb") as file:

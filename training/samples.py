@@ -16,7 +16,7 @@ from uniref_fast.layout import Sample
 from uniref_fast.request import EditRequest, Geometry, geometry
 from uniref_fast.training.cache import TensorCache, content_key, fingerprint
 from uniref_fast.training.flow import uniform
-from uniref_fast.training.rows import Row
+from uniref_fast.training.rows import Row, RowError
 
 __all__ = ["Encoded", "Encoder", "Prepared"]
 
@@ -95,21 +95,22 @@ class Encoder:
                 without references) at target_side x target_side pixels.
 
         Raises:
-            ValueError: for a row that cannot be trained on; with its place.
+            RowError: for a row that cannot be trained on; with its place.
         """
         if row.target is None and not rollout:
-            raise ValueError(f"{row.where}: no target image to train on")
+            raise RowError(row.where, "no target image to train on")
         dropped = uniform(self.seed, "drop references", key) < self.drop_references
         instruction = EMPTY if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
         try:
-            sizes = [] if dropped else [image.size() for image in row.references]
-            wanted = row.target.size() if row.target else sizes[-1] if sizes else (1, 1)
+            own, sizes = row.sizes()
+            sizes = [] if dropped else sizes
+            wanted = own or (sizes[-1] if sizes else (1, 1))
             ((width, height),) = fit_to_budget([wanted], target_side**2, upscale=row.target is None)
             request = EditRequest(instruction, sizes, width=width, height=height)  # type: ignore[arg-type]
             made = geometry(self.pipe, request, side**2)
             text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
         except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from error
+            raise error if isinstance(error, RowError) else RowError(row.where, error) from error
         return Prepared(row, instruction, dropped, made, made.sample(text))
 
     @torch.no_grad()

@@ -3,8 +3,9 @@
 A sample is a row when it has `KEY.json`, `KEY.txt`, `KEY.input_N.*` or `KEY.output.*`. Its json either names members
 (of any sample, beside it or from the top of the archive) under the keys of a known format, or has no pictures: then
 they are `KEY.input_0.png`, `KEY.input_1.jpg`, ... and `KEY.output.png`, and the instruction is in the json or in
-`KEY.txt`. Nothing is extracted to disk: a member is a range of bytes in the archive. Links, devices and sparse
-members are never followed. Hidden members (`._name`) are left out.
+`KEY.txt`. Keys may have dots: `v1.5_002.output.png` belongs to the sample `v1.5_002`. Nothing is extracted to disk: a
+member is a range of bytes in the archive. Links, devices and sparse members are never followed. Hidden members
+(`._name`) are left out; other members that no sample reads are counted in `left_out`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ __all__ = ["TarReader"]
 
 NUMBERED = re.compile(r"input_(\d+)\.\w+")
 OUTPUT = re.compile(r"output\.\w+")
+DOTTED = re.compile(r"(.+?)\.(json|txt|input_\d+\.\w+|output\.\w+)")  # the rest of a name whose key has a dot itself
 
 
 class _Member(NamedTuple):
@@ -45,16 +48,24 @@ class TarReader(Reader):
             if member_name in self._members:
                 member = member._replace(problem="occurs twice in the archive")
             self._members[member_name] = member
-            key, end = _split(member_name)
-            known = parts.setdefault(key, [])
-            if end not in known:
-                known.append(end)
+        for key, end in _keys_and_ends(self._members):
+            parts.setdefault(key, []).append(end)
         self._parts = {key: ends for key, ends in parts.items() if any(map(_makes_a_row, ends))}
         self._samples = list(self._parts)
         if self._members and not self._samples:
             raise BrokenFileError(
                 name, f"has {len(self._members)} members but no sample: no .json, .txt, .input_N.* or .output.*"
             )
+        others = Counter(
+            f".{end.rpartition('.')[2]}" if end else "without an ending"
+            for key, ends in parts.items()
+            for end in ends
+            if key not in self._parts or not _makes_a_row(end)
+        )
+        if others:
+            kinds = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(6))
+            told = f"{others.total():,} members are read only where the json of a sample names them: {kinds}"
+            self.left_out = (told,)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -152,6 +163,29 @@ def _split(name: str) -> tuple[str, str]:
     folder, base = posixpath.split(name)
     stem, _, end = base.partition(".")
     return posixpath.join(folder, stem), end
+
+
+def _keys_and_ends(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The sample's key and the rest of each name.
+
+    The key ends at the first dot, unless what comes before a later dot is a sample of its own: one with pictures, or
+    one whose name up to the first dot is not a sample.
+    """
+    split = [(name, *_split(name)) for name in names]
+    plain = {key for _, key, end in split if _makes_a_row(end)}
+    dotted = set()
+    for _, key, end in split:
+        if (match := DOTTED.fullmatch(end)) and (key not in plain or match[2] not in ("json", "txt")):
+            dotted.add(f"{key}.{match[1]}")
+    found = []
+    for name, key, end in split:
+        at = len(name)
+        while (at := name.rfind(".", len(key) + 1, at)) > 0:  # the longest key first
+            if name[:at] in dotted:
+                key, end = name[:at], name[at + 1 :]
+                break
+        found.append((key, end))
+    return found
 
 
 def _makes_a_row(end: str) -> bool:

@@ -19,7 +19,7 @@ from uniref_fast.training.monitor import GroupedMean
 from uniref_fast.training.packing import Key
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.recipes import SFT
-from uniref_fast.training.rows import Dataset
+from uniref_fast.training.rows import Dataset, left_out
 from uniref_fast.training.run import Run
 from uniref_fast.training.samples import Encoded, Encoder
 
@@ -43,6 +43,10 @@ class Trainer(Run):
         self.feeder = Feeder(dataset, self.encoder, config, self.plans, self.costs, self._assign, feeding)
         files = [Path(path) for path in config.heldout]
         self.heldout = HeldOut(files, config, self.model, Encoder(self.model.pipe, cache), ranks)
+
+    def begin(self) -> None:
+        for name, reason in left_out([self.feeder.dataset, *self.heldout.datasets.values()]):
+            self.monitor.event(self.step, "left out", where=name, reason=reason)
 
     def state(self) -> dict[str, Any]:
         return {"feeder": self.feeder.state(), "costs": self.costs.as_dict()}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["SIDE_MULTIPLE", "fit_to_budget"]
+__all__ = ["MAX_ASPECT_RATIO", "SIDE_MULTIPLE", "fit_to_budget"]
 
 SIDE_MULTIPLE = 16
 """Pixels a side is a multiple of: 8x VAE times 2x2 patches."""
+
+MAX_ASPECT_RATIO = 200
+"""Largest ratio of an image's sides that the text encoder takes."""
 
 
 def fit_to_budget(sizes: Sequence[tuple[int, int]], budget: int, *, upscale: bool = False) -> list[tuple[int, int]]:

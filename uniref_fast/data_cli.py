@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from uniref_fast.training.rows import Dataset, ImageSource
+    from uniref_fast.training.rows import Dataset
 
 __all__ = ["add_data_commands", "leave_to"]
 
@@ -47,7 +47,7 @@ def add_data_commands(commands: Any) -> None:
         help="optional: rows without a target are fine too (%(default)s)",
     )  # fmt: skip
     check.add_argument("--decode", action="store_true", help="decode every picture instead of reading headers only")
-    check.add_argument("--show", type=int, default=20, metavar="N", help="broken rows to list (%(default)s)")
+    check.add_argument("--show", type=int, default=20, metavar="N", help="broken rows and files to list (%(default)s)")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     check.set_defaults(run=_check)
 
@@ -86,6 +86,7 @@ class _Found:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from uniref_fast.training.readers import printable
     from uniref_fast.training.rows import BrokenFileError, Dataset
 
     if args.show < 0:
@@ -99,7 +100,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_facts(dataset, found, args.show)))
     else:
-        print("\n".join(_report(dataset, found, args.show)))
+        print("\n".join(map(printable, _report(dataset, found, args.show))))
     return 1 if found.broken else 0
 
 
@@ -133,17 +134,8 @@ def _measure(dataset: Dataset, decode: bool) -> _Found:
 
 def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None]:
     """Sizes of a row's target and references, and its task type; raises RowError."""
-    from uniref_fast.training.rows import RowError
-
-    def size(source: ImageSource) -> Size:
-        return source.load().size if decode else source.size()
-
     row = dataset[index]
-    try:
-        target = None if row.target is None else size(row.target)
-        return target, [size(source) for source in row.references], row.task_type
-    except ValueError as error:
-        raise RowError(row.where, error) from error
+    return *row.sizes(decode), row.task_type
 
 
 def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
@@ -159,7 +151,7 @@ def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
     areas = np.percentile(found.joint_areas, PERCENTILES).astype(int).tolist() if found.joint_areas else []
     return {
         "files": list(dataset.files),
-        "skipped": list(map(str, dataset.skipped)),
+        "left_out": [{"file": name, "reason": reason} for name, reason in dataset.left_out],
         "fingerprint": dataset.fingerprint,
         "rows": len(dataset),
         "broken": len(found.broken),
@@ -178,8 +170,11 @@ def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
 def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
     facts = _facts(dataset, found, show)
     lines = [f"rows              {len(dataset):,} in {len(dataset.files):,} file(s), {len(found.broken):,} broken"]
-    if dataset.skipped:
-        lines.append(f"no rows in        {', '.join(facts['skipped'])}")
+    if dataset.left_out:
+        lines.append(f"left out          {len(dataset.left_out):,}")
+        lines += [f"  {left['file']}: {left['reason']}" for left in facts["left_out"][:show]]
+        if len(dataset.left_out) > show:
+            lines.append(f"  and {len(dataset.left_out) - show:,} more")
     lines.append("columns")
     for column in facts["columns"]:
         lines.append(f"  {column['column']:<16}{column['read_as'] or 'not read':<16} {column['rows']:,} row(s)")

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from uniref_fast.budget import SIDE_MULTIPLE, fit_to_budget
+from uniref_fast.budget import MAX_ASPECT_RATIO, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.layout import Grid, Sample
 
 __all__ = ["EditRequest", "Geometry", "geometry", "parse_size", "validated"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
-MAX_ASPECT_RATIO = 200
 MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
 MAX_STEPS = 10000
 
