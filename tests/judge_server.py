@@ -78,6 +78,17 @@ def drop(handler, request):
     handler.close_connection = True
 
 
+def raw(data):
+    """These bytes in place of an HTTP answer, then the end of the connection; `data` may be an iterator of pieces."""
+
+    def behave(handler, request):
+        handler.close_connection = True
+        for piece in [data] if isinstance(data, bytes) else data:
+            handler.wfile.write(piece)
+
+    return behave
+
+
 def echo_authorization(code):
     """An error that repeats the request's Authorization header, in its body and its headers."""
 

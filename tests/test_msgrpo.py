@@ -618,6 +618,8 @@ def by_content(handler, request):
         2: judge_server.say(judge_server.scores(integration=70)),
         3: judge_server.say('{"reasoning": "no scores"}'),
         4: judge_server.status(400),
+        5: judge_server.say(judge_server.scores(0, 0, 0).replace("fine", f"it says {judge_server.scores(10, 10, 10)}")),
+        6: judge_server.say(f"<think>it says </think>{judge_server.scores(10, 10, 10)}", "length"),
     }.get(value % 13)
     (misbehave or judge_server.say(judge_server.scores(value % 10, value % 7, 5)))(handler, request)
 
@@ -645,6 +647,7 @@ def test_failures_are_never_scores(judged_whole):
     for record in steps_of(out):
         mine = [entry for entry in log if entry["step"] == record["step"]]
         scored = [entry["scores"] for entry in mine if "scores" in entry]
+        assert {scores["quality"] for scores in scored} == {5}, "scores that the judge gave, none that it quoted"
         assert 0 < len(scored) < len(mine) and record["failures"] == 1 - len(scored) / len(mine)
         assert record["samples"] == len(scored)
         for axis in ("integration", "consistency", "quality"):
@@ -657,7 +660,7 @@ def test_failures_are_never_scores(judged_whole):
         kept = [spread for spread in spreads if spread > 1e-6]
         assert record["group_std"] == pytest.approx(statistics.fmean(kept) if kept else 0.0)
         kinds = {event["failure"] for event in events(out, "no scores") if event["step"] == record["step"]}
-        assert kinds and kinds <= {"malformed", "empty", "schema", "status"}
+        assert kinds and kinds <= {"malformed", "empty", "schema", "status", "truncated"}
         assert record["judge/calls"] == 16
     assert all(record["judge/seconds_p95"] > 0 for record in records(out) if "loss" in record)
 

@@ -41,7 +41,7 @@ def raising(candidate):
     raise KeyError("mine")
 
 answers = {"number": 5, "nothing": {}, "over": {"quality": 10.5}, "under": {"quality": -0.1},
-           "nan": {"quality": float("nan")}, "text": {"quality": "good"}, "none": {"quality": None},
+           "nan": {"quality": float("nan")}, "text": {"quality": "good"}, "digits": {"quality": "7"}, "true": {"quality": True}, "none": {"quality": None},
            "one of two": {"quality": 5, "mood": [1, 2]}, "a list": [("quality", 5)], "no answer": None}
 edges = {"low": 0, "high": 10, "whole": True}
 for name, answer in answers.items():
@@ -164,7 +164,21 @@ def test_what_cannot_be_scored_is_a_failure(make, own):
 
 
 @pytest.mark.parametrize(
-    "name", ["number", "nothing", "over", "under", "nan", "text", "none", "one_of_two", "a_list", "no_answer"]
+    "name",
+    [
+        "number",
+        "nothing",
+        "over",
+        "under",
+        "nan",
+        "text",
+        "digits",
+        "true",
+        "none",
+        "one_of_two",
+        "a_list",
+        "no_answer",
+    ],
 )
 def test_nonsense_ends_the_run(make, own, name):
     (future,) = make(f"{own}:{name}").submit(candidate(), 0).values()

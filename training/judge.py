@@ -150,9 +150,9 @@ class Judge:
         self.config = config
         self._key = Key(config.key_variable)
         self._replay = Replay([*earlier, *([] if config.replay is None else [config.replay])])
-        self._log = None if log is None else RewardLog(log)
+        self._log = None if log is None else RewardLog(log, self._key.hide)
         self._logs_replays = log is not None and log.resolve() not in [path.resolve() for path in self._replay.paths]
-        self._notify = notify if notify is not None else lambda kind, **details: None
+        self._listener = notify
         self._tally = Tally()
         self._pictures: OrderedDict[int, tuple[Image.Image, asyncio.Future[Picture]]] = OrderedDict()
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="judge-png")
@@ -192,8 +192,10 @@ class Judge:
         when the log could not be written, and CancelledError when the judge was closed first. Kinds of failures:
 
             "timeout", "connection", "overloaded" (408, 429, 5xx)   after all attempts, or an outage
-            "status"                                                another HTTP status, said with the body's start
-            "refused", "empty", "truncated", "malformed", "schema"  what `judge_reply.read_scores` says of a reply
+            "status"                                                another HTTP status; the reason has the body's start
+            "oversized"                                             an answer of more than 2 MiB, unpacked
+            "error", "refused", "empty", "truncated", "malformed", "schema"
+                                                                    see `read_completion` and `read_scores`
             "replay"                                                not in the log to replay, and there is no url
 
         Args:
@@ -307,6 +309,8 @@ class Judge:
                 exchange = await self._link.ask(self._body(request), content, submitted)
                 result = _result(exchange, record)
                 record["seconds"] = round(self._loop.time() - began, 3)
+            if isinstance(result, Failure):
+                result = Failure(result.kind, self._key.hide(result.reason))
             self._tally.add(result, record["attempts"], record["seconds"], replayed=bool(old))
             if self._log is not None and (self._logs_replays or not old):
                 self._log.append(record, result)
@@ -328,7 +332,18 @@ class Judge:
         """Its JSON is some megabytes: written beside the loop."""
         return lambda mode: self._loop.run_in_executor(self._encoders, request.body, mode)
 
+    def _notify(self, kind: str, **details: Any) -> None:
+        if self._listener is not None:
+            self._listener(kind, **self._key.hide(details))
+
     async def _check(self) -> str:
+        try:
+            return self._key.hide(await self._checked())
+        except ValueError as error:
+            reason = self._key.hide(str(error))
+        raise ValueError(reason)  # outside the handler, so that it does not hold the first error with its text
+
+    async def _checked(self) -> str:
         config, began = self.config, self._loop.time()
         picture = encode(Image.new("RGB", (64, 64), (200, 40, 40)), config.max_side)
         request = Request(config.options(0), "Keep the picture as it is.", (picture, picture), 0, config.max_side)
@@ -338,14 +353,13 @@ class Judge:
         except (httpx2.RequestError, asyncio.TimeoutError) as error:
             what = f"no answer within {config.timeout:g} s"
             if isinstance(error, httpx2.RequestError):
-                what = self._key.hide(f"{type(error).__name__}: {error}")
+                what = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{tried} does not answer: {what}; start a server there, such as `vllm serve {config.model}`, or set "
                 "the judge's url"
             ) from None
-        if answer.status >= 300:
+        if (reply := answer.reply) is None:
             raise ValueError(f"{tried} refused a first call: {answer.reason}; {await self._remedy(answer)}")
-        reply = self._link.read(answer)
         result = read_scores(reply) if isinstance(reply, Reply) else reply
         if isinstance(result, Failure):
             raise ValueError(

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import email.utils
 import functools
-import json
+import html
 import logging
 import os
 import random
+import re
 import ssl
-import urllib.parse
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import httpx2
 
-from uniref_fast.training.judge_reply import Reply, read_completion, shown
+from uniref_fast.training.judge_reply import Reply, excerpt, parse_json, read_completion, shown
 from uniref_fast.training.judge_request import FORMATS
 from uniref_fast.training.rewards import Failure
 
@@ -28,19 +29,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "AwayError", "Exchange", "Key", "Link", "Notify"]
 
+T = TypeVar("T")
 Notify = Callable[..., object]  # notify(kind, **details)
 Body = Callable[[str], Awaitable[bytes]]  # the JSON to post, by the way JSON is asked for
 AWAY = (502, 503, 504)  # what a proxy, or a server that still loads its model, says
 MISSES = 3  # in a row are an outage
 LOCAL = ("all://localhost", "all://127.0.0.1", "all://[::1]")  # never through a proxy
-LOGGERS = ("httpx2", "httpcore2.http11")
+LOGGERS = ("httpx2", *(f"httpcore2.{name}" for name in ("connection", "http11", "http2", "proxy", "socks")))
+LIMIT = 2**21  # bytes of an answer, as sent and when unpacked: a reply of 32,000 tokens with its thinking is 1 MB
+CODINGS = ("gzip", "deflate")  # accepted although not asked for; one at a time, since packing twice has no bound
 
 
 class Key:
     """The API key, from the environment: given to the server and to nobody else.
 
     Raises:
-        ValueError: for a key that cannot be sent; the message does not show it.
+        ValueError: For a key that cannot be sent; the message does not show it.
     """
 
     def __init__(self, variable: str) -> None:
@@ -49,17 +53,22 @@ class Key:
         if not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError(f"the environment variable {variable} holds no key: it has spaces or unusual characters")
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
-        texts = {key, json.dumps(key)[1:-1], urllib.parse.quote(key, safe=""), key.replace("/", r"\/")}
-        self._forms = sorted(texts - {""}, key=len, reverse=True)
+        self._pattern = re.compile("".join(map(_forms, key)), re.IGNORECASE) if key else None
 
-    def hide(self, text: str) -> str:
-        """The text without the key, which some servers repeat."""
-        for form in self._forms:
-            text = text.replace(form, "[the key]")
-        return text
+    def hide(self, value: Any) -> Any:
+        """Return a text, or a value of JSON with all its texts, without the key, which some servers repeat.
+
+        Whatever is logged, printed or raised passes this function. The key is found as it is and as JSON, URLs, HTML
+        and Python's repr escape it, any of its characters or all of them, in upper or lower case.
+        """
+        if isinstance(value, str):
+            return self._pattern.sub("[the key]", value) if self._pattern is not None else value
+        if isinstance(value, Mapping):
+            return {self.hide(name): self.hide(item) for name, item in value.items()}
+        return [self.hide(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Hides the key in what the HTTP library logs, response headers among it when debugging."""
+        """Hide the key in what the HTTP library logs, response headers among it when debugging."""
         record.msg, record.args = self.hide(record.getMessage()), ()
         return True
 
@@ -67,25 +76,31 @@ class Key:
         return f"Key({self.variable})"
 
 
+def _forms(character: str) -> str:
+    """Return a regular expression for a character of the key and its escaped forms, each of bounded length."""
+    code, plain = ord(character), re.escape(character)
+    backslash = rf"\\{{0,8}}(?:{plain}|u00{code:02x}|x{code:02x})"  # a text in JSON in JSON has several of them
+    entities = [f"&#x0{{0,4}}{code:x};", f"&#0{{0,4}}{code};"]
+    if (named := html.escape(character)) != character:
+        entities.append(named)
+    return f"(?:{backslash}|%(?:25){{0,4}}{code:02x}|{'|'.join(entities)})"
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What a server said.
+    """What a server answered to one request; nothing in it has the key.
 
     Attributes:
-        status: of HTTP.
-        body: as it came; what is read from it or said of it is without the key.
-        text: the body, without the key.
-        wait: seconds that the server asks to wait before the next try; None where it does not.
+        status: Status of HTTP.
+        reason: The status and the start of the body, on one line.
+        reply: The reply, or why it cannot be used; None where the status is no success.
+        wait: Seconds that the server asks to wait before the next try; None where it does not.
     """
 
     status: int
-    body: str = field(repr=False)
-    text: str
+    reason: str
+    reply: Reply | Failure | None
     wait: float | None = None
-
-    @property
-    def reason(self) -> str:
-        return f"HTTP {self.status}: {shown(self.text) or 'no body'}"
 
 
 @dataclass(frozen=True)
@@ -140,8 +155,10 @@ class Link:
         self._gate = _Gate(config, notify)
         for name in LOGGERS:
             logging.getLogger(name).addFilter(key)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="judge-read")  # parses answers beside the loop
         self._client = httpx2.AsyncClient(
-            headers=key.headers,
+            headers={**key.headers, "Accept-Encoding": "identity"},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             verify=_tls(),
             timeout=httpx2.Timeout(None, connect=min(config.timeout / 2, 10.0)),  # the whole has a limit in _post
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=2.0),  # uvicorn drops idle ones after 5 s
@@ -150,6 +167,7 @@ class Link:
 
     async def close(self) -> None:
         await self._client.aclose()
+        self._reader.shutdown()
         for name in LOGGERS:
             logging.getLogger(name).removeFilter(self.key)
 
@@ -172,9 +190,9 @@ class Link:
             sent += 1
             if isinstance(outcome, Answer):
                 status = outcome.status
-                if status < 300:
+                if outcome.reply is not None:
                     self._settle(mode, complaint)
-                    return Exchange(self.read(outcome), sent, status)
+                    return Exchange(outcome.reply, sent, status)
                 if (weaker := self._weaker(mode, status)) is not None:
                     mode, complaint = weaker, complaint or outcome.reason
                     continue
@@ -204,27 +222,16 @@ class Link:
             answer = await self._post(await body(mode))
             weaker = self._weaker(mode, answer.status)
             if weaker is None:
-                if answer.status < 300:
+                if answer.reply is not None:
                     self._settle(mode, complaint)
                 return answer
             mode, complaint = weaker, complaint or answer.reason
 
-    def read(self, answer: Answer) -> Reply | Failure:
-        """The reply in an answer, read before the key is hidden: a short one may be part of any number."""
-        reply = read_completion(answer.body)
-        if isinstance(reply, Failure):
-            return read_completion(answer.text)  # its reason shows a part of the body
-        hidden: dict[str, Any] = {
-            name: self.key.hide(value) for name in ("text", "refusal") if (value := getattr(reply, name))
-        }
-        return dataclasses.replace(reply, **hidden)
-
     async def models(self) -> list[str]:
-        """Names of the models that the endpoint lists; none where it lists none."""
+        """Return the names of the models that the endpoint lists; none where it lists none."""
         with contextlib.suppress(asyncio.TimeoutError, httpx2.RequestError, ValueError, KeyError, TypeError):
-            work = self._client.get(f"{self.config.base}/models")
-            response = await asyncio.wait_for(work, self.config.timeout)
-            return [self.key.hide(str(model["id"])) for model in response.json()["data"]]
+            work = self._exchange(_listed, "GET", f"{self.config.base}/models")
+            return [shown(self.key.hide(name)) for name in await asyncio.wait_for(work, self.config.timeout)]
         return []
 
     async def _attempt(self, body: bytes, submitted: float) -> Answer | _Miss:
@@ -235,7 +242,7 @@ class Link:
                 answer = await self._post(body)
             except httpx2.RequestError as error:
                 refused = isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError))
-                reason = self.key.hide(f"{type(error).__name__}: {shown(str(error)) or 'no answer'}")
+                reason = f"{type(error).__name__}: {shown(self.key.hide(str(error))) or 'no answer'}"
                 self._gate.missed(reason, probe)
                 return _Miss("connection", reason, free=probe or (refused and self._gate.away))
             except asyncio.TimeoutError:
@@ -250,12 +257,52 @@ class Link:
             return answer
 
     async def _post(self, body: bytes) -> Answer:
-        work = self._client.post(
-            f"{self.config.base}/chat/completions", content=body, headers={"Content-Type": "application/json"}
-        )
-        response = await asyncio.wait_for(work, self.config.timeout)
-        text = response.text
-        return Answer(response.status_code, text, self.key.hide(text), _retry_after(response.headers))
+        url, headers = f"{self.config.base}/chat/completions", {"Content-Type": "application/json"}
+        work = self._exchange(self._read, "POST", url, content=body, headers=headers)
+        return await asyncio.wait_for(work, self.config.timeout)
+
+    async def _exchange(self, read: Callable[[_Response], T], method: str, url: str, **request: Any) -> T:
+        """Make one request, and have its answer, of at most `LIMIT` bytes, read by a function beside the loop.
+
+        Raises:
+            httpx2.RequestError: Where no answer came, or one that breaks off or does not follow HTTP.
+        """
+        try:
+            async with self._client.stream(method, url, **request) as response:
+                data, fault = await self._body(response)
+                answer = _Response(response.status_code, data, fault, _retry_after(response.headers))
+        except httpx2.RequestError:
+            raise
+        except Exception as error:  # the HTTP library has more than its own errors for odd headers
+            raise httpx2.RemoteProtocolError(f"{type(error).__name__}: {error}") from None
+        return await asyncio.get_running_loop().run_in_executor(self._reader, read, answer)
+
+    async def _body(self, response: httpx2.Response) -> tuple[bytes, Failure | None]:
+        """Return at most `LIMIT` bytes of a body, unpacked, and the failure where that is not all of it."""
+        codings = response.headers.get_list("content-encoding", split_commas=True)
+        codings = [coding for one in codings if (coding := one.strip().lower()) not in ("", "identity")]
+        if len(codings) > 1 or not {*codings} <= {*CODINGS}:
+            given = shown(self.key.hide(", ".join(codings)))
+            what = f"the answer is packed as {given}; accepted is one of {', '.join(CODINGS)}, or none"
+            return b"", Failure("malformed", what)
+        data, fault = bytearray(), None
+        try:
+            async with contextlib.aclosing(response.aiter_bytes()) as pieces:
+                async for piece in pieces:  # at most 1 MiB, however much a packed one holds
+                    data += piece
+                    if max(len(data), response.num_bytes_downloaded) > LIMIT:
+                        fault = Failure("oversized", f"the answer has more than {LIMIT} bytes")
+                        break
+        except httpx2.DecodingError as error:
+            fault = Failure("malformed", f"the answer cannot be unpacked: {error}")
+        return bytes(data[:LIMIT]), fault
+
+    def _read(self, response: _Response) -> Answer:
+        reason = f"HTTP {response.status}: {excerpt(response.data, self.key.hide) or 'no body'}"
+        reply: Reply | Failure | None = None
+        if response.status < 300:
+            reply = response.fault or read_completion(response.data, self.key.hide)
+        return Answer(response.status, reason, reply, response.wait)
 
     def _weaker(self, mode: str, status: int) -> str | None:
         """The next way to ask for JSON after a server refused one; None where that cannot be the matter."""
@@ -274,6 +321,22 @@ class Link:
                 self.json_reason = f"{self.json_mode!r} was refused: {complaint}"
                 self.json_mode = mode
                 self._notify("judge format", json_mode=mode, reason=self.json_reason)
+
+
+@dataclass(frozen=True)
+class _Response:
+    """An answer as it came: its body, or the start of one, and why the body cannot be used."""
+
+    status: int
+    data: bytes
+    fault: Failure | None
+    wait: float | None
+
+
+def _listed(response: _Response) -> list[str]:
+    """Return the names in a list of models. Raises ValueError, KeyError or TypeError for anything else."""
+    names = [model["id"] for model in parse_json(response.data.decode("utf-8"))["data"]]
+    return [name for name in names if isinstance(name, str)]
 
 
 class _Gate:
@@ -363,7 +426,7 @@ def _retry_after(headers: Mapping[str, Any]) -> float | None:
     given = headers.get("Retry-After", "").strip()
     if given.isascii() and given.replace(".", "", 1).isdigit():
         return float(given)
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError, IndexError):  # of odd dates
         when, now = (email.utils.parsedate_to_datetime(date) for date in (given, headers.get("Date", "")))
         return max((when - now).total_seconds(), 0.0)
     return None

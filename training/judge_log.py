@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ __all__ = ["Replay", "RewardLog", "Tally"]
 # Failures of the way to the judge, not its answer: asked again where there is a server to ask.
 PASSING = ("timeout", "connection", "overloaded", "replay")
 
+# Fields that no server writes: a digest may hold a short key by chance, and a replay needs it as it is.
+OWN = ("step", "key", "content", "sample", "attempts", "seconds", "status", "scores", "replayed")
+
 
 class RewardLog:
     """A file that gets a record for each call; one process writes to it.
@@ -27,23 +30,28 @@ class RewardLog:
     "refusal", "usage"} and "scores" by axis or "failure" {"kind", "reason"}; "replayed" where no server was asked. Or
     {"step", "void": true}: failures of that step, so far, answer nothing.
 
+    Args:
+        path: The file; one that exists is continued.
+        hide: Function that removes secrets from a JSON value; everything that a server sent passes it.
+
     Raises:
         ValueError: for an existing file damaged otherwise than by a kill.
         OSError: when it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hide: Callable[[Any], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_records(path, lambda record: True)  # takes out a last line that a kill has cut
         self.path = path
         self._file = RecordFile(path)
+        self._hide = hide
 
     def append(self, record: dict[str, Any], result: Scores | Failure) -> None:
         if isinstance(result, Scores):
             record["scores"] = dict(result.axes)
         else:
             record["failure"] = {"kind": result.kind, "reason": result.reason}
-        self._file.append(record)
+        self._file.append({name: item if name in OWN else self._hide(item) for name, item in record.items()})
 
     def void(self, step: int) -> None:
         """Failures of the step are not to be replayed: they ended the run, and what caused them will be put right."""
