@@ -41,7 +41,8 @@ def raising(candidate):
     raise KeyError("mine")
 
 answers = {"number": 5, "nothing": {}, "over": {"quality": 10.5}, "under": {"quality": -0.1},
-           "nan": {"quality": float("nan")}, "text": {"quality": "good"}, "digits": {"quality": "7"}, "true": {"quality": True}, "none": {"quality": None},
+           "nan": {"quality": float("nan")}, "text": {"quality": "good"}, "none": {"quality": None},
+           "digits": {"quality": "7"},
            "one of two": {"quality": 5, "mood": [1, 2]}, "a list": [("quality", 5)], "no answer": None}
 edges = {"low": 0, "high": 10, "whole": True}
 for name, answer in answers.items():

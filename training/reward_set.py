@@ -143,7 +143,7 @@ def _own(function: Callable[[Candidate], Any], name: str, candidate: Candidate) 
 
 
 def _is_score(value: Any) -> bool:
-    if isinstance(value, (bool, str, bytes)):  # float() takes them
+    if isinstance(value, (str, bytes)):  # float() takes them
         return False
     try:
         return 0 <= float(value) <= 10
