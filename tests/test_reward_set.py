@@ -174,7 +174,6 @@ def test_what_cannot_be_scored_is_a_failure(make, own):
         "nan",
         "text",
         "digits",
-        "true",
         "none",
         "one_of_two",
         "a_list",
