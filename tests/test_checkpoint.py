@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -113,14 +114,22 @@ def test_keep_one(tmp_path, ranks, parameters):
     assert checkpoints.steps() == [3]
 
 
-def test_a_step_that_is_there_gets_the_state_alone(checkpoints, parameters):
-    first = tensors_of(parameters, 1)
-    path = checkpoints.save(100, first, {"n": 1})
-    before = {file.name: file.stat().st_mtime_ns for file in path.glob("*.safetensors")}
-    assert checkpoints.save(100, tensors_of(parameters, 2), {"n": 2}) == path
-    assert before == {file.name: file.stat().st_mtime_ns for file in path.iterdir() if file.name != "state.json"}
+def test_a_step_that_is_there_is_replaced_with_its_tensors(checkpoints, parameters):
+    checkpoints.save(100, tensors_of(parameters, 1), {"n": 1})
+    second = tensors_of(parameters, 2)
+    path = checkpoints.save(100, second, {"n": 2})
     read = tensors_of(parameters, 3)
-    assert checkpoints.load(100, read) == {"n": 2} and same(all_bits(read), all_bits(first))
+    assert checkpoints.load(100, read) == {"n": 2} and same(all_bits(read), all_bits(second))
+    assert names(checkpoints) == [path.name]
+
+
+def test_a_damaged_folder_of_the_same_step_is_replaced(checkpoints, parameters):
+    (checkpoints.folder / "step-000100").mkdir(parents=True)
+    (checkpoints.folder / "step-000100" / "left.safetensors").write_text("of an earlier attempt")
+    tensors = tensors_of(parameters, 1)
+    checkpoints.save(100, tensors, STATE)
+    read = tensors_of(parameters, 2)
+    assert checkpoints.load(100, read) == STATE and same(all_bits(read), all_bits(tensors))
 
 
 # ---- what an interruption leaves ----
@@ -178,7 +187,7 @@ def test_a_kill_while_deleting_the_oldest_leaves_no_part_of_it_under_its_name(tm
 
 def test_things_of_other_names_are_no_checkpoints_and_stay(checkpoints, parameters):
     checkpoints.folder.mkdir(parents=True)
-    for name in ("step-12", "step-000007x", "notes", "step-000009"):
+    for name in ("step-12", "step-000007x", "notes", "step-000009.damaged"):
         (checkpoints.folder / name).mkdir()
     (checkpoints.folder / "step-000008").write_text("a file")
     (checkpoints.folder / "step-12" / "state.json").write_text("{}")
@@ -271,9 +280,7 @@ def test_a_damaged_shard_is_named(checkpoints, parameters, damage):
         file.write_bytes(content[:-1] if damage == "truncated" else content + b"x")
     tensors = tensors_of(parameters, 2)
     before = all_bits(tensors)
-    with pytest.raises(
-        CheckpointError, match=rf"step-000100/{file.name} is missing or not \d+ bytes.*remove .*step-000100"
-    ):
+    with pytest.raises(CheckpointError, match=rf"step-000100/{file.name} is missing or not \d+ bytes"):
         checkpoints.load(100, tensors)
     assert same(all_bits(tensors), before), "nothing was read"
 
@@ -291,13 +298,113 @@ def test_a_shard_of_zeros_is_an_error(checkpoints, parameters):
 def test_a_damaged_state_is_an_error(checkpoints, parameters, content):
     path = checkpoints.save(100, tensors_of(parameters, 1), STATE)
     (path / "state.json").write_text(content)
-    with pytest.raises(CheckpointError, match="could not read a checkpoint in"):
+    with pytest.raises(CheckpointError, match=r"could not read a checkpoint in .*step-000100/state\.json"):
         checkpoints.load(100, tensors_of(parameters, 1))
 
 
 def test_a_step_that_is_not_there(checkpoints, parameters):
-    with pytest.raises(CheckpointError, match=r"FileNotFoundError.*step-000007"):
+    with pytest.raises(CheckpointError, match=r"step-000007 has no state.json"):
         checkpoints.load(7, tensors_of(parameters, 1))
+
+
+def flip(path, position, bit):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def exponent(path):
+    """Position of the byte with the exponent of a number in the middle of a safetensors file."""
+    size = path.stat().st_size
+    return size // 2 // 4 * 4 + 3
+
+
+def zeros(path):
+    content = path.read_bytes()
+    start = len(content) // 2
+    path.write_bytes(content[:start] + bytes(4096) + content[start + 4096 :])
+
+
+DAMAGES = {
+    "one bit of a tensor": lambda path: flip(tensor_file(path), exponent(tensor_file(path)), 6),
+    "the last bit of the file": lambda path: flip(tensor_file(path), -1, 0),
+    "4 KiB of zeros": lambda path: zeros(tensor_file(path)),
+    "a shorter file": lambda path: os.truncate(tensor_file(path), 1000),
+    "no tensor file": lambda path: tensor_file(path).unlink(),
+    "another tensor file": lambda path: shutil.copy(tensor_file(path), path / "shard-00009-model.safetensors"),
+    "one digit of the state": lambda path: edit_state(
+        path, lambda text: text.replace('"updates": [7', '"updates": [8')
+    ),
+    "a checksum taken out": lambda path: edit_state(path, lambda text: text[: text.rindex(', "crc32"')] + "}"),
+    "an empty state": lambda path: (path / "state.json").write_text(""),
+    "an empty object": lambda path: (path / "state.json").write_text("{}"),
+    "no state": lambda path: (path / "state.json").unlink(),
+}
+
+
+def tensor_file(path):
+    (file,) = path.glob("*.safetensors")
+    return file
+
+
+def edit_state(path, change):
+    text = (path / "state.json").read_text()
+    assert change(text) != text
+    (path / "state.json").write_text(change(text))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_newest_whole_checkpoint_is_found_and_the_damaged_one_named(checkpoints, parameters, damage, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PART", 4096)  # several checksums for a file
+    first = tensors_of(parameters, 1)
+    checkpoints.save(100, first, STATE)
+    path = checkpoints.save(200, tensors_of(parameters, 2), STATE)
+    assert checkpoints.newest() == checkpoint.Newest(200, STATE, [])
+    DAMAGES[damage](path)
+    before = all_bits(first)
+    with pytest.raises(CheckpointError, match="step-000200"):
+        checkpoints.load(200, first)
+    assert same(all_bits(first), before), "nothing was read"
+    found = checkpoints.newest()
+    assert found.step == 100 and found.state == STATE and not found.unverified
+    ((name, reason),) = found.damaged
+    assert name == "step-000200" and reason.startswith("step-000200")
+    checkpoints.set_aside([name])
+    assert checkpoints.steps() == [100] and names(checkpoints) == ["step-000100", "step-000200.damaged"]
+    checkpoints.save(200, first, STATE)
+    assert checkpoints.newest().step == 200
+
+
+def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(checkpoints, parameters):
+    for step in (100, 200):
+        (checkpoints.save(step, tensors_of(parameters, 1), STATE) / "state.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"step-000200 has no state.json; step-000100 has no .*give another --out"
+    ):
+        checkpoints.newest()
+
+
+def test_a_checkpoint_without_checksums_loads_and_is_marked(checkpoints, parameters):
+    """As they were written before there were checksums: sizes alone."""
+    tensors = tensors_of(parameters, 1)
+    path = checkpoints.save(100, tensors, STATE)
+    content = json.loads((path / "state.json").read_text())
+    content["files"] = {name: file["bytes"] for name, file in content["files"].items()}
+    del content["crc32"]
+    (path / "state.json").write_text(json.dumps(content))
+    assert checkpoints.newest() == checkpoint.Newest(100, STATE, [], unverified=True)
+    read = tensors_of(parameters, 2)
+    assert checkpoints.load(100, read) == STATE and same(all_bits(read), all_bits(tensors))
+
+
+def test_checksums_are_those_of_zlib(checkpoints, parameters, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PART", 10_000)
+    path = checkpoints.save(100, tensors_of(parameters, 1), STATE)
+    content = tensor_file(path).read_bytes()
+    expected = [zlib.crc32(content[start : start + 10_000]) for start in range(0, len(content), 10_000)]
+    assert len(expected) > 3
+    ((_, file),) = json.loads((path / "state.json").read_text())["files"].items()
+    assert file == {"bytes": len(content), "crc32": expected}
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "renamed"])

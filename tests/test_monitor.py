@@ -221,6 +221,33 @@ def test_what_was_logged_of_the_resumed_state_stays(tmp_path):
     assert steps_of(tmp_path) == [], "a start from 0 evaluates again"
 
 
+def test_images_of_later_steps_go_with_the_metrics(tmp_path):
+    image = Image.new("RGB", (4, 4))
+    with monitor(tmp_path) as m:
+        assert not m.has_image(4, "heldout")
+        for step in (2, 4, 6):
+            m.image(step, "heldout", image)
+        m.log(4, {"eval/x": 1.0})
+        assert (
+            m.has_image(4, "heldout") and m.logged(4, "eval/") and not m.logged(4, "loss") and not m.logged(2, "eval/")
+        )
+    (tmp_path / "samples" / "mine.png").write_text("")
+    with monitor(tmp_path, start=4) as m:
+        assert [m.has_image(step, "heldout") for step in (2, 4, 6)] == [True, True, False]
+    assert (tmp_path / "samples" / "mine.png").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics", "events"])
+def test_with_a_damaged_file_no_other_is_touched(tmp_path, name):
+    run(tmp_path, [0, 1, 2])
+    with open(tmp_path / f"{name}.jsonl", "ab") as file:
+        file.write(b"damaged\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=rf"{name}\.jsonl, line \d+ is damaged"), monitor(tmp_path, start=1):
+        pass
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 def test_a_damaged_file_is_named_and_nothing_is_touched(tmp_path):
     run(tmp_path, range(3))
     path = tmp_path / "metrics.jsonl"

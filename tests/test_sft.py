@@ -212,6 +212,73 @@ def test_figures_of_a_step_that_a_signal_ended_come_later(data, tmp_path, monkey
     assert looked(out) == list(range(max(losses(out)) + 2))
 
 
+KILLED_WHILE_EVALUATING = """
+import os, signal, sys
+from uniref_fast.training import evaluate, sft
+import torch
+torch.set_num_threads(1)
+name, real = sys.argv.pop(1), {name: getattr(evaluate.HeldOut, name) for name in ("losses", "grid")}
+def dying(self, *args):
+    os.kill(os.getpid(), signal.SIGKILL)
+def armed(self, *args):
+    setattr(evaluate.HeldOut, name, dying)
+    return real["losses"](self, *args)
+evaluate.HeldOut.losses = armed  # of step 0; the next evaluation is that of step 2
+sft.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", ["losses", "grid"])
+def test_figures_of_an_evaluation_that_was_killed_come_later(data, tmp_path, name):
+    """After the checkpoint of its step, before or after the figures were recorded; never twice."""
+    out = tmp_path / "run"
+    more = ("--heldout", data / "heldout.jsonl", "--eval-every", 2, "--eval-samples", 2, "--sample-every", 2)
+    given = flags(data, out, *more, "--sample-count", 1, "--sample-steps", 2)
+    command = [sys.executable, "-c", KILLED_WHILE_EVALUATING, name, *given]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    grid = out / "samples" / "heldout-000002.png"
+    assert looked(out) == ([0] if name == "losses" else [0, 2]) and not grid.exists()
+    assert sft.main([*given, "--resume", "auto"]) == 0
+    assert looked(out) == [0, 2, 4] and grid.exists()
+    assert sft.main([*given, "--resume", "auto"]) == 0
+    assert looked(out) == [0, 2, 4], "all is there"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (file,) = (out / "checkpoints" / "step-000004").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 // 4 * 4 + 3] ^= 1 << 6  # an exponent
+    file.write_bytes(content)
+    shutil.rmtree(out / "transformer")
+    assert sft.main(flags(data, out, "--resume", "auto")) == 0
+    equal_to(whole, out)
+    (event,) = events(out, "damaged checkpoint")
+    assert event["step"] == 2 and event["name"] == "step-000004" and file.name in event["reason"]
+    assert "step-000004" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step-000002", "step-000004", "step-000004.damaged"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_a_run_whose_only_checkpoint_is_damaged_says_what_to_do(data, half, content, capsys):
+    state = half / "checkpoints" / "step-000002" / "state.json"
+    state.unlink() if content is None else state.write_text(content)
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 1
+    message = capsys.readouterr().err
+    assert "step-000002" in message and "state.json" in message and "give another --out" in message
+    assert contents(half) == before
+
+
+def contents(folder):
+    """Of all files but the lock, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
+
+
 def test_another_visibility_is_trained(data, whole, tmp_path):
     """References see themselves alone: other losses, and the run says so for those who load it."""
     out = tmp_path / "run"

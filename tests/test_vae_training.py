@@ -155,7 +155,8 @@ def whole(tmp_path_factory):
 def test_what_a_run_writes(whole):
     assert [step for step, _ in metrics(whole)] == [0, 1, 2]
     assert [step for step, _ in metrics(whole, "eval/psnr")] == [2, 3], "every save_every steps, and at the end"
-    assert [path.name for path in (whole / "checkpoints").iterdir()] == ["step-000003"]
+    kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert kept == ["step-000002", "step-000003"]
     assert len(list(whole.rglob("heldout*.png"))) == 2
 
 
@@ -272,11 +273,20 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_refused(whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys):
     out = tmp_path / "run"
-    shutil.copytree(whole / "checkpoints", out / "checkpoints")
-    largest = max((out / "checkpoints" / "step-000003").iterdir(), key=lambda path: path.stat().st_size)
-    with open(largest, "r+b") as file:
-        file.truncate(largest.stat().st_size - 1)
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    for step in (3, 2):
+        largest = max((out / "checkpoints" / f"step-{step:06d}").iterdir(), key=lambda path: path.stat().st_size)
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        if step == 3:
+            assert vae.main(flags(dataclasses.replace(SMALL, out=out))) == 0
+            assert contents(out / "model") == contents(whole / "model"), "to the bit"
+            assert "step-000003.damaged" in capsys.readouterr().err
+            shutil.rmtree(out / "checkpoints" / "step-000003")
+            shutil.rmtree(out / "model")
     assert vae.main(flags(dataclasses.replace(SMALL, out=out))) == 2
-    assert "step-000003" in capsys.readouterr().err and not (out / "model").exists()
+    assert "step-000002" in capsys.readouterr().err and not (out / "model").exists()

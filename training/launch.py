@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -15,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from uniref_fast.training import config as configs
-from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
+from uniref_fast.training.checkpoint import CheckpointError, Checkpoints, Newest
 from uniref_fast.training.feeder import BrokenRowsError
 from uniref_fast.training.parallel import Ranks
+from uniref_fast.training.processes import end_with_launcher, locked
 from uniref_fast.training.recipes import Recipe
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.run import DivergedError, Run
@@ -70,11 +72,22 @@ def launch(
     """
     try:
         parsed = configs.parse(recipes, argv, extra=place, prog=f"training/{name}.py", description=description)
+        end_with_launcher()
         ranks = Ranks.start()
         torch.manual_seed(parsed.config.seed)
-        config = with_data(parsed.config, parsed.extra.out, ranks)
-        resume = prepare(config, parsed.extra, ranks)
-        finished = make(config, ranks, parsed.extra, resume).run()
+        out, alone = parsed.extra.out, not parsed.extra.only_looks
+        with locked(out, ranks) if alone else contextlib.nullcontext():
+            newest = find(parsed.extra, ranks, parsed.config.keep)
+            config = with_data(parsed.config, out, ranks)
+            run = make(config, ranks, parsed.extra, newest.step)
+            try:
+                run.validate()
+                if alone:
+                    begin(run, newest)
+            except BaseException:
+                run.close()
+                raise
+            finished = run.run()
     except (ValueError, FileNotFoundError) as error:  # what the user can put right
         return _failed(name, error, 2)
     except (BrokenRowsError, CheckpointError, DivergedError, OSError, ImportError) as error:
@@ -113,22 +126,33 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
     return dataclasses.replace(config, data=data, heldout=heldout)
 
 
-def prepare(config: Recipe, place: Place, ranks: Ranks) -> int | None:
-    """Look at what the folder holds and keep the configuration; returns the step to go on from. All ranks."""
-    steps = Checkpoints(place.out / "checkpoints", ranks, config.keep).steps()
-    kept = place.out / CONFIG_FILE
-    begun = (place.out / "metrics.jsonl").exists() and kept.exists()  # not where it failed before its first record
-    steps, begun = ranks.broadcast((steps, begun))
-    if place.only_looks:
-        return steps[-1] if steps and place.resume == "auto" else None
-    if place.resume == "never" and (steps or begun):
+def find(place: Place, ranks: Ranks, keep: int) -> Newest:
+    """The checkpoint to resume from. All ranks; nothing is written.
+
+    Raises:
+        ValueError: when the folder holds a run and the command does not say that it resumes.
+        CheckpointError: when none of the run's checkpoints can be used.
+    """
+    checkpoints = Checkpoints(place.out / "checkpoints", ranks, keep)
+    if place.resume == "auto":
+        return checkpoints.newest()
+    # a command that failed before its first record leaves no run behind
+    begun = (place.out / "metrics.jsonl").exists() and (place.out / CONFIG_FILE).exists()
+    if ranks.broadcast(bool(checkpoints.steps() or begun)) and not place.only_looks:
         raise ValueError(f"{place.out} holds a run; go on with --resume auto, or give another --out")
-    if ranks.rank == 0:
-        if begun:
-            for line in configs.differences(configs.from_json(type(config), kept.read_text()), config):
-                print(f"changed since the run began: {line}", file=sys.stderr)
-        write_whole(kept, lambda file: file.write(configs.to_json(config).encode()))
-    return steps[-1] if steps else None
+    return Newest(None, {}, [])
+
+
+def begin(run: Run, newest: Newest) -> None:
+    """Keep the configuration of a run that was built, and what its events are to say of the resumed checkpoint."""
+    kept = run.out / CONFIG_FILE
+    if newest.unverified:
+        run.announce("unverified checkpoint", reason="it was written without checksums; only file sizes were verified")
+    for name, reason in newest.damaged:
+        run.announce("damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
+    run.checkpoints.set_aside([name for name, _ in newest.damaged])
+    if run.ranks.rank == 0:
+        write_whole(kept, lambda file: file.write(configs.to_json(run.config).encode()))
 
 
 def _failed(name: str, error: BaseException, status: int) -> int:

@@ -36,6 +36,7 @@ __all__ = ["GroupedMean", "Monitor", "peak_flops"]
 
 COUNTED = ("tokens", "samples", "flops", "seconds")
 DERIVED = ("tokens_per_second", "samples_per_second", "mfu")
+IMAGE = re.compile(r"\w[\w.-]*-(\d{6,})\.png")
 RESERVED = frozenset(("step", *COUNTED, *DERIVED))
 
 
@@ -45,7 +46,8 @@ class Monitor:
     A folder that holds an earlier part of the run is continued. Metrics written after the checkpoint that training
     resumes from are cut off first, so that a curve has no step twice; an event "resume" says how many. These are the
     training steps at or after `start_step`; what was logged at `start_step` itself describes the very state that is
-    resumed and stays, except at step 0, where the run begins anew. Events stay, as the history of the run.
+    resumed and stays, except at step 0, where the run begins anew. Images of later steps are removed as well. Events
+    stay, as the history of the run.
 
     Args:
         folder: of the run; made if missing.
@@ -98,10 +100,14 @@ class Monitor:
         if not self.enabled:
             return self
         self._stream = sys.stderr
-        paths = {name: self.folder / f"{name}.jsonl" for name in ("metrics", "events")}
+        self.validate()
+        paths = self._paths()
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         cut = keep_records(paths["metrics"], self._before_start)
         keep_records(paths["events"], lambda record: True)
+        for path in (self.folder / "samples").glob("*.png"):
+            if (match := IMAGE.fullmatch(path.name)) and int(match[1]) > self.start_step:
+                path.unlink()
         resumed = self.start_step > 0 or cut > 0
         with contextlib.ExitStack() as stack:  # closes what is open already if the rest cannot be opened
             for name, path in paths.items():
@@ -119,6 +125,15 @@ class Monitor:
         if resumed:
             self.event(self.start_step, "resume", metrics_cut=cut)
         return self
+
+    def validate(self) -> None:
+        """Raise ValueError for a metrics or events file damaged otherwise than by a kill; nothing is written."""
+        for path in self._paths().values() if self.enabled else ():
+            if path.exists():
+                read_records(path)
+
+    def _paths(self) -> dict[str, Path]:
+        return {name: self.folder / f"{name}.jsonl" for name in ("metrics", "events")}
 
     def __exit__(self, *exception: Any) -> None:
         try:
@@ -185,12 +200,26 @@ class Monitor:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"an image's name is part of a file's: letters, digits and _.- only, got {name!r}")
         self._opened("metrics")
-        path = self.folder / "samples" / f"{name}-{step:06d}.png"
+        path = self._image_path(step, name)
         write_whole(path, lambda file: image.save(file, format="PNG"))
         for sink in self._sinks:
             sink.image(step, name, image.convert("RGB"))
 
+    def logged(self, step: int, prefix: str) -> bool:
+        """Whether a value whose name begins with `prefix` is recorded for a step."""
+        if not self.enabled:
+            return False
+        records = read_records(self.folder / "metrics.jsonl")
+        return any(record["step"] == step and any(name.startswith(prefix) for name in record) for record in records)
+
+    def has_image(self, step: int, name: str) -> bool:
+        """Whether `samples/<name>-<step>.png` was written in this part of the run or an earlier one."""
+        return self.enabled and self._image_path(step, name).exists()
+
     # ---- how ----
+
+    def _image_path(self, step: int, name: str) -> Path:
+        return self.folder / "samples" / f"{name}-{step:06d}.png"
 
     def _before_start(self, record: dict[str, Any]) -> bool:
         """Whether the state at `start_step` has this record behind it."""

@@ -102,12 +102,20 @@ class RLTrainer(Run):
             self.close()
         return True
 
+    def validate(self) -> None:
+        super().validate()
+        judge = self.rewards.judge
+
+        def asked() -> None:
+            if judge is not None and self.ranks.rank == 0:
+                self.announce("judge", told=judge.check())
+
+        self.agreed(asked)
+
     def begin(self) -> None:
         config = self.config
         for name, reason in left_out([self.prompts.dataset, *self.heldout.values()]):
             self.monitor.event(self.step, "left out", where=name, reason=reason)
-        if self.rewards.judge is not None and self.ranks.rank == 0:
-            self.monitor.event(self.step, "judge", told=self.rewards.judge.check())
         if config.visibility not in (None, "full") and not attends(config.initial):
             told = f"nothing says that the model was trained with it; {config.visibility} is only for models that were"
             self.monitor.event(self.step, "visibility", told=told)

@@ -37,7 +37,7 @@ class Run:
         config: of the run; data and heldout are paths by now.
         ranks: of the run.
         out: folder of the run.
-        resume: step of the checkpoint to go on from, or None.
+        resume: step of the checkpoint to resume from, which `Checkpoints.newest` has verified, or None.
 
     Attributes:
         saved: what the checkpoint kept of a subclass's `state()`; empty at the start of a run.
@@ -60,7 +60,8 @@ class Run:
         self.skipped = 0  # in a row
         self.signalled = False  # this process was asked to stop
         self.stopping = False  # all agreed to
-        self.looked = True  # at the state of this step
+        self.saved_at = resume  # step of the last checkpoint
+        self._announced: list[tuple[str, dict[str, Any]]] = []  # events of before the monitor was opened
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
         self.plans = self._plans({(side, target): tokens for side, target, tokens in self.saved.get("packs", ())})
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
@@ -88,6 +89,25 @@ class Run:
         """What a checkpoint keeps beside weights and optimizer, for JSON."""
         raise NotImplementedError
 
+    def validate(self) -> None:
+        """Refuse what shows only once everything is built; nothing is written yet. All ranks.
+
+        Raises:
+            ValueError: saying what is wrong.
+        """
+        self.agreed(self.monitor.validate)
+
+    def agreed(self, check: Callable[[], None]) -> None:
+        """Run a check that may raise ValueError on some ranks, and raise it on all."""
+        problem = None
+        try:
+            check()
+        except ValueError as error:
+            problem = str(error)
+        for found in self.ranks.gather(problem):
+            if found:
+                raise ValueError(found)
+
     def begin(self) -> None:
         """Before the first step of this process, with the monitor open."""
 
@@ -103,9 +123,10 @@ class Run:
         """Train to the last step; False when a signal ended it before. A checkpoint then holds what was done."""
         try:
             with self.monitor, self._signals():
+                for kind, details in self._announced:
+                    self.monitor.event(self.step, kind, **details)
                 self.begin()
-                if self.step == 0 or not self.saved.get("looked", True):
-                    self._look(self.step == self.config.total_steps)
+                self._look(self.step == self.config.total_steps, resumed=True)
                 while self.step < self.config.total_steps and not self.stopping:
                     self._enter_stage()
                     if not self.train_step():
@@ -113,7 +134,6 @@ class Run:
                         self._save()
                         break
                     self.step += 1
-                    self.looked = False
                     done = self.step == self.config.total_steps
                     if self.step % self.config.save_every == 0 or done or self.stopping:
                         self._save()
@@ -137,18 +157,30 @@ class Run:
                 self.step, "stage", number=number, side=stage.side, pack_tokens=plan.pack_tokens, plan=plan.reason
             )
 
-    def _look(self, done: bool = False) -> None:
-        """What is due at this step; what a signal ends is made up for when the run is resumed."""
-        self.looked, config = True, self.config
+    def announce(self, kind: str, **details: Any) -> None:
+        """Record an event as soon as the monitor is open."""
+        self._announced.append((kind, details))
+
+    def _look(self, done: bool = False, resumed: bool = False) -> None:
+        """Evaluate on held-out rows where it is due at this step.
+
+        A resumed run makes what the folder lacks for its step: the run may have ended during the evaluation.
+        """
+        config = self.config
         figures = config.eval_every and (self.step % config.eval_every == 0 or done)
         grid = config.sample_every and ((self.step and self.step % config.sample_every == 0) or done)
+        if resumed and (figures or grid):
+            monitor = self.monitor
+            found = monitor.logged(self.step, "eval/"), monitor.has_image(self.step, "heldout")
+            logged, drawn = self.ranks.broadcast(found)
+            figures, grid = figures and not logged, grid and not drawn
         if figures or grid:
             self._enter_stage()
             self.model.packed.eval()
             with self._averaged():
-                self.looked = self.look(bool(figures), bool(grid))
+                complete = self.look(bool(figures), bool(grid))
             self.model.packed.train()
-            if not self.looked:
+            if not complete:
                 self.stopping = True
                 self._save()
 
@@ -207,16 +239,19 @@ class Run:
         return tensors
 
     def _save(self) -> None:
+        """Write a checkpoint of this step, unless it is the one that was written or resumed from last."""
+        if self.saved_at == self.step:
+            return
         updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
         stages = zip(self.config.stages, self.plans, strict=True)
         packs = [(stage.side, stage.target_side, plan.pack_tokens) for stage, plan in stages]
-        looked = self.looked or not self.stopping  # or it will be, at once
-        state = {**self.state(), "skipped": self.skipped, "updates": updates, "packs": packs, "looked": looked}
+        state = {**self.state(), "skipped": self.skipped, "updates": updates, "packs": packs}
         path = self.checkpoints.save(self.step, self._tensors(), state)
+        self.saved_at = self.step
         self.monitor.event(self.step, "checkpoint", path=path.name)
 
     def _load(self, step: int) -> dict[str, Any]:
-        state = self.checkpoints.load(step, self._tensors())
+        state = self.checkpoints.load(step, self._tensors(), verify=False)
         for parameter, updates in zip(self.parameters, state["updates"], strict=True):
             self.optimizer.state[parameter]["step"].fill_(updates)
         self.step, self.skipped = step, state["skipped"]

@@ -34,6 +34,7 @@ from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
 from uniref_fast.training.flow import draw
 from uniref_fast.training.monitor import Monitor
 from uniref_fast.training.parallel import Ranks, leave
+from uniref_fast.training.processes import end_with_launcher, locked
 
 __all__ = ["VAE", "crops", "main", "psnr"]
 
@@ -83,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = configs.parse({"default": default}, sys.argv[1:] if argv is None else argv, prog="training/vae.py",
                                description="Train the built-in model's autoencoder.").config  # fmt: skip
+        end_with_launcher()
         run(config)
     except (ValueError, FileNotFoundError, CheckpointError, OSError) as error:
         print(f"vae: {error}", file=sys.stderr)
@@ -94,7 +96,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: VAE) -> None:
+    """Train, or go on with what the folder holds, and write the model.
+
+    Raises:
+        ValueError: for settings or data that cannot be used, or a folder that another run uses.
+        CheckpointError: when a checkpoint cannot be written, or there are some and none is whole.
+    """
     ranks = Ranks.start()
+    with locked(config.out, ranks):
+        _run(config, ranks)
+
+
+def _run(config: VAE, ranks: Ranks) -> None:
     made = config.out / "model"
     if made.is_dir() and not (made / "model_index.json").is_file():
         raise ValueError(f"{made} holds no model; remove it, or give another --out")
@@ -105,15 +118,18 @@ def run(config: VAE) -> None:
     vae = pipe.vae.to(ranks.device).train()
     parameters = dict(vae.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    checkpoints = Checkpoints(config.out / "checkpoints", ranks, keep=1)
-    done = (checkpoints.steps() or [0])[-1]
+    checkpoints = Checkpoints(config.out / "checkpoints", ranks, keep=2)
+    newest = checkpoints.newest()
+    done = newest.step or 0
     if done:
-        _refuse_changes(checkpoints.load(done, _tensors(parameters, optimizer)), _settings(config), config.out)
+        _refuse_changes(newest.state, _settings(config), config.out)
+        checkpoints.load(done, _tensors(parameters, optimizer), verify=False)
         for state in optimizer.state.values():
             state["step"].fill_(done)
     if made.is_dir():
         print(f"{made} is there already")
         return
+    checkpoints.set_aside([name for name, _ in newest.damaged])
     held = torch.stack([crops(config, -1 - i, split="heldout_objects") for i in range(4)]).flatten(0, 1)
     held = held.to(ranks.device)
     with (
@@ -121,6 +137,8 @@ def run(config: VAE) -> None:
         single_frame(vae),
         ThreadPoolExecutor(1) as pool,
     ):
+        for name, reason in newest.damaged:
+            monitor.event(done, "damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
         ahead = [pool.submit(crops, config, step) for step in range(done, min(done + 4, config.steps))]
         for step in range(done, config.steps):
             start, pixels = time.perf_counter(), ahead.pop(0).result().to(ranks.device)
