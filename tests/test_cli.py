@@ -128,8 +128,8 @@ def test_doctor(capsys):
 
 BAD = [
     (["--image", "missing.png"], "no such image file: missing.png"),
-    (["--image", "text.png"], "not an image"),
-    (["--image", "cut.png"], "cannot be read as an image"),
+    (["--image", "text.png"], "text.png: not a picture of a known format"),
+    (["--image", "cut.png"], "cut.png: image file is truncated"),
     (["--image", "long.png"], "too elongated"),
     (["--prompt", "  "], "--prompt is empty"),
     (["--out", "result.txt"], "the ending says the format"),

@@ -1,11 +1,15 @@
 """Picture sources: sizes from headers, upright RGB pixels, and an error for every kind of damage."""
 
 import io
+from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
+from uniref_fast import cli
+from uniref_fast.encode import to_rgb
 from uniref_fast.training import images
 from uniref_fast.training.images import ImageSource
 
@@ -147,3 +151,109 @@ def test_other_bytes_are_no_picture(content):
     for action in (source(content).size, source(content).load):
         with pytest.raises(ValueError, match=r"^x: "):
             action()
+
+
+# ---- damaged files ----
+
+
+def pictures_of_every_kind():
+    """Small files of every format and of the layouts that are decoded differently, by name."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    deep = Image.fromarray(rng.integers(0, 65536, (12, 16), dtype=np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    more = {"save_all": True, "append_images": [noise, noise]}
+    kinds = {
+        "jpeg": (noise, "JPEG", {"exif": exif}), "cmyk": (noise.convert("CMYK"), "JPEG", {}),
+        "mpo": (noise, "MPO", more),
+        "png": (noise, "PNG", {"exif": exif}), "palette": (noise.convert("P"), "PNG", {"transparency": 3}),
+        "16 bit": (deep, "PNG", {}), "apng": (noise, "PNG", more), "webp": (noise, "WEBP", {"exif": exif}),
+        "animated webp": (noise, "WEBP", more), "lossless": (noise.convert("RGBA"), "WEBP", {"lossless": True}),
+        "tiff": (noise, "TIFF", {"exif": exif}), "deflate": (noise, "TIFF", {"compression": "tiff_deflate"}),
+        "gif": (noise, "GIF", {}), "animated gif": (noise, "GIF", more), "bmp": (noise, "BMP", {}),
+        "ppm": (noise, "PPM", {}), "jpeg 2000": (noise, "JPEG2000", {}),
+    }  # fmt: skip
+    files = {}
+    for name, (image, form, options) in kinds.items():
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        files[name] = file.getvalue()
+    return files
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("content", pictures_of_every_kind().values(), ids=pictures_of_every_kind().keys())
+def test_an_altered_file_opens_or_is_one_error_that_names_it(content):
+    random = Random(0)
+    assert sorted(source(content).load().size) == [12, 16]
+    opened = 0
+    for _ in range(400):
+        altered = bytearray(content)
+        for _ in range(random.choice((1, 1, 2, 8))):
+            altered[random.randrange(len(altered))] = random.randrange(256)
+        found = source(bytes(altered), "the name")
+        try:
+            size = found.size()
+            image = found.load()
+        except ValueError as error:
+            assert str(error).startswith("the name: ")
+        else:
+            opened += 1
+            assert image.mode == "RGB" and image.size == size, "the header and the pixels agree"
+    assert opened, "some bytes do not matter"
+
+
+def altered_exif(count):
+    """EXIF blocks with changed bytes, most of which no parser takes."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "text", (300, 1)
+    exif[0x8769], exif[0x8825] = {0x829A: (1, 60)}, {1: "N", 2: (1.0, 2.0, 3.0)}
+    whole, random = exif.tobytes(), Random(1)
+    for _ in range(count):
+        block = bytearray(whole)
+        for _ in range(random.choice((1, 2, 4, 16))):
+            block[random.randrange(6, len(block))] = random.randrange(256)
+        yield bytes(block[: random.randrange(6, len(block))] if random.random() < 0.1 else block)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+def test_damaged_metadata_keeps_no_picture_from_being_read(form, tmp_path):
+    turned = 0
+    for number, block in enumerate(altered_exif(700)):
+        file = tmp_path / f"{number}.img"
+        file.write_bytes(encoded(RED, (16, 12), form, exif=block))
+        for found in (ImageSource("x", file), cli._image(str(file))):
+            assert found.size() == found.load().size and sorted(found.size()) == [12, 16]
+        turned += found.size() == (12, 16)
+    assert 100 < turned < 700, "those whose orientation is whole are turned, the others are as they are stored"
+
+
+def test_a_damaged_exif_directory_of_a_tiff_is_ignored():
+    directories = {0x8769: 0xFFFFFF, 0x8825: 3}  # behind the file's end, and inside its header
+    file = io.BytesIO()
+    Image.new("RGB", (16, 12), RED).save(file, "TIFF", tiffinfo={0x0112: 6, **directories})
+    found = source(file.getvalue())
+    assert found.size() == found.load().size == (12, 16)
+
+
+def test_transparency_can_be_kept():
+    content = io.BytesIO()
+    Image.new("RGBA", (4, 2), (255, 0, 0, 0)).save(content, "PNG")
+    assert source(content.getvalue()).load("RGBA").getpixel((0, 0)) == (255, 0, 0, 0)
+    assert source(content.getvalue()).load().getpixel((0, 0)) == WHITE
+
+
+def test_an_image_that_edit_is_given_and_cannot_decode_is_named(tmp_path):
+    (tmp_path / "cut.png").write_bytes(encoded(RED, (300, 300), compress_level=0)[:5000])
+    with Image.open(tmp_path / "cut.png") as image, pytest.raises(ValueError, match=r"cut.png cannot be decoded: "):
+        to_rgb(image)
+
+
+def test_nothing_else_opens_pictures():
+    """Pillow's own open gives errors without the file's name, and fails on damaged metadata."""
+    root = Path(__file__).parent.parent
+    files = [*(root / "training").rglob("*.py"), *(root / "uniref_fast").rglob("*.py")]
+    found = {path.name for path in files if "Image.open(" in path.read_text()}
+    assert found == {"images.py", "scenes.py"}, "scenes.py opens the artworks of the package"

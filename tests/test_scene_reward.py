@@ -543,10 +543,12 @@ def test_a_group_shares_what_its_row_gives(folder, monkeypatch):
     row = Dataset(path / "rows.jsonl")[1]
     module._answer.cache_clear()
     loads, original = [], ImageSource.load
-    monkeypatch.setattr(ImageSource, "load", lambda self: loads.append(self.name) or original(self))
+    monkeypatch.setattr(
+        ImageSource, "load", lambda self, *mode: loads.append((self.name, *mode)) or original(self, *mode)
+    )
     group = [noisy(cases[1].target, 5, seed) for seed in range(6)]
     found = [scene_reward(Candidate((0, 1, i), "", (), image, row)) for i, image in enumerate(group)]
-    assert loads == [row.target.name] and found[0] != found[1]
+    assert [name for name, *mode in loads if not mode] == [row.target.name] and found[0] != found[1]
     other = replace(row, scene={**row.scene, "objects": []})
     assert scene_reward(Candidate((0, 1, 0), "", (), group[0], other)) != found[0], "another scene is another row"
 

@@ -39,6 +39,7 @@ from uniref_fast.training.benchmark_journal import Journal
 from uniref_fast.training.benchmark_measure import judged, measured, through_vae
 from uniref_fast.training.benchmark_rows import Planned, files_of, plan
 from uniref_fast.training.drawing import crop_box
+from uniref_fast.training.images import ImageSource
 from uniref_fast.training.judge import Judge, JudgeConfig
 from uniref_fast.training.judge_log import PASSING
 from uniref_fast.training.lineage import attends
@@ -308,9 +309,8 @@ class _Evaluation:
         if (label, i) in self._seen:
             return True
         try:
-            with Image.open(self._image(label, i)) as file:
-                file.load()
-        except (OSError, SyntaxError, ValueError):
+            self._read(label, i)
+        except ValueError:
             return False
         self._seen.add((label, i))
         return True
@@ -401,6 +401,11 @@ class _Evaluation:
     def _image(self, label: str, i: int) -> Path:
         return self.config.out / "images" / label / f"{i}.png"
 
+    def _read(self, label: str, i: int) -> Image.Image:
+        """The picture that was made. Raises ValueError without one that can be read."""
+        path = self._image(label, i)
+        return ImageSource(str(path), path).load()
+
     def _scored(
         self, judge: Judge | None, record: dict[str, Any], planned: Planned | None
     ) -> tuple[dict[str, Any], Future[Scores | Failure] | None]:
@@ -408,8 +413,7 @@ class _Evaluation:
         if planned is None:
             return record, None
         row, (label, i) = planned.row, (record["file"], record["index"])
-        with Image.open(self._image(label, i)) as file:
-            made = file.convert("RGB")
+        made = self._read(label, i)
         record |= {
             "instruction": row.instruction,
             "task": row.task_type or "none",
@@ -440,8 +444,7 @@ class _Evaluation:
             whole = [i for i in range(len(numbers)) if "error" not in self.journal.rows[label, i]]
             for i in whole[: self.config.grid]:
                 row = self.dataset[numbers[i]]
-                with Image.open(self._image(label, i)) as file:
-                    pictures = [("made", file.convert("RGB"))]
+                pictures = [("made", self._read(label, i))]
                 if row.target is not None:
                     pictures.append(("target", row.target.load()))
                 pictures += [(f"picture {k}", source.load()) for k, source in enumerate(row.references, start=1)]

@@ -1,4 +1,8 @@
-"""Where a picture's bytes come from, and safe decoding: size from the header, pixels as RGB, damage as an error."""
+"""Where a picture's bytes come from, and safe decoding: size from the header, pixels as RGB, damage as an error.
+
+Every command opens pictures through `ImageSource`. Damaged metadata never keeps a picture from being read: without a
+readable orientation it is taken as it is stored.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
@@ -79,8 +83,8 @@ class ImageSource:
                 return image.size
             return (image.height, image.width) if turn in (5, 6, 7, 8) else image.size
 
-    def load(self) -> Image.Image:
-        """The upright picture as RGB; what is transparent becomes white."""
+    def load(self, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
+        """The upright picture; as RGB, in which what is transparent becomes white, or as RGBA."""
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError(
                 f"{self.name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so damaged pictures would "
@@ -89,7 +93,7 @@ class ImageSource:
         with self._opened() as image:
             image.load()
             turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, Pillow turns TIFFs itself
-            upright = _rgb(image)
+            upright = image.convert("RGBA") if mode == "RGBA" else _rgb(image)
             return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
 
     @contextlib.contextmanager

@@ -35,7 +35,6 @@ than for the answer itself. Means over 40 samples of train, the shipped artworks
 from __future__ import annotations
 
 import functools
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,11 +164,7 @@ def _answer(row: Row, size: tuple[int, int]) -> _Answer:
 @functools.lru_cache(maxsize=1024)
 def _rgba(source: ImageSource) -> Image.Image:
     """The artwork with its alpha channel, which `ImageSource.load` fills with white."""
-    try:
-        with Image.open(io.BytesIO(source.read())) as image:
-            return image.convert("RGBA")
-    except Exception as error:  # a decoder may raise anything on damaged bytes
-        raise ValueError(f"{source.name}: {error or type(error).__name__}") from error
+    return source.load("RGBA")
 
 
 class _Answer:

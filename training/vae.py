@@ -32,6 +32,7 @@ from uniref_fast.scenes import contact_sheet
 from uniref_fast.training import config as configs
 from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
 from uniref_fast.training.flow import draw
+from uniref_fast.training.images import ImageSource
 from uniref_fast.training.monitor import Monitor
 from uniref_fast.training.parallel import Ranks, leave
 from uniref_fast.training.processes import end_with_launcher, locked
@@ -188,8 +189,7 @@ def crops(config: VAE, step: int, split: str = "train") -> Tensor:
         )
     found: list[np.ndarray] = []
     for number in random.choice(len(files), config.batch, replace=False):
-        with Image.open(files[number]) as opened:
-            image = opened.convert("RGB")
+        image = ImageSource(str(files[number]), files[number]).load()
         scale = max(1.0, config.side / min(image.size))
         if scale > 1:
             image = image.resize([math.ceil(s * scale) for s in image.size], Image.Resampling.LANCZOS)

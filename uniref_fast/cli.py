@@ -11,10 +11,13 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from uniref_fast import __version__
 from uniref_fast.data_cli import add_data_commands, leave_to
+
+if TYPE_CHECKING:
+    from uniref_fast.training.images import ImageSource
 
 __all__ = ["main"]
 
@@ -168,7 +171,7 @@ def _edit(args: argparse.Namespace) -> int:
     from uniref_fast.loading import load_pipeline
 
     _writable(args.out)
-    images = [_open_image(path) for path in args.image]
+    images = [_image(path).load() for path in args.image]
     if not args.prompt.strip():
         raise UsageError("--prompt is empty; say what to do, for example --prompt 'put picture 1 on picture 2'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -189,8 +192,8 @@ def _estimate(args: argparse.Namespace) -> int:
     from uniref_fast.loading import model_errors
     from uniref_fast.request import parse_size
 
-    sizes = [_open_image(path).size for path in args.image] + [parse_size(text) for text in args.size]
-    request = EditRequest(images=sizes, **_request_fields(args))
+    sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.size]
+    request = EditRequest(images=sizes, **_request_fields(args))  # type: ignore[arg-type]  # sizes do for an estimate
     with model_errors(args.model):
         pipe = builtin.load() if args.model == "builtin" else args.model
         result = estimate(pipe, [request], budget=_budget(args))
@@ -268,18 +271,17 @@ def _budget(args: argparse.Namespace) -> int | None:
     return args.budget**2
 
 
-def _open_image(path: str) -> Any:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _image(path: str) -> ImageSource:
+    """The image at a path, which is read when it is asked for. Raises UsageError without a file there."""
+    from uniref_fast.training.images import ImageSource
 
-    if not Path(path).is_file():
-        raise UsageError(f"no such image file: {path}")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).copy()
-    except UnidentifiedImageError:
-        raise UsageError(f"{path} is not an image that can be read (PNG, JPEG, WebP, ...)") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"{path} cannot be read as an image: {error}") from None
+        there = Path(path).is_file()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read as an image: {error.strerror}") from None
+    if not there:
+        raise UsageError(f"no such image file: {path}")
+    return ImageSource(path, Path(path))
 
 
 def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:

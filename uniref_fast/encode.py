@@ -14,7 +14,16 @@ __all__ = ["condition_tokens", "decode_image", "image_latents", "prompt_embeddin
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels; what is transparent becomes white."""
+    """Three channels; what is transparent becomes white.
+
+    Raises:
+        ValueError: for an image that was opened but whose pixels cannot be decoded; with its file's name.
+    """
+    try:
+        image.load()
+    except Exception as error:  # decoders raise anything on damaged bytes
+        name = getattr(image, "filename", "") or "an image"
+        raise ValueError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
     if image.mode.startswith("I;16"):  # 16 bit grey: PIL's own conversion would clip it to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
