@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Grid", "Kind", "Sample", "Segment", "SelfLayout"]
+__all__ = ["Grid", "Kind", "Sample", "Segment", "SelfLayout", "kept"]
 
 Grid = tuple[int, int, int]
 """(frames, height, width) of an image, in tokens (one token = 2 x 2 latent pixels)."""
@@ -74,6 +74,20 @@ class Segment:
     @property
     def joint_end(self) -> int:
         return self.joint_start + self.length
+
+
+def kept(cache: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """Return what the cache has under a key, after making it where it has nothing.
+
+    What is made inside a transform of `torch.func` is not kept: its tensors belong to that transform.
+    """
+    if key in cache:
+        return cache[key]
+    with torch.inference_mode(False):  # one tensor serves inference and training
+        value = make()
+    if not torch._C._are_functorch_transforms_active():
+        cache[key] = value
+    return value
 
 
 def _frozen(value: Any) -> Any:
@@ -198,11 +212,7 @@ class SelfLayout:
         return {}
 
     def _cached(self, make: Callable[..., Any], *args: Any) -> Any:
-        key = (make, *args)
-        if key not in self.cache:
-            with torch.inference_mode(False):  # one tensor serves inference and training
-                self.cache[key] = make(self, *args)
-        return self.cache[key]
+        return kept(self.cache, (make, *args), lambda: make(self, *args))
 
     def joint_index(self, stream: str, device: torch.device | str) -> torch.Tensor:
         """Joint row of every row of a stream, int32 `[N_stream]`; `stream` is "text" or "image"."""

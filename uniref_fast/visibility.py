@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from uniref_fast.layout import Kind, Segment, SelfLayout
+from uniref_fast.layout import Kind, Segment, SelfLayout, kept
 
 __all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "target_plan"]
 
@@ -109,10 +109,7 @@ class AttentionPlan:
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
         key = torch.device(device)
-        if key not in self.cache:
-            with torch.inference_mode(False):
-                self.cache[key] = _plan_tensors(self, key)
-        return self.cache[key]
+        return kept(self.cache, key, lambda: _plan_tensors(self, key))
 
     def tiles(self, block: int, device: torch.device | str) -> torch.Tensor:
         """Query tiles of `block` rows, int32 [T, 2] of (range, first row), longest work first, then in row order.
@@ -120,10 +117,7 @@ class AttentionPlan:
         Tiles start at range starts, never across ranges: what makes results independent of the rest of a pack.
         """
         key = (block, torch.device(device))
-        if key not in self.cache:
-            with torch.inference_mode(False):
-                self.cache[key] = _plan_tiles(self, *key)
-        return self.cache[key]
+        return kept(self.cache, key, lambda: _plan_tiles(self, *key))
 
     def whole_tiles(self, rows: int, keys: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
         """Tables for a kernel that loads tiles of exactly `keys` key rows and must not load a row that is not visible.
@@ -133,10 +127,7 @@ class AttentionPlan:
         already in the tile before). The last tile of an interval ends with it, so it may overlap the one before.
         """
         key = (rows, keys, torch.device(device))
-        if key not in self.cache:
-            with torch.inference_mode(False):
-                self.cache[key] = _whole_tiles(self, *key)
-        return self.cache[key]
+        return kept(self.cache, key, lambda: _whole_tiles(self, *key))
 
     @functools.cached_property
     def cache(self) -> dict[Any, Any]:

@@ -7,20 +7,35 @@ import os
 import re
 from importlib import metadata
 from types import ModuleType
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 from uniref_fast import native
 from uniref_fast.kernels.segment_attention_config import HEAD_DIMS
 
-__all__ = ["IMPLEMENTATIONS", "Rounding", "choose", "explain", "module", "one_of", "unavailable", "unit_stride"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Rounding",
+    "choose",
+    "explain",
+    "first_order_only",
+    "inside_transform",
+    "module",
+    "not_batched",
+    "one_of",
+    "unavailable",
+    "unit_stride",
+    "upstream",
+]
 
 Rounding = Literal["once", "eager"]
 """Round the result of a fused op once, or wherever eager PyTorch rounds."""
 IMPLEMENTATIONS = ("reference", "native", "triton")
 TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
+LIBRARY = torch.library.Library("uniref_fast", "FRAGMENT")
 
 
 def _triton_missing() -> str | None:
@@ -33,6 +48,20 @@ def _triton_missing() -> str | None:
     return f"triton {version} is installed, at least 3.6 is needed" if older else None
 
 
+def inside_transform() -> str | None:
+    """Say why no fused kernel can serve here, inside a transform of functions, or return None outside of all.
+
+    PyTorch hands a kernel plain tensors. The tangents of forward-mode differentiation and the gradients and batch
+    dimensions of `torch.func` would be lost on the way, without an error.
+    """
+    active = None
+    if torch._C._are_functorch_transforms_active():
+        active = "a torch.func transform (grad, vjp, jvp, vmap and what is built on them)"
+    elif forward_ad._current_level >= 0:
+        active = "forward-mode differentiation"
+    return f"inside {active}, which fused kernels do not support; impl='reference' does" if active else None
+
+
 TRITON_MISSING = _triton_missing()  # once: torch.compile cannot trace it
 
 
@@ -41,6 +70,8 @@ def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) ->
     device, dtype = tensor.device.type, tensor.dtype
     if impl == "reference":
         return None
+    if why := inside_transform():
+        return why
     if impl == "native":
         if device != "cpu":
             return f"native kernels run on CPU tensors, this one is on {tensor.device}"
@@ -106,6 +137,38 @@ def one_of(name: str, value: str, *known: str) -> bool:
     return value == known[-1]
 
 
+def first_order_only(*names: str) -> None:
+    """Have backward ops raise an error where second derivatives or batches of gradients are taken through them."""
+    for name in names:
+        torch.library.register_autograd(f"uniref_fast::{name}", lambda ctx, *grads: _refuse("second derivatives"))
+    not_batched(*names)
+
+
+def not_batched(*names: str) -> None:
+    """Have ops raise an error under vmap, of `torch.func` and of `torch.autograd.grad(is_grads_batched=True)`."""
+    what = "batches of gradients (vmap over a backward)"
+    for name in names:
+        torch.library.register_vmap(f"uniref_fast::{name}", lambda info, in_dims, *args: _refuse(what))
+        LIBRARY.impl(name, lambda *args: _refuse(what), "Batched")
+
+
+def _refuse(what: str) -> NoReturn:
+    raise NotImplementedError(
+        f"fused kernels have no {what}: use impl='reference' in the forward, or unpatch() a patched model first"
+    )
+
+
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     """x, copied where its last dimension is not contiguous (an expanded gradient, for one)."""
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
+
+
+def upstream(grad: torch.Tensor) -> torch.Tensor:
+    """Return an upstream gradient in the form that a fused backward takes.
+
+    Raises:
+        NotImplementedError: inside a transform, which would be lost: the forward was outside of it.
+    """
+    if inside_transform():
+        _refuse("backward inside a transform of torch.func or forward mode")
+    return unit_stride(grad)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from uniref_fast.ops._dispatch import first_order_only, upstream
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["backend", "rectangles_of"]
@@ -183,10 +184,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, _):
     op = torch.ops.uniref_fast.dense_attention_backward
-    return *op(grad.contiguous(), *ctx.saved_tensors, ctx.rectangles, ctx.scale), None, None
+    return *op(upstream(grad).contiguous(), *ctx.saved_tensors, ctx.rectangles, ctx.scale), None, None
 
 
 _dense_attention.register_autograd(_differentiate, setup_context=_save)
+first_order_only("dense_attention_backward")
 
 
 def _backend(x: Tensor) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.ops._dispatch import choose, one_of
+from uniref_fast.ops._dispatch import choose, inside_transform, one_of
 from uniref_fast.ops.norm_modulate import Norm, _check, norm_modulate_reference
 
 __all__ = ["gelu_fp8", "norm_modulate_fp8", "quantize_fp8", "scaled_linear"]
@@ -34,8 +34,13 @@ def quantize_fp8(x: Tensor) -> Quantized:
 
     Returns:
         values float8_e4m3fn `[N, C]` and row_scale float32 `[N]` (1 for a row of zeros), with
-        `x ~ values * row_scale[:, None]`.
+        `x ~ values * row_scale[:, None]`. Neither carries a gradient.
+
+    Raises:
+        ValueError: inside a transform of `torch.func` or forward-mode differentiation.
     """
+    if inside_transform():
+        raise ValueError("8-bit ops have no derivatives: call them outside of torch.func transforms and forward mode")
     wide = x.detach().to(torch.float32)
     largest = wide.abs().amax(-1)
     row_scale = torch.where(largest > 0, (largest / FP8_MAX).clamp(min=2.0**-126), 1.0)  # normal, so 0 / it is 0

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.ops._dispatch import Rounding, choose, module, one_of, unit_stride
+from uniref_fast.ops._dispatch import Rounding, choose, first_order_only, module, one_of, upstream
 
 __all__ = [
     "gate_residual",
@@ -296,7 +296,7 @@ def _differentiate_norm_modulate(ctx, grad):
     x, scale, rows = ctx.saved_tensors
     row_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     op = torch.ops.uniref_fast.norm_modulate_backward
-    dx, *tables = op(unit_stride(grad), x, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
+    dx, *tables = op(upstream(grad), x, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
     dshift, dscale = tables or (None, None)
     return dx, dshift if ctx.shifted else None, dscale, None, None, None, None, None
 
@@ -309,7 +309,7 @@ def _save_gate_residual(ctx, inputs, output) -> None:
 def _differentiate_gate_residual(ctx, grad):
     y, gate, rows = ctx.saved_tensors
     op = torch.ops.uniref_fast.gate_residual_backward
-    dy, *dgate = op(unit_stride(grad), y, gate, rows, ctx.needs_input_grad[2], ctx.impl)
+    dy, *dgate = op(upstream(grad), y, gate, rows, ctx.needs_input_grad[2], ctx.impl)
     return grad, dy, dgate[0] if dgate else None, None, None, None
 
 
@@ -323,7 +323,7 @@ def _differentiate_gate_residual_norm_modulate(ctx, grad_x_out, grad_normed):
     x_out, y, gate, scale, rows = ctx.saved_tensors
     row_grads = any(ctx.needs_input_grad[2:5])
     op = torch.ops.uniref_fast.gate_residual_norm_modulate_backward
-    grads = (unit_stride(grad_x_out), unit_stride(grad_normed))
+    grads = (upstream(grad_x_out), upstream(grad_normed))
     dx, dy, *tables = op(*grads, x_out, y, gate, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
     dgate, dshift, dscale = tables or (None, None, None)
     return dx, dy, dgate, dshift if ctx.shifted else None, dscale, None, None, None, None, None
@@ -334,3 +334,4 @@ _gate_residual.register_autograd(_differentiate_gate_residual, setup_context=_sa
 _gate_residual_norm_modulate.register_autograd(
     _differentiate_gate_residual_norm_modulate, setup_context=_save_gate_residual_norm_modulate
 )
+first_order_only("norm_modulate_backward", "gate_residual_backward", "gate_residual_norm_modulate_backward")

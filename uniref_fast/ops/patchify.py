@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast.layout import Grid
-from uniref_fast.ops._dispatch import choose, module, unit_stride
+from uniref_fast.ops._dispatch import choose, module, not_batched, upstream
 
 __all__ = ["pack", "pack_reference", "unpack", "unpack_reference"]
 
@@ -132,12 +132,13 @@ def _save_unpack(ctx, inputs, output) -> None:
 
 
 def _differentiate_pack(ctx, grad):
-    return torch.ops.uniref_fast.unpack(unit_stride(grad), ctx.grids, ctx.impl), None
+    return torch.ops.uniref_fast.unpack(upstream(grad), ctx.grids, ctx.impl), None
 
 
 def _differentiate_unpack(ctx, grads):
-    return torch.ops.uniref_fast.pack(grads, ctx.impl), None, None
+    return torch.ops.uniref_fast.pack([upstream(grad) for grad in grads], ctx.impl), None, None
 
 
 _pack.register_autograd(_differentiate_pack, setup_context=_save_pack)
 _unpack.register_autograd(_differentiate_unpack, setup_context=_save_unpack)
+not_batched("pack", "unpack")

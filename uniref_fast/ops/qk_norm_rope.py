@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast.layout import SelfLayout
-from uniref_fast.ops._dispatch import Rounding, choose, module, one_of, unit_stride
+from uniref_fast.ops._dispatch import Rounding, choose, first_order_only, module, one_of, upstream
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference"]
 
@@ -208,7 +208,7 @@ def _differentiate(ctx, dq, dk, dv):
     saved = ctx.saved_tensors
     weights = saved[4:8]
     weight_grads = any(ctx.needs_input_grad[6:10])
-    grads = [unit_stride(g) for g in (dq, dk, dv)]
+    grads = [upstream(g) for g in (dq, dk, dv)]
     op = torch.ops.uniref_fast.qk_norm_rope_backward
     (*streams,) = op(*grads, *saved, ctx.eps, weight_grads, ctx.impl)
     of_weights = iter(streams[6:])
@@ -220,3 +220,4 @@ def _differentiate(ctx, dq, dk, dv):
 
 
 _qk_norm_rope.register_autograd(_differentiate, setup_context=_save)
+first_order_only("qk_norm_rope_backward")

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from uniref_fast import native, tuning
 from uniref_fast.kernels import segment_attention_config as configs
-from uniref_fast.ops._dispatch import IMPLEMENTATIONS, choose, one_of, unavailable, unit_stride
+from uniref_fast.ops._dispatch import (
+    IMPLEMENTATIONS,
+    choose,
+    first_order_only,
+    inside_transform,
+    one_of,
+    unavailable,
+    unit_stride,
+    upstream,
+)
 from uniref_fast.ops.dense_attention import backend, rectangles_of
 from uniref_fast.visibility import AttentionPlan
 
@@ -96,7 +105,7 @@ def segment_attention(
 
     Returns:
         out `[Nq, H, D]`, dtype of q; with `return_lse`, `(out, lse)`. A query that sees no key gives 0 and -inf.
-        Differentiable in q, k and v; lse carries no gradient.
+        Differentiable in q, k and v; lse carries no gradient outside of `torch.func` and forward mode.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
@@ -133,11 +142,16 @@ def explain_attention(
     """
     if impl is not None:
         one_of("impl", impl, *IMPLEMENTATIONS, "dense")
-        if impl == "dense" and backend(q) is None:
-            raise ValueError(
-                f"impl='dense' is not possible here: PyTorch's fused attention does not take {q.dtype} on {q.device}"
-            )
-        return impl if impl == "dense" else choose(impl, q, q.shape[-1]), "asked for"
+        if impl != "dense":
+            return choose(impl, q, q.shape[-1]), "asked for"
+        why = inside_transform() or (
+            None if backend(q) else f"PyTorch's fused attention does not take {q.dtype} on {q.device}"
+        )
+        if why:
+            raise ValueError(f"impl='dense' is not possible here: {why}")
+        return impl, "asked for"
+    if why := inside_transform():
+        return "reference", why
     key = ("choice", q.device, q.dtype, q.shape[1:], backward)
     if key not in plan.cache:
         plan.cache[key] = _choose(q, plan, backward)
@@ -209,7 +223,8 @@ def segment_attention_reference(
         for rows in q[start:end].split(REFERENCE_ROWS):
             logits = torch.einsum("qhd,khd->hqk", rows.to(compute), keys) * scale
             outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
-            lses.append(logits.detach().logsumexp(-1).to(torch.float32))
+            # As from the other implementations, except where a missing derivative would be a silent zero.
+            lses.append((logits if inside_transform() else logits.detach()).logsumexp(-1).to(torch.float32))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
@@ -301,8 +316,9 @@ def _differentiate(ctx, grad, _):
     q, k, v, out, lse, *plan = ctx.saved_tensors  # once: activation checkpointing makes them again at each access
     tables, transposed = plan[: ctx.counts[0]], plan[ctx.counts[0] :]
     op = torch.ops.uniref_fast.segment_attention_backward
-    grads = op(unit_stride(grad), q, k, v, out, lse, tables, transposed, ctx.scale, ctx.impl)
+    grads = op(upstream(grad), q, k, v, out, lse, tables, transposed, ctx.scale, ctx.impl)
     return *grads, [None] * ctx.counts[0], [None] * ctx.counts[1], None, None
 
 
 _segment_attention.register_autograd(_differentiate, setup_context=_save)
+first_order_only("segment_attention_backward")
