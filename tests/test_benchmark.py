@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from uniref_fast import builtin
+from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.cli import main
 from uniref_fast.training import benchmark
 from uniref_fast.training import benchmark_model as models
@@ -549,6 +550,37 @@ def test_a_broken_row_is_reported_and_the_others_are_evaluated(data, tmp_path, c
 
 
 # ---- the command ----
+
+
+def test_a_row_that_only_the_text_encoder_refuses_is_named_and_passed_over(data, tmp_path, monkeypatch, capsys):
+    """Also when it shares a batch with others, whose results are those that they have without it."""
+    lines = (data / "heldout_objects.jsonl").read_text().splitlines()[:3]
+    odd = json.dumps(json.loads(lines[0]) | {"instruction": "unspeakable"})
+    for name, rows in (("with", [lines[0], odd, *lines[1:]]), ("without", lines)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    encode = SmallQwenImageEditPlusPipeline.encode_prompt
+
+    def refuse(self, *args, **options):
+        if "unspeakable" in str(options.get("prompt")):
+            raise ValueError("no such word")
+        return encode(self, *args, **options)
+
+    monkeypatch.setattr(SmallQwenImageEditPlusPipeline, "encode_prompt", refuse)
+    for name in ("with", "without"):
+        settings = ("--image-folder", data, "--steps", 2, "--budget", 32, "--target-side", 32, "--batch", 4)
+        assert run(capsys, tmp_path / f"{name}.jsonl", "--out", tmp_path / name, *settings)[0] == 0
+    rows = results(tmp_path / "with")["rows"]
+    assert [row.get("error") for row in rows] == [None, "the text encoder refuses it: no such word", None, None]
+    assert rows[1]["where"] == "with.jsonl:2" and len(images(tmp_path / "with")) == 3
+
+
+def test_an_error_that_no_row_is_to_blame_for_ends_the_evaluation(config, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise ValueError("x")
+
+    monkeypatch.setattr(benchmark, "edit", fail)
+    with pytest.raises(ValueError, match=r"^x$"):
+        evaluate(replace(config, out=tmp_path / "out"))
 
 
 def test_the_command_prints_a_table_and_differences(config, data, whole, tmp_path, capsys):

@@ -1,13 +1,16 @@
 """Readers of training data: every file kind and naming, references in order, and an error for every kind of damage."""
 
+import base64
 import io
 import json
+import os
 import pickle
 import random
 import tarfile
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +18,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from uniref_fast.cli import main
+from uniref_fast.encode import prompt_embeddings
 from uniref_fast.training import readers
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.rows import BrokenFileError, Dataset, RowError, left_out
@@ -249,6 +254,84 @@ def test_a_broken_row_says_where_and_why_and_the_others_are_read(folder, values,
     assert meaning(dataset[0]) == meaning(dataset[2]) == TWO
     again = pickle.loads(pickle.dumps(error.value))  # as from a worker
     assert str(again) == str(error.value) and isinstance(again, RowError)
+
+
+def refused_paths(folder):
+    """Paths that the file system refuses, or that are no file, with a part of the reason."""
+    (folder / "sub").mkdir()
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    os.mkfifo(folder / "pipe.png")
+    picture = base64.b64encode(encoded(RED)).decode()
+    return {
+        picture * 40: "characters: it is an encoded picture, not a path",
+        "data:image/png;base64," + picture * 40: "it is an encoded picture, not a path",
+        picture[16:] * 40: "File name too long",
+        "x" * 256 + ".png": "File name too long",
+        "a/" * 3000 + "x.png": "File name too long",
+        "a\0b.png": "the system refuses that path (",
+        "\ud800.png": "the system refuses that path (",
+        "loop.png": "Too many levels of symbolic links",
+        "dangling.png": "no picture file 'dangling.png' (looked for ",
+        "r.png/x.png": "Not a directory",
+        "sub": "is a folder",
+        "pipe.png": "is not a plain file",
+    }
+
+
+def test_a_path_that_the_file_system_refuses_is_a_broken_row(folder, capsys):
+    paths = refused_paths(folder)
+    lines = [row(), *(row([path]) for path in paths), *(row(target=path) for path in paths), row()]
+    write_jsonl(folder / "rows.jsonl", lines)
+    dataset = Dataset(folder / "rows.jsonl")
+    assert meaning(dataset[0]) == meaning(dataset[-1]) == TWO
+    for index, reason in enumerate([*paths.values()] * 2, start=1):
+        with pytest.raises(RowError) as error:
+            dataset[index]
+        assert str(error.value).startswith(f"rows.jsonl:{index + 1}: ") and reason in str(error.value)
+        assert len(str(error.value)) < 600
+    assert main(["data", "check", str(folder / "rows.jsonl"), "--show", "100"]) == 1
+    assert f"{len(lines)} in 1 file(s), {len(lines) - 2} broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_a_path_that_may_not_be_looked_at_is_a_broken_row(folder, monkeypatch, error):
+    dataset = Dataset(write_jsonl(folder / "rows.jsonl", [row()]))
+
+    def refuse(self, **options):
+        raise error
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(RowError, match=rf"^rows.jsonl:1: no picture file 'r.png': .*{error.strerror}"):
+        dataset[0]
+
+
+def test_names_that_are_not_utf_8_can_be_read_and_printed(folder, capsys):
+    """Python gives the bytes of such a name as half surrogate pairs, which no terminal takes."""
+    odd = os.fsdecode(b"\xff.png")
+    (folder / odd).write_bytes(encoded(RED))
+    (folder / os.fsdecode(b"\xfe.png")).write_bytes(b"no picture")
+    lines = [row([odd]), row([os.fsdecode(b"\xfe.png")]), row(id="\ud800"), row(task_type="\ud800")]
+    path = write_jsonl(folder / os.fsdecode(b"\xfd.jsonl"), lines)
+    dataset = Dataset(path)
+    assert meaning(dataset[0]) == ONE and dataset[2].key == "\\ud800"
+    with pytest.raises(RowError, match="task_type has half a surrogate pair"):
+        dataset[3]
+    assert main(["data", "check", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "\\udcfd.jsonl:2: \\udcfe.png: not a picture" in out and "2 broken" in out
+
+
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
+def test_an_instruction_with_a_placeholder_of_pictures_is_a_broken_row(folder, builtin_pipe, token):
+    dataset = Dataset(write_jsonl(folder / "a.jsonl", [row(text=f"put {token} here"), row(text="<|im_end|> is fine")]))
+    with pytest.raises(
+        RowError, match=r"^a.jsonl:1: instruction has <\|.*_pad\|>, which stands for the tokens of a picture"
+    ):
+        dataset[0]
+    assert dataset[1].instruction == "<|im_end|> is fine"
+    with pytest.raises(ValueError, match="_pad"):  # the reason
+        prompt_embeddings(builtin_pipe, token, [], [])
 
 
 @pytest.mark.parametrize("numbers", [(1, 2), (0, 2), ("", 0), ("00",)])

@@ -11,7 +11,7 @@ from uniref_fast import builtin
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens, to_rgb
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.images import ImageSource
-from uniref_fast.training.rows import Row
+from uniref_fast.training.rows import Row, RowError
 from uniref_fast.training.samples import EMPTY, Encoder
 
 SIZES = [(96, 64), (40, 200), (64, 64), (33, 47)]  # target, then references: wide, tall, square, odd
@@ -51,6 +51,20 @@ def encoded_by(encoder, row, key=(0, 0), side=48, target_side=32):
 
 def same(first, second):
     return all(torch.equal(getattr(first, name), getattr(second, name)) for name in ("target", "references", "text"))
+
+
+# ---- rows that cannot be used ----
+
+
+def test_a_row_that_the_text_encoder_refuses_is_named(builtin_pipe, monkeypatch):
+    def refuse(**options):
+        raise IndexError("token 5 is none")
+
+    encoder = encoder_of(builtin_pipe)
+    prepared = encoder.prepare(row(1), (0, 0), 48, 16)
+    monkeypatch.setattr(builtin_pipe, "encode_prompt", refuse)
+    with pytest.raises(RowError, match=r"^rows.jsonl:3: the text encoder refuses it: token 5 is none"):
+        encoder.encode_conditions(prepared, prepared.load_references())
 
 
 # ---- text ----

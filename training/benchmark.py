@@ -37,7 +37,7 @@ from uniref_fast.training import benchmark_model as models
 from uniref_fast.training import benchmark_report as report
 from uniref_fast.training.benchmark_journal import Journal
 from uniref_fast.training.benchmark_measure import judged, measured, through_vae
-from uniref_fast.training.benchmark_rows import Planned, files_of, plan
+from uniref_fast.training.benchmark_rows import Planned, files_of, plan, refusal
 from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.images import ImageSource
 from uniref_fast.training.judge import Judge, JudgeConfig
@@ -364,7 +364,7 @@ class _Evaluation:
                 records[i]["error"] = reason
         lacking = [i for i in plans if i in to_do and not self._made_already(label, i)]
         if lacking:
-            for i, image in zip(plans, self._images(list(plans.values())), strict=True):
+            for i, image in self._edited(plans, records).items():
                 if i in lacking:
                     write_whole(self._image(label, i), functools.partial(image.save, format="PNG"))
         for i in to_do:
@@ -386,6 +386,21 @@ class _Evaluation:
         if config.baseline == "vae" and planned.target is None:
             raise ValueError("no target picture, which the baseline vae needs")
         return planned
+
+    def _edited(self, plans: dict[int, Planned], records: dict[int, dict[str, Any]]) -> dict[int, Image.Image]:
+        """Results of the plans; those that the text encoder refuses leave the plans, with the reason as their error."""
+        try:
+            return dict(zip(plans, self._images(list(plans.values())), strict=True))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, IndexError, RuntimeError):
+            refused = {i: reason for i, planned in plans.items() if (reason := refusal(self.pipe, planned))}
+            if not refused:
+                raise
+        for i, reason in refused.items():
+            records[i]["error"] = reason
+            del plans[i]
+        return self._edited(plans, records) if plans else {}
 
     def _images(self, plans: Sequence[Planned]) -> list[Image.Image]:
         config = self.config

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import torch
 from PIL import Image
 
 from uniref_fast.budget import fit_to_budget
+from uniref_fast.encode import prompt_embeddings
 from uniref_fast.request import EditRequest, geometry, validated
 from uniref_fast.training.flow import draw
 from uniref_fast.training.rows import Dataset, Row, RowError
 
-__all__ = ["Planned", "files_of", "plan"]
+__all__ = ["Planned", "files_of", "plan", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +113,16 @@ def plan(
     if target is not None and target.size != made:
         target = target.resize(made, Image.Resampling.LANCZOS)
     return Planned(row, target, request, made)
+
+
+@torch.no_grad()
+def refusal(pipe: Any, planned: Planned) -> str | None:
+    """Why the pipeline's text encoder refuses a row's instruction or pictures; None where it takes them."""
+    request = planned.request
+    try:
+        prompt_embeddings(pipe, request.prompt, request.images, geometry(pipe, request).condition_sizes)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        return f"the text encoder refuses it: {error}"
+    return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from uniref_fast.training.readers import from_json
+from uniref_fast.training.readers import ENCODED, from_json, printable
 
 __all__ = [
     "FORMATS",
@@ -119,6 +119,7 @@ FORMATS = (
 )
 
 KEYS = ("key", "case_id", "id", "idx")  # what data sets call a row's own name; the first that a row has
+PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")  # which Qwen's processors replace with a picture's tokens
 TEXT_KEYS = ("instruction", "prompt", "caption")
 PICTURE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
@@ -206,9 +207,11 @@ class Parts:
             if isinstance(target[1], list):
                 raise ValueError(f"{form.target} must be one picture, got a list of {len(target[1])}")
         task_type = values.get("task_type", values.get(form.task or ""))
-        if not isinstance(task_type, (str, type(None))):
-            name = "task_type" if "task_type" in values else form.task
-            raise ValueError(f"{name} must be a text, got {task_type!r}")
+        if task_type is not None:
+            name = "task_type" if "task_type" in values else str(form.task)
+            if not isinstance(task_type, str):
+                raise ValueError(f"{name} must be a text, got {task_type!r:.80}")
+            _refuse_half_characters(name, task_type)
         instruction = _instruction(values, form, len(references))
         own_names = (form.key,) if form.key else KEYS
         key, language = next((values[key] for key in own_names if key in values), None), values.get(form.language or "")
@@ -219,7 +222,7 @@ class Parts:
 
 def _word(value: Any) -> str | None:
     """A label as a text; None for anything that is none."""
-    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
+    return printable(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def _object(value: Any) -> Mapping[str, Any] | None:
@@ -253,7 +256,6 @@ def _refuse_strays(values: Mapping[str, Any], form: Format, names_file: Callable
 
 NO_PICTURES = (".jsonl", ".json", ".parquet", ".tar", ".zip", ".gz", ".tgz", ".txt", ".csv", ".tsv", ".md", ".toml",
                ".yaml", ".yml", ".py", ".log")  # fmt: skip
-ENCODED = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # data URIs; base64 of PNG, JPEG, GIF and WebP
 
 
 def _holds_pictures(value: Any, names_file: Callable[[str], bool]) -> bool:
@@ -317,8 +319,17 @@ def _instruction(values: Mapping[str, Any], form: Format, references: int) -> st
         raise ValueError(f"{key} must be a text, got {text!r:.80}")
     if not text.strip():
         raise ValueError(f"{key} is empty")
+    _refuse_half_characters(key, text)
+    if tokens := [token for token in PLACEHOLDERS if token in text]:
+        raise ValueError(
+            f"{key} has {tokens[0]}, which stands for the tokens of a picture; the text encoder refuses it: "
+            'write "picture 1" and so on'
+        )
+    return text
+
+
+def _refuse_half_characters(key: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{key} has half a surrogate pair, which is no text: {text!r:.80}") from None
-    return text

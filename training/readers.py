@@ -35,6 +35,7 @@ __all__ = [
     "printable",
 ]
 
+ENCODED = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # data URIs; base64 of PNG, JPEG, GIF and WebP
 BOM = b"\xef\xbb\xbf"
 
 
@@ -126,10 +127,15 @@ def located(path: str, folder: Path) -> Path:
             raise ValueError(f"path {path!r:.80} leaves its folder {folder}; use a path inside it, or an absolute one")
         full = folder / inside
     shown = repr(path) if len(path) <= 200 else f"{path[:60]!r}... of {len(path):,} characters"
+    if len(path) > 200 and path.startswith(ENCODED):
+        raise ValueError(
+            f"no picture file {shown}: it is an encoded picture, not a path; write it to a file, or as bytes to parquet"
+        )
     try:
         mode = full.stat().st_mode
     except FileNotFoundError:
-        raise ValueError(f"no picture file {shown} (looked for {printable(full)})") from None
+        where = printable(full) if len(path) <= 200 else f"it in {printable(folder)}"
+        raise ValueError(f"no picture file {shown} (looked for {where})") from None
     except (OSError, ValueError) as error:  # too long a name, no permission, links in a circle; a NUL, half a surrogate
         reason = error.strerror if isinstance(error, OSError) else printable(error)
         raise ValueError(f"no picture file {shown}: the system refuses that path ({reason})") from None

@@ -41,6 +41,7 @@ from uniref_fast.training.readers import (
     RowGroupCache,
     filled,
     from_json,
+    printable,
 )
 from uniref_fast.training.tars import TarReader
 
@@ -355,7 +356,7 @@ def _source(name: str, value: Any, record: Record) -> ImageSource:
     path, data = value, None
     if isinstance(value, dict):
         path, data = value.get("path"), value.get("bytes")
-        name = f"{name} ({path})" if path else name
+        name = f"{name} ({printable(path)})" if path else name
     elif isinstance(value, bytes):
         data = value
     if isinstance(data, bytes):
@@ -411,7 +412,7 @@ def _find_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], set[Path
     twice = [str(file) for file, count in Counter(file.resolve() for file, _ in found).items() if count > 1]
     if twice:
         raise ValueError(f"given twice: {', '.join(twice)}; its rows would count double")
-    names = _distinct_names(found)
+    names = list(map(printable, _distinct_names(found)))
     return list(zip([file for file, _ in found], names, strict=True)), named, left_out
 
 

@@ -129,6 +129,9 @@ class Encoder:
         """References `[m, C]` and prompt embeddings `[l, D]` of a prepared row; `load_references()` gave the images.
 
         `instruction` stands in for the row's, such as the empty one that guidance needs.
+
+        Raises:
+            RowError: for a row that the text encoder refuses; with its place.
         """
         made, device = prepared.geometry, self.device
         sources = [] if prepared.dropped else list(prepared.row.references)
@@ -138,7 +141,12 @@ class Encoder:
         words = prepared.instruction if instruction is None else instruction
         key = content_key(self._text, words, digests, made.condition_sizes)
         seen = made.condition_sizes
-        text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, seen, device))
+        try:
+            text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, seen, device))
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise RowError(prepared.row.where, f"the text encoder refuses it: {error}") from error
         if instruction is None and len(text) != prepared.sample.text:
             raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
         return torch.cat([none, *parts]), text.to(device)

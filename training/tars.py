@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from uniref_fast.training.formats import PICTURE_SUFFIXES, TEXT_KEYS, is_picture_key
 from uniref_fast.training.images import ImageSource
-from uniref_fast.training.readers import BOM, BrokenFileError, Reader, Record, from_json
+from uniref_fast.training.readers import BOM, BrokenFileError, Reader, Record, from_json, printable
 
 __all__ = ["TarReader"]
 
@@ -71,7 +71,7 @@ class TarReader(Reader):
         return len(self._samples)
 
     def place(self, row: int) -> str:
-        return f"{self.name}:{self._samples[row]}"
+        return f"{self.name}:{printable(self._samples[row])}"
 
     def record(self, row: int) -> Record:
         key = self._samples[row]
@@ -116,7 +116,7 @@ class TarReader(Reader):
             raise ValueError(f"no member {name!r} in the archive")
         if member.problem:
             raise ValueError(f"member {name!r} {member.problem}")
-        return ImageSource(name, self.path, member.offset, member.length)
+        return ImageSource(printable(name), self.path, member.offset, member.length)
 
 
 def _index(path: Path, name: str) -> list[tuple[str, _Member]]:

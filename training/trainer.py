@@ -118,7 +118,7 @@ class Trainer(Run):
             try:
                 encoded[key] = self.encoder.encode(prepared, step_packs.images[key].result())
             except (ValueError, OSError) as error:
-                unread[key] = (prepared.row.where, str(error))
+                unread[key] = (prepared.row.where, str(error).removeprefix(f"{prepared.row.where}: "))
         return encoded, unread
 
     def _batches(
