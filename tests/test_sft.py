@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from uniref_fast import builtin
 from uniref_fast.scenes import demo_scene
-from uniref_fast.training import checkpoint, launch, sft, trainer
+from uniref_fast.training import checkpoint, launch, lineage, sft, trainer
 from uniref_fast.training.recipes import SFT, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -404,11 +404,66 @@ def test_a_folder_that_holds_a_run(data, whole, capsys):
 
 
 def test_other_data(data, half, tmp_path, capsys):
+    """Beside a setting that may change: a refused command changes nothing."""
     other = tmp_path / "other"
     shutil.copytree(data, other)
     (other / "train.jsonl").write_text("".join((other / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
-    assert sft.main(flags(other, half, "--resume", "auto")) == 2
+    before = contents(half)
+    assert sft.main(flags(other, half, "--resume", "auto", "--warmup", 3)) == 2
     assert "not what this run was trained on" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--visibility", "reference_causal"), "the attention of the model is fixed: visibility is full, not"),
+        (("--lora-rank", 4), "the rank of the adapter is fixed: lora_rank is none, not 4"),
+        (("--lora-alpha", 3), "the scale of the adapter is fixed: lora_alpha is 64.0, not 3.0"),
+        (("--steps", 1, "--stages.1.steps", 1), "2 stages need at least as many steps"),
+        (("--steps", 2, "--heldout", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(data, half, more, message, capsys):
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert contents(half) == before
+    assert SFT((Stage(64, 1, 1.0),), initial=half).attends == "full"
+
+
+def test_settings_that_change_are_recorded(data, whole, half):
+    assert sft.main(flags(data, half, "--resume", "auto", "--weight-decay", 0.3, "--workers", 1)) == 0
+    changed = [(event["step"], event["setting"], event["before"], event["now"]) for event in events(half, "changed")]
+    assert changed == [(2, "weight_decay", 0.0, 0.3), (2, "workers", 2, 1)]
+    assert losses(half)[2] == losses(whole)[2] and losses(half)[3] != losses(whole)[3]
+    assert json.loads((half / "config.json").read_text())["weight_decay"] == 0.3
+
+
+def test_another_place_of_the_same_model_goes_on_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", model)
+    out = tmp_path / "again"
+    shutil.copytree(half, out)
+    assert sft.main(flags(data, out, "--resume", "auto", "--model", model)) == 0
+    equal_to(whole, out)
+    file = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors = {name: tensor + 1 if number == 0 else tensor for number, (name, tensor) in enumerate(tensors.items())}
+    save_file(tensors, file, {"format": "pt"})
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto", "--model", model)) == 2
+    assert "was trained on top of other weights than those of model" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+def test_what_a_run_was_trained_as_is_what_its_checkpoint_says(half):
+    """Whatever has become of `config.json`, which older versions wrote for refused commands too."""
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "visibility": "reference_causal"}))
+    assert lineage.attends(half) == "full"
+    shutil.rmtree(half / "checkpoints")
+    assert lineage.attends(half) == "reference_causal", "all there is"
 
 
 def test_every_rank_says_what_ended_it(monkeypatch, capsys):

@@ -219,7 +219,7 @@ def test_weights_move_and_a_finished_model_is_never_half_replaced(whole, capsys)
     assert vae.main(flags(dataclasses.replace(SMALL, out=whole))) == 0
     assert contents(whole / "model") == before and "is there already" in capsys.readouterr().out
     assert vae.main(flags(dataclasses.replace(SMALL, out=whole, lr=0.1))) == 2
-    assert "begun with other settings (lr " in capsys.readouterr().err
+    assert "the peak learning rate is fixed: lr is " in capsys.readouterr().err
 
 
 def test_a_folder_that_holds_no_model(tmp_path, capsys):

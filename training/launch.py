@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 import time
@@ -16,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from uniref_fast.training import config as configs
+from uniref_fast.training import resume
 from uniref_fast.training.checkpoint import CheckpointError, Checkpoints, Newest
 from uniref_fast.training.feeder import BrokenRowsError
+from uniref_fast.training.lineage import attends
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.processes import end_with_launcher, locked
 from uniref_fast.training.recipes import Recipe
@@ -79,11 +82,12 @@ def launch(
         with locked(out, ranks) if alone else contextlib.nullcontext():
             newest = find(parsed.extra, ranks, parsed.config.keep)
             config = with_data(parsed.config, out, ranks)
+            changed = accept(config, newest, out, ranks)
             run = make(config, ranks, parsed.extra, newest.step)
             try:
                 run.validate()
                 if alone:
-                    begin(run, newest)
+                    begin(run, newest, changed)
             except BaseException:
                 run.close()
                 raise
@@ -143,16 +147,57 @@ def find(place: Place, ranks: Ranks, keep: int) -> Newest:
     return Newest(None, {}, [])
 
 
-def begin(run: Run, newest: Newest) -> None:
-    """Keep the configuration of a run that was built, and what its events are to say of the resumed checkpoint."""
-    kept = run.out / CONFIG_FILE
+def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from those of the checkpoint, or of the run where it has none. All ranks.
+
+    Raises:
+        ValueError: for a change of a setting that is fixed, or fewer steps than are done.
+    """
+    now = {**json.loads(configs.to_json(config)), "visibility": config.attends}
+    before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
+    if not before:
+        return {}
+    before["visibility"] = newest.state.get("visibility") or _attended(before)
+    changed = resume.changes(before, now)
+    if newest.step is not None:
+        resume.refuse(changed, out)
+        if config.total_steps < newest.step:
+            raise ValueError(
+                f"the run in {out} has done {newest.step} steps, and {config.total_steps} are given; give at least "
+                f"--steps {newest.step}, or begin another run with another --out"
+            )
+    return changed
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    """The configuration in the folder of a run, as JSON data; empty where there is none."""
+    try:
+        found = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{out / CONFIG_FILE} is damaged ({error}); put it right, or give another --out") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _attended(config: Mapping[str, Any]) -> str:
+    """How the model of a configuration attends."""
+    initial = config.get("initial")
+    return config.get("visibility") or attends(Path(initial) if initial else None) or "full"
+
+
+def begin(run: Run, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Keep the configuration of a run that was accepted, with events for what its resuming met. All ranks."""
     if newest.unverified:
         run.announce("unverified checkpoint", reason="it was written without checksums; only file sizes were verified")
     for name, reason in newest.damaged:
         run.announce("damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
+    for name, (before, now) in changed.items():
+        run.announce("changed", setting=name, before=before, now=now)
     run.checkpoints.set_aside([name for name, _ in newest.damaged])
     if run.ranks.rank == 0:
-        write_whole(kept, lambda file: file.write(configs.to_json(run.config).encode()))
+        text = configs.to_json(run.config).encode()
+        write_whole(run.out / CONFIG_FILE, lambda file: file.write(text))
 
 
 def _failed(name: str, error: BaseException, status: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -45,9 +46,20 @@ def attends(run: Path | None) -> str | None:
     """
     seen: list[Path] = []
     while run is not None and run.resolve() not in seen:
-        if visibility := said(run, "visibility"):
+        if visibility := _trained_with(run) or said(run, "visibility"):
             return "reference_causal" if visibility == "group_shared" else visibility  # alike for a sample alone
         seen.append(run.resolve())
         before = said(run, "initial")
         run = None if before is None else Path(before)
+    return None
+
+
+def _trained_with(run: Path) -> str | None:
+    """The visibility in the newest checkpoint of a run; None for a folder without checkpoints, or with older ones."""
+    steps = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
+    for path in steps:
+        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # one that is damaged
+            found = json.loads((path / "state.json").read_text(encoding="utf-8"))["state"].get("visibility")
+            if isinstance(found, str) and path.name.removeprefix("step-").isdecimal():
+                return found
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -34,6 +35,7 @@ class TrainedModel:
         pipe: the pipeline; its encoders are frozen and whole on every rank.
         packed: the packed transformer, sharded.
         parameters: what is trained, by name in the transformer.
+        frozen: digest of the weights that are not trained, of transformer and encoders.
     """
 
     def __init__(self, config: Recipe, ranks: Ranks) -> None:
@@ -59,6 +61,7 @@ class TrainedModel:
                 parameter.data = parameter.data.to(master)
         if config.initial is not None and (config.initial / "lora").is_dir():
             self._unrounded(config.initial / "lora")
+        self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)
         self.packed = PackedQwenImage(transformer, trained=True)
         if config.compile:
             for block in self.packed.blocks:
@@ -168,6 +171,20 @@ class TrainedModel:
         self.pipe.transformer.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
+
+
+def _digest(*modules: torch.nn.Module) -> str:
+    """Hex digest of dtype, shape, first and last values of each frozen parameter.
+
+    It is independent of the parameters' names and order, which newer versions of a library change.
+    """
+    digests = []
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if not parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            ends = torch.cat([flat[:8], flat[-8:]]).float().cpu().numpy().tobytes()
+            digests.append(hashlib.sha256(f"{parameter.dtype} {list(parameter.shape)}".encode() + ends).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def _whole(parameter: Tensor) -> Tensor:

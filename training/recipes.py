@@ -159,6 +159,11 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
     @property
+    def attends(self) -> str:
+        """Who sees whom: the visibility that the model runs with."""
+        raise NotImplementedError
+
+    @property
     def sequences(self) -> int:
         """That a sample takes in a pack; two where it is run with guidance."""
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from uniref_fast.estimate import transformer_flops
+from uniref_fast.training import config as configs
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.evaluate import heldout_datasets
 from uniref_fast.training.feeder import agree
@@ -83,7 +85,10 @@ class RLTrainer(Run):
         self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
         self._prompts_state = self.prompts.state()
         self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
-        self.alarm = Alarm(config.alarm, self.saved.get("alarm"))
+        scored = ("rewards", "reward_weights", "axis_weights", "judge")  # other scores are not compared with these
+        before, now = self.saved.get("config", {}), json.loads(configs.to_json(config))
+        same = all(before[name] == now[name] for name in scored if name in before)
+        self.alarm = Alarm(config.alarm, self.saved.get("alarm") if same else None)
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notified)
         self.roller = Roller(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
 

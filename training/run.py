@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 from uniref_fast.estimate import transformer_flops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training.checkpoint import Checkpoints
+from uniref_fast.training.config import to_json
 from uniref_fast.training.ema import MovingAverage
 from uniref_fast.training.model import TrainedModel
 from uniref_fast.training.monitor import Monitor, peak_flops
@@ -245,13 +247,27 @@ class Run:
         updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
         stages = zip(self.config.stages, self.plans, strict=True)
         packs = [(stage.side, stage.target_side, plan.pack_tokens) for stage, plan in stages]
-        state = {**self.state(), "skipped": self.skipped, "updates": updates, "packs": packs}
+        state = {
+            **self.state(),
+            "skipped": self.skipped,
+            "updates": updates,
+            "packs": packs,
+            "config": json.loads(to_json(self.config)),
+            "visibility": self.config.attends,
+            "frozen": self.model.frozen,
+        }
         path = self.checkpoints.save(self.step, self._tensors(), state)
         self.saved_at = self.step
         self.monitor.event(self.step, "checkpoint", path=path.name)
 
     def _load(self, step: int) -> dict[str, Any]:
         state = self.checkpoints.load(step, self._tensors(), verify=False)
+        if state.get("frozen", self.model.frozen) != self.model.frozen:  # older checkpoints do not have it
+            raise ValueError(
+                f"the run in {self.out} was trained on top of other weights than those of model = {self.config.model}"
+                f"{f' with initial = {self.config.initial}' if self.config.initial else ''}; give the model that it "
+                "began with, or begin another run with another --out"
+            )
         for parameter, updates in zip(self.parameters, state["updates"], strict=True):
             self.optimizer.state[parameter]["step"].fill_(updates)
         self.step, self.skipped = step, state["skipped"]

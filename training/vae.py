@@ -10,12 +10,13 @@ Writes `runs/vae/model`: the whole built-in pipeline with this autoencoder and e
 from __future__ import annotations
 
 import functools
+import json
 import math
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from uniref_fast.builtin import components
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.scenes import contact_sheet
 from uniref_fast.training import config as configs
+from uniref_fast.training import resume
 from uniref_fast.training.checkpoint import CheckpointError, Checkpoints
 from uniref_fast.training.flow import draw
 from uniref_fast.training.images import ImageSource
@@ -121,9 +123,10 @@ def _run(config: VAE, ranks: Ranks) -> None:
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     checkpoints = Checkpoints(config.out / "checkpoints", ranks, keep=2)
     newest = checkpoints.newest()
-    done = newest.step or 0
+    done, settings = newest.step or 0, json.loads(configs.to_json(config))
+    changed = resume.changes(newest.state, settings)
     if done:
-        _refuse_changes(newest.state, _settings(config), config.out)
+        resume.refuse(changed, config.out, "vae.")
         checkpoints.load(done, _tensors(parameters, optimizer), verify=False)
         for state in optimizer.state.values():
             state["step"].fill_(done)
@@ -140,6 +143,8 @@ def _run(config: VAE, ranks: Ranks) -> None:
     ):
         for name, reason in newest.damaged:
             monitor.event(done, "damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
+        for name, (before, now) in changed.items():
+            monitor.event(done, "changed", setting=name, before=before, now=now)
         ahead = [pool.submit(crops, config, step) for step in range(done, min(done + 4, config.steps))]
         for step in range(done, config.steps):
             start, pixels = time.perf_counter(), ahead.pop(0).result().to(ranks.device)
@@ -162,7 +167,7 @@ def _run(config: VAE, ranks: Ranks) -> None:
                     decoded = vae.decode(vae.encode(held).latent_dist.mode()).sample
                 monitor.log(step + 1, {"eval/psnr": psnr(decoded, held).mean().item()})
                 monitor.image(step + 1, "heldout", _sheet(held, decoded))
-                checkpoints.save(step + 1, _tensors(parameters, optimizer), _settings(config))
+                checkpoints.save(step + 1, _tensors(parameters, optimizer), settings)
         _normalise(vae, config)
     for part in (vae, pipe.transformer, pipe.text_encoder):
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
@@ -258,17 +263,6 @@ def _tensors(parameters: dict[str, Tensor], optimizer: Any) -> dict[str, Tensor]
         tensors |= {f"{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
         tensors[f"model.{name}"] = parameter.detach()
     return tensors
-
-
-def _settings(config: VAE) -> dict[str, Any]:
-    """What decides the weights."""
-    return {key: value for key, value in asdict(config).items() if key not in ("out", "data", "save_every")}
-
-
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    odd = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
-    if odd:
-        raise ValueError(f"{out} was begun with other settings ({', '.join(odd)}); give another --out")
 
 
 def _sheet(wanted: Tensor, made: Tensor, columns: int = 8) -> Image.Image:

@@ -1,0 +1,132 @@
+"""Which settings of a run may change when it is resumed, and how the others are refused.
+
+The settings that a checkpoint was made with are in its state. A setting is *fixed* where another value would give the
+trained weights, the order of rows or the packs another meaning; it *may change* where it only decides what the next
+steps do. `model`, `initial` and `data` may name other places with the same content, which is compared where it is read
+(`TrainedModel.frozen`, `Dataset.fingerprint`). What has changed is an event of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FIXED", "MAY_CHANGE", "Fixed", "changes", "refuse"]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A setting that stays as it is.
+
+    Attributes:
+        words: what it is, for errors.
+        part: takes the value and returns the part that is fixed.
+    """
+
+    words: str
+    part: Callable[[Any], Any] = lambda value: value
+
+
+FIXED = {
+    # what the trained tensors are and compute
+    "lora_rank": Fixed("the rank of the adapter"),
+    "lora_alpha": Fixed("the scale of the adapter"),
+    "lora_targets": Fixed("the choice of layers that have an adapter"),
+    "dtype": Fixed("the dtype of the computation"),
+    "weight_dtype": Fixed("the dtype of the trained weights"),
+    "ema": Fixed("whether averaged weights are kept", lambda value: value is not None),
+    "visibility": Fixed("the attention of the model", lambda v: "reference_causal" if v == "group_shared" else v),
+    # which rows come when, in which packs
+    "seed": Fixed("the seed of rows, times and noise"),
+    "weights": Fixed("the share of the rows of each path of data"),
+    "columns": Fixed("the reading of the columns of rows"),
+    "cost": Fixed("the way in which packs are priced"),
+    # the autoencoder of the built-in model, whose steps are all drawn ahead
+    "vae.seed": Fixed("the seed of crops and noise"),
+    "vae.steps": Fixed("the number of steps"),
+    "vae.batch": Fixed("the number of crops of a step"),
+    "vae.side": Fixed("the size of the crops"),
+    "vae.lr": Fixed("the peak learning rate"),
+    "vae.kl": Fixed("the weight of the divergence"),
+}
+
+MAY_CHANGE = frozenset({
+    # other places with the same content
+    "model", "initial", "data", "image_folder", "vae.out", "vae.data",
+    # the curriculum and the optimizer from the next step on
+    "stages.side", "stages.steps", "stages.lr", "stages.target_side", "stages.pack_tokens", "stages.sequence_parallel",
+    "stages.checkpointing", "stages.references", "steps", "packs", "betas", "weight_decay", "warmup", "schedule",
+    "max_grad_norm", "t_mean", "t_std", "drop_text", "drop_references",
+    # what is evaluated, kept and shown
+    "heldout", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count", "sample_steps",
+    "sample_guidance", "tensorboard", "wandb", "alarm", "vae.save_every",
+    # how the machine is used
+    "cache", "workers", "memory_gib", "compile",
+    # when the run gives up
+    "max_skipped", "max_broken", "max_failures",
+    # a step of MSGRPO: its rollouts and its updates use the same settings, and nothing of it is left for the next one
+    "prompts", "group", "rollout_steps", "sampler", "noise", "window", "window_end", "guidance", "timesteps", "updates",
+    "inner_epochs", "clip", "clip_high", "advantage_clip", "advantage", "spread", "guard", "kl", "min_members",
+    "rewards", "reward_weights", "axis_weights",
+    # answers of the judge are reused by the content of the call, the model's name and the sampling included
+    "judge.url", "judge.model", "judge.concurrency", "judge.timeout", "judge.attempts", "judge.backoff",
+    "judge.backoff_limit", "judge.patience", "judge.temperature", "judge.seed", "judge.max_tokens", "judge.token_field",
+    "judge.samples", "judge.max_side", "judge.json_mode", "judge.key_variable", "judge.replay",
+})  # fmt: skip
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings with other values, as name -> (before, now); None stands for a stage that is not there.
+
+    Settings that one of them does not have, as that of another version, count as unchanged.
+
+    Args:
+        before, now: configurations as JSON data.
+    """
+    old, new = _leaves(before), _leaves(now)
+    names = [name for name in dict.fromkeys((*new, *old)) if (name in old and name in new) or name != _setting(name)]
+    return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def refuse(changed: Mapping[str, tuple[Any, Any]], out: Path, prefix: str = "") -> None:
+    """Raise ValueError where a fixed setting has changed.
+
+    Args:
+        changed: of `changes`.
+        out: folder of the run, for the message.
+        prefix: of the names in the table.
+    """
+    found = []
+    for name, (old, new) in changed.items():
+        fixed = FIXED.get(prefix + _setting(name))
+        if fixed is not None and fixed.part(old) != fixed.part(new):
+            found.append(f"{fixed.words} is fixed: {name} is {_shown(old)}, not {_shown(new)}")
+    if found:
+        raise ValueError(
+            f"the run in {out} cannot be resumed with other settings of what it has trained: {'; '.join(found)}. Give "
+            "the same, or begin another run with another --out"
+        )
+
+
+def _leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Plain values by dotted name; a list of objects has its indices as names."""
+    if isinstance(value, Mapping):
+        parts = [_leaves(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        parts = [_leaves(item, f"{name}.{i}") for i, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def _setting(name: str) -> str:
+    """Name in the tables: without the numbers of stages."""
+    return re.sub(r"\.\d+(?=\.|$)", "", name)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
