@@ -7,31 +7,12 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
+from patching import GRIDS, TOKENS, assert_patched_equals_stock, inputs, order, run
 
 import uniref_fast
 from uniref_fast.models.qwen_image_patch import SELF_CHECK_TOLERANCE, PatchedBlock
 from uniref_fast.patch import _grids
 from uniref_fast.testing import assert_within_budget, max_relative_error
-
-GRIDS = [(1, 4, 6), (1, 3, 5), (1, 1, 7)]
-TOKENS = sum(f * h * w for f, h, w in GRIDS)
-
-
-def inputs(dtype=torch.float32, batch=1, text=7, mask=None):
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(batch, TOKENS, 64, generator=generator).to(dtype),
-        "encoder_hidden_states": torch.randn(batch, text, 48, generator=generator).to(dtype),
-        "encoder_hidden_states_mask": mask,
-        "timestep": torch.rand(batch, generator=generator),
-        "img_shapes": [GRIDS] * batch,
-        "return_dict": False,
-    }
-
-
-def run(model, **kwargs):
-    with torch.no_grad():
-        return model(**inputs(**kwargs))[0]
 
 
 def forwards(model):
@@ -166,31 +147,6 @@ def test_reference_causal_matches_the_packed_model(make_transformer):
 
 
 # ---- the compatibility matrix: each cell works, or the original runs and the report says why ----
-
-
-def assert_patched_equals_stock(prepare, make_transformer, *, fallback=None, calls=2, tolerance=1e-4, patch_first):
-    """Run stock + feature and patched + feature in the given order of installation; compare every call."""
-    stock, model = make_transformer(True), make_transformer(True)
-    prepare(stock)
-    if patch_first:
-        report = uniref_fast.patch(model)
-        prepare(model)
-    else:
-        prepare(model)
-        report = uniref_fast.patch(model)
-    for _ in range(calls):
-        with stock.cache_context("cond"):
-            expected = run(stock)
-        with model.cache_context("cond"):
-            assert max_relative_error(run(model), expected) < tolerance
-    if fallback:
-        assert any(fallback in reason for reason in report.fallbacks), report
-    else:
-        assert report.calls.total() > 0 and not report.fallbacks, report
-    return model, report
-
-
-order = pytest.mark.parametrize("patch_first", [True, False])
 
 
 @order
@@ -328,30 +284,6 @@ def test_recomputation_knows_its_own_forward(make_transformer, elsewhere):
     assert all(torch.equal(*pair) for pair in zip(gradients(False), gradients(True), strict=True))
 
 
-@pytest.mark.parametrize("place", ["img_norm1", "txt_norm2", "attn.norm_q", "attn.norm_added_k"])
-def test_forward_hooks_of_norms_run(make_transformer, place):
-    stock, model = make_transformer(True), make_transformer(True)
-    report = uniref_fast.patch(model)
-    run(model)
-    for each in (stock, model):
-        norm = each.transformer_blocks[1].get_submodule(place)
-        norm.register_forward_hook(lambda module, args, out: 2 * out)
-    assert max_relative_error(run(model), run(stock)) < 1e-4
-    assert any("forward hooks" in reason for reason in report.fallbacks)
-
-
-def test_self_check_waits_for_dropout_to_end(make_transformer):
-    model = make_transformer(True)
-    for block in model.transformer_blocks:
-        block.attn.to_out[1].p = 0.5
-    report = uniref_fast.patch(model.train())
-    run(model)
-    assert report.max_rel_error is None and not report.fallbacks
-    model.eval()
-    run(model)
-    assert report.max_rel_error < 1e-4
-
-
 def test_controlnet_residuals(make_transformer):
     model, stock = make_transformer(True), make_transformer(True)
     residuals = [torch.randn(1, TOKENS, 128)]
@@ -425,16 +357,6 @@ def test_one_timestep_for_a_batch_runs_the_original(make_transformer):
     assert any("timestep embeddings for a batch of 2" in reason for reason in report.fallbacks)
 
 
-def test_outputs_in_another_dtype_run_the_original(make_transformer):
-    stock, model = make_transformer(True), make_transformer(True)
-    report = uniref_fast.patch(model)
-    for m in (stock, model):
-        m.transformer_blocks[0].attn.to_out[0].register_forward_hook(lambda module, args, out: out.bfloat16())
-        m.transformer_blocks[1].img_mlp.register_forward_hook(lambda module, args, out: out.bfloat16())
-    assert max_relative_error(run(model), run(stock)) < 1e-4
-    assert sum("returned" in reason for reason in report.fallbacks) == 2
-
-
 @pytest.mark.parametrize("cause", ["autocast", "backend", "processor"])
 def test_other_visibilities_never_fall_back_to_full_attention(make_transformer, cause):
     model = make_transformer(True)
@@ -503,22 +425,6 @@ def test_threads_have_calls_of_their_own():
     calls.context = calls.rows = "mine"
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(lambda: (calls.context, calls.rows)).result() == (None, None)
-
-
-def test_norms_that_are_offloaded():
-    from types import SimpleNamespace
-
-    from uniref_fast.models.qwen_image_patch import offloaded_norm
-
-    def attention(norm):
-        return SimpleNamespace(norm_q=norm, norm_k=None, norm_added_q=None, norm_added_k=None)
-
-    cpu, norm = torch.device("cpu"), torch.nn.RMSNorm(4)
-    assert offloaded_norm(attention(norm), cpu) is None
-    assert "on meta" in offloaded_norm(attention(torch.nn.RMSNorm(4, device="meta")), cpu)
-    assert offloaded_norm(attention(torch.nn.RMSNorm(4, device="meta")), None) is None
-    norm._hf_hook = object()
-    assert "hooks of their own" in offloaded_norm(attention(norm), cpu)
 
 
 def test_every_order_of_patch_accelerate_and_cache_can_be_undone(make_transformer):
@@ -627,17 +533,6 @@ def test_autocast_runs_the_original(make_transformer):
     assert not report.calls and any("autocast" in reason for reason in report.fallbacks)
 
 
-def test_modulation_in_another_dtype_runs_the_original(make_transformer):
-    """As quantised or partly upcast models have it: streams in one dtype, modulation in another."""
-    stock, model = make_transformer(True), make_transformer(True)
-    report = uniref_fast.patch(model)
-    for m in (stock, model):
-        for block in m.transformer_blocks:
-            block.txt_mod.register_forward_hook(lambda module, args, out: out.half())
-    assert max_relative_error(run(model), run(stock)) < 1e-4
-    assert any("modulation is" in reason for reason in report.fallbacks)
-
-
 def test_context_parallel_runs_the_original(make_transformer):
     """Each rank holds a part of the sequence; layouts are global, so attention is left to diffusers."""
     from diffusers.models._modeling_parallel import ParallelConfig
@@ -648,7 +543,7 @@ def test_context_parallel_runs_the_original(make_transformer):
     processor._parallel_config = ParallelConfig()
     try:
         with torch.no_grad():
-            reason = processor.refusal(model.transformer_blocks[0].attn, torch.zeros(1), torch.zeros(1), None, ())
+            reason = processor.refusal(model.transformer_blocks[0].attn, *[torch.zeros(1, 2, 4)] * 2, None, None, ())
         assert "context parallel" in reason
     finally:
         processor._parallel_config = None
@@ -679,23 +574,6 @@ def test_own_attention_processor_is_kept(make_transformer, patch_first):
         assert any("has its own Doubled" in note for note in report.notes)
     uniref_fast.unpatch(model)
     assert type(model.transformer_blocks[1].attn.processor) is Doubled
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_compile_repeated_blocks(make_transformer, fullgraph):
-    """Inside torch.compile the original block is traced, without a graph break, and the report says so."""
-    model, stock = make_transformer(True, layers=2), make_transformer(True, layers=2)
-    report = uniref_fast.patch(model)
-    model.compile_repeated_blocks(backend="aot_eager", fullgraph=fullgraph)
-    assert max_relative_error(run(model), run(stock)) < 1e-4
-    assert not report.calls
-    torch._dynamo.reset()
-
-
-def test_already_compiled_is_refused(make_transformer):
-    with pytest.raises(TypeError, match=r"torch\.compile"):
-        uniref_fast.patch(torch.compile(make_transformer(), backend="eager"))
 
 
 def test_save_and_load(make_transformer, tmp_path):

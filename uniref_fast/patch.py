@@ -6,15 +6,15 @@ Two layers per block, both on the instance, none on the class:
 2. `block.forward`: norms, modulation and gated residuals in one pass each; installed *below* hooks that are already
    there, with the original's argument names and order, so that caches, offloading and checkpointing go on working.
 
-Every call passes cheap guards; what they refuse runs the original, and the report says how often and why. The first
-accelerated call of each site runs the original too and records the difference.
+Every call passes cheap guards; what they refuse runs the original, and the report says how often and why. At the first
+accelerated call of each site the code of diffusers is run as well, on the results that the Linears and other modules
+returned in that call, and the difference is recorded. No module is called a second time for it.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -34,8 +34,8 @@ from uniref_fast.models.qwen_image_patch import (
     PatchedBlock,
     Site,
     register_processor,
+    stock_forward,
 )
-from uniref_fast.testing import max_relative_error
 from uniref_fast.visibility import Rule, plan
 
 __all__ = ["PatchReport", "Site", "patch", "unpatch"]
@@ -79,6 +79,11 @@ class PatchReport:
         return sum((s.fallbacks for s in self.sites), Counter())
 
     @property
+    def traces(self) -> int:
+        """How often torch.compile or torch.export traced a site; compiled code runs the original."""
+        return sum(s.traces for s in self.sites)
+
+    @property
     def reasons(self) -> Counter[str]:
         """Accelerated attention calls, by implementation and why it was chosen."""
         return sum((s.reasons for s in self.sites), Counter())
@@ -92,11 +97,17 @@ class PatchReport:
             f"  originals run   {sum(self.fallbacks.values())} calls",
         ]
         lines += [f"    {count:6d} x  {reason}" for reason, count in self.fallbacks.most_common()]
+        if self.traces:
+            lines.append(
+                f"  compiled        {self.traces} traces of sites by torch.compile; compiled code runs the original, "
+                "and its calls are not counted"
+            )
         lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
         lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
         error = self.max_rel_error
-        if self.visibility == "full":
-            lines.append(f"  self-check      {'not run yet' if error is None else f'max relative error {error:.2e}'}")
+        checked = sum(s.max_rel_error is not None for s in self.sites)
+        result = "not run yet" if error is None else f"max relative error {error:.2e}"
+        lines.append(f"  self-check      {result}, {checked} of {len(self.sites)} sites compared with the original")
         lines += [f"  note            {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -126,9 +137,10 @@ def patch(
 
     Raises:
         TypeError: for a model that is not supported; the message lists those that are.
-        ValueError: for impossible options, or when it is already patched with other options.
+        ValueError: for impossible options, when it is already patched with other options, or when the transformer or a
+            block is compiled already: patch first, then compile.
     """
-    transformer = find_transformer(pipe_or_transformer)
+    transformer = find_transformer(pipe_or_transformer, sharded=True)
     if mode != "exact":
         raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
     options = (mode, visibility, strict, impl)
@@ -137,6 +149,7 @@ def patch(
         if state.options != options:
             raise ValueError(f"already patched with {state.options}; call unpatch first to patch with {options}")
         return state.report
+    _refuse_compiled(transformer)
     state = _Patch(transformer, options)
     object.__setattr__(transformer, _STATE, state)  # not through nn.Module: the state is no submodule
     return state.report
@@ -145,10 +158,13 @@ def patch(
 def unpatch(pipe_or_transformer: Any) -> bool:
     """Undo `patch`: the very same processors and forwards as before. False when there was nothing to undo.
 
+    Models that were compiled or sharded after `patch` are unpatched too, without undoing that.
+
     Raises:
+        TypeError: for a model that is not supported.
         RuntimeError: when something else wrapped or replaced a patched forward; nothing is undone then.
     """
-    transformer = find_transformer(pipe_or_transformer)
+    transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
     state: _Patch | None = getattr(transformer, _STATE, None)
     if state is None:
         return False
@@ -187,8 +203,8 @@ class _Patch:
 
     def __init__(self, transformer: Any, options: tuple) -> None:
         mode, visibility, strict, impl = self.options = options
-        weight = next(transformer.parameters())
-        probe = weight.new_empty(0, dtype=_compute_dtype(transformer))
+        device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
+        probe = torch.empty(0, dtype=_compute_dtype(transformer), device=device)
         head_dim = transformer.config.attention_head_dim
         if impl is None:
             implementation, reason = ops.explain(probe, head_dim)
@@ -210,7 +226,9 @@ class _Patch:
         if visibility != "full":
             _refuse_processors(transformer, visibility)  # before anything is installed
             self.hook = transformer.register_forward_pre_hook(self.remember_shapes, with_kwargs=True)
-            self.report.notes.append(f"no self-check: {self.report.visibility} differs from the original by intention")
+            self.report.notes.append(
+                f"no self-check of attention: {self.report.visibility} differs from the original by intention"
+            )
         register_processor()
         for name, block in transformer.transformer_blocks.named_children():
             self._install(f"transformer_blocks.{name}", block)
@@ -219,9 +237,11 @@ class _Patch:
         if _has_stock_processor(block):
             self._add(PatchedAttention(block.attn, self, Site(f"{name}.attn")))
         else:
-            own = type(block.attn.processor).__name__
-            self.report.notes.append(f"{name}.attn has its own {own}; attention is left to it")
-        self._add(PatchedBlock(block, self, Site(name)))
+            self.report.notes.append(f"{name}.attn has its own {_processor(block)}; attention is left to it")
+        if stock_forward(block):
+            self._add(PatchedBlock(block, self, Site(name)))
+        else:
+            self.report.notes.append(f"{name} has a forward of its own; norms and residuals are left to it")
 
     def _add(self, place: PatchedBlock | PatchedAttention) -> None:
         self.report.sites.append(place.site)
@@ -270,8 +290,8 @@ class _Patch:
         saved = self.calls.rows
         if saved and saved[0] is index and saved[1] == batch:
             return saved[2]
-        # 0: sampled t, 1: clean; rows [batch, 2 * batch) of the table are the clean ones
-        rows = _batch_rows(batch, length, device).view(batch, length) + index.to(torch.int32) * batch
+        # 0: sampled t, others: clean; rows [batch, 2 * batch) of the table are the clean ones
+        rows = _batch_rows(batch, length, device).view(batch, length) + (index != 0).to(torch.int32) * batch
         self.calls.rows = (index, batch, rows.reshape(-1))
         return self.calls.rows[2]
 
@@ -293,18 +313,21 @@ class _Patch:
         self,
         site: Site,
         fused: tuple,
+        like: Tensor,
         original: Callable[[], tuple],
-        module: nn.Module,
+        check: Callable[[], float] | None,
         choice: tuple[str, str] | None = None,
     ) -> tuple:
-        """Count a fused result; the first one of a site is compared with the original's, once no dropout is drawn."""
-        if self.calls.checking:  # an original that runs for a check may hold other sites: not a call of the user's
+        """Count a fused result, after comparing it with the original's by `check` if given.
+
+        `like` is an input of the site; `choice` is which implementation served it, and why.
+        """
+        if self.calls.checking:  # within an original that runs for another site: not a call of the user's
             return fused
-        if site.max_rel_error is None and self.visibility == "full" and not _draws(module):
+        if check is not None:
             with torch.no_grad():  # also for the comparison: a checkpoint counts the tensors that are kept
-                expected = self._uncounted(original)
-                error = max(_difference(a, b) for a, b in zip(fused, expected, strict=True))
-            tolerance = SELF_CHECK_TOLERANCE[fused[0].dtype]
+                error = check()
+            tolerance = SELF_CHECK_TOLERANCE[like.dtype]
             message = f"differs from the original by {error:.2e} (relative; allowed {tolerance:.0e})"
             if error > tolerance and self.strict:  # the site stays unchecked: the next call raises too
                 advice = "unpatch, or patch with strict=False to leave such sites alone"
@@ -313,27 +336,44 @@ class _Patch:
             if error > tolerance:
                 site.disabled = message
                 site.fallbacks[message] += 1
-                return self._uncounted(original) if torch.is_grad_enabled() else expected
-        served, reason = choice or (self.impl or ops.choose(None, fused[0]), None)
+                return self._uncounted(original)
+        served, reason = choice or (self.impl or ops.choose(None, like), None)
         site.calls[served] += 1
         if reason is not None:
             site.reasons[f"{served}: {reason}"] += 1
         return fused
 
 
+def _refuse_compiled(transformer: Any) -> None:
+    """Code that is compiled already would go on running what it was compiled from."""
+    places = {"transformer": transformer}
+    for name, block in transformer.transformer_blocks.named_children():
+        places |= {f"transformer_blocks.{name}": block, f"transformer_blocks.{name}.attn": getattr(block, "attn", None)}
+    for name, module in places.items():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name} was compiled in place; patch first, then compile. `_compiled_call_impl = None` on that module "
+                "takes the compiled code off it"
+            )
+
+
 def _has_stock_processor(block: Any) -> bool:
     from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
 
-    return type(block.attn.processor) is Stock
+    return type(getattr(getattr(block, "attn", None), "processor", None)) is Stock
+
+
+def _processor(block: Any) -> str:
+    return type(getattr(getattr(block, "attn", None), "processor", None)).__name__
 
 
 def _refuse_processors(transformer: Any, visibility: str | Rule) -> None:
     """Processors of the user's own attend as they like, so another visibility cannot be had with them."""
     for name, block in transformer.transformer_blocks.named_children():
         if not _has_stock_processor(block):
-            own = type(block.attn.processor).__name__
             raise ValueError(
-                f"transformer_blocks.{name}.attn has its own {own}, which knows nothing of visibility {visibility!r}"
+                f"transformer_blocks.{name}.attn has its own {_processor(block)}, which knows nothing of visibility "
+                f"{visibility!r}"
             )
 
 
@@ -345,19 +385,6 @@ def _grids(shapes: Any, sample: int, image_length: int) -> tuple:
     return tuple(target), tuple(tuple(grid) for grid in references)
 
 
-def _draws(module: nn.Module) -> bool:
-    """Whether it has dropout that is on: two runs of it then differ."""
-    return any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules())
-
-
-def _difference(fused: Tensor, expected: Tensor) -> float:
-    """Relative error where the original is finite; infinite where only one of the two is."""
-    finite = expected.isfinite()
-    if not torch.equal(finite, fused.isfinite()):
-        return math.inf
-    return max_relative_error(fused[finite], expected[finite])
-
-
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _batch_rows(batch: int, length: int, device: torch.device) -> Tensor:
@@ -365,9 +392,9 @@ def _batch_rows(batch: int, length: int, device: torch.device) -> Tensor:
 
 
 def _compute_dtype(transformer: Any) -> torch.dtype:
-    """What the blocks compute in; storage dtypes of cast or quantised Linears do not count."""
-    dtype = transformer.transformer_blocks[0].attn.norm_q.weight.dtype
-    return dtype if dtype in SELF_CHECK_TOLERANCE else torch.float32
+    """What the blocks compute in, as far as the parameters tell; storage dtypes of quantised Linears do not count."""
+    dtypes = [transformer.dtype, *(parameter.dtype for parameter in transformer.parameters())]
+    return next((dtype for dtype in dtypes if dtype in SELF_CHECK_TOLERANCE), torch.float32)
 
 
 def _text_runs(mask: Tensor | None, batch: int, length: int) -> list[int | tuple[tuple[int, bool], ...]]:

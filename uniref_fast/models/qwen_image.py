@@ -20,26 +20,42 @@ from uniref_fast.layout import SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 
-__all__ = ["AttentionContext", "Modulation", "PackedQwenImage", "find_transformer", "joint_attention"]
+__all__ = ["AttentionContext", "Modulation", "PackedQwenImage", "find_transformer", "joint_attention", "stream_rows"]
 
 
-def find_transformer(target: Any) -> Any:
+def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = False) -> Any:
     """The `QwenImageTransformer2DModel` of a pipeline, or the model itself.
+
+    Args:
+        target: the pipeline or model.
+        sharded: also take a model that `fully_shard` was applied to.
+        compiled: take the model out of a wrapper of torch.compile.
 
     Raises:
         TypeError: for anything else; the message says what is supported.
     """
-    from diffusers import QwenImageTransformer2DModel
+    from diffusers import QwenImageTransformer2DModel as Stock
 
     model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    if type(model) is QwenImageTransformer2DModel:
+    if compiled:
+        model = getattr(model, "_orig_mod", model)
+    if type(model) is Stock:
         return model
     if model is None and hasattr(target, "transformer"):
         raise TypeError(f"{type(target).__name__} has no transformer loaded yet; load it first")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError("the transformer is wrapped by torch.compile; use the pipeline before compiling it")
     given = type(target if model is None else model).__name__
+    if isinstance(model, Stock) and [base.__name__ for base in type(model).__bases__] == ["FSDPModule", Stock.__name__]:
+        if sharded:
+            return model
+        raise TypeError(f"the transformer is sharded by fully_shard ({given}), and a whole one is needed here")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "the transformer is wrapped by torch.compile; use the model inside, `pipe.transformer = "
+            "pipe.transformer._orig_mod`, and compile it afterwards"
+        )
     supported = ["QwenImageTransformer2DModel", "QwenImageEditPlusPipeline"]
+    if isinstance(getattr(model, "module", None), Stock):
+        raise TypeError(f"{given} is not supported: it wraps a {supported[0]}; use its attribute `module`")
     near = get_close_matches(given, supported, n=1, cutoff=0.5)
     raise TypeError(
         f"{given} is not supported: it must be a {supported[0]} (exactly that class) or a pipeline holding one, "
@@ -103,11 +119,11 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContex
     return ops.qk_norm_rope(
         text_qkv,
         image_qkv,
-        (_weight(attn.norm_added_q), _weight(attn.norm_added_k)),
-        (_weight(attn.norm_q), _weight(attn.norm_k)),
+        qk_norm_weights(attn, "text"),
+        qk_norm_weights(attn, "image"),
         context.layout,
         context.rotary,
-        eps=attn.norm_q.eps if attn.norm_q is not None else 1e-6,
+        eps=qk_norm_eps(attn),
         rounding=context.rounding,
         impl=context.impl,
     )
@@ -138,7 +154,7 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionCo
     out = ops.segment_attention(q, k, v, context.plan, impl=context.impl, backward=context.trained or None)
     streams = {}
     for name in ("image", "text"):
-        part = _stream(out, context.layout, name)
+        part = stream_rows(out, context.layout, name)
         if context.parallel is not None:
             part = context.parallel.scatter_heads(part, context.parallel.bounds(len(part)))
         streams[name] = part.flatten(1)
@@ -388,11 +404,28 @@ def _keep_attention() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _weight(norm: Any) -> Tensor | None:
-    return None if norm is None else norm.weight
+def qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of a stream's RMSNorms over q and over k; None where the attention has no such norm."""
+    norms = (attn.norm_q, attn.norm_k) if stream == "image" else (attn.norm_added_q, attn.norm_added_k)
+    q, k = (None if norm is None else norm.weight for norm in norms)
+    return q, k
 
 
-def _stream(joint: Tensor, layout: SelfLayout, stream: str) -> Tensor:
+def qk_norm_eps(attn: Any) -> float:
+    """The eps that all QK norms of an attention have; any value where it has none.
+
+    Raises:
+        ValueError: when they differ, since the fused operator takes one.
+    """
+    norms = {"norm_q": attn.norm_q, "norm_k": attn.norm_k}
+    norms |= {"norm_added_q": attn.norm_added_q, "norm_added_k": attn.norm_added_k}
+    eps = {name: norm.eps for name, norm in norms.items() if norm is not None}
+    if len(set(eps.values())) > 1:
+        raise ValueError(f"the QK norms of an attention must have the same eps, got {eps}")
+    return next(iter(eps.values()), 1e-6)
+
+
+def stream_rows(joint: Tensor, layout: SelfLayout, stream: str) -> Tensor:
     """Rows of one stream out of the joint sequence: a view for one sample, one gather for a pack."""
     segments = layout.text_segments if stream == "text" else layout.image_segments
     if not segments:

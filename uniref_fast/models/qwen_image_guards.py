@@ -1,0 +1,149 @@
+"""Reasons why a call of a patched block or attention must run the code of diffusers.
+
+The fused operators stand for the code between the Linears of a block: LayerNorms, modulation, QK norms, rotary
+embedding, attention. Whatever others have put there (hooks, modes, replaced functions or modules) only takes effect
+when that code itself runs, so each guard here names one such change. All are cheap: they run at every call.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+__all__ = [
+    "active_mode",
+    "attention_change",
+    "changed_norm",
+    "changed_qk_norm",
+    "has_hooks",
+    "is_plain",
+    "offloaded_norm",
+    "replaced_forward",
+]
+
+QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether an object is an ordinary tensor: a subclass (fake, distributed, quantised, proxy) has operators of its
+    own."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def active_mode() -> str | None:
+    """Describe what is active in this thread and may change what an operator computes or records; None if nothing is.
+
+    Fused operators are opaque to function modes, dispatch modes, `torch.func` transforms, forward-mode derivatives and
+    `torch.jit.trace`. Only the mode of `torch.device(...)` and `torch.set_default_device(...)` is harmless: it sets the
+    device of new tensors, and the fused operators name theirs.
+    """
+    if torch._C._len_torch_function_stack():
+        for function_mode in _get_current_function_mode_stack():
+            if not isinstance(function_mode, DeviceContext):
+                return f"the function mode {type(function_mode).__name__} is active"
+    if torch._C._len_torch_dispatch_stack():
+        for dispatch_mode in _get_current_dispatch_mode_stack():
+            return f"the dispatch mode {type(dispatch_mode).__name__} is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivatives are being computed"
+    if torch._C._get_tracing_state() is not None:
+        return "inside torch.jit.trace"
+    return None
+
+
+def attention_change() -> str | None:
+    """Describe a replaced function that the attention of diffusers calls by name; None if none is replaced."""
+    from diffusers.models import attention_dispatch
+    from diffusers.models.transformers import transformer_qwenimage as stock
+
+    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
+        return "torch.nn.functional.scaled_dot_product_attention was replaced"
+    for name, home in (("dispatch_attention_fn", attention_dispatch), ("apply_rotary_emb_qwen", stock)):
+        code = getattr(getattr(stock, name), "__code__", None)  # a wrapper may copy every other attribute
+        if code is None or code.co_filename != home.__file__:
+            return f"{stock.__name__}.{name} was replaced"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether PyTorch runs forward or backward hooks, of the module or global ones, when the module is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def replaced_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward other than its class's; hooks of diffusers and accelerate are such forwards."""
+    forward = vars(module).get("forward")
+    return forward is not None and forward != types.MethodType(type(module).forward, module)
+
+
+def changed_norm(norm: Any, channels: int) -> str | None:
+    """What a block's norm is other than a LayerNorm over `channels` without affine parameters; None if nothing."""
+    if type(norm) is not nn.LayerNorm:
+        return f"a block's norm is a {type(norm).__name__}"
+    if norm.normalized_shape != (channels,) or norm.weight is not None or norm.bias is not None:
+        return f"a block's norm is {norm}"
+    if has_hooks(norm):
+        return "the norms have hooks"
+    return "a block's norm has a forward of its own" if replaced_forward(norm) else None
+
+
+def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What the QK norms of an attention are other than RMSNorms with one eps, or none; None if nothing."""
+    from diffusers.models.normalization import RMSNorm
+
+    found = [norm for norm in (getattr(attn, name) for name in QK_NORMS) if norm is not None]
+    if reason := offloaded_norm(attn, device):
+        return reason
+    for norm in found:
+        if type(norm) is not RMSNorm:
+            return f"a QK norm is a {type(norm).__name__}"
+        if replaced_forward(norm):
+            return "a QK norm has a forward of its own"
+        weight = norm.weight
+        if weight is None or norm.bias is not None or len(norm.dim) != 1:
+            return "a QK norm has no weight, a bias, or more than one dimension"
+        if not is_plain(weight):
+            return f"the weight of a QK norm is a {type(weight).__name__}"
+        if weight.dtype != dtype:
+            return f"the weight of a QK norm is {weight.dtype}, the streams are {dtype}"
+    eps = {norm.eps for norm in found}
+    return f"the QK norms have different eps: {sorted(eps)}" if len(eps) > 1 else None
+
+
+def offloaded_norm(attn: Any, device: torch.device | None) -> str | None:
+    """Why the QK norm weights cannot be read on a device, or None: hooks may hold them elsewhere between calls.
+
+    Without a device only the hooks count: the whole model may still be moved.
+    """
+    for norm in (getattr(attn, name) for name in QK_NORMS):
+        if norm is None:
+            continue
+        registry = getattr(norm, "_diffusers_hook", None)
+        if hasattr(norm, "_hf_hook") or (registry is not None and registry.hooks):
+            return "the QK norms have hooks of their own (offloaded by layer)"
+        if has_hooks(norm):
+            return "the QK norms have hooks"
+        weight = getattr(norm, "weight", None)
+        if device is not None and weight is not None and weight.device != device:
+            return f"a QK norm has its weight on {weight.device}, not {device}"
+    return None
