@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import QwenImageEditPlusPipeline
+from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_module
+from peft import LoraConfig
 from PIL import Image
 
-from uniref_fast import builtin
+import uniref_fast
+from uniref_fast import EditRequest, builtin
 from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, components, store
+from uniref_fast.loading import defaults, load_pipeline
+from uniref_fast.request import image_areas
 from uniref_fast.scenes import demo_scene
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,12 +77,12 @@ def test_build_is_all_or_nothing(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
-def test_folder_is_small_safe_and_names_stock_classes(folder):
+def test_folder_is_small_and_safe(folder):
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 24e6
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     index = json.loads((folder / "model_index.json").read_text())
-    assert index["_class_name"] == "QwenImageEditPlusPipeline"
+    assert index["_class_name"] == "SmallQwenImageEditPlusPipeline"
     assert index["processor"] == ["transformers", "Qwen2VLProcessor"]
     assert str(folder) not in "".join(path.read_text() for path in files if path.suffix == ".json")
 
@@ -91,7 +96,7 @@ def test_round_trip(pipe, tmp_path):
         assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float32 for key in ours)
     assert (copy.condition_image_area, copy.vae_image_area, copy.output_area) == (56**2, 64**2, 4096)
     index = json.loads((tmp_path / "copy" / "model_index.json").read_text())
-    assert index["_class_name"] == "QwenImageEditPlusPipeline"
+    assert index["_class_name"] == "SmallQwenImageEditPlusPipeline"
     copy.vae_image_area = 96 * 96  # an assignment is saved too
     copy.save_pretrained(tmp_path / "changed")
     assert json.loads((tmp_path / "changed" / "model_index.json").read_text())["vae_image_area"] == 96 * 96
@@ -106,7 +111,98 @@ def test_stock_class_loads_the_folder(folder, pipe):
     assert torch.equal(prompt, ours)
 
 
-@pytest.mark.parametrize("area", [0, 1000, 16384.0, None])
+# --- saved and loaded again: the same model, or an error ---
+
+
+def small_edit(pipe):
+    """Latents of two guided steps through `uniref_fast.edit`, at the pipeline's own sizes."""
+    pipe.set_progress_bar_config(disable=True)
+    request = EditRequest(
+        "a crown", [Image.new("RGB", (90, 60), "red")], negative_prompt=" ", seed=0, num_inference_steps=2
+    )
+    return uniref_fast.edit(pipe, [request], output_type="latent", progress=False)[0]
+
+
+def unchanged(folder):
+    return SmallQwenImageEditPlusPipeline.from_pretrained(str(folder), dtype=torch.float32)
+
+
+def plain(folder):
+    """The folder in the stock class."""
+    pipe = QwenImageEditPlusPipeline.from_pretrained(str(folder), processor=None, dtype=torch.float32)
+    pipe.register_modules(processor=BuiltinProcessor.from_pretrained(str(folder), subfolder="processor"))
+    return pipe
+
+
+def fused(folder):
+    pipe = SmallQwenImageEditPlusPipeline.from_pretrained(str(folder), dtype=torch.float32)
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    pipe.fuse_lora(components=["transformer"])
+    with pytest.raises(ValueError, match=r"holds LoRA adapters.*unload_lora_weights"):
+        pipe.save_pretrained("never")
+    pipe.unload_lora_weights()
+    return pipe
+
+
+def cast(folder):
+    pipe = SmallQwenImageEditPlusPipeline.from_pretrained(str(folder), dtype=torch.float32)
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    return pipe
+
+
+def other_areas(folder):
+    return SmallQwenImageEditPlusPipeline.from_pretrained(
+        str(folder), dtype=torch.float32, vae_image_area=96 * 96, output_area=32 * 64, condition_image_area=32 * 32
+    )
+
+
+@pytest.mark.parametrize("variant", [unchanged, plain, fused, cast, other_areas])
+def test_a_saved_pipeline_is_the_same_model(folder, tmp_path, variant):
+    before = variant(folder)
+    before.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "uniref_fast.json").write_text("{}")  # somebody's own file tells nothing
+    after = load_pipeline(str(tmp_path / "saved"), torch.float32, "cpu")
+    expected = small_edit(before)
+    assert torch.equal(small_edit(after), expected)
+    again = plain(tmp_path / "saved")  # through a pipeline that knows nothing of image areas
+    assert torch.equal(small_edit(again), expected)
+    request = [EditRequest("a crown", [(90, 60)], num_inference_steps=2)]
+    tokens = [uniref_fast.estimate(model, request).tokens for model in (before, after, again, tmp_path / "saved")]
+    assert all(counts == tokens[0] for counts in tokens) and tokens[0]["together"] < 500
+    assert defaults(str(tmp_path / "saved")) == defaults("builtin")
+    if variant is not cast:
+        rebuilt = SmallQwenImageEditPlusPipeline(**after.components)
+        assert image_areas(rebuilt) == image_areas(before)
+
+
+def test_plain_diffusers_refuses_the_folder(folder):
+    """The stock class would run at 1024 x 1024 pixels."""
+    with pytest.raises(AttributeError, match="SmallQwenImageEditPlusPipeline"):
+        DiffusionPipeline.from_pretrained(str(folder))
+
+
+def test_a_folder_that_the_stock_class_saved_long_ago(folder, pipe, tmp_path):
+    """Areas in the index alone, beside the name of the stock class."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    for name, changes in (("model_index.json", {"_class_name": "QwenImageEditPlusPipeline"}),
+                          ("transformer/config.json", {"_image_areas": None})):  # fmt: skip
+        content = json.loads((old / name).read_text()) | changes
+        (old / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    (old / "uniref_fast.json").unlink()
+    assert torch.equal(small_edit(load_pipeline(str(old), torch.float32, "cpu")), small_edit(pipe))
+
+
+def test_a_transformer_saved_with_adapters_in_place_is_an_error(folder, tmp_path):
+    pipe = SmallQwenImageEditPlusPipeline.from_pretrained(str(folder), dtype=torch.float32)
+    pipe.save_pretrained(tmp_path / "saved")
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.transformer.save_pretrained(tmp_path / "saved" / "transformer")
+    with pytest.raises(ValueError, match=r"transformer has no file for 8 of its weights .*adapters"):
+        load_pipeline(str(tmp_path / "saved"), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("area", [0, 1000, 16384.0, "4096"])
 def test_areas_are_checked(pipe, area):
     with pytest.raises(ValueError, match="vae_image_area"):
         SmallQwenImageEditPlusPipeline(**pipe.components, vae_image_area=area)

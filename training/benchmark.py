@@ -32,7 +32,7 @@ from uniref_fast import __version__
 from uniref_fast.edit import edit
 from uniref_fast.loading import defaults
 from uniref_fast.models.single_frame import single_frame
-from uniref_fast.request import DEFAULT_OUTPUT_AREA, EditRequest, validated
+from uniref_fast.request import EditRequest, image_areas, validated
 from uniref_fast.training import benchmark_model as models
 from uniref_fast.training import benchmark_report as report
 from uniref_fast.training.benchmark_journal import Journal
@@ -344,8 +344,7 @@ class _Evaluation:
         self.pipe = models.load(config.model, config.initial, config.baseline == "untrained", self.device, self.dtype)
         if config.runs_model:
             validated([EditRequest("x", num_inference_steps=config.all_steps)], self.pipe)
-        area = getattr(self.pipe, "output_area", DEFAULT_OUTPUT_AREA)
-        self.target_side = config.target_side or math.isqrt(area)
+        self.target_side = config.target_side or math.isqrt(image_areas(self.pipe)[-1])
         self.journal.check_weights(models.weights_digest(self.pipe))
 
     def _made(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], Planned | None]]:

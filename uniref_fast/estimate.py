@@ -190,11 +190,14 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
     index = diffusers.DiffusionPipeline.load_config(name)
     parts: dict[str, Any] = {}
     for part, spec in index.items():
-        if not (isinstance(spec, (list, tuple)) and len(spec) == 2 and spec[0] in ("diffusers", "transformers")):
+        if not (isinstance(spec, (list, tuple)) and len(spec) == 2):
             continue
-        part_class = getattr(importlib.import_module(spec[0]), spec[1])
-        if spec[1] == "Qwen2VLProcessor" and importlib.util.find_spec("torchvision") is None:
-            part_class = builtin.BuiltinProcessor  # transformers' own needs torchvision, for its videos
+        own = spec[1] == "BuiltinProcessor" or (
+            spec[1] == "Qwen2VLProcessor" and importlib.util.find_spec("torchvision") is None
+        )  # transformers' own needs torchvision, for its videos
+        if not own and spec[0] not in ("diffusers", "transformers"):
+            continue
+        part_class = builtin.BuiltinProcessor if own else getattr(importlib.import_module(spec[0]), spec[1])
         if not issubclass(part_class, torch.nn.Module):
             parts[part] = part_class.from_pretrained(name, subfolder=part)
             continue
@@ -204,8 +207,7 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
             else:
                 model = part_class(part_class.config_class.from_pretrained(name, subfolder=part))
             parts[part] = torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules kept in float32
-    if os.path.isfile(os.path.join(name, "uniref_fast.json")):
-        areas = {key: index[key] for key in ("condition_image_area", "vae_image_area", "output_area") if key in index}
+    if areas := builtin.recorded_areas(index, getattr(parts.get("transformer"), "config", {})):
         return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
     return getattr(diffusers, index["_class_name"])(**parts)
 

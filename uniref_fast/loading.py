@@ -15,7 +15,9 @@ __all__ = ["defaults", "load_pipeline", "model_errors"]
 def defaults(name: str) -> tuple[int, float]:
     """Denoising steps and true CFG scale that commands use where none are given. 1 is no guidance: the built-in model
     makes better pictures without."""
-    return (8, 1.0) if name == "builtin" else (50, 4.0)
+    from uniref_fast.builtin import is_builtin_folder
+
+    return (8, 1.0) if name == "builtin" or is_builtin_folder(name) else (50, 4.0)
 
 
 def load_pipeline(name: str, dtype: Any, device: str) -> Any:
@@ -61,12 +63,28 @@ def model_errors(name: str) -> Iterator[None]:
 
 def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
     """safetensors only: weights of a stranger are never unpickled."""
-    from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline
+    from diffusers import QwenImageTransformer2DModel
 
-    if (Path(name) / "uniref_fast.json").is_file():  # a folder of the built-in model
+    from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, recorded_areas
+
+    # first, so that a name that cannot be had is an error about the whole model
+    index, config = pipeline_class.load_config(name), {}
+    if (index.get("transformer") or [None, None])[1] == QwenImageTransformer2DModel.__name__:
+        config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    if recorded_areas(index, config):  # a built-in model, saved by whatever pipeline
         pipeline_class = SmallQwenImageEditPlusPipeline
-    pipeline_class.load_config(name)  # first, so that a name that cannot be had is an error about the whole model
-    options = {}
-    if importlib.util.find_spec("torchvision") is None:  # which transformers' own processor needs, for its videos
-        options["processor"] = BuiltinProcessor.from_pretrained(name, subfolder="processor")
-    return pipeline_class.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+    options, kind = {"dtype": dtype, "use_safetensors": True}, (index.get("processor") or [None, None])[1]
+    # transformers' own processor needs torchvision, for its videos
+    if importlib.util.find_spec("torchvision") is None or kind == BuiltinProcessor.__name__:
+        pipe = pipeline_class.from_pretrained(name, processor=None, **options)
+        pipe.register_modules(processor=BuiltinProcessor.from_pretrained(name, subfolder="processor"))
+    else:
+        pipe = pipeline_class.from_pretrained(name, **options)
+    for part, module in pipe.components.items():
+        missing = [key for key, value in getattr(module, "named_parameters", dict)() if value.is_meta]
+        if missing:
+            raise ValueError(
+                f"--model {name}: {part} has no file for {len(missing)} of its weights ({missing[0]}, ...); it may "
+                "have been saved with LoRA adapters in place, which have to be fused and unloaded first"
+            )
+    return pipe

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from uniref_fast.budget import MAX_ASPECT_RATIO, SIDE_MULTIPLE, fit_to_budget
+from uniref_fast.builtin.store import AREAS, recorded_areas
 from uniref_fast.layout import Grid, Sample
 
-__all__ = ["EditRequest", "Geometry", "geometry", "parse_size", "validated"]
+__all__ = ["EditRequest", "Geometry", "geometry", "image_areas", "parse_size", "validated"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
@@ -177,12 +178,25 @@ def _check_image(image: Any, where: str, sizes_only: bool) -> None:
         )
 
 
+def image_areas(pipe: Any) -> tuple[int, int, int]:
+    """Areas in pixels of a reference in the text encoder, of a reference in the VAE, and of the result by default.
+
+    They are the pipeline's attributes (`condition_image_area`, `vae_image_area`, `output_area`) where it has them, else
+    what its transformer's configuration records, else diffusers' constants.
+    """
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
+
+    usual = zip(AREAS, (stock.CONDITION_IMAGE_SIZE, stock.VAE_IMAGE_SIZE, DEFAULT_OUTPUT_AREA), strict=True)
+    recorded = recorded_areas({}, pipe.transformer.config)
+    condition, vae, output = (getattr(pipe, name, recorded.get(name, area)) for name, area in usual)
+    return condition, vae, output
+
+
 def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geometry:
     """Sizes that a pipeline gives a request.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`; its attributes `condition_image_area`, `vae_image_area`, `output_area`
-            (pixels) and `calculate_dimensions`, where it has them, stand in for diffusers' own.
+        pipe: a `QwenImageEditPlusPipeline`; see `image_areas`.
         request: the request; its images may be (width, height) tuples.
         budget: joint pixel budget of all references (`fit_to_budget`); None sizes each reference alone, as diffusers
             does.
@@ -190,10 +204,10 @@ def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geom
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
     sizes = [image.size if isinstance(image, Image.Image) else tuple(image) for image in request.images]
-    condition_area = getattr(pipe, "condition_image_area", stock.CONDITION_IMAGE_SIZE)
-    vae_area = getattr(pipe, "vae_image_area", stock.VAE_IMAGE_SIZE)
-    output_area = getattr(pipe, "output_area", DEFAULT_OUTPUT_AREA)
+    condition_area, vae_area, output_area = image_areas(pipe)
     dimensions = getattr(pipe, "calculate_dimensions", stock.calculate_dimensions)
+    if recorded_areas({}, pipe.transformer.config):  # small areas, of which diffusers would round a short side to 0
+        from uniref_fast.builtin.pipeline import small_dimensions as dimensions
     ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
     width, height = dimensions(output_area, ratio)
     patch = pipe.vae_scale_factor * 2

@@ -6,9 +6,19 @@
 Importing this package imports neither torch nor diffusers; the functions do.
 """
 
-from .store import build, load, weights_status, write
+from .store import AREAS_KEY, build, is_builtin_folder, load, recorded_areas, weights_status, write
 
-__all__ = ["BuiltinProcessor", "SmallQwenImageEditPlusPipeline", "build", "load", "weights_status", "write"]
+__all__ = [
+    "AREAS_KEY",
+    "BuiltinProcessor",
+    "SmallQwenImageEditPlusPipeline",
+    "build",
+    "is_builtin_folder",
+    "load",
+    "recorded_areas",
+    "weights_status",
+    "write",
+]
 
 
 def __getattr__(name: str):

@@ -7,7 +7,6 @@ diffusers is written to.
 
 import inspect
 import json
-import os
 import types
 from pathlib import Path
 
@@ -15,12 +14,10 @@ import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 
-from .processor import BuiltinProcessor
+from .processor import HUB_OPTIONS, BuiltinProcessor
+from .store import AREAS, AREAS_KEY, recorded_areas
 
-STOCK_CLASS = QwenImageEditPlusPipeline.__name__
-CONDITION_IMAGE_AREA = 56 * 56
-VAE_IMAGE_AREA = 64 * 64
-OUTPUT_AREA = 64 * 64
+DEFAULT_AREAS = dict(zip(AREAS, (56 * 56, 64 * 64, 64 * 64), strict=True))
 
 _stock_call = inspect.unwrap(QwenImageEditPlusPipeline.__call__)  # without torch.no_grad, which is put back below
 
@@ -32,15 +29,18 @@ def small_dimensions(area: int, ratio: float) -> tuple[int, int]:
 
 
 class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
-    """The stock pipeline with its three image areas (in pixels) as arguments, kept in `model_index.json`.
+    """The stock pipeline with its three image areas (in pixels) as arguments.
 
     Args:
         condition_image_area: each reference's area as the text encoder sees it.
         vae_image_area: each reference's area as the VAE sees it: its tokens in the transformer are `area / 64`.
         output_area: the area of the result when `height` and `width` are not given.
 
-    `from_pretrained` and `save_pretrained` use a folder that names the stock class, so plain diffusers loads it too
-    (with torchvision, or with `processor=BuiltinProcessor.from_pretrained(folder, subfolder="processor")`).
+    An area that is not given is the one that the transformer's configuration records, else the built-in model's.
+    `save_pretrained` writes them to `model_index.json`, and to the transformer's configuration, which also keeps them
+    when a pipeline of the stock class holds the transformer: `uniref_fast.edit`, `estimate` and `--model` go by them.
+    `DiffusionPipeline.from_pretrained` refuses the folder, as the call of the stock class always works at the sizes of
+    the large models.
     """
 
     condition_image_area: int
@@ -56,17 +56,26 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
         tokenizer,
         processor,
         transformer,
-        condition_image_area: int = CONDITION_IMAGE_AREA,
-        vae_image_area: int = VAE_IMAGE_AREA,
-        output_area: int = OUTPUT_AREA,
+        condition_image_area: int | None = None,
+        vae_image_area: int | None = None,
+        output_area: int | None = None,
     ):
         super().__init__(scheduler, vae, text_encoder, tokenizer, processor, transformer)
-        areas = dict(condition_image_area=condition_image_area, vae_image_area=vae_image_area, output_area=output_area)
+        recorded = DEFAULT_AREAS | recorded_areas({}, {} if transformer is None else transformer.config)
+        given = dict(zip(AREAS, (condition_image_area, vae_image_area, output_area), strict=True))
+        areas = {name: recorded[name] if area is None else area for name, area in given.items()}
         for name, area in areas.items():
             if not isinstance(area, int) or area < 32 * 32:
                 raise ValueError(f"{name} is an area in pixels, an int of at least {32 * 32}; got {area!r}")
             setattr(self, name, area)  # before register_to_config: later assignments update the config by themselves
         self.register_to_config(**areas)  # type: ignore[attr-defined]
+        self._record_areas()
+
+    def _record_areas(self) -> None:
+        """Write the areas into the transformer's configuration."""
+        transformer = self.components["transformer"]  # type: ignore[attr-defined]
+        if transformer is not None:
+            transformer.register_to_config(**{AREAS_KEY: {name: getattr(self, name) for name in AREAS}})
 
     @torch.no_grad()
     def __call__(
@@ -113,17 +122,29 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in diffusers, with the processor that needs no torchvision unless `processor` is given."""
-        if "processor" not in kwargs and os.path.isdir(os.path.join(pretrained_model_name_or_path, "processor")):
-            kwargs["processor"] = BuiltinProcessor.from_pretrained(pretrained_model_name_or_path, subfolder="processor")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "processor" in kwargs:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, processor=None, **kwargs)
+        where = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        processor = BuiltinProcessor.from_pretrained(
+            pretrained_model_name_or_path, **where | {"subfolder": "processor"}
+        )
+        pipe.register_modules(processor=processor)  # not passed on: diffusers checks the class by its package
+        return pipe
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in diffusers; `model_index.json` names the stock classes."""
+        """As in diffusers. Raises ValueError for adapters in place, whose names no `from_pretrained` knows."""
+        transformer = self.components["transformer"]
+        if transformer is not None and any(".base_layer." in key for key in transformer.state_dict()):
+            raise ValueError(
+                "the transformer holds LoRA adapters, which a saved pipeline cannot: first fuse_lora() and "
+                "unload_lora_weights(), or unload_lora_weights() alone and save the adapter with save_lora_weights()"
+            )
+        self._record_areas()
         super().save_pretrained(save_directory, **kwargs)
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)
-        index["_class_name"] = STOCK_CLASS
         if isinstance(self.processor, BuiltinProcessor):
             index["processor"] = ["transformers", "Qwen2VLProcessor"]
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,11 +6,41 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 STATUS_FILE = "uniref_fast.json"
 FORMAT = 1  # of the folder; a change makes old caches unused
+AREAS = ("condition_image_area", "vae_image_area", "output_area")
+AREAS_KEY = "_image_areas"
+"""Where the transformer's configuration holds the three areas. diffusers keeps entries with an underscore that it does
+not know, through every `from_pretrained` and `save_pretrained` of a model or of any pipeline that holds it."""
+
+
+def recorded_areas(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The image areas that a pipeline was saved with; empty for a model at the sizes of stock diffusers.
+
+    Args:
+        index: content of `model_index.json`, or {}.
+        transformer_config: content of `transformer/config.json`, or {}.
+    """
+    areas = transformer_config.get(AREAS_KEY)
+    found = dict(areas) if isinstance(areas, Mapping) else {}
+    return {name: index.get(name, found.get(name)) for name in AREAS if name in index or name in found}
+
+
+def is_builtin_folder(folder: str | os.PathLike) -> bool:
+    """Whether a local folder holds a pipeline with image areas of its own, whoever saved it."""
+    contents = []
+    for name in ("model_index.json", "transformer/config.json"):
+        try:
+            content = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        contents.append(content if isinstance(content, dict) else {})
+    return bool(recorded_areas(*contents))
 
 
 def build(folder: str | os.PathLike, seed: int = 0) -> Path:
