@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from uniref_fast.training import config as configs
-from uniref_fast.training import gate, lineage, msgrpo, rl_trainer, roller
+from uniref_fast.training import gate, lineage, msgrpo, rl_trainer, roller, samples
 from uniref_fast.training.grpo import Advantages
 from uniref_fast.training.made_files import make
 from uniref_fast.training.make_data import MakeConfig, artworks, sample
@@ -731,6 +731,41 @@ def test_a_damaged_picture_is_passed_over_with_its_place(data, tmp_path):
     out = tmp_path / "run"
     assert msgrpo.main(flags(tmp_path / "data", out, "--prompts", 6)) == 0
     assert {event["where"].rpartition(":")[2] for event in events(out, "broken row")} == {"4"}
+
+
+def test_rows_that_cannot_be_rolled_out_are_passed_over_with_their_places(data, tmp_path, monkeypatch):
+    """One larger than a pack, one with a picture's token, one that only the text encoder refuses; also resumed."""
+    shutil.copytree(data, tmp_path / "data")
+    path = tmp_path / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    several = [number for number, row in enumerate(rows) if len(row["input_images"]) == 2]
+    long, token, refused = several[:3]
+    rows[long]["instruction"] = "red " * 600
+    rows[token]["instruction"] += " <|image_pad|>"
+    rows[refused]["instruction"] = "the encoder refuses this"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    embeddings = samples.prompt_embeddings
+
+    def refusing(pipe, prompt, *rest):
+        if prompt == "the encoder refuses this":
+            raise ValueError("no such words")
+        return embeddings(pipe, prompt, *rest)
+
+    monkeypatch.setattr(samples, "prompt_embeddings", refusing)
+    out, again = tmp_path / "run", tmp_path / "again"
+    given = ("--prompts", len(several), "--stages.1.references", "multi")  # the first step takes an epoch of them
+    assert msgrpo.main(flags(tmp_path / "data", out, *given)) == 0
+    found = {event["where"].rpartition(":")[2]: event["reason"] for event in events(out, "broken row")}
+    assert set(found) == {str(number + 1) for number in (long, token, refused)}
+    assert "over the 512 of a pack" in found[str(long + 1)] and "<|image_pad|>" in found[str(token + 1)]
+    assert "no such words" in found[str(refused + 1)]
+    assert [record["step"] for record in steps_of(out)] == [0, 1, 2]
+    shutil.copytree(out, again)
+    for step in (2, 3):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:06d}")
+    assert msgrpo.main(flags(tmp_path / "data", again, *given, "--resume", "auto")) == 0
+    equal_to(out, again)
+    assert msgrpo.main(flags(tmp_path / "data", tmp_path / "few", *given, "--max-broken", 2)) == 1
 
 
 def test_a_damaged_held_out_picture_is_said_at_once(data, tmp_path, capsys):

@@ -203,6 +203,24 @@ def test_a_group_that_is_cut_has_its_references_in_both_packs(make, rows):
     assert len(references_in(first)) == len(references_in(second)) == 2
 
 
+def test_rows_that_any_rank_cannot_encode_are_named_to_all(make, rows, monkeypatch):
+    given = rows(2, 1, 3)
+    key, prepared = given[1]
+    encode = Encoder.encode_conditions
+
+    def refusing(self, row, *rest):
+        if row is prepared:
+            raise ValueError(f"{row.row.where}: no such words")
+        return encode(self, row, *rest)
+
+    monkeypatch.setattr(Encoder, "encode_conditions", refusing)
+    batch = make().plan(given, PLAN, 2, STEPS, 1.0)
+    assert batch.lost == {key: (prepared.row.where, "no such words")} and batch.packs == []
+    other = {given[0][0]: ("elsewhere", "damaged")}
+    batch = make(FakeRanks(1, 2, others=lambda value: [other])).plan(given, PLAN, 2, STEPS, 1.0)
+    assert other.items() <= batch.lost.items() and batch.packs == []
+
+
 def test_a_member_larger_than_a_pack(make, rows):
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: a rollout has \d+ tokens, over the 60 of a pack"):
         make().plan(rows(0, 3), StagePlan(60, 1, False, 0, ""), 2, STEPS, 1.0)
@@ -282,9 +300,10 @@ def test_one_of_the_ranks_that_share_a_pack_asks(make, rows):
 def test_rolling_stops_at_a_signal(make, rows):
     """After the pack that is under way, on all ranks, whichever was asked to stop."""
     given = rows(1)
-    for ranks, signalled in ((FakeRanks(), True), (FakeRanks(others=lambda value: [True]), False)):
-        roller = make(ranks, signalled=lambda answer=signalled: answer)
+    for others, signalled in ((None, True), (lambda value: [True], False)):
+        roller = make(signalled=lambda answer=signalled: answer)
         batch = roller.plan(given, PLAN, 2, STEPS, 1.0)
+        roller.ranks.others = others
         assert len(batch.packs) == 2 and not roller.roll(batch, None, 1.0, 0, step=0)
         assert len(batch.asked) == 1 and batch.tokens == 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from uniref_fast.training.feeder import coming, refuse_broken, row_weights
@@ -50,8 +50,15 @@ class Prompts:
         """What decides the rows that come next; for JSON."""
         return {"data": self.dataset.fingerprint, "stream": self._stream.state(), "broken": sorted(self._broken)}
 
-    def take(self, count: int, stage: RLStage) -> tuple[list[tuple[Key, Prepared]], list[tuple[str, str]]]:
+    def take(
+        self, count: int, stage: RLStage, check: Callable[[Key, Prepared], None] = lambda key, prepared: None
+    ) -> tuple[list[tuple[Key, Prepared]], list[tuple[str, str]]]:
         """The next rows with their sizes, and (place, reason) of rows that were passed over as broken.
+
+        Args:
+            count: how many rows to return.
+            stage: what says which rows are wanted, and their sizes.
+            check: raises ValueError for a row that cannot be used, with the reason.
 
         Raises:
             BrokenRowsError: for more broken rows than the run allows, or all there are.
@@ -67,13 +74,13 @@ class Prompts:
                 row = self.dataset[key[1]]
                 if COUNTS[stage.references](len(row.references)):
                     prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
+                    check(key, prepared)
                     prepared.load_references()  # damaged pictures too are passed over, by all ranks alike
                     taken.append((key, prepared))
                     continue
             except (ValueError, OSError) as error:
                 broken.append((where, str(error).removeprefix(f"{where}: ")))
-                self._broken.add(where)
-                refuse_broken(self._broken, self.config.max_broken, self._coming, broken)
+                self.count_broken(broken[-1:])
             unfit.add(key[1])
             if len(unfit) == self._coming:  # not counted in epochs: weights make rows rare
                 last = f"; the last that could not be used: {': '.join(broken[-1])}" if broken else ""
@@ -82,3 +89,12 @@ class Prompts:
                     f'"{stage.references}" needs{last}'
                 )
         return taken, broken
+
+    def count_broken(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Count rows (place, reason) that could not be used, each once.
+
+        Raises:
+            BrokenRowsError: for more than the run allows, or all there are.
+        """
+        self._broken.update(where for where, _ in rows)
+        refuse_broken(self._broken, self.config.max_broken, self._coming, list(rows))

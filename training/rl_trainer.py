@@ -24,6 +24,7 @@ from uniref_fast.training.flow import draw
 from uniref_fast.training.gate import OffPolicyError, Timestep, probe, table
 from uniref_fast.training.grpo import Advantages, advantages, guarded_log_ratio, objective
 from uniref_fast.training.lineage import attends
+from uniref_fast.training.packing import Key
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.prompts import Prompts
 from uniref_fast.training.reward_set import RewardSet
@@ -101,8 +102,7 @@ class RLTrainer(Run):
             for start in [self.step, *(end for end in self.config.ends()[:-1] if end > self.step)]:
                 self.step = start
                 self._enter_stage()
-                rows, _ = self.prompts.take(self.config.prompts, self.config.stages[self.stage])
-                self._gate(self._rolled(rows, None)[0])
+                self._gate(self._rolled(self._taken(self.config.prompts), None)[0])
         finally:
             self.close()
         return True
@@ -133,12 +133,7 @@ class RLTrainer(Run):
 
     def train_step(self) -> bool:
         start, config = time.perf_counter(), self.config
-        stage = config.stages[self.stage]
-        taken, broken = self.prompts.take(config.prompts, stage)
-        agree(self.ranks.gather(([key for key, _ in taken], broken)))
-        for where, reason in broken:
-            self.monitor.event(self.step, "broken row", where=where, reason=reason)
-        batch, whole = self._rolled(taken, self.step)
+        batch, whole = self._rolled(self._taken(config.prompts), self.step)
         if not whole:
             return False
         if self.checked != self.stage:
@@ -177,11 +172,35 @@ class RLTrainer(Run):
 
     # ---- rollouts ----
 
-    def _rolled(self, rows: Sequence[tuple[tuple[int, int], Prepared]], step: int | None) -> tuple[Batch, bool]:
-        """Rollouts of rows; whether a signal left them whole. `step` None asks for no rewards."""
-        config = self.config
-        batch = self.roller.plan(rows, self.plans[self.stage], config.group, config.rollout_steps, config.guidance)
-        return batch, self.roller.roll(batch, self.sampler, config.guidance, config.seed, step)
+    def _taken(self, count: int) -> list[tuple[Key, Prepared]]:
+        """The next rows; those that cannot be used are recorded and passed over. All ranks."""
+
+        def check(key: Key, prepared: Prepared) -> None:
+            self.roller.check_size(key, prepared, self.plans[self.stage])
+
+        taken, broken = self.prompts.take(count, self.config.stages[self.stage], check)
+        agree(self.ranks.gather(([key for key, _ in taken], broken)))
+        self._report_broken(broken)
+        return taken
+
+    def _report_broken(self, rows: Sequence[tuple[str, str]]) -> None:
+        for where, reason in rows:
+            self.monitor.event(self.step, "broken row", where=where, reason=reason)
+
+    def _rolled(self, rows: Sequence[tuple[Key, Prepared]], step: int | None) -> tuple[Batch, bool]:
+        """Rollouts of rows; whether a signal left them whole. `step` None asks for no rewards.
+
+        The rows after them take the places of those that cannot be encoded.
+        """
+        config, rows = self.config, list(rows)
+        while True:
+            batch = self.roller.plan(rows, self.plans[self.stage], config.group, config.rollout_steps, config.guidance)
+            if not batch.lost:
+                return batch, self.roller.roll(batch, self.sampler, config.guidance, config.seed, step)
+            lost = list(batch.lost.values())
+            self._report_broken(lost)
+            self.prompts.count_broken(lost)
+            rows = [row for row in rows if row[0] not in batch.lost] + self._taken(len(lost))
 
     def _scores(self, results: Mapping[MemberKey, dict[str, float] | Failure]) -> dict[MemberKey, dict[str, float]]:
         """Scores of the members that have them.
@@ -410,6 +429,8 @@ class RLTrainer(Run):
             count = min(config.eval_samples if figures else config.sample_count, len(dataset))
             rows = [((0, i), self._prepared(dataset, i, stage)) for i in range(count)]
             batch = self.roller.plan(rows, self.plans[self.stage], 1, config.sample_steps, config.sample_guidance)
+            for where, reason in batch.lost.values():
+                raise ValueError(f"{where}: {reason}; mend or leave out this held-out row")
             if not self.roller.roll(batch, None, config.sample_guidance, 0, self.step):
                 return False
             results = self.roller.results(batch)

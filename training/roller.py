@@ -14,6 +14,7 @@ from PIL import Image
 from uniref_fast.encode import decode_image, prompt_tokens
 from uniref_fast.training.evaluate import idle_batch
 from uniref_fast.training.model import TrainedModel
+from uniref_fast.training.packing import Key
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.reward_set import RewardSet
 from uniref_fast.training.rewards import Candidate, Failure, Scores
@@ -39,6 +40,7 @@ class Batch:
         asked: rewards of this rank's members, by key.
         images: that this rank made.
         seconds, tokens: that rolling took, and went through the model on all ranks.
+        lost: (place, reason) of rows that cannot be encoded, by key; nothing is packed then.
     """
 
     groups: list[Group]
@@ -48,6 +50,7 @@ class Batch:
     images: dict[MemberKey, Image.Image] = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
+    lost: dict[Key, tuple[str, str]] = field(default_factory=dict)
 
 
 class Roller:
@@ -73,43 +76,63 @@ class Roller:
 
     def plan(
         self,
-        rows: Sequence[tuple[tuple[int, int], Prepared]],
+        rows: Sequence[tuple[Key, Prepared]],
         stage: StagePlan,
         size: int,
         steps: int,
         guidance: float,
     ) -> Batch:
-        """Groups of all ranks, and this rank's packs of their members."""
-        config = self.config
-        groups = []
-        for number, (key, prepared) in enumerate(rows):
-            shape = prepared.sample
-            lengths = [shape.text] if isinstance(shape.text, int) else [sum(n for n, _ in shape.text)]
-            if guidance > 1:
-                lengths.append(prompt_tokens(self.model.pipe, EMPTY, prepared.geometry.condition_sizes))
-            grid = schedule(self.model.pipe.scheduler, math.prod(shape.target), steps)
-            noisy = noisy_steps(steps, config.window, config.window_stop, config.seed, key) if size > 1 else ()
-            groups.append(Group(key, prepared, tuple(lengths), grid, noisy, number))
+        """Groups of all ranks, and this rank's packs of their members, encoded. All ranks.
+
+        Where rows cannot be encoded the batch has no packs; `Batch.lost` names them.
+        """
+        groups = [
+            self._group(key, prepared, size, steps, guidance, number) for number, (key, prepared) in enumerate(rows)
+        ]
         most = stage.pack_tokens
         if size == 1:  # a look keeps nothing for a backward: there is room for any row
             most = max(most, *(group.tokens for group in groups))
-        parts = plan_packs(groups, size, most, config.packs, self.shared)
+        parts = plan_packs(groups, size, most, self.config.packs, self.shared)
         keys = [[(*group.key, member) for member in range(size)] for group in groups]
-        packs: list[RolloutPack | None] = []
-        for part in parts[self.ranks.replica :: self.ranks.replicas]:
-            packs.append(self._pack([groups[i // size] for i in part], [i % size for i in part], guidance, size))
+        mine = parts[self.ranks.replica :: self.ranks.replicas]
+        lost: dict[Key, tuple[str, str]] = {}
+        for group in [groups[i] for i in dict.fromkeys(i // size for part in mine for i in part)]:
+            try:
+                self._encode(group, guidance)
+            except (ValueError, OSError) as error:
+                where = group.prepared.row.where
+                lost[group.key] = (where, str(error).removeprefix(f"{where}: "))
+        lost = {key: row for part in self.ranks.gather(lost) for key, row in part.items()}
+        if lost:
+            return Batch(groups, [], keys, lost=lost)
+        packs = [self._pack([groups[i // size] for i in part], [i % size for i in part], size) for part in mine]
         return Batch(groups, packs, keys)
 
-    def _pack(self, owners: Sequence[Group], numbers: Sequence[int], guidance: float, size: int) -> RolloutPack | None:
+    def check_size(self, key: Key, prepared: Prepared, stage: StagePlan) -> None:
+        """Raise ValueError for a row whose rollouts are larger than a pack of the stage."""
+        config = self.config
+        group = self._group(key, prepared, config.group, config.rollout_steps, config.guidance, 0)
+        plan_packs([group], 1, stage.pack_tokens, 1, self.shared)
+
+    def _group(self, key: Key, prepared: Prepared, size: int, steps: int, guidance: float, number: int) -> Group:
+        config, shape = self.config, prepared.sample
+        lengths = [shape.text] if isinstance(shape.text, int) else [sum(n for n, _ in shape.text)]
+        if guidance > 1:
+            lengths.append(prompt_tokens(self.model.pipe, EMPTY, prepared.geometry.condition_sizes))
+        grid = schedule(self.model.pipe.scheduler, math.prod(shape.target), steps)
+        noisy = noisy_steps(steps, config.window, config.window_stop, config.seed, key) if size > 1 else ()
+        return Group(key, prepared, tuple(lengths), grid, noisy, number)
+
+    def _encode(self, group: Group, guidance: float) -> None:
+        images = group.prepared.load_references()
+        group.references, text = self.encoder.encode_conditions(group.prepared, images)
+        group.texts = (text,)
+        if guidance > 1:
+            group.texts += (self.encoder.encode_conditions(group.prepared, images, EMPTY)[1],)
+
+    def _pack(self, owners: Sequence[Group], numbers: Sequence[int], size: int) -> RolloutPack | None:
         if not owners:
             return None
-        for group in owners:
-            if group.references is None:
-                images = group.prepared.load_references()
-                group.references, text = self.encoder.encode_conditions(group.prepared, images)
-                group.texts = (text,)
-                if guidance > 1:
-                    group.texts += (self.encoder.encode_conditions(group.prepared, images, EMPTY)[1],)
         seed = self.config.seed if size > 1 else 0
         members = [Member.start(group, number, seed) for group, number in zip(owners, numbers, strict=True)]
         zero_cond_t = bool(self.model.pipe.transformer.config.zero_cond_t)
