@@ -496,7 +496,8 @@ class PatchedBlock:
             branch = calls(mlp, hidden.view(shape))
             if reason := _unlike(branch, tuple(shape), x, "the feed-forward"):
                 return reason
-            x = ops.gate_residual(x, _rows(branch), mod.gate2, row, **options).view(shape)
+            x = ops.gate_residual(x, _rows(branch), mod.gate2, row, **options)
+            x = torch.ops.aten._unsafe_view(x, shape)  # not a view for autograd: nobody else holds the rows
             out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
         return out[1], out[0]
 
