@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `uniref-fast eval`; what is not given is as `EvalConfig` has it."""
     own = EvalConfig((), Path())
     add = parser.add_argument
-    add("data", nargs="+", type=Path, metavar="PATH", help=".jsonl, .json, .parquet, .tar, or a folder of them")
+    add("data", nargs="+", type=Path, metavar="PATH", help="file or folder of rows, see the README")
     add("--out", type=Path, required=True, metavar="DIR", help="results; the same command goes on with what is there")
     add("--model", default=own.model, metavar="DIR_OR_ID", help="diffusers folder or hub id (%(default)s)")
     add(

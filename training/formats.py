@@ -145,6 +145,8 @@ def recognise(keys: Collection[str]) -> Format:
     Raises:
         ValueError: when no format, or more than one, explains them; lists the keys and the formats.
     """
+    if any(key.endswith(FILE_NAMES) for key in keys):
+        return _imagefolder(keys)
     fits = [form for form in FORMATS if explains(form, keys)]
     if len(fits) > 1:  # words that mean something else in a file that another format explains
         fits = [form for form in fits if not form.common] or fits
@@ -158,13 +160,42 @@ def recognise(keys: Collection[str]) -> Format:
     )
 
 
-TARGET_WORDS = {"answer", "edited", "expected", "gt", "ground", "out", "output", "outputs", "result", "results",
-                "target", "targets", "truth"}  # fmt: skip
+def _imagefolder(keys: Collection[str]) -> Format:
+    """The format of a Hugging Face imagefolder: columns of pictures are `file_name`, or end in `_file_name(s)`."""
+    texts = [key for key in IMAGEFOLDER_TEXTS if key in keys]
+    files = {key: _words(re.sub(r"_?file_names?$", "", key)) for key in keys if key.endswith(FILE_NAMES)}
+    targets = [key for key, words in files.items() if words & TARGET_WORDS]
+    references = [key for key, words in files.items() if words & REFERENCE_WORDS and key not in targets]
+    plain = [key for key, words in files.items() if not words]
+    targets = targets or plain
+    references.sort(key=lambda key: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", key)])
+    alike = {re.sub(r"\d+", "", key) for key in references}
+    if len(texts) != 1 or len(targets) != 1 or len(alike) > 1 or len(targets + references) < len(files):
+        raise ValueError(
+            f"the columns {sorted(keys)} of this imagefolder do not tell which is which: one of "
+            f"{', '.join(IMAGEFOLDER_TEXTS)} must be the instruction, and file_name or output_file_name the target, "
+            "with references such as input_file_name; say it with columns such as instruction=text,"
+            "references=input_file_name,target=file_name (--columns)"
+        )
+    first = references[0] if references else "input_file_name"
+    return Format("imagefolder", texts[0], first, targets[0], more=tuple(references[1:]))
+
+
+def _words(key: str) -> set[str]:
+    return set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", key).lower()))
+
+
+FILE_NAMES = ("file_name", "file_names")
+IMAGEFOLDER_TEXTS = ("instruction", "prompt", "text", "caption", "edit_prompt", "edit_instruction")
+REFERENCE_WORDS = {"before", "condition", "conditioning", "control", "input", "inputs", "original", "ref", "reference",
+                   "references", "source", "sources"}  # fmt: skip
+TARGET_WORDS = {"after", "answer", "edited", "expected", "gt", "ground", "out", "output", "outputs", "result",
+                "results", "target", "targets", "truth"}  # fmt: skip
 
 
 def nearest_key(key: str, form: Format) -> tuple[str, str]:
     """(role, key of the format) that an unknown key of pictures most probably stands for."""
-    words = set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", key).lower()))
+    words = _words(key)
     if form.target is not None and words & TARGET_WORDS:
         return "target", form.target
     return "references", form.references.removesuffix("#")

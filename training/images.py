@@ -83,6 +83,13 @@ class ImageSource:
                 return image.size
             return (image.height, image.width) if turn in (5, 6, 7, 8) else image.size
 
+    def suffix(self) -> str:
+        """The ending of a file of its format, with the dot."""
+        with self._opened() as image:
+            return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}.get(
+                str(image.format), f".{str(image.format).lower()}"
+            )
+
     def load(self, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
         """The upright picture; as RGB, in which what is transparent becomes white, or as RGBA."""
         if ImageFile.LOAD_TRUNCATED_IMAGES:

@@ -1,4 +1,4 @@
-"""Files of rows, read at random: .jsonl, .json, .parquet and .tar, each as numbered records of plain values.
+"""Files of rows, read at random: .jsonl, .json, .csv, .parquet and .tar, each as numbered records of plain values.
 
 A reader knows how many rows its file has and where each lies, and nothing about what the keys mean (that is `rows`). It
 holds no open files, so it can be pickled into workers and used by several threads at once. Damage to a whole file is a
@@ -7,7 +7,10 @@ holds no open files, so it can be pickled into workers and used by several threa
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import csv
+import hashlib
 import json
 import os
 import stat
@@ -23,7 +26,10 @@ import numpy as np
 from uniref_fast.training.images import ImageSource
 
 __all__ = [
+    "BOM",
+    "ENCODED",
     "BrokenFileError",
+    "CsvReader",
     "JsonReader",
     "JsonlReader",
     "ParquetReader",
@@ -97,6 +103,10 @@ class Reader:
                 found.add(filled(self.record(row).values))
         return found
 
+    def content(self) -> str:
+        """What changes when the file does. Parquet files and archives hold pictures and are not read for it."""
+        return f"{self.path.stat().st_size} bytes, {len(self)} rows"
+
     def find(self, path: str) -> ImageSource:
         """The file that a path in a row names: absolute, or under `folder`."""
         return ImageSource(printable(path), located(path, self.folder))
@@ -143,6 +153,14 @@ def located(path: str, folder: Path) -> Path:
         kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
         raise ValueError(f"no picture file {shown}: {printable(full)} is {kind}")
     return full
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def from_json(text: bytes) -> Any:
@@ -192,6 +210,9 @@ class JsonlReader(Reader):
     def place(self, row: int) -> str:
         return f"{self.name}:{self._lines[row]}"
 
+    def content(self) -> str:
+        return _digest(self.path)
+
     def record(self, row: int) -> Record:
         with open(self.path, "rb") as file:
             file.seek(int(self._starts[row]))
@@ -219,6 +240,9 @@ class JsonReader(Reader):
     def record(self, row: int) -> Record:
         return Record(_mapping(self._rows()[row]), self.find)
 
+    def content(self) -> str:
+        return _digest(self.path)
+
     def _rows(self) -> list[Any]:
         if self._parsed is None:
             try:
@@ -228,6 +252,66 @@ class JsonReader(Reader):
                 raise BrokenFileError(self.name, error) from None
             self._parsed = rows if isinstance(rows, list) else [rows]
         return self._parsed
+
+
+class CsvReader(Reader):
+    """A table with one header line. Empty cells are missing values; a cell with a list of texts is a list.
+
+    A process that reads it keeps the rows; pickles leave them behind.
+    """
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        super().__init__(path, name, folder)
+        self._held: tuple[list[str], list[tuple[int, list[str]]]] | None = None
+        self.columns = tuple(self._table()[0])
+        self._lines = np.array([line for line, _ in self._table()[1]], dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def place(self, row: int) -> str:
+        return f"{self.name}:{self._lines[row]}"
+
+    def content(self) -> str:
+        return _digest(self.path)
+
+    def record(self, row: int) -> Record:
+        header, rows = self._table()
+        cells = rows[row][1]
+        if len(cells) != len(header):
+            raise ValueError(f"the row has {len(cells)} cells, the header {len(header)}")
+        return Record({key: _cell(cell) for key, cell in zip(header, cells, strict=True)}, self.find)
+
+    def _table(self) -> tuple[list[str], list[tuple[int, list[str]]]]:
+        """Header, and (line where it begins, cells) of each row."""
+        if self._held is None:
+            rows, before = [], 0
+            try:
+                with open(self.path, newline="", encoding="utf-8-sig") as file:
+                    table = csv.reader(file, strict=True)
+                    for cells in table:
+                        if cells:
+                            rows.append((before + 1, cells))
+                        before = table.line_num
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise BrokenFileError(self.name, f"not CSV in UTF-8, after line {before}: {error}") from None
+            header = rows[0][1] if rows else []
+            if len(set(header)) < len(header):
+                raise BrokenFileError(self.name, f"a column occurs twice: {header}")
+            self._held = header, rows[1:]
+        return self._held
+
+
+def _cell(text: str) -> Any:
+    if text[:1] == "[" and text[-1:] == "]":
+        with contextlib.suppress(ValueError, SyntaxError):
+            found = ast.literal_eval(text)  # JSON's lists of texts too
+            if all(isinstance(item, str) for item in found):
+                return found
+    return text or None
 
 
 class RowGroupCache:

@@ -2,7 +2,7 @@
 
 The canonical row is {"input_images": [paths], "output_image": path, "instruction": text, "task_type": text}, with any
 number of references, none included; `formats` lists the other names that are understood. Files are .jsonl (.ndjson),
-.json, .parquet and .tar, or folders of those.
+.json, .csv, .parquet, .tar, .tar.gz and .zip, or folders of those; folders of captioned images are read too (`pairs`).
 
     dataset = Dataset(["data/edits.jsonl", "data/shards"])
     row = dataset[17]
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import operator
 import os
@@ -30,29 +29,21 @@ from uniref_fast.budget import MAX_ASPECT_RATIO
 from uniref_fast.training.columns import Columns
 from uniref_fast.training.formats import Format, Parts
 from uniref_fast.training.images import MAX_PIXELS, ImageSource
+from uniref_fast.training.pairs import Pairs
 from uniref_fast.training.readers import (
-    BOM,
     BrokenFileError,
-    JsonlReader,
-    JsonReader,
     ParquetReader,
     Reader,
     Record,
     RowGroupCache,
     filled,
-    from_json,
     printable,
 )
-from uniref_fast.training.tars import TarReader
+from uniref_fast.training.sources import SAMPLE, find_sources, open_reader
 
 __all__ = ["MAX_PIXELS", "BrokenFileError", "Dataset", "ImageSource", "Row", "RowError", "left_out"]
 
 Size = tuple[int, int]  # (width, height) in pixels
-ENDINGS = (".jsonl", ".ndjson", ".json", ".parquet", ".tar")
-# Files that may hold rows too: in a folder they are named instead of passed over in silence.
-UNREAD = (".csv", ".tsv", ".arrow", ".feather", ".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tfrecord",
-          ".lmdb", ".xlsx", ".toml")  # fmt: skip
-SAMPLE = 1000  # rows that are looked at to tell a file's format: some must have the key that tells it
 
 
 class RowError(ValueError):
@@ -142,7 +133,7 @@ class Dataset:
 
     def __init__(
         self,
-        paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        paths: str | os.PathLike[str] | Pairs | Sequence[str | os.PathLike[str] | Pairs],
         image_folder: str | os.PathLike[str] | None = None,
         targets: Literal["required", "optional"] = "required",
         columns: Iterable[str] = (),
@@ -150,7 +141,9 @@ class Dataset:
         """Index the files.
 
         Args:
-            paths: files and folders, or one; folders are searched to any depth, hidden files left out.
+            paths: files and folders, or one; folders are searched to any depth, hidden files left out. A folder without
+                files of rows may hold captioned images (`pairs`); the configuration files of musubi-tuner, SimpleTuner
+                and ai-toolkit stand for the folders that they name.
             image_folder: where relative paths in rows are looked up; beside their file by default. Tars name members.
             targets: "optional" also takes rows without a target.
             columns: what the files' own columns hold, as "role=column" pairs; see `columns.Columns`.
@@ -161,24 +154,24 @@ class Dataset:
         """
         if targets not in ("required", "optional"):
             raise ValueError(f'targets must be "required" or "optional", got {targets!r}')
-        if isinstance(paths, (str, os.PathLike)):
+        if isinstance(paths, (str, os.PathLike, Pairs)):
             paths = [paths]
         if image_folder is not None and not Path(image_folder).is_dir():
             raise ValueError(f"image folder {image_folder} is not there")
-        found, named, left_out = _find_files([Path(path) for path in paths])
+        sources, left_out = find_sources([path if isinstance(path, Pairs) else Path(path) for path in paths])
         self._targets, self._columns = targets, Columns.of(columns)
         cache = RowGroupCache()
         self._readers: list[Reader] = []
         self._formats: list[Format | None] = []
-        for path, name in found:
-            folder = Path(image_folder) if image_folder is not None else path.parent
-            reader = _reader(path, name, folder, cache, self._columns)
+        for source in sources:
+            folder = Path(image_folder) if image_folder is not None else source.path.parent
+            reader = open_reader(source, folder, cache, self._columns)
             if isinstance(reader, str):
-                if path in named:
-                    raise BrokenFileError(name, reader)
-                left_out.append((name, reader))
+                if source.named:
+                    raise BrokenFileError(source.name, reader)
+                left_out.append((source.name, reader))
                 continue
-            left_out += [(name, reason) for reason in reader.left_out]
+            left_out += [(source.name, reason) for reason in reader.left_out]
             self._readers.append(reader)
             self._formats.append(_format_of(reader, self._columns))
         if not self._readers:
@@ -236,7 +229,7 @@ class Dataset:
         Pictures beside the files are not looked at.
         """
         read_as = f", columns {self._columns}" if self._columns else ""
-        return tuple(_content(reader.path, len(reader)) + read_as for reader in self._readers)
+        return tuple(reader.content() + read_as for reader in self._readers)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -271,53 +264,6 @@ def left_out(datasets: Iterable[Dataset], most: int = 20) -> list[tuple[str, str
     found = list(dict.fromkeys(one for dataset in datasets for one in dataset.left_out))
     more = [(f"{len(found) - most:,} more", "`uniref-fast data check` lists all")] if len(found) > most else []
     return [*found[:most], *more]
-
-
-def _reader(path: Path, name: str, folder: Path, cache: RowGroupCache, columns: Columns) -> Reader | str:
-    """The reader of a file, or the reason why it holds no rows."""
-    ending = path.suffix.lower()
-    if ending == ".json":
-        return _json_reader(path, name, folder, columns)
-    if ending == ".parquet":
-        return ParquetReader(path, name, folder, cache)
-    return TarReader(path, name, folder) if ending == ".tar" else JsonlReader(path, name, folder)
-
-
-def _json_reader(path: Path, name: str, folder: Path, columns: Columns) -> Reader | str:
-    """The reader of a .json file: a list of rows, an object with one list of rows, one row, or a row a line."""
-    content = path.read_bytes()
-    try:
-        parsed = from_json(content)
-    except ValueError as error:
-        with contextlib.suppress(ValueError):
-            if isinstance(from_json(content.removeprefix(BOM).lstrip().partition(b"\n")[0]), dict):
-                return JsonlReader(path, name, folder)
-        raise BrokenFileError(name, error) from None
-    if isinstance(parsed, list):
-        if parsed and not any(isinstance(item, dict) for item in parsed):
-            return "holds a JSON list without objects; a row is an object"
-        return JsonReader(path, name, folder)
-    if not isinstance(parsed, dict):
-        return f"must hold a JSON list of rows, got {type(parsed).__name__}"
-    if _are_rows([parsed], columns):
-        return JsonReader(path, name, folder)
-    keys = [key for key, value in parsed.items() if isinstance(value, list) and _are_rows(value, columns)]
-    if len(keys) > 1:
-        raise BrokenFileError(name, f"has rows under several keys, {', '.join(keys)}; write each list as its own file")
-    if keys:
-        return JsonReader(path, name, folder, keys[0])
-    shown = ", ".join(map(repr, list(parsed)[:6])) or "empty"
-    return f"holds a JSON object ({shown}) that is no row of a known format, and none of its keys has a list of rows"
-
-
-def _are_rows(values: Sequence[Any], columns: Columns) -> bool:
-    """Whether the objects among the values have keys of a known format, one of pictures included."""
-    keys = frozenset[str]().union(*(filled(value) for value in values[:SAMPLE] if isinstance(value, dict)))
-    try:
-        form = columns.format(keys)
-    except ValueError:
-        return False
-    return any(form.owns(key) for key in keys)
 
 
 def _format_of(reader: Reader, columns: Columns) -> Format | None:
@@ -380,76 +326,3 @@ def _artworks(scene: Mapping[str, Any] | None, record: Record) -> dict[str, Imag
                 with contextlib.suppress(ValueError, OSError):
                     found[path] = record.find(path)
     return found
-
-
-# ---- files ----
-
-
-def _find_files(paths: Sequence[Path]) -> tuple[list[tuple[Path, str]], set[Path], list[tuple[str, str]]]:
-    """Files with the names that messages use, in order; which of them were named; (name, reason) of those left out."""
-    if not paths:
-        raise ValueError("no paths given")
-    found: list[tuple[Path, Path]] = []  # file, shortest name
-    named: set[Path] = set()
-    left_out: list[tuple[str, str]] = []
-    for path in paths:
-        if path.is_dir():
-            inside = _files_in(path)
-            rows = [file for file in inside if file.suffix.lower() in ENDINGS]
-            others = [file.relative_to(path).as_posix() for file in inside if file.suffix.lower() not in ENDINGS]
-            left_out += [(name, f"is not read: files of rows end in {', '.join(ENDINGS)}") for name in others]
-            if not rows:
-                there = f"; it has {', '.join(others[:5])}" if others else ""
-                raise ValueError(f"folder {path} has no file of rows ({', '.join(ENDINGS)}){there}")
-            found += [(file, file.relative_to(path)) for file in rows]
-        elif not path.exists():
-            raise ValueError(f"no such file or folder: {path}")
-        elif not path.is_file() or path.suffix.lower() not in ENDINGS:
-            raise ValueError(f"{path} is not a file of rows; known endings: {', '.join(ENDINGS)}")
-        else:
-            found.append((path, Path(path.name)))
-            named.add(path)
-    twice = [str(file) for file, count in Counter(file.resolve() for file, _ in found).items() if count > 1]
-    if twice:
-        raise ValueError(f"given twice: {', '.join(twice)}; its rows would count double")
-    names = list(map(printable, _distinct_names(found)))
-    return list(zip([file for file, _ in found], names, strict=True)), named, left_out
-
-
-def _files_in(folder: Path) -> list[Path]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    found, seen = [], set()
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = [name for name in files if not name.startswith(".")]
-        found += [Path(place, name) for name in visible if name.lower().endswith(ENDINGS + UNREAD)]
-    return sorted(found, key=lambda file: file.relative_to(folder).as_posix())
-
-
-def _content(path: Path, rows: int) -> str:
-    """Tars and parquet hold pictures and are large: they are not read for it."""
-    if path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
-        return f"{path.stat().st_size} bytes, {rows} rows"
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _distinct_names(found: Sequence[tuple[Path, Path]]) -> list[str]:
-    """The shortest ends of the paths that tell all files apart, so that names do not depend on where the data lies."""
-    parts = [file.absolute().parts for file, _ in found]
-    least = [len(short.parts) for _, short in found]
-    for more in itertools.count():
-        names = ["/".join(whole[-(short + more) :]) for whole, short in zip(parts, least, strict=True)]
-        if len(set(names)) == len(names) or more > max(map(len, parts)):
-            return names
-    raise AssertionError("unreachable")

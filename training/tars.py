@@ -1,20 +1,31 @@
-"""Tar shards as webdataset writes them: members that share their name up to the first dot are one sample.
+"""Archives of samples as webdataset writes them (.tar, .tar.gz, .tgz, .zip).
 
-A sample is a row when it has `KEY.json`, `KEY.txt`, `KEY.input_N.*` or `KEY.output.*`. Its json either names members
-(of any sample, beside it or from the top of the archive) under the keys of a known format, or has no pictures: then
-they are `KEY.input_0.png`, `KEY.input_1.jpg`, ... and `KEY.output.png`, and the instruction is in the json or in
-`KEY.txt`. Keys may have dots: `v1.5_002.output.png` belongs to the sample `v1.5_002`. Nothing is extracted to disk: a
-member is a range of bytes in the archive. Links, devices and sparse members are never followed. Hidden members
-(`._name`) are left out; other members that no sample reads are counted in `left_out`.
+Members that share their name up to the first dot are one sample. It is a row when it has `KEY.json`, `KEY.txt`,
+`KEY.input_N.*` or `KEY.output.*`. Its json either names members (of any sample, beside it or from the top of the
+archive) under the keys of a known format, or has no pictures: then they are `KEY.input_0.png`, `KEY.input_1.jpg`, ...
+and `KEY.output.png`, and the instruction is in the json or in `KEY.txt`. Keys may have dots: `v1.5_002.output.png`
+belongs to the sample `v1.5_002`.
+
+Nothing is extracted: a member is a range of bytes in the archive, or is decompressed in memory when it is read. A
+compressed tar is decompressed once, into a temporary file that goes with the process. Links, devices and sparse members
+are never followed. Hidden members (`._name`) are left out; others that no sample reads are counted in `left_out`.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import gzip
 import os
 import posixpath
 import re
+import shutil
+import stat
+import struct
 import tarfile
+import tempfile
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,7 +35,9 @@ from uniref_fast.training.formats import PICTURE_SUFFIXES, TEXT_KEYS, is_picture
 from uniref_fast.training.images import ImageSource
 from uniref_fast.training.readers import BOM, BrokenFileError, Reader, Record, from_json, printable
 
-__all__ = ["TarReader"]
+__all__ = ["TarReader", "ZipReader"]
+
+LARGEST = 1 << 30  # bytes of a member of a zip, which is decompressed in memory
 
 NUMBERED = re.compile(r"input_(\d+)\.\w+")
 OUTPUT = re.compile(r"output\.\w+")
@@ -42,9 +55,10 @@ class TarReader(Reader):
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
         super().__init__(path, name, folder)
+        self._file = path  # that members are ranges of
         self._members: dict[str, _Member] = {}
         parts: dict[str, list[str]] = {}
-        for member_name, member in _index(path, name):
+        for member_name, member in self._index():
             if member_name in self._members:
                 member = member._replace(problem="occurs twice in the archive")
             self._members[member_name] = member
@@ -77,7 +91,7 @@ class TarReader(Reader):
         key = self._samples[row]
         ends = self._parts[key]
         for end in ends:
-            self._source(f"{key}.{end}" if end else key)  # refuses links and the like, named by the json or not
+            self._member(f"{key}.{end}" if end else key)  # refuses links and the like, named by the json or not
         values = from_json(self._source(f"{key}.json").read()) if "json" in ends else {}
         if not isinstance(values, dict):
             raise ValueError(f"{key}.json must hold a JSON object, got {type(values).__name__}")
@@ -110,16 +124,98 @@ class TarReader(Reader):
     def _find_beside(self, folder: str, path: str) -> ImageSource:
         return self._source(self._member_named(folder, path))
 
-    def _source(self, name: str) -> ImageSource:
+    def _member(self, name: str) -> _Member:
         member = self._members.get(name)
         if member is None:
             raise ValueError(f"no member {name!r} in the archive")
         if member.problem:
             raise ValueError(f"member {name!r} {member.problem}")
-        return ImageSource(printable(name), self.path, member.offset, member.length)
+        return member
+
+    def _source(self, name: str) -> ImageSource:
+        member = self._member(name)
+        return ImageSource(printable(name), self._file, member.offset, member.length)
+
+    def _index(self) -> list[tuple[str, _Member]]:
+        """Name and place of every member but folders and hidden files, in order."""
+        if self.path.suffix.lower() in (".gz", ".tgz"):
+            self._file = _decompressed(self.path, self.name)
+        try:
+            return _tar_index(self._file, self.name)
+        except BrokenFileError:
+            if self._file != self.path:
+                self._file.unlink()
+            raise
 
 
-def _index(path: Path, name: str) -> list[tuple[str, _Member]]:
+class ZipReader(TarReader):
+    """Samples of a zip. A member is decompressed in memory when its row is read, and its checksum compared."""
+
+    def _index(self) -> list[tuple[str, _Member]]:
+        self._packed: dict[str, tuple[int, int]] = {}  # of each member: its size as it is stored, and its checksum
+        found = []
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                for info in archive.infolist():
+                    name = posixpath.normpath(info.filename)
+                    if info.is_dir() or posixpath.basename(name).startswith("."):
+                        continue
+                    self._packed[name] = info.compress_size, info.CRC
+                    found.append((name, _Member(info.header_offset, info.file_size, _zip_problem(info))))
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
+            raise BrokenFileError(self.name, f"cannot be read as a zip: {error}") from error
+        return found
+
+    def _source(self, name: str) -> ImageSource:
+        member = self._member(name)
+        packed, checksum = self._packed[name]
+        with open(self.path, "rb") as file:
+            file.seek(member.offset)
+            header = file.read(30)  # ends with the lengths of the name and of the extra field that follow
+            if len(header) < 30 or header[:4] != b"PK\3\4":
+                raise ValueError(f"member {name!r} is not where the zip's directory says")
+            file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
+            content = file.read(packed)
+        if header[8:10] != b"\0\0":  # the method: stored or deflated, see `_zip_problem`
+            try:
+                content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, member.length + 1)
+            except zlib.error as error:
+                raise ValueError(f"member {name!r} is damaged: {error}") from None
+        if len(content) != member.length or zlib.crc32(content) != checksum:
+            raise ValueError(f"member {name!r} is damaged: its size or checksum is not the one that the zip states")
+        return ImageSource(printable(name), data=content)
+
+
+def _decompressed(path: Path, name: str) -> Path:
+    """A compressed tar as a temporary file, which is removed when the process ends."""
+    handle, temporary = tempfile.mkstemp(prefix="uniref-fast-", suffix=".tar")
+    atexit.register(Path(temporary).unlink, missing_ok=True)
+    try:
+        with os.fdopen(handle, "wb") as made, gzip.open(path) as file:
+            shutil.copyfileobj(file, made, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        Path(temporary).unlink()
+        raise BrokenFileError(name, f"cannot be decompressed: {error}") from error
+    except OSError as error:
+        Path(temporary).unlink()
+        raise OSError(error.errno, f"{name} could not be decompressed into {tempfile.gettempdir()}: {error.strerror}"
+                      ) from error  # fmt: skip
+    return Path(temporary)
+
+
+def _zip_problem(info: zipfile.ZipInfo) -> str | None:
+    if posixpath.isabs(info.filename) or ".." in info.filename.split("/"):
+        return "has a name that leaves the archive"
+    if stat.S_ISLNK(info.external_attr >> 16):
+        return "is a link, which is not followed; pack the file itself"
+    if info.flag_bits & 1:
+        return "is encrypted; pack it without a password"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"is compressed in another way than deflate (method {info.compress_type}); pack it with deflate"
+    return f"is larger than {LARGEST:,} bytes" if info.file_size > LARGEST else None
+
+
+def _tar_index(path: Path, name: str) -> list[tuple[str, _Member]]:
     """Name and place of every member but folders and hidden files, in order."""
     found = []
     try:

@@ -1,4 +1,4 @@
-"""The commands `uniref-fast data check | make`: look at training data before training, or make some."""
+"""The commands `uniref-fast data check | convert | make`: validate training data, rewrite it, or generate some."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,11 +36,11 @@ PERCENTILES = (5, 25, 50, 75, 95, 100)
 
 def add_data_commands(commands: Any) -> None:
     """Add `data` with its own commands to the subparsers of `uniref-fast`."""
-    data = commands.add_parser("data", help="training data: check files of rows, or make a data set")
+    data = commands.add_parser("data", help="training data: check or convert it, or make a data set")
     group = data.add_subparsers(dest="data_command", required=True, metavar="command")
 
     check = group.add_parser("check", help="count and measure rows, list broken ones; exit status 1 if there are any")
-    check.add_argument("paths", nargs="+", metavar="PATH", help=".jsonl, .json, .parquet, .tar, or a folder of them")
+    check.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of rows, see the README")
     check.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
     check.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
     check.add_argument(
@@ -50,6 +51,20 @@ def add_data_commands(commands: Any) -> None:
     check.add_argument("--show", type=int, default=20, metavar="N", help="broken rows and files to list (%(default)s)")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     check.set_defaults(run=_check)
+
+    convert = group.add_parser("convert", help="write any data that can be read as rows in one .jsonl file")
+    convert.add_argument("paths", nargs="*", metavar="PATH", help="as for `data check`; none with --target-folder")
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
+    convert.add_argument("--target-folder", type=Path, metavar="DIR", help="of target images with caption files")
+    convert.add_argument(
+        "--control-folder", type=Path, action="append", default=[], metavar="DIR",
+        help="of references with the names of the targets; repeat for more references, in their order",
+    )  # fmt: skip
+    convert.add_argument("--caption-ending", default=".txt", help="of the caption files (%(default)s)")
+    convert.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
+    convert.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
+    convert.add_argument("--show", type=int, default=20, metavar="N", help="broken rows to list (%(default)s)")
+    convert.set_defaults(run=_convert)
 
     make = group.add_parser("make", help="make a data set of multi-reference edits with exact targets")
     leave_to(make, "uniref_fast.training.make_data")
@@ -102,6 +117,36 @@ def _check(args: argparse.Namespace) -> int:
     else:
         print("\n".join(map(printable, _report(dataset, found, args.show))))
     return 1 if found.broken else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from uniref_fast.training.convert import convert
+    from uniref_fast.training.pairs import Pairs
+    from uniref_fast.training.readers import BrokenFileError, printable
+    from uniref_fast.training.rows import Dataset
+
+    if (args.target_folder is None) == (not args.paths):
+        raise ValueError("give paths, or --target-folder with the folders of references (--control-folder)")
+    if args.control_folder and args.target_folder is None:
+        raise ValueError("--control-folder is for --target-folder, the folder of the images that are to be made")
+    if args.out.suffix.lower() != ".jsonl":
+        raise ValueError(f"--out {args.out}: rows are written to a .jsonl file")
+    paths: list[Any] = list(args.paths)
+    if args.target_folder is not None:
+        ending = "." + args.caption_ending.lower().lstrip(".")
+        paths = [Pairs(args.target_folder, tuple(args.control_folder), ending)]
+    try:
+        dataset = Dataset(paths, args.image_folder, "optional", args.columns)
+    except BrokenFileError as error:
+        print(f"uniref-fast data convert: broken file {error}", file=sys.stderr)
+        return 1
+    written, broken = convert(dataset, args.out)
+    for row in broken[: args.show]:
+        print(f"left out: {printable(row)}", file=sys.stderr)
+    for name, reason in dataset.left_out[: args.show]:
+        print(f"left out: {printable(name)}: {reason}", file=sys.stderr)
+    print(f"{printable(args.out)}: {written:,} row(s); {len(broken):,} broken row(s) left out")
+    return 1 if broken else 0
 
 
 def _measure(dataset: Dataset, decode: bool) -> _Found:
