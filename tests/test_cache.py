@@ -116,13 +116,24 @@ def test_a_damaged_file_is_made_anew_with_a_warning(tmp_path, damage):
     cache.get(KEY, lambda: VALUE)
     damage(path_of(tmp_path))
     make, calls = counted()
-    with pytest.warns(UserWarning, match=rf"{KEY}.safetensors cannot be read \(.*\); it is made anew"):
+    with pytest.warns(UserWarning, match=rf"{KEY}.safetensors cannot be used \(.*\); it is computed anew"):
         assert torch.equal(cache.get(KEY, make), VALUE)
     assert calls
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(cache.get(KEY, lambda: pytest.fail("not mended")), VALUE)
     assert files(tmp_path) == [f"{KEY}.safetensors"]
+
+
+def test_a_tensor_of_another_shape_is_computed_anew_and_the_row_named(tmp_path):
+    cache = TensorCache(tmp_path)
+    cache.get(KEY, lambda: VALUE[:1])
+    make, calls = counted()
+    message = rf"^rows.jsonl:3: the cached .*{KEY}.safetensors cannot be used \(its shape is .*, not .*\)"
+    with pytest.warns(UserWarning, match=message):
+        assert torch.equal(cache.get(KEY, make, tuple(VALUE.shape), "rows.jsonl:3"), VALUE)
+    assert calls and (cache.hits, cache.misses) == (0, 2)
+    assert torch.equal(cache.get(KEY, lambda: pytest.fail("not mended"), tuple(VALUE.shape)), VALUE)
 
 
 def test_a_make_that_raises_leaves_nothing_and_may_be_tried_again(tmp_path):

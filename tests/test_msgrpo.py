@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -414,6 +415,27 @@ def test_noise_that_is_too_large_is_said(data, tmp_path):
         assert msgrpo.main(flags(data, out, *given, steps=2)) == 0
         assert len(events(out, "noise too large")) == told * 2
         assert [event["step"] for event in events(out, "sampler")] == [0, 1], "of every stage, which has its own sizes"
+
+
+def test_noise_is_judged_after_every_step(data, tmp_path):
+    """The paper's noise ends right, after latents that no model was trained on; what to set instead is said."""
+    more = ("--rollout-steps", 25, "--timesteps", 0.05)
+    with trainer_of(data, tmp_path / "paper", "--noise", RL_RECIPES["paper"]().noise, *more) as run:
+        pass
+    ((found,), (warned,)) = (events(tmp_path / "paper", kind) for kind in ("sampler", "noise too large"))
+    assert found["final"] < 1.03 and found["largest"] > 1.5 and found["after_step"] <= 2
+    assert f"{found['largest']:.2f} times the standard deviation" in warned["told"]
+    sound = re.search(r"set noise to ([\d.]+) or less", warned["told"])[1]
+    with trainer_of(data, tmp_path / "sound", "--noise", sound, *more) as run:
+        assert run.sampler.noise == float(sound) >= 0.7
+    assert events(tmp_path / "sound", "noise too large") == []
+    for name in ("tiny", "lora"):
+        recipe = RL_RECIPES[name]()
+        window = ("--window", recipe.window) if recipe.window else ()
+        given = ("--noise", recipe.noise, "--rollout-steps", recipe.rollout_steps, *window)
+        with trainer_of(data, tmp_path / name, *given):
+            pass
+        assert events(tmp_path / name, "noise too large") == []
 
 
 def test_an_alarm_is_sounded(data, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from uniref_fast import builtin
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens, to_rgb
@@ -258,6 +259,22 @@ def test_cached_and_encoded_are_the_same(builtin_pipe, tmp_path, references):
     _, cached = encoded_by(second, row(references))
     assert second.cache.misses == 0 and second.cache.hits == references + 2
     assert same(plain, filling) and same(plain, cached)
+
+
+def test_cached_tensors_of_another_shape_are_computed_anew_and_named_by_row(builtin_pipe, tmp_path):
+    """As files of another key that were copied to the place."""
+    _, plain = encoded_by(encoder_of(builtin_pipe), row(2))
+    encoded_by(encoder_of(builtin_pipe, tmp_path), row(2))
+    files = list(tmp_path.rglob("*.safetensors"))
+    for file in files:
+        tensor = load_file(file)["tensor"]
+        save_file({"tensor": tensor[:-1].contiguous()}, file)
+    encoder = encoder_of(builtin_pipe, tmp_path)
+    with pytest.warns(UserWarning, match=r"rows.jsonl:3: the cached .* \(its shape is ") as warned:
+        _, again = encoded_by(encoder, row(2))
+    assert same(plain, again) and len(warned) == len(files) == 4 == encoder.cache.misses
+    _, cached = encoded_by(encoder, row(2))
+    assert same(plain, cached) and encoder.cache.hits == 4
 
 
 def test_the_cache_tells_apart_sizes_instructions_pictures_and_what_is_dropped(builtin_pipe, tmp_path):

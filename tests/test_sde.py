@@ -6,7 +6,18 @@ import math
 import pytest
 import torch
 
-from uniref_fast.training.sde import Sampler, Transition, deviations, divergence, log_density, transition
+from uniref_fast.training.sde import (
+    FINAL_LIMIT,
+    STEP_LIMIT,
+    Sampler,
+    Transition,
+    deviations,
+    divergence,
+    largest_noise,
+    log_density,
+    transition,
+    worst,
+)
 
 DATA_STD = 0.8
 
@@ -70,6 +81,30 @@ def test_a_large_noise_is_fine_over_the_whole_way_and_not_in_a_window():
     assert abs(deviations(sampler, steps)[-1] - 1) < 0.01
     assert deviations(sampler, steps, range(1, 5))[-1] > 1.05
     assert abs(deviations(Sampler("sde", 0.7), steps, range(1, 5))[-1] - 1) < 0.03
+
+
+@pytest.mark.parametrize("steps", [8, 25, 100])
+def test_the_first_step_adds_noise_of_its_own_size_however_many_steps_there_are(steps):
+    """From t = 1 the mean is (t' - a^2 / 2) x, and the noise has the standard deviation a."""
+    a, t_next = 1.5, 1 - 1 / steps
+    expected = math.sqrt((t_next - a**2 / 2) ** 2 + a**2) / math.sqrt((1 - t_next) ** 2 * DATA_STD**2 + t_next**2)
+    assert expected > 1.5
+    ratios = deviations(Sampler("sde", a), grid(steps))
+    assert ratios[0] == pytest.approx(expected, rel=1e-9)
+    largest, step, final = worst(Sampler("sde", a), grid(steps), [None, range(0, 1)])
+    assert largest == max(ratios) and step == ratios.index(largest) + 1
+    assert final == max(ratios[-1], deviations(Sampler("sde", a), grid(steps), range(0, 1))[-1])
+
+
+@pytest.mark.parametrize("places", [[None], [range(first, first + 2) for first in range(4)]])
+def test_the_largest_noise_is_within_the_limits_and_the_next_is_not(places):
+    def sound(noise):
+        found = [deviations(Sampler("sde", noise), grid(25), noisy) for noisy in places]
+        return max(map(max, found)) <= STEP_LIMIT and max(ratios[-1] for ratios in found) <= FINAL_LIMIT
+
+    noise = largest_noise(Sampler("sde", 1.5), grid(25), places)
+    assert 0.5 <= noise < 1.5 and sound(noise) and not sound(noise + 0.05)
+    assert largest_noise(Sampler("sde", 0.04), grid(25), places) is None
 
 
 def test_the_last_step_is_not_noisy_by_default():

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from uniref_fast import builtin
 from uniref_fast.scenes import demo_scene
-from uniref_fast.training import checkpoint, launch, lineage, sft, trainer
+from uniref_fast.training import checkpoint, launch, lineage, model, sft, trainer
 from uniref_fast.training.recipes import SFT, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -349,6 +350,21 @@ def test_disk_full(data, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_disk_full_at_the_export(data, half, whole, monkeypatch, capsys):
+    write = model.TrainedModel._write_transformer
+
+    def full(self, folder, tensors):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model.TrainedModel, "_write_transformer", full)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    assert "No space left" in line and "step-000004 holds them: make room" in line and "--resume auto" in line
+    monkeypatch.setattr(model.TrainedModel, "_write_transformer", write)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 0
+    equal_to(whole, half)
+
+
 def test_broken_rows_are_named_and_passed_over(data, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
@@ -441,18 +457,18 @@ def test_settings_that_change_are_recorded(data, whole, half):
 
 
 def test_another_place_of_the_same_model_goes_on_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
-    model = tmp_path / "model"
-    shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", model)
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", folder)
     out = tmp_path / "again"
     shutil.copytree(half, out)
-    assert sft.main(flags(data, out, "--resume", "auto", "--model", model)) == 0
+    assert sft.main(flags(data, out, "--resume", "auto", "--model", folder)) == 0
     equal_to(whole, out)
-    file = model / "text_encoder" / "model.safetensors"
+    file = folder / "text_encoder" / "model.safetensors"
     tensors = load_file(file)
     tensors = {name: tensor + 1 if number == 0 else tensor for number, (name, tensor) in enumerate(tensors.items())}
     save_file(tensors, file, {"format": "pt"})
     before = contents(half)
-    assert sft.main(flags(data, half, "--resume", "auto", "--model", model)) == 2
+    assert sft.main(flags(data, half, "--resume", "auto", "--model", folder)) == 2
     assert "was trained on top of other weights than those of model" in capsys.readouterr().err
     assert contents(half) == before
 

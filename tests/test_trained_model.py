@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 import shutil
 
 import pytest
@@ -18,7 +19,7 @@ from uniref_fast.training.benchmark_model import check_runs
 from uniref_fast.training.cache import TensorCache
 from uniref_fast.training.ema import MovingAverage
 from uniref_fast.training.evaluate import HeldOut
-from uniref_fast.training.model import TrainedModel, base
+from uniref_fast.training.model import ExportError, TrainedModel, base
 from uniref_fast.training.parallel import Ranks, local
 from uniref_fast.training.recipes import SFT, Stage
 from uniref_fast.training.samples import Encoder
@@ -174,6 +175,23 @@ def test_all_weights_are_written_in_the_dtype_of_the_computation(trained, tmp_pa
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("name", "rank"), [("lora", 4), ("transformer", None)])
+def test_a_full_disk_leaves_the_older_export(trained, tmp_path, name, rank):
+    """A limit on the size of files stands for it: the errors are those of the libraries that write."""
+    model = trained(lora_rank=rank)
+    model.export(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+    try:
+        with pytest.raises(ExportError, match=f"could not be written to .*{name}: .*File too large"):
+            model.export(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_an_average_is_exported_while_it_is_applied(trained, tmp_path):
     model = trained()
     average = MovingAverage(model.parameters, 0.9)
@@ -199,7 +217,7 @@ def test_an_export_replaces_the_older_one_or_leaves_it(trained, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainedModel, "_write_adapter" if fields else "_write_transformer", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ExportError, match="No space left"):
             model.export(tmp_path)
     assert list(tmp_path.iterdir()) == [folder]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

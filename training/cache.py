@@ -46,8 +46,16 @@ class TensorCache:
         self.folder = folder
         self.hits = self.misses = 0
 
-    def get(self, key: str, make: Callable[[], Tensor]) -> Tensor:
+    def get(
+        self, key: str, make: Callable[[], Tensor], shape: tuple[int, ...] | None = None, where: str = ""
+    ) -> Tensor:
         """The tensor of that key; `make()` is called, and its result kept, when there is none that can be read.
+
+        Args:
+            key: from `content_key`.
+            make: computes the tensor.
+            shape: that the tensor must have, where it is known; a kept one of another shape is computed anew.
+            where: the place of the row that it is for, for warnings.
 
         A damaged file, or a folder that cannot be written, is a warning: what is wanted is made in any case.
         """
@@ -56,12 +64,15 @@ class TensorCache:
         path = self.folder / key[:2] / f"{key}.safetensors"
         try:
             tensor = load_file(path)["tensor"]
+            if shape is not None and tensor.shape != shape:
+                raise ValueError(f"its shape is {list(tensor.shape)}, not {list(shape)}")
             self.hits += 1
             return tensor
         except FileNotFoundError:
             pass
-        except (SafetensorError, KeyError, OSError) as error:
-            warnings.warn(f"{path} cannot be read ({error}); it is made anew", stacklevel=2)
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            row = f"{where}: " if where else ""
+            warnings.warn(f"{row}the cached {path} cannot be used ({error}); it is computed anew", stacklevel=2)
         self.misses += 1
         tensor = make()
         try:

@@ -21,6 +21,7 @@ from uniref_fast.training import resume
 from uniref_fast.training.checkpoint import CheckpointError, Checkpoints, Newest
 from uniref_fast.training.feeder import BrokenRowsError
 from uniref_fast.training.lineage import attends
+from uniref_fast.training.model import ExportError
 from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.processes import end_with_launcher, locked
 from uniref_fast.training.recipes import Recipe
@@ -94,7 +95,7 @@ def launch(
             finished = run.run()
     except (ValueError, FileNotFoundError) as error:  # what the user can put right
         return _failed(name, error, 2)
-    except (BrokenRowsError, CheckpointError, DivergedError, OSError, ImportError) as error:
+    except (BrokenRowsError, CheckpointError, DivergedError, ExportError, OSError, ImportError) as error:
         return _failed(name, error, 1)
     except failures as error:
         return _failed(name, error, 1)

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +22,11 @@ from uniref_fast.training.lineage import base
 from uniref_fast.training.parallel import Ranks, shard
 from uniref_fast.training.recipes import Recipe
 
-__all__ = ["TrainedModel"]
+__all__ = ["ExportError", "TrainedModel"]
+
+
+class ExportError(RuntimeError):
+    """The trained weights could not be written; an earlier export and the checkpoints are untouched."""
 
 
 class TrainedModel:
@@ -134,24 +139,35 @@ class TrainedModel:
         """Write what was trained as diffusers reads it: `lora/` for `load_lora_weights`, or `transformer/`. All ranks.
 
         The folder appears whole or not at all, in place of an older one.
+
+        Raises:
+            ExportError: on all ranks, when it cannot be written, the disk being full for one.
         """
         whole = {}
         for name, parameter in self.parameters.items():
             tensor = _whole(parameter)
             if self.ranks.rank == 0:  # one copy of all weights on a machine, not one a rank
                 whole[name] = tensor.cpu()
+        problem, name = None, "transformer" if self.config.lora_rank is None else "lora"
         if self.ranks.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            name = "transformer" if self.config.lora_rank is None else "lora"
-            partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
             try:
-                self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
-                partial.chmod(0o755)
-                if (folder / name).exists():
-                    shutil.rmtree(folder / name)
-                os.rename(partial, folder / name)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+                self._write(folder, name, whole)
+            except (OSError, SafetensorError) as error:
+                problem = getattr(error, "strerror", None) or str(error)
+        if problem := self.ranks.broadcast(problem):
+            raise ExportError(f"the trained weights could not be written to {folder / name}: {problem}")
+
+    def _write(self, folder: Path, name: str, whole: dict[str, Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+        try:
+            self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
+            partial.chmod(0o755)
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+            os.rename(partial, folder / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _write_adapter(self, folder: Path, whole: dict[str, Tensor]) -> None:
         from peft.utils import get_peft_model_state_dict

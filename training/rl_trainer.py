@@ -35,7 +35,16 @@ from uniref_fast.training.rollout import Group, MemberKey, RolloutPack, replay, 
 from uniref_fast.training.rows import Dataset, left_out
 from uniref_fast.training.run import Run
 from uniref_fast.training.samples import Encoder, Prepared
-from uniref_fast.training.sde import Sampler, deviations, divergence, log_density
+from uniref_fast.training.sde import (
+    FINAL_LIMIT,
+    STEP_LIMIT,
+    Sampler,
+    deviations,
+    divergence,
+    largest_noise,
+    log_density,
+    worst,
+)
 from uniref_fast.training.sight import Alarm, Shown, group_sheet, heldout_sheet
 
 __all__ = ["RLTrainer", "RewardError"]
@@ -466,17 +475,24 @@ class RLTrainer(Run):
         grid = schedule(self.model.pipe.scheduler, tokens, config.rollout_steps)
         window, last = config.window, 0 if config.window is None else config.window_stop - config.window
         places = [None if window is None else range(first, first + window) for first in range(last + 1)]
-        plain = deviations(None, grid)
-        noisy = max((deviations(self.sampler, grid, place) for place in places), key=lambda found: found[-1])
-        told = {"final": noisy[-1], "largest": max(noisy), "without_noise": plain[-1]}
-        self.monitor.event(self.step, "sampler", **told)
-        if noisy[-1] > 1.03:
-            advice = (
-                f"rollouts end at {noisy[-1]:.1%} of the standard deviation they should have, {plain[-1]:.1%} without "
-                f"noise (Gaussian data, exact velocity): noise = {config.noise:g} is too large here; lower it, "
-                "or let all steps be noisy"
-            )
-            self.monitor.event(self.step, "noise too large", told=advice)
+        plain, (largest, step, final) = deviations(None, grid)[-1], worst(self.sampler, grid, places)
+        self.monitor.event(self.step, "sampler", final=final, largest=largest, after_step=step, without_noise=plain)
+        if largest <= STEP_LIMIT and final <= FINAL_LIMIT:
+            return
+        sound = largest_noise(self.sampler, grid, places)
+        if sound is not None:
+            advice = f"set noise to {sound:g} or less"
+        elif window is not None:
+            advice = "let all steps be noisy (window = none), or take more rollout_steps"
+        else:
+            advice = "take more rollout_steps"
+        told = (
+            f"noise = {config.noise:g} is too large: for Gaussian data with the exact velocity, latents have "
+            f"{largest:.2f} times the standard deviation that the model was trained on after step {step} of "
+            f"{config.rollout_steps} (up to {STEP_LIMIT:g} is sound) and {final:.2f} times at the end (up to "
+            f"{FINAL_LIMIT:g}; {plain:.2f} without noise); {advice}"
+        )
+        self.monitor.event(self.step, "noise too large", told=told)
 
     def _notified(self, kind: str, **details: Any) -> None:
         """Of this rank's judge; the monitor speaks on rank 0 only."""

@@ -19,7 +19,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training.checkpoint import Checkpoints
 from uniref_fast.training.config import to_json
 from uniref_fast.training.ema import MovingAverage
-from uniref_fast.training.model import TrainedModel
+from uniref_fast.training.model import ExportError, TrainedModel
 from uniref_fast.training.monitor import Monitor, peak_flops
 from uniref_fast.training.parallel import Ranks, global_norm, scale_gradients
 from uniref_fast.training.recipes import Recipe, stage_at
@@ -142,12 +142,21 @@ class Run:
                     if not self.stopping:
                         self._look(done)
                 if not self.stopping:
-                    with self._averaged():
-                        self.model.export(self.out)
+                    self._export()
                 self.finished()
         finally:
             self.close()
         return not self.stopping
+
+    def _export(self) -> None:
+        try:
+            with self._averaged():
+                self.model.export(self.out)
+        except ExportError as error:
+            raise ExportError(
+                f"{error}. All steps are done and {self.checkpoints.path(self.step)} holds them: make room, then give "
+                "the same command with --resume auto, which writes the weights"
+            ) from error
 
     def _enter_stage(self) -> None:
         number, stage = stage_at(self.config, self.step)  # of the last step once all are done

@@ -118,7 +118,7 @@ class Encoder:
         """The tensors of a prepared row, whose `load()` gave the images."""
         row, (target, references) = prepared.row, images
         assert row.target is not None
-        latents = self._latents(row.target, target, prepared.geometry.size)
+        latents = self._latents(row.where, row.target, target, prepared.geometry.size)
         clean, text = self.encode_conditions(prepared, references)
         return Encoded(latents, clean, text)
 
@@ -135,14 +135,19 @@ class Encoder:
         """
         made, device = prepared.geometry, self.device
         sources = [] if prepared.dropped else list(prepared.row.references)
-        parts = [self._latents(*each) for each in zip(sources, references, made.reference_sizes, strict=True)]
+        where = prepared.row.where
+        parts = [self._latents(where, *each) for each in zip(sources, references, made.reference_sizes, strict=True)]
         none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=device, dtype=self._dtype)
         digests = [source.digest() for source in sources] if self.cache.folder else []
         words = prepared.instruction if instruction is None else instruction
         key = content_key(self._text, words, digests, made.condition_sizes)
         seen = made.condition_sizes
         try:
-            text = self.cache.get(key, lambda: prompt_embeddings(self.pipe, words, references, seen, device))
+            tokens = prompt_tokens(self.pipe, words, seen) if self.cache.folder else 0
+            shape = tokens, self.pipe.transformer.config.joint_attention_dim
+            text = self.cache.get(
+                key, lambda: prompt_embeddings(self.pipe, words, references, seen, device), shape, where
+            )
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -151,6 +156,9 @@ class Encoder:
             raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
         return torch.cat([none, *parts]), text.to(device)
 
-    def _latents(self, source: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    def _latents(self, where: str, source: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
         key = content_key(self._vae, source.digest(), size) if self.cache.folder else ""
-        return self.cache.get(key, lambda: image_latents(self.pipe, image, size, self.device)).to(self.device)
+        patch = self.pipe.vae_scale_factor * 2
+        shape = size[0] // patch * (size[1] // patch), self.pipe.transformer.config.in_channels
+        made = self.cache.get(key, lambda: image_latents(self.pipe, image, size, self.device), shape, where)
+        return made.to(self.device)

@@ -24,7 +24,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Sampler", "Transition", "deviations", "divergence", "log_density", "transition"]
+__all__ = [
+    "FINAL_LIMIT", "STEP_LIMIT", "Sampler", "Transition", "deviations", "divergence", "largest_noise", "log_density",
+    "transition", "worst",
+]  # fmt: skip
+
+STEP_LIMIT = 1.15  # of `deviations` after any step; noise = 0.7 stays within it from 8 steps on
+FINAL_LIMIT = 1.03  # of `deviations` after the last step
 
 
 @dataclass(frozen=True)
@@ -121,3 +127,29 @@ def deviations(
         variance = step.mean.item() ** 2 * variance + step.std**2
         ratios.append(math.sqrt(variance / expected(t_next)))
     return ratios
+
+
+def worst(
+    sampler: Sampler | None, grid: Sequence[float], places: Sequence[Collection[int] | None]
+) -> tuple[float, int, float]:
+    """Largest of the `deviations` after any step, the number of that step from 1, and the largest after the last step.
+
+    Args:
+        sampler, grid: as for `deviations`.
+        places: sets of noisy steps that occur, each as for `deviations`.
+    """
+    found = [deviations(sampler, grid, noisy) for noisy in places]
+    largest, step = max((ratio, -i) for ratios in found for i, ratio in enumerate(ratios, start=1))
+    return largest, -step, max(ratios[-1] for ratios in found)
+
+
+def largest_noise(sampler: Sampler, grid: Sequence[float], places: Sequence[Collection[int] | None]) -> float | None:
+    """The largest noise below the sampler's, a multiple of 0.05, that stays within both limits; None where none does.
+
+    Arguments as for `worst`.
+    """
+    for twentieths in range(math.ceil(sampler.noise * 20) - 1, 0, -1):
+        largest, _, final = worst(Sampler(sampler.kind, twentieths / 20), grid, places)
+        if largest <= STEP_LIMIT and final <= FINAL_LIMIT:
+            return twentieths / 20
+    return None

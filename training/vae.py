@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from uniref_fast import builtin
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                description="Train the built-in model's autoencoder.").config  # fmt: skip
         end_with_launcher()
         run(config)
-    except (ValueError, FileNotFoundError, CheckpointError, OSError) as error:
+    except (ValueError, CheckpointError, OSError, SafetensorError) as error:
         print(f"vae: {error}", file=sys.stderr)
         return 2
     finally:
