@@ -252,7 +252,7 @@ def test_bad_options(pipe):
         uniref_fast.edit(pipe, requests())
     with pytest.raises(TypeError, match="not supported"):
         uniref_fast.edit(object(), requests())
-    with pytest.raises(TypeError, match="takes a QwenImageEditPlusPipeline"):
+    with pytest.raises(TypeError, match="take a QwenImageEditPlusPipeline"):
         uniref_fast.edit(pipe.transformer, requests())
 
 

@@ -18,6 +18,7 @@ LEVELS = [
     {"ops"},
     {"models"},
     {"request", "builtin", "encode"},
+    {"model_kind"},
     {"loading"},
     {"patch", "edit", "estimate", "training"},
     {"demo"},

@@ -46,10 +46,7 @@ class TrainedModel:
     def __init__(self, config: Recipe, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
         compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
-        try:
-            self.pipe = load_pipeline(config.model, compute, "cpu")
-        except TypeError as error:  # a model of another kind
-            raise ValueError(f"model {config.model}: {error}") from error
+        self.pipe = load_pipeline(config.model, compute, "cpu")
         self.pipe.set_progress_bar_config(disable=True)
         for part in (self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(ranks.device)

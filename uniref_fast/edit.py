@@ -19,6 +19,7 @@ from torch import Tensor
 
 from uniref_fast.encode import decode_image, image_latents, prompt_embeddings, to_rgb
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.models.qwen_image_stock import deviations, is_own_method
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
@@ -65,9 +66,8 @@ def edit(
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    check_pipeline(pipe)
     transformer = find_transformer(pipe)
-    if not isinstance(pipe, _stock().QwenImageEditPlusPipeline):
-        raise TypeError(f"edit() takes a QwenImageEditPlusPipeline, got {type(pipe).__name__}")
     device = pipe._execution_device
     _refuse_changes(pipe, transformer, device)
     if torch.is_autocast_enabled(device.type):

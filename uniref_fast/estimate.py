@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from uniref_fast import builtin
 from uniref_fast.encode import condition_tokens, prompt_tokens
 from uniref_fast.layout import SelfLayout
+from uniref_fast.model_kind import check_configuration, check_pipeline
 from uniref_fast.models.qwen_image import find_transformer
 from uniref_fast.request import EditRequest, Geometry, geometry, validated
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
@@ -137,9 +138,8 @@ def estimate(
     """
     if isinstance(pipe, (str, os.PathLike)):
         pipe = skeleton(pipe)
+    check_pipeline(pipe)
     transformer = find_transformer(pipe)
-    if not hasattr(pipe, "text_encoder"):
-        raise TypeError(f"estimate() takes a QwenImageEditPlusPipeline, got {type(pipe).__name__}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     requests = validated(requests, pipe, sizes_only=True)
@@ -184,10 +184,14 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
 
     Raises:
         OSError: when a configuration is missing or cannot be had.
+        ValueError: for a model of another kind.
     """
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(name)
+    check_configuration(str(name), index)
+    transformer = diffusers.QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    check_configuration(str(name), index, transformer)
     parts: dict[str, Any] = {}
     for part, spec in index.items():
         if not (isinstance(spec, (list, tuple)) and len(spec) == 2):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uniref_fast.model_kind import check_configuration, check_pipeline
+
 __all__ = ["defaults", "load_pipeline", "model_errors"]
 
 
@@ -24,8 +26,7 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
     """The built-in pipeline, a diffusers folder, or a hub id, on a device.
 
     Raises:
-        ValueError: for a name that is no model, or one that cannot be had; in one line.
-        TypeError: for a model of another kind.
+        ValueError: for a name that is no model, one that cannot be had, or a model of another kind; in one line.
     """
     from uniref_fast import builtin
 
@@ -35,9 +36,7 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
 
     with model_errors(name):
         pipe = _from_pretrained(DiffusionPipeline, name, dtype)
-    from uniref_fast.models import find_transformer
-
-    find_transformer(pipe)  # a clear error now rather than after moving it to the device
+    check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
     return pipe.to(device)
 
 
@@ -68,9 +67,10 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
     from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, recorded_areas
 
     # first, so that a name that cannot be had is an error about the whole model
-    index, config = pipeline_class.load_config(name), {}
-    if (index.get("transformer") or [None, None])[1] == QwenImageTransformer2DModel.__name__:
-        config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    index = pipeline_class.load_config(name)
+    check_configuration(f"--model {name}", index)  # before anything else is read
+    config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    check_configuration(f"--model {name}", index, config)
     if recorded_areas(index, config):  # a built-in model, saved by whatever pipeline
         pipeline_class = SmallQwenImageEditPlusPipeline
     options, kind = {"dtype": dtype, "use_safetensors": True}, (index.get("processor") or [None, None])[1]

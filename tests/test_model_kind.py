@@ -1,0 +1,126 @@
+"""Models of another kind: one check, one message, whoever loads them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import FluxPipeline, QwenImageEditPipeline, QwenImagePipeline
+from PIL import Image
+
+import uniref_fast
+from uniref_fast import builtin
+from uniref_fast.builtin.store import model_folder
+from uniref_fast.cli import main
+from uniref_fast.loading import load_pipeline
+from uniref_fast.model_kind import check_configuration, check_pipeline
+from uniref_fast.training import msgrpo, sft
+
+FLUX = {"_class_name": "FluxTransformer2DModel", "in_channels": 64, "guidance_embeds": True}
+FLUX_PART = ["diffusers", "FluxTransformer2DModel"]
+KINDS = {  # changes of model_index.json and of transformer/config.json, and what the message says
+    "first generation": ({"_class_name": "QwenImageEditPipeline"}, {}, "first generation of Qwen-Image-Edit"),
+    "text to image": ({"_class_name": "QwenImagePipeline"}, {}, "a text-to-image model, which takes no references"),
+    "flux": ({"_class_name": "FluxPipeline", "transformer": FLUX_PART}, FLUX, "is a FluxPipeline, which is not"),
+    "no transformer": ({"_class_name": "StableDiffusionXLPipeline", "transformer": None}, {}, "StableDiffusionXL"),
+    "another transformer": ({"transformer": FLUX_PART}, FLUX, "of the class FluxTransformer2DModel, not"),
+    "another file": ({}, {"_class_name": "QwenImage21Transformer2DModel"}, "the class QwenImage21Transformer2DModel"),
+    "layers": ({}, {"use_layer3d_rope": True, "use_additional_t_cond": True}, "use_additional_t_cond = True"),
+    "guidance": ({}, {"guidance_embeds": True}, "guidance_embeds = True, which is not supported (it must be False)"),
+    "patches": ({}, {"patch_size": 1}, "patch_size = 1"),
+    "rotary": ({}, {"axes_dims_rope": [8, 28]}, "rotary axes (8, 28)"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory):
+    """Folders whose configurations are those of a model of another kind."""
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            made[kind] = path = tmp_path_factory.mktemp("models") / kind.replace(" ", "-")
+            shutil.copytree(model_folder(), path)
+            for name, changes in zip(("model_index.json", "transformer/config.json"), KINDS[kind][:2], strict=True):
+                content = json.loads((path / name).read_text()) | changes
+                content.pop("_image_areas", None)
+                for area in ("condition_image_area", "vae_image_area", "output_area"):
+                    content.pop(area, None)
+                if content.get("_class_name") == "SmallQwenImageEditPlusPipeline":
+                    content["_class_name"] = "QwenImageEditPlusPipeline"
+                (path / name).write_text(json.dumps(content))
+        return made[kind]
+
+    return folder
+
+
+def commands(folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    rows.write_text(json.dumps({"instruction": "x", "input_images": ["a.png"], "output_image": "a.png"}) + "\n")
+    model, out = f"--model={folder}", tmp_path / "out"
+    data = ["--recipe=tiny", f"--data={rows}", model]
+    return {
+        "edit": lambda: main(["edit", "--prompt", "x", model, "--out", str(tmp_path / "x.png")]),
+        "estimate": lambda: main(["estimate", "--prompt", "x", model]),
+        "eval": lambda: main(["eval", str(rows), model, "--out", str(out / "eval")]),
+        "sft": lambda: sft.main([*data, f"--out={out / 'sft'}"]),
+        "msgrpo": lambda: msgrpo.main([*data, f"--out={out / 'rl'}", "--rewards=scene"]),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(make, kind, monkeypatch):
+    folder, says = make(kind), KINDS[kind][2]
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(ValueError) as loaded:
+        load_pipeline(str(folder), torch.float32, "cpu")
+    with pytest.raises(ValueError) as estimated:
+        uniref_fast.estimate(folder, [{"prompt": "x"}])
+    for error in (loaded, estimated):
+        message = str(error.value)
+        assert says in message and str(folder) in message and "\n" not in message
+        assert "use Qwen/Qwen-Image-Edit-2511" in message
+    assert str(loaded.value) == f"--model {estimated.value}"
+
+
+@pytest.mark.parametrize("command", ["edit", "estimate", "eval", "sft", "msgrpo"])
+@pytest.mark.parametrize("kind", ["first generation", "text to image", "flux"])
+def test_every_command_gives_that_message(make, kind, command, tmp_path, capsys):
+    folder = make(kind)
+    assert commands(folder, tmp_path)[command]() == 2
+    captured = capsys.readouterr()
+    assert KINDS[kind][2] in captured.err and str(folder) in captured.err and "Traceback" not in captured.err
+    assert ("patch(pipe) accelerates this one" in captured.err) == (kind != "flux")
+
+
+@pytest.mark.parametrize("kind", [QwenImageEditPipeline, QwenImagePipeline, FluxPipeline])
+def test_loaded_pipelines_of_another_kind(builtin_pipe, kind):
+    pipe = kind.__new__(kind)
+    for call in (uniref_fast.edit, uniref_fast.estimate):
+        with pytest.raises(TypeError, match=f"^{kind.__name__} is not supported.*use Qwen/Qwen-Image-Edit-2511"):
+            call(pipe, [{"prompt": "x"}])
+
+
+def test_the_supported_kinds_pass(builtin_pipe):
+    of_2511 = {"_class_name": "QwenImageTransformer2DModel", "zero_cond_t": True, "num_layers": 60}
+    for name in ("QwenImageEditPlusPipeline", "SmallQwenImageEditPlusPipeline"):
+        index = {"_class_name": name, "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
+        for transformer in (None, {}, of_2511):
+            check_configuration("x", index, transformer)
+    check_pipeline(builtin_pipe)
+
+
+@pytest.mark.parametrize(
+    "part, option, value, says",
+    [
+        ("transformer", "in_channels", 32, "32 channels, but its VAE gives 64; the two belong to different models"),
+        ("transformer", "joint_attention_dim", 64, "text of width 64, but its text encoder gives 128"),
+        ("transformer", "use_layer3d_rope", True, "use_layer3d_rope = True"),
+    ],
+)
+def test_parts_of_different_models(part, option, value, says):
+    pipe = builtin.load()
+    getattr(pipe, part).register_to_config(**{option: value})
+    with pytest.raises(ValueError, match=says):
+        check_pipeline(pipe)

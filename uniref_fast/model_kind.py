@@ -1,0 +1,118 @@
+"""Which models `edit`, `estimate`, training and evaluation take: one check of a pipeline's kind, and its message."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from uniref_fast.models import find_transformer
+
+__all__ = ["check_configuration", "check_pipeline"]
+
+PIPELINE = "QwenImageEditPlusPipeline"
+TRANSFORMER = "QwenImageTransformer2DModel"
+PIPELINES = (PIPELINE, "SmallQwenImageEditPlusPipeline")
+INSTEAD = (
+    f"editing, estimates, training and evaluation take a {PIPELINE}: use Qwen/Qwen-Image-Edit-2511, "
+    "Qwen/Qwen-Image-Edit-2509, or another model of that class"
+)
+OTHERS = {
+    "QwenImageEditPipeline": "the first generation of Qwen-Image-Edit, which takes one image and has another prompt",
+    "QwenImageEditInpaintPipeline": "the first generation of Qwen-Image-Edit, for inpainting",
+    "QwenImagePipeline": "a text-to-image model, which takes no references",
+    "QwenImageImg2ImgPipeline": "a text-to-image model, which starts from an image instead of taking references",
+    "QwenImageInpaintPipeline": "a text-to-image model for inpainting, which takes no references",
+    "QwenImageControlNetPipeline": "a text-to-image model with a ControlNet, which takes no references",
+    "QwenImageControlNetInpaintPipeline": "a text-to-image model with a ControlNet, which takes no references",
+    "QwenImageLayeredPipeline": "a model that takes one image apart into layers",
+}
+# Options of the transformer that change its layout or its inputs, with the values that the packed model has code for.
+LAYOUT = {
+    "patch_size": 2,
+    "guidance_embeds": False,
+    "use_additional_t_cond": False,
+    "use_layer3d_rope": False,
+}
+
+
+def check_configuration(given: str, index: Mapping[str, Any], transformer: Mapping[str, Any] | None = None) -> None:
+    """Refuse a pipeline of another kind by its configuration files.
+
+    Args:
+        given: what messages call it, such as "--model NAME".
+        index: content of `model_index.json`.
+        transformer: content of `transformer/config.json`; None looks at the index only.
+
+    Raises:
+        ValueError: saying what was given, what is possible, and what to use instead.
+    """
+    kind = str(index.get("_class_name"))
+    if kind not in PIPELINES:
+        raise ValueError(_message(given, kind))
+    part = (index.get("transformer") or (None, None))[1]
+    named = TRANSFORMER if transformer is None else transformer.get("_class_name", TRANSFORMER)
+    for found in (part, named):
+        if found != TRANSFORMER:
+            raise ValueError(f"{given} has a transformer of the class {found}, not {TRANSFORMER}; {INSTEAD}")
+    if transformer is not None:
+        _check_layout(given, transformer)
+
+
+def check_pipeline(pipe: Any, given: str | None = None) -> None:
+    """Refuse a pipeline of another kind, or one whose parts do not belong together.
+
+    Args:
+        pipe: what was loaded.
+        given: what messages call it; None names its class.
+
+    Raises:
+        TypeError: for something of another class.
+        ValueError: for options of its transformer that cannot be run, or parts of different models.
+    """
+    from diffusers import QwenImageEditPlusPipeline
+
+    kind = type(pipe).__name__
+    if not isinstance(pipe, QwenImageEditPlusPipeline):
+        raise TypeError(_message(given or kind, kind))
+    named, parts = given or f"the {kind}", pipe.components  # type: ignore[attr-defined]  # diffusers has no type for it
+    config = find_transformer(pipe).config
+    _check_layout(named, config)
+    latent = parts["vae"].config.z_dim * config.patch_size**2
+    if config.in_channels != latent:
+        raise ValueError(
+            f"{named} has a transformer of {config.in_channels} channels, but its VAE gives {latent}; the two belong "
+            "to different models"
+        )
+    if (encoder := parts["text_encoder"]) is not None:
+        width = encoder.config.get_text_config().hidden_size
+        if config.joint_attention_dim != width:
+            raise ValueError(
+                f"{named} has a transformer for text of width {config.joint_attention_dim}, but its text encoder gives "
+                f"{width}; the two belong to different models"
+            )
+
+
+def _message(given: str, kind: str) -> str:
+    what = f": {OTHERS[kind]}" if kind in OTHERS else ""
+    named = kind if given == kind else f"{given} is a {kind}, which"
+    patch = "; uniref_fast.patch(pipe) accelerates this one in diffusers" if _can_be_patched(kind) else ""
+    return f"{named} is not supported{what}; {INSTEAD}{patch}"
+
+
+def _can_be_patched(kind: str) -> bool:
+    return kind in OTHERS and kind != "QwenImageLayeredPipeline"
+
+
+def _check_layout(given: str, transformer: Mapping[str, Any]) -> None:
+    for name, value in LAYOUT.items():
+        if transformer.get(name, value) != value:
+            raise ValueError(
+                f"{given} has a transformer with {name} = {transformer[name]!r}, which is not supported (it must be "
+                f"{value!r}); {INSTEAD}"
+            )
+    axes, width = transformer.get("axes_dims_rope", (16, 56, 56)), transformer.get("attention_head_dim", 128)
+    if len(axes) != 3 or sum(axes) != width:
+        raise ValueError(
+            f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the width "
+            f"of a head, {width}; {INSTEAD}"
+        )
