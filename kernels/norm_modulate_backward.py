@@ -126,7 +126,7 @@ def norm_modulate_backward_kernel(
 
     if p_sums is not None:
         p_sums += i_tile.to(tl.int64) * (GATED + 2 * NORM) * C
-        m_c = m_c & (count > 0)
+        m_c = o_c < tl.where(count > 0, C, 0)
         if GATED:
             tl.store(p_sums + o_c, b_dgate, mask=m_c)
         if NORM:

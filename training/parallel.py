@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from uniref_fast.models import PackedQwenImage
@@ -106,8 +106,6 @@ class Ranks:
 
 def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
     """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32."""
-    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise RuntimeError(f"training needs torch 2.9 or newer, this is {torch.__version__}")
     # Inputs come in the right dtype: casting them would round the rotary tables, which are float32 always.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):

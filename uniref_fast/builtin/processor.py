@@ -33,6 +33,13 @@ class BuiltinProcessor(Qwen2VLProcessor):
         # past Qwen2VLProcessor.__init__, which insists on a video processor
         super(Qwen2VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def __call__(self, images=None, text=None, **kwargs):
+        places = sum(line.count(self.image_token) for line in ([text] if isinstance(text, str) else text or ()))
+        given = 0 if images is None else len(images) if isinstance(images, (list, tuple)) else 1
+        if places != given:  # transformers before 5.23 does not compare them
+            raise ValueError(f"the number of {self.image_token} in the texts is {places}, the number of images {given}")
+        return super().__call__(images=images, text=text, **kwargs)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """From a folder or hub id; of the keywords, those that say where to look are used."""
