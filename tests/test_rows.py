@@ -552,8 +552,13 @@ def test_files_that_may_hold_rows_are_named_when_they_are_not_read(folder):
         (folder / name).write_text("x")
     assert [name for name, _ in Dataset(folder).left_out] == ["b.tsv", "c.jsonl.gz", "d.arrow"]
     (folder / "a.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"has no file of rows .*; it has b.tsv, c.jsonl.gz, d.arrow"):
+    with pytest.raises(
+        ValueError, match=r"has no file of rows .*; b.tsv is not read: save .* as .csv.*; c.jsonl.gz is"
+    ):
         Dataset(folder)
+    for name, advice in (("b.tsv", "as .csv"), ("c.jsonl.gz", "unpack it"), ("d.arrow", "to_parquet")):
+        with pytest.raises(ValueError, match=f"{name} is not a file of rows; known endings: .*; .*{advice}"):
+            Dataset(folder / name)
 
 
 def test_a_run_reports_the_first_of_many_that_are_left_out(folder):

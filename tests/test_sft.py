@@ -372,7 +372,10 @@ def test_broken_rows_are_named_and_passed_over(data, tmp_path):
     (folder / "1-0.png").write_bytes((folder / "1-0.png").read_bytes()[:300])  # the header is whole
     lines[2] = "{"
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
-    assert sft.main(flags(folder, tmp_path / "run", steps=8)) == 0
+    (folder / "heldout.jsonl").unlink()
+    (folder / "about.json").write_text('{"version": 1}')
+    assert sft.main(flags(folder, tmp_path / "run", "--data", folder, steps=8)) == 0
+    assert [event["where"] for event in events(tmp_path / "run", "left out")] == ["about.json"]
     found = {event["where"].rsplit("/")[-1] for event in events(tmp_path / "run", "broken row")}
     assert {"train.jsonl:3"} <= found <= {"train.jsonl:2", "train.jsonl:3"}, "line 2 is named when its images are read"
 

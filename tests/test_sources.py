@@ -385,6 +385,14 @@ def test_members_of_zips_that_are_refused(tmp_path):
             dataset[index]
 
 
+def test_an_archive_of_a_folder_with_rows_says_to_unpack_it(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"data/metadata.jsonl": b"{}", "data/1.png": encoded(BLUE)})
+    with pytest.raises(
+        BrokenFileError, match=r"no sample.*unpack it and give the folder, in which data/metadata.jsonl"
+    ):
+        Dataset(path)
+
+
 def test_damaged_zips(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip", SAMPLES)
     whole = path.read_bytes()

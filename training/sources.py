@@ -33,8 +33,15 @@ __all__ = ["ENDINGS", "SAMPLE", "Source", "find_sources", "open_reader"]
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
 CONFIGURATIONS = (".toml", ".yaml", ".yml")  # of other programs
-# Files that may hold rows too: in a folder they are named instead of passed over in silence.
-UNREAD = (".tsv", ".arrow", ".feather", ".gz", ".bz2", ".xz", ".zst", ".7z", ".tfrecord", ".lmdb", ".xlsx", ".toml")
+# Files that may hold rows too, and what to do with them. In a folder they are named instead of passed over in silence.
+NEAREST = (
+    ((".tsv", ".xlsx"), "save the table as .csv, in UTF-8"),
+    ((".arrow", ".feather"), "write it as .parquet, for example datasets.load_from_disk(FOLDER).to_parquet(FILE)"),
+    ((".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), "unpack it; only .tar.gz, .tgz and .zip are read compressed"),
+    ((".tfrecord", ".lmdb", ".mdb", ".h5", ".hdf5", ".npz", ".pkl", ".db", ".sqlite"),
+     "write its rows as .jsonl with the pictures as files, or as .parquet with the pictures as bytes"),
+)  # fmt: skip
+UNREAD = (*(ending for endings, _ in NEAREST for ending in endings), ".toml")
 SAMPLE = 1000  # rows that are read to tell a file's format: some must have the key that tells it
 
 
@@ -77,7 +84,8 @@ def find_sources(paths: Sequence[Path | Pairs]) -> tuple[list[Source], list[tupl
             found += _in_configuration(path, left_out)
         elif not path.is_file() or not _ends(path, ENDINGS):
             known = ", ".join((*ENDINGS, *CONFIGURATIONS))
-            raise ValueError(f"{path} is not a file of rows; known endings: {known}")
+            advice = next((f"; {advice}" for endings, advice in NEAREST if path.is_file() and _ends(path, endings)), "")
+            raise ValueError(f"{path} is not a file of rows; known endings: {known}{advice}")
         else:
             found.append((path, Path(path.name), True, None))
     twice = [str(file) for file, count in Counter(file.resolve() for file, *_ in found).items() if count > 1]
@@ -95,8 +103,10 @@ def _of_pairs(pairs: Pairs) -> tuple[Path, Path, bool, Pairs | None]:
 
 def _in_folder(folder: Path, left_out: list[tuple[str, str]]) -> list[tuple[Path, Path, bool, Pairs | None]]:
     inside, captioned = _files_in(folder)
-    rows = [file for file in inside if _ends(file, ENDINGS) and not _is_configuration(file)]
-    others = [file for file in inside if file not in rows]
+    rows: list[Path] = []
+    others: list[Path] = []
+    for file in inside:
+        (rows if _ends(file, ENDINGS) and not _is_configuration(file) else others).append(file)
     left_out += [(printable(file.relative_to(folder)), _why_unread(file)) for file in others]
     if rows:
         why = "has captioned images, which are not read beside files of rows; give their folder by name"
@@ -105,14 +115,14 @@ def _in_folder(folder: Path, left_out: list[tuple[str, str]]) -> list[tuple[Path
     try:
         return [_of_pairs(pairs_of(folder))]
     except ValueError as error:
-        there = f"; it has {', '.join(file.name for file in others[:5])}" if others else ""
+        there = "".join(f"; {printable(file.name)} {_why_unread(file)}" for file in others[:3])
         raise ValueError(f"folder {folder} has no file of rows ({', '.join(ENDINGS)}){there}; {error}") from None
 
 
 def _why_unread(file: Path) -> str:
-    if _ends(file, (".json", ".toml")):
+    if _ends(file, (".json", *CONFIGURATIONS)):
         return "is a configuration of another program; give it by name to read the folders that it names"
-    return f"is not read: files of rows end in {', '.join(ENDINGS)}"
+    return f"is not read: {next(advice for endings, advice in NEAREST if _ends(file, endings))}"
 
 
 def _in_configuration(path: Path, left_out: list[tuple[str, str]]) -> list[tuple[Path, Path, bool, Pairs | None]]:

@@ -67,8 +67,10 @@ class TarReader(Reader):
         self._parts = {key: ends for key, ends in parts.items() if any(map(_makes_a_row, ends))}
         self._samples = list(self._parts)
         if self._members and not self._samples:
+            tables = [member for member in self._members if member.lower().endswith((".jsonl", ".csv", ".parquet"))]
+            advice = f"; unpack it and give the folder, in which {printable(tables[0])} is read" if tables else ""
             raise BrokenFileError(
-                name, f"has {len(self._members)} members but no sample: no .json, .txt, .input_N.* or .output.*"
+                name, f"has {len(self._members)} members but no sample: no .json, .txt, .input_N.* or .output.*{advice}"
             )
         others = Counter(
             f".{end.rpartition('.')[2]}" if end else "without an ending"
