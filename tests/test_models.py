@@ -100,6 +100,36 @@ def test_a_ragged_pack_equals_each_sample_alone(make_transformer, zero_cond_t, i
         assert max_relative_error(out, stock(model, grids, image, text, t)) < 1e-5
 
 
+def assert_same_bits_in_packs(model, impl):
+    """Each sample alone, and in packs of several orders; the sizes bring the Linears 1 to 800 rows."""
+    pack = [(SIZES[:1], 3), (((1, 1, 1),), 1), (SIZES[1:5], 11), (((1, 16, 16), (1, 9, 11)), 33), (SIZES, 20)]
+    data = [(Sample(text, *_split(grids)), *inputs(model, grids, text, seed=i)) for i, (grids, text) in enumerate(pack)]
+    alone = [packed(model, *([x] for x in one), impl=impl)[0] for one in data]
+    for order in ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (1, 0), (3, 1)):
+        together = packed(model, *zip(*(data[i] for i in order), strict=True), impl=impl)
+        assert all(torch.equal(out, alone[i]) for i, out in zip(order, together, strict=True)), order
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_in_packs_but_for_the_products_of_the_library(make_transformer, monkeypatch, dtype, impl):
+    """With Linears that compute each row by itself, a model gives a sample the same bits alone and in any pack."""
+    linear = torch.nn.functional.linear
+
+    def by_row(x, weight, bias=None):
+        return torch.cat([linear(row, weight, bias) for row in x.split(1)])
+
+    monkeypatch.setattr(torch.nn.functional, "linear", by_row)
+    assert_same_bits_in_packs(make_transformer(True, dtype=dtype), impl)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_same_bits_in_packs_in_bfloat16(make_transformer, impl):
+    """With PyTorch's own Linears; in float32 these depend on the number of rows, by rounding."""
+    assert_same_bits_in_packs(make_transformer(True, dtype=torch.bfloat16), impl)
+
+
 def test_parameters_are_shared_not_copied(make_transformer):
     model = make_transformer()
     before = {id(p) for p in model.parameters()}
