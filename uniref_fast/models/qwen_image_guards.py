@@ -78,11 +78,12 @@ def attention_change() -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether PyTorch runs forward or backward hooks, of the module or global ones, when the module is called."""
+    own = vars(module)  # quicker than attributes of a module
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
         or nn_module._global_backward_hooks
@@ -111,12 +112,12 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str 
     """What the QK norms of an attention are other than RMSNorms with one eps, or none; None if nothing."""
     from diffusers.models.normalization import RMSNorm
 
-    found = [norm for norm in (getattr(attn, name) for name in QK_NORMS) if norm is not None]
-    if reason := offloaded_norm(attn, device):
-        return reason
+    found = [norm for norm in map(attn._modules.get, QK_NORMS) if norm is not None]
     for norm in found:
         if type(norm) is not RMSNorm:
             return f"a QK norm is a {type(norm).__name__}"
+        if reason := _held_elsewhere(norm):
+            return reason
         if replaced_forward(norm):
             return "a QK norm has a forward of its own"
         weight = norm.weight
@@ -124,10 +125,11 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str 
             return "a QK norm has no weight, a bias, or more than one dimension"
         if not is_plain(weight):
             return f"the weight of a QK norm is a {type(weight).__name__}"
-        if weight.dtype != dtype:
-            return f"the weight of a QK norm is {weight.dtype}, the streams are {dtype}"
-    eps = {norm.eps for norm in found}
-    return f"the QK norms have different eps: {sorted(eps)}" if len(eps) > 1 else None
+        if weight.dtype != dtype or weight.device != device:
+            return f"the weight of a QK norm is {weight.dtype} on {weight.device}, the streams are {dtype} on {device}"
+        if norm.eps != found[0].eps:
+            return f"the QK norms have different eps: {sorted({norm.eps for norm in found})}"
+    return None
 
 
 def offloaded_norm(attn: Any, device: torch.device | None) -> str | None:
@@ -138,12 +140,17 @@ def offloaded_norm(attn: Any, device: torch.device | None) -> str | None:
     for norm in (getattr(attn, name) for name in QK_NORMS):
         if norm is None:
             continue
-        registry = getattr(norm, "_diffusers_hook", None)
-        if hasattr(norm, "_hf_hook") or (registry is not None and registry.hooks):
-            return "the QK norms have hooks of their own (offloaded by layer)"
-        if has_hooks(norm):
-            return "the QK norms have hooks"
+        if reason := _held_elsewhere(norm):
+            return reason
         weight = getattr(norm, "weight", None)
         if device is not None and weight is not None and weight.device != device:
             return f"a QK norm has its weight on {weight.device}, not {device}"
     return None
+
+
+def _held_elsewhere(norm: nn.Module) -> str | None:
+    own = vars(norm)
+    registry = own.get("_diffusers_hook")
+    if "_hf_hook" in own or (registry is not None and registry.hooks):
+        return "the QK norms have hooks of their own (offloaded by layer)"
+    return "the QK norms have hooks" if has_hooks(norm) else None

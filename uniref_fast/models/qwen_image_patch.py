@@ -443,8 +443,8 @@ class PatchedBlock:
             return "modulate_index must be given with zero_cond_t, and only then"
         if index is not None and not (is_plain(index) and index.shape == image.shape[:2]):
             return "modulate_index is no tensor of a value a token"
-        for norm in (block.img_norm1, block.img_norm2, block.txt_norm1, block.txt_norm2):
-            if reason := changed_norm(norm, image.shape[2]):
+        for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
+            if reason := changed_norm(block._modules.get(name), image.shape[2]):
                 return reason
         return None
 
