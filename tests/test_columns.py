@@ -99,6 +99,25 @@ def test_other_metadata_stays_allowed(folder):
     assert all(roles[key] is None for key in others if key not in ("id", "nothing")) and "nothing" not in roles
 
 
+@pytest.mark.parametrize("depth", [300, 900])
+def test_deeply_nested_values_end_no_command(folder, depth):
+    def nested(inside):
+        for _ in range(depth):
+            inside = [inside]
+        return inside
+
+    lines = [{"instruction": "x", "output_image": "b.png", "more": nested(inside)} for inside in (1, "r.png")]
+    lines.append({"instruction": nested(1), "output_image": "b.png"})
+    dataset = Dataset(write_jsonl(folder / "a.jsonl", lines))
+    try:
+        assert dataset[0].instruction == "x"
+    except RowError as error:  # where the JSON parser of this Python goes no deeper
+        assert "nested too deeply" in error.reason
+    for index in (1, 2):
+        with pytest.raises(RowError, match=r"holds pictures|nested too deeply|must be a text"):
+            dataset[index]
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})])
 def test_a_parquet_column_of_pictures_is_refused_too(folder, kind):
     picture = encoded(RED) if pa.types.is_binary(kind) else {"bytes": encoded(RED), "path": None}
@@ -150,6 +169,22 @@ def test_columns_can_be_given_their_roles(folder, values, columns, expected):
             assert (dataset.roles(0)[column] or "ignore").startswith(role) or role == "target"
 
 
+def test_columns_apply_to_the_files_that_have_them(folder):
+    own = write_jsonl(folder / "a.jsonl", [{"instruction": "do it", "refs": ["r.png"], "output_image": "b.png"}])
+    known = write_jsonl(folder / "b.jsonl", [{"instruction": "x", "input_images": ["g.png"], "output_image": "b.png"}])
+    dataset = Dataset([own, known], columns=["references=refs"])
+    assert [meaning(found) for found in dataset] == [("do it", [RED], [BLUE]), ("x", [GREEN], [BLUE])]
+
+
+def test_a_column_that_no_row_has_is_said(folder):
+    lines = [{"instruction": "do it", "output_image": "b.png"}] * 1001
+    late = write_jsonl(folder / "a.jsonl", [*lines, {"instruction": "x", "refs": "r.png", "output_image": "b.png"}])
+    assert Dataset(late, columns=["references=refs"]).left_out == (), "it may be in the last row only"
+    for pairs in (["references=reffs"], ["ignore=mask"], ["instruction=instruction", "target=output"]):
+        ((name, reason),) = Dataset(late, targets="optional", columns=pairs).left_out
+        assert name == "columns" and reason.startswith(f"no row has '{pairs[-1].partition('=')[2]}'; there are [")
+
+
 def test_task_key_and_language_can_be_named(folder):
     values = {"instruction": "do it", "output_image": "b.png", "kind": "edit", "name": "n1", "id": 7, "tongue": "en"}
     path = write_jsonl(folder / "a.jsonl", [values])
@@ -164,8 +199,9 @@ def test_rows_that_the_columns_do_not_fit(folder):
     both = {"instruction": "x", "output_image": "b.png", "input_images": ["g.png"], "refs": ["r.png"]}
     with pytest.raises(RowError, match="'input_images' does not belong"):
         Dataset(write_jsonl(folder / "a.jsonl", [both]), columns=["references=refs"])[0]
-    with pytest.raises(BrokenFileError, match=r"no column 'prompt' holds the instruction; columns found: \['input_im"):
-        Dataset(write_jsonl(folder / "a.jsonl", [both]), columns=["instruction=prompt"])
+    question = {"question": "x", "output_image": "b.png", "refs": ["r.png"]}
+    with pytest.raises(BrokenFileError, match=r"no column 'instruction' holds the instruction; columns found: \['out"):
+        Dataset(write_jsonl(folder / "a.jsonl", [question]), columns=["references=refs"])
 
 
 @pytest.mark.parametrize(

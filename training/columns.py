@@ -63,7 +63,7 @@ class Columns:
         Raises:
             ValueError: when no format explains the keys, or, without columns, more than one.
         """
-        if not self:
+        if not any(column in keys for _, column in self.own):  # a file of another kind beside those that need it
             return recognise(keys)
         possible = [mine for form in FORMATS if (mine := self._applied(form)) is not None]
         for mine in possible:

@@ -291,18 +291,25 @@ NO_PICTURES = (".jsonl", ".json", ".parquet", ".tar", ".zip", ".gz", ".tgz", ".t
 
 def _holds_pictures(value: Any, names_file: Callable[[str], bool]) -> bool:
     """Whether a value has bytes, encoded pictures, names of picture files, or of files that exist, at any depth."""
-    if isinstance(value, dict):
-        return any(_holds_pictures(item, names_file) for item in value.values())
-    if isinstance(value, (list, tuple)):
-        return any(_holds_pictures(item, names_file) for item in value)
-    if not isinstance(value, str):
-        return isinstance(value, bytes)
-    if value.startswith(ENCODED):
+    waiting = [value]  # not by recursion: a row may be nested deeper than that goes
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, bytes) or (isinstance(item, str) and _is_picture(item, names_file)):
+            return True
+    return False
+
+
+def _is_picture(text: str, names_file: Callable[[str], bool]) -> bool:
+    if text.startswith(ENCODED):
         return True
-    if len(value) > 4096 or "\n" in value:
+    if len(text) > 4096 or "\n" in text:
         return False
-    suffix = PurePath(value).suffix.lower()
-    return suffix in PICTURE_SUFFIXES or (suffix not in NO_PICTURES and names_file(value))
+    suffix = PurePath(text).suffix.lower()
+    return suffix in PICTURE_SUFFIXES or (suffix not in NO_PICTURES and names_file(text))
 
 
 def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any], ...]:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import operator
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ class Dataset:
         if not self._readers:
             told = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
             raise ValueError(f"no rows in {', '.join(map(str, paths))}: {told}")
-        self.left_out = tuple(left_out)
+        self.left_out = (*left_out, *self._missing_columns())
         self.files = tuple(reader.name for reader in self._readers)
         self._ends = np.cumsum([len(reader) for reader in self._readers], dtype=np.int64)
 
@@ -197,6 +198,8 @@ class Dataset:
             return self._row(record, form or self._columns.format(filled(record.values)), where)
         except (ValueError, OSError) as error:
             raise RowError(where, error) from error
+        except RecursionError:
+            raise RowError(where, "a value is nested too deeply") from None
 
     def roles(self, index: int) -> dict[str, str | None]:
         """What each key of a row is read as, such as "references"; None for one that is not read.
@@ -244,6 +247,16 @@ class Dataset:
         file = int(np.searchsorted(self._ends, index, side="right"))
         first = int(self._ends[file - 1]) if file else 0
         return self._readers[file], index - first, self._formats[file]
+
+    def _missing_columns(self) -> list[tuple[str, str]]:
+        """Columns that no row has, most probably slips of the pen, as for `left_out`."""
+        names = {column for _, column in self._columns.own}
+        found: set[str] = set()
+        for most in (SAMPLE, sys.maxsize):  # all rows are read only where the first lack a column
+            for reader in self._readers:
+                if names - found:
+                    found |= {*reader.unread}.union(*reader.keys(most))
+        return [("columns", f"no row has {name!r}; there are {sorted(found)}") for name in sorted(names - found)]
 
     def _row(self, record: Record, form: Format, where: str) -> Row:
         parts = Parts.of(record.values, form, functools.partial(_names_file, record))
