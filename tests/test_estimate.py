@@ -1,5 +1,8 @@
 """estimate(): its tokens and operations against what a run really has."""
 
+import copy
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -8,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout
-from uniref_fast.estimate import LivingTensors, _block_peak, transformer_flops
+from uniref_fast.estimate import LivingTensors, _vae_image, transformer_flops, transformer_peak
+from uniref_fast.quantised import stored_tensors
 from uniref_fast.request import geometry
 
 REQUESTS = [
@@ -106,23 +110,202 @@ def test_living_tensors_are_counted():
     assert memory.peak == 8000 and memory.living == b.nbytes
 
 
-def test_activation_memory_is_near_what_lives(builtin_pipe):
-    """Tensors alive at once in a real run on the CPU."""
-    vae, transformer = builtin_pipe.vae, builtin_pipe.transformer
-    request = EditRequest("x", [(128, 128)], num_inference_steps=2, height=128, width=128)
-    stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request]).stages}
+def within(part, whole, tolerance):
+    assert abs(part / whole - 1) < tolerance, f"{part} of {whole}: {part / whole:.3f}"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_vae_memory_is_what_lives(builtin_pipe, size):
+    """Against tensors alive at once in a real run on the CPU, whose attention is fused too."""
+    vae, (width, height) = builtin_pipe.vae, size
+    request = EditRequest("x", [size], num_inference_steps=2, width=width, height=height)
+    stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request], budget=width * height).stages}
     with torch.no_grad(), LivingTensors() as memory:
-        vae.encode(torch.zeros(1, 3, 1, 64, 64))  # the pipeline's area of a reference
-    assert 0.8 < stages["VAE encode"].activation_bytes / memory.peak < 1.25
+        vae.encode(torch.zeros(1, 3, 1, height, width))
+    within(stages["VAE encode"].activation_bytes, memory.peak, 0.01)
     with torch.no_grad(), LivingTensors() as memory:
-        vae.decode(torch.zeros(1, 16, 1, 32, 32))
-    assert 0.8 < stages["VAE decode"].activation_bytes / memory.peak < 1.25
-    layout = SelfLayout.qwen([Sample(64, (1, 24, 24), ((1, 16, 16),))], zero_cond_t=True)
-    config = transformer.config
-    args = torch.zeros(layout.image_length, 64), torch.zeros(64, config.joint_attention_dim), torch.rand(1)
-    with torch.no_grad(), LivingTensors() as memory:
-        uniref_fast.PackedQwenImage(transformer)(*args, layout)
-    assert 0.8 < _block_peak(transformer, layout.joint_length) / memory.peak < 1.25
+        vae.decode(torch.zeros(1, 16, 1, height // 4, width // 4))
+    within(stages["VAE decode"].activation_bytes, memory.peak, 0.03)  # with what the request keeps
+
+
+def test_vae_tiling_counts(builtin_pipe):
+    request = EditRequest("x", [(256, 256)], num_inference_steps=2)
+    whole = uniref_fast.estimate(builtin_pipe, [request], budget=256 * 256).stages[1]
+    vae = builtin_pipe.vae
+    vae.enable_tiling(64, 64, 48, 48)
+    try:
+        tiled = uniref_fast.estimate(builtin_pipe, [request], budget=256 * 256).stages[1]
+        with torch.no_grad(), LivingTensors() as memory:
+            vae.encode(torch.zeros(1, 3, 1, 256, 256))
+    finally:
+        vae.disable_tiling()
+    within(tiled.activation_bytes, memory.peak, 0.01)
+    assert tiled.activation_bytes < whole.activation_bytes / 2 and tiled.flops > whole.flops
+
+
+def test_vae_attention_has_no_matrix_of_scores():
+    """The VAE of the 20B models: 2048 x 2048 pixels are 65,536 tokens of one head of 384 dimensions."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.device("meta"):
+        vae = AutoencoderKLQwenImage().to(torch.bfloat16)
+    config = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in vae.config.items() if k[0] != "_"))
+    flops, peak = _vae_image(AutoencoderKLQwenImage, config, (), torch.bfloat16, (2048, 2048), "encode")
+    assert peak < 10e9 < 65536**2 * 4, "scores alone would take 17 GB"
+    assert flops > 4 * 65536**2 * 384
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [Sample(64, (1, 24, 24), ((1, 16, 16),))],
+        [Sample(40, (1, 12, 12), ((1, 8, 8), (1, 8, 8)))] * 2,
+        [Sample(300, (1, 2, 2)), Sample(5, (1, 6, 6))],  # mostly text
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformer_memory_is_what_lives(make_transformer, samples, dtype):
+    """Against PyTorch's memory tracker, which follows storages by another way."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model = make_transformer(True, dtype=dtype)
+    layout = SelfLayout.qwen(samples, zero_cond_t=True)
+
+    def run():
+        image, text = (
+            torch.zeros(layout.image_length, 64, dtype=dtype),
+            torch.zeros(layout.text_length, 48, dtype=dtype),
+        )
+        return uniref_fast.PackedQwenImage(model)(image, text, torch.rand(layout.num_samples), layout)
+
+    with torch.no_grad():
+        run()  # tables are made once and kept with the layout
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker:
+            run()
+        (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+        with LivingTensors() as memory:
+            run()
+    within(transformer_peak(model, layout), snapshot["Total"] - sum(p.nbytes for p in model.parameters()), 0.05)
+    within(transformer_peak(model, layout), memory.peak, 0.05)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 700])
+def test_the_peak_of_a_whole_edit(builtin_pipe, max_tokens):
+    requests = [EditRequest("x", [Image.new("RGB", (128, 128))] * 2, negative_prompt=" ", num_inference_steps=2,
+                            seed=0, height=64, width=96)] * 3  # fmt: skip
+    estimate = uniref_fast.estimate(builtin_pipe, requests, max_tokens=max_tokens)
+    uniref_fast.edit(builtin_pipe, requests, progress=False, max_tokens=max_tokens)  # tables are made
+    with LivingTensors() as memory:
+        uniref_fast.edit(builtin_pipe, requests, progress=False, max_tokens=max_tokens)
+    within(estimate.peak_bytes - estimate.weight_bytes, memory.peak, 0.05)
+
+
+def test_a_block_frees_what_it_has_used(make_transformer):
+    """Its input streams and residuals are gone once they are added up: in the feed-forward of the image stream live
+    that stream, its norm and twice the fourfold hidden layer, and two of the text's."""
+    model = make_transformer(False, layers=4)
+    layout = SelfLayout.qwen([Sample(10, (1, 30, 30))])
+    for _ in range(2):  # tables are made by the first run
+        with torch.no_grad(), LivingTensors() as memory:
+            uniref_fast.PackedQwenImage(model)(torch.zeros(900, 64), torch.zeros(10, 48), torch.ones(1), layout)
+    row = 128 * 4
+    within(memory.peak, row * (10 * 900 + 2 * 10) + 900 * 64 * 4, 0.02)
+
+
+def weights(pipe):
+    return {s.name: s.weight_bytes for s in uniref_fast.estimate(pipe, REQUESTS).stages}
+
+
+def copy_of(pipe):
+    from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
+
+    return SmallQwenImageEditPlusPipeline(**{**pipe.components, "transformer": copy.deepcopy(pipe.transformer)})
+
+
+def test_weights_count_as_they_are_stored(builtin_pipe):
+    """Quantised weights pretend to have the dtype that they compute in; layerwise casting stores 8 bits."""
+    pipe = copy_of(builtin_pipe)
+    transformer = pipe.transformer
+    plain = weights(pipe)["transformer"]
+    linears = [m for m in transformer.transformer_blocks.modules() if isinstance(m, torch.nn.Linear)]
+    for linear in linears:
+        linear.weight = torch.nn.Parameter(Int8Weight(linear.weight.detach()), requires_grad=False)
+        assert linear.weight.dtype == torch.float32
+    numbers, rows = sum(m.weight.numel() for m in linears), sum(len(m.weight) for m in linears)
+    assert weights(pipe)["transformer"] == plain - 4 * numbers + numbers + 4 * rows
+    pipe = copy_of(builtin_pipe)
+    before = uniref_fast.estimate(pipe, REQUESTS).stages[2]
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    after = uniref_fast.estimate(pipe, REQUESTS).stages[2]
+    assert 0.24 < after.weight_bytes / before.weight_bytes < 0.27
+    largest = max(m.weight.numel() * 4 for m in linears)
+    assert after.activation_bytes == before.activation_bytes + largest, "computed in float32 all the same"
+
+
+class Int8Weight(torch.Tensor):
+    """A float32 weight of 8 bits and a scale a row, as torchao and quanto keep it."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.scale = weight.abs().amax(1, keepdim=True) / 127
+        self.data8 = (weight / self.scale).round().to(torch.int8)
+
+    def __tensor_flatten__(self):
+        return ["data8", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        (weight,) = args
+        return cls(weight.data8 * weight.scale)  # what nn.Parameter asks for: detach
+
+
+class Packed(torch.Tensor):
+    """Packed bytes with their scales in an attribute, as bitsandbytes and GGUF keep weights."""
+
+
+def test_scales_in_attributes_count(builtin_pipe):
+    weight = torch.zeros(100, dtype=torch.uint8).as_subclass(Packed)
+    weight.scales = torch.zeros(10)
+    assert sum(t.nbytes for t in stored_tensors(weight)) == 100 + 40
+
+
+@pytest.mark.parametrize(
+    "config, bits",
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": False}, 4.5),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+            4 + 0.125 + 1 / 512,
+        ),
+        ({"quant_method": "quanto", "weights_dtype": "int8"}, 8),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
+        ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, 4.25),
+    ],
+)
+def test_weights_of_a_folder_count_as_its_configuration_says(tmp_path, config, bits):
+    from uniref_fast import builtin
+
+    folder = builtin.build(tmp_path / "model")
+    plain = uniref_fast.estimate(folder, REQUESTS).stages[2].weight_bytes
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    model = builtin.load().transformer
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    found = uniref_fast.estimate(folder, REQUESTS).stages[2].weight_bytes
+    assert found == plain - int(linears * (2 - bits / 8))
+    kept = {"modules_to_not_convert": ["proj_out"], "llm_int8_skip_modules": ["proj_out"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config | kept}))
+    more = int(model.proj_out.weight.numel() * (2 - bits / 8))
+    assert abs(uniref_fast.estimate(folder, REQUESTS).stages[2].weight_bytes - found - more) <= 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "new"}}))
+    with pytest.raises(ValueError, match="does not know the bits per weight of quantization_config"):
+        uniref_fast.estimate(folder, REQUESTS)
 
 
 def test_max_tokens_bounds_the_activations(builtin_pipe):
@@ -146,7 +329,7 @@ def test_grows_as_the_request_does(builtin_pipe):
     assert causal.stages[2].flops < base.stages[2].flops
     assert base.peak_bytes > base.weight_bytes > 0
     assert base.weight_bytes == sum(
-        sum(p.numel() * p.element_size() for p in m.parameters())
+        sum(tensor.nbytes for tensor in (*m.parameters(), *m.buffers()))
         for m in (builtin_pipe.text_encoder, builtin_pipe.vae, builtin_pipe.transformer)
     )
 
@@ -179,8 +362,6 @@ def test_the_20b_shape():
 
 
 def test_readable_and_plain(builtin_pipe):
-    import json
-
     estimate = uniref_fast.estimate(builtin_pipe, REQUESTS)
     text = str(estimate)
     assert "transformer" in text and "VAE decode" in text and "attention is" in text

@@ -22,7 +22,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.models.qwen_image_stock import deviations, is_own_method
-from uniref_fast.request import EditRequest, Geometry, geometry, validated
+from uniref_fast.request import EditRequest, Geometry, geometry, split_packs, validated
 from uniref_fast.visibility import Rule
 
 __all__ = ["denoising_schedule", "edit", "guide"]
@@ -234,17 +234,7 @@ def _predict(
 
 
 def _packs(rows: list[tuple[_Job, Tensor, Sample]], max_tokens: int | None) -> list[list[tuple[_Job, Tensor, Sample]]]:
-    """Consecutive samples together while they fit; a sample over the limit runs alone."""
-    packs: list[list[tuple[_Job, Tensor, Sample]]] = []
-    filled = 0
-    for row in rows:
-        tokens = row[2].length
-        if not packs or (max_tokens is not None and filled + tokens > max_tokens):
-            packs.append([])
-            filled = 0
-        packs[-1].append(row)
-        filled += tokens
-    return packs
+    return [[rows[i] for i in pack] for pack in split_packs([sample.length for *_, sample in rows], max_tokens)]
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

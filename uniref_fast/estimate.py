@@ -1,8 +1,13 @@
 """`estimate(pipe, requests)`: tokens, floating point operations and memory of an edit, before it runs.
 
 Operations count multiply and add as two; they are exact for the transformer and the VAE (run on the meta device) and
-leave out what is not a matrix product or convolution. Activation memory is the peak of the stage's living tensors,
-without workspaces of convolution and matmul libraries and without what the allocator keeps back.
+leave out what is not a matrix product or convolution. Activation memory is the peak of the stage's living tensors in
+such a run, on the meta device too (of the text encoder by a formula), without workspaces of convolution and matmul
+libraries and without what the allocator keeps back. Attention counts as fused everywhere, also the VAE's one head of
+384 dimensions: PyTorch's flash attention ends at 256 and cuDNN's below, so a GPU takes the memory-efficient kernel,
+which has no limit and adds up its output in float32 beside it.
+
+The first call of a *patched* pipeline also runs the original of each block for its self-check; `edit` does not.
 """
 
 from __future__ import annotations
@@ -13,9 +18,10 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,8 +29,9 @@ from uniref_fast import builtin
 from uniref_fast.encode import condition_tokens, prompt_tokens
 from uniref_fast.layout import SelfLayout
 from uniref_fast.model_kind import check_configuration, check_pipeline
-from uniref_fast.models.qwen_image import find_transformer
-from uniref_fast.request import EditRequest, Geometry, geometry, validated
+from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, stored_tensors
+from uniref_fast.request import EditRequest, Geometry, geometry, split_packs, validated
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 
 __all__ = ["Estimate", "Stage", "estimate", "skeleton"]
@@ -154,19 +161,29 @@ def estimate(
         counts = transformer_flops(transformer.config, alone, visibility)
         linear += counts[0] * steps
         attention += counts[1] * steps
-    largest = max(sample.length for sample, _ in rows)
-    packed = layout.joint_length if max_tokens is None else max(min(layout.joint_length, max_tokens), largest)
+    packs = split_packs([sample.length for sample, _ in rows], max_tokens)
+    longest = max(packs, key=lambda pack: sum(rows[i][0].length for i in pack))
+    largest = SelfLayout.qwen([rows[i][0] for i in longest], zero_cond_t=layout.clean_references)
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
     text_flops, text_peak = _text_encoder(pipe, sizes, texts)
+    # what every request keeps from its encoding to its decoding: embeddings, latents of references and of the target
+    embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
+    latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
+    held = (embeddings + latents) * compute_dtype(transformer).itemsize
     vae_bytes = _weight_bytes(pipe.vae)
     encode_flops, encode_peak = _vae(pipe, pixels, "encode")
     decode_flops, decode_peak = _vae(pipe, results, "decode")
     stages = (
         Stage("text encoder", text_flops, _weight_bytes(pipe.text_encoder), text_peak),
         Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
-        Stage("transformer", linear + attention, _weight_bytes(transformer), _block_peak(transformer, packed)),
-        Stage("VAE decode", decode_flops, vae_bytes, decode_peak),
+        Stage(
+            "transformer",
+            linear + attention,
+            _weight_bytes(transformer),
+            held + transformer_peak(transformer, largest),
+        ),
+        Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),
     )
     tokens = {"text": layout.text_length}
     tokens["target"] = sum(s.length for s in layout.targets)
@@ -210,7 +227,9 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
                 model = part_class.from_config(part_class.load_config(name, subfolder=part))
             else:
                 model = part_class(part_class.config_class.from_pretrained(name, subfolder=part))
-            parts[part] = torch.nn.Module.to(model, dtype)  # diffusers' own `to` warns of modules kept in float32
+            for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+                parameter.data = parameter.data.to(dtype)
+            parts[part] = model
     if areas := builtin.recorded_areas(index, getattr(parts.get("transformer"), "config", {})):
         return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
     return getattr(diffusers, index["_class_name"])(**parts)
@@ -249,7 +268,7 @@ def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> t
     kv = language.num_key_value_heads * head
     layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
     vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    element = next(pipe.text_encoder.parameters()).element_size()
+    element = compute_dtype(pipe.text_encoder).itemsize
     for size, lengths in zip(sizes, texts, strict=True):
         patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
         for kept in lengths:
@@ -264,16 +283,19 @@ def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> t
 
 def _vae(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tuple[int, int]:
     """Operations of all images together, and the peak of the largest."""
-    config = tuple(sorted((k, _hashable(v)) for k, v in pipe.vae.config.items() if not k.startswith("_")))
-    vae_class: Any = type(pipe.vae)
-    dtype = next(pipe.vae.parameters()).dtype
-    counts = [_vae_image(vae_class, config, dtype, size, direction) for size in sizes]
-    return sum(flops for flops, _ in counts), max((peak for _, peak in counts), default=0)
+    vae, vae_class = pipe.vae, cast(Any, type(pipe.vae))
+    config = tuple(sorted((k, _hashable(v)) for k, v in vae.config.items() if not k.startswith("_")))
+    settings = tuple(
+        sorted((k, v) for k, v in vars(vae).items() if k.startswith(("use_tiling", "use_slicing", "tile_")))
+    )
+    counts = [_vae_image(vae_class, config, settings, compute_dtype(vae), size, direction) for size in sizes]
+    weight = largest_cast(vae) if sizes else 0
+    return sum(flops for flops, _ in counts), max((peak for _, peak in counts), default=0) + weight
 
 
 @functools.lru_cache(maxsize=256)
 def _vae_image(
-    vae_class: Any, config: tuple, dtype: torch.dtype, size: tuple[int, int], direction: str
+    vae_class: Any, config: tuple, settings: tuple, dtype: torch.dtype, size: tuple[int, int], direction: str
 ) -> tuple[int, int]:
     """Operations and peak of living tensors, on a copy without memory: same architecture, meta device."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -281,14 +303,31 @@ def _vae_image(
     with torch.device("meta"), torch.no_grad():
         vae = vae_class(**{k: list(v) if isinstance(v, tuple) else v for k, v in config})
         torch.nn.Module.to(vae, dtype)
+        vars(vae).update(settings)
         factor = 2 ** len(vae.temperal_downsample)
         width, height = size
-        with FlopCounterMode(display=False) as counter, LivingTensors() as memory:
+        with FlopCounterMode(display=False) as counter, LivingTensors() as memory, _FusedAttention() as attention:
             if direction == "encode":
                 vae.encode(torch.empty(1, 3, 1, height, width, dtype=dtype))
             else:
                 vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor, dtype=dtype))
-    return counter.get_total_flops(), memory.peak
+    return counter.get_total_flops() + attention.flops, memory.peak
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Counts `scaled_dot_product_attention` of meta tensors as a GPU's fused kernel does it: no matrix of scores."""
+
+    flops = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not torch.nn.functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        q, k, v = args
+        self.flops += 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+        sums = q.new_empty(q.shape, dtype=torch.float32) if q.shape[-1] > 128 and q.element_size() < 4 else None
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        del sums
+        return out
 
 
 class LivingTensors(TorchDispatchMode):
@@ -322,16 +361,48 @@ class LivingTensors(TorchDispatchMode):
         self.living -= size
 
 
-def _block_peak(transformer: Any, tokens: int) -> int:
-    """In a feed-forward: the residual stream before and after attention, the attention branch, the normed input, its
-    copy in the other stream's turn, and the 4x hidden layer before and after GELU."""
+def transformer_peak(transformer: Any, layout: SelfLayout) -> int:
+    """Peak of the living tensors of one packed forward in bytes, what it is given included.
+
+    Args:
+        transformer: a `QwenImageTransformer2DModel`, loaded or on the meta device, quantised or not.
+        layout: the pack.
+    """
     config = transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    return tokens * width * 14 * next(transformer.parameters()).element_size()
+    sizes = {
+        name: value for name, value in config.items() if not name.startswith("_") and name != "quantization_config"
+    }
+    sizes["num_layers"] = min(config.num_layers, 3)  # those between the first and the last are alike
+    shape = tuple(sorted((k, _hashable(v)) for k, v in sizes.items()))
+    return _packed_peak(shape, compute_dtype(transformer), layout) + largest_cast(transformer)
 
 
-def _weight_bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+@functools.lru_cache(maxsize=8)
+def _packed_peak(config: tuple, dtype: torch.dtype, layout: SelfLayout) -> int:
+    from diffusers import QwenImageTransformer2DModel
+
+    with torch.device("meta"), torch.no_grad():
+        model: Any = QwenImageTransformer2DModel(**dict(config))
+        packed = PackedQwenImage(torch.nn.Module.to(model, dtype), impl="native")
+        with LivingTensors() as memory:
+            image = torch.empty(layout.image_length, model.config.in_channels, dtype=dtype)
+            text = torch.empty(layout.text_length, model.config.joint_attention_dim, dtype=dtype)
+            packed(image, text, torch.empty(layout.num_samples, dtype=dtype), layout)
+    return memory.peak
+
+
+def _weight_bytes(module: torch.nn.Module | None) -> int:
+    """Bytes that a model's parameters and buffers take, as they are stored."""
+    if module is None:
+        return 0
+    planned = planned_bytes(module)
+    if planned is not None:
+        return planned
+    storages: dict[int, int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        for part in stored_tensors(tensor):
+            storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def _hashable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from uniref_fast.budget import MAX_ASPECT_RATIO, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.builtin.store import AREAS, recorded_areas
 from uniref_fast.layout import Grid, Sample
 
-__all__ = ["EditRequest", "Geometry", "geometry", "image_areas", "parse_size", "validated"]
+__all__ = ["EditRequest", "Geometry", "geometry", "image_areas", "parse_size", "split_packs", "validated"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
@@ -176,6 +176,23 @@ def _check_image(image: Any, where: str, sizes_only: bool) -> None:
             f"{where} of {sides[0]} x {sides[1]} pixels is too elongated: the text encoder takes aspect ratios up to "
             f"{MAX_ASPECT_RATIO}"
         )
+
+
+def split_packs(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
+    """Put consecutive samples of these lengths in tokens together while they fit; one over the limit is alone.
+
+    Returns:
+        indices of the samples of each pack.
+    """
+    packs: list[list[int]] = []
+    filled = 0
+    for i, tokens in enumerate(lengths):
+        if not packs or (max_tokens is not None and filled + tokens > max_tokens):
+            packs.append([])
+            filled = 0
+        packs[-1].append(i)
+        filled += tokens
+    return packs
 
 
 def image_areas(pipe: Any) -> tuple[int, int, int]:

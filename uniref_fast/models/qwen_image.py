@@ -105,8 +105,8 @@ class AttentionContext:
         return targets[bounds[self.parallel.rank] : bounds[self.parallel.rank + 1]] - first
 
 
-Pending = tuple[Tensor, Tensor, Tensor, Tensor]
-"""(image branch, image gate, text branch, text gate) of the last residual of a block; the next one adds it."""
+Pending = list[Tensor]
+"""[image branch, image gate, text branch, text gate] of a block's last residual, which the next block adds; or []."""
 
 
 def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
@@ -151,7 +151,9 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionCo
         (image, text) stream outputs, shapes as given.
     """
     q, k, v = project_qkv(attn, image, text, context)
+    del image, text
     out = ops.segment_attention(q, k, v, context.plan, impl=context.impl, backward=context.trained or None)
+    del q, k, v
     streams = {}
     for name in ("image", "text"):
         part = stream_rows(out, context.layout, name)
@@ -183,12 +185,13 @@ class PackedBlock(nn.Module):
         self.block, self.last = block, last
 
     def forward(
-        self, streams: tuple[Tensor, Tensor], pending: Pending | None, temb: Tensor, context: AttentionContext
-    ) -> tuple[tuple[Tensor, ...], Pending | None]:
-        """
+        self, streams: list[Tensor], pending: Pending, temb: Tensor, context: AttentionContext
+    ) -> tuple[list[Tensor], Pending]:
+        """Run the block; it empties both lists, so that each of their tensors is freed once it has been used.
+
         Args:
             streams: image `[N_image, C]` and text `[N_text, C]`, this rank's rows of them.
-            pending: residuals of the block before that are still to be added (`Pending`), or None.
+            pending: residuals of the block before that are still to be added (`Pending`).
             temb: timestep embedding `[R, C]`.
             context: of this forward.
 
@@ -196,68 +199,68 @@ class PackedBlock(nn.Module):
             the streams and what is pending; of the last block, the image stream's target rows alone.
         """
         if context.checkpointing and torch.is_grad_enabled():
+            inputs = tuple(streams), tuple(pending), temb, context  # kept for the second run, in the backward
             return checkpoint(
-                self._run, streams, pending, temb, context, use_reentrant=False, context_fn=_keep_attention
-            )
+                lambda x, y, *rest: self._run([*x], [*y], *rest), *inputs,
+                use_reentrant=False, context_fn=_keep_attention,
+            )  # fmt: skip
         return self._run(streams, pending, temb, context)
 
     def _run(
-        self, streams: tuple[Tensor, Tensor], pending: Pending | None, temb: Tensor, context: AttentionContext
-    ) -> tuple[tuple[Tensor, ...], Pending | None]:
+        self, streams: list[Tensor], pending: Pending, temb: Tensor, context: AttentionContext
+    ) -> tuple[list[Tensor], Pending]:
         block, impl, layout = self.block, context.impl, context.layout
         mods = _modulation(block, temb, layout)
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
-        inputs = []
+        residual, normed = [], []  # of image and text
         norms = (block.img_norm1, block.img_norm2), (block.txt_norm1, block.txt_norm2)
         for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
-            eps = norms[i][0].eps
-            if pending is None:
-                inputs.append((streams[i], ops.norm_modulate(streams[i], mod.shift1, mod.scale1, rows, eps, impl=impl)))
+            x, eps = streams.pop(0), norms[i][0].eps
+            if pending:
+                branch, gate = pending.pop(0), pending.pop(0)
+                x, y = ops.gate_residual_norm_modulate(x, branch, gate, mod.shift1, mod.scale1, rows, eps, impl=impl)
+                del branch
             else:
-                branch, gate = pending[2 * i : 2 * i + 2]
-                inputs.append(
-                    ops.gate_residual_norm_modulate(
-                        streams[i], branch, gate, mod.shift1, mod.scale1, rows, eps, impl=impl
-                    )
-                )
-        (image, image_in), (text, text_in) = inputs
+                y = ops.norm_modulate(x, mod.shift1, mod.scale1, rows, eps, impl=impl)
+            residual.append(x)
+            normed.append(y)
+            del x, y
         if self.last:
-            return self._targets(mods[0], image, image_in, text_in, context), None
-        branches = joint_attention(block.attn, image_in, text_in, context)
+            return [self._targets(mods[0], residual.pop(0), normed, context)], []
+        branches = [*joint_attention(block.attn, normed.pop(0), normed.pop(0), context)]
         outputs, left = [], []
-        for x, branch, mod, mlp, rows, (_, norm) in zip(
-            (image, text), branches, mods, (block.img_mlp, block.txt_mlp), all_rows, norms, strict=True
-        ):
-            x, normed = ops.gate_residual_norm_modulate(
-                x, branch, mod.gate1, mod.shift2, mod.scale2, rows, norm.eps, impl=impl
+        for mod, mlp, rows, (_, norm) in zip(mods, (block.img_mlp, block.txt_mlp), all_rows, norms, strict=True):
+            x, y = ops.gate_residual_norm_modulate(
+                residual.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps, impl=impl
             )
-            branch = mlp(normed)
+            y = mlp(y)
             if context.closed:
-                x = _clipped(ops.gate_residual(x, branch, mod.gate2, rows, impl=impl))
+                x = _clipped(ops.gate_residual(x, y, mod.gate2, rows, impl=impl))
             else:
-                left += [branch, mod.gate2]
+                left += [y, mod.gate2]
             outputs.append(x)
-        return tuple(outputs), tuple(left) or None  # type: ignore[return-value]
+            del x, y
+        return outputs, left
 
-    def _targets(
-        self, mod: Modulation, image: Tensor, image_in: Tensor, text_in: Tensor, context: AttentionContext
-    ) -> tuple[Tensor, ...]:
-        """The last block for the targets' queries only: nothing else of its output is used."""
+    def _targets(self, mod: Modulation, image: Tensor, normed: list[Tensor], context: AttentionContext) -> Tensor:
+        """Run the last block for the targets' queries only, as nothing else of its output is used."""
         block, layout, impl = self.block, context.layout, context.impl
         targets = layout.target_rows(image.device)
-        q, k, v = project_qkv(block.attn, image_in, text_in, context)
+        q, k, v = project_qkv(block.attn, normed.pop(0), normed.pop(0), context)
         q = q[layout.joint_index("image", image.device)[targets]]
         mine_only = target_plan(layout, context.visibility)
         out = ops.segment_attention(q, k, v, mine_only, impl=impl, backward=context.trained or None)
+        del q, k, v
         if context.parallel is not None:
             out = context.parallel.scatter_heads(out, context.parallel.targets(layout))
         mine = context.target_rows()
         rows = context.modulation_rows("image")[mine]
-        image, normed = ops.gate_residual_norm_modulate(
+        image, hidden = ops.gate_residual_norm_modulate(
             image[mine], project_image(block.attn, out.flatten(1)), mod.gate1, mod.shift2, mod.scale2, rows,
             block.img_norm2.eps, impl=impl,
         )  # fmt: skip
-        return (_clipped(ops.gate_residual(image, block.img_mlp(normed), mod.gate2, rows, impl=impl)),)
+        del out
+        return _clipped(ops.gate_residual(image, block.img_mlp(hidden), mod.gate2, rows, impl=impl))
 
 
 class PackedQwenImage(nn.Module):
@@ -339,16 +342,15 @@ class PackedQwenImage(nn.Module):
         )
         if self.parallel is not None:
             image, text = image[self.parallel.rows(layout, "image")], text[self.parallel.rows(layout, "text")]
-        image, text = model.img_in(image), model.txt_in(model.txt_norm(text))
-        timestep = timestep.to(image.dtype)
+        streams = [model.img_in(image), model.txt_in(model.txt_norm(text))]
+        timestep = timestep.to(streams[0].dtype)
         if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
-        temb = model.time_text_embed(timestep, image)
-        streams: tuple[Tensor, ...] = (image, text)
-        pending: Pending | None = None
+        temb = model.time_text_embed(timestep, streams[0])
+        pending: Pending = []
         for block in self.blocks:
             streams, pending = block(streams, pending, temb, context)
-        scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(image.dtype)).chunk(2, dim=1)
+        scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(streams[0].dtype)).chunk(2, dim=1)
         rows = context.modulation_rows("image")[context.target_rows()]
         return model.proj_out(
             ops.norm_modulate(streams[0], shift, scale, rows, model.norm_out.norm.eps, impl=self.impl)

@@ -19,7 +19,8 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from uniref_fast.models.qwen_image_patch import PatchedAttention, PatchedBlock, active_backend, offloaded_norm
+from uniref_fast.models.qwen_image_guards import QK_NORMS
+from uniref_fast.models.qwen_image_patch import PatchedAttention, PatchedBlock, active_backend
 
 __all__ = ["REPLACED_FUNCTIONS", "REPLACED_MODULES", "Replaced", "active_modes", "deviations", "is_own_method"]
 
@@ -109,8 +110,10 @@ def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
     for name, block in transformer.transformer_blocks.named_children():
         where = f"transformer_blocks.{name}.attn"
         yield from _processor(where, block.attn.processor)
-        if reason := offloaded_norm(block.attn, None if moved else device):
-            yield f"{where}: {reason}, while a packed forward reads their weights; offload by whole models instead"
+        for norm in (getattr(block.attn, norm) for norm in QK_NORMS):
+            weight = None if moved or norm is None else norm.weight
+            if weight is not None and weight.device != device:
+                yield f"{where} has a QK norm with its weight on {weight.device}, not {device}; offload by whole models"
 
 
 def active_modes() -> list[str]:

@@ -68,7 +68,7 @@ TRITON_MISSING = _triton_missing()  # once: torch.compile cannot trace it
 def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) -> str | None:
     """Why `impl` cannot take this tensor, or None when it can; `head_dim` for attention, whose kernels limit it."""
     device, dtype = tensor.device.type, tensor.dtype
-    if impl == "reference":
+    if impl == "reference" or device == "meta":  # where nothing is computed, only shapes and memory are found out
         return None
     if why := inside_transform():
         return why

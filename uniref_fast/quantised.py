@@ -1,0 +1,116 @@
+"""Bytes that weights take when they are stored in fewer bits than they compute in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["compute_dtype", "largest_cast", "planned_bytes", "stored_tensors"]
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """What a model computes in: the dtype of its first vector of 16 or 32 bits, as norms stay unquantised."""
+    for parameter in module.parameters():
+        if parameter.ndim == 1 and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return parameter.dtype
+    return torch.bfloat16
+
+
+def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that hold a parameter: itself, or those inside of a quantised one.
+
+    Wrapper subclasses (torchao, quanto) list theirs by `__tensor_flatten__`; bitsandbytes and GGUF keep packed bytes in
+    the tensor itself and the scales in attributes.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from stored_tensors(getattr(tensor, name))
+        return
+    yield tensor
+    for value in vars(tensor).values() if type(tensor) not in (Tensor, nn.Parameter) else ():
+        yield from _tensors_in(value)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value).__module__.split(".")[0] == "bitsandbytes":  # the state of a 4-bit weight, itself nested
+        for inner in vars(value).values():
+            yield from _tensors_in(inner)
+
+
+def largest_cast(module: nn.Module) -> int:
+    """Bytes of the largest weight that is turned into the dtype of the computation while it is used; 0 for none."""
+    itemsize, largest = compute_dtype(module).itemsize, 0
+    planned = _bits(module) is not None
+    part: Any
+    for part in module.modules():
+        weight = getattr(part, "weight", None)
+        if not isinstance(weight, Tensor) or not hasattr(part, "in_features"):
+            continue
+        full = int(part.in_features * part.out_features) * itemsize
+        if planned or sum(t.untyped_storage().nbytes() for t in stored_tensors(weight)) < full:
+            largest = max(largest, full)
+    return largest
+
+
+def planned_bytes(module: nn.Module) -> int | None:
+    """Bytes of a model without memory whose configuration says how it will be quantised; None for any other.
+
+    Raises:
+        ValueError: for a method whose bits per weight are not known here.
+    """
+    bits = _bits(module)
+    if bits is None:
+        return None
+    kept = _unquantised(_config(module))
+    names = {
+        f"{name}.weight"
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and not any(pattern in name.split(".") or pattern == name for pattern in kept)
+    }
+    total = Fraction(0)
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        total += value.numel() * (bits / 8 if name in names else value.element_size())
+    return int(total)
+
+
+def _config(module: nn.Module) -> Mapping[str, Any]:
+    config = getattr(getattr(module, "config", None), "quantization_config", None)
+    if config is not None and not isinstance(config, Mapping):
+        config = config.to_dict()
+    return config or {}
+
+
+def _unquantised(config: Mapping[str, Any]) -> list[str]:
+    method = config.get("quant_method")
+    skipped = config.get("llm_int8_skip_modules" if method == "bitsandbytes" else "modules_to_not_convert") or []
+    return [*skipped, "lm_head"]
+
+
+def _bits(module: nn.Module) -> Fraction | None:
+    """Bits per weight of the quantised Linears of a model on the meta device, their scales included."""
+    config = _config(module)
+    if not config or not all(parameter.is_meta for parameter in module.parameters()):
+        return None
+    method = str(config.get("quant_method", "")).lower()
+    if method == "bitsandbytes":
+        if config.get("load_in_8bit"):
+            return Fraction(8)
+        # a scale for 64 weights: float32, or of 8 bits with a second one for 256 of the first
+        double = config.get("bnb_4bit_use_double_quant")
+        return 4 + (Fraction(8, 64) + Fraction(32, 64 * 256) if double else Fraction(32, 64))
+    names = {"quanto": "weights_dtype", "torchao": "quant_type"}
+    kind = str(config.get(names.get(method, ""), config.get("weights", ""))).lower()
+    for bits, words in ((8, ("int8", "float8", "uint8")), (4, ("int4", "uint4")), (2, ("int2", "uint2"))):
+        if any(word in kind for word in words):
+            # a scale (and for fewer bits a zero point) for 128 weights, of 16 bits each
+            return Fraction(bits) + (Fraction(32, 128) if bits < 8 else 0)
+    raise ValueError(
+        f"estimate() does not know the bits per weight of quantization_config {dict(config)}: it knows bitsandbytes, "
+        "quanto and torchao of 8, 4 and 2 bits. Load the pipeline and give that"
+    )
