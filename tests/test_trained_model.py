@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from uniref_fast import builtin
 from uniref_fast.layout import Sample, SelfLayout
@@ -173,6 +174,69 @@ def test_all_weights_are_written_in_the_dtype_of_the_computation(trained, tmp_pa
     trained(dtype="bfloat16").export(tmp_path)
     saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+PACKS = [
+    [Sample(5, (1, 2, 3), ((1, 2, 2),)), Sample(3, (1, 2, 2))],
+    [Sample(9, (1, 4, 4), ((1, 2, 2), (1, 3, 2)))],
+    [Sample(4, (1, 2, 2)), Sample(7, (1, 3, 3)), Sample(6, (1, 2, 4), ((1, 2, 2),))],
+    [Sample(16, (1, 6, 4), ((1, 5, 2), (1, 3, 2)))],
+    [Sample(8, (1, 3, 5)), Sample(2, (1, 4, 2), ((1, 2, 2),))],
+]
+
+
+def outcome(model, checkpointing):
+    """Velocities of every pack with and without gradients, and the gradient of all."""
+    model.packed.checkpointing = checkpointing
+    dtype, made = getattr(torch, model.config.dtype), []
+    for number, samples in enumerate(PACKS):
+        layout, generator = SelfLayout.qwen(samples, zero_cond_t=True), torch.Generator().manual_seed(number)
+        image = torch.randn(layout.image_length, 64, generator=generator).to(dtype)
+        text = torch.randn(layout.text_length, 128, generator=generator).to(dtype)
+        given = image, text, torch.linspace(0.2, 0.8, len(samples)), layout
+        velocity = model.packed(*given)
+        velocity.float().square().mean().backward()
+        with torch.no_grad():
+            assert torch.equal(model.packed(*given), velocity), "rollouts and their replay"
+        made.append(velocity.detach())
+    gradients = {name: p.grad for name, p in model.parameters.items() if p.grad is not None}
+    return made, {name: local(gradient) for name, gradient in gradients.items()}
+
+
+def distance(first, second):
+    return ((first.double() - second.double()).norm() / second.double().norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize(
+    ("backend", "rank", "checkpointing"),
+    [
+        ("aot_eager", None, False),
+        ("aot_eager", 4, True),
+        pytest.param("inductor", None, False, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_share_few_graphs_and_compute_the_same(trained, monkeypatch, backend, rank, checkpointing):
+    """However many blocks and packs there are; in float32, with gradients."""
+    compiled, counter = [], CompileCounterWithBackend(backend)
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **more: (compiled.append(self), compile(self, backend=counter, **more))
+    )
+    torch._dynamo.reset()
+    expected, gradients = outcome(trained(lora_rank=rank), checkpointing)
+    assert not compiled
+    model = trained(lora_rank=rank, compile=True)
+    first, _ = outcome(model, checkpointing)
+    blocks, graphs = len(model.packed.blocks), counter.frame_count
+    assert blocks >= 3 and 2 * blocks <= len(compiled) and 1 <= graphs <= 12
+    for parameter in model.parameters.values():
+        parameter.grad = None
+    again, found = outcome(model, checkpointing)
+    assert counter.frame_count == graphs and all(map(torch.equal, first, again))
+    assert max(map(distance, first, expected)) < 1e-5
+    assert found.keys() == gradients.keys()
+    assert max(distance(found[name], gradient) for name, gradient in gradients.items()) < 1e-4
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("name", "rank"), [("lora", 4), ("transformer", None)])

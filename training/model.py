@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -66,8 +67,7 @@ class TrainedModel:
         self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)
         self.packed = PackedQwenImage(transformer, trained=True)
         if config.compile:
-            for block in self.packed.blocks:
-                block.compile(dynamic=True)
+            _compile_blocks(transformer)
         shard(self.packed, ranks, compute)  # moves a block at a time to the device
         self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
@@ -184,6 +184,20 @@ class TrainedModel:
         self.pipe.transformer.save_config(folder)
         pattern = "diffusion_pytorch_model{suffix}.safetensors"
         save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
+
+
+def _compile_blocks(transformer: Any) -> None:
+    """Compile the parts of every block that take tensors alone: MLPs, and attention projections with an adapter.
+
+    All blocks share the compiled code, in which numbers of tokens are dynamic. What lies between these parts are single
+    fused operators, whose layouts and plans differ from pack to pack: traced, each of them would be compiled for.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for block in transformer.transformer_blocks:
+        adapted = [part for part in block.attn.modules() if isinstance(part, BaseTunerLayer)]
+        for part in (block.img_mlp, block.txt_mlp, *adapted):
+            part.compile(dynamic=True)
 
 
 def _digest(*modules: torch.nn.Module) -> str:

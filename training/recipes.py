@@ -91,7 +91,8 @@ class Recipe:
         max_skipped: consecutive steps with a NaN or infinite loss or gradient that end the run.
         max_broken: the run ends with more broken rows than this.
         memory_gib: memory of a rank to plan packs for; none: what the device has.
-        compile: torch.compile each block.
+        compile: torch.compile the MLPs of all blocks, and attention projections that have an adapter; what lies between
+            them is fused operators in any case.
         tensorboard: write TensorBoard files.
         wandb: log to Weights & Biases.
     """
