@@ -118,11 +118,11 @@ def test_a_model_that_is_compiled_already_is_refused(make_transformer, how):
     assert not uniref_fast.unpatch(call) and not any("forward" in vars(b) for b in model.transformer_blocks)
 
 
-def test_patch_again_after_compiling_returns_the_report(make_transformer):
+@pytest.mark.parametrize("how", ["model", "blocks", "wrapper"])
+def test_patch_again_after_compiling_returns_the_report(make_transformer, how):
     model = make_transformer(True, layers=1)
     report = uniref_fast.patch(model)
-    model.compile(backend="eager")
-    assert uniref_fast.patch(model) is report
+    assert uniref_fast.patch(compiled(model, how, "eager")) is report
 
 
 def test_compiled_code_does_not_attend_fully_under_another_visibility(make_transformer):

@@ -140,7 +140,7 @@ def patch(
         ValueError: for impossible options, when it is already patched with other options, or when the transformer or a
             block is compiled already: patch first, then compile.
     """
-    transformer = find_transformer(pipe_or_transformer, sharded=True)
+    transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
     if mode != "exact":
         raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
     options = (mode, visibility, strict, impl)
@@ -149,6 +149,7 @@ def patch(
         if state.options != options:
             raise ValueError(f"already patched with {state.options}; call unpatch first to patch with {options}")
         return state.report
+    find_transformer(pipe_or_transformer, sharded=True)  # raises for a wrapper of torch.compile
     _refuse_compiled(transformer)
     state = _Patch(transformer, options)
     object.__setattr__(transformer, _STATE, state)  # not through nn.Module: the state is no submodule
