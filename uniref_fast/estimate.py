@@ -7,7 +7,8 @@ libraries and without what the allocator keeps back. Attention counts as fused e
 384 dimensions: PyTorch's flash attention ends at 256 and cuDNN's below, so a GPU takes the memory-efficient kernel,
 which has no limit and adds up its output in float32 beside it.
 
-The first call of a *patched* pipeline also runs the original of each block for its self-check; `edit` does not.
+The first call of a *patched* pipeline also runs the code of diffusers between the Linears of each block, for its
+self-check; `edit` does not.
 """
 
 from __future__ import annotations
