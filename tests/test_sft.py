@@ -422,6 +422,29 @@ def test_a_folder_that_holds_a_run(data, whole, capsys):
     assert "--resume auto" in capsys.readouterr().err
 
 
+def test_weights_without_a_checkpoint_are_not_replaced(data, half, whole, capsys):
+    """Training would begin anew."""
+    shutil.rmtree(half / "checkpoints")
+    shutil.copytree(whole / "transformer", half / "transformer")
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 2
+    assert "holds trained weights (transformer/) and no checkpoint" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+@pytest.mark.parametrize("name", ["initial", "model"])
+def test_a_damaged_file_of_weights_is_one_line(data, whole, tmp_path, name, capsys):
+    folder = tmp_path / "start"
+    shutil.copytree(whole / "transformer" if name == "initial" else ROOT / "uniref_fast" / "assets" / "model",
+                    folder / "transformer" if name == "initial" else folder)  # fmt: skip
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    os.truncate(file, 5000)
+    out = tmp_path / "run"
+    assert sft.main(flags(data, out, f"--{name}", folder)) in (1, 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    assert str(folder) in line and not out.exists()
+
+
 def test_other_data(data, half, tmp_path, capsys):
     """Beside a setting that may change: a refused command changes nothing."""
     other = tmp_path / "other"

@@ -32,6 +32,7 @@ __all__ = ["Place", "launch"]
 
 C = TypeVar("C", bound=Recipe)
 CONFIG_FILE = "config.json"
+EXPORTS = ("lora", "transformer")
 BUILTIN_ROWS = {"train": 1000, "heldout_objects": 64, "heldout_combinations": 64}
 BUILTIN_SIZE = 64
 
@@ -135,17 +136,26 @@ def find(place: Place, ranks: Ranks, keep: int) -> Newest:
     """The checkpoint to resume from. All ranks; nothing is written.
 
     Raises:
-        ValueError: when the folder holds a run and the command does not say that it resumes.
+        ValueError: when the folder holds a run and the command does not say that it resumes, or it holds trained
+            weights alone, which would be replaced.
         CheckpointError: when none of the run's checkpoints can be used.
     """
     checkpoints = Checkpoints(place.out / "checkpoints", ranks, keep)
-    if place.resume == "auto":
-        return checkpoints.newest()
+    newest = checkpoints.newest() if place.resume == "auto" else Newest(None, {}, [])
+    if newest.step is not None or place.only_looks:
+        return newest
     # a command that failed before its first record leaves no run behind
     begun = (place.out / "metrics.jsonl").exists() and (place.out / CONFIG_FILE).exists()
-    if ranks.broadcast(bool(checkpoints.steps() or begun)) and not place.only_looks:
+    held = bool(checkpoints.steps() or begun), [name for name in EXPORTS if (place.out / name).is_dir()]
+    holds_run, exports = ranks.broadcast(held)
+    if holds_run and place.resume == "never":
         raise ValueError(f"{place.out} holds a run; go on with --resume auto, or give another --out")
-    return Newest(None, {}, [])
+    if exports:
+        raise ValueError(
+            f"{place.out} holds trained weights ({exports[0]}/) and no checkpoint to resume from: training would begin "
+            "anew and replace them. Move them away, or give another --out"
+        )
+    return newest
 
 
 def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str, tuple[Any, Any]]:

@@ -54,7 +54,10 @@ class TrainedModel:
         self._frames = contextlib.ExitStack()  # pictures, never videos, for as long as the model lives
         self._frames.enter_context(single_frame(self.pipe.vae))
         if config.initial is not None:
-            self._go_on(config.initial, compute)
+            try:
+                self._go_on(config.initial, compute)
+            except SafetensorError as error:
+                raise ValueError(f"initial = {config.initial} has a damaged file of weights: {error}") from error
         transformer = self.pipe.transformer
         transformer.requires_grad_(config.lora_rank is None)
         if config.lora_rank is not None:

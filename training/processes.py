@@ -28,7 +28,7 @@ from uniref_fast.training.parallel import Ranks
 __all__ = ["end_with_launcher", "locked"]
 
 LOCK_FILE = "run.lock"
-PATIENCE = 5.0  # seconds in which the processes of a run that was just killed are let end
+PATIENCE = 10.0  # seconds in which the processes of a run that was just killed are let end
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PARENT = os.getppid()  # when this module was imported
