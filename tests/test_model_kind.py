@@ -5,7 +5,14 @@ import shutil
 
 import pytest
 import torch
-from diffusers import FluxPipeline, QwenImageEditPipeline, QwenImagePipeline
+from diffusers import (
+    FluxPipeline,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+)
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 import uniref_fast
@@ -54,7 +61,7 @@ def make(tmp_path_factory):
     return folder
 
 
-def commands(folder, tmp_path):
+def commands(folder, tmp_path, *more):
     rows = tmp_path / "rows.jsonl"
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     rows.write_text(json.dumps({"instruction": "x", "input_images": ["a.png"], "output_image": "a.png"}) + "\n")
@@ -63,8 +70,8 @@ def commands(folder, tmp_path):
     return {
         "edit": lambda: main(["edit", "--prompt", "x", model, "--out", str(tmp_path / "x.png")]),
         "estimate": lambda: main(["estimate", "--prompt", "x", model]),
-        "eval": lambda: main(["eval", str(rows), model, "--out", str(out / "eval")]),
-        "sft": lambda: sft.main([*data, f"--out={out / 'sft'}"]),
+        "eval": lambda: main(["eval", str(rows), model, "--out", str(out / "eval"), *more]),
+        "sft": lambda: sft.main([*data, f"--out={out / 'sft'}", *more]),
         "msgrpo": lambda: msgrpo.main([*data, f"--out={out / 'rl'}", "--rewards=scene"]),
     }
 
@@ -92,6 +99,29 @@ def test_every_command_gives_that_message(make, kind, command, tmp_path, capsys)
     captured = capsys.readouterr()
     assert KINDS[kind][2] in captured.err and str(folder) in captured.err and "Traceback" not in captured.err
     assert ("patch(pipe) accelerates this one" in captured.err) == (kind != "flux")
+
+
+def other_runs(tmp_path, builtin_pipe):
+    """Exports of runs on models of other shapes or kinds, with what the message says."""
+    config = dict(builtin_pipe.transformer.config)
+    flux, narrow, adapter = (tmp_path / name for name in ("flux", "narrow", "adapter"))
+    (flux / "transformer").mkdir(parents=True)
+    (flux / "transformer" / "config.json").write_text(json.dumps(FLUX))
+    small = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+    other = QwenImageTransformer2DModel.from_config(config | small | {"joint_attention_dim": 48})
+    other.save_pretrained(narrow / "transformer")
+    other.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    QwenImageEditPlusPipeline.save_lora_weights(adapter / "lora", get_peft_model_state_dict(other))
+    return {flux: "FluxTransformer2DModel, not", narrow: "for text of width 48", adapter: "could not be put on builtin"}
+
+
+def test_runs_on_models_of_another_kind(tmp_path, builtin_pipe, capsys):
+    for run, says in other_runs(tmp_path, builtin_pipe).items():
+        for name in ("sft", "eval"):
+            command = commands("builtin", tmp_path, f"--initial={run}", *["--lora-rank=4"] * (name == "sft"))[name]
+            assert command() == 2
+            captured = capsys.readouterr().err
+            assert says in captured and str(run) in captured and len(captured.strip().splitlines()) == 1, captured
 
 
 @pytest.mark.parametrize("kind", [QwenImageEditPipeline, QwenImagePipeline, FluxPipeline])

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.loading import load_pipeline
+from uniref_fast.model_kind import check_pipeline, check_transformer
 from uniref_fast.training.cache import content_key, fingerprint
 from uniref_fast.training.lineage import base, said
 
@@ -108,7 +109,9 @@ def _put_on(pipe: Any, run: Path, adapters: list[str], dtype: torch.dtype, devic
     """Adapters are not fused: in 16 bits that would round what was trained away."""
     if (run / "transformer").is_dir():
         kind = type(pipe.transformer)
+        check_transformer(str(run), kind.load_config(run / "transformer"))
         pipe.transformer = kind.from_pretrained(run / "transformer", torch_dtype=dtype, use_safetensors=True).to(device)
+        check_pipeline(pipe, str(run))
         adapters.clear()
     if (run / "lora").is_dir():
         adapters.append(f"run{len(adapters)}")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from uniref_fast.loading import load_pipeline
+from uniref_fast.model_kind import check_pipeline, check_transformer
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.training.lineage import base
@@ -78,11 +79,21 @@ class TrainedModel:
         """Load what an earlier run exported; an adapter is gone on with, not added to."""
         if not any((start / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
-        if below := base(start):
-            kind = type(self.pipe.transformer)
-            self.pipe.transformer = kind.from_pretrained(below / "transformer", torch_dtype=dtype, use_safetensors=True)
+        below, given = base(start), f"initial = {start}, put on {self.config.model},"
+        try:
+            if below:
+                kind = type(self.pipe.transformer)
+                check_transformer(given, kind.load_config(below / "transformer"))
+                self.pipe.transformer = kind.from_pretrained(
+                    below / "transformer", torch_dtype=dtype, use_safetensors=True
+                )
+                check_pipeline(self.pipe, given)
+            if (start / "lora").is_dir():
+                self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:  # damaged, or of another model
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"initial = {start} could not be put on {self.config.model}: {first}") from error
         if (start / "lora").is_dir():
-            self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
             kept = self.pipe.transformer.peft_config["default"]
             if kept.r != self.config.lora_rank:
                 raise ValueError(f"the adapter of {start} has rank {kept.r}; set lora_rank to it, or fuse it first")

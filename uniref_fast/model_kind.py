@@ -7,7 +7,7 @@ from typing import Any
 
 from uniref_fast.models import find_transformer
 
-__all__ = ["check_configuration", "check_pipeline"]
+__all__ = ["check_configuration", "check_pipeline", "check_transformer"]
 
 PIPELINE = "QwenImageEditPlusPipeline"
 TRANSFORMER = "QwenImageTransformer2DModel"
@@ -50,12 +50,17 @@ def check_configuration(given: str, index: Mapping[str, Any], transformer: Mappi
     if kind not in PIPELINES:
         raise ValueError(_message(given, kind))
     part = (index.get("transformer") or (None, None))[1]
-    named = TRANSFORMER if transformer is None else transformer.get("_class_name", TRANSFORMER)
-    for found in (part, named):
-        if found != TRANSFORMER:
-            raise ValueError(f"{given} has a transformer of the class {found}, not {TRANSFORMER}; {INSTEAD}")
+    check_transformer(given, {"_class_name": part})
     if transformer is not None:
-        _check_layout(given, transformer)
+        check_transformer(given, transformer)
+
+
+def check_transformer(given: str, config: Mapping[str, Any]) -> None:
+    """Refuse a transformer of another kind by its configuration, the content of its `config.json`; as above."""
+    found = config.get("_class_name", TRANSFORMER)
+    if found != TRANSFORMER:
+        raise ValueError(f"{given} has a transformer of the class {found}, not {TRANSFORMER}; {INSTEAD}")
+    _check_layout(given, config)
 
 
 def check_pipeline(pipe: Any, given: str | None = None) -> None:
