@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import types
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -338,6 +339,91 @@ def test_model_offload_hook_is_honoured(pipe, monkeypatch):
         finally:
             remove_hook_from_module(pipe.transformer)
     assert calls == [pipe.transformer]
+
+
+# ---- embeddings instead of prompts, and warnings ----
+
+
+def embedded(pipe, request, **changes):
+    """A request with the embeddings of its prompts."""
+    sizes = geometry(pipe, request)
+    images = [
+        pipe.image_processor.resize(i, h, w) for i, (w, h) in zip(request.images, sizes.condition_sizes, strict=True)
+    ]
+    fields = {}
+    for name in ("prompt", "negative_prompt"):
+        if getattr(request, name) is not None:
+            embeds, _ = pipe.encode_prompt(prompt=getattr(request, name), image=images or None, device="cpu")
+            fields |= {f"{name}_embeds": embeds.detach(), name: None}
+    return dataclasses.replace(request, **fields, **changes)
+
+
+@pytest.mark.parametrize("mask", [None, "padding", "hole"])
+def test_prompt_embeddings_equal_the_stock_run(pipe, mask):
+    """Without a text encoder; rows that a mask switches off change nothing, wherever they are."""
+    request = embedded(pipe, requests()[1])
+    before = uniref_fast.edit(pipe, [requests()[1]], output_type="pt", progress=False)[0]
+    if mask is not None:
+        embeds, junk = request.prompt_embeds, torch.full((1, 3, 128), 7.0)
+        parts = (embeds, junk) if mask == "padding" else (embeds[:, :4], junk, embeds[:, 4:])
+        rows = torch.cat([torch.full(part.shape[:2], part is not junk) for part in parts], dim=1)
+        request = dataclasses.replace(request, prompt_embeds=torch.cat(parts, dim=1), prompt_embeds_mask=rows)
+    bare = SmallQwenImageEditPlusPipeline(**{**pipe.components, "text_encoder": None, "processor": None})
+    bare.set_progress_bar_config(disable=True)
+    made = uniref_fast.edit(bare, [request, requests_of_embeddings(pipe)], output_type="pt", progress=False)[0]
+    fields = {
+        name: getattr(request, name) for name in ("prompt_embeds", "prompt_embeds_mask", "negative_prompt_embeds")
+    }
+    stock = bare(image=list(request.images), true_cfg_scale=2.5, num_inference_steps=STEPS, output_type="pt", **fields,
+                 generator=torch.Generator().manual_seed(request.seed)).images[0]  # fmt: skip
+    assert max_relative_error(made, stock) < 1e-4
+    assert (max_relative_error(made, before) < 1e-4) == (mask != "hole"), "a hole moves the rotary positions behind it"
+    tokens = uniref_fast.estimate(bare, [request]).tokens["text"]
+    rows = [request.prompt_embeds.shape[1] - (3 if mask == "padding" else 0), request.negative_prompt_embeds.shape[1]]
+    assert tokens == sum(rows)
+
+
+def requests_of_embeddings(pipe):
+    """Another one for the same pack, given as `[L, C]`."""
+    request = embedded(pipe, requests()[0])
+    return dataclasses.replace(request, prompt_embeds=request.prompt_embeds[0])
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        ({"prompt": "x", "prompt_embeds": torch.zeros(1, 2, 128)}, ValueError, "prompt or prompt_embeds, not both"),
+        ({"prompt_embeds": torch.zeros(1, 2, 64)}, ValueError, r"must be .L, 128. or .1, L, 128.*got .1, 2, 64"),
+        ({"prompt_embeds": torch.zeros(2, 2, 128)}, ValueError, r"got .2, 2, 128"),
+        ({"prompt_embeds": [1.0]}, TypeError, "must be a tensor, got list"),
+        ({"prompt": "x", "prompt_embeds_mask": torch.ones(1, 2)}, ValueError, "given without prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(2, 128), "prompt_embeds_mask": torch.ones(3)}, ValueError, r"mask must be .2."),
+        ({"prompt_embeds": torch.zeros(2, 128), "prompt_embeds_mask": torch.zeros(2)}, ValueError, "one valid row"),
+        ({"prompt": "x"}, ValueError, "request 1: the pipeline has no text encoder; give prompt_embeds"),
+        ({"prompt_embeds": torch.zeros(2, 128), "negative_prompt": " "}, ValueError, "has no text encoder"),
+    ],
+)
+def test_bad_embeddings(pipe, fields, error, message):
+    bare = SmallQwenImageEditPlusPipeline(**{**pipe.components, "text_encoder": None})
+    with pytest.raises(error, match=message):
+        uniref_fast.edit(bare, [{"num_inference_steps": 2, **fields}], progress=False)
+
+
+@pytest.mark.parametrize(
+    "fields, warning",
+    [
+        ({"true_cfg_scale": 2.0}, "request 2: true_cfg_scale=2.0 has no effect without a negative prompt"),
+        ({"true_cfg_scale": 1.0, "negative_prompt": " "}, "request 2: the negative prompt has no effect at true_cfg_sca"),
+        ({"true_cfg_scale": 2.0, "negative_prompt": " "}, None),
+        ({"true_cfg_scale": 1.0}, None),
+    ],
+)  # fmt: skip
+def test_guidance_that_is_off_is_said_where_stock_says_so(pipe, fields, warning):
+    silent, request = {"prompt": "x", "num_inference_steps": 2, "true_cfg_scale": 1.0}, {"prompt": "x", **fields}
+    with pytest.warns(UserWarning, match=warning) if warning else warnings.catch_warnings():
+        if warning is None:
+            warnings.simplefilter("error")
+        uniref_fast.edit(pipe, [silent, {"num_inference_steps": 2, **request}], progress=False)
 
 
 # ---- schedulers: those that take `sigmas` and `mu`, which is what the stock pipeline gives ----

@@ -98,7 +98,7 @@ def plan(
     request = EditRequest(
         row.instruction,
         references,
-        negative_prompt=" ",
+        negative_prompt=" " if guidance > 1 else None,
         true_cfg_scale=guidance,
         width=width,
         height=height,
@@ -120,7 +120,7 @@ def refusal(pipe: Any, planned: Planned) -> str | None:
     """Why the pipeline's text encoder refuses a row's instruction or pictures; None where it takes them."""
     request = planned.request
     try:
-        prompt_embeddings(pipe, request.prompt, request.images, geometry(pipe, request).condition_sizes)
+        prompt_embeddings(pipe, request.prompt or "", request.images, geometry(pipe, request).condition_sizes)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:

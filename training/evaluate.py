@@ -131,7 +131,7 @@ class HeldOut:
                     EditRequest(
                         prepared.instruction,
                         references,
-                        negative_prompt=" ",
+                        negative_prompt=" " if self.config.sample_guidance > 1 else None,
                         true_cfg_scale=self.config.sample_guidance,
                         width=width,
                         height=height,

@@ -109,7 +109,7 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
             "--size", action="append", default=[], metavar="WxH", help="a reference of that size instead"
         )
     parser.add_argument("--prompt", required=True, help="what to do")
-    parser.add_argument("--negative-prompt", default=" ", help="for guidance (a single space by default)")
+    parser.add_argument("--negative-prompt", help="for guidance (a single space by default)")
     parser.add_argument(
         "--guidance", type=float, help="true CFG scale; 1 turns it off (1 for the built-in model, else 4)"
     )
@@ -253,10 +253,12 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
     from uniref_fast.loading import defaults
 
     steps, guidance = defaults(args.model)
+    guidance = guidance if args.guidance is None else args.guidance
+    usual = " " if guidance > 1 else None  # without guidance there is nothing that a negative prompt would change
     return {
         "prompt": args.prompt,
-        "negative_prompt": args.negative_prompt,
-        "true_cfg_scale": guidance if args.guidance is None else args.guidance,
+        "negative_prompt": usual if args.negative_prompt is None else args.negative_prompt,
+        "true_cfg_scale": guidance,
         "height": args.height,
         "width": args.width,
         "num_inference_steps": steps if args.steps is None else args.steps,

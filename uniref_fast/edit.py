@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uniref_fast.encode import decode_image, image_latents, prompt_embeddings, to_rgb
+from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
@@ -73,6 +74,7 @@ def edit(
     if torch.is_autocast_enabled(device.type):
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     requests = validated(requests, pipe)
+    _warn_of_guidance(requests)
     geometries = [geometry(pipe, request, budget) for request in requests]
     schedulers = []  # all of them before any model runs, as a scheduler may refuse its schedule
     for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
@@ -95,28 +97,29 @@ class _Job:
     request: EditRequest
     geometry: Geometry
     prompts: list[Tensor]  # the prompt's embeddings and, when guided, the negative prompt's
+    samples: list[Sample]  # of the layout, for each of these
     references: Tensor
     latents: Tensor  # [1, N, C], as the scheduler and the VAE expect
     scheduler: Any
     timesteps: Tensor
     step_options: dict[str, Any]  # of `scheduler.step`: the generator, where it takes one
 
-    def samples(self) -> list[Sample]:
-        return [self.geometry.sample(len(prompt)) for prompt in self.prompts]
-
 
 def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> _Job:
     """Encode prompt and references with the pipeline's own methods, draw the noise."""
     images = [to_rgb(image) for image in request.images]
-    texts = [request.prompt] + ([request.negative_prompt] if request.guided else [])
-    prompts = [prompt_embeddings(pipe, text or "", images, sizes.condition_sizes) for text in texts]
+    prompts, texts = zip(*(
+        encoded_prompt(pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask)
+        for text, embeds, mask in request.texts
+    ), strict=True)  # fmt: skip
     generator = request.generator
     if request.seed is not None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
     latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
     # The pipeline leaves the noise of stochastic schedulers to the global generator; here a request's seed covers it.
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    return _Job(request, sizes, prompts, references, latents, scheduler, scheduler.timesteps, options)
+    samples = [sizes.sample(text) for text in texts]
+    return _Job(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options)
 
 
 def _latents(
@@ -173,6 +176,20 @@ def _stock() -> Any:
     return pipeline_qwenimage_edit_plus
 
 
+def _warn_of_guidance(requests: Sequence[EditRequest]) -> None:
+    """Warn of scales and negative prompts that have no effect, where the pipeline warns."""
+    for i, request in enumerate(requests, start=1):
+        if request.true_cfg_scale > 1 and not request.has_negative_prompt:
+            reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
+        elif request.true_cfg_scale <= 1 and request.has_negative_prompt:
+            reason = (
+                f"the negative prompt has no effect at true_cfg_scale={request.true_cfg_scale}, which is not over 1"
+            )
+        else:
+            continue
+        warnings.warn(f"request {i}: {reason}; classifier-free guidance is off", stacklevel=3)
+
+
 def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str) -> None:
     if request.latents is None:
         return
@@ -216,7 +233,7 @@ def _predict(
     layouts: dict[tuple[Sample, ...], SelfLayout],
 ) -> list[list[Tensor]]:
     """Velocities `[N_target, C]` of each job: one, or two when guided."""
-    rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples(), strict=True)]
+    rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples, strict=True)]
     velocities: list[Tensor] = []
     zero_cond_t = bool(model.transformer.config.zero_cond_t)
     for pack in _packs(rows, max_tokens):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["condition_tokens", "decode_image", "image_latents", "prompt_embeddings", "prompt_tokens", "to_rgb"]
+from uniref_fast.quantised import compute_dtype
+
+__all__ = [
+    "condition_tokens",
+    "decode_image",
+    "encoded_prompt",
+    "image_latents",
+    "prompt_embeddings",
+    "prompt_tokens",
+    "text_runs",
+    "to_rgb",
+]
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -44,12 +56,58 @@ def prompt_embeddings(
         sizes: (width, height) in pixels that the text encoder sees each at.
         device: that the pipeline runs on; None asks it, which takes a look at each of its modules.
     """
-    resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)] or None
+    embeds, text = encoded_prompt(pipe, prompt, images, sizes, device=device)
+    if not isinstance(text, int):
+        raise ValueError(
+            "encode_prompt of this pipeline masks tokens inside of a prompt; only padding at its end can be"
+        )
+    return embeds
+
+
+def encoded_prompt(
+    pipe: Any,
+    prompt: str | None,
+    images: Sequence[Image.Image],
+    sizes: Sequence[tuple[int, int]],
+    embeds: Tensor | None = None,
+    mask: Tensor | None = None,
+    device: Any = None,
+) -> tuple[Tensor, int | tuple[tuple[int, bool], ...]]:
+    """Embeddings of a prompt, by the pipeline's `encode_prompt`, without the padding at their end.
+
+    Args:
+        pipe, prompt, images, sizes, device: as for `prompt_embeddings`.
+        embeds, mask: given embeddings `[L, C]` or `[1, L, C]` and the mask of their valid rows, instead of a prompt.
+
+    Returns:
+        embeddings `[n, joint_attention_dim]`, and n or, where some of these are masked, their (length, valid) runs.
+    """
+    device = device or pipe._execution_device
+    if embeds is None:
+        resized = [
+            pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)
+        ] or None
+    else:
+        resized, dtype = None, compute_dtype(pipe.transformer)
+        embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, dtype)
+        mask = None if mask is None else mask.reshape(1, -1).to(device)
     embeds, mask = pipe.encode_prompt(
-        prompt=prompt, image=resized, device=device or pipe._execution_device, num_images_per_prompt=1,
-        prompt_embeds=None, prompt_embeds_mask=None, max_sequence_length=512,
+        prompt=prompt, image=resized, device=device, num_images_per_prompt=1, prompt_embeds=embeds,
+        prompt_embeds_mask=mask, max_sequence_length=512,
     )  # fmt: skip
-    return embeds[0] if mask is None else embeds[0][mask[0].bool()]
+    text = text_runs(embeds.shape[1], mask)
+    return embeds[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+
+
+def text_runs(length: int, mask: Tensor | None) -> int | tuple[tuple[int, bool], ...]:
+    """Rows of embeddings up to the last valid one: their number, or (length, valid) runs where some are masked."""
+    if mask is None:
+        return length
+    valid = mask.reshape(-1).bool().tolist()
+    while valid and not valid[-1]:
+        valid.pop()
+    runs = tuple((len(list(run)), state) for state, run in itertools.groupby(valid))
+    return len(valid) if len(runs) <= 1 else runs
 
 
 def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from uniref_fast import builtin
-from uniref_fast.encode import condition_tokens, prompt_tokens
+from uniref_fast.encode import condition_tokens, prompt_tokens, text_runs
 from uniref_fast.layout import SelfLayout
 from uniref_fast.model_kind import check_configuration, check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
@@ -167,7 +167,11 @@ def estimate(
     largest = SelfLayout.qwen([rows[i][0] for i in longest], zero_cond_t=layout.clean_references)
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
-    text_flops, text_peak = _text_encoder(pipe, sizes, texts)
+    encoded = [
+        [length for length, (_, embeds, _) in zip(lengths, request.texts, strict=True) if embeds is None]
+        for request, lengths in zip(requests, texts, strict=True)
+    ]
+    text_flops, text_peak = _text_encoder(pipe, sizes, encoded)
     # what every request keeps from its encoding to its decoding: embeddings, latents of references and of the target
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
@@ -255,12 +259,18 @@ def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = 
 
 def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
     """Prompt tokens that reach the transformer, for the prompt and, when guided, the negative prompt."""
-    texts = [request.prompt] + ([request.negative_prompt or ""] if request.guided else [])
-    return [prompt_tokens(pipe, text, sizes.condition_sizes) for text in texts]
+    lengths = []
+    for text, embeds, mask in request.texts:
+        runs = prompt_tokens(pipe, text or "", sizes.condition_sizes) if embeds is None else (
+            text_runs(embeds.shape[-2], mask))  # fmt: skip
+        lengths.append(runs if isinstance(runs, int) else sum(length for length, _ in runs))
+    return lengths
 
 
 def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
     """Operations of the vision-language encoder, each prompt run by itself, and the peak of its largest run."""
+    if not any(texts):
+        return 0, 0
     config = pipe.text_encoder.config
     language, vision = config.text_config, config.vision_config
     merge = pipe.processor.image_processor.merge_size**2

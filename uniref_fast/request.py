@@ -28,7 +28,7 @@ class EditRequest:
     The defaults are those of diffusers' `QwenImageEditPlusPipeline.__call__`.
 
     Attributes:
-        prompt: the instruction; references are "picture 1", "picture 2", ... in it.
+        prompt: the instruction; references are "picture 1", "picture 2", ... in it. None with `prompt_embeds`.
         images: the references, in order; may be empty. What is transparent becomes white.
         negative_prompt: turns classifier-free guidance on; None leaves it off. (The command line gives " ".)
         true_cfg_scale: guidance scale; guidance needs a value over 1 and a negative prompt.
@@ -39,11 +39,15 @@ class EditRequest:
         seed: seed of all noise (drawn on the CPU): the starting noise, and what a stochastic scheduler draws in its
             steps. None draws from PyTorch's global generator.
         generator: a torch.Generator instead of a seed.
+        prompt_embeds: embeddings of prompt and references instead of the prompt, `[L, joint_attention_dim]` or with a
+            batch dimension of 1, as `pipe.encode_prompt` returns them; the pipeline may then have no text encoder.
+        prompt_embeds_mask: which of their rows are valid, `[L]` or `[1, L]`; None for all.
+        negative_prompt_embeds, negative_prompt_embeds_mask: likewise, instead of the negative prompt.
         latents: packed starting noise `[1, height/16 * width/16, channels]` (8 for the built-in model), moved to the
             pipeline's device and dtype; seed or generator then serve the scheduler's noise alone.
     """
 
-    prompt: str
+    prompt: str | None = None
     images: Sequence[Image.Image] = ()
     negative_prompt: str | None = None
     true_cfg_scale: float = 4.0
@@ -53,11 +57,25 @@ class EditRequest:
     seed: int | None = None
     generator: torch.Generator | None = None
     latents: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | None = None
+    prompt_embeds_mask: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds_mask: torch.Tensor | None = None
 
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs: two predictions a step."""
-        return self.true_cfg_scale > 1 and self.negative_prompt is not None
+        return self.true_cfg_scale > 1 and self.has_negative_prompt
+
+    @property
+    def has_negative_prompt(self) -> bool:
+        return self.negative_prompt is not None or self.negative_prompt_embeds is not None
+
+    @property
+    def texts(self) -> list[tuple[str | None, torch.Tensor | None, torch.Tensor | None]]:
+        """(text, embeddings, their mask) of the prompt and, when guided, of the negative prompt."""
+        negative = (self.negative_prompt, self.negative_prompt_embeds, self.negative_prompt_embeds_mask)
+        return [(self.prompt, self.prompt_embeds, self.prompt_embeds_mask), *[negative] * self.guided]
 
 
 @dataclass(frozen=True)
@@ -79,8 +97,8 @@ class Geometry:
     def grid(self, size: tuple[int, int]) -> Grid:
         return 1, size[1] // self.patch, size[0] // self.patch
 
-    def sample(self, text: int) -> Sample:
-        """The layout's sample for this request with `text` text tokens."""
+    def sample(self, text: int | tuple[tuple[int, bool], ...]) -> Sample:
+        """The layout's sample for this request with `text` text tokens, or (length, valid) runs of them."""
         return Sample(text, self.grid(self.size), tuple(self.grid(size) for size in self.reference_sizes))
 
 
@@ -107,12 +125,12 @@ def validated(
             if unknown:
                 known = ", ".join(EditRequest.__dataclass_fields__)
                 raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {known}")
-            if "prompt" not in request:
-                raise ValueError(f"{where} has no prompt")
             request = EditRequest(**request)
         if not isinstance(request, EditRequest):
             raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
         _check(request, where, sizes_only)
+        if pipe is not None:
+            _check_embeddings(request, where, pipe)
         if pipe is not None and request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
             raise ValueError(
                 f"{where}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal stretches the "
@@ -133,8 +151,13 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
-    if not isinstance(request.prompt, str) or not request.prompt.strip():
-        raise ValueError(f"{where} has no prompt: it must be a text that is not empty, got {request.prompt!r}")
+    text = request.prompt
+    if request.prompt_embeds is not None and text is not None:
+        raise ValueError(f"{where}: give prompt or prompt_embeds, not both")
+    if request.negative_prompt_embeds is not None and request.negative_prompt is not None:
+        raise ValueError(f"{where}: give negative_prompt or negative_prompt_embeds, not both")
+    if request.prompt_embeds is None and (not isinstance(text, str) or not text.strip()):
+        raise ValueError(f"{where} has no prompt: it must be a text that is not empty, got {text!r}")
     if isinstance(request.images, Image.Image) or not isinstance(request.images, Sequence):
         raise TypeError(f"{where}: images must be a list of PIL images, got {type(request.images).__name__}")
     if request.negative_prompt is not None and not isinstance(request.negative_prompt, str):
@@ -158,6 +181,32 @@ def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
         raise ValueError(f"{where}: seed must fit 64 bits, got {request.seed}")
     if request.seed is not None and request.generator is not None:
         raise ValueError(f"{where}: give at most one of seed and generator")
+
+
+def _check_embeddings(request: EditRequest, where: str, pipe: Any) -> None:
+    width = pipe.transformer.config.joint_attention_dim
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        embeds, mask = getattr(request, name), getattr(request, f"{name}_mask")
+        if embeds is None:
+            if mask is not None:
+                raise ValueError(f"{where}: {name}_mask is given without {name}")
+            continue
+        if not isinstance(embeds, torch.Tensor):
+            raise TypeError(f"{where}: {name} must be a tensor, got {type(embeds).__name__}")
+        shape = tuple(embeds.shape)
+        if shape[-1:] != (width,) or len(shape) not in (2, 3) or shape[:-2] not in ((), (1,)):
+            raise ValueError(
+                f"{where}: {name} must be [L, {width}] or [1, L, {width}] for this model, got {list(shape)}"
+            )
+        if mask is not None and (tuple(mask.shape) not in (shape[-2:-1], (1, shape[-2])) or not mask.any()):
+            raise ValueError(
+                f"{where}: {name}_mask must be [{shape[-2]}] or [1, {shape[-2]}] with at least one valid row, got "
+                f"{list(mask.shape)}"
+            )
+    if pipe.text_encoder is None and any(embeds is None for _, embeds, _ in request.texts):
+        raise ValueError(
+            f"{where}: the pipeline has no text encoder; give prompt_embeds (and for guidance negative_prompt_embeds)"
+        )
 
 
 def _check_image(image: Any, where: str, sizes_only: bool) -> None:
