@@ -413,7 +413,7 @@ def test_bad_embeddings(pipe, fields, error, message):
     "fields, warning",
     [
         ({"true_cfg_scale": 2.0}, "request 2: true_cfg_scale=2.0 has no effect without a negative prompt"),
-        ({"true_cfg_scale": 1.0, "negative_prompt": " "}, "request 2: the negative prompt has no effect at true_cfg_sca"),
+        ({"true_cfg_scale": 1.0, "negative_prompt": " "}, "request 2: the negative prompt has no effect at true"),
         ({"true_cfg_scale": 2.0, "negative_prompt": " "}, None),
         ({"true_cfg_scale": 1.0}, None),
     ],
