@@ -1,6 +1,7 @@
 """Picture sources: sizes from headers, upright RGB pixels, and an error for every kind of damage."""
 
 import io
+import zlib
 from pathlib import Path
 from random import Random
 
@@ -228,6 +229,60 @@ def test_damaged_metadata_keeps_no_picture_from_being_read(form, tmp_path):
             assert found.size() == found.load().size and sorted(found.size()) == [12, 16]
         turned += found.size() == (12, 16)
     assert 100 < turned < 700, "those whose orientation is whole are turned, the others are as they are stored"
+
+
+def chunks(png):
+    """(kind, first byte, end) of the contents of a PNG's chunks."""
+    at = 8
+    while at < len(png):
+        length = int.from_bytes(png[at : at + 4], "big")
+        yield png[at + 4 : at + 8], at + 8, at + 8 + length
+        at += 12 + length
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_damaged_metadata_of_a_png_keep_it_from_nothing(checked):
+    """Whether or not the checksum of the damaged chunk is that of its content; the orientation is not damaged."""
+    info, exif, random = PngImagePlugin.PngInfo(), Image.Exif(), Random(2)
+    info.add_text("a", "b" * 50)
+    info.add_text("c", "d" * 500, zip=True)
+    info.add_itxt("e", "f" * 50)
+    exif[0x0112] = 6
+    content = encoded(RED, (16, 12), pnginfo=info, exif=exif, icc_profile=b"no profile", dpi=(72, 72))
+    spare = [part for part in chunks(content) if part[0] in (b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"pHYs")]
+    assert len(spare) == 5
+    for _ in range(500):
+        altered = bytearray(content)
+        for _ in range(random.choice((1, 2, 16))):
+            kind, start, end = random.choice(spare)
+            altered[random.randrange(start, end)] = random.randrange(256)
+            if checked:
+                altered[end : end + 4] = zlib.crc32(kind + altered[start:end]).to_bytes(4, "big")
+        found = source(bytes(altered))
+        assert found.size() == found.load().size == (12, 16) and found.load().getpixel((0, 0)) == RED
+        assert found.suffix() == ".png"
+
+
+def test_a_png_with_a_large_text_can_be_read():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * 3_000_000, zip=True)
+    palette = Image.new("P", (2, 1), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putpixel((1, 0), 1)
+    file = io.BytesIO()
+    palette.save(file, "PNG", pnginfo=info, transparency=1)
+    loaded = source(file.getvalue()).load()
+    assert loaded.getpixel((0, 0)) == RED and loaded.getpixel((1, 0)) == WHITE, "transparency is not metadata"
+
+
+def test_a_png_with_damaged_pixels_keeps_its_first_error():
+    content = encoded(RED, (60, 60), compress_level=0)
+    with pytest.raises(ValueError, match=r"^x: image file is truncated"):
+        source(content[:5000]).load()
+    end = next(end for kind, _, end in chunks(content) if kind == b"IDAT")
+    damaged = content[: end - 50] + b"?" + content[end - 49 :]
+    with pytest.raises(ValueError, match=r"^x: broken data stream when reading image file"):
+        source(damaged).load()
 
 
 def test_a_damaged_exif_directory_of_a_tiff_is_ignored():

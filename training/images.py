@@ -11,15 +11,18 @@ import functools
 import hashlib
 import io
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 __all__ = ["MAX_PIXELS", "ImageSource"]
+
+Result = TypeVar("Result")
 
 MAX_PIXELS = 178_956_970
 """Pictures with more pixels are refused before they are decoded (Pillow's own limit for an error)."""
@@ -76,19 +79,11 @@ class ImageSource:
 
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels of the upright picture, from the header alone."""
-        with self._opened() as image:
-            turn = _orientation_in_header(image)
-            if image.format == "TIFF" and turn in (5, 6, 7, 8):
-                image.load()  # Pillow turns TIFFs itself, some versions already when opening: only this is sure
-                return image.size
-            return (image.height, image.width) if turn in (5, 6, 7, 8) else image.size
+        return self._with(_size)
 
     def suffix(self) -> str:
         """The ending of a file of its format, with the dot."""
-        with self._opened() as image:
-            return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}.get(
-                str(image.format), f".{str(image.format).lower()}"
-            )
+        return self._with(_suffix)
 
     def load(self, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
         """The upright picture; as RGB, in which what is transparent becomes white, or as RGBA."""
@@ -97,17 +92,25 @@ class ImageSource:
                 f"{self.name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so damaged pictures would "
                 "pass with grey parts; set it to False"
             )
-        with self._opened() as image:
-            image.load()
-            turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, Pillow turns TIFFs itself
-            upright = image.convert("RGBA") if mode == "RGBA" else _rgb(image)
-            return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
+        return self._with(functools.partial(_upright, mode=mode))
+
+    def _with(self, use: Callable[[Image.Image], Result]) -> Result:
+        """What `use` gives of the opened picture; of a PNG without its metadata where those keep it from being read."""
+        try:
+            with self._opened(self._file) as image:
+                return use(image)
+        except ValueError:
+            with contextlib.suppress(ValueError):
+                if (bare := _without_metadata(self.read())) is not None:
+                    with self._opened(lambda: io.BytesIO(bare)) as image:
+                        return use(image)
+            raise
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
+    def _opened(self, content: Callable[[], BinaryIO]) -> Iterator[Image.Image]:
         """The picture with its header parsed and its size checked."""
         try:
-            with self._file() as file, Image.open(file, formats=_formats()) as image:
+            with content() as file, Image.open(file, formats=_formats()) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed")
@@ -171,6 +174,45 @@ def _formats() -> tuple[str, ...]:
     """Those of FORMATS that this Pillow was built with."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _size(image: Image.Image) -> tuple[int, int]:
+    turn = _orientation_in_header(image)
+    if image.format == "TIFF" and turn in (5, 6, 7, 8):
+        image.load()  # Pillow turns TIFFs itself, some versions already when opening: only this is sure
+        return image.size
+    return (image.height, image.width) if turn in (5, 6, 7, 8) else image.size
+
+
+def _suffix(image: Image.Image) -> str:
+    form = str(image.format)
+    return {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}.get(form, f".{form.lower()}")
+
+
+def _upright(image: Image.Image, mode: str) -> Image.Image:
+    image.load()
+    turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, Pillow turns TIFFs itself
+    upright = image.convert("RGBA") if mode == "RGBA" else _rgb(image)
+    return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
+
+
+def _without_metadata(content: bytes) -> bytes | None:
+    """A PNG without the chunks that its pixels do not need, but for an orientation that is whole; None for others.
+
+    Pillow refuses a PNG whose texts or profiles are damaged, or unpack to more than a megabyte.
+    """
+    signature = b"\x89PNG\r\n\x1a\n"
+    if not content.startswith(signature):
+        return None
+    kept, at = [signature], len(signature)
+    while at + 12 <= len(content):
+        length, kind = struct.unpack(">I4s", content[at : at + 8])
+        chunk = content[at : at + 12 + length]
+        whole = len(chunk) == 12 + length and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and whole):
+            kept.append(chunk)
+        at += len(chunk)
+    return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:
