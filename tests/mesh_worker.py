@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from uniref_fast import PackedQwenImage, Sample, SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.training.flow import FlowBatch, sample_errors
-from uniref_fast.training.parallel import Ranks, global_norm, leave, shard
+from uniref_fast.training.parallel import Ranks, global_norm, shard
+from uniref_fast.training.processes import leave
 
 SHAPE = {
     "in_channels": 64,

@@ -139,7 +139,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from uniref_fast.training import msgrpo, parallel, roller
+from uniref_fast.training import msgrpo, processes, roller
 ask, asked = roller.Roller._ask, []
 def dying(self, batch, pack, step):
     asked.append(pack)
@@ -147,7 +147,7 @@ def dying(self, batch, pack, step):
         os.kill(os.getpid(), signal.{signal})
     ask(self, batch, pack, step)
 roller.Roller._ask = dying
-parallel.leave(msgrpo.main(sys.argv[1:]))
+processes.leave(msgrpo.main(sys.argv[1:]))
 """
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import uniref_fast
+
 ROOT = Path(__file__).parent.parent
 
 # Dependencies point one way; a module may import modules of its own level or a lower one.
@@ -27,12 +29,7 @@ LEVELS = [
 
 
 # Names of the package itself, by the module they come from.
-PUBLIC = {
-    alias.name: node.module.split(".")[1]
-    for node in ast.parse((ROOT / "uniref_fast" / "__init__.py").read_text()).body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
-}
+PUBLIC = uniref_fast._MODULE_OF
 
 
 def module_level(name: str) -> int:

@@ -136,7 +136,7 @@ def test_cuts(size, monkeypatch):
 def test_leaving_flushes_what_was_written_and_tears_nothing_down():
     """A process that would fail on its way out has its status all the same."""
     code = (
-        "import atexit, os, sys; from uniref_fast.training.parallel import leave; atexit.register(os.abort)\n"
+        "import atexit, os, sys; from uniref_fast.training.processes import leave; atexit.register(os.abort)\n"
         "print('written', end=''); print('said', end='', file=sys.stderr); leave(7)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

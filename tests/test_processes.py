@@ -185,7 +185,7 @@ def flags(data, out):
 SLOW = """
 import os, sys, time
 from pathlib import Path
-from uniref_fast.training import parallel, sft, trainer
+from uniref_fast.training import processes, sft, trainer
 step, folder = trainer.Trainer.train_step, Path(sys.argv.pop(1))
 def waiting(self):
     if self.step == 1 and folder.exists():
@@ -194,7 +194,7 @@ def waiting(self):
             time.sleep(0.02)
     return step(self)
 trainer.Trainer.train_step = waiting
-parallel.leave(sft.main(sys.argv[1:]))
+processes.leave(sft.main(sys.argv[1:]))
 """
 
 

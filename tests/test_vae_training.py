@@ -18,10 +18,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from uniref_fast.loading import load_pipeline
-from uniref_fast.training import vae
+from uniref_fast.training import vae, vae_trainer
 from uniref_fast.training.made_files import make
 from uniref_fast.training.make_data import MakeConfig, artworks, sample
-from uniref_fast.training.vae import VAE, crops, psnr
+from uniref_fast.training.vae import VAE
+from uniref_fast.training.vae_trainer import crops, psnr
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("threads")
@@ -146,7 +147,7 @@ def whole(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole") / "run"
-    vae.run(dataclasses.replace(SMALL, out=out))
+    vae_trainer.run(dataclasses.replace(SMALL, out=out))
     torch.set_num_threads(before)
     return out
 
@@ -232,7 +233,7 @@ def test_a_folder_that_holds_no_model(tmp_path, capsys):
 def test_the_loss_falls(tmp_path):
     """By more than batches differ: means over a third of the steps, all of the first scenes."""
     config = dataclasses.replace(SMALL, out=tmp_path / "run", steps=30, batch=4, lr=2e-2, save_every=100)
-    vae.run(config)
+    vae_trainer.run(config)
     losses = [loss for _, loss in metrics(config.out)]
     assert len(losses) == 30 and sum(losses[-10:]) < 0.85 * sum(losses[:10])
 

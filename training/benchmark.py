@@ -21,28 +21,26 @@ import platform
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 
 from uniref_fast import __version__
 from uniref_fast.edit import edit
-from uniref_fast.loading import defaults
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.request import EditRequest, image_areas, validated
 from uniref_fast.training import benchmark_model as models
 from uniref_fast.training import benchmark_report as report
+from uniref_fast.training.benchmark_config import EvalConfig
 from uniref_fast.training.benchmark_journal import Journal
 from uniref_fast.training.benchmark_measure import judged, measured, through_vae
 from uniref_fast.training.benchmark_rows import Planned, files_of, plan, refusal
 from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.images import ImageSource
-from uniref_fast.training.judge import Judge, JudgeConfig
+from uniref_fast.training.judge import Judge
 from uniref_fast.training.judge_log import PASSING
-from uniref_fast.training.lineage import attends
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.rewards import Candidate, Failure, Scores
 from uniref_fast.training.rows import Dataset, RowError
@@ -51,98 +49,6 @@ __all__ = ["EvalConfig", "evaluate"]
 
 GREY = (128, 128, 128)
 JUDGED_BY = ("model", "temperature", "seed", "max_tokens", "samples", "max_side", "json_mode")  # what may change scores
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """An evaluation.
-
-    Attributes:
-        data: files and folders of rows, as `rows.Dataset` reads them; targets are optional.
-        out: folder of the results: new, empty, or of the same evaluation, which then goes on.
-        model: "builtin", a diffusers folder or a hub id.
-        initial: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
-        baseline: instead of the model's results: "input", the picture whose background the answer has, where a scene
-            says so, else picture 1, at the size of the result (grey without pictures);
-            "vae", the target through the model's autoencoder; "untrained", those of the built-in model with its
-            transformer before training.
-        reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
-        judge: how the judge is asked.
-        steps: denoising steps; None for 8 with the built-in model, else 50.
-        guidance: true CFG scale, 1 turns guidance off; None for 1 with the built-in model, else 4.
-        budget: joint pixel budget of a row's references, budget x budget; None sizes each as diffusers does.
-        target_side: area of the results, target_side x target_side, at most where a row has a target; None for the
-            pipeline's own.
-        size: (width, height) of all results, in pixels, instead of what the targets and references say.
-        language: only rows of this language, where a bench has several, such as GEdit-Bench's "en" and "cn".
-        seed: of the noise, with the row.
-        limit: rows of each file, the first ones; None for all.
-        image_folder: of relative paths in rows; None for beside their file.
-        columns: what columns whose names are not known hold, as "role=column" pairs (`columns.Columns`).
-        dtype, device: of the model; None for float32 on a CPU and bfloat16 on a GPU, and for a GPU where there is one.
-        batch: rows that are edited together.
-        pack_tokens: most tokens of a pack.
-        visibility: policy that the model attends under; None: the one that the last run of `initial` was trained with.
-        grid: rows of each file on `grid.png`; 0 for none.
-        against: folder of an earlier evaluation to take differences to.
-    """
-
-    data: tuple[Path, ...]
-    out: Path
-    model: str = "builtin"
-    initial: tuple[Path, ...] = ()
-    baseline: Literal["input", "vae", "untrained"] | None = None
-    reward: Literal["scene", "judge", "none"] | None = None
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    steps: int | None = None
-    guidance: float | None = None
-    budget: int | None = None
-    target_side: int | None = None
-    size: tuple[int, int] | None = None
-    language: str | None = None
-    seed: int = 0
-    limit: int | None = None
-    image_folder: Path | None = None
-    columns: tuple[str, ...] = ()
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    device: str | None = None
-    batch: int = 8
-    pack_tokens: int = 32768
-    visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None
-    grid: int = 4
-    against: Path | None = None
-
-    def __post_init__(self) -> None:
-        least = {"steps": 1, "budget": 16, "target_side": 16, "limit": 1, "batch": 1, "pack_tokens": 1, "grid": 0}
-        for name, value in least.items():
-            given = getattr(self, name)
-            if given is not None and given < value:
-                raise ValueError(f"{name} must be at least {value}, got {given}")
-        if self.size is not None and min(self.size) < 16:
-            raise ValueError(f"size is width and height of at least 16 pixels, got {self.size[0]}x{self.size[1]}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        if self.baseline == "untrained" and self.model != "builtin":
-            raise ValueError(f"baseline untrained is there for the built-in model only, not for {self.model}")
-        if self.baseline is not None and self.initial:
-            raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial")
-
-    @property
-    def runs_model(self) -> bool:
-        return self.baseline in (None, "untrained")
-
-    @property
-    def attends(self) -> str:
-        """The visibility; a group of one sample shares its references with nobody."""
-        return self.visibility or attends(self.initial[-1] if self.initial else None) or "full"
-
-    @property
-    def all_steps(self) -> int:
-        return defaults(self.model)[0] if self.steps is None else self.steps
-
-    @property
-    def scale(self) -> float:
-        return defaults(self.model)[1] if self.guidance is None else self.guidance
 
 
 def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:

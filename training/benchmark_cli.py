@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast import builtin
-from uniref_fast.request import parse_size
 from uniref_fast.training import benchmark_report as report
 from uniref_fast.training import config as configs
-from uniref_fast.training.benchmark import EvalConfig, evaluate
+from uniref_fast.training.benchmark_config import EvalConfig
 from uniref_fast.training.judge import JudgeConfig
 
 __all__ = ["add_arguments", "run"]
@@ -78,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; returns the exit status: 1 when no row could be evaluated. Raises as `evaluate` does."""
+    from uniref_fast.request import parse_size
+    from uniref_fast.training.benchmark import evaluate
+
     fields = [
         field.name for field in dataclasses.fields(EvalConfig) if field.name not in ("data", "initial", "size", "judge")
     ]

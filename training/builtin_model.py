@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +42,8 @@ class BuiltinModel:
 
     Attributes:
         out: folder of all parts.
-        ranks: processes that train; a GPU each where there are GPUs, else a core each.
+        ranks: processes that train, a GPU each where there are GPUs, else a core each; none: as many as there are GPUs,
+            at most 2, or 2 on a CPU.
         artworks: objects, as `uniref-fast data make` has them.
         samples: made to train on.
         heldout: samples of each held-out split.
@@ -50,7 +51,7 @@ class BuiltinModel:
         scale: of the numbers of steps of SFT and MSGRPO; below 1 for a trial or a slow machine, above where there is a
             GPU.
         dtype: that SFT and MSGRPO compute in. bfloat16 takes a third of float32's time where a CPU multiplies it
-            (AVX-512-BF16), and longer than float32 where it does not.
+            (AVX-512-BF16), and longer than float32 where it does not; none: bfloat16 on a GPU and such a CPU.
         more: go on with SFT after its first part (recipe `builtin_more`). Without, all ends in under two and a half
             hours.
         seed: of everything.
@@ -59,32 +60,34 @@ class BuiltinModel:
     """
 
     out: Path = Path("runs/builtin")
-    ranks: int = 2
+    ranks: int | None = None
     artworks: Literal["auto", "font", "shipped"] = "font"
     samples: int = 20_000
     heldout: int = 256
     vae_steps: int = 10_000
     scale: float = 1.0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] | None = None
     more: bool = True
     seed: int = 0
     seeds: int = 3
 
     def __post_init__(self) -> None:
         for name in ("ranks", "samples", "heldout", "vae_steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not (self.scale > 0 and math.isfinite(self.scale)):
             raise ValueError(f"scale must be above 0, got {self.scale}")
 
 
-def default() -> BuiltinModel:
-    """What the shipped model was made with; float32 on a CPU that does not multiply bfloat16."""
+def for_machine(config: BuiltinModel) -> BuiltinModel:
+    """Return the configuration with `ranks` and `dtype` chosen for this machine where they are None."""
     import torch
 
     gpus = torch.cuda.device_count()
     fast = gpus or torch.cpu._is_avx512_bf16_supported()
-    return BuiltinModel(ranks=min(gpus, 2) or 2, dtype="bfloat16" if fast else "float32")
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if fast else "float32"
+    return replace(config, ranks=config.ranks or min(gpus, 2) or 2, dtype=config.dtype or dtype)
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,16 @@ class Part:
 
 def parts(config: BuiltinModel) -> list[Part]:
     """All parts, in order."""
-    out = config.out
+    out, ranks, dtype = config.out, config.ranks or 2, config.dtype or "bfloat16"
     heldout = [str(out / "data" / f"{name}.jsonl") for name in HELDOUT]
     more = [str(out / "data-more" / f"{name}.jsonl") for name in HELDOUT]
     make = ("--size", 64, "--pictures", "simple", "--artworks", config.artworks, "--seed", config.seed,
-            "--workers", config.ranks)  # fmt: skip
+            "--workers", ranks)  # fmt: skip
     train, train_one = (str(out / name / "train.jsonl") for name in ("data", "data-one"))
     data = ("--data", train)
     both = ("--data", f"{train},{train_one}", "--weights", "1,0.6")  # a quarter is "move", two in five have several
     common = ("--model", str(out / "vae" / "model"), "--heldout", ",".join(heldout), "--cache", str(out / "cache"),
-              "--dtype", config.dtype, "--resume", "auto")  # fmt: skip
+              "--dtype", dtype, "--resume", "auto")  # fmt: skip
     edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
              "--batch", 32)  # fmt: skip
     model = ("--model", str(out / "vae" / "model"))
@@ -141,17 +144,17 @@ def parts(config: BuiltinModel) -> list[Part]:
              _python("-m", "uniref_fast", "data", "make", out / "data-one", *make, "--references", 1,
                      "--tasks", "move,move,replace_background,recolour", "--train", config.samples, "--heldout", 0)),
         Part("vae", out / "vae" / "model",
-             _torchrun(config.ranks, _script("vae"), "--data", out / "data", "--out", out / "vae",
+             _torchrun(ranks, _script("vae"), "--data", out / "data", "--out", out / "vae",
                        "--steps", config.vae_steps, "--seed", config.seed)),
         Part("sft", out / "sft" / "transformer",
-             _torchrun(config.ranks, _script("sft"), "--recipe", "builtin", *common, *data, "--out", out / "sft",
+             _torchrun(ranks, _script("sft"), "--recipe", "builtin", *common, *data, "--out", out / "sft",
                        "--seed", config.seed, "--steps", _steps(RECIPES["builtin"](), config.scale))),
         Part("sft-more", out / "sft-more" / "transformer",
-             _torchrun(config.ranks, _script("sft"), "--recipe", "builtin_more", *common, *both,
+             _torchrun(ranks, _script("sft"), "--recipe", "builtin_more", *common, *both,
                        "--out", out / "sft-more", "--initial", out / "sft",
                        "--seed", config.seed + 1, "--steps", _steps(RECIPES["builtin_more"](), config.scale))),
         *(Part(run.name, run / "lora",
-               _torchrun(config.ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
+               _torchrun(ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
                          "--initial", sft, "--seed", seed,
                          "--steps", _steps(RL_RECIPES["tiny"](), config.scale)))
           for seed, run in runs.items()),
@@ -211,8 +214,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = sys.argv[1:] if argv is None else argv
         config = configs.parse(
-            {"default": default}, given, prog="training/builtin_model.py", description="Make the built-in model."
+            {"default": BuiltinModel}, given, prog="training/builtin_model.py", description="Make the built-in model."
         ).config
+        config = for_machine(config)
         _keep(config)
         for part in parts(config):
             if status := _run(part, config.out):

@@ -1,4 +1,7 @@
-"""What the training commands do before and after their loop: flags, ranks, built-in data, the run's folder, errors."""
+"""What the training commands do before and after their loop: flags, ranks, built-in data, the run's folder, errors.
+
+PyTorch and what needs it are imported after the flags are parsed, so that help and errors of flags come at once.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uniref_fast.training import config as configs
 from uniref_fast.training import resume
-from uniref_fast.training.checkpoint import CheckpointError, Checkpoints, Newest
-from uniref_fast.training.feeder import BrokenRowsError
 from uniref_fast.training.lineage import attends
-from uniref_fast.training.model import ExportError
-from uniref_fast.training.parallel import Ranks
 from uniref_fast.training.processes import end_with_launcher, locked
 from uniref_fast.training.recipes import Recipe
 from uniref_fast.training.records import write_whole
-from uniref_fast.training.run import DivergedError, Run
+
+if TYPE_CHECKING:
+    from uniref_fast.training.checkpoint import Newest
+    from uniref_fast.training.parallel import Ranks
+    from uniref_fast.training.run import Run
 
 __all__ = ["Place", "launch"]
 
@@ -62,7 +62,7 @@ def launch(
     make: Callable[[C, Ranks, Any, int | None], Run],
     argv: Sequence[str],
     description: str,
-    failures: tuple[type[Exception], ...] = (),
+    failures: Callable[[], tuple[type[Exception], ...]] = tuple,
 ) -> int:
     """Run a training command; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors.
 
@@ -73,10 +73,31 @@ def launch(
         make: makes the run of a configuration, the ranks, the place, and the step to go on from.
         argv: arguments of the command.
         description: for its help.
-        failures: errors of the run, beside those that every run has; exit status 1.
+        failures: gives the errors of the run, beside those that every run has; exit status 1.
     """
     try:
         parsed = configs.parse(recipes, argv, extra=place, prog=f"training/{name}.py", description=description)
+    except (ValueError, FileNotFoundError) as error:
+        return _failed(name, error, 2)
+    return _launch(name, parsed, make, failures)
+
+
+def _launch(
+    name: str,
+    parsed: configs.Parsed[Any, Any],
+    make: Callable[[Any, Ranks, Any, int | None], Run],
+    failures: Callable[[], tuple[type[Exception], ...]],
+) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from uniref_fast.training.checkpoint import CheckpointError
+    from uniref_fast.training.feeder import BrokenRowsError
+    from uniref_fast.training.model import ExportError
+    from uniref_fast.training.parallel import Ranks
+    from uniref_fast.training.run import DivergedError
+
+    try:
         end_with_launcher()
         ranks = Ranks.start()
         torch.manual_seed(parsed.config.seed)
@@ -98,7 +119,7 @@ def launch(
         return _failed(name, error, 2)
     except (BrokenRowsError, CheckpointError, DivergedError, ExportError, OSError, ImportError) as error:
         return _failed(name, error, 1)
-    except failures as error:
+    except failures() as error:
         return _failed(name, error, 1)
     finally:
         if dist.is_initialized():
@@ -140,6 +161,8 @@ def find(place: Place, ranks: Ranks, keep: int) -> Newest:
             weights alone, which would be replaced.
         CheckpointError: when none of the run's checkpoints can be used.
     """
+    from uniref_fast.training.checkpoint import Checkpoints, Newest
+
     checkpoints = Checkpoints(place.out / "checkpoints", ranks, keep)
     newest = checkpoints.newest() if place.resume == "auto" else Newest(None, {}, [])
     if newest.step is not None or place.only_looks:

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from uniref_fast.training.gate import OffPolicyError
 from uniref_fast.training.launch import Place, launch
-from uniref_fast.training.parallel import Ranks, leave
+from uniref_fast.training.processes import leave
 from uniref_fast.training.rl_recipes import MSGRPO, RL_RECIPES
-from uniref_fast.training.rl_trainer import RewardError, RLTrainer
+
+if TYPE_CHECKING:
+    from uniref_fast.training.parallel import Ranks
+    from uniref_fast.training.rl_trainer import RLTrainer
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
 
     def made(config: MSGRPO, ranks: Ranks, place: RLPlace, resume: int | None) -> RLTrainer:
+        from uniref_fast.training.rl_trainer import RLTrainer
+
         return RLTrainer(config, ranks, place.out, resume, check=place.check_ratio)
 
+    def failures() -> tuple[type[Exception], ...]:
+        from uniref_fast.training.gate import OffPolicyError
+        from uniref_fast.training.rl_trainer import RewardError
+
+        return OffPolicyError, RewardError
+
     return launch("msgrpo", RL_RECIPES, RLPlace(Path("runs/msgrpo")), made, sys.argv[1:] if argv is None else argv,
-                  "Multi-source GRPO on multi-reference editing rows.", (OffPolicyError, RewardError))  # fmt: skip
+                  "Multi-source GRPO on multi-reference editing rows.", failures)  # fmt: skip
 
 
 if __name__ == "__main__":

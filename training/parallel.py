@@ -8,14 +8,11 @@ group of one.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.sequence_parallel import SequenceParallel
 
-__all__ = ["Ranks", "global_norm", "leave", "local", "scale_gradients", "shard"]
+__all__ = ["Ranks", "global_norm", "local", "scale_gradients", "shard"]
 
 
 @dataclass
@@ -135,16 +132,3 @@ def global_norm(parameters: Iterable[Tensor]) -> float:
 
 def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
     torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process at once, with what was written flushed, once all is closed.
-
-    Tearing the interpreter down is left out: the threads of a process group outlive `destroy_process_group` while
-    anything refers to it, and one that lets go of a tensor after Python is gone aborts the process, and so the job.
-    """
-    logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # a closed pipe
-            stream.flush()
-    os._exit(status)

@@ -13,6 +13,7 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -21,11 +22,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from uniref_fast.training.parallel import Ranks
+if TYPE_CHECKING:
+    from uniref_fast.training.parallel import Ranks
 
-__all__ = ["end_with_launcher", "locked"]
+__all__ = ["end_with_launcher", "leave", "locked"]
 
 LOCK_FILE = "run.lock"
 PATIENCE = 10.0  # seconds in which the processes of a run that was just killed are let end
@@ -186,3 +188,16 @@ def _watch(pause: float = 1.0) -> None:
         time.sleep(pause)
     print(f"the launcher (process {PARENT}) has ended, so this rank ends too", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once, with what was written flushed, once all is closed.
+
+    Tearing the interpreter down is left out: the threads of a process group outlive `destroy_process_group` while
+    anything refers to it, and one that lets go of a tensor after Python is gone aborts the process, and so the job.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(status)

@@ -10,7 +10,7 @@ from typing import Literal
 from uniref_fast.training.judge import JudgeConfig
 from uniref_fast.training.lineage import attends
 from uniref_fast.training.recipes import Recipe, Stage
-from uniref_fast.training.sde import Sampler
+from uniref_fast.training.sampler import Sampler
 
 __all__ = ["MSGRPO", "RL_RECIPES", "RLStage"]
 

@@ -19,10 +19,11 @@ import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+
+from uniref_fast.training.sampler import Sampler
 
 __all__ = [
     "FINAL_LIMIT", "STEP_LIMIT", "Sampler", "Transition", "deviations", "divergence", "largest_noise", "log_density",
@@ -31,27 +32,6 @@ __all__ = [
 
 STEP_LIMIT = 1.15  # of `deviations` after any step; noise = 0.7 stays within it from 8 steps on
 FINAL_LIMIT = 1.03  # of `deviations` after the last step
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How noise is added on the way.
-
-    Attributes:
-        kind: of the noisy steps.
-        noise: a of the formulas. For "cps" from 0 to 1.
-    """
-
-    kind: Literal["sde", "cps"] = "sde"
-    noise: float = 0.7
-
-    def __post_init__(self) -> None:
-        most = math.inf if self.kind == "sde" else 1.0
-        if self.kind not in ("sde", "cps") or not 0 < self.noise <= most or math.isinf(self.noise):
-            raise ValueError(
-                f'a sampler is "sde" with noise above 0, or "cps" with noise above 0 and up to 1; got "{self.kind}" '
-                f"with {self.noise}"
-            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""What imports load: nothing heavy with the package or the help of a command; and the names that the package has."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import uniref_fast
+from uniref_fast import cli
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "torch._dynamo", "triton", "diffusers", "transformers", "peft", "accelerate", "matplotlib", "pyarrow")
+
+RUN = f"""
+import os, runpy, sys
+def leave(status):
+    raise SystemExit(status)
+os._exit = leave  # with which the training commands end
+kind, name, *sys.argv[1:] = sys.argv[1:]
+sys.argv[0] = name
+try:
+    runpy.run_module(name, run_name="__main__") if kind == "-m" else runpy.run_path(name, run_name="__main__")
+    status = 0
+except SystemExit as end:
+    status = end.code or 0
+print(status, *[module for module in {HEAVY} if module in sys.modules])
+"""
+
+
+def run(*command):
+    """(exit status, heavy modules that were loaded, the output before that) of a command, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", RUN, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    *output, last = done.stdout.splitlines()
+    status, *heavy = last.split()
+    return int(status), heavy, "\n".join(output)
+
+
+def commands():
+    """All commands of `uniref-fast`, with those of its groups."""
+    found, waiting = [], [((), cli._parser())]
+    while waiting:
+        words, parser = waiting.pop()
+        found.append(words)
+        for action in parser._actions:
+            if isinstance(action.choices, dict):
+                waiting += [((*words, name), sub) for name, sub in action.choices.items()]
+    return sorted(found)
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "training").glob("*.py") if "__main__" in path.read_text())
+
+
+def test_there_are_commands():
+    assert {("edit",), ("eval",), ("data", "check"), ("data", "make")} <= {*commands()}
+    assert {"sft.py", "msgrpo.py", "vae.py", "builtin_model.py", "plots.py"} <= {*SCRIPTS}
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_help_loads_nothing_heavy(words):
+    status, heavy, output = run("-m", "uniref_fast", *words, "--help")
+    assert status == 0 and not heavy and output.startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_training_commands_loads_nothing_heavy(script):
+    status, heavy, output = run("path", f"training/{script}", "--help")
+    assert status == 0 and not heavy and "usage: " in output
+
+
+@pytest.mark.parametrize("script", ["sft.py", "msgrpo.py", "vae.py", "builtin_model.py"])
+def test_wrong_flags_load_nothing_heavy(script):
+    assert run("path", f"training/{script}", "--no-such-flag", "1")[:2] == (2, [])
+
+
+def test_the_package_loads_nothing():
+    code = "import sys, uniref_fast; print([name for name in sys.modules if name.startswith('uniref_fast')])"
+    code += f"; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["['uniref_fast']", "[]"]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import uniref_fast.patch, uniref_fast.edit, uniref_fast.estimate",
+        "from uniref_fast import patch, edit",
+    ],
+)
+def test_functions_stay_functions_whatever_is_imported_first(first):
+    """`patch`, `edit` and `estimate` are modules too, and the import system binds a module to its package."""
+    code = f"""
+{first}
+import sys, types, uniref_fast
+for name in ("patch", "edit", "estimate"):
+    assert isinstance(getattr(uniref_fast, name), types.FunctionType), name
+    assert isinstance(sys.modules["uniref_fast." + name], types.ModuleType), name
+from uniref_fast import *
+assert patch is uniref_fast.patch is sys.modules["uniref_fast.patch"].patch
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_names_of_the_package():
+    for name in uniref_fast.__all__:
+        assert getattr(uniref_fast, name) is not None
+    assert {*uniref_fast.__all__, "ops", "native", "models", "layout", "visibility", "builtin"} <= {*dir(uniref_fast)}
+    for name in uniref_fast._MODULES:
+        assert isinstance(getattr(uniref_fast, name), types.ModuleType)
+    assert "pipe_or_transformer" in inspect.signature(uniref_fast.patch).parameters
+    with pytest.raises(AttributeError, match="module 'uniref_fast' has no attribute 'pach'"):
+        uniref_fast.pach  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'pach'"):
+        from uniref_fast import pach  # noqa: F401
+
+
+def test_type_checkers_see_what_is_loaded_lazily():
+    """They read the imports under TYPE_CHECKING, which must say the same as the table that is used when it runs."""
+    tree = ast.parse((ROOT / "uniref_fast" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {name.name: node.module.removeprefix("uniref_fast.") for node in block.body for name in node.names}
+    assert seen == uniref_fast._MODULE_OF and {*seen, "__version__"} == {*uniref_fast.__all__}
