@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uniref_fast.models import find_transformer
-
 __all__ = ["check_configuration", "check_pipeline", "check_transformer"]
 
 PIPELINE = "QwenImageEditPlusPipeline"
@@ -75,6 +73,8 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
         ValueError: for options of its transformer that cannot be run, or parts of different models.
     """
     from diffusers import QwenImageEditPlusPipeline
+
+    from uniref_fast.models import find_transformer
 
     kind = type(pipe).__name__
     if not isinstance(pipe, QwenImageEditPlusPipeline):
