@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # Dependencies point one way; a module may import modules of its own level or a lower one.
 LEVELS = [
-    {"layout", "budget", "testing", "native", "scenes"},
+    {"layout", "budget", "testing", "native", "scenes", "quantised"},
     {"visibility"},
     {"tuning"},
     {"kernels"},
