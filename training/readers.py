@@ -225,10 +225,11 @@ class JsonReader(Reader):
     A process that reads it keeps the parsed rows; pickles leave them behind.
     """
 
-    def __init__(self, path: Path, name: str, folder: Path, key: str | None = None) -> None:
+    def __init__(self, path: Path, name: str, folder: Path, key: str | None = None, content: Any = None) -> None:
+        """`content` is what the file holds, where it has been parsed already."""
         super().__init__(path, name, folder)
         self._key = key
-        self._parsed: list[Any] | None = None
+        self._parsed: list[Any] | None = None if content is None else self._rows_of(content)
         self._length = len(self._rows())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,12 +247,14 @@ class JsonReader(Reader):
     def _rows(self) -> list[Any]:
         if self._parsed is None:
             try:
-                parsed = from_json(self.path.read_bytes())
-                rows = parsed if self._key is None else _mapping(parsed).get(self._key)
+                self._parsed = self._rows_of(from_json(self.path.read_bytes()))
             except ValueError as error:
                 raise BrokenFileError(self.name, error) from None
-            self._parsed = rows if isinstance(rows, list) else [rows]
         return self._parsed
+
+    def _rows_of(self, content: Any) -> list[Any]:
+        rows = content if self._key is None else _mapping(content).get(self._key)
+        return rows if isinstance(rows, list) else [rows]
 
 
 class CsvReader(Reader):

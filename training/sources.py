@@ -204,16 +204,16 @@ def json_reader(path: Path, name: str, folder: Path, columns: Columns) -> Reader
     if isinstance(parsed, list):
         if parsed and not any(isinstance(item, dict) for item in parsed):
             return "holds a JSON list without objects; a row is an object"
-        return JsonReader(path, name, folder)
+        return JsonReader(path, name, folder, content=parsed)
     if not isinstance(parsed, dict):
         return f"must hold a JSON list of rows, got {type(parsed).__name__}"
     if _are_rows([parsed], columns):
-        return JsonReader(path, name, folder)
+        return JsonReader(path, name, folder, content=parsed)
     keys = [key for key, value in parsed.items() if isinstance(value, list) and _are_rows(value, columns)]
     if len(keys) > 1:
         raise BrokenFileError(name, f"has rows under several keys, {', '.join(keys)}; write each list as its own file")
     if keys:
-        return JsonReader(path, name, folder, keys[0])
+        return JsonReader(path, name, folder, keys[0], parsed)
     shown = ", ".join(map(repr, list(parsed)[:6])) or "empty"
     return f"holds a JSON object ({shown}) that is no row of a known format, and none of its keys has a list of rows"
 
