@@ -273,7 +273,7 @@ class PatchedAttention:
         out = ops.segment_attention(q, k, v, context.plan, impl=context.impl)
         del q, k, v
         image_out, text_out = (
-            stream_rows(out, context.layout, name).flatten(1).view(*stream.shape[:2], -1)
+            stream_rows(out, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
             for name, stream in (("image", image), ("text", text))
         )
         image_out = calls("to_out.0", image_out)
