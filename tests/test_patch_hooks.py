@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
-from uniref_fast.models.qwen_image_guards import offloaded_norm
+from uniref_fast.models.qwen_image_guards import changed_qk_norm
 from uniref_fast.testing import max_relative_error
 
 
@@ -256,18 +256,15 @@ def test_global_module_hooks_see_every_module(make_transformer, kind):
     assert max_relative_error(run(model), run(stock)) < 1e-4 and report.calls.total() > before
 
 
-def test_norms_that_are_offloaded():
-    from types import SimpleNamespace
-
-    def attention(norm):
-        return SimpleNamespace(norm_q=norm, norm_k=None, norm_added_q=None, norm_added_k=None)
-
-    cpu, norm = torch.device("cpu"), torch.nn.RMSNorm(4)
-    assert offloaded_norm(attention(norm), cpu) is None
-    assert "on meta" in offloaded_norm(attention(torch.nn.RMSNorm(4, device="meta")), cpu)
-    assert offloaded_norm(attention(torch.nn.RMSNorm(4, device="meta")), None) is None
-    norm._hf_hook = object()
-    assert "hooks of their own" in offloaded_norm(attention(norm), cpu)
+def test_norms_that_are_offloaded(make_transformer):
+    """By hooks, which hold the weights elsewhere between calls, or without any."""
+    attn, cpu = make_transformer(layers=1).transformer_blocks[0].attn, torch.device("cpu")
+    assert changed_qk_norm(attn, torch.float32, cpu) is None
+    assert "torch.float32 on cpu, the streams are torch.bfloat16" in changed_qk_norm(attn, torch.bfloat16, cpu)
+    attn.norm_k._hf_hook = object()
+    assert "hooks of their own" in changed_qk_norm(attn, torch.float32, cpu)
+    attn.norm_q.to("meta")
+    assert "on meta" in changed_qk_norm(attn, torch.float32, cpu)
 
 
 # ---- changes of attention: the original runs, and the report says so ----

@@ -26,7 +26,6 @@ __all__ = [
     "changed_qk_norm",
     "has_hooks",
     "is_plain",
-    "offloaded_norm",
     "replaced_forward",
 ]
 
@@ -132,23 +131,8 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str 
     return None
 
 
-def offloaded_norm(attn: Any, device: torch.device | None) -> str | None:
-    """Why the QK norm weights cannot be read on a device, or None: hooks may hold them elsewhere between calls.
-
-    Without a device only the hooks count: the whole model may still be moved.
-    """
-    for norm in (getattr(attn, name) for name in QK_NORMS):
-        if norm is None:
-            continue
-        if reason := _held_elsewhere(norm):
-            return reason
-        weight = getattr(norm, "weight", None)
-        if device is not None and weight is not None and weight.device != device:
-            return f"a QK norm has its weight on {weight.device}, not {device}"
-    return None
-
-
 def _held_elsewhere(norm: nn.Module) -> str | None:
+    """Why the weight of a QK norm must not be read instead of calling the norm; None if it may be."""
     own = vars(norm)
     registry = own.get("_diffusers_hook")
     if "_hf_hook" in own or (registry is not None and registry.hooks):

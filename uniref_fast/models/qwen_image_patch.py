@@ -22,9 +22,7 @@ from uniref_fast.models.qwen_image_guards import (
     attention_change,
     changed_norm,
     changed_qk_norm,
-    has_hooks,
     is_plain,
-    offloaded_norm,
     replaced_forward,
 )
 from uniref_fast.models.replay import Calls, StandIn
@@ -36,8 +34,6 @@ __all__ = [
     "PatchedBlock",
     "Site",
     "active_backend",
-    "has_hooks",
-    "offloaded_norm",
     "register_processor",
     "stock_forward",
 ]
