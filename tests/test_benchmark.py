@@ -414,6 +414,79 @@ def test_a_run_put_on_top(config, builtin_pipe, whole, tmp_path):
         models.load("builtin", (sft, rl), False, "cpu", "float32")
 
 
+def test_an_adapter_by_path_and_scale(config, tmp_path):
+    """As `initial`, and recorded; a file of it that changes is another evaluation."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    pipe = builtin.load()
+    pipe.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    lora = get_peft_model_state_dict(pipe.transformer)
+    type(pipe).save_lora_weights(str(tmp_path / "run" / "lora"), transformer_lora_layers=lora)
+    few = replace(config, data=config.data[:1], limit=1)
+    made = {}
+    for name, changes in (("initial", {"initial": (tmp_path / "run",)}), ("lora", {"lora": (f"{tmp_path / 'run'}:1",)}),
+                          ("half", {"lora": (f"{tmp_path / 'run'}:0.5",)})):  # fmt: skip
+        evaluate(replace(few, out=tmp_path / name, **changes))
+        made[name] = images(tmp_path / name)
+    assert made["initial"] == made["lora"] != made["half"]
+    assert results(tmp_path / "half")["settings"]["lora"] == [f"{tmp_path / 'run'}:0.5"]
+    (file,) = (tmp_path / "run" / "lora").iterdir()
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="other settings: weights"):
+        evaluate(replace(few, out=tmp_path / "half", lora=(f"{tmp_path / 'run'}:0.5",)))
+    with pytest.raises(ValueError, match="leave out initial and lora"):
+        replace(config, baseline="vae", lora=("x",))
+
+
+OWN_REWARD = """
+from uniref_fast.training.reward_set import UnscoredError
+
+def size(candidate):
+    if candidate.key[1] == 1:
+        raise UnscoredError("no opinion")
+    return {"width": candidate.image.width / 10, "pictures": len(candidate.references)}
+
+def wrong(candidate):
+    return {"width": 11}
+"""
+
+
+def test_own_rewards(config, whole, tmp_path, monkeypatch, capsys):
+    """Scores by axes of their own, failures counted, a column each, differences to another evaluation."""
+    (tmp_path / "my_rewards.py").write_text(OWN_REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    args = [*config.data, "--steps", 2, "--guidance", 1, "--budget", 32, "--target-side", 32, "--batch", 2, "--grid", 0]
+    status, text, _ = run(capsys, *args, "--rewards", "my_rewards:size", "--out", tmp_path / "a")
+    assert status == 0 and "size.width" in text and "size.pictures" in text
+    found = results(tmp_path / "a")
+    rows = {(row["file"], row["index"]): row for row in found["rows"]}
+    for (_, index), row in rows.items():
+        result = row["own"]["my_rewards:size"]
+        assert "scores" in row, "the reward of the rows is asked as well"
+        if index == 1:
+            assert result == {"failure": {"kind": "refused", "reason": "no opinion"}}
+        else:
+            assert result == {"scores": {"width": row["size"][0] / 10, "pictures": row["references"]}}
+    part = found["overall"]["all"]
+    assert part["own_failures"] == {"my_rewards:size: refused": 2}
+    assert part["own"]["my_rewards:size.width"]["n"] == 3
+    assert images(tmp_path / "a") == images(whole)
+    status, text, _ = run(
+        capsys, *args, "--rewards", "my_rewards:size", "--out", tmp_path / "b", "--against", tmp_path / "a"
+    )
+    assert status == 0 and "size.width" in text.split("less ")[1]
+    assert results(tmp_path / "b")["comparison"]["files"]["heldout_objects"]["my_rewards:size.width"]["mean"] == 0
+    status, _, error = run(capsys, *args, "--rewards", "my_rewards:wrong", "--out", tmp_path / "c")
+    assert status == 2 and "must return axis -> score from 0 to 10" in error
+    for name, message in (("my_rewards:gone", "has no attribute 'gone'"), ("judge", "functions of your own"),
+                          ("my_rewards:size,my_rewards:size", "each once")):  # fmt: skip
+        status, _, error = run(capsys, *args, "--rewards", name, "--out", tmp_path / "d")
+        assert status == 2 and message in error, error
+
+
 def test_the_untrained_baseline_has_the_transformer_of_seed_0(builtin_pipe):
     """And the model's own autoencoder, so that its bound is that of the others."""
     loaded = models.load("builtin", (), True, "cpu", "float32")

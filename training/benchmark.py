@@ -33,15 +33,17 @@ from uniref_fast.models.single_frame import single_frame
 from uniref_fast.request import EditRequest, image_areas, validated
 from uniref_fast.training import benchmark_model as models
 from uniref_fast.training import benchmark_report as report
+from uniref_fast.training.adapters import check_adapters
 from uniref_fast.training.benchmark_config import EvalConfig
 from uniref_fast.training.benchmark_journal import Journal
-from uniref_fast.training.benchmark_measure import judged, measured, through_vae
+from uniref_fast.training.benchmark_measure import judged, measured, scored, through_vae
 from uniref_fast.training.benchmark_rows import Planned, files_of, plan, refusal
 from uniref_fast.training.drawing import crop_box
 from uniref_fast.training.images import ImageSource
 from uniref_fast.training.judge import Judge
 from uniref_fast.training.judge_log import PASSING
 from uniref_fast.training.records import write_whole
+from uniref_fast.training.reward_set import reward_function
 from uniref_fast.training.rewards import Candidate, Failure, Scores
 from uniref_fast.training.rows import Dataset, RowError
 
@@ -82,6 +84,9 @@ class _Evaluation:
         self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
         self.files = files_of(self.dataset, config.limit, config.language)
         models.check_runs(config.initial, config.model)
+        self.adapters = config.adapters
+        check_adapters(self.adapters, config.model, config.initial)
+        self.own = {name: reward_function(name) for name in config.rewards}
         self.reward = config.reward or self._usual_reward()
         if config.reward == "scene":
             self._all_have_scenes()
@@ -165,7 +170,7 @@ class _Evaluation:
             "limit": config.limit,
             "model": config.model,
             "initial": [str(run) for run in config.initial],
-            "weights": models.files_digest(config.model, config.initial),
+            "weights": models.files_digest(config.model, config.initial, self.adapters),
             "baseline": config.baseline,
             "reward": self.reward,
             "judge": {name: getattr(judge, name) for name in JUDGED_BY} if self.reward == "judge" else None,
@@ -179,6 +184,8 @@ class _Evaluation:
             "visibility": config.attends if config.runs_model else None,
             "dtype": self.dtype,
             "device": torch.device(self.device).type,
+            **({"lora": [f"{one.given}:{one.scale:g}" for one in self.adapters]} if self.adapters else {}),
+            **({"rewards": list(config.rewards)} if config.rewards else {}),
         }
 
     def _check_against(self, other: dict[str, Any]) -> None:
@@ -247,7 +254,8 @@ class _Evaluation:
 
     def _load(self) -> None:
         config = self.config
-        self.pipe = models.load(config.model, config.initial, config.baseline == "untrained", self.device, self.dtype)
+        untrained = config.baseline == "untrained"
+        self.pipe = models.load(config.model, config.initial, untrained, self.device, self.dtype, self.adapters)
         if config.runs_model:
             validated([EditRequest("x", num_inference_steps=config.all_steps)], self.pipe)
         self.target_side = config.target_side or math.isqrt(image_areas(self.pipe)[-1])
@@ -347,11 +355,11 @@ class _Evaluation:
             record |= measured(planned, made, bound, self.reward == "scene")
         except ValueError as error:
             return {**record, "error": error.reason if isinstance(error, RowError) else str(error)}, None
-        if judge is None:
-            return record, None
         key = (list(self.files).index(label), i)
         candidate = Candidate(key, row.instruction, tuple(planned.request.images), made, row)
-        return record, judge.submit(candidate, step=0)
+        if self.own:
+            record["own"] = {name: scored(reward(candidate)) for name, reward in self.own.items()}
+        return record, None if judge is None else judge.submit(candidate, step=0)
 
     def _keep(self, done: Sequence[tuple[dict[str, Any], Future[Scores | Failure] | None]], bar: Any) -> None:
         for record, future in done:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast import builtin
+from uniref_fast.loading import LORA_HELP
 from uniref_fast.training import benchmark_report as report
 from uniref_fast.training import config as configs
 from uniref_fast.training.benchmark_config import EvalConfig
@@ -39,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline", choices=("input", "vae", "untrained"),
         help="instead: the picture that gives the background, as it is; the target through the autoencoder; the "
         "built-in model before training",
+    )  # fmt: skip
+    add("--lora", action="append", default=[], metavar="PATH[:SCALE]", help=f"{LORA_HELP}; after --initial")
+    add(
+        "--rewards", type=lambda text: tuple(text.split(",")), default=(), metavar="MODULE:FUNCTION,...",
+        help="rewards of your own, found from the working directory, which score every image beside --reward",
     )  # fmt: skip
     add("--reward", choices=("scene", "judge", "none"), help="scene where rows have a scene, else none, by default")
     add("--steps", type=int, help="denoising steps (8 for the built-in model, else 50)")
@@ -81,11 +87,14 @@ def run(args: argparse.Namespace) -> int:
     from uniref_fast.training.benchmark import evaluate
 
     fields = [
-        field.name for field in dataclasses.fields(EvalConfig) if field.name not in ("data", "initial", "size", "judge")
+        field.name
+        for field in dataclasses.fields(EvalConfig)
+        if field.name not in ("data", "initial", "lora", "size", "judge")
     ]
     config = EvalConfig(
         tuple(args.data),
         initial=tuple(args.initial),
+        lora=tuple(args.lora),
         size=None if args.size is None else parse_size(args.size),
         judge=_judge(args),
         **{name: getattr(args, name) for name in fields},
@@ -113,7 +122,7 @@ def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, An
         lines = [f"  {name}: {reason}" for name, reason in results["left_out"][:SHOWN]]
         more = [f"  and {len(results['left_out']) - SHOWN} more"] if len(results["left_out"]) > SHOWN else []
         parts.append("\n".join(["files or members that hold no rows", *lines, *more]))
-    if config.model == "builtin" and not config.initial and builtin.weights_status() == "untrained":
+    if config.model == "builtin" and not (config.initial or config.lora) and builtin.weights_status() == "untrained":
         parts.append("the built-in weights are untrained: what they make is noise")
     parts.append(f"results  {config.out / 'results.json'}")
     return "\n\n".join(parts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from uniref_fast.loading import defaults
+from uniref_fast.training.adapters import Adapter, trained_visibility
 from uniref_fast.training.judge import JudgeConfig
 from uniref_fast.training.lineage import attends
 
@@ -23,12 +24,14 @@ class EvalConfig:
         out: folder of the results: new, empty, or of the same evaluation, which then goes on.
         model: "builtin", a diffusers folder or a hub id.
         initial: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
+        lora: adapters that are put on top of those, as "PATH[:SCALE]" (`adapters.Adapter`), in order.
         baseline: instead of the model's results: "input", the picture whose background the answer has, where a scene
             says so, else picture 1, at the size of the result (grey without pictures);
             "vae", the target through the model's autoencoder; "untrained", those of the built-in model with its
             transformer before training.
         reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
         judge: how the judge is asked.
+        rewards: rewards of your own, as "package.module:function" (`reward_set`), which score every image beside that.
         steps: denoising steps; None for 8 with the built-in model, else 50.
         guidance: true CFG scale, 1 turns guidance off; None for 1 with the built-in model, else 4.
         budget: joint pixel budget of a row's references, budget x budget; None sizes each as diffusers does.
@@ -52,9 +55,11 @@ class EvalConfig:
     out: Path
     model: str = "builtin"
     initial: tuple[Path, ...] = ()
+    lora: tuple[str, ...] = ()
     baseline: Literal["input", "vae", "untrained"] | None = None
     reward: Literal["scene", "judge", "none"] | None = None
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    rewards: tuple[str, ...] = ()
     steps: int | None = None
     guidance: float | None = None
     budget: int | None = None
@@ -85,8 +90,14 @@ class EvalConfig:
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if self.baseline == "untrained" and self.model != "builtin":
             raise ValueError(f"baseline untrained is there for the built-in model only, not for {self.model}")
-        if self.baseline is not None and self.initial:
-            raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial")
+        if self.baseline is not None and (self.initial or self.lora):
+            raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial and lora")
+        for name in self.rewards:
+            if ":" not in name or self.rewards.count(name) > 1:
+                raise ValueError(
+                    f'rewards are functions of your own as "package.module:function", each once, got {name!r}; reward '
+                    "takes scene or judge"
+                )
 
     @property
     def runs_model(self) -> bool:
@@ -95,7 +106,13 @@ class EvalConfig:
     @property
     def attends(self) -> str:
         """The visibility; a group of one sample shares its references with nobody."""
-        return self.visibility or attends(self.initial[-1] if self.initial else None) or "full"
+        trained = trained_visibility(self.adapters) or attends(self.initial[-1] if self.initial else None)
+        return self.visibility or trained or "full"
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Raises ValueError for a path of `lora` that holds no adapter."""
+        return tuple(Adapter.parse(text) for text in self.lora)
 
     @property
     def all_steps(self) -> int:

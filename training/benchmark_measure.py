@@ -15,7 +15,7 @@ from uniref_fast.training.benchmark_rows import Planned
 from uniref_fast.training.rewards import AXES, Failure, Scores
 from uniref_fast.training.scene_reward import SceneDetails, scene_details
 
-__all__ = ["judged", "measured", "psnr", "through_vae"]
+__all__ = ["judged", "measured", "psnr", "scored", "through_vae"]
 
 ROUNDING = 1 / 12  # mean squared error of rounding to 8 bits: what two equal images are taken to differ by
 
@@ -72,6 +72,11 @@ def _objects(details: SceneDetails) -> list[dict[str, Any]]:
         }
         for one in details.objects
     ]  # fmt: skip
+
+
+def scored(result: Scores | Failure) -> dict[str, Any]:
+    """Scores by whatever axes a reward of the user's own has, or the failure, as a record has them."""
+    return judged(result) if isinstance(result, Failure) else {"scores": dict(result.axes)}
 
 
 def judged(result: Scores | Failure) -> dict[str, Any]:

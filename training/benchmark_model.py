@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.loading import load_pipeline
 from uniref_fast.model_kind import check_pipeline, check_transformer
+from uniref_fast.training.adapters import Adapter, check_adapters, put_adapters
 from uniref_fast.training.cache import content_key, fingerprint
 from uniref_fast.training.lineage import base, said
 
@@ -33,7 +35,14 @@ def on_device(device: str | None, dtype: str | None) -> tuple[str, str]:
     return device, dtype or ("float32" if kind == "cpu" else "bfloat16")
 
 
-def load(model: str, runs: tuple[Path, ...], untrained: bool, device: str, dtype: str) -> Any:
+def load(
+    model: str,
+    runs: tuple[Path, ...],
+    untrained: bool,
+    device: str,
+    dtype: str,
+    adapters: Sequence[Adapter] = (),
+) -> Any:
     """A pipeline that is ready to edit.
 
     Args:
@@ -41,6 +50,7 @@ def load(model: str, runs: tuple[Path, ...], untrained: bool, device: str, dtype
         runs: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
         untrained: the built-in model with the transformer that it has before any training, of seed 0.
         device, dtype: see `on_device`.
+        adapters: put on top of all that, in order.
 
     Raises:
         ValueError, TypeError: for what is not there, cannot be read, or does not fit together.
@@ -49,13 +59,15 @@ def load(model: str, runs: tuple[Path, ...], untrained: bool, device: str, dtype
     pipe = load_pipeline(model, kind, device)
     if untrained:  # the autoencoder stays: it bounds what any transformer can reach
         pipe.transformer = components.pipeline(0, kind).transformer.to(device)
-    adapters: list[str] = []
+    active: list[str] = []
     for run in runs:
         try:
-            _put_on(pipe, run, adapters, kind, device)
+            _put_on(pipe, run, active, kind, device)
         except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"initial {run} could not be put on {model}: {first}") from error
+    if adapters:
+        put_adapters(pipe, adapters, check_adapters(adapters, model, runs), active, kind)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -81,16 +93,18 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
             )
 
 
-def files_digest(model: str, runs: tuple[Path, ...]) -> str:
+def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter] = ()) -> str:
     """Changes when weight files of this machine do, of the model or of runs; without loading them.
 
     Names, sizes, and the first and last 64 KiB of each: training leaves none of these as they were.
     """
     folders = [model_folder() if model == "builtin" else Path(model)]
     folders += [run / part for run in runs for part in ("transformer", "lora")]
+    folders += [adapter.file for adapter in adapters]
     digest = hashlib.sha256()
     for folder in folders:
-        for path in sorted(folder.rglob("*.safetensors")) if folder.is_dir() else ():
+        inside = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+        for path in [folder] if folder.is_file() else inside:
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder)} {size}".encode())
             with open(path, "rb") as file:

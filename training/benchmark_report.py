@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -55,7 +56,8 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
     Returns:
         "rows", "broken" of them, "failures" to score by kind; "scores", "bound_scores" (of the target through the
         autoencoder) and "gap_scores" (the bound less the image made) by axis; "psnr", "bound_psnr" and "gap_psnr" in
-        dB; each as {"n", "mean", "sem"}, None where nothing is known. "objects": {"n", "present" share of them and
+        dB; "own" the scores of rewards of your own by "module:function.axis", and "own_failures" of them by kind;
+        each as {"n", "mean", "sem"}, None where nothing is known. "objects": {"n", "present" share of them and
         "present_sem" its standard error, objects of a row counting as one draw, "new", "new_present" and
         "new_present_sem" the same of those that no picture shows at their place, "distance" mean of those
         present in pixels, "similarity" mean of all, "bound_present" and "bound_similarity" the same of the targets
@@ -75,6 +77,17 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
         "scores": {axis: statistic(values) for axis, values in scores.items()},
         "bound_scores": {axis: statistic(values) for axis, values in bounds.items()},
         "gap_scores": {axis: statistic(_less(bounds[axis], values)) for axis, values in scores.items()},
+        "own": {measure: statistic([own_scores(row).get(measure) for row in made]) for measure in own_measures(made)},
+        "own_failures": dict(
+            sorted(
+                Counter(
+                    f"{name}: {result['failure']['kind']}"
+                    for row in made
+                    for name, result in row.get("own", {}).items()
+                    if "failure" in result
+                ).items()
+            )
+        ),
         "psnr": statistic(psnrs),
         "bound_psnr": statistic(most),
         "gap_psnr": statistic(_less(most, psnrs)),
@@ -91,6 +104,17 @@ def group(rows: Sequence[Record]) -> dict[str, Any]:
             "bound_similarity": statistic([one["similarity"] for one in best])["mean"],
         },
     }
+
+
+def own_scores(row: Record) -> dict[str, float]:
+    """Scores of a row by rewards of the user's own, by "module:function.axis"."""
+    results = row.get("own", {}).items()
+    return {f"{name}.{axis}": score for name, result in results for axis, score in result.get("scores", {}).items()}
+
+
+def own_measures(rows: Sequence[Record]) -> list[str]:
+    """What rewards of the user's own score in any of the rows."""
+    return list(dict.fromkeys(measure for row in rows for measure in own_scores(row)))
 
 
 def statistic(values: Sequence[float | None]) -> dict[str, Any]:
@@ -162,6 +186,11 @@ def _percent(name: str) -> Cell:
     return cell
 
 
+def _own_cell(found: Mapping[str, Any], measure: str) -> str:
+    value = found["own"].get(measure, {"mean": None})
+    return "" if value["mean"] is None else _measure("own", measure, errors=True)(found)
+
+
 COLUMNS: dict[str, Cell] = {
     "rows": lambda found: str(found["rows"]),
     "broken": lambda found: str(found["broken"] or ""),
@@ -197,8 +226,10 @@ def table(found: Mapping[str, Any], overall: Mapping[str, Any] | None = None) ->
         lines.append((file, part["all"]))
         lines += [(f"  {k} picture{'' if k == '1' else 's'}", one) for k, one in part["references"].items()]
         lines += [(f"  {name}", one) for kind in ("tasks", "languages") for name, one in part[kind].items()]
-    names = [name for name, cell in COLUMNS.items() if any(cell(one) for _, one in lines)]
-    grid = [["", *names]] + [[label, *(COLUMNS[name](one) for name in names)] for label, one in lines]
+    own = dict.fromkeys(measure for _, one in lines for measure in one["own"])
+    columns = COLUMNS | {measure.partition(":")[2]: functools.partial(_own_cell, measure=measure) for measure in own}
+    names = [name for name, cell in columns.items() if any(cell(one) for _, one in lines)]
+    grid = [["", *names]] + [[label, *(columns[name](one) for name in names)] for label, one in lines]
     legend = [text for name, text in LEGEND.items() if name in names]
     return "\n".join([*_aligned(grid), *(["", *legend] if legend else [])])
 
@@ -297,8 +328,8 @@ def compare(
 
     Returns:
         "against" the name, "unmatched" rows of this one, and "files": by file "rows" matched, and by measure (the axes,
-        "mean", "psnr", "present" share of a row's objects) {"n", "mean", "sem"}; measures that no row has in both are
-        left out.
+        "mean", "psnr", "present" share of a row's objects, those of own rewards) {"n", "mean", "sem"}; measures that no
+        row has in both are left out.
 
     Raises:
         ValueError: when no rows are the same, or the images made of them differ in size.
@@ -321,7 +352,8 @@ def compare(
     files: dict[str, Any] = {}
     for file in dict.fromkeys(row["file"] for row, _ in pairs):
         own = [pair for pair in pairs if pair[0]["file"] == file]
-        values = {measure: _less(*zip(*(_both(pair, measure) for pair in own), strict=True)) for measure in PAIRED}
+        measures = (*PAIRED, *own_measures([row for row, _ in own]))
+        values = {measure: _less(*zip(*(_both(pair, measure) for pair in own), strict=True)) for measure in measures}
         found = {measure: statistic(differences) for measure, differences in values.items()}
         files[file] = {"rows": len(own), **{measure: one for measure, one in found.items() if one["n"]}}
     return {"against": name, "unmatched": len(rows) - len(pairs), "files": files}
@@ -347,13 +379,17 @@ def file_name(label: str) -> str:
 def _value(row: Record, measure: str) -> float | None:
     if measure == "present":
         return _share(row.get("objects", ()))
+    if ":" in measure:
+        return own_scores(row).get(measure)
     return row.get("psnr") if measure == "psnr" else _score(row, measure)
 
 
 def comparison_table(found: Mapping[str, Any]) -> str:
     """Differences as text."""
-    names = [name for name in PAIRED if any(name in one for one in found["files"].values())]
-    grid = [[f"less {found['against']}", "rows", *("PSNR" if name == "psnr" else name for name in names)]]
+    own = dict.fromkeys(name for one in found["files"].values() for name in one if ":" in name)
+    names = [name for name in (*PAIRED, *own) if any(name in one for one in found["files"].values())]
+    titles = ["PSNR" if name == "psnr" else name.rpartition(":")[2] for name in names]
+    grid = [[f"less {found['against']}", "rows", *titles]]
     for file, one in found["files"].items():
         grid.append([file, str(one["rows"]), *(_difference(one.get(name)) for name in names)])
     more = f"{found['unmatched']} rows are in this evaluation alone" if found["unmatched"] else ""

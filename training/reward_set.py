@@ -21,7 +21,7 @@ from uniref_fast.training.rewards import AXES, Candidate, Failure, Scores
 from uniref_fast.training.rl_recipes import MSGRPO
 from uniref_fast.training.scene_reward import scene_reward
 
-__all__ = ["RewardSet", "UnscoredError"]
+__all__ = ["RewardSet", "UnscoredError", "reward_function"]
 
 Reward = Callable[[Candidate], "Scores | Failure"]
 
@@ -52,7 +52,7 @@ class RewardSet:
         self.shares: dict[str, float] = {}  # of each axis seen so far: the weights of the rewards that score it
         self.judge: Judge | None = None
         self._threads = ThreadPoolExecutor(1)  # a core stays with the rollouts
-        self._functions = {name: _function(name) for name in config.rewards if name != "judge"}
+        self._functions = {name: reward_function(name) for name in config.rewards if name != "judge"}
         if "judge" in config.rewards and logs is not None:
             logs.mkdir(parents=True, exist_ok=True)
             old = sorted(logs.glob("judge-*.jsonl"))
@@ -115,7 +115,12 @@ def _check(config: MSGRPO) -> None:
         raise ValueError(f"axis_weights must be at least 0, got {config.axis_weights}")
 
 
-def _function(name: str) -> Reward:
+def reward_function(name: str) -> Reward:
+    """The reward of that name: "scene", or a function of your own as "package.module:function".
+
+    Raises:
+        ValueError: for one that is not there.
+    """
     if name == "scene":
         return scene_reward
     module, colon, attribute = name.partition(":")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from uniref_fast import __version__
 from uniref_fast.data_cli import add_data_commands, leave_to
+from uniref_fast.loading import LORA_HELP
 
 if TYPE_CHECKING:
     from uniref_fast.training.images import ImageSource
@@ -77,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_request(edit)
     edit.add_argument("--out", type=Path, required=True, help="picture to write (.png, .jpg, .webp, ...)")
     edit.add_argument(
-        "--visibility", choices=("full", "reference_causal", "reference_isolated"), default="full",
-        help="other than full for models trained with it (%(default)s)",
+        "--visibility", choices=("full", "reference_causal", "reference_isolated"),
+        help="other than full for models trained with it (that of the last --lora's training run, else full)",
     )  # fmt: skip
+    edit.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help=LORA_HELP)
     edit.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU by default")
     edit.add_argument("--device", help="cuda where there is one, else cpu, by default")
     edit.set_defaults(run=_edit)
@@ -177,9 +179,18 @@ def _edit(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
+    adapters, visibility, below = [], args.visibility, None
+    if args.lora:
+        from uniref_fast.training import adapters as loras
+
+        adapters = [loras.Adapter.parse(text) for text in args.lora]
+        below = loras.check_adapters(adapters, args.model)
+        visibility = visibility or loras.trained_visibility(adapters)
     pipe = load_pipeline(args.model, dtype, device)
+    if adapters:
+        loras.put_adapters(pipe, adapters, below, (), dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
-    (image,) = edit(pipe, [request], budget=_budget(args), visibility=args.visibility)
+    (image,) = edit(pipe, [request], budget=_budget(args), visibility=visibility or "full")
     _save(image, args.out)
     print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
     if builtin.weights_status(pipe) == "untrained":

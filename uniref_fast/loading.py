@@ -11,7 +11,12 @@ from typing import Any
 
 from uniref_fast.model_kind import check_configuration, check_pipeline
 
-__all__ = ["defaults", "load_pipeline", "model_errors"]
+__all__ = ["LORA_HELP", "defaults", "load_pipeline", "model_errors"]
+
+LORA_HELP = (
+    "a LoRA to put on the model: a training run's folder, its lora/ folder, or a .safetensors file, with a factor on "
+    "its effect (1); repeat for more"
+)
 
 
 def defaults(name: str) -> tuple[int, float]:

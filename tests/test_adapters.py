@@ -1,0 +1,134 @@
+"""Adapters by path and scale, as `uniref-fast edit --lora` and `eval --lora` take them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import uniref_fast
+from uniref_fast import EditRequest, builtin
+from uniref_fast.cli import main
+from uniref_fast.training.adapters import Adapter, check_adapters, put_adapters, trained_visibility
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder as a training run leaves it: an adapter that was trained under reference_causal."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    pipe = builtin.load()
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    )
+    lora = get_peft_model_state_dict(pipe.transformer)
+    type(pipe).save_lora_weights(str(folder / "lora"), transformer_lora_layers=lora)
+    (folder / "config.json").write_text(json.dumps({"model": "builtin", "visibility": "reference_causal"}))
+    return folder
+
+
+def edited(adapters, **options):
+    pipe = builtin.load()
+    pipe.set_progress_bar_config(disable=True)
+    put_adapters(pipe, adapters, None, (), torch.float32)
+    request = EditRequest("x", [Image.new("RGB", (64, 64), "red")], true_cfg_scale=1.0, seed=0, num_inference_steps=2)
+    return uniref_fast.edit(pipe, [request], output_type="latent", progress=False, **options)[0]
+
+
+def test_run_folder_and_file_are_one_adapter_and_the_scale_counts(run):
+    (file,) = (run / "lora").iterdir()
+    given = [
+        Adapter.parse(text) for text in (str(run), f"{run}/lora", str(file), f"{file}:1.0", f"{run}:0.5", f"{run}:0")
+    ]
+    assert {one.file for one in given} == {file} and {one.run for one in given} == {run}
+    assert [one.scale for one in given] == [1, 1, 1, 1, 0.5, 0]
+    none, half, whole, zero = (edited([one] if one else []) for one in (None, given[4], given[0], given[5]))
+    assert torch.allclose(zero, none, atol=1e-5)
+    assert (whole - none).abs().max() > (half - none).abs().max() > 1e-3
+    twice = edited([given[4], given[4]])
+    assert torch.allclose(twice, whole, atol=1e-4), "two of half the scale are one whole"
+
+
+def test_what_a_run_says_is_respected(run, tmp_path):
+    assert trained_visibility([Adapter.parse(str(run / "lora"))]) == "reference_causal"
+    assert trained_visibility([]) is None
+    other = shutil.copytree(run, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model": "a/b"}))
+    with pytest.raises(ValueError, match="was trained on a/b, not on the built-in model; give --model a/b"):
+        check_adapters([Adapter.parse(str(other))], "builtin")
+    below = tmp_path / "below"
+    pipe = builtin.load()
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(-1)
+    pipe.transformer.save_pretrained(below / "transformer")
+    (other / "config.json").write_text(json.dumps({"initial": str(below)}))
+    adapter = Adapter.parse(str(other))
+    assert check_adapters([adapter], "builtin") == below
+    assert check_adapters([adapter], "builtin", [below]) is None
+    with pytest.raises(ValueError, match=r"not of .*; a model has one"):
+        check_adapters([adapter], "builtin", [run])
+    fresh = builtin.load()
+    put_adapters(fresh, [adapter], below, (), torch.float32)
+    assert torch.equal(fresh.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
+
+
+def test_what_is_no_adapter(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full" / "transformer").mkdir(parents=True)
+    (tmp_path / "note.txt").write_text("")
+    for text, message in (
+        (tmp_path / "gone", "no such file or folder"),
+        (f"{tmp_path / 'gone'}:0.5", "no such file or folder"),
+        (f"{run}:much", "scale after the colon must be a finite number, got 'much'"),
+        (f"{run}:nan", "must be a finite number"),
+        (tmp_path / "empty", "has no .safetensors file; give"),
+        (tmp_path / "full", "it holds transformer/, all weights of a model"),
+        (tmp_path / "note.txt", "an adapter is a .safetensors file, got note.txt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Adapter.parse(str(text))
+    damaged, foreign = (tmp_path / name for name in ("damaged.safetensors", "foreign.safetensors"))
+    damaged.write_bytes(b"x" * 20)
+    save_file(
+        {"unet.mid.to_q.lora_A.weight": torch.zeros(2, 4), "unet.mid.to_q.lora_B.weight": torch.zeros(4, 2)}, foreign
+    )
+    (file,) = (run / "lora").iterdir()
+    deeper, tensors = tmp_path / "deeper.safetensors", load_file(file)
+    tensors |= {
+        key.replace("blocks.0.", "blocks.9."): value.clone() for key, value in tensors.items() if "blocks.0." in key
+    }
+    save_file(tensors, deeper)
+    with pytest.raises(
+        ValueError, match="4 of its 20 tensors belong to no layer of this model; it was made for another"
+    ):
+        put_adapters(builtin.load(), [Adapter.parse(str(deeper))], None, (), torch.float32)
+    for path, message in ((damaged, "could not be put on the model"), (foreign, "foreign.safetensors")):
+        with pytest.raises(ValueError, match=message):
+            put_adapters(builtin.load(), [Adapter.parse(str(path))], None, (), torch.float32)
+
+
+def test_the_command(run, tmp_path, capsys):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
+    args = ["edit", "--image", str(tmp_path / "in.png"), "--prompt", "x", "--steps", "2"]
+    outputs = {}
+    for name, more in (
+        ("plain", []),
+        ("lora", ["--lora", str(run)]),
+        ("causal", ["--lora", str(run), "--visibility", "reference_causal"]),
+        ("full", ["--lora", f"{run}:1", "--visibility", "full"]),
+    ):
+        assert main([*args, *more, "--out", str(tmp_path / f"{name}.png")]) == 0
+        outputs[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+    assert np.array_equal(outputs["lora"], outputs["causal"]), "it attends as the adapter was trained"
+    assert not np.array_equal(outputs["lora"], outputs["full"])
+    assert not np.array_equal(outputs["lora"], outputs["plain"])
+    capsys.readouterr()
+    assert main([*args, "--lora", str(tmp_path / "gone"), "--out", str(tmp_path / "x.png")]) == 2
+    assert "--lora" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
