@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from uniref_fast.training.judge_reply import Reply, parse_json, read_completion, read_scores, shown
@@ -172,6 +172,7 @@ painted = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_
 ENDS = [f'", {ZEROS}', f'", "scores": {{{ZEROS}}}', f'", {ZEROS[:-1]}, "overall": 0}}', '", "Integration": 0}', '"}']
 
 
+@settings(deadline=None)
 @given(text=painted, end=st.sampled_from(ENDS), fence=st.booleans(), thinking=st.none() | painted)
 @example(f'x", {FAKE[1:-1]}, "reasoning": "', ENDS[0], False, None)
 @example(f'x", {FAKE[1:-1]}, "y": "', ENDS[1], False, None)
@@ -185,6 +186,7 @@ def test_text_quoted_without_escapes_never_gives_another_score(text, end, fence,
     assert result == [0, 0, 0] or isinstance(result, str)
 
 
+@settings(deadline=None)
 @given(text=painted, thinking=st.none() | painted, after=st.booleans())
 def test_text_that_is_escaped_changes_nothing(text, thinking, after):
     fields = {"reasoning": text, **dict.fromkeys(AXES, 0)}
@@ -197,12 +199,14 @@ def test_text_that_is_escaped_changes_nothing(text, thinking, after):
         assert result == ("malformed" if "</think>" in thinking else [0, 0, 0])
 
 
+@settings(deadline=None)
 @given(text=painted, cut=st.floats(0, 1))
 def test_a_reply_that_was_cut_anywhere_never_scores(text, cut):
     reply = f'{{"reasoning": "{text}", {ZEROS}'
     assert read(reply[: round(cut * len(reply))], "length") == "truncated"
 
 
+@settings(deadline=None)
 @given(text=painted, before=painted, after=painted)
 def test_an_answer_in_words_never_scores(text, before, after):
     """Text before or after an object, whatever that text is: it may be the object that is quoted."""

@@ -60,7 +60,9 @@ def test_a_tail_of_zeros_is_an_unfinished_line(path):
     assert steps(path) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("line", ["{broken", "[1]", '{"loss": 1}', '{"step": "3"}', '{"step": true}', "", "\xff"])
+@pytest.mark.parametrize(
+    "line", ["{broken", "[1]", '{"loss": 1}', '{"step": "3"}', '{"step": true}', "", "\xff", '{"a":' * 20_000]
+)
 def test_a_damaged_line_is_named_and_nothing_is_touched(path, line):
     path.write_bytes(path.read_bytes().replace(b"\n", b"\n" + line.encode("latin-1") + b"\n", 1))
     before = path.read_bytes()

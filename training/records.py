@@ -90,7 +90,7 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # no JSON, or nested without end
             record = None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise ValueError(
