@@ -336,6 +336,17 @@ def test_fake_tensors(make_transformer):
     assert any("FakeTensorMode is active" in reason for reason in report.fallbacks)
 
 
+def test_meta_tensors(make_transformer):
+    stock, model, report = pair(make_transformer, layers=1)
+    given = {name: x.to("meta") if torch.is_tensor(x) else x for name, x in inputs().items()}
+    shapes = []
+    for each in (stock, model):
+        each.to("meta")
+        with torch.no_grad():
+            shapes.append(each(**given)[0].shape)
+    assert shapes[0] == shapes[1] and any("meta device" in reason for reason in report.fallbacks)
+
+
 @pytest.mark.parametrize("called_before", [False, True])
 @pytest.mark.parametrize(
     "skip",

@@ -114,6 +114,8 @@ def _refusal(owner: Owner, site: Site, head_dim: int, *tensors: Tensor) -> str |
             return f"called with a {type(tensor).__name__}"
         if tensor.dtype != first.dtype or tensor.device != first.device:
             return f"mixed dtypes or devices: {first.dtype} on {first.device}, {tensor.dtype} on {tensor.device}"
+    if first.device.type == "meta":
+        return "tensors on the meta device have no values"
     if torch.is_autocast_enabled(first.device.type):
         return "inside torch.autocast, where dtypes change between ops"
     if first.dtype not in SELF_CHECK_TOLERANCE:
