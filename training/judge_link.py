@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import email.utils
 import functools
 import html
@@ -12,7 +13,8 @@ import os
 import random
 import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -36,8 +38,9 @@ AWAY = (502, 503, 504)  # what a proxy, or a server that still loads its model, 
 MISSES = 3  # in a row are an outage
 LOCAL = ("all://localhost", "all://127.0.0.1", "all://[::1]")  # never through a proxy
 LOGGERS = ("httpx2", *(f"httpcore2.{name}" for name in ("connection", "http11", "http2", "proxy", "socks")))
-LIMIT = 2**21  # bytes of an answer, as sent and when unpacked: a reply of 32,000 tokens with its thinking is 1 MB
-CODINGS = ("gzip", "deflate")  # accepted although not asked for; one at a time, since packing twice has no bound
+LIMIT = 2**21  # bytes of an answer, as sent and when unpacked; a reply of 32,000 tokens with its thinking has 1 MB
+# Accepted although not asked for, with their formats for zlib; one at a time, since packing twice has no bound.
+CODINGS = {"gzip": (31,), "deflate": (15, -15)}
 
 
 class Key:
@@ -269,33 +272,35 @@ class Link:
         """
         try:
             async with self._client.stream(method, url, **request) as response:
-                data, fault = await self._body(response)
-                answer = _Response(response.status_code, data, fault, _retry_after(response.headers))
+                codings = response.headers.get_list("content-encoding", split_commas=True)
+                wait, (data, fault) = _retry_after(response.headers), await _body(response)
         except httpx2.RequestError:
             raise
         except Exception as error:  # the HTTP library has more than its own errors for odd headers
             raise httpx2.RemoteProtocolError(f"{type(error).__name__}: {error}") from None
-        return await asyncio.get_running_loop().run_in_executor(self._reader, read, answer)
-
-    async def _body(self, response: httpx2.Response) -> tuple[bytes, Failure | None]:
-        """Return at most `LIMIT` bytes of a body, unpacked, and the failure where that is not all of it."""
-        codings = response.headers.get_list("content-encoding", split_commas=True)
         codings = [coding for one in codings if (coding := one.strip().lower()) not in ("", "identity")]
-        if len(codings) > 1 or not {*codings} <= {*CODINGS}:
+        answer = _Response(response.status_code, data, fault, wait)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._reader, lambda: read(self._unpacked(answer, codings) if codings else answer)
+        )
+
+    def _unpacked(self, response: _Response, codings: Sequence[str]) -> _Response:
+        """Return the response with its body unpacked, up to `LIMIT` bytes, or with the failure of that."""
+        if response.fault is not None:
+            return response
+        data, fault = b"", None
+        if len(codings) > 1 or codings[0] not in CODINGS:
             given = shown(self.key.hide(", ".join(codings)))
             what = f"the answer is packed as {given}; accepted is one of {', '.join(CODINGS)}, or none"
-            return b"", Failure("malformed", what)
-        data, fault = bytearray(), None
-        try:
-            async with contextlib.aclosing(response.aiter_bytes()) as pieces:
-                async for piece in pieces:  # at most 1 MiB, however much a packed one holds
-                    data += piece
-                    if max(len(data), response.num_bytes_downloaded) > LIMIT:
-                        fault = Failure("oversized", f"the answer has more than {LIMIT} bytes")
-                        break
-        except httpx2.DecodingError as error:
-            fault = Failure("malformed", f"the answer cannot be unpacked: {error}")
-        return bytes(data[:LIMIT]), fault
+            fault = Failure("malformed", what)
+        else:
+            try:
+                data = _inflated(response.data, CODINGS[codings[0]])
+            except ValueError as error:
+                fault = Failure("malformed", f"the answer cannot be unpacked: {error}")
+        if len(data) > LIMIT:
+            data, fault = data[:LIMIT], _oversized()
+        return dataclasses.replace(response, data=data, fault=fault)
 
     def _read(self, response: _Response) -> Answer:
         reason = f"HTTP {response.status}: {excerpt(response.data, self.key.hide) or 'no body'}"
@@ -331,6 +336,41 @@ class _Response:
     data: bytes
     fault: Failure | None
     wait: float | None
+
+
+async def _body(response: httpx2.Response) -> tuple[bytes, Failure | None]:
+    """Return at most `LIMIT` bytes of a body as they were sent, and the failure where that is not all of it."""
+    data = bytearray()
+    async with contextlib.aclosing(response.aiter_raw()) as pieces:
+        async for piece in pieces:
+            data += piece
+            if len(data) > LIMIT:
+                return bytes(data[:LIMIT]), _oversized()
+    return bytes(data), None
+
+
+def _oversized() -> Failure:
+    return Failure("oversized", f"the answer has more than {LIMIT} bytes")
+
+
+def _inflated(data: bytes, formats: Sequence[int]) -> bytes:
+    """Return packed data unpacked in one of the formats of zlib, but no more than one byte over `LIMIT`.
+
+    Raises:
+        ValueError: for data of none of them, or that ends too early.
+    """
+    problem = ""
+    for wbits in formats:
+        inflater = zlib.decompressobj(wbits)
+        try:
+            found = inflater.decompress(data, LIMIT + 1)
+        except zlib.error as error:
+            problem = problem or str(error)
+            continue
+        if inflater.eof or len(found) > LIMIT:
+            return found
+        problem = "it ends too early"
+    raise ValueError(problem)
 
 
 def _listed(response: _Response) -> list[str]:
