@@ -43,7 +43,8 @@ def _norm_back(b_g, b_x, p_w, eps):
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]  # [BH, 1]
     b_n = b_x * b_rstd
     b_dn = b_g * tl.load(p_w + tl.arange(0, D)).to(tl.float32)[None, :]
-    return b_rstd * (b_dn - b_n * (tl.sum(b_dn * b_n, 1) / D)[:, None]), b_g * b_n
+    b_mean = tl.sum(b_dn * b_n, 1) / D  # this order needs fewer registers than one product by rstd at the end
+    return b_rstd * b_dn - b_n * (b_rstd * b_mean[:, None]), b_g * b_n
 
 
 @triton.jit
