@@ -218,9 +218,10 @@ def _plan_tensors(plan: AttentionPlan, device: torch.device) -> tuple[torch.Tens
     for keys in plan.intervals:
         flat += keys
         pointers.append(len(flat))
-    q_ranges = torch.tensor(plan.ranges, dtype=torch.int32).reshape(-1, 2)
-    kv_ranges = torch.tensor(flat, dtype=torch.int32).reshape(-1, 2)
-    return q_ranges.to(device), torch.tensor(pointers, dtype=torch.int32).to(device), kv_ranges.to(device)
+    q_ranges = torch.tensor(plan.ranges, dtype=torch.int32, device="cpu").reshape(-1, 2)
+    kv_ranges = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
+    kv_ptr = torch.tensor(pointers, dtype=torch.int32, device="cpu")
+    return q_ranges.to(device), kv_ptr.to(device), kv_ranges.to(device)
 
 
 def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.Tensor:
@@ -229,17 +230,18 @@ def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.
         work = sum(b - a for a, b in keys)
         tiles += [(-work, index, row) for row in range(start, end, block)]
     tiles.sort()
-    return torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32).reshape(-1, 2).to(device)
+    table = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device="cpu")
+    return table.reshape(-1, 2).to(device)
 
 
 def _whole_tiles(plan: AttentionPlan, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     whole = [bool(spans) and all(end - start >= keys for start, end in spans) for spans in plan.intervals]
     _, kv_ptr, kv_ranges = plan.tensors("cpu")
-    is_whole = torch.tensor(whole, dtype=torch.bool)
+    is_whole = torch.tensor(whole, dtype=torch.bool, device="cpu")
     start, end = kv_ranges.unbind(1)
     count = (end - start + keys - 1) // keys * is_whole.repeat_interleave(kv_ptr.diff())
     pointers = torch.nn.functional.pad(count.cumsum(0), (1, 0))
-    nth = torch.arange(int(pointers[-1])) - pointers[:-1].repeat_interleave(count)
+    nth = torch.arange(int(pointers[-1]), device="cpu") - pointers[:-1].repeat_interleave(count)
     unmoved = start.repeat_interleave(count) + nth * keys
     first = torch.minimum(unmoved, (end - keys).repeat_interleave(count))
     key_tiles = torch.stack([first, unmoved - first], 1)

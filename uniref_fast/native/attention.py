@@ -40,8 +40,8 @@ def segment_attention(
     lib, level_id = use_level(level)
     dtype, (queries, heads, dim), keys = _attention_shapes(q, k, v)
     plan = _table(("q_ranges", "kv_ptr", "kv_ranges"), q_ranges, kv_ptr, kv_ranges)
-    out = torch.empty((queries, heads, dim), dtype=dtype)
-    lse = torch.empty((heads, queries), dtype=torch.float32)
+    out = torch.empty((queries, heads, dim), dtype=dtype, device="cpu")
+    lse = torch.empty((heads, queries), dtype=torch.float32, device="cpu")
     status = lib.uf_segment_attention(
         level_id, torch.get_num_threads(), DTYPES[dtype],
         q.data_ptr(), q.stride(0), q.stride(1),
@@ -86,7 +86,7 @@ def segment_attention_backward(
     lse = check("lse", lse, (heads, queries), torch.float32).contiguous()
     plan = _table(("q_ranges", "kv_ptr", "kv_ranges"), q_ranges, kv_ptr, kv_ranges)
     transpose = _table(("k_ranges", "q_ptr", "q_spans"), k_ranges, q_ptr, q_spans)
-    grads = [torch.empty((n, heads, dim), dtype=dtype) for n in (queries, keys, keys)]
+    grads = [torch.empty((n, heads, dim), dtype=dtype, device="cpu") for n in (queries, keys, keys)]
     views = (grad_out, q, k, v, out)
     status = lib.uf_segment_attention_backward(
         level_id, torch.get_num_threads(), DTYPES[dtype], pointers(views), strides(views, 2), lse.data_ptr(),

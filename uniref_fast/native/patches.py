@@ -72,7 +72,7 @@ def unpack(
     for start, (f, gh, gw) in zip(starts, grids, strict=True):
         if min(start, f, gh, gw) < 0 or start + f * gh * gw > total:
             raise ValueError(f"rows [{start}, {start + f * gh * gw}) leave the stream's {total} rows")
-    latents = [torch.empty((channels, f, 2 * gh, 2 * gw), dtype=dtype) for f, gh, gw in grids]
+    latents = [torch.empty((channels, f, 2 * gh, 2 * gw), dtype=dtype, device="cpu") for f, gh, gw in grids]
     lib.uf_copy_patches(
         torch.get_num_threads(), dtype.itemsize, 1, _latent_table(latents, starts), len(latents), channels,
         stream.data_ptr(),

@@ -42,7 +42,7 @@ def qk_norm_rope(
     cos, sin, index, weights = _rope_tables(
         cos, sin, txt_index, img_index, (txt_wq, img_wq, txt_wk, img_wk), (len(txt_q), len(img_q)), dim
     )
-    out = [torch.empty((total, heads, dim), dtype=dtype) for _ in range(3)]
+    out = [torch.empty((total, heads, dim), dtype=dtype, device="cpu") for _ in range(3)]
     status = lib.uf_qk_norm_rope(
         level_id, torch.get_num_threads(), DTYPES[dtype], pointers(streams), strides(streams, 2),
         pointers(weights), pointers(index), (ctypes.c_int64 * 2)(len(txt_q), len(img_q)),
@@ -86,8 +86,8 @@ def qk_norm_rope_backward(
     given = (txt_wq, img_wq, txt_wk, img_wk)
     tokens = (len(txt_q), len(img_q))
     cos, sin, index, weights = _rope_tables(cos, sin, txt_index, img_index, given, tokens, dim)
-    grads = [torch.empty((n, heads, dim), dtype=dtype) for _ in range(3) for n in tokens]
-    sums = [None if w is None or not weight_grads else torch.empty(dim) for w in weights]
+    grads = [torch.empty((n, heads, dim), dtype=dtype, device="cpu") for _ in range(3) for n in tokens]
+    sums = [None if w is None or not weight_grads else torch.empty(dim, device="cpu") for w in weights]
     views = (dq, dk, dv, *inputs)
     status = lib.uf_qk_norm_rope_backward(
         level_id, torch.get_num_threads(), DTYPES[dtype], pointers(views), strides(views, 2),

@@ -34,8 +34,8 @@ def _token_rows(
     n_rows = _modulation_rows({"gate": gate, "shift": shift, "scale": scale}, dtype, channels)
     if rows is not None:
         rows = int32("rows", rows, (tokens,))
-    x_out = None if gate is None else torch.empty((tokens, channels), dtype=dtype)
-    normed = None if scale is None else torch.empty((tokens, channels), dtype=dtype)
+    x_out = None if gate is None else torch.empty((tokens, channels), dtype=dtype, device="cpu")
+    normed = None if scale is None else torch.empty((tokens, channels), dtype=dtype, device="cpu")
     views = [v for t in (x, y, gate, shift, scale) for v in ((None, 0) if t is None else (t.data_ptr(), t.stride(0)))]
     status = lib.uf_token_rows(
         level_id, torch.get_num_threads(), DTYPES[dtype], *views,
@@ -126,9 +126,9 @@ def _token_rows_backward(
         rows = int32("rows", rows, (tokens,))
     shapes = ((tokens, channels), (n_rows, channels))
     wanted = (scale is not None, gate is not None)
-    dx, dy = (torch.empty(shapes[0], dtype=dtype) if part else None for part in wanted)
+    dx, dy = (torch.empty(shapes[0], dtype=dtype, device="cpu") if part else None for part in wanted)
     dgate, dshift, dscale = (
-        torch.empty(shapes[1], dtype=dtype) if row_grads and wanted[part] else None for part in (1, 0, 0)
+        torch.empty(shapes[1], dtype=dtype, device="cpu") if row_grads and wanted[part] else None for part in (1, 0, 0)
     )
     inputs = (grad_x, grad_normed, x, y, gate, scale)
     outs = (dx, dy, dgate, dshift, dscale)
