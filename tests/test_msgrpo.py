@@ -135,6 +135,22 @@ def test_resume_is_exact(data, whole, begun):
     equal_to(whole, begun)
 
 
+def test_other_rewards_are_recorded_and_not_compared_with_those_before(data, begun):
+    """The alarm looks at the reward's course, which means nothing across a change of its weights."""
+    ranks = Ranks.start()
+    try:
+        for more, kept in (((), 1), (("--kl", 0.1), 1), (("--axis-weights", "1,1,2"), 0)):
+            config = configs.parse(RL_RECIPES, flags(data, begun, *more), extra=msgrpo.RLPlace(begun)).config
+            run = rl_trainer.RLTrainer(config, ranks, begun, 1)
+            assert len(run.alarm.state()) == kept
+            run.close()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert msgrpo.main(flags(data, begun, "--axis-weights", "1,1,2", "--resume", "auto", steps=2)) == 0
+    changed = {event["setting"]: (event["before"], event["now"]) for event in events(begun, "changed")}
+    assert changed["axis_weights"] == ([1.0, 1.0, 1.0], [1.0, 1.0, 2.0]) and changed["steps"] == (3, 2)
+
+
 KILLED = """
 import os, signal, sys
 import torch

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from uniref_fast.loading import load_pipeline
@@ -271,6 +272,28 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     given = dataclasses.replace(SMALL, out=tmp_path / "file" / "run")
     assert vae.main(flags(given)) == 2
     assert capsys.readouterr().err.startswith("vae: ") and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_the_end_says_what_was_kept(whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+
+    def full(*arguments, **more):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_trainer.builtin, "write", full)
+        assert vae.main(flags(dataclasses.replace(SMALL, out=out))) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vae: ")]
+    assert "No space left" in line and "step-000003: make room" in line
+    assert vae.main(flags(dataclasses.replace(SMALL, out=out, save_every=1))) == 0
+    assert contents(out / "model") == contents(whole / "model")
+    changed = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert (
+        {"save_every"} <= {event["setting"] for event in changed if event["kind"] == "changed"} <= {"save_every", "out"}
+    )
 
 
 @pytest.mark.slow

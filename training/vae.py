@@ -69,7 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vae: {error}", file=sys.stderr)
         return 2
     import torch.distributed as dist  # after the flags, so that help and errors of flags come at once
-    from safetensors import SafetensorError
 
     from uniref_fast.training.checkpoint import CheckpointError
     from uniref_fast.training.vae_trainer import run
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         end_with_launcher()
         run(config)
-    except (ValueError, CheckpointError, OSError, SafetensorError) as error:
+    except (ValueError, CheckpointError, OSError) as error:
         print(f"vae: {error}", file=sys.stderr)
         return 2
     finally:

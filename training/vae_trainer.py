@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from uniref_fast import builtin
@@ -77,6 +78,8 @@ def _run(config: VAE, ranks: Ranks) -> None:
         single_frame(vae),
         ThreadPoolExecutor(1) as pool,
     ):
+        if newest.unverified:
+            monitor.event(done, "unverified checkpoint", reason="it was written without checksums")
         for name, reason in newest.damaged:
             monitor.event(done, "damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
         for name, (before, now) in changed.items():
@@ -109,7 +112,13 @@ def _run(config: VAE, ranks: Ranks) -> None:
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to("cpu", torch.bfloat16)
     if ranks.rank == 0:
-        builtin.write(pipe, made, weights="untrained", seed=0)
+        try:
+            builtin.write(pipe, made, weights="untrained", seed=0)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the model could not be written to {made}: {error}. All steps are done and kept in "
+                f"{checkpoints.path(config.steps)}: make room, then give the same command again"
+            ) from error
         print(made)
 
 
