@@ -217,8 +217,19 @@ def test_texts_beside_a_sample_are_parts_of_it(tmp_path):
     dataset = Dataset(write_tar(tmp_path / "s.tar", members))
     assert [meaning(found) for found in dataset] == [("do it", [], BLUE)]
     ((name, reason),) = dataset.left_out
-    assert name == "s.tar" and reason.startswith("4 members are read only where the json of a sample names them: ")
-    assert "2 .txt" in reason and "1 .json" in reason and "1 .cls" in reason
+    assert name == "s.tar" and reason.startswith("4 members are read only where a json names them: ")
+    assert all(f"1 {kind}" in reason for kind in (".meta.json", ".caption.txt", ".png.txt", ".cls"))
+
+
+def test_members_that_are_named_are_not_counted(tmp_path):
+    values = row(references=["1.src.png", "art/r.png"], target="1.dst.png")
+    members = [("1.json", json.dumps(values).encode()), ("1.src.png", encoded(RED)), ("1.dst.png", encoded(BLUE)),
+               ("art/r.png", encoded(GREEN)), ("1.mask.png", encoded(RED))]  # fmt: skip
+    dataset = Dataset(write_tar(tmp_path / "s.tar", members))
+    assert [meaning(found) for found in dataset] == [("do it", [RED, GREEN], BLUE)]
+    assert [reason for _, reason in dataset.left_out] == [
+        "1 members are read only where a json names them: 1 .mask.png"
+    ]
 
 
 def test_members_of_no_sample_are_counted(tmp_path):

@@ -63,12 +63,16 @@ class PairsReader(Reader):
         self._targets = [targets[stem] for stem in self._stems]
         found = [_references(folder, targets.keys(), name) for folder in pairs.controls]
         self._references = [[one.get(stem, []) for one in found] for stem in self._stems]
+        self._unused: tuple[str, ...] = ()
         captions = {path.stem for path in _files(pairs.targets) if path.suffix.lower() == pairs.ending}
         if lonely := sorted(captions - targets.keys()):
-            self.left_out = (f"{len(lonely):,} captions have no image of their name: {_shown(lonely)}",)
+            self._unused = (f"{len(lonely):,} captions have no image of their name: {_shown(lonely)}",)
 
     def __len__(self) -> int:
         return len(self._stems)
+
+    def unused(self) -> tuple[str, ...]:
+        return self._unused
 
     def place(self, row: int) -> str:
         return f"{self.name}:{printable(self._targets[row].name)}"

@@ -76,13 +76,11 @@ class Reader:
         name: what messages call it.
         folder: where relative paths in its rows are looked up.
         unread: columns that are never read.
-        left_out: sentences that say how much of the file is not read, and why.
     """
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
         self.path, self.name, self.folder = path, name, folder
         self.unread: tuple[str, ...] = ()
-        self.left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -94,6 +92,10 @@ class Reader:
     def record(self, row: int) -> Record:
         """The row; raises ValueError when it is broken."""
         raise NotImplementedError
+
+    def unused(self) -> tuple[str, ...]:
+        """Sentences that say how much of the file no row reads, and why; asked after `keys`."""
+        return ()
 
     def keys(self, sample: int) -> set[frozenset[str]]:
         """Which sets of keys occur in the first `sample` rows, of keys that hold something; not of broken rows."""

@@ -172,9 +172,9 @@ class Dataset:
                     raise BrokenFileError(source.name, reader)
                 left_out.append((source.name, reader))
                 continue
-            left_out += [(source.name, reason) for reason in reader.left_out]
             self._readers.append(reader)
             self._formats.append(_format_of(reader, self._columns))
+            left_out += [(source.name, reason) for reason in reader.unused()]
         if not self._readers:
             told = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
             raise ValueError(f"no rows in {', '.join(map(str, paths))}: {told}")

@@ -8,7 +8,7 @@ belongs to the sample `v1.5_002`.
 
 Nothing is extracted: a member is a range of bytes in the archive, or is decompressed in memory when it is read. A
 compressed tar is decompressed once, into a temporary file that goes with the process. Links, devices and sparse members
-are never followed. Hidden members (`._name`) are left out; others that no sample reads are counted in `left_out`.
+are never followed. Hidden members (`._name`) are left out; others that no sample reads are counted (`unused`).
 """
 
 from __future__ import annotations
@@ -72,19 +72,22 @@ class TarReader(Reader):
             raise BrokenFileError(
                 name, f"has {len(self._members)} members but no sample: no .json, .txt, .input_N.* or .output.*{advice}"
             )
-        others = Counter(
-            f".{end.rpartition('.')[2]}" if end else "without an ending"
+        self._others = Counter(
+            _kind(f"{key}.{end}" if end else key)
             for key, ends in parts.items()
             for end in ends
             if key not in self._parts or not _makes_a_row(end)
         )
-        if others:
-            kinds = ", ".join(f"{count:,} {ending}" for ending, count in others.most_common(6))
-            told = f"{others.total():,} members are read only where the json of a sample names them: {kinds}"
-            self.left_out = (told,)
+        self._named: set[str] = set()  # kinds of members that the json of some sample names
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def unused(self) -> tuple[str, ...]:
+        """Members of kinds that no json names, as far as the samples have been read."""
+        others = Counter({kind: count for kind, count in self._others.items() if kind not in self._named})
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(6))
+        return (f"{others.total():,} members are read only where a json names them: {kinds}",) if others else ()
 
     def place(self, row: int) -> str:
         return f"{self.name}:{printable(self._samples[row])}"
@@ -112,6 +115,7 @@ class TarReader(Reader):
                 for item in value if isinstance(value, list) else [value]:
                     if isinstance(item, str):
                         named.add(self._member_named(posixpath.dirname(key), item))
+        self._named |= set(map(_kind, named))
         for end in self._parts[key]:
             if (NUMBERED.fullmatch(end) or OUTPUT.fullmatch(end)) and f"{key}.{end}" not in named:
                 raise ValueError(f"member {key}.{end} is not named by {key}.json, which names others")
@@ -284,6 +288,12 @@ def _keys_and_ends(names: Iterable[str]) -> list[tuple[str, str]]:
                 break
         found.append((key, end))
     return found
+
+
+def _kind(name: str) -> str:
+    """What members are counted by: at most the last two parts of the ending, such as ".mask.png"."""
+    parts = posixpath.basename(name).split(".")[1:][-2:]
+    return f".{'.'.join(parts)}" if parts else "without an ending"
 
 
 def _makes_a_row(end: str) -> bool:
