@@ -482,6 +482,22 @@ def test_settings_that_change_are_recorded(data, whole, half):
     assert json.loads((half / "config.json").read_text())["weight_decay"] == 0.3
 
 
+def test_a_checkpoint_of_an_older_version_goes_on(data, whole, half, capsys):
+    """It has neither checksums nor settings; those that `config.json` has are not changed either."""
+    path = half / "checkpoints" / "step-000002" / "state.json"
+    content = json.loads(path.read_text())
+    files = {name: file["bytes"] for name, file in content["files"].items()}
+    new = ("config", "visibility", "frozen")
+    state = {name: value for name, value in content["state"].items() if name not in new}
+    path.write_text(json.dumps({"files": files, "tensors": content["tensors"], "state": {**state, "looked": True}}))
+    assert sft.main(flags(data, half, "--resume", "auto", "--lora-alpha", 3)) == 2
+    assert "the scale of the adapter is fixed: lora_alpha is 64.0, not 3.0" in capsys.readouterr().err
+    assert sft.main(flags(data, half, "--resume", "auto")) == 0
+    equal_to(whole, half)
+    assert [event["step"] for event in events(half, "unverified checkpoint")] == [2]
+    assert json.loads((half / "checkpoints" / "step-000004" / "state.json").read_text())["state"]["config"]
+
+
 def test_another_place_of_the_same_model_goes_on_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", folder)

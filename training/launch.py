@@ -43,7 +43,7 @@ class Place:
 
     Attributes:
         out: folder of the run.
-        resume: "auto" goes on from the newest checkpoint in the folder, or starts when there is none.
+        resume: "auto" resumes from the newest whole checkpoint in the folder, or starts when there is none.
     """
 
     out: Path
