@@ -19,10 +19,10 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from uniref_fast.models.qwen_image_guards import QK_NORMS
+from uniref_fast.models.qwen_image_guards import QK_NORMS, attention_change
 from uniref_fast.models.qwen_image_patch import PatchedAttention, PatchedBlock, active_backend
 
-__all__ = ["REPLACED_FUNCTIONS", "REPLACED_MODULES", "Replaced", "active_modes", "deviations", "is_own_method"]
+__all__ = ["REPLACED_MODULES", "Replaced", "active_modes", "deviations", "is_own_method"]
 
 _QWEN = "diffusers.models.transformers.transformer_qwenimage"
 _NORMS = "diffusers.models.normalization"
@@ -71,13 +71,6 @@ REPLACED_MODULES = (
       for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
 )  # fmt: skip
 """Every module that the packed forward stands for; whatever else is inside the transformer is called."""
-
-REPLACED_FUNCTIONS = (
-    "torch.nn.functional:scaled_dot_product_attention",
-    f"{_QWEN}:dispatch_attention_fn",
-    f"{_QWEN}:apply_rotary_emb_qwen",
-)
-"""Functions of modules whose work the packed forward does."""
 
 _ROTARY_THETA = 10000.0
 _KNOWN = ("diffusers", "torch", "uniref_fast")
@@ -155,13 +148,8 @@ def _process_wide() -> Iterator[str]:
     """Describe what was replaced or switched on for every model of this process."""
     if backend := active_backend():
         yield f"attention backend {backend!r} is active in this process, while a packed forward picks its own (impl=)"
-    for path in REPLACED_FUNCTIONS:
-        module, name = path.split(":")
-        function = getattr(importlib.import_module(module), name)
-        built_in = isinstance(function, types.BuiltinFunctionType)
-        home = function.__module__ if built_in else getattr(function, "__globals__", {}).get("__name__")
-        if _root(home or "") not in _KNOWN:
-            yield f"{module}.{name} was replaced by {getattr(function, '__qualname__', function)!s}"
+    if reason := attention_change():
+        yield reason
     for name in active_modes():
         yield f"the torch mode {name} is active"
     hooks = {**torch_module._global_forward_pre_hooks, **torch_module._global_forward_hooks}
