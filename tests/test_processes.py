@@ -129,7 +129,7 @@ def test_without_prctl_a_watchdog_ends_the_rank(tmp_path):
     rank = (
         "import os, signal, threading\n"
         "from uniref_fast.training import processes\n"
-        "processes._signal_from_kernel = lambda: False\n"
+        "processes.signal_at_parent_end = lambda number: False\n"
         "processes.end_with_launcher()\n"
         "print(os.getpid(), flush=True)\n"
         "threading.Event().wait()\n"
@@ -141,6 +141,20 @@ def test_without_prctl_a_watchdog_ends_the_rank(tmp_path):
     process.kill()
     process.wait()
     wait_for(lambda: not alive(pid), "the rank to end")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
+def test_a_command_of_the_built_in_model_ends_with_it():
+    """torchrun, which gets SIGTERM, ends its ranks; here any process stands for it."""
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    code = (
+        f"import sys; from uniref_fast.training import builtin_model as b; b._call((sys.executable, '-c', {child!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    wait_for(lambda: not alive(pid), "the command to end")
 
 
 def alive(pid):

@@ -9,6 +9,7 @@ stopped goes on with the same command. `runs/builtin/model` is the pipeline that
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import shlex
@@ -24,6 +25,7 @@ from typing import Any, Literal
 from uniref_fast import __version__
 from uniref_fast.training import benchmark_report
 from uniref_fast.training import config as configs
+from uniref_fast.training.processes import signal_at_parent_end
 from uniref_fast.training.recipes import RECIPES, Recipe
 from uniref_fast.training.records import write_whole
 from uniref_fast.training.rl_recipes import RL_RECIPES
@@ -256,8 +258,12 @@ def _run(part: Part, out: Path) -> int:
 
 
 def _call(command: Sequence[str]) -> int:
-    """The exit status of a command; signals to this process are passed on, and it is waited for."""
-    with subprocess.Popen(command) as process, _passed_on(process):
+    """The exit status of a command; signals to this process are passed on, and it is waited for.
+
+    When this process is killed the command gets SIGTERM, so that no rank trains beside those of the next start.
+    """
+    follow = functools.partial(signal_at_parent_end, signal.SIGTERM)
+    with subprocess.Popen(command, preexec_fn=follow) as process, _passed_on(process):
         return process.wait()
 
 

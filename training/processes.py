@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from uniref_fast.training.parallel import Ranks
 
-__all__ = ["end_with_launcher", "leave", "locked"]
+__all__ = ["end_with_launcher", "leave", "locked", "signal_at_parent_end"]
 
 LOCK_FILE = "run.lock"
 PATIENCE = 10.0  # seconds in which the processes of a run that was just killed are let end
@@ -170,15 +170,16 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    if not _signal_from_kernel():
+    if not signal_at_parent_end(signal.SIGKILL):
         threading.Thread(target=_watch, name="launcher watchdog", daemon=True).start()
     if os.getppid() != PARENT:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _signal_from_kernel() -> bool:
+def signal_at_parent_end(number: signal.Signals) -> bool:
+    """Ask the kernel to send this process a signal when its parent ends; returns whether it will, as on Linux."""
     try:
-        return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
+        return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) == 0
     except (OSError, AttributeError, TypeError):  # no such function here
         return False
 
