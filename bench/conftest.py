@@ -41,7 +41,7 @@ def pytest_addoption(parser):
 
 
 def machine():
-    """What a figure must be read with: device, versions, threads, commit and date."""
+    """Return device, versions, threads, commit and date, for the head of a results file."""
     try:
         import triton
 
@@ -78,7 +78,7 @@ def _read(path):
 
 
 def results_path(folder, what):
-    """Name of a results file of today on this machine."""
+    """Return the path of today's results file for this machine."""
     header = machine()
     device = re.sub(r"[^a-z0-9]+", "-", header["device"].lower().replace("nvidia", "")).strip("-")
     return Path(folder) / f"{header['date']}-{device}-{what}.json"
@@ -142,7 +142,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(scope="session")
 def tiny(request):
-    """Whether the run only checks that the benchmarks work."""
+    """True in a run with `--tiny`, which only checks that the benchmarks work."""
     return request.config.getoption("--tiny")
 
 
