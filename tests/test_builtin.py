@@ -324,6 +324,22 @@ def test_processor_without_images_pads_on_the_right(pipe):
     assert inputs["attention_mask"][0].tolist() == [1] * lengths[0] + [0] * (lengths[1] - lengths[0])
 
 
+@pytest.mark.parametrize("name, content", [("chat_template.jinja", "{{ x }}"), ("chat_template.json", None)])
+def test_the_processor_keeps_settings_of_a_larger_model(folder, tmp_path, name, content):
+    """A chat template, in either form, and other limits of pixels, which a saved pipeline is to have as well."""
+    given = shutil.copytree(folder / "processor", tmp_path / "given")
+    (given / name).write_text(content or json.dumps({"chat_template": "{{ x }}"}))
+    limits = {"size": {"shortest_edge": 28 * 28, "longest_edge": 500 * 28 * 28}}
+    config = json.loads((given / "preprocessor_config.json").read_text())
+    (given / "preprocessor_config.json").write_text(json.dumps(config | limits))
+    processor = BuiltinProcessor.from_pretrained(str(given))
+    processor.save_pretrained(tmp_path / "saved")
+    again = BuiltinProcessor.from_pretrained(str(tmp_path / "saved"))
+    assert processor.chat_template == again.chat_template == "{{ x }}"
+    counts = [p.image_processor.get_number_of_image_patches(560, 560, {}) for p in (processor, again)]
+    assert counts == [1600, 1600]
+
+
 def test_processor_expands_each_picture(pipe):
     slot = "<|vision_start|><|image_pad|><|vision_end|>"
     images = [Image.new("RGB", size) for size in ((128, 96), (512, 512), (32, 160))]

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import Qwen2Tokenizer, Qwen2VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+CHAT_TEMPLATE = "chat_template.jinja"
 IMAGE_CONFIG = "preprocessor_config.json"
 HUB_OPTIONS = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 VIDEO_CONFIG = "video_preprocessor_config.json"
@@ -47,6 +48,7 @@ class BuiltinProcessor(Qwen2VLProcessor):
         return cls(
             image_processor=Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **where),
             tokenizer=Qwen2Tokenizer.from_pretrained(pretrained_model_name_or_path, **where),
+            chat_template=cls.get_processor_dict(pretrained_model_name_or_path, **where)[0].get("chat_template"),
         )
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -56,6 +58,8 @@ class BuiltinProcessor(Qwen2VLProcessor):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
+        if isinstance(self.chat_template, str):
+            (folder / CHAT_TEMPLATE).write_text(self.chat_template, encoding="utf-8")
         config = self.image_processor.to_dict()
         # written under the names without a backend: transformers picks the backend that is installed
         config["image_processor_type"] = "Qwen2VLImageProcessor"

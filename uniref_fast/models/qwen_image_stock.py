@@ -257,7 +257,7 @@ def _settings(transformer: Any) -> Iterator[str]:
         n = len(positive)  # longer tables hold more positions of the same frequencies
         same = tuple(rope.axes_dim) == axes and rope.scale_rope
         for ours, theirs in ((positive, rope.pos_freqs[:n]), (negative, rope.neg_freqs[-n:])):
-            same = same and torch.equal(ours, theirs.cpu())
+            same = same and not theirs.is_meta and torch.equal(ours, theirs.cpu())
         if not same:
             yield "pos_embed has other frequencies than those of the model's configuration"
     zero_cond_t = bool(transformer.config.zero_cond_t)
