@@ -224,7 +224,7 @@ def paper() -> MSGRPO:
     """As UniRef-Image-Edit (arXiv 2602.14186) reports it: 200 steps of 12 prompts x 16, 25 SDE steps of noise 1.5.
 
     With that noise, latents have 1.62 times the standard deviation that the model was trained on after the second step
-    (1.01 times at the end), and the run says so; `--noise 0.9` stays within 1.15 times at every step.
+    (0.99 times at the end), and the run says so; `--noise 0.9` stays within 1.15 times at every step.
     """
     return MSGRPO(
         stages=(RLStage(512, 100, 3e-4, target_side=512, references="multi"),
