@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uniref_fast import builtin
-from uniref_fast.loading import load_pipeline
+from uniref_fast.loading import load_pipeline, missing_weights
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,35 @@ def test_a_damaged_file_is_an_error_that_names_the_model(folder, tmp_path, file)
     (copy / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"--model .*copy could not be loaded: "):
         load_pipeline(str(copy), torch.float32, "cpu")
+
+
+class Quantised(torch.Tensor):
+    """A weight of 8 bits as optimum-quanto loads it: on the meta device, around a tensor that is not."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.float32, device="meta")
+
+    def __init__(self, data):
+        self.data8 = data
+
+    def __tensor_flatten__(self):
+        return ["data8"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return cls(args[0].data8)  # what nn.Parameter asks for: detach
+
+
+def test_quantised_weights_are_there_where_their_data_is():
+    linear = torch.nn.Linear(2, 2, device="meta")
+    assert missing_weights(linear) == ["weight", "bias"] and missing_weights(object()) == []
+    linear.weight = torch.nn.Parameter(Quantised(torch.zeros(2, 2, dtype=torch.int8)), requires_grad=False)
+    assert linear.weight.is_meta and missing_weights(linear) == ["bias"]
+    linear.weight = torch.nn.Parameter(
+        Quantised(torch.zeros(2, 2, dtype=torch.int8, device="meta")), requires_grad=False
+    )
+    assert missing_weights(linear) == ["weight", "bias"]
 
 
 def test_what_can_be_no_model(tmp_path):

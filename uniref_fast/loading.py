@@ -86,10 +86,19 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
     else:
         pipe = pipeline_class.from_pretrained(name, **options)
     for part, module in pipe.components.items():
-        missing = [key for key, value in getattr(module, "named_parameters", dict)() if value.is_meta]
+        missing = missing_weights(module)
         if missing:
             raise ValueError(
                 f"--model {name}: {part} has no file for {len(missing)} of its weights ({missing[0]}, ...); it may "
                 "have been saved with LoRA adapters in place, which have to be fused and unloaded first"
             )
     return pipe
+
+
+def missing_weights(module: Any) -> list[str]:
+    """Names of the parameters of a loaded component that no file held; none for a component without parameters."""
+    from uniref_fast.quantised import stored_tensors
+
+    named: Any = getattr(module, "named_parameters", list)()
+    # a quantised weight may itself stay on the meta device, around tensors that are not
+    return [name for name, value in named if any(part.is_meta for part in stored_tensors(value))]
