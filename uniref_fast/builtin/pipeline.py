@@ -15,7 +15,7 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 
 from .processor import HUB_OPTIONS, BuiltinProcessor
-from .store import AREAS, AREAS_KEY, recorded_areas
+from .store import AREAS, AREAS_KEY, WEIGHTS_KEY, recorded_areas, weights_status
 
 DEFAULT_AREAS = dict(zip(AREAS, (56 * 56, 64 * 64, 64 * 64), strict=True))
 
@@ -145,6 +145,7 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
         path = Path(save_directory) / self.config_name
         index = json.loads(path.read_text(encoding="utf-8"))
         index.pop("_name_or_path", None)
+        index[WEIGHTS_KEY] = weights_status(self)
         if isinstance(self.processor, BuiltinProcessor):
             index["processor"] = ["transformers", "Qwen2VLProcessor"]
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,6 +18,8 @@ AREAS_KEY = "_image_areas"
 """Where the transformer's configuration holds the three areas. diffusers keeps entries with an underscore that it does
 not know, through every `from_pretrained` and `save_pretrained` of a model or of any pipeline that holds it."""
 
+WEIGHTS_KEY = "_weights"  # of `model_index.json`: what `weights_status` says, where `uniref_fast.json` is not beside it
+
 
 def recorded_areas(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> dict[str, Any]:
     """The image areas that a pipeline was saved with; empty for a model at the sizes of stock diffusers.
@@ -73,6 +75,10 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
             config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        index = json.loads((unfinished / "model_index.json").read_text(encoding="utf-8")) | {WEIGHTS_KEY: weights}
+        (unfinished / "model_index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         write_status(unfinished, weights=weights, **details)
         for path in unfinished.rglob("*"):
             if path.is_file():
@@ -192,11 +198,14 @@ def _remove(folder: Path) -> None:
 
 
 def _status(folder: Path) -> str:
-    try:
-        content = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # somebody's own file of that name, perhaps
-        return "trained"
-    return content.get("weights", "trained")
+    for name, key in ((STATUS_FILE, "weights"), ("model_index.json", WEIGHTS_KEY)):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # somebody's own file of that name, perhaps
+            continue
+        if isinstance(content, dict) and content.get(key) in ("untrained", "trained"):
+            return content[key]
+    return "trained"
 
 
 @contextlib.contextmanager
