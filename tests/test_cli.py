@@ -94,9 +94,10 @@ def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
     args = ["edit", "--image", pictures[0], "--prompt", "x", "--out", out, "--steps", 2, "--model", folder]
     status, text, _ = run(capsys, *args)
     assert status == 0 and out.is_file() and "untrained" in text
-    (folder / "uniref_fast.json").unlink()  # now any diffusers folder, whose processor wants torchvision
-    status, text, _ = run(capsys, *args, "--width", 64, "--height", 64)
-    assert status == 0 and Image.open(out).size == (64, 64) and "untrained" not in text
+    made = out.read_bytes()
+    (folder / "uniref_fast.json").unlink()  # as `save_pretrained` leaves it: known by its areas, and by its weights
+    status, text, _ = run(capsys, *args)
+    assert status == 0 and out.read_bytes() == made and "untrained" in text
 
 
 def test_estimate(pictures, capsys):
