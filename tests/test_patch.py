@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from patching import GRIDS, TOKENS, assert_patched_equals_stock, inputs, order, run
 
 import uniref_fast
+from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.qwen_image_patch import SELF_CHECK_TOLERANCE, PatchedBlock
 from uniref_fast.patch import _grids
 from uniref_fast.testing import assert_within_budget, max_relative_error
@@ -69,6 +70,16 @@ def test_idempotent_and_option_changes_are_refused(make_transformer):
         uniref_fast.patch(model, strict=False)
     with pytest.raises(ValueError, match="exact"):
         uniref_fast.patch(model, mode="turbo")
+
+
+@pytest.mark.parametrize("visibility", ["reference-causal", None])
+def test_an_unknown_visibility_is_refused_before_anything_is_installed(make_transformer, visibility):
+    model = make_transformer()
+    before = forwards(model)
+    for build in (uniref_fast.patch, PackedQwenImage):
+        with pytest.raises(ValueError, match=r"unknown visibility .*reference_causal"):
+            build(model, visibility=visibility)
+    assert forwards(model) == before and not uniref_fast.unpatch(model)
 
 
 @pytest.mark.parametrize("target", [torch.nn.Linear(2, 2), object()])

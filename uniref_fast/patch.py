@@ -36,7 +36,7 @@ from uniref_fast.models.qwen_image_patch import (
     register_processor,
     stock_forward,
 )
-from uniref_fast.visibility import Rule, plan
+from uniref_fast.visibility import Rule, plan, rule_of
 
 __all__ = ["PatchReport", "Site", "patch", "unpatch"]
 
@@ -143,6 +143,7 @@ def patch(
     transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
     if mode != "exact":
         raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
+    rule_of(visibility)  # raises for an unknown one
     options = (mode, visibility, strict, impl)
     state: _Patch | None = getattr(transformer, _STATE, None)
     if state is not None:

@@ -27,7 +27,7 @@ import torch
 
 from uniref_fast.layout import Kind, Segment, SelfLayout, kept
 
-__all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "target_plan"]
+__all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "rule_of", "target_plan"]
 
 Rule = Callable[[Segment, Segment], bool]
 
@@ -135,6 +135,21 @@ class AttentionPlan:
         return {}
 
 
+def rule_of(visibility: str | Rule) -> Rule:
+    """The rule that a visibility stands for.
+
+    Args:
+        visibility: one of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+
+    Raises:
+        ValueError: for an unknown name, or anything that cannot be called.
+    """
+    rule = POLICIES.get(visibility) if isinstance(visibility, str) else visibility
+    if not callable(rule):
+        raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(POLICIES)}, or pass a function")
+    return rule
+
+
 def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
     """Compile a visibility rule over a layout; memoised with the layout.
 
@@ -149,17 +164,12 @@ def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
 
 
 def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
-    if isinstance(visibility, str):
-        if visibility not in POLICIES:
-            raise ValueError(f"unknown visibility {visibility!r}; known: {', '.join(POLICIES)}, or pass a function")
-        rule = POLICIES[visibility]
-        if visibility != "group_shared" and layout.shares_references:
-            raise ValueError(
-                f"samples of this layout share references, which only the first of a group sees under {visibility!r}; "
-                'use "group_shared", a rule of your own, or a layout with shared_references=False'
-            )
-    else:
-        rule = visibility
+    rule = rule_of(visibility)
+    if isinstance(visibility, str) and visibility != "group_shared" and layout.shares_references:
+        raise ValueError(
+            f"samples of this layout share references, which only the first of a group sees under {visibility!r}; "
+            'use "group_shared", a rule of your own, or a layout with shared_references=False'
+        )
     rows: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = []
     owners: list[int] = []
     for query in layout.segments:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from uniref_fast import ops
 from uniref_fast.layout import SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
-from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
+from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
 __all__ = ["AttentionContext", "Modulation", "PackedQwenImage", "find_transformer", "joint_attention", "stream_rows"]
 
@@ -295,6 +295,7 @@ class PackedQwenImage(nn.Module):
         trained: bool = False,
     ) -> None:
         super().__init__()
+        rule_of(visibility)  # raises for an unknown one
         config = transformer.config
         for option in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
             if getattr(config, option, False):
