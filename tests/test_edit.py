@@ -236,6 +236,12 @@ def test_16_bit_grey_is_not_clipped(pipe):
         ({"prompt": "x", "negative_prompt": ["a"]}, TypeError, "negative_prompt must be a text"),
         ({"prompt": "x", "true_cfg_scale": float("nan")}, ValueError, "finite number"),
         ({"prompt": "x", "seed": 2**70}, ValueError, "64 bits"),
+        ({"prompt": "x", "seed": "1"}, TypeError, "request 1: seed must be an int, got '1'"),
+        ({"prompt": "x", "true_cfg_scale": "4"}, TypeError, "request 1: true_cfg_scale must be a number, got '4'"),
+        ({"prompt": "x", "true_cfg_scale": None}, ValueError, "true_cfg_scale must be a finite number, got None"),
+        ({"prompt": "x", "generator": 5}, TypeError, "request 1: generator must be a torch.Generator, got 5"),
+        ({"prompt": "x", "latents": [0.0]}, TypeError, "request 1: latents must be a tensor"),
+        ({"prompt_embeds": torch.zeros(2, 128), "prompt_embeds_mask": [1, 1]}, TypeError, "prompt_embeds_mask must be"),
     ],
 )
 def test_bad_requests(pipe, request_, error, message):
@@ -247,6 +253,9 @@ def test_bad_options(pipe):
     for options, message in (({"output_type": "gif"}, "output_type"), ({"max_tokens": 0}, "max_tokens")):
         with pytest.raises(ValueError, match=message):
             uniref_fast.edit(pipe, requests(), **options)
+    for options, message in (({"max_tokens": "9"}, "max_tokens must be a number"), ({"budget": "9"}, "budget must be")):
+        with pytest.raises(TypeError, match=message):
+            uniref_fast.edit(pipe, requests(), **options)
     with pytest.raises(ValueError, match="no requests"):
         uniref_fast.edit(pipe, [])
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
@@ -255,6 +264,14 @@ def test_bad_options(pipe):
         uniref_fast.edit(object(), requests())
     with pytest.raises(TypeError, match="take a QwenImageEditPlusPipeline"):
         uniref_fast.edit(pipe.transformer, requests())
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler"])
+def test_a_pipeline_without_a_part_is_refused_by_name(pipe, monkeypatch, part):
+    monkeypatch.setattr(pipe, part, None)
+    for run in (uniref_fast.edit, uniref_fast.estimate):
+        with pytest.raises(ValueError, match=f"has no {part}; load the whole pipeline"):
+            run(pipe, requests())
 
 
 def test_hooks_that_would_be_skipped_are_refused(pipe):

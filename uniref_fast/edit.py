@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def edit(
     """
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    for name, value in (("max_tokens", max_tokens), ("budget", budget)):
+        if value is not None and not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     check_pipeline(pipe)

@@ -80,6 +80,11 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
     if not isinstance(pipe, QwenImageEditPlusPipeline):
         raise TypeError(_message(given or kind, kind))
     named, parts = given or f"the {kind}", pipe.components  # type: ignore[attr-defined]  # diffusers has no type for it
+    for part in ("vae", "scheduler"):
+        if parts[part] is None:
+            raise ValueError(
+                f"{named} has no {part}; load the whole pipeline, of which only the text encoder may be None"
+            )
     config = find_transformer(pipe).config
     _check_layout(named, config)
     latent = parts["vae"].config.z_dim * config.patch_size**2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,15 @@ __all__ = ["EditRequest", "Geometry", "geometry", "image_areas", "parse_size", "
 DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
 MAX_STEPS = 10000
+FIELD_KINDS: dict[str, tuple[type, str]] = {
+    "true_cfg_scale": (numbers.Real, "a number"),
+    "seed": (numbers.Integral, "an int"),
+    "generator": (torch.Generator, "a torch.Generator"),
+    "latents": (torch.Tensor, "a tensor"),
+    "prompt_embeds_mask": (torch.Tensor, "a tensor"),
+    "negative_prompt_embeds_mask": (torch.Tensor, "a tensor"),
+}
+"""The class of a field, where it is given, and its name in messages."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,11 @@ def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
         raise TypeError(
             f"{where}: negative_prompt must be a text or None, got {type(request.negative_prompt).__name__}"
         )
-    if not math.isfinite(request.true_cfg_scale):
+    for name, (kind, words) in FIELD_KINDS.items():
+        value = getattr(request, name)
+        if value is not None and not isinstance(value, kind):
+            raise TypeError(f"{where}: {name} must be {words}, got {value!r:.80}")
+    if request.true_cfg_scale is None or not math.isfinite(request.true_cfg_scale):
         raise ValueError(f"{where}: true_cfg_scale must be a finite number, got {request.true_cfg_scale}")
     for j, image in enumerate(request.images):
         _check_image(image, f"{where}: image {j + 1}", sizes_only)
