@@ -129,11 +129,12 @@ def test_doctor(capsys):
 
 BAD = [
     (["--image", "missing.png"], "no such image file: missing.png"),
+    (["--image", "empty"], "empty is not an image file"),
     (["--image", "text.png"], "text.png: not a picture of a known format"),
     (["--image", "cut.png"], "cut.png: image file is truncated"),
     (["--image", "long.png"], "too elongated"),
     (["--prompt", "  "], "--prompt is empty"),
-    (["--out", "result.txt"], "the ending says the format"),
+    (["--out", "result.txt"], "must be one of .png, .jpg"),
     (["--out", "result.xbm"], "cannot hold the picture"),
     (["--out", "."], "--out"),
     (["--out", "text.png/x.png"], "not a folder"),
@@ -199,6 +200,19 @@ def test_usage_errors(args, capsys):
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 2 and "--help" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "args", ["edit --prompt x --out x.png", "data make out", "data check rows", "eval rows --out x"]
+)
+def test_an_unknown_flag_names_the_command_that_has_the_help(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*args.split(), "--rows", "24"])
+    command = args.partition(" -")[0].removesuffix(" out").removesuffix(" rows")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"uniref-fast {command}: unrecognized arguments: --rows 24" in err
+    assert f"Try 'uniref-fast {command} --help'" in err
 
 
 def test_as_a_program():

@@ -208,7 +208,7 @@ def test_names_of_runs(tmp_path, capsys, monkeypatch):
         (["full", "--keys", "los", "lr"], "no run has los; there are: eval/heldout_objects, loss, loss_by_k/1"),
         (["odd"], "none of loss, eval, loss_by_k, .*there are: reward; choose with --keys"),
         (["full", "--smooth", "1"], "smooth must be at least 0 and less than 1, got 1.0"),
-        (["full", "--out", "x.bmp"], "use .png, .svg, .pdf"),
+        (["full", "--out", "x.bmp"], "must be one of .png, .svg, .pdf"),
         (["full", "--out", "full/metrics.jsonl/x.png"], "metrics.jsonl"),
     ],
 )

@@ -174,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         if args.out.suffix not in FORMATS:
-            raise ValueError(f"--out {args.out}: the ending says the format; use {', '.join(FORMATS)}")
+            raise ValueError(
+                f"--out {args.out}: the ending of the name decides the format and must be one of {', '.join(FORMATS)}"
+            )
         same = len({folder.resolve().name for folder in args.runs}) < len(args.runs)
         runs = [load(folder, str(folder) if same else None) for folder in args.runs]
         figure = draw(runs, args.keys, args.smooth)

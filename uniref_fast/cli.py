@@ -54,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse unknown arguments where the command is known, so that the message has its name."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
 
@@ -293,7 +300,7 @@ def _image(path: str) -> ImageSource:
     except OSError as error:
         raise UsageError(f"{path} cannot be read as an image: {error.strerror}") from None
     if not there:
-        raise UsageError(f"no such image file: {path}")
+        raise UsageError(f"{path} is not an image file" if Path(path).exists() else f"no such image file: {path}")
     return ImageSource(path, Path(path))
 
 
@@ -304,7 +311,7 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
     known = {ext: fmt for ext, fmt in Image.registered_extensions().items() if fmt in Image.SAVE}
     if path.suffix.lower() not in (suffixes or known):
         few = ", ".join(suffixes or (".png", ".jpg", ".webp"))
-        raise UsageError(f"--out {path}: the ending says the format; use {few}")
+        raise UsageError(f"--out {path}: the ending of the name decides the format and must be one of {few}")
     try:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), known[path.suffix.lower()])
     except (OSError, ValueError, KeyError) as error:

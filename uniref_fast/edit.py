@@ -64,13 +64,7 @@ def edit(
     Raises:
         ValueError, TypeError: for requests or pipelines that cannot run, before any work is done.
     """
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
-    for name, value in (("max_tokens", max_tokens), ("budget", budget)):
-        if value is not None and not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    _check_options(output_type, max_tokens, budget)
     check_pipeline(pipe)
     transformer = find_transformer(pipe)
     device = pipe._execution_device
@@ -92,6 +86,16 @@ def edit(
         results = [_decode(pipe, job, output_type) for job in jobs]
     pipe.maybe_free_model_hooks()
     return results
+
+
+def _check_options(output_type: Any, max_tokens: Any, budget: Any) -> None:
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    for name, value in (("max_tokens", max_tokens), ("budget", budget)):
+        if value is not None and not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
 
 
 @dataclass
