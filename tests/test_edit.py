@@ -656,7 +656,7 @@ CHANGES = {
     "attn.forward": (lambda t: own_forward(t.transformer_blocks[1].attn), r"blocks.1.attn.forward was replaced"),
     "attn hook": (lambda t: hooked(t.transformer_blocks[1].attn), r"blocks.1.attn has hooks .own_hook"),
     "norm.forward": (lambda t: own_forward(t.transformer_blocks[1].txt_norm2), r"1.txt_norm2.forward was replaced"),
-    "class of norm": (lambda t: wrapped(torch.nn.LayerNorm, "forward"), r"norm_out.norm.forward was replaced"),
+    "class of norm": (lambda t: wrapped(torch.nn.LayerNorm, "forward"), r"torch.nn.LayerNorm.forward was replaced"),
     "qk norm.forward": (lambda t: own_forward(t.transformer_blocks[1].attn.norm_k), r"1.attn.norm_k.forward was repl"),
     "swapped qk norm": (
         lambda t: submodule(t, "transformer_blocks.1.attn.norm_q", torch.nn.LayerNorm(64)),
@@ -679,6 +679,7 @@ CHANGES = {
     "attention function": (
         lambda t: attribute(F, "scaled_dot_product_attention", lambda *args, **kwargs: None),
         "torch.nn.functional.scaled_dot_product_attention was replaced"),
+    "layer norm": (lambda t: wrapped(torch.nn.functional, "layer_norm"), "functional.layer_norm was replaced"),
     "dispatcher": (lambda t: wrapped(qwen, "dispatch_attention_fn"), "dispatch_attention_fn was replaced"),
     "attention backend": (
         lambda t: attribute(t.transformer_blocks[0].attn.processor, "_attention_backend", AttentionBackendName.FLEX),

@@ -1,5 +1,7 @@
 """patch beside everything that others put into a block: hooks, caches, guiders, modes, dropout, replaced functions."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from diffusers import (
 )
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
 from diffusers.hooks.smoothed_energy_guidance_utils import _apply_smoothed_energy_guidance_hook
+from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_qwenimage
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from patching import assert_patched_equals_stock, inputs, order, run
@@ -434,6 +437,35 @@ def test_a_block_with_a_forward_of_its_own_is_left_alone(make_transformer):
     assert_equal_from_the_first_call(stock, model)
     assert any("transformer_blocks.1 has a forward of its own" in note for note in report.notes)
     assert uniref_fast.unpatch(model) and model.transformer_blocks[1].forward is own
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+@pytest.mark.parametrize(
+    "owner, name",
+    [
+        (torch.nn.LayerNorm, "forward"),
+        (F, "layer_norm"),
+        (RMSNorm, "forward"),
+        (QwenDoubleStreamAttnProcessor2_0, "__call__"),
+    ],
+)
+def test_replaced_code_of_every_norm_or_processor_is_run(make_transformer, monkeypatch, owner, name, patch_first):
+    stock, model = make_transformer(True), make_transformer(True)
+    if patch_first:
+        report = uniref_fast.patch(model)
+        run(model)  # the self-check is over
+    own = getattr(owner, name)
+
+    @functools.wraps(own)
+    def replaced(*args, **kwargs):
+        out = own(*args, **kwargs)
+        return tuple(each * 0.5 for each in out) if isinstance(out, tuple) else out * 0.5
+
+    monkeypatch.setattr(owner, name, replaced)
+    if not patch_first:
+        report = uniref_fast.patch(model)
+    assert max_relative_error(run(model), run(stock)) < 1e-4
+    assert any(f"{name} was replaced" in reason for reason in report.fallbacks)
 
 
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "grad"])

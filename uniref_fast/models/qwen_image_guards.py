@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
+from torch.nn.modules import normalization as nn_normalization
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -26,6 +27,7 @@ __all__ = [
     "changed_qk_norm",
     "has_hooks",
     "is_plain",
+    "norm_change",
     "replaced_forward",
 ]
 
@@ -69,10 +71,24 @@ def attention_change() -> str | None:
     if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
     for name, home in (("dispatch_attention_fn", attention_dispatch), ("apply_rotary_emb_qwen", stock)):
-        code = getattr(getattr(stock, name), "__code__", None)  # a wrapper may copy every other attribute
-        if code is None or code.co_filename != home.__file__:
+        if not _is_from(getattr(stock, name), home):
             return f"{stock.__name__}.{name} was replaced"
+    if not _is_from(stock.QwenDoubleStreamAttnProcessor2_0.__call__, stock):
+        return "QwenDoubleStreamAttnProcessor2_0.__call__ was replaced"
     return None
+
+
+def norm_change() -> str | None:
+    """Describe replaced code of the LayerNorms of every model; None if none is replaced."""
+    if not _is_from(nn.LayerNorm.forward, nn_normalization):
+        return "torch.nn.LayerNorm.forward was replaced"
+    return None if _is_from(F.layer_norm, F) else "torch.nn.functional.layer_norm was replaced"
+
+
+def _is_from(function: Any, module: types.ModuleType) -> bool:
+    """Whether the code of a function is in the file of a module; a wrapper may copy every other attribute."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename == module.__file__
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -109,9 +125,12 @@ def changed_norm(norm: Any, channels: int) -> str | None:
 
 def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str | None:
     """What the QK norms of an attention are other than RMSNorms with one eps, or none; None if nothing."""
+    from diffusers.models import normalization
     from diffusers.models.normalization import RMSNorm
 
     found = [norm for norm in map(attn._modules.get, QK_NORMS) if norm is not None]
+    if found and not _is_from(RMSNorm.forward, normalization):
+        return "diffusers.models.normalization.RMSNorm.forward was replaced"
     for norm in found:
         if type(norm) is not RMSNorm:
             return f"a QK norm is a {type(norm).__name__}"

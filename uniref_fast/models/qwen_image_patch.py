@@ -23,6 +23,7 @@ from uniref_fast.models.qwen_image_guards import (
     changed_norm,
     changed_qk_norm,
     is_plain,
+    norm_change,
     replaced_forward,
 )
 from uniref_fast.models.replay import Calls, StandIn
@@ -444,7 +445,7 @@ class PatchedBlock:
         for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
             if reason := changed_norm(block._modules.get(name), image.shape[2]):
                 return reason
-        return None
+        return norm_change()
 
     def _fused(self, calls: Calls, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple | str:
         """(text, image), or why it cannot be."""

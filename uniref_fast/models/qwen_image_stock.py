@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from uniref_fast.models.qwen_image_guards import QK_NORMS, attention_change
+from uniref_fast.models.qwen_image_guards import QK_NORMS, attention_change, norm_change
 from uniref_fast.models.qwen_image_patch import PatchedAttention, PatchedBlock, active_backend
 
 __all__ = ["REPLACED_MODULES", "Replaced", "active_modes", "deviations", "is_own_method"]
@@ -148,7 +148,7 @@ def _process_wide() -> Iterator[str]:
     """Describe what was replaced or switched on for every model of this process."""
     if backend := active_backend():
         yield f"attention backend {backend!r} is active in this process, while a packed forward picks its own (impl=)"
-    if reason := attention_change():
+    if reason := attention_change() or norm_change():
         yield reason
     for name in active_modes():
         yield f"the torch mode {name} is active"
