@@ -154,10 +154,12 @@ def run_kernel_tests(folder: Path, seconds: float, tiny: bool, committed: Path) 
 
 def run(arguments: list[str], seconds: float, on_line=None) -> int | None:
     """Run Python with these arguments in a process group of its own; its exit status, None at the time limit."""
+    # without the variables of a pytest that runs the harvest: pytest-benchmark measures nothing in a worker of it
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=environment | {"PYTHONUNBUFFERED": "1"},
         start_new_session=True,
         text=True,
         stdout=None if on_line is None else subprocess.PIPE,
