@@ -34,7 +34,7 @@ from judge_server import (
 from uniref_fast.training import config as flags
 from uniref_fast.training.judge import Judge, JudgeConfig
 from uniref_fast.training.judge_request import encode
-from uniref_fast.training.records import read_records
+from uniref_fast.training.records import RecordFile, read_records
 from uniref_fast.training.rewards import AXES, Candidate, Failure, Scores
 from uniref_fast.training.rows import Row
 
@@ -687,10 +687,10 @@ def test_bad_logs(server, tmp_path):
 def test_a_full_disk_is_an_error_and_no_score(server, tmp_path, monkeypatch):
     with judge_of(server, tmp_path / "a.jsonl") as judge:
 
-        def full(record):
+        def full(file, record):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(judge._log._file, "append", full)
+        monkeypatch.setattr(RecordFile, "append", full)
         with pytest.raises(OSError, match="No space left"):
             ask(judge)
 

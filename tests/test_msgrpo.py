@@ -918,3 +918,11 @@ def test_goes_on_from_an_adapter_and_from_weights(data, whole, tmp_path):
     assert (full / "transformer").is_dir() and not (full / "lora").exists()
     assert msgrpo.main(flags(data, tmp_path / "third", "--initial", full, "--kl", 0.1, steps=2)) == 0
     assert msgrpo.main(flags(data, tmp_path / "fourth", "--initial", whole, "--lora-rank", 4)) == 2
+
+
+def test_a_run_that_is_refused_since_no_judge_answers_leaves_no_folder(data, tmp_path, capfd):
+    out = tmp_path / "run"
+    judge = ("--rewards", "judge", "--judge.url", "http://localhost:1/v1", "--judge.model", "none")
+    assert msgrpo.main(flags(data, out, *judge)) != 0
+    assert "http://localhost:1/v1" in capfd.readouterr().err
+    assert not out.exists()

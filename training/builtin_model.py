@@ -237,6 +237,7 @@ def _run(part: Part, out: Path) -> int:
     if part.done.exists():
         print(f"{part.name}: done, {part.done}", flush=True)
         return 0
+    _record(part, out, 0.0)  # before the work, so that a part that is killed when it is done is recorded too
     start = time.perf_counter()
     if callable(part.work):
         print(f"{part.name}: {part.done}", flush=True)
@@ -249,12 +250,17 @@ def _run(part: Part, out: Path) -> int:
         raise ValueError(f"{part.name} ended well but did not write {part.done}")
     minutes = (time.perf_counter() - start) / 60
     print(f"{part.name}: {minutes:.1f} min", flush=True)
+    _record(part, out, minutes)
+    return status
+
+
+def _record(part: Part, out: Path, minutes: float) -> None:
+    """Add the minutes of a try of a part, and the commit that it ran, to the record of the folder."""
     made = json.loads((out / MADE).read_text())
     done = made["parts"].setdefault(part.name, {"commits": [], "minutes": 0.0})  # of all tries
     done["commits"] = list(dict.fromkeys([*done["commits"], _commit()]))
     done["minutes"] = round(done["minutes"] + minutes, 1)
     _write_made(out, made)
-    return status
 
 
 def _call(command: Sequence[str]) -> int:

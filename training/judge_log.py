@@ -36,14 +36,14 @@ class RewardLog:
 
     Raises:
         ValueError: for an existing file damaged otherwise than by a kill.
-        OSError: when it cannot be written.
+        OSError: when it cannot be read, and from `append` and `void` when it cannot be written.
     """
 
     def __init__(self, path: Path, hide: Callable[[Any], Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep_records(path, lambda record: True)  # takes out a last line that a kill has cut
+        if path.exists():
+            read_records(path)  # raises for a damaged file, before any work
         self.path = path
-        self._file = RecordFile(path)
+        self._file: RecordFile | None = None
         self._hide = hide
 
     def append(self, record: dict[str, Any], result: Scores | Failure) -> None:
@@ -51,14 +51,22 @@ class RewardLog:
             record["scores"] = dict(result.axes)
         else:
             record["failure"] = {"kind": result.kind, "reason": result.reason}
-        self._file.append({name: item if name in OWN else self._hide(item) for name, item in record.items()})
+        self._write({name: item if name in OWN else self._hide(item) for name, item in record.items()})
 
     def void(self, step: int) -> None:
         """Failures of the step are not to be replayed: they ended the run, and what caused them will be put right."""
-        self._file.append({"step": step, "void": True})
+        self._write({"step": step, "void": True})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._file is None:  # at the first record, so that a command that is refused before it creates no file
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            keep_records(self.path, lambda record: True)  # takes out a last line that a kill has cut
+            self._file = RecordFile(self.path)
+        self._file.append(record)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Replay:

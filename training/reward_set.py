@@ -54,7 +54,6 @@ class RewardSet:
         self._threads = ThreadPoolExecutor(1)  # a core stays with the rollouts
         self._functions = {name: reward_function(name) for name in config.rewards if name != "judge"}
         if "judge" in config.rewards and logs is not None:
-            logs.mkdir(parents=True, exist_ok=True)
             old = sorted(logs.glob("judge-*.jsonl"))
             self.judge = Judge(config.judge, logs / f"judge-{rank}.jsonl", notify, earlier=old)
 
