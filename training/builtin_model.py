@@ -199,6 +199,7 @@ def ship(config: BuiltinModel) -> None:
 def report(out: Path, names: Sequence[str]) -> None:
     """Put what the evaluations came to in one file, without their rows: `report.json`; and print it as a table."""
     found: dict[str, Any] = {"made": json.loads((out / MADE).read_text()), "evaluations": {}}
+    found["made"]["parts"].pop("report", None)  # this very part, which is recorded when it begins
     lines = []
     for name in names:
         results = json.loads((out / "eval" / name / "results.json").read_text())
