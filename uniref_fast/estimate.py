@@ -8,7 +8,7 @@ libraries and without what the allocator keeps back. Attention counts as fused e
 which has no limit and adds up its output in float32 beside it.
 
 The first call of a *patched* pipeline also runs the code of diffusers between the Linears of each block, for its
-self-check; `edit` does not.
+self-check, and so holds what diffusers holds there beside what the Linears were given; `edit` does not.
 """
 
 from __future__ import annotations
