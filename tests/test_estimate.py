@@ -205,6 +205,8 @@ def test_the_peak_of_a_whole_edit(builtin_pipe, max_tokens):
 def test_a_block_frees_what_it_has_used(make_transformer):
     """Its input streams and residuals are gone once they are added up: in the feed-forward of the image stream live
     that stream, its norm and twice the fourfold hidden layer, and two of the text's."""
+    if torch._dynamo.utils.counters["frames"]["total"]:
+        pytest.skip("an earlier test of this process has used torch.compile, after which calls hold their arguments")
     model = make_transformer(False, layers=4)
     layout = SelfLayout.qwen([Sample(10, (1, 30, 30))])
     for _ in range(2):  # tables are made by the first run
