@@ -1,4 +1,5 @@
-"""What the tests of patch share: a small input, and stock against patched with a feature put on in either order."""
+"""Helpers of the tests of patch: a small input, and a comparison of stock and patched models with a feature enabled
+before or after patching."""
 
 import pytest
 import torch

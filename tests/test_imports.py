@@ -1,4 +1,4 @@
-"""What imports load: nothing heavy with the package or the help of a command; and the names that the package has."""
+"""Tests of imports: the package and the help of a command load no heavy modules; the package has its public names."""
 
 import ast
 import inspect

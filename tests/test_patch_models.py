@@ -1,11 +1,14 @@
 """patch on models of every build: quantised, sharded, wrapped, without norms, parameters or blocks, with other eps."""
 
+import math
+
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
 from patching import inputs, run
 
 import uniref_fast
+from uniref_fast.models import replay
 from uniref_fast.testing import max_relative_error
 
 QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
@@ -334,3 +337,18 @@ def test_wrappers_that_hold_the_model_are_named(make_transformer):
     wrapped.module = model
     with pytest.raises(TypeError, match="use its attribute `module`"):
         uniref_fast.unpatch(wrapped)
+
+
+def test_differences_are_the_same_in_parts_and_for_every_shape(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(replay, "PART", 5)  # parts that end within a row
+    for shape in ((), (0,), (2, 0), (7,), (2, 3, 4)):
+        expected = torch.randn(shape)
+        ours = expected + 0.1 * torch.randn(shape)
+        assert replay._difference(ours, expected) == pytest.approx(max_relative_error(ours, expected), rel=1e-12)
+    ours, expected = torch.randn(4, 3).T, torch.randn(4, 3).T  # not contiguous
+    assert replay._difference(ours, expected) == pytest.approx(max_relative_error(ours, expected), rel=1e-12)
+    infinite = expected.clone()
+    infinite[2, 3] = torch.inf  # in the last part
+    assert replay._difference(expected, infinite) == math.inf
+    assert replay._difference(infinite, infinite.clone()) == 0.0
