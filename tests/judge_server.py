@@ -83,6 +83,7 @@ def raw(data):
 
     def behave(handler, request):
         handler.close_connection = True
+        handler.server.closing.add(handler.connection)
         for piece in [data] if isinstance(data, bytes) else data:
             handler.wfile.write(piece)
 
@@ -161,7 +162,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, judge, port):
         self.judge = judge
-        self.open = set()
+        self.open, self.closing = set(), set()
         super().__init__(("127.0.0.1", port), Handler)
 
     def process_request(self, request, address):
@@ -171,6 +172,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
         self.open.discard(request)
         super().shutdown_request(request)
+        self.closing.discard(request)
 
     def handle_error(self, request, address):
         pass  # the client went away
@@ -212,6 +214,13 @@ class JudgeServer:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         self._thread.join()
+
+    def wait_closed(self, timeout=20.0):
+        """Wait for the connections that `raw` ends, so that the client does not send its next request on one of them."""
+        until = time.monotonic() + timeout
+        while self._server.closing and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not self._server.closing
 
     def __enter__(self):
         self.start()

@@ -65,6 +65,7 @@ def ask(judge, behave=None, server=None):
     server.plan = [behave]
     result = judge.submit(candidate, 3).result(60)
     server.plan = []
+    server.wait_closed()
     assert judge.submit(candidate, 3).result(60) == GOOD
     return result
 
