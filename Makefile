@@ -34,7 +34,7 @@ kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90 and sm_100 wi
 	done
 
 train-builtin: $(STAMP)  ## the built-in model from nothing, under four hours; wants the Debian package fonts-noto-color-emoji
-	$(BIN)/python training/builtin_model.py --out runs/builtin
+	$(BIN)/python -m uniref_fast.training.builtin.make --out runs/builtin
 
 tune: $(STAMP)  ## measure this machine's attention costs: uniref_fast/assets/tuned/<device>.json
 	$(BIN)/python bench/autotune.py

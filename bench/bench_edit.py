@@ -8,7 +8,7 @@ import torch
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
-from uniref_fast.scenes import demo_scene
+from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.testing import max_relative_error
 
 STEPS = 4

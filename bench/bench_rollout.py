@@ -20,10 +20,10 @@ from uniref_fast.edit import denoising_schedule
 from uniref_fast.encode import image_latents, prompt_embeddings
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.request import geometry
-from uniref_fast.scenes import demo_scene
+from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.testing import max_relative_error
-from uniref_fast.training.rollout import Group, Member, RolloutPack, roll, schedule
-from uniref_fast.training.samples import Prepared
+from uniref_fast.training.batches.samples import Prepared
+from uniref_fast.training.rl.rollout import Group, Member, RolloutPack, roll, schedule
 
 STEPS, MEMBERS, SIDE = 4, 16, 64
 

@@ -17,7 +17,7 @@ from uniref_fast.estimate import transformer_flops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
-from uniref_fast.training.monitor import peak_flops
+from uniref_fast.training.core.monitor import peak_flops
 
 CUDA = torch.cuda.is_available()
 

@@ -76,12 +76,12 @@ PARTS = (
 # Test files, the sources whose change makes them due again, and the test that stands for them in a tiny run.
 KERNEL_TESTS = {
     "attention": (
-        ("tests/test_kernels_attention.py", "tests/test_ops_attention.py"),
+        ("tests/kernels/test_segment_attention.py", "tests/ops/test_segment_attention.py"),
         ("kernels/segment_attention*.py", "uniref_fast/ops/segment_attention.py", "uniref_fast/ops/dense_attention.py"),
         "test_forward",
     ),
     "token ops": (
-        ("tests/test_kernels_tokens.py", "tests/test_ops_fp8.py"),
+        ("tests/kernels/test_token_ops.py", "tests/ops/test_fp8.py"),
         ("kernels/[fnpqr]*.py", "uniref_fast/ops/[fnpq]*.py"),
         "test_gate_residual",
     ),

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from uniref_fast.kernels.rows import channel_block, check, new_like, normalise, row_stride
+from uniref_fast.kernels.token_common import channel_block, check, new_like, normalise, row_stride
 
 MAX_E4M3 = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)  # its inverse is still finite

@@ -30,7 +30,7 @@ from uniref_fast.kernels.norm_modulate_backward import (
     gate_residual_norm_modulate_backward,
     norm_modulate_backward,
 )
-from uniref_fast.kernels.rows import channel_block, check, new_like, normalise, row_stride, stored
+from uniref_fast.kernels.token_common import channel_block, check, new_like, normalise, row_stride, stored
 
 __all__ = [
     "gate_residual",

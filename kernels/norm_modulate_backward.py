@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
-from uniref_fast.kernels.rows import channel_block, check, new_like, row_stride
+from uniref_fast.kernels.token_common import channel_block, check, new_like, row_stride
 
 # The sums of a tile cost 4 bytes a channel twice, written and read, for each of up to three quantities: at 16 tokens
 # and 16 bits 1/8 of the traffic of the fused backward. On an H100 17408 x 3072 tokens take as long with 32 a tile in

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from uniref_fast.kernels.qk_norm_rope_backward import qk_norm_rope_backward
-from uniref_fast.kernels.rows import check_heads, stored
+from uniref_fast.kernels.token_common import check_heads, stored
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_backward"]
 

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from uniref_fast.kernels.rows import check_heads
+from uniref_fast.kernels.token_common import check_heads
 
 TOKENS = 8  # a program's sums are then 1/300 of its traffic, at 24 heads and 16 bits
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
+from uniref_fast.adapters import Adapter, check_adapters, put_adapters, trained_visibility
 from uniref_fast.cli import main
-from uniref_fast.training.adapters import Adapter, check_adapters, put_adapters, trained_visibility
 
 pytestmark = pytest.mark.usefixtures("threads")
 

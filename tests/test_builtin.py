@@ -21,7 +21,7 @@ from uniref_fast import EditRequest, builtin
 from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, components, store
 from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.request import image_areas
-from uniref_fast.scenes import demo_scene
+from uniref_fast.scenes.textures import demo_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 

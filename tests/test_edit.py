@@ -31,7 +31,7 @@ import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout
 from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.layout import Kind
-from uniref_fast.models.qwen_image_stock import REPLACED_MODULES
+from uniref_fast.patch.stock import REPLACED_MODULES
 from uniref_fast.request import geometry, validated
 from uniref_fast.testing import max_relative_error
 

@@ -23,7 +23,7 @@ os._exit = leave  # with which the training commands end
 kind, name, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = name
 try:
-    runpy.run_module(name, run_name="__main__") if kind == "-m" else runpy.run_path(name, run_name="__main__")
+    runpy.run_module(name, run_name="__main__", alter_sys=True) if kind == "-m" else runpy.run_path(name, run_name="__main__")
     status = 0
 except SystemExit as end:
     status = end.code or 0
@@ -52,12 +52,23 @@ def commands():
     return sorted(found)
 
 
-SCRIPTS = sorted(path.name for path in (ROOT / "training").glob("*.py") if "__main__" in path.read_text())
+def training_commands():
+    """All programs of `training/`: the two scripts, and the modules that `python -m` runs."""
+    files = [path for path in (ROOT / "training").rglob("*.py") if 'if __name__ == "__main__"' in path.read_text()]
+    paths = sorted(path.relative_to(ROOT) for path in files)
+    return [
+        ("path", str(path)) if len(path.parts) == 2 else ("-m", ".".join(("uniref_fast", *path.with_suffix("").parts)))
+        for path in paths
+    ]
+
+
+COMMANDS = [command for command in training_commands() if not command[1].endswith("make_tokenizer")]  # has no flags
 
 
 def test_there_are_commands():
     assert {("edit",), ("eval",), ("data", "check"), ("data", "make")} <= {*commands()}
-    assert {"sft.py", "msgrpo.py", "vae.py", "builtin_model.py", "plots.py"} <= {*SCRIPTS}
+    names = {command[1].split(".")[-1] if command[0] == "-m" else command[1] for command in COMMANDS}
+    assert names == {"training/sft.py", "training/msgrpo.py", "vae", "make", "plots"}
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
@@ -66,15 +77,15 @@ def test_help_loads_nothing_heavy(words):
     assert status == 0 and not heavy and output.startswith("usage: ")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_of_training_commands_loads_nothing_heavy(script):
-    status, heavy, output = run("path", f"training/{script}", "--help")
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_of_training_commands_loads_nothing_heavy(command):
+    status, heavy, output = run(*command, "--help")
     assert status == 0 and not heavy and "usage: " in output
 
 
-@pytest.mark.parametrize("script", ["sft.py", "msgrpo.py", "vae.py", "builtin_model.py"])
-def test_wrong_flags_load_nothing_heavy(script):
-    assert run("path", f"training/{script}", "--no-such-flag", "1")[:2] == (2, [])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c[1].endswith("plots")], ids=" ".join)
+def test_wrong_flags_load_nothing_heavy(command):
+    assert run(*command, "--no-such-flag", "1")[:2] == (2, [])
 
 
 def test_the_package_loads_nothing():

@@ -11,64 +11,86 @@ import uniref_fast
 
 ROOT = Path(__file__).parent.parent
 
-# Dependencies point one way; a module may import modules of its own level or a lower one.
+# Dependencies point one way: a unit, which is a module or a folder below `uniref_fast` (in
+# training, a folder below it), imports units of its own level or of a level above it in this list.
 LEVELS = [
-    {"layout", "budget", "testing", "native", "scenes", "quantised"},
+    {"layout", "budget", "testing", "native", "quantised", "files", "keyed_random", "fingerprint", "sheets", "runs"},
     {"visibility"},
     {"tuning"},
     {"kernels"},
     {"ops"},
     {"models"},
-    {"request", "builtin", "encode"},
+    {"builtin", "encode", "request"},
     {"model_kind"},
     {"loading"},
-    {"patch", "edit", "estimate", "training"},
+    {"patch"},
+    {"adapters", "edit", "estimate"},
+    {"flags"},
+    {"data"},
+    {"scenes"},
+    {"rewards"},
+    {"evaluation"},
+    {"training.core"},
+    {"training.batches"},
+    {"training.supervised"},
+    {"training.rl"},
+    {"training.builtin"},
+    {"training.sft", "training.msgrpo"},
     {"demo"},
-    {"cli", "data_cli"},
+    {"cli"},
 ]
+LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
+PUBLIC = uniref_fast._MODULE_OF  # names of the package itself, by the module that defines them
+FREE = ("__init__", "__main__", "__version__", "assets")  # no unit: the package itself and its data
 
 
-# Names of the package itself, by the module they come from.
-PUBLIC = uniref_fast._MODULE_OF
+def unit(parts: tuple[str, ...]) -> str:
+    """Unit of a module, from the parts of its name below `uniref_fast`."""
+    return ".".join(parts[:2]) if parts[0] == "training" else parts[0]
 
 
-def module_level(name: str) -> int:
-    for level, names in enumerate(LEVELS):
-        if name in names:
-            return level
-    raise AssertionError(f"{name} has no level: add it to LEVELS in {Path(__file__).name}")
+def sources() -> dict[Path, tuple[str, ...]]:
+    """All files of the package, with the parts of their names below `uniref_fast`."""
+    files = [path for folder in ("uniref_fast", "kernels", "training") for path in (ROOT / folder).rglob("*.py")]
+    named = {path: path.relative_to(ROOT).with_suffix("").parts for path in files}
+    return {path: parts[1:] if parts[0] == "uniref_fast" else parts for path, parts in named.items()}
 
 
 def imports_of(path: Path) -> set[str]:
-    """First component below uniref_fast of everything a file imports, at any depth of the code."""
+    """Units that a file imports, at any depth of the code."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "uniref_fast":
-            parts = node.module.split(".")[1:]
-            found.update([parts[0]] if parts else [PUBLIC.get(alias.name, alias.name) for alias in node.names])
+            module = tuple(node.module.split(".")[1:])
+            if module and module != ("training",):
+                found.add(unit(module))
+            else:
+                found.update(unit((*module, *PUBLIC.get(alias.name, alias.name).split("."))) for alias in node.names)
         elif isinstance(node, ast.Import):
-            found.update(a.name.split(".")[1] for a in node.names if a.name.startswith("uniref_fast."))
-    return found
+            names = [tuple(alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("uniref_fast.")]
+            found.update(map(unit, names))
+    return found - {*FREE}
 
 
-def sources() -> list[Path]:
-    return [p for p in (ROOT / "uniref_fast").rglob("*.py")] + [
-        p for folder in ("kernels", "training") for p in (ROOT / folder).rglob("*.py")
-    ]
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    own = unit(sources()[path])
+    if own in FREE:
+        return
+    for other in imports_of(path):
+        assert other in LEVEL_OF, f"{other} has no level: add it to LEVELS"
+        assert LEVEL_OF[other] <= LEVEL_OF[own], f"{path.relative_to(ROOT)} imports uniref_fast.{other}"
 
 
-def test_imports_point_one_way():
-    checked = 0
-    for path in sources():
-        relative = path.relative_to(ROOT)
-        parts = relative.parts[1:] if relative.parts[0] == "uniref_fast" else relative.parts
-        own = parts[0].removesuffix(".py")
-        if own in ("__init__", "__main__", "assets"):
-            continue
-        for other in imports_of(path) - {own, "__version__", "assets"}:
-            checked += 1
-            assert module_level(other) <= module_level(own), f"{relative} imports uniref_fast.{other}"
-    assert checked > 20
+def test_every_level_is_used():
+    assert {unit(parts) for parts in sources().values()} - {*FREE} == {*LEVEL_OF}
+
+
+def test_training_shadows_no_package():
+    """`torchrun training/sft.py` puts `training/` first on the path: nothing there may take the place of a package."""
+    files = {path.name for path in (ROOT / "training").iterdir() if not path.name.startswith(("_", "."))}
+    assert files == {"sft.py", "msgrpo.py", "core", "batches", "supervised", "rl", "builtin"}
+    assert not any((ROOT / "training" / name / "__init__.py").exists() for name in files), "a regular package would win"
 
 
 def test_kernels_and_training_are_linked_folders_without_init():

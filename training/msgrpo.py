@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniref_fast.training.launch import Place, launch
-from uniref_fast.training.processes import leave
-from uniref_fast.training.rl_recipes import MSGRPO, RL_RECIPES
+from uniref_fast.training.core.launch import Place, launch
+from uniref_fast.training.core.processes import leave
+from uniref_fast.training.rl.recipes import MSGRPO, RL_RECIPES
 
 if TYPE_CHECKING:
-    from uniref_fast.training.parallel import Ranks
-    from uniref_fast.training.rl_trainer import RLTrainer
+    from uniref_fast.training.core.distributed import Ranks
+    from uniref_fast.training.rl.trainer import RLTrainer
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
 
     def made(config: MSGRPO, ranks: Ranks, place: RLPlace, resume: int | None) -> RLTrainer:
-        from uniref_fast.training.rl_trainer import RLTrainer
+        from uniref_fast.training.rl.trainer import RLTrainer
 
         return RLTrainer(config, ranks, place.out, resume, check=place.check_ratio)
 
     def failures() -> tuple[type[Exception], ...]:
-        from uniref_fast.training.gate import OffPolicyError
-        from uniref_fast.training.rl_trainer import RewardError
+        from uniref_fast.training.rl.on_policy import OffPolicyError
+        from uniref_fast.training.rl.trainer import RewardError
 
         return OffPolicyError, RewardError
 

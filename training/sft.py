@@ -14,20 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniref_fast.training.launch import Place, launch
-from uniref_fast.training.processes import leave
-from uniref_fast.training.recipes import RECIPES, SFT
+from uniref_fast.training.core.launch import Place, launch
+from uniref_fast.training.core.processes import leave
+from uniref_fast.training.supervised.recipes import RECIPES, SFT
 
 if TYPE_CHECKING:
-    from uniref_fast.training.parallel import Ranks
-    from uniref_fast.training.trainer import Trainer
+    from uniref_fast.training.core.distributed import Ranks
+    from uniref_fast.training.supervised.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
 
     def made(config: SFT, ranks: Ranks, place: Place, resume: int | None) -> Trainer:
-        from uniref_fast.training.trainer import Trainer
+        from uniref_fast.training.supervised.trainer import Trainer
 
         return Trainer(config, ranks, place.out, resume)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from uniref_fast import __version__
-from uniref_fast.data_cli import add_data_commands, leave_to
+from uniref_fast.data.cli import add_data_commands, leave_to
 from uniref_fast.loading import LORA_HELP
 
 if TYPE_CHECKING:
-    from uniref_fast.training.images import ImageSource
+    from uniref_fast.data.images import ImageSource
 
 __all__ = ["main"]
 
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_data_commands(commands)
     evaluation = commands.add_parser("eval", help="measure a model on held-out rows or a public bench")
-    leave_to(evaluation, "uniref_fast.training.benchmark_cli")
+    leave_to(evaluation, "uniref_fast.evaluation.cli")
 
     doctor = commands.add_parser("doctor", help="versions, devices, and which implementation serves each op and why")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -188,7 +188,7 @@ def _edit(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
     adapters, visibility, below = [], args.visibility, None
     if args.lora:
-        from uniref_fast.training import adapters as loras
+        from uniref_fast import adapters as loras
 
         adapters = [loras.Adapter.parse(text) for text in args.lora]
         below = loras.check_adapters(adapters, args.model)
@@ -293,7 +293,7 @@ def _budget(args: argparse.Namespace) -> int | None:
 
 def _image(path: str) -> ImageSource:
     """The image at a path, which is read when it is asked for. Raises UsageError without a file there."""
-    from uniref_fast.training.images import ImageSource
+    from uniref_fast.data.images import ImageSource
 
     try:
         there = Path(path).is_file()

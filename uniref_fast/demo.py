@@ -14,14 +14,14 @@ from PIL import Image
 
 from uniref_fast import builtin
 from uniref_fast.edit import edit
+from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.patch import PatchReport, patch, unpatch
 from uniref_fast.request import EditRequest
-from uniref_fast.scenes import contact_sheet, difference
+from uniref_fast.scenes.make import MadeSample, MakeConfig, artworks
+from uniref_fast.scenes.render import draw_plan
+from uniref_fast.scenes.tasks import plan_sample
+from uniref_fast.sheets import contact_sheet, difference
 from uniref_fast.testing import error_budget, max_relative_error
-from uniref_fast.training.benchmark_measure import psnr
-from uniref_fast.training.drawing import draw_plan
-from uniref_fast.training.make_data import MadeSample, MakeConfig, artworks
-from uniref_fast.training.tasks import plan_sample
 
 __all__ = ["DemoResult", "heldout_scenes", "run_demo"]
 

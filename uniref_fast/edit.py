@@ -23,7 +23,7 @@ from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_r
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
-from uniref_fast.models.qwen_image_stock import deviations, is_own_method
+from uniref_fast.patch.stock import deviations, is_own_method
 from uniref_fast.request import EditRequest, Geometry, geometry, split_packs, validated
 from uniref_fast.visibility import Rule
 

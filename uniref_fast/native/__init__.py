@@ -13,7 +13,7 @@ from uniref_fast.native.attention import segment_attention, segment_attention_ba
 from uniref_fast.native.library import available, levels, reason
 from uniref_fast.native.patches import pack, unpack
 from uniref_fast.native.rope import qk_norm_rope, qk_norm_rope_backward
-from uniref_fast.native.rows import (
+from uniref_fast.native.token_ops import (
     gate_residual,
     gate_residual_backward,
     gate_residual_norm_modulate,

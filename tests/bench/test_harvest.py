@@ -1,0 +1,104 @@
+"""bench/harvest.py on a machine without a GPU, in processes of its own: its imports live in bench/."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("pytest_benchmark")
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_writes_its_results(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "harvest.py", "--out", tmp_path, "--tiny"], cwd=BENCH, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {path.stem.split("-", 3)[-1]: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    groups = {
+        name: next(content["groups"] for key, content in results.items() if key.endswith(name))
+        for name in ("edit-20b", "kernel-tests", "attention", "token-ops", "lora-20b")
+    }
+    for part in ("edit-20b", "attention", "token-ops", "lora-20b"):
+        for rows in groups[part].values():
+            assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows), rows
+    steps = [[row["member"] for row in rows] for rows in groups["edit-20b"].values()]
+    assert steps == [["stock", "compiled", "patched", "one pack"]]
+    for group in groups["kernel-tests"].values():
+        assert group["complete"] and group["passed"] > 0 and not group["failed"]
+    assert all({"date", "device", "torch", "triton", "commit"} <= content.keys() for content in results.values())
+
+
+FAULTY_PARTS = """
+import sys, time
+import harvest
+
+start = time.monotonic()
+assert harvest.run(["-c", "import time; time.sleep(600)"], 0.5) is None, "stopped at the time limit"
+assert time.monotonic() - start < 300
+# A part whose process dies after its first measurement, and one that works.
+folder = sys.argv[1]
+harvest.PARTS = tuple(harvest.Part(name, 300, (), (f"{folder}/{name}.py",)) for name in ("dies", "works"))
+sys.argv = ["harvest.py", "--out", f"{folder}/results", "--tiny"]
+sys.exit(harvest.main())
+"""
+MEASURED = """
+def test_first(timed, benchmark):
+    benchmark.group = "question"
+    timed(lambda: None, lambda: None)
+"""
+DIES = """
+
+def test_second(benchmark):
+    import os
+
+    os.abort()
+"""
+
+
+def test_a_part_that_fails_costs_the_next_part_nothing(tmp_path):
+    (tmp_path / "conftest.py").write_text((BENCH / "conftest.py").read_text())
+    (tmp_path / "works.py").write_text(MEASURED)
+    (tmp_path / "dies.py").write_text(MEASURED + DIES)
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTY_PARTS, tmp_path], cwd=BENCH, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "dies: failed with exit status -6" in done.stdout and "works: complete" in done.stdout
+    kept = {path.stem.rsplit("-", 1)[-1]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    assert set(kept) == {"dies", "works"}, "a part whose process died keeps what it had measured"
+    for results in kept.values():
+        assert [row["member"] for row in results["groups"]["question"]] == ["test_first"]
+
+
+def test_refuses_to_measure_without_a_gpu(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "harvest.py", "--out", tmp_path / "out"], cwd=BENCH, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "--tiny checks on the CPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+CHANGED = """
+import json, sys
+from pathlib import Path
+import harvest
+
+folder, device = Path(sys.argv[1]), harvest.machine()["device"]
+name = "attention"
+sources = harvest.digest(harvest.KERNEL_TESTS[name][1])
+group = {"sources": sources, "complete": True}
+harvest.write_results(folder / "2026-01-01-a-kernel-tests.json", {"device": device, "groups": {name: group}})
+print(json.dumps([harvest.passed_before(folder, name) for name in (device, "another GPU")] + [{name: sources}]))
+"""
+
+
+def test_tests_of_unchanged_kernels_are_not_repeated_on_the_same_device(tmp_path):
+    done = subprocess.run([sys.executable, "-c", CHANGED, tmp_path], cwd=BENCH, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    here, elsewhere, expected = json.loads(done.stdout)
+    assert here == expected and elsewhere == {}

@@ -1,0 +1,136 @@
+"""The built-in model's making, in miniature; and the model that is shipped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from uniref_fast import builtin
+from uniref_fast.builtin import store
+from uniref_fast.demo import heldout_scenes
+from uniref_fast.edit import edit
+from uniref_fast.evaluation.metrics import psnr
+from uniref_fast.request import EditRequest
+from uniref_fast.training.builtin import make as builtin_model
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = ("--artworks", "shipped", "--samples", "24", "--heldout", "3", "--vae_steps", "2", "--scale", "1e-6",
+         "--ranks", "1", "--dtype", "float32", "--seeds", "1")  # fmt: skip
+
+
+def test_parts_are_in_order_and_leave_out_nothing(tmp_path):
+    parts = builtin_model.parts(builtin_model.BuiltinModel(out=tmp_path))
+    assert [part.name for part in parts] == [
+        "data", "data of more pictures", "data of one picture", "vae", "sft", "sft-more", "msgrpo", "msgrpo-1",
+        "msgrpo-2", "model", "eval nothing", "eval autoencoder", "eval untrained", "eval sft", "eval sft-more",
+        "eval msgrpo", "eval msgrpo-1", "eval msgrpo-2", "eval shipped", "curves", "report",
+    ]  # fmt: skip
+    assert len({part.done for part in parts}) == len(parts)
+    fewer = builtin_model.parts(builtin_model.BuiltinModel(out=tmp_path, more=False))
+    left_out = {"data of one picture", "sft-more", "eval sft-more"}
+    assert [part.name for part in fewer] == [part.name for part in parts if part.name not in left_out]
+    assert not any("sft-more" in str(part.work) for part in fewer)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--samples", "0"), "samples must be at least 1"),
+        (("--scale", "0"), "scale must be above 0"),
+        (("--dtype", "float64"), "dtype"),
+        (("--artworks", "none"), "artworks"),
+        (("--steps", "3"), "unknown flag --steps"),
+    ],
+)
+def test_wrong_settings(tmp_path, capsys, flags, message):
+    assert builtin_model.main(["--out", str(tmp_path / "out"), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_begun_with_other_settings_is_refused(tmp_path, monkeypatch, capsys):
+    done = []
+    monkeypatch.setattr(builtin_model, "_run", lambda part, out: done.append(part.name) or 0)
+    assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1"]) == 0 and len(done) == 17
+    assert builtin_model.main(["--out", str(tmp_path), "--seeds", "1", "--seed", "1"]) == 2
+    assert "seed 0 -> 1" in capsys.readouterr().err and len(done) == 17
+
+
+def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
+    fails = builtin_model.Part("fails", tmp_path / "done", (sys.executable, "-c", "raise SystemExit(7)"))
+    writes_nothing = builtin_model.Part("idle", tmp_path / "done", (sys.executable, "-c", ""))
+    for part, status, message in ((fails, 7, "fails ended with status 7"), (writes_nothing, 2, "did not write")):
+        monkeypatch.setattr(builtin_model, "parts", lambda config, part=part: [part])
+        assert builtin_model.main(["--out", str(tmp_path / "out")]) == status
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "uniref_fast.training.builtin.make", "--out", str(out), *SMALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "data" / "made.json").exists():  # between parts or in one: any moment will do
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate()[0]
+    assert process.returncode != 0 and not (out / "model").exists(), text[-2000:]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "data: done" in done.stdout
+    status = json.loads((out / "model" / store.STATUS_FILE).read_text())
+    assert status["weights"] == "trained" and status["made"]["settings"]["samples"] == 24
+    assert not [path for path in (out / "model").rglob("config.json") if str(tmp_path) in path.read_text()]
+    assert sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) < 24e6
+    report = json.loads((out / "report.json").read_text())
+    assert list(report["evaluations"]) == [
+        "nothing", "autoencoder", "untrained", "sft", "sft-more", "msgrpo", "shipped",
+    ]  # fmt: skip
+    assert all(len(one["aggregates"]) == 4 for one in report["evaluations"].values())
+    assert report["evaluations"]["msgrpo"]["comparison"]["files"] and (out / "curves.png").is_file()
+    names = {part.name for part in builtin_model.parts(builtin_model.BuiltinModel(out=out, seeds=1))}
+    assert set(report["made"]["parts"]) == names - {"report"}
+    assert all(part["commits"] and part["minutes"] >= 0 for part in report["made"]["parts"].values())
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count(": done, ") == 17
+
+
+# ---- what is shipped ----
+
+
+shipped = pytest.mark.skipif(store.shipped_folder() is None, reason="no trained weights in this checkout")
+
+
+@shipped
+def test_the_shipped_folder(tmp_path):
+    folder = store.shipped_folder()
+    status = json.loads((folder / store.STATUS_FILE).read_text())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 24e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert status["weights"] == "trained" and status["made"]["settings"]
+    texts = [path.read_text() for path in files if path.name == "config.json"]
+    assert len(texts) >= 3 and not any("_name_or_path" in text for text in texts), (
+        "no place of the machine it was made on"
+    )
+    assert store._complete(folder)
+    assert builtin.weights_status() == "trained"
+
+
+@shipped
+@pytest.mark.slow
+def test_the_shipped_model_composes_objects_it_never_saw():
+    """A floor, far below what docs/builtin-model.md reports, but above the bare background that they are put on."""
+    pipe = builtin.load()
+    scenes = [scene for references in (2, 3) for scene in heldout_scenes(3, references, 6)]
+    scenes = [scene for scene in scenes if scene.scene["background"].get("picture")]
+    sizes = {"width": 64, "height": 64, "num_inference_steps": 12, "true_cfg_scale": 1.0}
+    requests = [EditRequest(s.instruction, s.references, seed=i, **sizes) for i, s in enumerate(scenes)]
+    made = edit(pipe, requests, budget=128**2)
+    ours = [psnr(image, scene.target) for image, scene in zip(made, scenes, strict=True)]
+    bare = [psnr(scene.references[scene.scene["background"]["picture"] - 1], scene.target) for scene in scenes]
+    assert len(scenes) >= 10 and sum(ours) / len(ours) > sum(bare) / len(bare) + 1.5, (ours, bare)

@@ -1,0 +1,141 @@
+"""Sharding and sequence parallelism: loss and gradients of several ranks against one rank without either."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mesh_worker
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from uniref_fast import PackedQwenImage
+from uniref_fast.models.sequence_parallel import SequenceParallel
+from uniref_fast.testing import assert_within_budget
+from uniref_fast.training.supervised.flow_matching import sample_errors
+
+WORKER = Path(__file__).resolve().parents[2] / "helpers" / "mesh_worker.py"
+# Where rows are cut, for two and for three ranks: even parts; uneven ones; an empty part at the beginning, in the
+# middle and at the end; one rank that has all; one row.
+BOUNDS = ("0-4-8", "0-2-7", "0-6-7", "0-0-1", "0-5-5", "0-2-4-6", "0-1-6-9", "0-0-2-5", "0-3-3-4", "0-1-4-4", "0-0-7-7")
+
+
+def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [str(WORKER), str(folder), *cases]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # on the CPU everywhere: a machine may have one GPU
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases if not case.startswith("rows")}
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory):
+    """A folder and what four ranks came to: starting them takes longer than what they do."""
+    folder = tmp_path_factory.mktemp("four")
+    return folder, run_ranks(4, folder, "2-kept-full", "2-recomputed-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
+
+
+def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
+    """Loss, norm and gradients without any sharding."""
+    model = mesh_worker.make_model()
+    if lora:
+        mesh_worker.add_adapter(model)
+    packed = PackedQwenImage(model.to(dtype), impl="reference" if dtype == torch.float64 else None)
+    loss = 0.0
+    for number in range(len(mesh_worker.PACKS)):
+        batch = mesh_worker.make_batch(number, dtype)
+        # in the dtype of the oracle: `sample_errors` is float32
+        prediction = packed(batch.image, batch.text, batch.t, batch.layout)
+        squares = (prediction - batch.velocity).square().mean(1)
+        part = sum(each.mean() for each in squares.split([s.length for s in batch.layout.targets])) / 3
+        if dtype == torch.float32:
+            torch.testing.assert_close(part, sample_errors(prediction, batch).sum() / 3)
+        part.backward()
+        loss += part.detach()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.stack([g.double().square().sum() for g in gradients.values()]).sum().sqrt().to(dtype)
+    return {"loss": loss, "norm": norm, **gradients}
+
+
+@pytest.mark.slow
+def test_gradients_equal_one_rank(tmp_path, four_ranks):
+    """Data parallel x sequence parallel in {1x1, 2x1, 1x2, 2x2}; the sharing changes within one run of the ranks."""
+    runs = {
+        1: run_ranks(1, tmp_path, "1-kept-full", "1-recomputed-full"),
+        2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full"),
+        4: four_ranks[1],
+    }
+    expected = {kind: [alone(dtype, kind == "lora") for dtype in (torch.float32, torch.float64)]
+                for kind in ("full", "lora")}  # fmt: skip
+    for size, results in runs.items():
+        for case, result in results.items():
+            eager, oracle = expected[case.rsplit("-", 1)[1]]
+            assert set(result) == set(oracle)
+            for name, value in result.items():
+                assert_within_budget(value, eager[name], oracle[name], f"{size} ranks, {case}: {name}")
+    single, double = (runs[size]["1-kept-full"] for size in (1, 2))
+    assert [name for name in single if not torch.equal(single[name], double[name])] == [], "a sum of two packs is exact"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_gathered_rows(four_ranks, bounds):
+    """All rows in their order on every rank; each keeps the gradient of its own part of them."""
+    cuts = [int(bound) for bound in bounds.split("-")]
+    rows = mesh_worker.all_rows(cuts[-1]).requires_grad_()
+    (expected,) = torch.autograd.grad(mesh_worker.loss_of(rows), rows)
+    assert expected.flatten(1).any(1).all(), "every row has a gradient"
+    for rank in range(len(cuts) - 1):
+        found = load_file(four_ranks[0] / f"{rank}-rows-{bounds}.safetensors")
+        assert torch.equal(found["rows"], rows), f"rank {rank}"
+        assert torch.equal(found["bfloat16"], mesh_worker.all_rows(cuts[-1], torch.bfloat16)), f"rank {rank}"
+        mine = torch.zeros_like(expected)
+        mine[cuts[rank] : cuts[rank + 1]] = expected[cuts[rank] : cuts[rank + 1]]
+        torch.testing.assert_close(found["gradient"], mine)
+
+
+class FakeGroup:
+    """Enough of a process group to ask for its size."""
+
+
+@pytest.mark.parametrize(("heads", "size", "possible"), [(24, 5, "1, 2, 3, 4, 6, 8, 12, 24"), (4, 3, "1, 2, 4")])
+def test_heads_that_do_not_divide(heads, size, possible, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: size)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 0)
+    with pytest.raises(ValueError, match=rf"{heads} attention heads .* {size} ranks.*work: {possible}"):
+        SequenceParallel(FakeGroup(), heads)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_cuts(size, monkeypatch):
+    """Every row of a stream and every target belongs to exactly one rank, more ranks than rows included."""
+    from uniref_fast import Sample, SelfLayout
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: size)
+    layouts = [SelfLayout.qwen(pack, zero_cond_t=True) for pack in mesh_worker.PACKS]
+    layouts.append(SelfLayout.qwen([Sample(0, (1, 1, 1))]))
+    for layout in layouts:
+        rows, targets = [], []
+        for rank in range(size):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+            parallel = SequenceParallel(FakeGroup(), 12)
+            mine = parallel.rows(layout, "image")
+            rows += range(mine.start, mine.stop)
+            cuts = parallel.targets(layout)
+            all_targets = layout.target_rows("cpu").tolist()
+            own = all_targets[cuts[rank] : cuts[rank + 1]]
+            assert all(mine.start <= row < mine.stop for row in own)
+            targets += own
+        assert rows == list(range(layout.image_length)) and targets == all_targets
+
+
+def test_leaving_flushes_what_was_written_and_tears_nothing_down():
+    """A process that would fail on its way out has its status all the same."""
+    code = (
+        "import atexit, os, sys; from uniref_fast.training.core.processes import leave; atexit.register(os.abort)\n"
+        "print('written', end=''); print('said', end='', file=sys.stderr); leave(7)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "written") and done.stderr.endswith("said")

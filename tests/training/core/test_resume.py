@@ -1,0 +1,134 @@
+"""Which settings may change when a run is resumed: every field of every recipe has a decision."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from uniref_fast import flags as configs
+from uniref_fast.training.builtin import vae
+from uniref_fast.training.core import launch, resume
+from uniref_fast.training.core.checkpoint import Newest
+from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.supervised.recipes import RECIPES
+
+CONFIGS = {
+    "SFT": ("", RECIPES["lora"]()),
+    "MSGRPO": ("", RL_RECIPES["lora"]()),
+    "VAE": ("vae.", vae.default()),
+}
+
+
+def data(config):
+    return json.loads(configs.to_json(config))
+
+
+def names(value, name=""):
+    """Every setting of a configuration as JSON data, without the numbers of stages."""
+    if isinstance(value, dict):
+        return {found for key, item in value.items() for found in names(item, f"{name}.{key}".lstrip("."))}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {found for item in value for found in names(item, name)}
+    return {name}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_setting_has_a_decision(kind):
+    prefix, config = CONFIGS[kind]
+    settings = {prefix + name for name in names(data(config))}
+    assert {"stages.lr", "judge.url", "lora_alpha"} <= settings or kind != "MSGRPO"
+    undecided = settings - set(resume.FIXED) - resume.MAY_CHANGE
+    assert not undecided, "say in training/core/resume.py whether these may change when a run is resumed"
+
+
+def test_no_decision_is_double_or_about_nothing():
+    everything = {prefix + name for prefix, config in CONFIGS.values() for name in names(data(config))}
+    assert set(resume.FIXED) | resume.MAY_CHANGE == everything
+    assert not set(resume.FIXED) & resume.MAY_CHANGE
+
+
+OTHER = {"lora_rank": 8, "lora_alpha": 32.0, "lora_targets": ("to_q",), "dtype": "float32", "weight_dtype": "bfloat16",
+         "ema": 0.5, "visibility": "reference_causal", "seed": 5, "weights": (2.0,), "cost": "flops",
+         "columns": ("instruction=prompt",)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in resume.FIXED if "." not in name])
+def test_a_fixed_setting_is_refused_in_words(name, tmp_path):
+    before = dataclasses.replace(RECIPES["lora"](), data=("rows.jsonl",))
+    after = dataclasses.replace(before, **{name: OTHER[name]})
+    message = rf"{resume.FIXED[name].words} is fixed: {name} is .*another --out"
+    with pytest.raises(ValueError, match=message):
+        accepted(before, after, tmp_path)
+
+
+def accepted(before, after, out, step=10, **state):
+    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    newest = Newest(step, {"config": data(before), "visibility": before.attends, **state}, [])
+    return launch.accept(after, newest, out, ranks)
+
+
+def test_the_message_has_both_values(tmp_path):
+    before = dataclasses.replace(RECIPES["lora"](), lora_rank=8)
+    after = dataclasses.replace(before, lora_rank=16, lora_alpha=1.0)
+    with pytest.raises(ValueError) as caught:
+        accepted(before, after, tmp_path)
+    assert "the rank of the adapter is fixed: lora_rank is 8, not 16;" in str(caught.value)
+    assert "the scale of the adapter is fixed: lora_alpha is 64.0, not 1.0" in str(caught.value)
+
+
+def test_what_may_change_is_returned(tmp_path):
+    before = RL_RECIPES["lora"]()
+    stages = (dataclasses.replace(before.stages[0], lr=1e-5), *before.stages[1:], before.stages[-1])
+    judge = dataclasses.replace(before.judge, url="http://other/v1")
+    after = dataclasses.replace(before, stages=stages, judge=judge, kl=0.1, model="elsewhere")
+    changed = accepted(before, after, tmp_path)
+    assert changed.pop("stages.0.lr") == (1e-4, 1e-5) and changed.pop("kl") == (0.0, 0.1)
+    assert changed.pop("judge.url") == (before.judge.url, "http://other/v1")
+    assert changed.pop("model") == (before.model, "elsewhere")
+    assert changed and all(name.startswith("stages.2.") and old is None for name, (old, _) in changed.items())
+    assert accepted(before, before, tmp_path) == {}
+
+
+def test_alike_values_are_no_change(tmp_path):
+    sft, rl = RECIPES["lora"](), RL_RECIPES["lora"]()
+    assert accepted(sft, dataclasses.replace(sft, visibility="full"), tmp_path) == {}, "as it is without"
+    causal = dataclasses.replace(rl, visibility="reference_causal")
+    changed = accepted(causal, dataclasses.replace(rl, visibility="group_shared"), tmp_path)
+    assert changed == {"visibility": ("reference_causal", "group_shared")}
+    averaged = dataclasses.replace(sft, ema=0.9)
+    assert accepted(averaged, dataclasses.replace(sft, ema=0.99), tmp_path) == {"ema": (0.9, 0.99)}
+
+
+def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
+    before = RECIPES["lora"]()
+    old = data(before)
+    del old["lora_alpha"], old["stages"][0]["checkpointing"]
+    newest = Newest(10, {"config": {**old, "gone": 3}, "visibility": "full"}, [])
+    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    after = dataclasses.replace(before, lora_alpha=3.0)
+    assert launch.accept(after, newest, tmp_path, ranks) == {}
+
+
+def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
+    """As older versions wrote them."""
+    before = dataclasses.replace(RECIPES["lora"](), visibility="reference_causal")
+    (tmp_path / "config.json").write_text(configs.to_json(before))
+    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    newest = Newest(10, {}, [])
+    assert launch.accept(dataclasses.replace(before, warmup=3), newest, tmp_path, ranks) == {"warmup": (100, 3)}
+    with pytest.raises(ValueError, match="visibility is reference_causal, not full"):
+        launch.accept(RECIPES["lora"](), newest, tmp_path, ranks)
+    assert launch.accept(RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks), "with no checkpoint it begins anew"
+
+
+def test_fewer_steps_than_are_done(tmp_path):
+    config = RECIPES["lora"]()
+    with pytest.raises(ValueError, match="has done 3000 steps, and 2000 are given; give at least --steps 3000"):
+        accepted(config, dataclasses.replace(config, steps=2000), tmp_path, step=3000)
+    assert accepted(config, dataclasses.replace(config, steps=3000), tmp_path, step=3000) == {"steps": (None, 3000)}
+
+
+def test_paths_are_plain(tmp_path):
+    config = dataclasses.replace(RECIPES["lora"](), cache=Path("a"))
+    assert accepted(config, dataclasses.replace(config, cache=Path("b")), tmp_path) == {"cache": ("a", "b")}

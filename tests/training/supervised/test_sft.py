@@ -1,0 +1,541 @@
+"""Supervised fine-tuning end to end, on the built-in model: what it writes, and what it survives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from uniref_fast import builtin
+from uniref_fast import runs as lineage
+from uniref_fast.scenes.textures import demo_scene
+from uniref_fast.training import sft
+from uniref_fast.training.core import checkpoint, launch, model
+from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.supervised import trainer
+from uniref_fast.training.supervised.recipes import SFT
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """40 rows to train on and 4 held out, with 0 to 3 references."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, first, count in (("train", 0, 40), ("heldout", 1000, 4)):
+        rows = []
+        for i in range(first, first + count):
+            scene = demo_scene(i, size=64, references=1 + i % 3)
+            files = [f"{i}-{j}.png" for j in range(len(scene.references) + 1)]
+            for file, image in zip(files, [*scene.references, scene.expected], strict=True):
+                image.save(folder / file)
+            references = files[:-1] if i % 8 else []
+            rows.append({"input_images": references, "output_image": files[-1], "instruction": scene.instruction,
+                         "task_type": f"task {len(references)}"})  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags(data, out, *more, steps=4):
+    given = {
+        "recipe": "tiny",
+        "data": data / "train.jsonl",
+        "out": out,
+        "steps": steps,
+        "save-every": 2,
+        "warmup": 2,
+        "eval-every": 0,
+        "sample-every": 0,
+        "tensorboard": "false",
+        "stages.0.lr": "1e-3",
+        "stages.1.lr": "1e-3",
+    }
+    for i, side in enumerate((64, 96)):
+        given |= {f"stages.{i}.side": side, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
+    given |= {name.removeprefix("--"): value for name, value in zip(more[::2], more[1::2], strict=True)}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def records(out, name="metrics"):
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return {record["step"]: record["loss"] for record in records(out) if "loss" in record}
+
+
+def events(out, kind):
+    return [record for record in records(out, "events") if record["kind"] == kind]
+
+
+def weights(out):
+    return load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of four steps, two stages, without any interruption."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert sft.main(flags(data, out)) == 0
+    torch.set_num_threads(before)
+    return out
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """The folder as it was after two steps."""
+    out = tmp_path / "half"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    shutil.rmtree(out / "transformer")
+    return out
+
+
+def equal_to(whole, out):
+    assert losses(out) == losses(whole), "bit for bit"
+    expected = weights(whole)
+    assert [name for name, tensor in weights(out).items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_a_run(whole):
+    assert sorted(losses(whole)) == [0, 1, 2, 3] and all(loss > 0 for loss in losses(whole).values())
+    record = records(whole)[0]
+    assert {"lr", "grad_norm", "utilisation", "imbalance", "tokens_per_second"} <= set(record)
+    assert any(key.startswith("loss_by_k/") for key in record) and any(
+        key.startswith("loss_by_task/") for key in record
+    )
+    assert [event["number"] for event in events(whole, "stage")] == [0, 1]
+    assert json.loads((whole / "config.json").read_text())["steps"] == 4
+    initial = dict(builtin.load().transformer.named_parameters())
+    moved = [name for name, tensor in weights(whole).items() if not torch.equal(tensor, initial[name])]
+    assert len(moved) > len(initial) / 2
+
+
+def test_resume_is_exact(data, whole, half):
+    assert sft.main(flags(data, half, "--resume", "auto")) == 0
+    equal_to(whole, half)
+
+
+def run_two_ranks(arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "training/sft.py", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
+
+
+@two_ranks
+def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
+    run_two_ranks(flags(data, half, "--resume", "auto"))
+    equal_to(whole, half)
+
+
+@two_ranks
+def test_ranks_that_share_packs_from_the_second_stage_on(data, whole, tmp_path):
+    """Two replicas, then two ranks with half of each pack: the same losses but for rounding."""
+    run_two_ranks(flags(data, tmp_path / "run", "--stages.1.sequence-parallel", 2))
+    found = losses(tmp_path / "run")
+    assert {step: found[step] for step in (0, 1)} == {step: losses(whole)[step] for step in (0, 1)}
+    assert found == pytest.approx(losses(whole), rel=1e-5)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys
+from uniref_fast.training import sft
+from uniref_fast.training.core import checkpoint
+import torch
+torch.set_num_threads(1)
+finish, calls = checkpoint._finish, []
+def dying(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(*args)
+checkpoint._finish = dying
+sft.main(sys.argv[1:])
+"""
+
+
+def test_kill_while_saving(data, whole, tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *flags(data, out)], cwd=ROOT, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    kept = out / "checkpoints"
+    assert sorted(path.name for path in kept.iterdir()) == [".step-000004.partial", "step-000002"]
+    assert sft.main(flags(data, out, "--resume", "auto")) == 0
+    equal_to(whole, out)
+    assert not list(kept.glob(".*"))
+
+
+def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
+    out, step = tmp_path / "run", trainer.Trainer.train_step
+
+    def interrupted(self):
+        if self.step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    assert sft.main(flags(data, out)) == 143
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"] and sorted(losses(out)) == [0]
+    monkeypatch.undo()
+    assert sft.main(flags(data, out, "--resume", "auto")) == 0
+    equal_to(whole, out)
+
+
+def test_figures_of_a_step_that_a_signal_ended_come_later(data, tmp_path, monkeypatch):
+    out, step = tmp_path / "run", trainer.Trainer.train_step
+    every = ("--eval-every", 1, "--heldout", data / "heldout.jsonl")
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    assert sft.main(flags(data, out, *every)) == 143
+    assert looked(out) == [0]
+    monkeypatch.undo()
+    assert sft.main(flags(data, out, *every, "--resume", "auto")) == 0
+    assert looked(out) == list(range(max(losses(out)) + 2))
+
+
+KILLED_WHILE_EVALUATING = """
+import os, signal, sys
+from uniref_fast.training import sft
+from uniref_fast.training.supervised import validation as evaluate
+import torch
+torch.set_num_threads(1)
+name, real = sys.argv.pop(1), {name: getattr(evaluate.HeldOut, name) for name in ("losses", "grid")}
+def dying(self, *args):
+    os.kill(os.getpid(), signal.SIGKILL)
+def armed(self, *args):
+    setattr(evaluate.HeldOut, name, dying)
+    return real["losses"](self, *args)
+evaluate.HeldOut.losses = armed  # of step 0; the next evaluation is that of step 2
+sft.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("name", ["losses", "grid"])
+def test_figures_of_an_evaluation_that_was_killed_come_later(data, tmp_path, name):
+    """After the checkpoint of its step, before or after the figures were recorded; never twice."""
+    out = tmp_path / "run"
+    more = ("--heldout", data / "heldout.jsonl", "--eval-every", 2, "--eval-samples", 2, "--sample-every", 2)
+    given = flags(data, out, *more, "--sample-count", 1, "--sample-steps", 2)
+    command = [sys.executable, "-c", KILLED_WHILE_EVALUATING, name, *given]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    grid = out / "samples" / "heldout-000002.png"
+    assert looked(out) == ([0] if name == "losses" else [0, 2]) and not grid.exists()
+    assert sft.main([*given, "--resume", "auto"]) == 0
+    assert looked(out) == [0, 2, 4] and grid.exists()
+    assert sft.main([*given, "--resume", "auto"]) == 0
+    assert looked(out) == [0, 2, 4], "all is there"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (file,) = (out / "checkpoints" / "step-000004").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 // 4 * 4 + 3] ^= 1 << 6  # an exponent
+    file.write_bytes(content)
+    shutil.rmtree(out / "transformer")
+    assert sft.main(flags(data, out, "--resume", "auto")) == 0
+    equal_to(whole, out)
+    (event,) = events(out, "damaged checkpoint")
+    assert event["step"] == 2 and event["name"] == "step-000004" and file.name in event["reason"]
+    assert "step-000004" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "step-000002", "step-000004", "step-000004.damaged"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_a_run_whose_only_checkpoint_is_damaged_says_what_to_do(data, half, content, capsys):
+    state = half / "checkpoints" / "step-000002" / "state.json"
+    state.unlink() if content is None else state.write_text(content)
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 1
+    message = capsys.readouterr().err
+    assert "step-000002" in message and "state.json" in message and "give another --out" in message
+    assert contents(half) == before
+
+
+def contents(folder):
+    """Of all files but the lock, by path."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
+
+
+def test_another_visibility_is_trained(data, whole, tmp_path):
+    """References see themselves alone: other losses, and the run says so for those who load it."""
+    out = tmp_path / "run"
+    assert sft.main(flags(data, out, "--visibility", "reference_causal")) == 0
+    assert losses(out).keys() == losses(whole).keys() and losses(out) != losses(whole)
+    assert json.loads((out / "config.json").read_text())["visibility"] == "reference_causal"
+    assert SFT((Stage(64, 1, 1.0),), initial=out).attends == "reference_causal", "a run that goes on from it"
+
+
+def looked(out):
+    return sorted(record["step"] for record in records(out) if any(name.startswith("eval/") for name in record))
+
+
+def test_a_resumed_run_keeps_its_packs_whatever_memory_there_is(data, tmp_path):
+    """Where pack_tokens is planned, more memory makes larger packs; a run that is gone on with keeps its own."""
+
+    def packs(out, steps, gib, *more):
+        planned = [text for i in (0, 1) for text in (f"--stages.{i}.pack-tokens", "none")]
+        assert sft.main(flags(data, out, *planned, "--memory-gib", gib, *more, steps=steps)) == 0
+        return [event["pack_tokens"] for event in events(out, "stage") if event["number"] == 1]
+
+    (few,), (many,) = packs(tmp_path / "run", 2, 0.5), packs(tmp_path / "other", 2, 8)
+    assert few < many
+    assert set(packs(tmp_path / "run", 4, 8, "--resume", "auto")) == {few}
+    assert packs(tmp_path / "run", 6, 8, "--resume", "auto", "--stages.1.side", 112)[-1] > few, "of other sizes"
+
+
+def not_finite(monkeypatch, steps):
+    real = trainer.partial_errors
+    calls = []
+
+    def errors(packed, batch):
+        calls.append(batch)
+        result = real(packed, batch)
+        return result * float("nan") if (len(calls) - 1) // 2 in steps else result
+
+    monkeypatch.setattr(trainer, "partial_errors", errors)
+
+
+def test_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch, capsys):
+    not_finite(monkeypatch, {1})
+    assert sft.main(flags(data, tmp_path / "run")) == 0
+    (event,) = events(tmp_path / "run", "skipped")
+    assert event["step"] == 1 and all("train.jsonl:" in row for row in event["rows"])
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+
+
+def test_many_in_a_row_end_the_run(data, tmp_path, monkeypatch, capsys):
+    not_finite(monkeypatch, range(10))
+    assert sft.main(flags(data, tmp_path / "run", "--max-skipped", 2)) == 1
+    message = capsys.readouterr().err
+    assert "2 steps in a row" in message and "train.jsonl:" in message
+
+
+def test_disk_full(data, tmp_path, monkeypatch, capsys):
+    out, write = tmp_path / "run", checkpoint._write
+
+    def full(folder, tensors):
+        if "step-000004" in folder.name:
+            raise OSError(28, "No space left on device")
+        write(folder, tensors)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    assert sft.main(flags(data, out)) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"], (
+        "the last good one, and nothing else"
+    )
+
+
+def test_disk_full_at_the_export(data, half, whole, monkeypatch, capsys):
+    write = model.TrainedModel._write_transformer
+
+    def full(self, folder, tensors):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model.TrainedModel, "_write_transformer", full)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    assert "No space left" in line and "step-000004 holds them: make room" in line and "--resume auto" in line
+    monkeypatch.setattr(model.TrainedModel, "_write_transformer", write)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 0
+    equal_to(whole, half)
+
+
+def test_broken_rows_are_named_and_passed_over(data, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "1-0.png").write_bytes((folder / "1-0.png").read_bytes()[:300])  # the header is whole
+    lines[2] = "{"
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "heldout.jsonl").unlink()
+    (folder / "about.json").write_text('{"version": 1}')
+    assert sft.main(flags(folder, tmp_path / "run", "--data", folder, steps=8)) == 0
+    assert [event["where"] for event in events(tmp_path / "run", "left out")] == ["about.json"]
+    found = {event["where"].rsplit("/")[-1] for event in events(tmp_path / "run", "broken row")}
+    assert {"train.jsonl:3"} <= found <= {"train.jsonl:2", "train.jsonl:3"}, "line 2 is named when its images are read"
+
+
+def test_heldout_loss_and_samples(data, tmp_path):
+    more = ("--heldout", data / "heldout.jsonl", "--eval-every", 6, "--sample-every", 6, "--eval-samples", 4)
+    more += ("--sample-count", 2, "--sample-steps", 2, "--cache", tmp_path / "cache")
+    assert sft.main(flags(data, tmp_path / "run", *more, steps=6)) == 0
+    values = [record["eval/heldout"] for record in records(tmp_path / "run") if "eval/heldout" in record]
+    assert len(values) == 2 and values[1] < values[0]
+    assert (tmp_path / "run" / "samples" / "heldout-000006.png").stat().st_size > 1000
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
+    (event,) = events(tmp_path / "run", "cache")
+    assert event["misses"] > 0
+
+
+def test_lora_with_measured_costs_and_recomputed_blocks(data, tmp_path):
+    more = ("--lora-rank", 4, "--cost", "measured", "--dtype", "bfloat16")  # the adapter itself stays in float32
+    more += ("--stages.0.checkpointing", "true", "--stages.1.checkpointing", "true")
+    assert sft.main(flags(data, tmp_path / "run", *more, steps=2)) == 0
+    assert [path.name for path in (tmp_path / "run" / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--pack-tokens", "5"), "nearest: --stages.0.pack-tokens"),
+        (("--stpes", "5"), "nearest: --steps"),
+        (("--stages.0.sequence-parallel", "2"), "these do: 1"),
+        (("--memory-gib", "0.01"), "GiB"),
+        (("--data", "nothing.jsonl"), "no such file"),
+        (("--lora-rank", "4", "--lora-targets", "nowhere"), "lora_targets"),
+        (("--model", "no/such/folder"), "no such folder"),
+        (("--steps", "1"), "2 stages"),
+    ],
+)
+def test_wrong_input(data, tmp_path, more, message, capsys):
+    assert sft.main(flags(data, tmp_path / "run", *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_a_run(data, whole, capsys):
+    assert sft.main(flags(data, whole)) == 2
+    assert "--resume auto" in capsys.readouterr().err
+
+
+def test_weights_without_a_checkpoint_are_not_replaced(data, half, whole, capsys):
+    """Training would begin anew."""
+    shutil.rmtree(half / "checkpoints")
+    shutil.copytree(whole / "transformer", half / "transformer")
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto")) == 2
+    assert "holds trained weights (transformer/) and no checkpoint" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+@pytest.mark.parametrize("name", ["initial", "model"])
+def test_a_damaged_file_of_weights_is_one_line(data, whole, tmp_path, name, capsys):
+    folder = tmp_path / "start"
+    shutil.copytree(whole / "transformer" if name == "initial" else ROOT / "uniref_fast" / "assets" / "model",
+                    folder / "transformer" if name == "initial" else folder)  # fmt: skip
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    os.truncate(file, 5000)
+    out = tmp_path / "run"
+    assert sft.main(flags(data, out, f"--{name}", folder)) in (1, 2)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    assert str(folder) in line and not out.exists()
+
+
+def test_other_data(data, half, tmp_path, capsys):
+    """Beside a setting that may change: a refused command changes nothing."""
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    (other / "train.jsonl").write_text("".join((other / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    before = contents(half)
+    assert sft.main(flags(other, half, "--resume", "auto", "--warmup", 3)) == 2
+    assert "not what this run was trained on" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--visibility", "reference_causal"), "the attention of the model is fixed: visibility is full, not"),
+        (("--lora-rank", 4), "the rank of the adapter is fixed: lora_rank is none, not 4"),
+        (("--lora-alpha", 3), "the scale of the adapter is fixed: lora_alpha is 64.0, not 3.0"),
+        (("--steps", 1, "--stages.1.steps", 1), "2 stages need at least as many steps"),
+        (("--steps", 2, "--heldout", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_a_refused_resume_changes_nothing(data, half, more, message, capsys):
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert contents(half) == before
+    assert SFT((Stage(64, 1, 1.0),), initial=half).attends == "full"
+
+
+def test_settings_that_change_are_recorded(data, whole, half):
+    assert sft.main(flags(data, half, "--resume", "auto", "--weight-decay", 0.3, "--workers", 1)) == 0
+    changed = [(event["step"], event["setting"], event["before"], event["now"]) for event in events(half, "changed")]
+    assert changed == [(2, "weight_decay", 0.0, 0.3), (2, "workers", 2, 1)]
+    assert losses(half)[2] == losses(whole)[2] and losses(half)[3] != losses(whole)[3]
+    assert json.loads((half / "config.json").read_text())["weight_decay"] == 0.3
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(data, whole, half, capsys):
+    """It has neither checksums nor settings; those that `config.json` has are not changed either."""
+    path = half / "checkpoints" / "step-000002" / "state.json"
+    content = json.loads(path.read_text())
+    files = {name: file["bytes"] for name, file in content["files"].items()}
+    new = ("config", "visibility", "frozen")
+    state = {name: value for name, value in content["state"].items() if name not in new}
+    path.write_text(json.dumps({"files": files, "tensors": content["tensors"], "state": {**state, "looked": True}}))
+    assert sft.main(flags(data, half, "--resume", "auto", "--lora-alpha", 3)) == 2
+    assert "the scale of the adapter is fixed: lora_alpha is 64.0, not 3.0" in capsys.readouterr().err
+    assert sft.main(flags(data, half, "--resume", "auto")) == 0
+    equal_to(whole, half)
+    assert [event["step"] for event in events(half, "unverified checkpoint")] == [2]
+    assert json.loads((half / "checkpoints" / "step-000004" / "state.json").read_text())["state"]["config"]
+
+
+def test_another_place_of_the_same_model_goes_on_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", folder)
+    out = tmp_path / "again"
+    shutil.copytree(half, out)
+    assert sft.main(flags(data, out, "--resume", "auto", "--model", folder)) == 0
+    equal_to(whole, out)
+    file = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    tensors = {name: tensor + 1 if number == 0 else tensor for number, (name, tensor) in enumerate(tensors.items())}
+    save_file(tensors, file, {"format": "pt"})
+    before = contents(half)
+    assert sft.main(flags(data, half, "--resume", "auto", "--model", folder)) == 2
+    assert "was trained on top of other weights than those of model" in capsys.readouterr().err
+    assert contents(half) == before
+
+
+def test_what_a_run_was_trained_as_is_what_its_checkpoint_says(half):
+    """Whatever has become of `config.json`, which older versions wrote for refused commands too."""
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "visibility": "reference_causal"}))
+    assert lineage.attends(half) == "full"
+    shutil.rmtree(half / "checkpoints")
+    assert lineage.attends(half) == "reference_causal", "all there is"
+
+
+def test_every_rank_says_what_ended_it(monkeypatch, capsys):
+    """Rank 0 at once, the others where it has not ended them meanwhile: what only they met must not be lost."""
+    waited = []
+    monkeypatch.setattr(launch.time, "sleep", waited.append)
+    for rank, expected in (("0", "sft: no"), ("3", "sft, rank 3: no")):
+        monkeypatch.setenv("RANK", rank)
+        assert launch._failed("sft", ValueError("no"), 2) == 2
+        assert capsys.readouterr().err == expected + "\n"
+    assert len(waited) == 1

@@ -1,0 +1,340 @@
+"""The built-in model, from nothing: data, autoencoder, SFT with growing budgets, MSGRPO, the folder, its evaluation.
+
+    python -m uniref_fast.training.builtin.make --out runs/builtin
+
+Every part is a command of this repository, printed before it runs. What is done is left alone, so a run that was
+stopped goes on with the same command. `runs/builtin/model` is the pipeline that `uniref_fast/assets/model` holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from uniref_fast import __version__
+from uniref_fast import flags as configs
+from uniref_fast.evaluation import report as benchmark_report
+from uniref_fast.files import write_whole
+from uniref_fast.training.core.processes import signal_at_parent_end
+from uniref_fast.training.core.recipe import Recipe
+from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.supervised.recipes import RECIPES
+
+__all__ = ["BuiltinModel", "Part", "main", "parts", "report", "ship"]
+
+MADE = "made.json"
+HELDOUT = ("heldout_objects", "heldout_combinations")
+MORE = (4, 5, 6)  # pictures of a sample, of which the model saw at most three in training
+MORE_SFT = ("data of one picture", "sft-more")
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """What is made, and how large.
+
+    Attributes:
+        out: folder of all parts.
+        ranks: processes that train, a GPU each where there are GPUs, else a core each; none: as many as there are GPUs,
+            at most 2, or 2 on a CPU.
+        artworks: objects, as `uniref-fast data make` has them.
+        samples: made to train on.
+        heldout: samples of each held-out split.
+        vae_steps: optimizer steps of the autoencoder.
+        scale: of the numbers of steps of SFT and MSGRPO; below 1 for a trial or a slow machine, above where there is a
+            GPU.
+        dtype: that SFT and MSGRPO compute in. bfloat16 takes a third of float32's time where a CPU multiplies it
+            (AVX-512-BF16), and longer than float32 where it does not; none: bfloat16 on a GPU and such a CPU.
+        more: go on with SFT after its first part (recipe `builtin_more`). Without, all ends in under two and a half
+            hours.
+        seed: of everything.
+        seeds: runs of MSGRPO, with this seed and those after it. What the first makes is shipped, the others say how
+            much of it is luck.
+    """
+
+    out: Path = Path("runs/builtin")
+    ranks: int | None = None
+    artworks: Literal["auto", "font", "shipped"] = "font"
+    samples: int = 20_000
+    heldout: int = 256
+    vae_steps: int = 10_000
+    scale: float = 1.0
+    dtype: Literal["float32", "bfloat16"] | None = None
+    more: bool = True
+    seed: int = 0
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "samples", "heldout", "vae_steps", "seeds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not (self.scale > 0 and math.isfinite(self.scale)):
+            raise ValueError(f"scale must be above 0, got {self.scale}")
+
+
+def for_machine(config: BuiltinModel) -> BuiltinModel:
+    """Return the configuration with `ranks` and `dtype` chosen for this machine where they are None."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    fast = gpus or torch.cpu._is_avx512_bf16_supported()
+    dtype: Literal["float32", "bfloat16"] = "bfloat16" if fast else "float32"
+    return replace(config, ranks=config.ranks or min(gpus, 2) or 2, dtype=config.dtype or dtype)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A step on the way.
+
+    Attributes:
+        name: of it.
+        done: exists when it is done.
+        work: a command line, or a function of this process.
+    """
+
+    name: str
+    done: Path
+    work: tuple[str, ...] | Callable[[], None]
+
+
+def parts(config: BuiltinModel) -> list[Part]:
+    """All parts, in order."""
+    out, ranks, dtype = config.out, config.ranks or 2, config.dtype or "bfloat16"
+    heldout = [str(out / "data" / f"{name}.jsonl") for name in HELDOUT]
+    more = [str(out / "data-more" / f"{name}.jsonl") for name in HELDOUT]
+    make = ("--size", 64, "--pictures", "simple", "--artworks", config.artworks, "--seed", config.seed,
+            "--workers", ranks)  # fmt: skip
+    train, train_one = (str(out / name / "train.jsonl") for name in ("data", "data-one"))
+    data = ("--data", train)
+    both = ("--data", f"{train},{train_one}", "--weights", "1,0.6")  # a quarter is "move", two in five have several
+    common = ("--model", str(out / "vae" / "model"), "--heldout", ",".join(heldout), "--cache", str(out / "cache"),
+              "--dtype", dtype, "--resume", "auto")  # fmt: skip
+    edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
+             "--batch", 32)  # fmt: skip
+    model = ("--model", str(out / "vae" / "model"))
+    sft = _sft(config)
+    after_sft = (*model, "--initial", str(sft))
+    evaluated: dict[str, tuple[str, ...]] = {
+        "nothing": ("--model", str(out / "model"), "--baseline", "input"),
+        "autoencoder": ("--model", str(out / "model"), "--baseline", "vae"),
+        "untrained": model,
+        "sft": (*model, "--initial", str(out / "sft")),
+        sft.name: after_sft,
+    }
+    runs = {config.seed + i: out / (f"msgrpo-{i}" if i else "msgrpo") for i in range(config.seeds)}
+    against = ("--against", str(out / "eval" / sft.name))
+    evaluated |= {run.name: (*after_sft, "--initial", str(run), *against) for run in runs.values()}
+    evaluated["shipped"] = ("--model", str(out / "model"), *against)  # the first of these, rounded to bfloat16
+    made = [
+        Part("data", out / "data" / "made.json",
+             _python("-m", "uniref_fast", "data", "make", out / "data", *make, "--references", "1,2,3",
+                     "--train", config.samples, "--heldout", config.heldout)),
+        Part("data of more pictures", out / "data-more" / "made.json",
+             _python("-m", "uniref_fast", "data", "make", out / "data-more", *make,
+                     "--references", ",".join(map(str, MORE)), "--train", 0, "--heldout", -(-config.heldout // 3))),
+        Part("data of one picture", out / "data-one" / "made.json",
+             _python("-m", "uniref_fast", "data", "make", out / "data-one", *make, "--references", 1,
+                     "--tasks", "move,move,replace_background,recolour", "--train", config.samples, "--heldout", 0)),
+        Part("vae", out / "vae" / "model",
+             _torchrun(ranks, "-m", "uniref_fast.training.builtin.vae", "--data", out / "data", "--out", out / "vae",
+                       "--steps", config.vae_steps, "--seed", config.seed)),
+        Part("sft", out / "sft" / "transformer",
+             _torchrun(ranks, _script("sft"), "--recipe", "builtin", *common, *data, "--out", out / "sft",
+                       "--seed", config.seed, "--steps", _steps(RECIPES["builtin"](), config.scale))),
+        Part("sft-more", out / "sft-more" / "transformer",
+             _torchrun(ranks, _script("sft"), "--recipe", "builtin_more", *common, *both,
+                       "--out", out / "sft-more", "--initial", out / "sft",
+                       "--seed", config.seed + 1, "--steps", _steps(RECIPES["builtin_more"](), config.scale))),
+        *(Part(run.name, run / "lora",
+               _torchrun(ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
+                         "--initial", sft, "--seed", seed,
+                         "--steps", _steps(RL_RECIPES["tiny"](), config.scale)))
+          for seed, run in runs.items()),
+        Part("model", out / "model", lambda: ship(config)),
+        *(Part(f"eval {name}", out / "eval" / name / "results.json",
+               _python(*edits, "--out", out / "eval" / name, *flags))
+          for name, flags in evaluated.items()),
+        Part("curves", out / "curves.png",
+             _python("-m", "uniref_fast.training.core.plots", *runs.values(),
+                     "--keys", "reward", "eval", "ratio", "grad_norm", "--out", out / "curves.png")),
+        Part("report", out / "report.json", lambda: report(out, list(evaluated))),
+    ]  # fmt: skip
+    return [part for part in made if config.more or part.name not in MORE_SFT]
+
+
+def _sft(config: BuiltinModel) -> Path:
+    """The run that MSGRPO goes on from."""
+    return config.out / ("sft-more" if config.more else "sft")
+
+
+def ship(config: BuiltinModel) -> None:
+    """Put the trained parts together as one bfloat16 pipeline folder, with what it was made from."""
+    import torch
+
+    from uniref_fast import builtin
+    from uniref_fast.loading import load_pipeline
+
+    out = config.out
+    pipe = load_pipeline(str(out / "vae" / "model"), torch.float32, "cpu")
+    pipe.transformer = type(pipe.transformer).from_pretrained(_sft(config) / "transformer", use_safetensors=True)
+    pipe.load_lora_weights(str(out / "msgrpo" / "lora"), use_safetensors=True)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
+            parameter.data = parameter.data.to(torch.bfloat16)
+    builtin.write(pipe, out / "model", weights="trained", made=json.loads((out / MADE).read_text()))
+
+
+def report(out: Path, names: Sequence[str]) -> None:
+    """Put what the evaluations came to in one file, without their rows: `report.json`; and print it as a table."""
+    found: dict[str, Any] = {"made": json.loads((out / MADE).read_text()), "evaluations": {}}
+    found["made"]["parts"].pop("report", None)  # this very part, which is recorded when it begins
+    lines = []
+    for name in names:
+        results = json.loads((out / "eval" / name / "results.json").read_text())
+        kept = {key: results[key] for key in ("settings", "versions", "aggregates", "comparison")}
+        found["evaluations"][name] = kept
+        lines += [f"== {name}", benchmark_report.table(kept["aggregates"])]
+        if kept["comparison"] is not None:
+            lines.append(benchmark_report.comparison_table(kept["comparison"]))
+    print("\n".join(lines))
+    write_whole(out / "report.json", lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the model; returns the exit status: that of the part that failed, or 0."""
+    try:
+        given = sys.argv[1:] if argv is None else argv
+        config = configs.parse(
+            {"default": BuiltinModel},
+            given,
+            prog="python -m uniref_fast.training.builtin.make",
+            description="Make the built-in model.",
+        ).config
+        config = for_machine(config)
+        _keep(config)
+        for part in parts(config):
+            if status := _run(part, config.out):
+                print(
+                    f"builtin_model: {part.name} ended with status {status}; the same command goes on", file=sys.stderr
+                )
+                return status
+    except (ValueError, OSError) as error:
+        print(f"builtin_model: {error}", file=sys.stderr)
+        return 2
+    print(config.out / "model")
+    return 0
+
+
+def _run(part: Part, out: Path) -> int:
+    if part.done.exists():
+        print(f"{part.name}: done, {part.done}", flush=True)
+        return 0
+    _record(part, out, 0.0)  # before the work, so that a part that is killed when it is done is recorded too
+    start = time.perf_counter()
+    if callable(part.work):
+        print(f"{part.name}: {part.done}", flush=True)
+        part.work()
+        status = 0
+    else:
+        print(f"{part.name}: {shlex.join(part.work)}", flush=True)
+        status = _call(part.work)
+    if status == 0 and not part.done.exists():
+        raise ValueError(f"{part.name} ended well but did not write {part.done}")
+    minutes = (time.perf_counter() - start) / 60
+    print(f"{part.name}: {minutes:.1f} min", flush=True)
+    _record(part, out, minutes)
+    return status
+
+
+def _record(part: Part, out: Path, minutes: float) -> None:
+    """Add the minutes of a try of a part, and the commit that it ran, to the record of the folder."""
+    made = json.loads((out / MADE).read_text())
+    done = made["parts"].setdefault(part.name, {"commits": [], "minutes": 0.0})  # of all tries
+    done["commits"] = list(dict.fromkeys([*done["commits"], _commit()]))
+    done["minutes"] = round(done["minutes"] + minutes, 1)
+    _write_made(out, made)
+
+
+def _call(command: Sequence[str]) -> int:
+    """The exit status of a command; signals to this process are passed on, and it is waited for.
+
+    When this process is killed the command gets SIGTERM, so that no rank trains beside those of the next start.
+    """
+    follow = functools.partial(signal_at_parent_end, signal.SIGTERM)
+    with subprocess.Popen(command, preexec_fn=follow) as process, _passed_on(process):
+        return process.wait()
+
+
+@contextlib.contextmanager
+def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    def pass_on(number: int, frame: Any) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep(config: BuiltinModel) -> None:
+    """Write down what the model is made from; refuse a folder that was begun otherwise."""
+    path = config.out / MADE
+    settings = {key: value for key, value in asdict(config).items() if key != "out"}
+    if path.exists():
+        before = json.loads(path.read_text())["settings"]
+        odd = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
+        if odd:
+            raise ValueError(f"{config.out} was begun with other settings ({', '.join(odd)}); give another --out")
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    _write_made(config.out, {"settings": settings, "version": __version__, "parts": {}})
+
+
+def _write_made(out: Path, made: dict[str, Any]) -> None:
+    write_whole(out / MADE, lambda file: file.write((json.dumps(made, indent=2) + "\n").encode()))
+
+
+def _commit() -> str | None:
+    """Commit of the sources, marked when they differ from it; None without git."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                             capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def _steps(recipe: Recipe, scale: float) -> int:
+    return max(round(recipe.total_steps * scale), len(recipe.stages))
+
+
+def _script(name: str) -> Path:
+    return Path(__file__).resolve().parents[1] / f"{name}.py"
+
+
+def _python(*arguments: object) -> tuple[str, ...]:
+    return (sys.executable, *map(str, arguments))
+
+
+def _torchrun(ranks: int, *arguments: object) -> tuple[str, ...]:
+    return _python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks, *arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What the training commands do before and after their loop: flags, ranks, built-in data, the run's folder, errors.
+
+PyTorch and what needs it are imported after the flags are parsed, so that help and errors of flags come at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from uniref_fast import flags as configs
+from uniref_fast.files import write_whole
+from uniref_fast.runs import attends
+from uniref_fast.training.core import resume
+from uniref_fast.training.core.processes import end_with_launcher, locked
+from uniref_fast.training.core.recipe import Recipe
+
+if TYPE_CHECKING:
+    from uniref_fast.training.core.checkpoint import Newest
+    from uniref_fast.training.core.distributed import Ranks
+    from uniref_fast.training.core.trainer import Run
+
+__all__ = ["Place", "launch"]
+
+C = TypeVar("C", bound=Recipe)
+CONFIG_FILE = "config.json"
+EXPORTS = ("lora", "transformer")
+BUILTIN_ROWS = {"train": 1000, "heldout_objects": 64, "heldout_combinations": 64}
+BUILTIN_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lives.
+
+    Attributes:
+        out: folder of the run.
+        resume: "auto" resumes from the newest whole checkpoint in the folder, or starts when there is none.
+    """
+
+    out: Path
+    resume: Literal["never", "auto"] = "never"
+
+    @property
+    def only_looks(self) -> bool:
+        """Whether nothing is written into the folder, but data that the command makes."""
+        return False
+
+
+def launch(
+    name: str,
+    recipes: Mapping[str, Callable[[], C]],
+    place: Any,
+    make: Callable[[C, Ranks, Any, int | None], Run],
+    argv: Sequence[str],
+    description: str,
+    failures: Callable[[], tuple[type[Exception], ...]] = tuple,
+) -> int:
+    """Run a training command; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors.
+
+    Args:
+        name: of the command, `training/<name>.py`.
+        recipes: by name.
+        place: a `Place`, with the defaults of its flags.
+        make: makes the run of a configuration, the ranks, the place, and the step to go on from.
+        argv: arguments of the command.
+        description: for its help.
+        failures: gives the errors of the run, beside those that every run has; exit status 1.
+    """
+    try:
+        parsed = configs.parse(recipes, argv, extra=place, prog=f"training/{name}.py", description=description)
+    except (ValueError, FileNotFoundError) as error:
+        return _failed(name, error, 2)
+    return _launch(name, parsed, make, failures)
+
+
+def _launch(
+    name: str,
+    parsed: configs.Parsed[Any, Any],
+    make: Callable[[Any, Ranks, Any, int | None], Run],
+    failures: Callable[[], tuple[type[Exception], ...]],
+) -> int:
+    import torch
+    import torch.distributed as dist
+
+    from uniref_fast.data.dataset import BrokenRowsError
+    from uniref_fast.training.core.checkpoint import CheckpointError
+    from uniref_fast.training.core.distributed import Ranks
+    from uniref_fast.training.core.model import ExportError
+    from uniref_fast.training.core.trainer import DivergedError
+
+    try:
+        end_with_launcher()
+        ranks = Ranks.start()
+        torch.manual_seed(parsed.config.seed)
+        out, alone = parsed.extra.out, not parsed.extra.only_looks
+        with locked(out, ranks) if alone else contextlib.nullcontext():
+            newest = find(parsed.extra, ranks, parsed.config.keep)
+            config = with_data(parsed.config, out, ranks)
+            changed = accept(config, newest, out, ranks)
+            run = make(config, ranks, parsed.extra, newest.step)
+            try:
+                run.validate()
+                if alone:
+                    begin(run, newest, changed)
+            except BaseException:
+                run.close()
+                raise
+            finished = run.run()
+    except (ValueError, FileNotFoundError) as error:  # what the user can put right
+        return _failed(name, error, 2)
+    except (BrokenRowsError, CheckpointError, DivergedError, ExportError, OSError, ImportError) as error:
+        return _failed(name, error, 1)
+    except failures() as error:
+        return _failed(name, error, 1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0 if finished else 143
+
+
+def with_data(config: C, out: Path, ranks: Ranks) -> C:
+    """The configuration with "builtin" data made and named. All ranks."""
+    if not config.data:
+        raise ValueError("no training data: give --data FILE_OR_FOLDER, or --data builtin for small made-up scenes")
+    if "builtin" not in config.data:
+        return config
+    from uniref_fast.scenes.dataset import make
+    from uniref_fast.scenes.make import MakeConfig, artworks, sample
+
+    folder = out / "data"
+    problem = None
+    if ranks.rank == 0 and not (folder / "train.jsonl").exists():
+        try:
+            made = MakeConfig(
+                artworks("shipped"), size=BUILTIN_SIZE, seed=config.seed, references=(1, 2, 3), pictures="simple"
+            )
+            make(folder, made, BUILTIN_ROWS, config.workers, force=False, draw=sample)
+        except (OSError, ValueError, RuntimeError) as error:
+            problem = str(error)
+    if problem := ranks.broadcast(problem):
+        raise ValueError(f"the built-in data could not be made: {problem}")
+    data = tuple(str(folder / "train.jsonl") if path == "builtin" else path for path in config.data)
+    heldout = config.heldout or tuple(str(path) for path in sorted(folder.glob("heldout_*.jsonl")))
+    return dataclasses.replace(config, data=data, heldout=heldout)
+
+
+def find(place: Place, ranks: Ranks, keep: int) -> Newest:
+    """The checkpoint to resume from. All ranks; nothing is written.
+
+    Raises:
+        ValueError: when the folder holds a run and the command does not say that it resumes, or it holds trained
+            weights alone, which would be replaced.
+        CheckpointError: when none of the run's checkpoints can be used.
+    """
+    from uniref_fast.training.core.checkpoint import Checkpoints, Newest
+
+    checkpoints = Checkpoints(place.out / "checkpoints", ranks, keep)
+    newest = checkpoints.newest() if place.resume == "auto" else Newest(None, {}, [])
+    if newest.step is not None or place.only_looks:
+        return newest
+    # a command that failed before its first record leaves no run behind
+    begun = (place.out / "metrics.jsonl").exists() and (place.out / CONFIG_FILE).exists()
+    held = bool(checkpoints.steps() or begun), [name for name in EXPORTS if (place.out / name).is_dir()]
+    holds_run, exports = ranks.broadcast(held)
+    if holds_run and place.resume == "never":
+        raise ValueError(f"{place.out} holds a run; go on with --resume auto, or give another --out")
+    if exports:
+        raise ValueError(
+            f"{place.out} holds trained weights ({exports[0]}/) and no checkpoint to resume from: training would begin "
+            "anew and replace them. Move them away, or give another --out"
+        )
+    return newest
+
+
+def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str, tuple[Any, Any]]:
+    """The settings that differ from those of the checkpoint, or of the run where it has none. All ranks.
+
+    Raises:
+        ValueError: for a change of a setting that is fixed, or fewer steps than are done.
+    """
+    now = {**json.loads(configs.to_json(config)), "visibility": config.attends}
+    before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
+    if not before:
+        return {}
+    before["visibility"] = newest.state.get("visibility") or _attended(before)
+    changed = resume.changes(before, now)
+    if newest.step is not None:
+        resume.refuse(changed, out)
+        if config.total_steps < newest.step:
+            raise ValueError(
+                f"the run in {out} has done {newest.step} steps, and {config.total_steps} are given; give at least "
+                f"--steps {newest.step}, or begin another run with another --out"
+            )
+    return changed
+
+
+def _kept(out: Path) -> dict[str, Any]:
+    """The configuration in the folder of a run, as JSON data; empty where there is none."""
+    try:
+        found = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{out / CONFIG_FILE} is damaged ({error}); put it right, or give another --out") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _attended(config: Mapping[str, Any]) -> str:
+    """How the model of a configuration attends."""
+    initial = config.get("initial")
+    return config.get("visibility") or attends(Path(initial) if initial else None) or "full"
+
+
+def begin(run: Run, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Keep the configuration of a run that was accepted, with events for what its resuming met. All ranks."""
+    if newest.unverified:
+        run.announce("unverified checkpoint", reason="it was written without checksums; only file sizes were verified")
+    for name, reason in newest.damaged:
+        run.announce("damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
+    for name, (before, now) in changed.items():
+        run.announce("changed", setting=name, before=before, now=now)
+    run.checkpoints.set_aside([name for name, _ in newest.damaged])
+    if run.ranks.rank == 0:
+        text = configs.to_json(run.config).encode()
+        write_whole(run.out / CONFIG_FILE, lambda file: file.write(text))
+
+
+def _failed(name: str, error: BaseException, status: int) -> int:
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(3)  # where rank 0 says the same, torchrun ends the others meanwhile
+        name = f"{name}, rank {rank}"
+    print(f"{name}: {type(error).__name__ + ': ' if status == 1 else ''}{error}", file=sys.stderr)
+    return status

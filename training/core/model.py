@@ -1,0 +1,234 @@
+"""The model that is trained: loaded, given an adapter, packed, sharded; and written out again for diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from uniref_fast.loading import load_pipeline
+from uniref_fast.model_kind import check_pipeline, check_transformer
+from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.single_frame import single_frame
+from uniref_fast.runs import base
+from uniref_fast.training.core.distributed import Ranks, shard
+from uniref_fast.training.core.recipe import Recipe
+
+__all__ = ["ExportError", "TrainedModel"]
+
+
+class ExportError(RuntimeError):
+    """The trained weights could not be written; an earlier export and the checkpoints are untouched."""
+
+
+class TrainedModel:
+    """A pipeline whose transformer is trained, over packs, on all ranks.
+
+    Args:
+        config: which model, what of it is trained, in which dtypes.
+        ranks: of the run.
+
+    Attributes:
+        pipe: the pipeline; its encoders are frozen and whole on every rank.
+        packed: the packed transformer, sharded.
+        parameters: what is trained, by name in the transformer.
+        frozen: digest of the weights that are not trained, of transformer and encoders.
+    """
+
+    def __init__(self, config: Recipe, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
+        self.pipe = load_pipeline(config.model, compute, "cpu")
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in (self.pipe.vae, self.pipe.text_encoder):
+            part.requires_grad_(False).to(ranks.device)
+        self._frames = contextlib.ExitStack()  # pictures, never videos, for as long as the model lives
+        self._frames.enter_context(single_frame(self.pipe.vae))
+        if config.initial is not None:
+            try:
+                self._go_on(config.initial, compute)
+            except SafetensorError as error:
+                raise ValueError(f"initial = {config.initial} has a damaged file of weights: {error}") from error
+        transformer = self.pipe.transformer
+        transformer.requires_grad_(config.lora_rank is None)
+        if config.lora_rank is not None:
+            self._add_adapter()
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(master)
+        if config.initial is not None and (config.initial / "lora").is_dir():
+            self._unrounded(config.initial / "lora")
+        self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)
+        self.packed = PackedQwenImage(transformer, trained=True)
+        if config.compile:
+            _compile_blocks(transformer)
+        shard(self.packed, ranks, compute)  # moves a block at a time to the device
+        self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
+
+    def _go_on(self, start: Path, dtype: torch.dtype) -> None:
+        """Load what an earlier run exported; an adapter is gone on with, not added to."""
+        if not any((start / name).is_dir() for name in ("lora", "transformer")):
+            raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
+        below, given = base(start), f"initial = {start}, put on {self.config.model},"
+        try:
+            if below:
+                kind = type(self.pipe.transformer)
+                check_transformer(given, kind.load_config(below / "transformer"))
+                self.pipe.transformer = kind.from_pretrained(
+                    below / "transformer", torch_dtype=dtype, use_safetensors=True
+                )
+                check_pipeline(self.pipe, given)
+            if (start / "lora").is_dir():
+                self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
+        except (OSError, RuntimeError, KeyError, SafetensorError) as error:  # damaged, or of another model
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"initial = {start} could not be put on {self.config.model}: {first}") from error
+        if (start / "lora").is_dir():
+            kept = self.pipe.transformer.peft_config["default"]
+            if kept.r != self.config.lora_rank:
+                raise ValueError(f"the adapter of {start} has rank {kept.r}; set lora_rank to it, or fuse it first")
+            odd = [f"lora_alpha = {kept.lora_alpha}"] * (kept.lora_alpha != self.config.lora_alpha)
+            odd += ["lora_targets"] * (set(kept.target_modules) != set(self.config.lora_targets))
+            if odd and self.ranks.rank == 0:
+                print(f"the adapter of {start} is gone on with: it keeps its {' and '.join(odd)}", file=sys.stderr)
+
+    def _unrounded(self, folder: Path) -> None:
+        """Factors as the file has them: peft casts them to the base's dtype on the way."""
+        from peft.utils import get_peft_model_state_dict
+
+        mine = get_peft_model_state_dict(self.pipe.transformer)
+        for file in sorted(folder.glob("*.safetensors")):
+            for name, tensor in load_file(file).items():
+                name = name.removeprefix("transformer.")
+                if name in mine:  # else of another program, with other names
+                    mine[name].copy_(tensor)
+
+    def _add_adapter(self) -> None:
+        from peft import LoraConfig
+
+        config, transformer = self.config, self.pipe.transformer
+        assert config.lora_rank is not None
+        if hasattr(transformer, "peft_config"):  # gone on with
+            for name, parameter in transformer.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+            return
+        torch.manual_seed(config.seed)  # the same weights on all ranks
+        try:
+            transformer.add_adapter(
+                LoraConfig(
+                    r=config.lora_rank,
+                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float does as well
+                    init_lora_weights="gaussian",
+                    target_modules=list(config.lora_targets),
+                )
+            )
+        except ValueError as error:
+            raise ValueError(f"lora_targets {list(config.lora_targets)}: {error}") from error
+
+    def sharded_bytes(self) -> int:
+        """Bytes that the ranks share in training: weights, float32 gradients, two moments and the average."""
+        extra = 3 if self.config.ema is None else 4
+        weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters())
+        return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
+
+    def fixed_bytes(self) -> int:
+        """Bytes that every rank holds: text encoder and VAE."""
+        parts = (self.pipe.vae, self.pipe.text_encoder)
+        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+    def export(self, folder: Path) -> None:
+        """Write what was trained as diffusers reads it: `lora/` for `load_lora_weights`, or `transformer/`. All ranks.
+
+        The folder appears whole or not at all, in place of an older one.
+
+        Raises:
+            ExportError: on all ranks, when it cannot be written, the disk being full for one.
+        """
+        whole = {}
+        for name, parameter in self.parameters.items():
+            tensor = _whole(parameter)
+            if self.ranks.rank == 0:  # one copy of all weights on a machine, not one a rank
+                whole[name] = tensor.cpu()
+        problem, name = None, "transformer" if self.config.lora_rank is None else "lora"
+        if self.ranks.rank == 0:
+            try:
+                self._write(folder, name, whole)
+            except (OSError, SafetensorError) as error:
+                problem = getattr(error, "strerror", None) or str(error)
+        if problem := self.ranks.broadcast(problem):
+            raise ExportError(f"the trained weights could not be written to {folder / name}: {problem}")
+
+    def _write(self, folder: Path, name: str, whole: dict[str, Tensor]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
+        try:
+            self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
+            partial.chmod(0o755)
+            if (folder / name).exists():
+                shutil.rmtree(folder / name)
+            os.rename(partial, folder / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_adapter(self, folder: Path, whole: dict[str, Tensor]) -> None:
+        from peft.utils import get_peft_model_state_dict
+
+        adapter = get_peft_model_state_dict(self.pipe.transformer, state_dict=whole)
+        type(self.pipe).save_lora_weights(
+            str(folder),
+            transformer_lora_layers={name: tensor.contiguous() for name, tensor in adapter.items()},
+            transformer_lora_adapter_metadata=self.pipe.transformer.peft_config["default"].to_dict(),
+            safe_serialization=True,
+        )
+
+    def _write_transformer(self, folder: Path, whole: dict[str, Tensor]) -> None:
+        from huggingface_hub import save_torch_state_dict
+
+        dtype = getattr(torch, self.config.dtype)
+        self.pipe.transformer.save_config(folder)
+        pattern = "diffusion_pytorch_model{suffix}.safetensors"
+        save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
+
+
+def _compile_blocks(transformer: Any) -> None:
+    """Compile the parts of every block that take tensors alone: MLPs, and attention projections with an adapter.
+
+    All blocks share the compiled code, in which numbers of tokens are dynamic. What lies between these parts are single
+    fused operators, whose layouts and plans differ from pack to pack: traced, each of them would be compiled for.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for block in transformer.transformer_blocks:
+        adapted = [part for part in block.attn.modules() if isinstance(part, BaseTunerLayer)]
+        for part in (block.img_mlp, block.txt_mlp, *adapted):
+            part.compile(dynamic=True)
+
+
+def _digest(*modules: torch.nn.Module) -> str:
+    """Hex digest of dtype, shape, first and last values of each frozen parameter.
+
+    It is independent of the parameters' names and order, which newer versions of a library change.
+    """
+    digests = []
+    for parameter in (parameter for module in modules for parameter in module.parameters()):
+        if not parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            ends = torch.cat([flat[:8], flat[-8:]]).float().cpu().numpy().tobytes()
+            digests.append(hashlib.sha256(f"{parameter.dtype} {list(parameter.shape)}".encode() + ends).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The whole of a sharded parameter; a collective."""
+    tensor = parameter.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -1,0 +1,412 @@
+"""What a trainer shows and keeps while it runs.
+
+    with Monitor(folder, total_steps=1000, start_step=resumed_at, enabled=rank == 0) as monitor:
+        monitor.step(step, {"loss": 0.12, "lr": 1e-4}, tokens=32768, samples=9, flops=3e15, seconds=1.2)
+        monitor.event(step, "checkpoint", path="checkpoints/000100")
+
+A run's folder then holds, beside what the trainer itself writes:
+
+    metrics.jsonl                  a line a step: {"step": 100, "loss": 0.12, ..., "tokens_per_second": 27306.7}
+    events.jsonl                   a line an event: {"step": 100, "kind": "checkpoint", "path": ...}
+    samples/<name>-<step>.png
+    tensorboard/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from uniref_fast.files import RecordFile, keep_records, read_records, write_whole
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+__all__ = ["GroupedMean", "Monitor", "peak_flops"]
+
+COUNTED = ("tokens", "samples", "flops", "seconds")
+DERIVED = ("tokens_per_second", "samples_per_second", "mfu")
+IMAGE = re.compile(r"\w[\w.-]*-(\d{6,})\.png")
+RESERVED = frozenset(("step", *COUNTED, *DERIVED))
+
+
+class Monitor:
+    """Progress, metrics, events and sample images of one run; a context manager.
+
+    A folder that holds an earlier part of the run is continued. Metrics written after the checkpoint that training
+    resumes from are cut off first, so that a curve has no step twice; an event "resume" says how many. These are the
+    training steps at or after `start_step`; what was logged at `start_step` itself describes the very state that is
+    resumed and stays, except at step 0, where the run begins anew. Images of later steps are removed as well. Events
+    stay, as the history of the run.
+
+    Args:
+        folder: of the run; made if missing.
+        total_steps: training steps of the whole run; they are numbered from 0.
+        start_step: first step of this process, 0 or what a checkpoint says.
+        enabled: False on ranks other than 0: every method then does nothing.
+        tensorboard: write `tensorboard/` too; without the package a line says so and training goes on.
+        wandb: log to Weights & Biases too, project "uniref_fast"; a continued folder continues its run there.
+        flops_per_second: peak of the devices that do the `flops` given to `step`, see `peak_flops`; None: no MFU.
+        print_every: steps between two lines where stderr is no terminal, which gets a progress bar.
+
+    Raises:
+        ValueError: for impossible steps; on entry, for a metrics or events file damaged otherwise than by a kill.
+        ImportError: for `wandb=True` without the package.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        tensorboard: bool = True,
+        wandb: bool = False,
+        flops_per_second: float | None = None,
+        print_every: int = 10,
+    ) -> None:
+        if not 0 <= start_step <= total_steps:
+            raise ValueError(f"start_step must be 0 to total_steps = {total_steps}, got {start_step}")
+        if print_every < 1:
+            raise ValueError(f"print_every must be at least 1, got {print_every}")
+        if flops_per_second is not None and not flops_per_second > 0:
+            raise ValueError(f"flops_per_second must be positive, or None when it is unknown, got {flops_per_second}")
+        self.folder = Path(folder)
+        self.total_steps = total_steps
+        self.start_step = start_step
+        self.enabled = enabled
+        self.flops_per_second = flops_per_second
+        self.print_every = print_every
+        self._tensorboard = tensorboard
+        self._wandb = _import_wandb() if wandb and enabled else None
+        self._next_step = start_step  # the least that `step` accepts
+        self._exit = contextlib.ExitStack()
+        self._sinks: list[Any] = []  # each with .values(step, dict) and .image(step, name, image)
+        self._stream: TextIO = sys.stderr
+        self._bar: tqdm | None = None
+        self._files: dict[str, RecordFile] = {}  # "metrics" and "events", while open
+
+    def __enter__(self) -> Monitor:
+        if not self.enabled:
+            return self
+        self._stream = sys.stderr
+        self.validate()
+        paths = self._paths()
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        cut = keep_records(paths["metrics"], self._before_start)
+        keep_records(paths["events"], lambda record: True)
+        for path in (self.folder / "samples").glob("*.png"):
+            if (match := IMAGE.fullmatch(path.name)) and int(match[1]) > self.start_step:
+                path.unlink()
+        resumed = self.start_step > 0 or cut > 0
+        with contextlib.ExitStack() as stack:  # closes what is open already if the rest cannot be opened
+            for name, path in paths.items():
+                self._files[name] = stack.enter_context(contextlib.closing(RecordFile(path)))
+            if self._tensorboard:
+                self._open_tensorboard(stack, resumed)
+            if self._wandb is not None:
+                wandb = _Wandb(self._wandb, self.folder)
+                stack.push(wandb.close)
+                self._sinks.append(wandb)
+            if self._stream.isatty():
+                bar = {"total": self.total_steps, "initial": self.start_step, "unit": "step", "dynamic_ncols": True}
+                self._bar = stack.enter_context(tqdm(file=self._stream, **bar))
+            self._exit = stack.pop_all()
+        if resumed:
+            self.event(self.start_step, "resume", metrics_cut=cut)
+        return self
+
+    def validate(self) -> None:
+        """Raise ValueError for a metrics or events file damaged otherwise than by a kill; nothing is written."""
+        for path in self._paths().values() if self.enabled else ():
+            if path.exists():
+                read_records(path)
+
+    def _paths(self) -> dict[str, Path]:
+        return {name: self.folder / f"{name}.jsonl" for name in ("metrics", "events")}
+
+    def __exit__(self, *exception: Any) -> None:
+        try:
+            self._exit.__exit__(*exception)
+        finally:
+            self._bar, self._files, self._sinks = None, {}, []
+
+    # ---- what a trainer calls ----
+
+    def step(
+        self, step: int, metrics: Mapping[str, Any], *, tokens: int, samples: int, flops: float, seconds: float
+    ) -> None:
+        """Record one training step and move the progress bar past it.
+
+        Args:
+            step: its number, above every one recorded before.
+            metrics: values by name, numbers or tensors of one element; a slash groups: "loss_by_k/3".
+            tokens: that were trained on, padding not counted.
+            samples: that were trained on.
+            flops: floating point operations of forward and backward (no recomputation), by the devices whose peak is
+                `flops_per_second`; for MFU.
+            seconds: that the step took.
+
+        Raises:
+            ValueError: for a step out of turn, no time, or a metric with the name of one that this method adds
+                (tokens_per_second, samples_per_second, mfu and what it is given by name).
+        """
+        if not self.enabled:
+            return
+        if step < self._next_step:
+            raise ValueError(f"step {step} is out of turn: the next one is {self._next_step} or later")
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"seconds of step {step} must be positive, got {seconds}")
+        counts = {"tokens": tokens, "samples": samples, "flops": flops, "seconds": seconds}
+        rates = {"tokens_per_second": tokens / seconds, "samples_per_second": samples / seconds}
+        if self.flops_per_second is not None:
+            rates["mfu"] = flops / seconds / self.flops_per_second
+        values = _numbers(metrics, step)
+        self._record(step, {**values, **rates, **counts})
+        self._next_step = step + 1
+        self._show(step, {**values, **rates})
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record values that belong to no training step of their own, such as a held-out loss ("eval/...")."""
+        if not self.enabled:
+            return
+        if step < self.start_step:
+            raise ValueError(f"step {step} lies before start_step = {self.start_step}")
+        values = _numbers(metrics, step)
+        self._record(step, values)
+        self._say(f"step {step}  " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def event(self, step: int, kind: str, **details: Any) -> None:
+        """Record and print something that happened: "skipped", "stage", "checkpoint", ..., with its details."""
+        if not self.enabled:
+            return
+        self._opened("events").append({"step": step, "kind": kind, **details})
+        self._say(f"step {step}  {kind}" + "".join(f"  {name}={_short(value)}" for name, value in details.items()))
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Write `samples/<name>-<step>.png`, whole or not at all, and show it in TensorBoard."""
+        if not self.enabled:
+            return
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"an image's name is part of a file's: letters, digits and _.- only, got {name!r}")
+        self._opened("metrics")
+        path = self._image_path(step, name)
+        write_whole(path, lambda file: image.save(file, format="PNG"))
+        for sink in self._sinks:
+            sink.image(step, name, image.convert("RGB"))
+
+    def logged(self, step: int, prefix: str) -> bool:
+        """Whether a value whose name begins with `prefix` is recorded for a step."""
+        if not self.enabled:
+            return False
+        records = read_records(self.folder / "metrics.jsonl")
+        return any(record["step"] == step and any(name.startswith(prefix) for name in record) for record in records)
+
+    def has_image(self, step: int, name: str) -> bool:
+        """Whether `samples/<name>-<step>.png` was written in this part of the run or an earlier one."""
+        return self.enabled and self._image_path(step, name).exists()
+
+    # ---- how ----
+
+    def _image_path(self, step: int, name: str) -> Path:
+        return self.folder / "samples" / f"{name}-{step:06d}.png"
+
+    def _before_start(self, record: dict[str, Any]) -> bool:
+        """Whether the state at `start_step` has this record behind it."""
+        logged = "seconds" not in record
+        return record["step"] < self.start_step or (logged and record["step"] == self.start_step > 0)
+
+    def _open_tensorboard(self, stack: contextlib.ExitStack, resumed: bool) -> None:
+        try:
+            sink = _TensorBoard(self.folder / "tensorboard", self.start_step if resumed else None)
+        except ImportError as error:
+            self._say(
+                f"TensorBoard is off ({error}): pip install tensorboard; metrics.jsonl has all that it would show"
+            )
+            return
+        stack.callback(sink.close)
+        self._sinks.append(sink)
+        for record in read_records(self.folder / "metrics.jsonl"):
+            if record["step"] == self.start_step:  # logged there, and hidden with the steps that are taken again
+                sink.values(self.start_step, {name: float(x) for name, x in record.items() if name != "step"})
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        self._opened("metrics").append({"step": step, **values})
+        for sink in self._sinks:
+            sink.values(step, values)
+
+    def _opened(self, name: str) -> RecordFile:
+        if name not in self._files:
+            raise RuntimeError("the monitor is not open; use it as `with Monitor(...) as monitor:`")
+        return self._files[name]
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        shown = [name for name in values if name in ("loss", "reward", "lr") or name.startswith("reward/")]
+        parts = [f"{name.removeprefix('reward/')} {values[name]:.4g}" for name in shown]
+        parts.append(f"{tqdm.format_sizeof(values['tokens_per_second'])} tokens/s")
+        parts.append(f"{values['samples_per_second']:.3g} samples/s")
+        if "mfu" in values:
+            parts.append(f"MFU {values['mfu']:.1%}")
+        text, done = ", ".join(parts), step + 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
+        elif done % self.print_every == 0 or done == self.total_steps or step == self.start_step:
+            self._say(f"step {done}/{self.total_steps}  {text}")
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            tqdm.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+class GroupedMean:
+    """Means by group, such as the loss by number of references, over what was added since the last `reduce`.
+
+    Args:
+        name: in front of the groups in the result: "loss_by_k" gives "loss_by_k/1", "loss_by_k/2", ...
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._totals: dict[str, tuple[float, float]] = {}
+
+    def add(self, group: object, value: float, weight: float = 1.0) -> None:
+        """Count a value of a group, `weight` times; a weight must be positive."""
+        if not weight > 0:
+            raise ValueError(f"a weight must be positive, got {weight} for {self.name}/{group}")
+        total, count = self._totals.get(str(group), (0.0, 0.0))
+        self._totals[str(group)] = total + float(value) * weight, count + weight
+
+    def reduce(
+        self, gather: Callable[[dict[str, tuple[float, float]]], Iterable[dict[str, tuple[float, float]]]] | None = None
+    ) -> dict[str, float]:
+        """The means, in the order of the groups' names; counting then starts anew.
+
+        Args:
+            gather: takes this rank's {group: (sum, weight)} and returns those of all ranks, in the order of the ranks
+                (`torch.distributed.all_gather_object`); every rank must call, also one that has seen no group. None: of
+                this rank alone.
+        """
+        merged: dict[str, tuple[float, float]] = {}
+        for totals in [self._totals] if gather is None else gather(self._totals):
+            for group, (total, weight) in totals.items():
+                before = merged.get(group, (0.0, 0.0))
+                merged[group] = before[0] + total, before[1] + weight
+        self._totals = {}
+        return {f"{self.name}/{group}": merged[group][0] / merged[group][1] for group in sorted(merged)}
+
+
+# Dense (no sparsity) bf16 peaks with fp32 accumulation, FLOP/s. A line serves names that hold all its words, so
+# the special ones come first. fp16 has the same peak on all of them.
+PEAKS: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("H200", "NVL"), 836e12),  # H200 datasheet: 1,671 with sparsity
+    (("H200",), 989e12),  # H200 datasheet: 1,979 with sparsity
+    (("GH200",), 989e12),  # Grace Hopper datasheet: 990
+    (("H100", "PCIe"), 756e12),  # H100 PCIe product brief: 1,513 with sparsity
+    (("H100", "NVL"), 836e12),  # H100 datasheet: 1,671 with sparsity
+    (("H100",), 989e12),  # H100 datasheet, SXM: 1,979 with sparsity
+    (("B200",), 2250e12),  # HGX B200 datasheet: 36 PFLOP/s with sparsity for eight
+    (("GB200",), 2500e12),  # GB200 NVL72 datasheet: 360 PFLOP/s with sparsity for 72
+    (("A100",), 312e12),  # A100 datasheet, PCIe and SXM
+    (("L40S",), 362e12),  # L40S datasheet: 733 with sparsity
+    (("L40",), 181e12),  # L40 datasheet
+    (("L4",), 121e12),  # L4 datasheet: 242 with sparsity
+    (("A40",), 150e12),  # A40 datasheet: 149.7
+    (("4090",), 165e12),  # Ada architecture whitepaper: 165.2
+    (("3090",), 71e12),  # GA102 architecture whitepaper
+)
+PARTIAL = {"MIG", "Laptop", "D", "Ti"}  # a slice of the chip, or another chip of nearly the same name
+
+
+def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
+    """Dense matrix-product peak of a device in bf16 or fp16, FLOP/s; None where it is not known, as on a CPU."""
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    words = set(re.findall(r"[A-Za-z0-9]+", torch.cuda.get_device_name(device)))
+    if words & PARTIAL:
+        return None
+    return next((peak for needed, peak in PEAKS if words.issuperset(needed)), None)
+
+
+def _numbers(metrics: Mapping[str, Any], step: int) -> dict[str, float]:
+    if taken := sorted(RESERVED & set(metrics)):
+        raise ValueError(f"metrics of step {step} must not have the names {', '.join(taken)}: the monitor adds them")
+    values = {}
+    for name, value in metrics.items():
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"metric {name!r} of step {step} must be one number, got {type(value).__name__}") from None
+    return values
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# ---- TensorBoard and Weights & Biases ----
+
+
+class _TensorBoard:
+    """Scalars and images; on resume, what was written at or after `purge_step` is hidden."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, flush_secs=30)
+        self.close = self._writer.close
+
+    def values(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        import numpy as np
+
+        self._writer.add_image(f"samples/{name}", np.asarray(image), step, dataformats="HWC")
+
+
+class _Wandb:
+    """One run per folder: its id is kept in `wandb_id`. "step" is a value like others, so that a resume may go back."""
+
+    def __init__(self, module: Any, folder: Path) -> None:
+        self._module = module
+        kept = folder / "wandb_id"
+        known = kept.read_text().strip() if kept.exists() else None
+        self._run = module.init(
+            project="uniref_fast", name=folder.resolve().name, id=known, resume="allow", dir=str(folder)
+        )
+        write_whole(kept, lambda file: file.write(f"{self._run.id}\n".encode()))
+        self._run.define_metric("*", step_metric="step")
+
+    def values(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        self._run.log({"step": step, f"samples/{name}": self._module.Image(image)})
+
+    def close(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        self._run.finish(exit_code=0 if kind is None else 1)
+
+
+def _import_wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ImportError(f"wandb=True needs Weights & Biases ({error}): pip install wandb, or leave it off") from error

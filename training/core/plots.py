@@ -1,0 +1,374 @@
+"""Curves of one or several runs in one picture, from what `Monitor` kept.
+
+    python -m uniref_fast.training.core.plots RUN [RUN ...] [--out plots.png] [--smooth 0.9] [--keys loss grad_norm ...]
+
+A panel shows one metric, or a group of them: "loss_by_k" stands for "loss_by_k/1", "loss_by_k/2", ... Several runs are
+overlaid: a run has one line style throughout. Losses are drawn smoothed over the faint raw curve, held-out losses as
+the points they are. Dashed vertical lines are stage changes, ticks at the bottom skipped steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from uniref_fast.files import read_records, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Run", "draw", "load", "main", "smoothed"]
+
+TITLES = {
+    "loss": "Training loss",
+    "eval": "Held out",
+    "loss_by_k": "Loss by number of references",
+    "loss_by_task": "Loss by task",
+    "lr": "Learning rate",
+    "tokens_per_second": "Tokens per second",
+}
+"""The panels drawn unless others are asked for, those that the runs have."""
+FORMATS: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+"""Endings of the picture, with the metadata left out so that the same runs give the same bytes."""
+STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # of the runs
+COLORS = ("#1f6fb4", "#d95f02", "#1b9e77", "#c2378b", "#7a5195", "#8c6d1f", "#d62728", "#3f4b5a")
+INK, FAINT = "#333333", "#777777"
+STYLE: Any = {
+    "axes.edgecolor": "#999999",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "font.size": 9,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "svg.hashsalt": "uniref_fast",
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a picture needs of a run.
+
+    Attributes:
+        name: in the legend.
+        curves: (steps, values) by metric, `[n]` each, float64, in the order they were recorded.
+        stages: (step, label) of stage changes.
+        skips: steps that were skipped.
+    """
+
+    name: str
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]
+    stages: tuple[tuple[int, str], ...] = ()
+    skips: tuple[int, ...] = ()
+
+
+def load(folder: Path, name: str | None = None) -> Run:
+    """Read a run's metrics and events.
+
+    Raises:
+        FileNotFoundError: without the folder or its metrics.jsonl.
+        ValueError: for damaged or empty files.
+    """
+    metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
+    if not metrics.is_file():
+        what = "has no metrics.jsonl" if folder.is_dir() else "is no folder"
+        raise FileNotFoundError(f"{folder} {what}; give the folder of a training run")
+    points: dict[str, list[tuple[int, float]]] = {}
+    for record in read_records(metrics):
+        for key, value in record.items():
+            if key == "step":
+                continue
+            try:
+                points.setdefault(key, []).append((record["step"], float(value)))
+            except (TypeError, ValueError):
+                raise ValueError(f"{metrics}: {key!r} of step {record['step']} is no number: {value!r}") from None
+    if not points:
+        raise ValueError(f"{metrics} is empty: the run has finished no step yet")
+    curves = {}
+    for key, pairs in points.items():
+        steps, values = np.array(pairs, dtype=np.float64).T
+        curves[key] = steps, values
+    stages, skips = _marks(read_records(events) if events.is_file() else [])
+    return Run(name or folder.resolve().name, curves, stages, skips)
+
+
+def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
+    """Exponential moving average without a bias to the start; values that are not finite leave a gap.
+
+    Args:
+        values: `[n]`.
+        weight: of what came before, 0 (no smoothing) up to but not including 1.
+    """
+    result = np.full(len(values), np.nan)
+    total = norm = 0.0
+    for i, value in enumerate(values):
+        if math.isfinite(value):
+            total = weight * total + (1 - weight) * value
+            norm = weight * norm + (1 - weight)
+            result[i] = total / norm
+    return result
+
+
+def draw(runs: Sequence[Run], panels: Sequence[str] | None = None, smooth: float = 0.9) -> Figure:
+    """The picture.
+
+    Args:
+        runs: at least one.
+        panels: metrics or groups, a panel each; None: those of `TITLES` that the runs have.
+        smooth: see `smoothed`; held-out losses and learning rates are never smoothed.
+
+    Raises:
+        ValueError: for a panel that no run has anything for, listing what there is.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if not 0 <= smooth < 1:
+        raise ValueError(f"smooth must be at least 0 and less than 1, got {smooth}")
+    panels = _panels(runs, panels)
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+        figure = Figure(figsize=(6.2 * columns + 0.6, 3.0 * rows + 0.7), dpi=130, layout=layout)
+        grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+        for axes, panel in zip(grid, panels, strict=False):
+            _panel(axes, runs, panel, smooth)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        _run_legend(figure, runs)
+        if notes := _notes(runs, smooth):
+            figure.supxlabel(notes, fontsize=8, color=FAINT)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m uniref_fast.training.core.plots",
+        description="Curves of one or several training runs in a picture.",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", type=Path, default=Path("plots.png"), help=".png, .svg or .pdf (%(default)s)")
+    parser.add_argument("--smooth", type=float, default=0.9, help="0 = not at all, up to under 1 (%(default)s)")
+    parser.add_argument("--keys", nargs="+", metavar="KEY", help="metrics or groups (loss_by_k), a panel each")
+    args = parser.parse_args(argv)
+    if not args.runs:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        if args.out.suffix not in FORMATS:
+            raise ValueError(
+                f"--out {args.out}: the ending of the name decides the format and must be one of {', '.join(FORMATS)}"
+            )
+        same = len({folder.resolve().name for folder in args.runs}) < len(args.runs)
+        runs = [load(folder, str(folder) if same else None) for folder in args.runs]
+        figure = draw(runs, args.keys, args.smooth)
+        _save(figure, args.out)
+    except ImportError as error:
+        print(f"plots: {error}; the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
+        return 1
+    except (OSError, ValueError) as error:
+        print(f"plots: {error}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+def _save(figure: Figure, path: Path) -> None:
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"format": path.suffix[1:], "metadata": FORMATS[path.suffix]}
+    with matplotlib.rc_context(STYLE):  # the names inside an SVG are made from it
+        write_whole(path, lambda file: figure.savefig(file, **options))
+
+
+# ---- what to draw ----
+
+
+def _marks(events: list[dict[str, Any]]) -> tuple[tuple[tuple[int, str], ...], tuple[int, ...]]:
+    """Stage changes and skips of the run as it went on: a resume takes back what lies at or after its step."""
+    stages: list[tuple[int, str]] = []
+    skips: list[int] = []
+    for event in events:
+        step, kind = event["step"], event.get("kind")
+        if kind == "resume":
+            stages = [stage for stage in stages if stage[0] < step]
+            skips = [skip for skip in skips if skip < step]
+        elif kind == "stage":
+            label = f"stage {event.get('number', '?')}" + (f", {event['side']}²" if "side" in event else "")
+            if not stages or stages[-1][1] != label:  # a resumed run says again which stage it is in
+                stages.append((step, label))
+        elif kind == "skipped":
+            skips.append(step)
+    return tuple(stages), tuple(skips)
+
+
+def _members(runs: Sequence[Run], panel: str) -> list[str]:
+    """Metrics of a panel: the metric of that name, or a group's members, those with numbers in numeric order."""
+    names = {key for run in runs for key in run.curves if key == panel or key.startswith(f"{panel}/")}
+
+    def order(key: str) -> tuple[bool, int, str]:
+        tail = key.removeprefix(f"{panel}/")
+        return not tail.isdecimal(), int(tail) if tail.isdecimal() else 0, tail
+
+    return sorted(names, key=order)
+
+
+def _panels(runs: Sequence[Run], panels: Sequence[str] | None) -> list[str]:
+    if not runs:
+        raise ValueError("no runs given")
+    known = sorted({key for run in runs for key in run.curves})
+    chosen = list(panels or (panel for panel in TITLES if _members(runs, panel)))
+    unknown = [panel for panel in chosen if not _members(runs, panel)]
+    if unknown or not chosen:
+        problem = f"no run has {', '.join(unknown)}" if unknown else f"the runs have none of {', '.join(TITLES)}"
+        raise ValueError(f"{problem}; there are: {', '.join(known)}; choose with --keys")
+    return chosen
+
+
+def _notes(runs: Sequence[Run], smooth: float) -> str:
+    notes = [f"smoothed {smooth:g}"] if smooth else []
+    if any(run.stages for run in runs):
+        notes.append("dashed: stage change")
+    if any(run.skips for run in runs):
+        notes.append("ticks at the bottom: skipped steps")
+    return "    ".join(notes)
+
+
+# ---- how to draw it ----
+
+
+def _panel(axes: Axes, runs: Sequence[Run], panel: str, smooth: float) -> None:
+    members = _members(runs, panel)
+    pointwise = panel.split("/")[0] == "eval"
+    smooth = 0.0 if pointwise or panel == "lr" else smooth
+    grouped = members != [panel]
+    colors = _group_colors(panel, members)
+    width = 1.0 if grouped and len(runs) > 1 else 1.5
+    shown, raw = [], []
+    for i, run in enumerate(runs):
+        for member in members:
+            if member not in run.curves:
+                continue
+            steps, values = run.curves[member]
+            color = colors[member] if grouped else COLORS[i % len(COLORS)]
+            line = smoothed(values, smooth)
+            if smooth and not grouped:
+                axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
+                raw.append(values)
+            marker: dict[str, Any] = {"marker": "o", "markersize": 3.5} if pointwise or len(steps) == 1 else {}
+            label = member.removeprefix(f"{panel}/") if grouped and i == _first_with(runs, member) else None
+            style = STYLES[i % len(STYLES)]
+            axes.plot(steps, line, color=color, linestyle=style, linewidth=width, label=label, **marker)
+            shown.append(line)
+    _scales(axes, runs, shown, raw, panel)
+    _draw_marks(axes, runs)
+    axes.set_title(TITLES.get(panel, panel), loc="left", pad=16 if any(run.stages for run in runs) else 6)
+    if grouped:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=1 + len(members) // 15)
+
+
+def _first_with(runs: Sequence[Run], member: str) -> int:
+    return next(i for i, run in enumerate(runs) if member in run.curves)
+
+
+def _group_colors(panel: str, members: Sequence[str]) -> dict[str, Any]:
+    """Numbers shade from light to dark, names get colours that differ."""
+    if all(member.removeprefix(f"{panel}/").isdecimal() for member in members):
+        import matplotlib
+
+        shades = np.linspace(0.88, 0.05, len(members)) if len(members) > 1 else [0.3]
+        return {member: matplotlib.colormaps["viridis"](shade) for member, shade in zip(members, shades, strict=True)}
+    return {member: COLORS[i % len(COLORS)] for i, member in enumerate(members)}
+
+
+def _scales(axes: Axes, runs: Sequence[Run], shown: list[np.ndarray], raw: list[np.ndarray], panel: str) -> None:
+    """All panels on the same steps; heights by the lines and the bulk of the raw values, logarithmic over decades."""
+    from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    first, last = _extent(runs)
+    margin = 0.02 * (last - first) or 0.5
+    axes.set_xlim(first - margin, last + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("step", loc="right", labelpad=0, color=FAINT, fontsize=8)
+    values = np.concatenate(shown)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return
+    bulk = np.concatenate([r[np.isfinite(r)] for r in raw]) if raw else values
+    low, high = min(values.min(), np.quantile(bulk, 0.01)), max(values.max(), np.quantile(bulk, 0.99))
+    if panel.split("/")[0] in ("loss", "eval", "loss_by_k", "loss_by_task") and low > 0 and high / low > 10:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.15, high * 1.15)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return
+    if panel in ("lr", "tokens_per_second"):
+        low = min(low, 0.0)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low if low == 0 else low - room, high + room)
+    if panel == "tokens_per_second":
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    elif panel == "lr":
+        axes.yaxis.set_major_formatter("{x:.3g}")
+
+
+def _extent(runs: Sequence[Run]) -> tuple[float, float]:
+    steps = [steps for run in runs for steps, _ in run.curves.values()]
+    return min(s.min() for s in steps), max(s.max() for s in steps)
+
+
+def _draw_marks(axes: Axes, runs: Sequence[Run]) -> None:
+    """Stage changes across the panel, labelled above it where there is room; skips as ticks at the bottom."""
+    first, last = _extent(runs)
+    to_axes = axes.get_xaxis_transform()
+    labelled = -math.inf
+    for i, run in enumerate(runs):
+        color, skip_color = (COLORS[i % len(COLORS)],) * 2 if len(runs) > 1 else (FAINT, "#c0392b")
+        for step, label in run.stages:
+            if step > first:
+                axes.axvline(step, color=color, linestyle=(0, (4, 3)), linewidth=0.8, alpha=0.8, zorder=1.5)
+            if i == 0 and step - labelled > 0.16 * (last - first):
+                axes.text(step, 1.015, label, transform=to_axes, fontsize=7, color=FAINT, ha="left", va="bottom")
+                labelled = step
+        if run.skips:
+            axes.vlines(run.skips, 0, 0.05, transform=to_axes, color=skip_color, linewidth=1.0, zorder=3)
+
+
+def _run_legend(figure: Figure, runs: Sequence[Run]) -> None:
+    """Above all panels: each run's colour (where a panel has one metric) and line style."""
+    from matplotlib.lines import Line2D
+
+    if len(runs) == 1:
+        figure.suptitle(runs[0].name, fontsize=12, x=0.01, ha="left")
+        return
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], linestyle=STYLES[i % len(STYLES)], linewidth=1.5, label=run.name)
+        for i, run in enumerate(runs)
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(runs), 4), fontsize=9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Prompts for rollouts: rows in the stream's order, those whose number of references a stage wants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from uniref_fast.data.dataset import Dataset
+from uniref_fast.training.batches.loader import coming, refuse_broken, row_weights
+from uniref_fast.training.batches.order import Stream
+from uniref_fast.training.batches.packing import Key
+from uniref_fast.training.batches.samples import Encoder, Prepared
+from uniref_fast.training.rl.recipes import MSGRPO, RLStage
+
+__all__ = ["Prompts"]
+
+COUNTS = {"multi": lambda k: k >= 2, "single": lambda k: k == 1, "any": lambda k: True}
+NAMES = {"multi": "two references or more", "single": "one reference", "any": "any number of references"}
+
+
+class Prompts:
+    """Gives out rows; all ranks ask alike and get the same.
+
+    Args:
+        dataset, encoder, config: of the run.
+        state: of `state()`, to go on from; None starts at the first row.
+
+    Raises:
+        ValueError: for a state of other data.
+    """
+
+    def __init__(
+        self, dataset: Dataset, encoder: Encoder, config: MSGRPO, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self.dataset, self.encoder, self.config = dataset, encoder, config
+        weights = row_weights(config)
+        self._stream = Stream(len(dataset), config.seed, weights)
+        self._coming = coming(dataset, weights)
+        self._broken: set[str] = set()
+        if state is not None:
+            if state["data"] != dataset.fingerprint:
+                raise ValueError(
+                    "the data is not what this run was trained on so far; give the same files, or start another run in "
+                    "a folder of its own"
+                )
+            self._stream = Stream.from_state(len(dataset), config.seed, state["stream"], weights)
+            self._broken = set(state["broken"])
+
+    def state(self) -> dict[str, Any]:
+        """What decides the rows that come next; for JSON."""
+        return {"data": self.dataset.fingerprint, "stream": self._stream.state(), "broken": sorted(self._broken)}
+
+    def take(
+        self, count: int, stage: RLStage, check: Callable[[Key, Prepared], None] = lambda key, prepared: None
+    ) -> tuple[list[tuple[Key, Prepared]], list[tuple[str, str]]]:
+        """The next rows with their sizes, and (place, reason) of rows that were passed over as broken.
+
+        Args:
+            count: how many rows to return.
+            stage: what says which rows are wanted, and their sizes.
+            check: raises ValueError for a row that cannot be used, with the reason.
+
+        Raises:
+            BrokenRowsError: for more broken rows than the run allows, or all there are.
+            ValueError: when every row that comes at all was passed over, or broken.
+        """
+        taken: list[tuple[Key, Prepared]] = []
+        broken: list[tuple[str, str]] = []
+        unfit: set[int] = set()
+        while len(taken) < count:
+            (key,) = self._stream.take(1)
+            where = self.dataset.where(key[1])
+            try:
+                row = self.dataset[key[1]]
+                if COUNTS[stage.references](len(row.references)):
+                    prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
+                    check(key, prepared)
+                    prepared.load_references()  # damaged pictures too are passed over, by all ranks alike
+                    taken.append((key, prepared))
+                    continue
+            except (ValueError, OSError) as error:
+                broken.append((where, str(error).removeprefix(f"{where}: ")))
+                self.count_broken(broken[-1:])
+            unfit.add(key[1])
+            if len(unfit) == self._coming:  # not counted in epochs: weights make rows rare
+                last = f"; the last that could not be used: {': '.join(broken[-1])}" if broken else ""
+                raise ValueError(
+                    f"the data has no row with {NAMES[stage.references]}, which a stage of references = "
+                    f'"{stage.references}" needs{last}'
+                )
+        return taken, broken
+
+    def count_broken(self, rows: Sequence[tuple[str, str]]) -> None:
+        """Count rows (place, reason) that could not be used, each once.
+
+        Raises:
+            BrokenRowsError: for more than the run allows, or all there are.
+        """
+        self._broken.update(where for where, _ in rows)
+        refuse_broken(self._broken, self.config.max_broken, self._coming, list(rows))

@@ -1,0 +1,113 @@
+"""Flow matching: noise at t = 1, `x_t = (1 - t) x0 + t e`, velocity `v = e - x0`; randomness keyed by sample.
+
+Every draw comes from a generator seeded by (seed, what, sample), never from a running one: a sample gets the same noise
+on any rank, in any pack, and after any interruption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uniref_fast.layout import SelfLayout
+
+__all__ = ["FlowBatch", "flow_batch", "resolution_shift", "sample_errors", "sample_t", "shifted"]
+
+
+def resolution_shift(scheduler_config: Any, tokens: int) -> float:
+    """How far the scheduler moves t towards noise for a target of so many tokens: exp(mu), 1 does not move it."""
+    if not scheduler_config.get("use_dynamic_shifting"):
+        return float(scheduler_config.get("shift", 1.0))
+    small, large = scheduler_config["base_image_seq_len"], scheduler_config["max_image_seq_len"]
+    low, high = scheduler_config["base_shift"], scheduler_config["max_shift"]
+    mu = low + (high - low) * (tokens - small) / (large - small)
+    return mu if scheduler_config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def sample_t(generator: torch.Generator, mean: float, std: float, shift: float) -> float:
+    """Logit-normal t, then moved as `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206; the scheduler's own map)."""
+    t = torch.sigmoid(mean + std * torch.randn((), generator=generator, dtype=torch.float64)).item()
+    return shifted(t, shift)
+
+
+def shifted(t: float, shift: float) -> float:
+    """t moved towards noise by a shift over 1; 0 and 1 stay."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """A pack as the model takes it, and what it should answer.
+
+    Attributes:
+        image: noisy targets and clean references in stream order, `[N_image, C]`.
+        text: prompt embeddings, `[N_text, D]`.
+        t: of each sample, float32 `[S]`.
+        velocity: of the targets' tokens by sample, float32 `[N_target, C]`.
+        layout: of the pack.
+    """
+
+    image: Tensor
+    text: Tensor
+    t: Tensor
+    velocity: Tensor
+    layout: SelfLayout
+
+
+def flow_batch(
+    targets: Sequence[Tensor],
+    references: Sequence[Tensor],
+    texts: Sequence[Tensor],
+    times: Sequence[float],
+    noises: Sequence[Tensor],
+    layout: SelfLayout,
+    dtype: torch.dtype,
+) -> FlowBatch:
+    """Mix each target with its noise and put the pack together.
+
+    Args:
+        targets: clean latents `[n, C]` of each sample.
+        references: latents of all references of each sample, `[m, C]`; m may be 0.
+        texts: prompt embeddings `[l, D]` of each sample.
+        times: t of each sample, in [0, 1].
+        noises: as the targets.
+        layout: of the samples in this order.
+        dtype: of what the model is given.
+    """
+    image, velocity = [], []
+    for x0, clean, t, noise in zip(targets, references, times, noises, strict=True):
+        x0, noise = x0.float(), noise.to(x0.device)
+        image += [((1 - t) * x0 + t * noise).to(dtype), clean.to(dtype)]
+        velocity.append(noise - x0)
+    device = targets[0].device
+    return FlowBatch(
+        torch.cat(image),
+        torch.cat([text.to(dtype) for text in texts]),
+        torch.tensor(times, dtype=torch.float32, device=device),
+        torch.cat(velocity),
+        layout,
+    )
+
+
+def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] | None = None) -> Tensor:
+    """Mean squared error of each sample, float32 `[S]`.
+
+    Args:
+        prediction: velocities of the targets' tokens, `[N_target, C]`, or the part of them from row bounds[0] to
+            bounds[1]; each sample then gets its part of the mean, so that parts add up.
+        batch: what was predicted.
+        bounds: of the part.
+    """
+    first, last = bounds or (0, len(batch.velocity))
+    lengths = [segment.length for segment in batch.layout.targets]
+    ends = list(itertools.accumulate(lengths))
+    parts = [max(min(end, last) - max(end - n, first), 0) for n, end in zip(lengths, ends, strict=True)]
+    squares = (prediction.float() - batch.velocity[first:last]).square().mean(1)
+    # a sum a sample rather than an index_add, which has no fixed order on a GPU
+    return torch.stack([part.sum() / n for part, n in zip(squares.split(parts), lengths, strict=True)])

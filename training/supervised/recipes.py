@@ -1,0 +1,134 @@
+"""What a training run is: a typed configuration; for supervised fine-tuning the functions that return complete ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from uniref_fast.runs import attends
+from uniref_fast.training.core.recipe import Recipe, Stage
+
+__all__ = ["RECIPES", "SFT", "builtin", "builtin_more", "lora", "paper", "tiny"]
+
+
+@dataclass(frozen=True)
+class SFT(Recipe):
+    """A run of supervised fine-tuning.
+
+    Attributes:
+        t_mean: mean of the normal distribution whose sigmoid is t, before the resolution shift.
+        t_std: its standard deviation.
+        drop_text: share of samples that are trained with an empty instruction, for classifier-free guidance.
+        drop_references: share of samples that are trained without their references.
+        cost: prices of packing: counted operations, or measured on this machine when the run starts.
+        visibility: who sees whom (`uniref_fast.visibility`); none: that of the run that `initial` names, else "full",
+            which is what the models are. With another the model becomes one that must be run with it, and whose
+            references can be shared by a group or kept.
+    """
+
+    t_mean: float = 0.0
+    t_std: float = 1.0
+    drop_text: float = 0.1
+    drop_references: float = 0.05
+    cost: Literal["measured", "flops"] = "measured"
+    visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("drop_text", "drop_references"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
+        self._at_least({"t_std": 0})
+
+    @property
+    def attends(self) -> str:
+        return self.visibility or attends(self.initial) or "full"
+
+
+def tiny() -> SFT:
+    """The built-in model on the built-in data, on a CPU, in minutes."""
+    return SFT(
+        model="builtin",
+        data=("builtin",),
+        stages=(Stage(side=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
+                Stage(side=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
+        packs=2,
+        dtype="float32",
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        warmup=20,
+        ema=0.98,
+        cost="flops",
+        workers=2,
+        save_every=50,
+        eval_every=50,
+        eval_samples=32,
+        sample_every=150,
+        sample_steps=8,
+    )  # fmt: skip
+
+
+def builtin() -> SFT:
+    """The built-in model from scratch: about 80 minutes on two cores that multiply bfloat16."""
+    return SFT(
+        model="builtin",
+        data=("builtin",),
+        # Ten samples a pack: with fewer, the exchange of weights and gradients takes longer than the products. The
+        # first budgets make several pictures smaller than the answer, of which little is learned for the last.
+        stages=(Stage(side=64, steps=200, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                Stage(side=96, steps=300, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                Stage(side=128, steps=12_000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
+        packs=2,
+        dtype="bfloat16",
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        warmup=200,
+        ema=0.998,
+        t_mean=0.3,
+        drop_text=0.05,
+        drop_references=0.0,
+        cost="flops",
+        workers=2,
+        save_every=500,
+        eval_every=500,
+        eval_samples=128,
+        sample_every=2000,
+        sample_steps=12,
+        sample_guidance=1.0,
+    )  # fmt: skip
+
+
+def builtin_more() -> SFT:
+    """Goes on from `builtin`, with more of the tasks that it learns last; about 75 minutes more."""
+    return replace(builtin(), stages=(Stage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),))
+
+
+def lora() -> SFT:
+    """A LoRA of Qwen-Image-Edit, 1024 then 1536 then 2048 pixels square for all references together; on 1, 2, 4 or 8
+    GPUs, by the memory that is planned one of 141 GB or two of 80 GB."""
+    return SFT(
+        stages=(Stage(1024, 2000, 1e-4), Stage(1536, 1000, 1e-4), Stage(2048, 500, 5e-5)),
+        packs=8,
+        lora_rank=64,
+        lora_alpha=64.0,
+        weight_decay=0.01,
+        warmup=100,
+        ema=None,
+        save_every=250,
+        eval_every=250,
+        sample_every=500,
+    )
+
+
+def paper() -> SFT:
+    """All weights, as UniRef-Image-Edit (arXiv 2602.14186) reports them: 50,000 steps of about 512 samples."""
+    return SFT(
+        stages=(Stage(1024, 30_000, 4e-4), Stage(1536, 12_000, 4e-4), Stage(2048, 8_000, 4e-4)),
+        packs=128,  # a pack holds about four samples of the first stage
+    )
+
+
+RECIPES: dict[str, Callable[[], SFT]] = {
+    recipe.__name__: recipe for recipe in (tiny, builtin, builtin_more, lora, paper)
+}

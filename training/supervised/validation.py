@@ -1,0 +1,178 @@
+"""Held-out loss and sample grids: the same rows, times and noise every time, so only the weights make a difference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.edit import edit
+from uniref_fast.keyed_random import draw
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.request import EditRequest
+from uniref_fast.sheets import contact_sheet
+from uniref_fast.training.batches.heldout import heldout_datasets
+from uniref_fast.training.batches.samples import Encoded, Encoder, Prepared
+from uniref_fast.training.core.distributed import Ranks
+from uniref_fast.training.core.model import TrainedModel
+from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.supervised.flow_matching import (
+    FlowBatch,
+    flow_batch,
+    resolution_shift,
+    sample_errors,
+    shifted,
+)
+from uniref_fast.training.supervised.recipes import SFT
+
+__all__ = ["HeldOut", "idle_batch", "partial_errors"]
+
+
+class HeldOut:
+    """Rows that are never trained on.
+
+    Args:
+        files: of rows; each is reported by its name.
+        config, model, ranks: of the run.
+        encoder: one that drops nothing.
+
+    Raises:
+        ValueError: for files that cannot be read, have the same name, or no rows.
+    """
+
+    def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
+        self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
+        self.datasets = heldout_datasets(files, config)
+        self._encoded: dict[tuple[str, Stage], list[tuple[Prepared, Encoded | None]]] = {}
+
+    @torch.no_grad()
+    def losses(self, stage: Stage, pack_tokens: int) -> dict[str, float]:
+        """Mean loss of each file, as "eval/<file>"; sample i of n is at the i-th of n quantiles of t. All ranks."""
+        return {f"eval/{name}": self._loss(name, stage, pack_tokens) for name in self.datasets}
+
+    def _loss(self, name: str, stage: Stage, pack_tokens: int) -> float:
+        ranks, count = self.ranks, min(self.config.eval_samples, len(self.datasets[name]))
+        rows = self._rows(name, stage, count)
+        packs: list[list[int]] = []
+        for i, (prepared, _) in enumerate(rows):
+            if not packs or sum(rows[j][0].sample.length for j in packs[-1]) + prepared.sample.length > pack_tokens:
+                packs.append([])
+            packs[-1].append(i)
+        total = 0.0
+        for first in range(0, len(packs), ranks.replicas):  # all replicas run equally often: weights are gathered
+            number = first + ranks.replica
+            if number < len(packs):
+                batch = self._batch(name, stage, packs[number])
+                total += float(partial_errors(self.model.packed, batch).sum())
+            else:
+                partial_errors(self.model.packed, idle_batch(self.model))
+        return sum(ranks.gather(total)) / count
+
+    def _rows(self, name: str, stage: Stage, count: int) -> list[tuple[Prepared, Encoded | None]]:
+        """Prepared rows, with the tensors of those that this rank has run."""
+        if (name, stage) not in self._encoded:
+            self._encoded = {key: rows for key, rows in self._encoded.items() if key[1] == stage}
+            dataset = self.datasets[name]
+            self._encoded[name, stage] = [
+                (self.encoder.prepare(dataset[i], (0, i), stage.side, stage.target_side), None) for i in range(count)
+            ]
+        return self._encoded[name, stage]
+
+    def _batch(self, name: str, stage: Stage, numbers: list[int]) -> FlowBatch:
+        rows = self._encoded[name, stage]
+        for i in numbers:
+            prepared, encoded = rows[i]
+            if encoded is None:
+                rows[i] = (prepared, self.encoder.encode(prepared, prepared.load()))
+        chosen = [(prepared, encoded) for prepared, encoded in (rows[i] for i in numbers) if encoded is not None]
+        times, noises = [], []
+        for i, (_, encoded) in zip(numbers, chosen, strict=True):
+            quantile = torch.tensor((i + 0.5) / len(rows), dtype=torch.float64)
+            shift = resolution_shift(self.model.pipe.scheduler.config, len(encoded.target))
+            t = torch.sigmoid(self.config.t_mean + self.config.t_std * torch.special.ndtri(quantile)).item()
+            times.append(shifted(t, shift))
+            noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
+        return assembled(self.model, chosen, times, noises)
+
+    def grid(self, stage: Stage, max_tokens: int) -> Image.Image | None:
+        """References, target and result of some rows of each file, as a labelled picture. All ranks, in packs of
+        `max_tokens`."""
+        requests, pictures = [], []
+        for name, dataset in self.datasets.items():
+            for i in range(min(self.config.sample_count, len(dataset))):
+                prepared = self.encoder.prepare(dataset[i], (0, i), stage.side, stage.target_side)
+                target, references = prepared.load()
+                width, height = prepared.geometry.size
+                requests.append(
+                    EditRequest(
+                        prepared.instruction,
+                        references,
+                        negative_prompt=" " if self.config.sample_guidance > 1 else None,
+                        true_cfg_scale=self.config.sample_guidance,
+                        width=width,
+                        height=height,
+                        num_inference_steps=self.config.sample_steps,
+                        seed=i,
+                    )
+                )
+                pictures.append((name, prepared.instruction, references, target))
+        if not requests:
+            return None
+        packed = self.model.packed
+        parallel, packed.parallel = packed.parallel, None
+        try:
+            results = edit(
+                self.model.pipe,
+                requests,
+                budget=stage.side**2,
+                model=packed,
+                max_tokens=max_tokens,
+                progress=False,
+            )
+        finally:
+            packed.parallel = parallel
+        rows = []
+        for i, ((name, _, references, target), result) in enumerate(zip(pictures, results, strict=True), start=1):
+            shown = [(f"picture {j}", image) for j, image in enumerate(references, start=1)]
+            rows.append([(f"{i}. made", result), (name, target), *shown])
+        texts = "\n".join(f"{i}. {text}" for i, (_, text, *_) in enumerate(pictures, start=1))
+        return contact_sheet(rows, caption=texts, cell=160)
+
+
+def assembled(
+    model: TrainedModel, chosen: list[tuple[Prepared, Encoded]], times: list[float], noises: list[Tensor]
+) -> FlowBatch:
+    """A batch of encoded samples with their times and noise."""
+    zero_cond_t = bool(model.pipe.transformer.config.zero_cond_t)
+    layout = SelfLayout.qwen([prepared.sample for prepared, _ in chosen], zero_cond_t=zero_cond_t)
+    encoded = [tensors for _, tensors in chosen]
+    return flow_batch(
+        [e.target for e in encoded],
+        [e.references for e in encoded],
+        [e.text for e in encoded],
+        times,
+        noises,
+        layout,
+        getattr(torch, model.config.dtype),
+    )
+
+
+def idle_batch(model: TrainedModel) -> FlowBatch:
+    """The least that a model can run, for a rank that must take part without a sample of its own."""
+    config, device = model.pipe.transformer.config, model.ranks.device
+    layout = SelfLayout.qwen([Sample(1, (1, 1, 1))], zero_cond_t=bool(config.zero_cond_t))
+    target, none = torch.zeros(1, config.in_channels, device=device), torch.zeros(0, config.in_channels, device=device)
+    text = torch.zeros(1, config.joint_attention_dim, device=device)
+    return flow_batch([target], [none], [text], [0.5], [target], layout, getattr(torch, model.config.dtype))
+
+
+def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
+    """This rank's part of each sample's mean squared error, `[S]`; over the ranks of a group the parts add up."""
+    prediction = packed(batch.image, batch.text, batch.t, batch.layout)
+    if packed.parallel is None:
+        return sample_errors(prediction, batch)
+    cuts, rank = packed.parallel.targets(batch.layout), packed.parallel.rank
+    return sample_errors(prediction, batch, (cuts[rank], cuts[rank + 1]))

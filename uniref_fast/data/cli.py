@@ -1,0 +1,269 @@
+"""The commands `uniref-fast data check | convert | make`: validate training data, rewrite it, or generate some."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from uniref_fast.data.dataset import Dataset
+
+__all__ = ["add_data_commands", "leave_to"]
+
+Size = tuple[int, int]  # (width, height) in pixels
+
+COLUMNS_HELP = (
+    "what columns hold whose names are not known, as ROLE=COLUMN pairs with commas between them: "
+    "instruction=prompt,references=refs; roles are instruction, references, target, task_type, key, language and "
+    "ignore; references and ignore may have several columns"
+)
+RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
+PERCENTILES = (5, 25, 50, 75, 95, 100)
+
+
+def add_data_commands(commands: Any) -> None:
+    """Add `data` with its own commands to the subparsers of `uniref-fast`."""
+    data = commands.add_parser("data", help="training data: check or convert it, or make a data set")
+    group = data.add_subparsers(dest="data_command", required=True, metavar="command")
+
+    check = group.add_parser("check", help="count and measure rows, list broken ones; exit status 1 if there are any")
+    check.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of rows, see the README")
+    check.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
+    check.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
+    check.add_argument(
+        "--targets", choices=("required", "optional"), default="required",
+        help="optional: rows without a target are fine too (%(default)s)",
+    )  # fmt: skip
+    check.add_argument("--decode", action="store_true", help="decode every picture instead of reading headers only")
+    check.add_argument("--show", type=int, default=20, metavar="N", help="broken rows and files to list (%(default)s)")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    check.set_defaults(run=_check)
+
+    convert = group.add_parser("convert", help="write any data that can be read as rows in one .jsonl file")
+    convert.add_argument("paths", nargs="*", metavar="PATH", help="as for `data check`; none with --target-folder")
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
+    convert.add_argument("--target-folder", type=Path, metavar="DIR", help="of target images with caption files")
+    convert.add_argument(
+        "--control-folder", type=Path, action="append", default=[], metavar="DIR",
+        help="of references with the names of the targets; repeat for more references, in their order",
+    )  # fmt: skip
+    convert.add_argument("--caption-ending", default=".txt", help="of the caption files (%(default)s)")
+    convert.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
+    convert.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
+    convert.add_argument("--show", type=int, default=20, metavar="N", help="broken rows to list (%(default)s)")
+    convert.set_defaults(run=_convert)
+
+    make = group.add_parser("make", help="make a data set of multi-reference edits with exact targets")
+    leave_to(make, "uniref_fast.scenes.make")
+
+
+def leave_to(parser: argparse.ArgumentParser, module: str) -> None:
+    """Leave a command to a module's `add_arguments(parser)` and `run(args)`, imported when the command is used."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
+        implementation = importlib.import_module(module)
+        parser.parse_known_args = parse  # type: ignore[method-assign]
+        implementation.add_arguments(parser)
+        parser.set_defaults(run=implementation.run)
+        return parse(args, namespace)
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
+
+
+# ---- check ----
+
+
+@dataclass
+class _Found:
+    """What the rows hold; sizes are of upright pictures."""
+
+    counts: Counter[int] = field(default_factory=Counter)  # rows by number of references
+    columns: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # rows by (column, what it is read as)
+    task_types: Counter[str | None] = field(default_factory=Counter)
+    targets: list[Size] = field(default_factory=list)
+    references: list[Size] = field(default_factory=list)
+    joint_areas: list[int] = field(default_factory=list)  # of the references of a row, for rows that have any
+    broken: list[dict[str, str]] = field(default_factory=list)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from uniref_fast.data.dataset import BrokenFileError, Dataset
+    from uniref_fast.data.readers import printable
+
+    if args.show < 0:
+        raise ValueError(f"--show must not be negative, got {args.show}")
+    try:
+        dataset = Dataset(args.paths, args.image_folder, args.targets, args.columns)
+    except BrokenFileError as error:  # not a wrong command but wrong data
+        print(f"uniref-fast data check: broken file {error}", file=sys.stderr)
+        return 1
+    found = _measure(dataset, args.decode)
+    if args.json:
+        print(json.dumps(_facts(dataset, found, args.show)))
+    else:
+        print("\n".join(map(printable, _report(dataset, found, args.show))))
+    return 1 if found.broken else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from uniref_fast.data.convert import convert
+    from uniref_fast.data.dataset import Dataset
+    from uniref_fast.data.pairs import Pairs
+    from uniref_fast.data.readers import BrokenFileError, printable
+
+    if (args.target_folder is None) == (not args.paths):
+        raise ValueError("give paths, or --target-folder with the folders of references (--control-folder)")
+    if args.control_folder and args.target_folder is None:
+        raise ValueError("--control-folder is for --target-folder, the folder of the images that are to be made")
+    if args.out.suffix.lower() != ".jsonl":
+        raise ValueError(f"--out {args.out}: rows are written to a .jsonl file")
+    paths: list[Any] = list(args.paths)
+    if args.target_folder is not None:
+        ending = "." + args.caption_ending.lower().lstrip(".")
+        paths = [Pairs(args.target_folder, tuple(args.control_folder), ending)]
+    try:
+        dataset = Dataset(paths, args.image_folder, "optional", args.columns)
+    except BrokenFileError as error:
+        print(f"uniref-fast data convert: broken file {error}", file=sys.stderr)
+        return 1
+    written, broken = convert(dataset, args.out)
+    for row in broken[: args.show]:
+        print(f"left out: {printable(row)}", file=sys.stderr)
+    for name, reason in dataset.left_out[: args.show]:
+        print(f"left out: {printable(name)}: {reason}", file=sys.stderr)
+    print(f"{printable(args.out)}: {written:,} row(s); {len(broken):,} broken row(s) left out")
+    return 1 if broken else 0
+
+
+def _measure(dataset: Dataset, decode: bool) -> _Found:
+    from tqdm import tqdm
+
+    from uniref_fast.data.dataset import RowError
+    from uniref_fast.data.prefetch import prefetch
+
+    found = _Found(columns=Counter({(name, None): rows for name, rows in dataset.unread_columns.items()}))
+    workers = min(os.cpu_count() or 1, 8)
+    inspected = prefetch(functools.partial(_inspect, dataset, decode), range(len(dataset)), workers, ahead=4 * workers)
+    for index, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
+        with contextlib.suppress(ValueError):  # of a row that cannot be read at all
+            found.columns.update(dataset.roles(index).items())
+        if isinstance(outcome, RowError):
+            found.broken.append({"where": outcome.where, "reason": outcome.reason})
+            continue
+        if isinstance(outcome, Exception):
+            raise outcome
+        target, references, task_type = outcome
+        found.counts[len(references)] += 1
+        found.task_types[task_type] += 1
+        found.references += references
+        if target is not None:
+            found.targets.append(target)
+        if references:
+            found.joint_areas.append(sum(map(math.prod, references)))
+    return found
+
+
+def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None]:
+    """Sizes of a row's target and references, and its task type; raises RowError."""
+    row = dataset[index]
+    return *row.sizes(decode), row.task_type
+
+
+def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
+    def measured(sizes: Sequence[Size]) -> dict[str, Any]:
+        pixels = [math.prod(size) for size in sizes]
+        spread = [min(pixels), int(np.median(pixels)), max(pixels)] if pixels else [None] * 3
+        return {
+            "pictures": len(sizes),
+            "pixels": dict(zip(("min", "median", "max"), spread, strict=True)),
+            "ratios": dict(Counter(map(_ratio, sizes)).most_common()),
+        }
+
+    areas = np.percentile(found.joint_areas, PERCENTILES).astype(int).tolist() if found.joint_areas else []
+    return {
+        "files": list(dataset.files),
+        "left_out": [{"file": name, "reason": reason} for name, reason in dataset.left_out],
+        "fingerprint": dataset.fingerprint,
+        "rows": len(dataset),
+        "broken": len(found.broken),
+        "columns": [
+            {"column": name, "read_as": role, "rows": count} for (name, role), count in _by_role(found.columns)
+        ],
+        "references": {str(k): found.counts[k] for k in sorted(found.counts)},
+        "task_types": {kind or "": count for kind, count in found.task_types.most_common()},
+        "target_sizes": measured(found.targets),
+        "reference_sizes": measured(found.references),
+        "joint_reference_area": dict(zip((f"p{p}" for p in PERCENTILES), areas, strict=False)),
+        "errors": found.broken[:show],
+    }
+
+
+def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
+    facts = _facts(dataset, found, show)
+    lines = [f"rows              {len(dataset):,} in {len(dataset.files):,} file(s), {len(found.broken):,} broken"]
+    if dataset.left_out:
+        lines.append(f"left out          {len(dataset.left_out):,}")
+        lines += [f"  {left['file']}: {left['reason']}" for left in facts["left_out"][:show]]
+        if len(dataset.left_out) > show:
+            lines.append(f"  and {len(dataset.left_out) - show:,} more")
+    lines.append("columns")
+    for column in facts["columns"]:
+        lines.append(f"  {column['column']:<16}{column['read_as'] or 'not read':<16} {column['rows']:,} row(s)")
+    counts = (f"{k}: {count:,}" for k, count in facts["references"].items())
+    lines.append(f"by references     {', '.join(counts) or 'none'}")
+    kinds = (f"{kind or '(none)'}: {count:,}" for kind, count in facts["task_types"].items())
+    lines.append(f"by task type      {', '.join(kinds) or 'none'}")
+    for label, key in (("targets", "target_sizes"), ("references", "reference_sizes")):
+        sizes = facts[key]
+        if not sizes["pictures"]:
+            lines.append(f"{label:<18}none")
+            continue
+        spread = " / ".join(f"{value:,}" for value in sizes["pixels"].values())
+        lines.append(f"{label:<18}{sizes['pictures']:,}, pixels min / median / max {spread}")
+        shares = (f"{name} {count / sizes['pictures']:.0%}" for name, count in list(sizes["ratios"].items())[:6])
+        lines.append(f"{'  aspect ratios':<18}{', '.join(shares)}")
+    if facts["joint_reference_area"]:
+        areas = (f"{name} {area:,} ({math.isqrt(area)}^2)" for name, area in facts["joint_reference_area"].items())
+        lines.append(f"joint area        {', '.join(areas)}")
+    if found.broken:
+        lines.append("broken rows")
+        lines += [f"  {error['where']}: {error['reason']}" for error in facts["errors"]]
+        if len(found.broken) > show:
+            lines.append(f"  and {len(found.broken) - show:,} more")
+    return lines
+
+
+def _by_role(columns: Counter[tuple[str, str | None]]) -> list[tuple[tuple[str, str | None], int]]:
+    """Columns that are read first: instruction, references, target, the others, those that are not read."""
+    order = ("instruction", "references", "references, the last is the target", "target")
+
+    def rank(item: tuple[tuple[str, str | None], int]) -> tuple[int, str, str]:
+        (name, role), _ = item
+        return (order.index(role) if role in order else len(order) + (role is None), role or "", name)
+
+    return sorted(columns.items(), key=rank)
+
+
+def _pairs(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _ratio(size: Size) -> str:
+    """The nearest common aspect ratio, as width:height."""
+    wanted = math.log(size[0] / size[1])
+    width, height = min(RATIOS, key=lambda ratio: abs(math.log(ratio[0] / ratio[1]) - wanted))
+    return f"{width}:{height}"

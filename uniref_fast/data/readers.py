@@ -1,0 +1,406 @@
+"""Files of rows, read at random: .jsonl, .json, .csv, .parquet and .tar, each as numbered records of plain values.
+
+A reader knows how many rows its file has and where each lies, and nothing about what the keys mean (that is `rows`). It
+holds no open files, so it can be pickled into workers and used by several threads at once. Damage to a whole file is a
+`BrokenFileError` when the reader is made, damage to a row is a ValueError when that row is read.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uniref_fast.data.images import ImageSource
+
+__all__ = [
+    "BOM",
+    "ENCODED",
+    "BrokenFileError",
+    "CsvReader",
+    "JsonReader",
+    "JsonlReader",
+    "ParquetReader",
+    "Reader",
+    "Record",
+    "RowGroupCache",
+    "filled",
+    "from_json",
+    "printable",
+]
+
+ENCODED = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # data URIs; base64 of PNG, JPEG, GIF and WebP
+BOM = b"\xef\xbb\xbf"
+
+
+class BrokenFileError(ValueError):
+    """A file that as a whole cannot be read as rows; the message starts with its name."""
+
+    def __init__(self, name: str, reason: object) -> None:
+        super().__init__(name, reason)
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as it lies in the file.
+
+    Attributes:
+        values: what it holds, by key.
+        find: the picture that a path in it names; raises ValueError.
+    """
+
+    values: Mapping[str, Any]
+    find: Callable[[str], ImageSource]
+
+
+class Reader:
+    """Base of the readers: rows 0 to `len - 1` of one file.
+
+    Attributes:
+        path: the file.
+        name: what messages call it.
+        folder: where relative paths in its rows are looked up.
+        unread: columns that are never read.
+    """
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        self.path, self.name, self.folder = path, name, folder
+        self.unread: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def place(self, row: int) -> str:
+        """What messages call a row: its line or number, counted from 1."""
+        return f"{self.name}:{row + 1}"
+
+    def record(self, row: int) -> Record:
+        """The row; raises ValueError when it is broken."""
+        raise NotImplementedError
+
+    def unused(self) -> tuple[str, ...]:
+        """Sentences that say how much of the file no row reads, and why; asked after `keys`."""
+        return ()
+
+    def keys(self, sample: int) -> set[frozenset[str]]:
+        """Which sets of keys occur in the first `sample` rows, of keys that hold something; not of broken rows."""
+        found = set()
+        for row in range(min(sample, len(self))):
+            with contextlib.suppress(ValueError):  # it has its own error when it is asked for
+                found.add(filled(self.record(row).values))
+        return found
+
+    def content(self) -> str:
+        """What changes when the file does. Parquet files and archives hold pictures and are not read for it."""
+        return f"{self.path.stat().st_size} bytes, {len(self)} rows"
+
+    def find(self, path: str) -> ImageSource:
+        """The file that a path in a row names: absolute, or under `folder`."""
+        return ImageSource(printable(path), located(path, self.folder))
+
+
+def printable(text: object) -> str:
+    """A text that any stream can print: bytes of a file name that are not UTF-8 are written as escapes."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def filled(values: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that hold something: null is as good as missing."""
+    return frozenset(key for key, value in values.items() if value is not None)
+
+
+def located(path: str, folder: Path) -> Path:
+    """The file at a path, relative ones under the folder.
+
+    Raises:
+        ValueError: for a path that names no plain file, that the file system refuses, or that leaves the folder.
+    """
+    if not path:
+        raise ValueError("a picture's path is empty")
+    full = Path(path)
+    if not full.is_absolute():
+        inside = os.path.normpath(path)
+        if inside.split(os.sep)[0] == "..":
+            raise ValueError(f"path {path!r:.80} leaves its folder {folder}; use a path inside it, or an absolute one")
+        full = folder / inside
+    shown = repr(path) if len(path) <= 200 else f"{path[:60]!r}... of {len(path):,} characters"
+    if len(path) > 200 and path.startswith(ENCODED):
+        raise ValueError(
+            f"no picture file {shown}: it is an encoded picture, not a path; write it to a file, or as bytes to parquet"
+        )
+    try:
+        mode = full.stat().st_mode
+    except FileNotFoundError:
+        where = printable(full) if len(path) <= 200 else f"it in {printable(folder)}"
+        raise ValueError(f"no picture file {shown} (looked for {where})") from None
+    except (OSError, ValueError) as error:  # too long a name, no permission, links in a circle; a NUL, half a surrogate
+        reason = error.strerror if isinstance(error, OSError) else printable(error)
+        raise ValueError(f"no picture file {shown}: the system refuses that path ({reason})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
+        raise ValueError(f"no picture file {shown}: {printable(full)} is {kind}")
+    return full
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def from_json(text: bytes) -> Any:
+    """A JSON value in UTF-8, with or without BOM. Raises ValueError that says what is wrong with it."""
+    try:
+        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_without_twins)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("not a row: nested too deeply") from None
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a key occurs twice: {sorted({key for key in keys if keys.count(key) > 1})}")
+    return found
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'a row must be a JSON object like {{"instruction": ...}}, got {type(value).__name__}')
+    return value
+
+
+class JsonlReader(Reader):
+    """One JSON object a line; blank lines are skipped but counted in places. Rows are found by their byte offsets."""
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        super().__init__(path, name, folder)
+        starts, lines, at = [], [], 0
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.removeprefix(BOM).strip():
+                    starts.append(at)
+                    lines.append(number)
+                at += len(line)
+        self._starts = np.array(starts, dtype=np.int64)
+        self._lines = np.array(lines, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def place(self, row: int) -> str:
+        return f"{self.name}:{self._lines[row]}"
+
+    def content(self) -> str:
+        return _digest(self.path)
+
+    def record(self, row: int) -> Record:
+        with open(self.path, "rb") as file:
+            file.seek(int(self._starts[row]))
+            return Record(_mapping(from_json(file.readline())), self.find)
+
+
+class JsonReader(Reader):
+    """Objects of one JSON file: those of a list, of the list under a key of an object, or the one object itself.
+
+    A process that reads it keeps the parsed rows; pickles leave them behind.
+    """
+
+    def __init__(self, path: Path, name: str, folder: Path, key: str | None = None, content: Any = None) -> None:
+        """`content` is what the file holds, where it has been parsed already."""
+        super().__init__(path, name, folder)
+        self._key = key
+        self._parsed: list[Any] | None = None if content is None else self._rows_of(content)
+        self._length = len(self._rows())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parsed": None}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def record(self, row: int) -> Record:
+        return Record(_mapping(self._rows()[row]), self.find)
+
+    def content(self) -> str:
+        return _digest(self.path)
+
+    def _rows(self) -> list[Any]:
+        if self._parsed is None:
+            try:
+                self._parsed = self._rows_of(from_json(self.path.read_bytes()))
+            except ValueError as error:
+                raise BrokenFileError(self.name, error) from None
+        return self._parsed
+
+    def _rows_of(self, content: Any) -> list[Any]:
+        rows = content if self._key is None else _mapping(content).get(self._key)
+        return rows if isinstance(rows, list) else [rows]
+
+
+class CsvReader(Reader):
+    """A table with one header line. Empty cells are missing values; a cell with a list of texts is a list.
+
+    A process that reads it keeps the rows; pickles leave them behind.
+    """
+
+    def __init__(self, path: Path, name: str, folder: Path) -> None:
+        super().__init__(path, name, folder)
+        self._held: tuple[list[str], list[tuple[int, list[str]]]] | None = None
+        self.columns = tuple(self._table()[0])
+        self._lines = np.array([line for line, _ in self._table()[1]], dtype=np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def place(self, row: int) -> str:
+        return f"{self.name}:{self._lines[row]}"
+
+    def content(self) -> str:
+        return _digest(self.path)
+
+    def record(self, row: int) -> Record:
+        header, rows = self._table()
+        cells = rows[row][1]
+        if len(cells) != len(header):
+            raise ValueError(f"the row has {len(cells)} cells, the header {len(header)}")
+        return Record({key: _cell(cell) for key, cell in zip(header, cells, strict=True)}, self.find)
+
+    def _table(self) -> tuple[list[str], list[tuple[int, list[str]]]]:
+        """Header, and (line where it begins, cells) of each row."""
+        if self._held is None:
+            rows, before = [], 0
+            try:
+                with open(self.path, newline="", encoding="utf-8-sig") as file:
+                    table = csv.reader(file, strict=True)
+                    for cells in table:
+                        if cells:
+                            rows.append((before + 1, cells))
+                        before = table.line_num
+            except (csv.Error, UnicodeDecodeError) as error:
+                raise BrokenFileError(self.name, f"not CSV in UTF-8, after line {before}: {error}") from None
+            header = rows[0][1] if rows else []
+            if len(set(header)) < len(header):
+                raise BrokenFileError(self.name, f"a column occurs twice: {header}")
+            self._held = header, rows[1:]
+        return self._held
+
+
+def _cell(text: str) -> Any:
+    if text[:1] == "[" and text[-1:] == "]":
+        with contextlib.suppress(ValueError, SyntaxError):
+            found = ast.literal_eval(text)  # JSON's lists of texts too
+            if all(isinstance(item, str) for item in found):
+                return found
+    return text or None
+
+
+class RowGroupCache:
+    """The row groups read last, shared by the parquet files of a data set; starts empty in every process."""
+
+    def __init__(self, groups: int = 4) -> None:
+        self._groups = groups
+        self._held: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowGroupCache, (self._groups,)
+
+    def get(self, key: Any, read: Callable[[], Any]) -> Any:
+        """What is held under the key, or what `read` gives; threads wait for one another rather than read twice."""
+        with self._lock:
+            if key not in self._held:
+                while len(self._held) >= self._groups:
+                    self._held.popitem(last=False)
+                self._held[key] = read()
+            self._held.move_to_end(key)
+            return self._held[key]
+
+
+class ParquetReader(Reader):
+    """A parquet file; reads the row group that holds the row, and only the columns that `select` chose."""
+
+    def __init__(self, path: Path, name: str, folder: Path, cache: RowGroupCache) -> None:
+        super().__init__(path, name, folder)
+        self._cache = cache
+        with _damage(lambda reason: BrokenFileError(name, reason)), self._open() as file:
+            self._columns = {field.name: _may_hold_pictures(field.type) for field in file.schema_arrow}
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+        self._ends = np.cumsum(groups, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def keys(self, sample: int) -> set[frozenset[str]]:
+        return {frozenset(self._columns)}
+
+    def select(self, wanted: Callable[[str, bool], bool]) -> None:
+        """Read only the columns for which `wanted(name, may hold pictures)` is true."""
+        self.unread = tuple(name for name, pictures in self._columns.items() if not wanted(name, pictures))
+        self._columns = {name: held for name, held in self._columns.items() if name not in self.unread}
+
+    def record(self, row: int) -> Record:
+        group = int(np.searchsorted(self._ends, row, side="right"))
+        first = int(self._ends[group - 1]) if group else 0
+        with _damage(ValueError):
+            table = self._cache.get((self.path, group), lambda: self._read(group))
+            return Record(table.slice(row - first, 1).to_pylist()[0], self.find)
+
+    def _read(self, group: int) -> Any:
+        with self._open() as file:
+            return file.read_row_group(group, columns=list(self._columns))
+
+    def _open(self) -> Any:
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ImportError(f"{self.name}: reading parquet needs pyarrow; pip install 'uniref_fast[train]'") from None
+        return parquet.ParquetFile(self.path)
+
+
+def _may_hold_pictures(kind: Any) -> bool:
+    """Whether values of an Arrow type may have texts or bytes in them, at any depth."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _may_hold_pictures(kind.value_type)
+    if types.is_nested(kind):
+        return any(_may_hold_pictures(kind.field(i).type) for i in range(kind.num_fields))
+    tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_string_view,
+             types.is_binary_view, types.is_fixed_size_binary)  # fmt: skip
+    return any(test(kind) for test in tests)
+
+
+@contextlib.contextmanager
+def _damage(make: Callable[[str], Exception]) -> Iterator[None]:
+    """What pyarrow raises on damaged files, as one kind of error."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # ArrowException, OSError, UnicodeDecodeError, NotImplementedError, ...
+        raise make(f"damaged parquet: {error or type(error).__name__}") from error

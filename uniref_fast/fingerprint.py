@@ -1,0 +1,29 @@
+"""Digests that identify the contents of a model, an image or a prompt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["content_key", "fingerprint"]
+
+
+def content_key(*parts: Any) -> str:
+    """Hex digest of texts and numbers; the order counts."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex digest of a model's configuration, and of dtype, shape, first and last values of each of its weights."""
+    config: Any = model.config
+    text = config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
+    digest = hashlib.sha256(text.encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
+        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + ends.numpy().tobytes())
+    return digest.hexdigest()

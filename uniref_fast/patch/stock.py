@@ -1,0 +1,297 @@
+"""The parts of diffusers that a packed forward replaces, and a check that each of them is still diffusers' own.
+
+`PackedQwenImage` runs a transformer's parameters without calling its blocks, attention modules and norms. Code that
+somebody put around or in place of those modules would therefore not run. `deviations` finds such code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from uniref_fast.patch.guards import QK_NORMS, attention_change, norm_change
+from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, active_backend
+
+__all__ = ["REPLACED_MODULES", "Replaced", "active_modes", "deviations", "is_own_method"]
+
+_QWEN = "diffusers.models.transformers.transformer_qwenimage"
+_NORMS = "diffusers.models.normalization"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module whose `forward` a packed forward does not call.
+
+    Attributes:
+        path: name in the transformer; `*` stands for every block, the empty path for the transformer itself.
+        kind: class that the module must have exactly, as "package.module:Class".
+        methods: methods of that class whose work the packed forward does.
+        calls: submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
+        reads: attributes that the packed forward reads.
+    """
+
+    path: str
+    kind: str
+    methods: tuple[str, ...] = ("forward",)
+    calls: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
+_BLOCK, _ATTN = "transformer_blocks.*", "transformer_blocks.*.attn"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
+
+REPLACED_MODULES = (
+    Replaced(
+        "", f"{_QWEN}:QwenImageTransformer2DModel",
+        calls=("img_in", "txt_norm", "txt_in", "time_text_embed", "proj_out"), reads=("config",),
+    ),
+    Replaced("pos_embed", f"{_QWEN}:QwenEmbedRope", ("forward", "_compute_video_freqs")),
+    Replaced("norm_out", f"{_NORMS}:AdaLayerNormContinuous", calls=("silu", "linear")),
+    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    Replaced(
+        _BLOCK, f"{_QWEN}:QwenImageTransformerBlock", ("forward", "_modulate"),
+        calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"),
+    ),
+    *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",))
+      for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
+    Replaced(
+        _ATTN, "diffusers.models.attention_processor:Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim"),
+    ),
+    *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"))
+      for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+)  # fmt: skip
+"""Every module that the packed forward stands for; whatever else is inside the transformer is called."""
+
+_ROTARY_THETA = 10000.0
+_KNOWN = ("diffusers", "torch", "uniref_fast")
+"""Packages whose code is what a packed forward was written against."""
+
+
+def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
+    """Describe everything around or inside a transformer that a packed forward would skip or get wrong.
+
+    Args:
+        transformer: a `QwenImageTransformer2DModel`, patched or not.
+        device: that it computes on.
+
+    Yields:
+        one phrase for each, which begins with the name of the module or function.
+    """
+    yield from _process_wide()
+    replaced: set[int] = set()
+    for part in REPLACED_MODULES:
+        for name, module in _found(transformer, part.path):
+            if module is None and "attn.norm_" in name:  # a model without that norm
+                continue
+            replaced.add(id(module))
+            yield from _replaced_module(name, module, part)
+    for name, module in transformer.named_modules():
+        if id(module) not in replaced:
+            yield from _called_module(name, module)
+    yield from _settings(transformer)
+    moved = hasattr(transformer, "_hf_hook")  # offloading by whole models brings the weights before the first step
+    for name, block in transformer.transformer_blocks.named_children():
+        where = f"transformer_blocks.{name}.attn"
+        yield from _processor(where, block.attn.processor)
+        for norm in (getattr(block.attn, norm) for norm in QK_NORMS):
+            weight = None if moved or norm is None else norm.weight
+            if weight is not None and weight.device != device:
+                yield f"{where} has a QK norm with its weight on {weight.device}, not {device}; offload by whole models"
+
+
+def active_modes() -> list[str]:
+    """Names of active torch function and dispatch modes that may change what an operator computes.
+
+    PyTorch's own modes (a default device, counters of operations and memory) change nothing.
+    """
+    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
+    return [type(mode).__name__ for mode in modes if _root(type(mode).__module__) not in _KNOWN]
+
+
+def is_own_method(owner: Any, name: str) -> bool:
+    """Whether `owner.name(...)` runs code of diffusers, PyTorch or this package.
+
+    False for a method that was set on the instance or on the class, and for one of a subclass in another package.
+    What `patch` installs counts as what it replaced.
+    """
+    bound = vars(owner).get(name)
+    if isinstance(getattr(bound, "__self__", None), PatchedBlock):
+        bound = bound.__self__.original
+    elif name == "forward" and hasattr(owner, "_hf_hook"):
+        bound = getattr(owner, "_old_forward", bound)
+    bound = getattr(bound, "_torchdynamo_orig_callable", bound)  # torch.compile computes the same
+    function = getattr(type(owner), name)
+    if bound is not None and bound != types.MethodType(function, owner):
+        return False
+    while function is not None:
+        inner = getattr(function, "__wrapped__", None)
+        if isinstance(function, types.FunctionType):
+            if _root(function.__globals__["__name__"]) not in _KNOWN:
+                return False
+        elif inner is None:
+            return False
+        function = inner
+    return True
+
+
+def _process_wide() -> Iterator[str]:
+    """Describe what was replaced or switched on for every model of this process."""
+    if backend := active_backend():
+        yield f"attention backend {backend!r} is active in this process, while a packed forward picks its own (impl=)"
+    if reason := attention_change() or norm_change():
+        yield reason
+    for name in active_modes():
+        yield f"the torch mode {name} is active"
+    hooks = {**torch_module._global_forward_pre_hooks, **torch_module._global_forward_hooks}
+    for hook in _foreign(hooks):
+        yield f"torch.nn has the global module hook {hook}"
+
+
+def _found(transformer: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    if "*" not in path:
+        yield path or "the transformer", transformer.get_submodule(path)
+        return
+    before, after = path.split(".*")
+    for name, block in transformer.get_submodule(before).named_children():
+        module: Any = block
+        for attribute in after.split(".")[1:]:
+            module = getattr(module, attribute, None)
+        yield f"{before}.{name}{after}", module
+
+
+def _replaced_module(name: str, module: Any, part: Replaced) -> Iterator[str]:
+    package, kind = part.kind.split(":")
+    expected = getattr(importlib.import_module(package), kind)
+    if type(module) is not expected:
+        yield f"{name} is a {type(module).__name__}, not a {kind}"
+        return
+    if hooks := _hooks(module, whole_model=name == "the transformer"):
+        yield f"{name} has hooks ({', '.join(hooks)}) of a cache, offloading or your own"
+    for method in part.methods:
+        if not is_own_method(module, method):
+            yield f"{name}.{method} was replaced by code that is not diffusers' own"
+    if kind == "LayerNorm" and (module.weight is not None or module.bias is not None):
+        yield f"{name} has a weight or bias of its own"
+    if kind == "RMSNorm" and getattr(module, "bias", None) is not None:
+        yield f"{name} has a bias"
+
+
+def _called_module(name: str, module: nn.Module) -> Iterator[str]:
+    """Modules that a packed forward calls may be of any class; hooks would see the rows of all samples as one."""
+    if hooks := _hooks(module, called=True):
+        yield f"{name} has hooks ({', '.join(hooks)}), which would see the tokens of all samples as one [N, C] tensor"
+
+
+def _hooks(module: nn.Module, *, called: bool = False, whole_model: bool = False) -> list[str]:
+    """Names of the hooks of a module that matter when it is `called`, or when it is not."""
+    names: list[str] = []
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None:
+        names += [hook for hook in registry.hooks if not (called and hook in _weight_hooks())]
+    if hook := getattr(module, "_hf_hook", None):
+        own = _root(type(hook).__module__) == "accelerate"
+        if not own or not (called or (whole_model and _offloads(hook))):
+            names.append(f"accelerate's {type(hook).__name__}" if own else type(hook).__name__)
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    patched = getattr(getattr(module, "_uniref_fast", None), "hook", None)  # of patch(), where there is one
+    if patched is not None:
+        hooks.pop(patched.id, None)
+    names += _foreign(hooks) if called else [_name(hook) for hook in hooks.values()]
+    return names
+
+
+@functools.cache
+def _weight_hooks() -> frozenset[str]:
+    """Hooks of diffusers that only move or cast the weights of the module that they are on."""
+    from diffusers.hooks import group_offloading as offloading
+    from diffusers.hooks import layerwise_casting as casting
+
+    return frozenset((
+        casting._LAYERWISE_CASTING_HOOK, casting._PEFT_AUTOCAST_DISABLE_HOOK,
+        offloading._GROUP_OFFLOADING, offloading._LAZY_PREFETCH_GROUP_OFFLOADING, offloading._LAYER_EXECUTION_TRACKER,
+    ))  # fmt: skip
+
+
+def _offloads(hook: Any) -> bool:
+    from accelerate.hooks import CpuOffload, SequentialHook
+
+    return all(map(_offloads, hook.hooks)) if isinstance(hook, SequentialHook) else isinstance(hook, CpuOffload)
+
+
+def _foreign(hooks: dict[int, Any]) -> list[str]:
+    """Names of PyTorch hooks that are neither PyTorch's (pruning, sharding, counters) nor peft's."""
+    return [_name(hook) for hook in hooks.values() if _root(_home(hook)) not in ("torch", "peft")]
+
+
+def _home(hook: Any) -> str:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return getattr(hook, "__module__", None) or ""
+
+
+def _name(hook: Any) -> str:
+    return f"forward hook {getattr(hook, '__qualname__', type(hook).__name__)}"
+
+
+def _root(module: str) -> str:
+    return module.split(".", 1)[0]
+
+
+def _settings(transformer: Any) -> Iterator[str]:
+    """Attributes of modules that the packed forward takes from the configuration, or takes to be equal."""
+    if not len(transformer.transformer_blocks):
+        yield "transformer_blocks is empty"
+    rope, axes = transformer.pos_embed, tuple(transformer.config.axes_dims_rope)
+    if type(rope).__name__ == "QwenEmbedRope":
+        positive, negative = _rotary_tables(axes)
+        n = len(positive)  # longer tables hold more positions of the same frequencies
+        same = tuple(rope.axes_dim) == axes and rope.scale_rope
+        for ours, theirs in ((positive, rope.pos_freqs[:n]), (negative, rope.neg_freqs[-n:])):
+            same = same and not theirs.is_meta and torch.equal(ours, theirs.cpu())
+        if not same:
+            yield "pos_embed has other frequencies than those of the model's configuration"
+    zero_cond_t = bool(transformer.config.zero_cond_t)
+    for name, module in (("the transformer", transformer), *_found(transformer, _BLOCK)):
+        if bool(getattr(module, "zero_cond_t", zero_cond_t)) != zero_cond_t:
+            yield f"{name} has zero_cond_t={module.zero_cond_t}, the configuration has {zero_cond_t}"
+    for name, attn in _found(transformer, _ATTN):
+        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
+        eps = sorted({norm.eps for norm in norms if norm is not None})
+        if len(eps) > 1:
+            yield f"{name}: its QK norms differ in eps {eps}"
+
+
+@functools.lru_cache(maxsize=4)
+def _rotary_tables(axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+
+    with torch.device("cpu"), torch.inference_mode(False):
+        rope = QwenEmbedRope(theta=_ROTARY_THETA, axes_dim=list(axes), scale_rope=True)  # type: ignore[arg-type]
+    return rope.pos_freqs, rope.neg_freqs
+
+
+def _processor(where: str, processor: Any) -> Iterator[str]:
+    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
+
+    stock = processor.stock if isinstance(processor, PatchedAttention) else processor
+    if type(stock) is not Stock:
+        yield f"{where} has its own processor {type(stock).__name__}"
+    elif not is_own_method(stock, "__call__"):
+        yield f"{Stock.__name__}.__call__ was replaced by code that is not diffusers' own"
+        return
+    if processor._parallel_config is not None:
+        yield f"{where} is set to context parallelism, which splits a sequence over ranks"
+    backend = getattr(processor._attention_backend, "value", processor._attention_backend)
+    if backend not in (None, "native"):
+        advice = "transformer.reset_attention_backend() undoes it"
+        yield f"{where} is set to attention backend {backend!r}, while a packed forward picks its own (impl=); {advice}"

@@ -1,0 +1,107 @@
+"""Configuration of a judge."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import urllib.parse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["JudgeConfig"]
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """A judge and how it is asked.
+
+    Attributes:
+        url: of the endpoint, as far as its /v1; empty: only what `replay` holds is answered.
+        model: its name there.
+        concurrency: requests of this process at once.
+        timeout: seconds of a request.
+        attempts: requests for one reply, where connection errors, timeouts, 408, 429 or 5xx need several.
+        backoff: seconds before the second attempt; doubles with each. A server's Retry-After comes first.
+        backoff_limit: most seconds it grows to.
+        patience: seconds of an outage after which the candidates that wait fail; also the longest Retry-After obeyed.
+        temperature: of the sampling; none leaves it to the server.
+        seed: of the sampling, plus the number of the reply; none leaves it to the server.
+        max_tokens: of a reply, thinking included.
+        token_field: how the endpoint calls that limit; OpenAI's newer models take max_completion_tokens.
+        samples: replies whose mean is a candidate's score; those that fail are left out of it.
+        max_side: pictures are sent as they are, unless a side has more pixels.
+        json_mode: how JSON is asked for: by schema, as any object, or by the prompt alone. Where a server refuses one,
+            the next is taken.
+        key_variable: environment variable with the API key; one that is not set sends no key.
+        replay: a reward log that answers calls of the same content; others go to the server.
+    """
+
+    url: str = "http://localhost:8000/v1"
+    model: str = "Qwen/Qwen3-VL-32B-Instruct"
+    concurrency: int = 32
+    timeout: float = 120.0
+    attempts: int = 4
+    backoff: float = 1.0
+    backoff_limit: float = 30.0
+    patience: float = 900.0
+    temperature: float | None = 0.0
+    seed: int | None = 0
+    max_tokens: int = 1024
+    token_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    samples: int = 1
+    max_side: int = 2048
+    json_mode: Literal["schema", "object", "off"] = "schema"
+    key_variable: str = "JUDGE_API_KEY"
+    replay: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_url(self.url)
+        if not self.url and self.replay is None:
+            raise ValueError("a judge needs a url, or a reward log to replay; both are empty")
+        if not self.model:
+            raise ValueError("a judge needs the name of its model, as the endpoint lists it at /models")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
+            # not shown: it may be the key itself
+            raise ValueError("key_variable is the name of an environment variable: letters, digits and underscores")
+        for name, least in dict(concurrency=1, attempts=1, max_tokens=1, samples=1, max_side=16).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("timeout", "backoff", "backoff_limit", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)}")
+        if self.temperature is not None and self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, or none; got {self.temperature}")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"{self.samples} samples at temperature 0 are one reply repeated; set temperature to 0.7")
+
+    @property
+    def base(self) -> str:
+        return self.url.rstrip("/")
+
+    def wait(self, attempts: int) -> float:
+        """Seconds to wait after so many attempts."""
+        return min(self.backoff * 2.0 ** min(attempts - 1, 60), self.backoff_limit)
+
+    def options(self, sample: int) -> dict[str, Any]:
+        """How the endpoint is to make a reply."""
+        options: dict[str, Any] = {"model": self.model, self.token_field: self.max_tokens}
+        if self.temperature is not None:
+            options["temperature"] = self.temperature
+        if self.seed is not None:
+            options["seed"] = self.seed + sample
+        return options
+
+
+def _check_url(url: str) -> None:
+    if not url:
+        return
+    parts = None
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(url)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError('url must be like "http://localhost:8000/v1"; it begins otherwise, or names no host')
+    if parts.username or parts.password or parts.query:
+        raise ValueError("url must hold no user, password or query: it is shown and logged; keys go into key_variable")
+    if parts.path.rstrip("/").endswith(("/chat/completions", "/models")):
+        raise ValueError(f"url ends with its /v1; the rest is added: {url.partition('/chat/')[0]}")

@@ -1,0 +1,202 @@
+"""Artworks of the training data: which emoji there are, what they are called, and their pixels.
+
+    pool = artworks("auto")
+    pool.names, pool.image("owl"), pool.slug("owl")
+
+Two sources. "font": every artwork of an installed Noto Color Emoji font that stands for a single code point, under its
+Unicode name, except those that `usable` leaves out. "shipped": the sixteen PNG files of `uniref_fast/assets/emoji`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageFont
+
+from uniref_fast.scenes import textures as scenes
+from uniref_fast.scenes.make_emoji import NATIVE_SIZE, find_font, render
+
+__all__ = ["SIDE", "SOURCES", "Artworks", "artworks", "unicode_name", "usable"]
+
+SOURCES = ("auto", "font", "shipped")
+SIDE = 128  # of artworks drawn from the font, pixels: the height of its bitmaps
+
+# Where pictographs are, private use and the digits of keycaps aside.
+BLOCKS = (range(0x2000, 0x3300), range(0x1F000, 0x1FB00))
+
+# Words with which instructions say place, size, count or what a picture is; "black" and "white" mean filled and
+# outlined in the older names ("black telephone" is drawn red), so they would be colours that are wrong.
+INSTRUCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """left right up down above below top bottom upper lower between under north south leftwards rightwards upwards
+        downwards small medium large one two three four five six seven eight nine ten eleven twelve first second third
+        black white picture background put""",
+    )
+)
+# Signs that are writing in a box: their names say how they are encoded, not what they look like.
+WRITING = ("squared", "ideograph", "katakana", "keycap", "capital letter", "input symbol")
+PREFIXES = ("regional indicator", "emoji modifier", "emoji component", "combining", "zero width", "clock face")
+RUDE = 0x1F595  # the middle finger
+
+# Python 3.10 knows Unicode 13; later characters are named here, so that the names do not depend on the Python version.
+LATER_NAMES = {
+    int(code, 16): name
+    for code, _, name in (
+        line.strip().partition(" ")
+        for line in """
+        1f6dc wireless; 1f6dd playground slide; 1f6de wheel; 1f6df ring buoy; 1f7f0 heavy equals sign
+        1f979 face holding back tears; 1f9cc troll; 1fa75 light blue heart; 1fa76 grey heart; 1fa77 pink heart
+        1fa7b x-ray; 1fa7c crutch; 1fa87 maracas; 1fa88 flute; 1fa89 harp; 1fa8f shovel; 1faa9 mirror ball
+        1faaa identification card; 1faab low battery; 1faac hamsa; 1faad folding hand fan; 1faae hair pick
+        1faaf khanda; 1fab7 lotus; 1fab8 coral; 1fab9 empty nest; 1faba nest with eggs; 1fabb hyacinth
+        1fabc jellyfish; 1fabd wing; 1fabe leafless tree; 1fabf goose; 1fac3 pregnant man; 1fac4 pregnant person
+        1fac5 person with crown; 1fac6 fingerprint; 1face moose; 1facf donkey; 1fad7 pouring liquid; 1fad8 beans
+        1fad9 jar; 1fada ginger root; 1fadb pea pod; 1fadc root vegetable; 1fadf splatter; 1fae0 melting face
+        1fae1 saluting face; 1fae2 face with open eyes and hand over mouth; 1fae3 face with peeking eye
+        1fae4 face with diagonal mouth; 1fae5 dotted line face; 1fae6 biting lip; 1fae7 bubbles; 1fae8 shaking face
+        1fae9 face with bags under eyes; 1faf0 hand with index finger and thumb crossed; 1faf1 rightwards hand
+        1faf2 leftwards hand; 1faf3 palm down hand; 1faf4 palm up hand; 1faf5 index pointing at the viewer
+        1faf6 heart hands; 1faf7 leftwards pushing hand; 1faf8 rightwards pushing hand
+        """.replace(";", "\n").splitlines()
+        if line.strip()
+    )
+}
+# What Unicode 13 had assigned in the blocks that still grow.
+GROWING = (range(0x1F6D8, 0x1F6E0), range(0x1F7F0, 0x1F800), range(0x1FA70, 0x1FB00))
+ASSIGNED_13 = tuple(
+    range(first, last + 1)
+    for first, last in (
+        (0x1FA70, 0x1FA74),
+        (0x1FA78, 0x1FA7A),
+        (0x1FA80, 0x1FA86),
+        (0x1FA90, 0x1FAA8),
+        (0x1FAB0, 0x1FAB6),
+        (0x1FAC0, 0x1FAC2),
+        (0x1FAD0, 0x1FAD6),
+    )
+)
+
+
+def unicode_name(code: int) -> str | None:
+    """Lower-case Unicode name up to Unicode 16, the same under every Python; None where there is none."""
+    if code in LATER_NAMES:
+        return LATER_NAMES[code]
+    if any(code in block for block in GROWING) and not any(code in block for block in ASSIGNED_13):
+        return None
+    name = unicodedata.name(chr(code), "")
+    return name.lower() or None
+
+
+def usable(code: int) -> bool:
+    """Whether an artwork's name can stand in an instruction. Left out, and nothing else:
+
+    - what is no picture of its own: regional indicators (halves of flags), skin-tone and hair modifiers, combining
+      marks, joiners and selectors, and characters without a name;
+    - names with a word that instructions use themselves for places, sizes, counts and pictures, or with "black" or
+      "white" (`INSTRUCTION_WORDS`): "put the back of left-pointing magnifying glass left of" cannot be read;
+    - writing in a box (`WRITING`), such as "squared cool";
+    - the 24 clock faces, which differ by their hands only, and the middle finger.
+    """
+    name = unicode_name(code)
+    if name is None or name.startswith(PREFIXES) or code == RUDE:
+        return False
+    return not any(part in name for part in WRITING) and not INSTRUCTION_WORDS & set(re.split(r"[ -]", name))
+
+
+@dataclass(frozen=True)
+class Artworks:
+    """A pool of named RGBA artworks; cheap to send to another process, pixels are made where they are asked for.
+
+    Attributes:
+        source: "font" or "shipped".
+        codes: code point by name, in alphabetical order of the names.
+        font: file name, version and SHA-256 of the font, or None.
+        font_path: where the font is; not part of what the pool is.
+    """
+
+    source: str
+    codes: Mapping[str, int]
+    font: Mapping[str, str] | None = None
+    font_path: str | None = field(default=None, compare=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.codes)
+
+    @staticmethod
+    def slug(name: str) -> str:
+        """File name without its ending."""
+        return name.replace(" ", "_")
+
+    def image(self, name: str) -> Image.Image:
+        """The RGBA artwork, square; shared, so not to be drawn on. Raises KeyError for a name outside the pool."""
+        if name not in self.codes:
+            raise KeyError(f"no artwork {name!r} among the {len(self.codes)} of {self.source}")
+        if self.font_path is None:
+            return _shipped(name)
+        return _drawn(self.font_path, self.codes[name])
+
+
+def artworks(source: str = "auto") -> Artworks:
+    """The pool of a source; "auto" is the font where it is installed, else what is shipped.
+
+    Raises:
+        ValueError: for an unknown source, or a font without colour bitmaps.
+        FileNotFoundError: "font" without the font; says how to get it.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown artworks {source!r}; there are: {', '.join(SOURCES)}")
+    if source != "shipped":
+        try:
+            return _font_pool(find_font().path)
+        except FileNotFoundError:
+            if source == "font":
+                raise
+    return Artworks("shipped", {name: ord(unicodedata.lookup(name.upper())) for name in scenes.artworks()})
+
+
+def _font_pool(path: Any) -> Artworks:
+    try:
+        from fontTools.ttLib import TTFont
+    except ImportError:
+        raise ImportError(
+            'artworks from the font need fontTools: pip install "uniref_fast[train]", or use --artworks shipped'
+        ) from None
+
+    with TTFont(path, lazy=True) as font:
+        if "CBDT" not in font:
+            raise ValueError(f"{path} has no colour bitmaps (CBDT); use the bitmap build of Noto Color Emoji")
+        covered = font.getBestCmap()
+        version = str(font["name"].getDebugName(5)).split(";")[0].removeprefix("Version ")
+    codes = [code for block in BLOCKS for code in block if code in covered and usable(code)]
+    named = {str(unicode_name(code)): code for code in codes}
+    facts = {
+        "file": Path(path).name,
+        "version": version,
+        "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+    }
+    return Artworks("font", dict(sorted(named.items())), facts, str(path))
+
+
+@functools.cache
+def _shipped(name: str) -> Image.Image:
+    return scenes.artwork(name)
+
+
+@functools.lru_cache(maxsize=4)
+def _open_font(path: str) -> ImageFont.FreeTypeFont:
+    # The basic layout is always there; the other depends on how Pillow was built.
+    return ImageFont.truetype(path, NATIVE_SIZE, layout_engine=ImageFont.Layout.BASIC)
+
+
+@functools.lru_cache(maxsize=2048)
+def _drawn(path: str, code: int) -> Image.Image:
+    return render(chr(code), _open_font(path), SIDE)
