@@ -23,7 +23,8 @@ os._exit = leave  # with which the training commands end
 kind, name, *sys.argv[1:] = sys.argv[1:]
 sys.argv[0] = name
 try:
-    runpy.run_module(name, run_name="__main__", alter_sys=True) if kind == "-m" else runpy.run_path(name, run_name="__main__")
+    options = {{"alter_sys": True}} if kind == "-m" else {{}}
+    (runpy.run_module if kind == "-m" else runpy.run_path)(name, run_name="__main__", **options)
     status = 0
 except SystemExit as end:
     status = end.code or 0

@@ -1,0 +1,1 @@
+"""Training rows from files: readers of JSON lines, folders, archives and tables, columns, images, and checks."""
