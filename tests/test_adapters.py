@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
-from uniref_fast.adapters import Adapter, check_adapters, put_adapters, trained_visibility
+from uniref_fast.adapters import Adapter, adapter_visibility, check_adapters, put_adapters
 from uniref_fast.cli import main
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -57,8 +57,8 @@ def test_run_folder_and_file_are_one_adapter_and_the_scale_counts(run):
 
 
 def test_what_a_run_says_is_respected(run, tmp_path):
-    assert trained_visibility([Adapter.parse(str(run / "lora"))]) == "reference_causal"
-    assert trained_visibility([]) is None
+    assert adapter_visibility([Adapter.parse(str(run / "lora"))]) == "reference_causal"
+    assert adapter_visibility([]) is None
     other = shutil.copytree(run, tmp_path / "other")
     (other / "config.json").write_text(json.dumps({"model": "a/b"}))
     with pytest.raises(ValueError, match="was trained on a/b, not on the built-in model; give --model a/b"):

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from uniref_fast.runs import attends, base, said
+from uniref_fast.runs import base_run, read_field, trained_visibility
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "check_adapters", "put_adapters", "trained_visibility"]
+__all__ = ["Adapter", "adapter_visibility", "check_adapters", "put_adapters"]
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def check_adapters(adapters: Sequence[Adapter], model: str, initial: Sequence[Pa
     for adapter in adapters:
         if adapter.run is None:
             continue
-        trained = said(adapter.run, "model")
+        trained = read_field(adapter.run, "model")
         if model == "builtin" and trained not in (None, model):
             raise ValueError(
                 f"{adapter.given} was trained on {trained}, not on the built-in model; give --model {trained}"
             )
-        below = base(adapter.run)
+        below = base_run(adapter.run)
         if below is not None and below.resolve() not in [run.resolve() for run in initial]:
             bases[below.resolve()] = below
     if len(bases) > 1 or (bases and initial):
@@ -159,6 +159,6 @@ def _lora_tensors(file: Path) -> int:
     return sum(any(part in key for part in parts) for key in keys)
 
 
-def trained_visibility(adapters: Sequence[Adapter]) -> str | None:
+def adapter_visibility(adapters: Sequence[Adapter]) -> str | None:
     """The visibility that the last adapter's run was trained with; None where no run says it."""
-    return attends(adapters[-1].run) if adapters else None
+    return trained_visibility(adapters[-1].run) if adapters else None

@@ -192,7 +192,7 @@ def _edit(args: argparse.Namespace) -> int:
 
         adapters = [loras.Adapter.parse(text) for text in args.lora]
         below = loras.check_adapters(adapters, args.model)
-        visibility = visibility or loras.trained_visibility(adapters)
+        visibility = visibility or loras.adapter_visibility(adapters)
     pipe = load_pipeline(args.model, dtype, device)
     if adapters:
         loras.put_adapters(pipe, adapters, below, (), dtype)

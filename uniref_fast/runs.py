@@ -6,10 +6,10 @@ import contextlib
 import json
 from pathlib import Path
 
-__all__ = ["attends", "base", "said"]
+__all__ = ["base_run", "read_field", "trained_visibility"]
 
 
-def said(run: Path, name: str) -> str | None:
+def read_field(run: Path, name: str) -> str | None:
     """A text of a run's configuration, such as the run that it went on from."""
     try:
         value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
@@ -18,7 +18,7 @@ def said(run: Path, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def base(run: Path) -> Path | None:
+def base_run(run: Path) -> Path | None:
     """The run whose transformer a run's export belongs to: itself, or one that its adapter went on from, or none.
 
     Raises:
@@ -27,7 +27,7 @@ def base(run: Path) -> Path | None:
     seen: list[Path] = []
     while not (run / "transformer").is_dir():
         seen.append(run.resolve())
-        before = said(run, "initial")
+        before = read_field(run, "initial")
         if before is None or Path(before).resolve() in seen:  # a run that was told to go on from itself
             return None
         if not Path(before).is_dir():
@@ -39,22 +39,22 @@ def base(run: Path) -> Path | None:
     return run
 
 
-def attends(run: Path | None) -> str | None:
+def trained_visibility(run: Path | None) -> str | None:
     """The visibility that a run's model was trained with: the run's own, or that of the one it went on from.
 
     None where no run says it.
     """
     seen: list[Path] = []
     while run is not None and run.resolve() not in seen:
-        if visibility := _trained_with(run) or said(run, "visibility"):
+        if visibility := _checkpoint_visibility(run) or read_field(run, "visibility"):
             return "reference_causal" if visibility == "group_shared" else visibility  # alike for a sample alone
         seen.append(run.resolve())
-        before = said(run, "initial")
+        before = read_field(run, "initial")
         run = None if before is None else Path(before)
     return None
 
 
-def _trained_with(run: Path) -> str | None:
+def _checkpoint_visibility(run: Path) -> str | None:
     """The visibility in the newest checkpoint of a run; None for a folder without checkpoints, or with older ones."""
     steps = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
     for path in steps:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uniref_fast import flags as configs
 from uniref_fast.files import write_whole
-from uniref_fast.runs import attends
+from uniref_fast.runs import trained_visibility
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.processes import end_with_launcher, locked
 from uniref_fast.training.core.recipe import Recipe
@@ -217,7 +217,7 @@ def _kept(out: Path) -> dict[str, Any]:
 def _attended(config: Mapping[str, Any]) -> str:
     """How the model of a configuration attends."""
     initial = config.get("initial")
-    return config.get("visibility") or attends(Path(initial) if initial else None) or "full"
+    return config.get("visibility") or trained_visibility(Path(initial) if initial else None) or "full"
 
 
 def begin(run: Run, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:

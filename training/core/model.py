@@ -20,7 +20,7 @@ from uniref_fast.loading import load_pipeline
 from uniref_fast.model_kind import check_pipeline, check_transformer
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
-from uniref_fast.runs import base
+from uniref_fast.runs import base_run
 from uniref_fast.training.core.distributed import Ranks, shard
 from uniref_fast.training.core.recipe import Recipe
 
@@ -79,7 +79,7 @@ class TrainedModel:
         """Load what an earlier run exported; an adapter is gone on with, not added to."""
         if not any((start / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
-        below, given = base(start), f"initial = {start}, put on {self.config.model},"
+        below, given = base_run(start), f"initial = {start}, put on {self.config.model},"
         try:
             if below:
                 kind = type(self.pipe.transformer)

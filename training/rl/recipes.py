@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from uniref_fast.rewards.config import JudgeConfig
-from uniref_fast.runs import attends
+from uniref_fast.runs import trained_visibility
 from uniref_fast.training.core.recipe import Recipe, Stage
 from uniref_fast.training.rl.sampler import Sampler
 
@@ -103,7 +103,7 @@ class MSGRPO(Recipe):
             raise ValueError(f"alarm compares two halves of at least 4 steps, or is 0; got {self.alarm}")
         if self.guard and self.sampler == "cps":
             raise ValueError('guard weighs steps by the noise of sampler = "sde"; leave it out with "cps"')
-        trained = attends(self.initial)
+        trained = trained_visibility(self.initial)
         if trained and self.attends not in (trained, *(["group_shared"] * (trained == "reference_causal"))):
             raise ValueError(
                 f'visibility = "{self.attends}" is not how {self.initial} was trained: "{trained}"; leave visibility '
@@ -141,7 +141,7 @@ class MSGRPO(Recipe):
 
     @property
     def attends(self) -> str:
-        return self.visibility or attends(self.initial) or "full"
+        return self.visibility or trained_visibility(self.initial) or "full"
 
     @property
     def sequences(self) -> int:

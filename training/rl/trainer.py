@@ -20,7 +20,7 @@ from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.estimate import transformer_flops
 from uniref_fast.keyed_random import draw
 from uniref_fast.rewards.types import Failure
-from uniref_fast.runs import attends
+from uniref_fast.runs import trained_visibility
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.loader import agree
@@ -130,7 +130,7 @@ class RLTrainer(Run):
         config = self.config
         for name, reason in left_out([self.prompts.dataset, *self.heldout.values()]):
             self.monitor.event(self.step, "left out", where=name, reason=reason)
-        if config.visibility not in (None, "full") and not attends(config.initial):
+        if config.visibility not in (None, "full") and not trained_visibility(config.initial):
             told = f"nothing says that the model was trained with it; {config.visibility} is only for models that were"
             self.monitor.event(self.step, "visibility", told=told)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from uniref_fast.runs import attends
+from uniref_fast.runs import trained_visibility
 from uniref_fast.training.core.recipe import Recipe, Stage
 
 __all__ = ["RECIPES", "SFT", "builtin", "builtin_more", "lora", "paper", "tiny"]
@@ -43,7 +43,7 @@ class SFT(Recipe):
 
     @property
     def attends(self) -> str:
-        return self.visibility or attends(self.initial) or "full"
+        return self.visibility or trained_visibility(self.initial) or "full"
 
 
 def tiny() -> SFT:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from uniref_fast.adapters import Adapter, trained_visibility
+from uniref_fast.adapters import Adapter, adapter_visibility
 from uniref_fast.loading import defaults
 from uniref_fast.rewards.config import JudgeConfig
-from uniref_fast.runs import attends
+from uniref_fast.runs import trained_visibility
 
 __all__ = ["EvalConfig"]
 
@@ -106,7 +106,7 @@ class EvalConfig:
     @property
     def attends(self) -> str:
         """The visibility; a group of one sample shares its references with nobody."""
-        trained = trained_visibility(self.adapters) or attends(self.initial[-1] if self.initial else None)
+        trained = adapter_visibility(self.adapters) or trained_visibility(self.initial[-1] if self.initial else None)
         return self.visibility or trained or "full"
 
     @property

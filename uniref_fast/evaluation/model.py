@@ -16,7 +16,7 @@ from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.loading import load_pipeline
 from uniref_fast.model_kind import check_pipeline, check_transformer
-from uniref_fast.runs import base, said
+from uniref_fast.runs import base_run, read_field
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
 
@@ -78,11 +78,11 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
     for number, run in enumerate(runs):
         if not any((run / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial {run} has neither lora/ nor transformer/; give the folder of a finished run")
-        trained = said(run, "model")
+        trained = read_field(run, "model")
         if model == "builtin" and trained not in (None, model):
             raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")
         given = [before.resolve() for before in runs[:number]]
-        below, started = base(run), said(run, "initial")  # whose transformer, and what the run began with
+        below, started = base_run(run), read_field(run, "initial")  # whose transformer, and what the run began with
         if below not in (None, run) and below.resolve() not in given:
             raise ValueError(
                 f"the adapter of {run} was trained on top of {below}/transformer; give --initial {below} before it"

@@ -16,12 +16,13 @@ from uniref_fast import builtin
 from uniref_fast.evaluation.model import check_runs
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
+from uniref_fast.runs import base_run
 from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.ema import MovingAverage
-from uniref_fast.training.core.model import ExportError, TrainedModel, base
+from uniref_fast.training.core.model import ExportError, TrainedModel
 from uniref_fast.training.core.recipe import Stage
 from uniref_fast.training.supervised.recipes import SFT
 from uniref_fast.training.supervised.validation import HeldOut
@@ -361,7 +362,7 @@ def test_an_adapter_comes_with_the_weights_that_it_was_trained_on(trained, tmp_p
         check_runs((third,), "builtin")
     check_runs((first, third), "builtin")
     (third / "config.json").write_text(json.dumps({"initial": str(third)}))
-    assert base(third) is None, "a run that was told to go on from itself ends the search"
+    assert base_run(third) is None, "a run that was told to go on from itself ends the search"
     shutil.rmtree(first)
     with pytest.raises(ValueError, match=f"{second} was trained on top of {first}, which is not there"):
         trained(moved=False, initial=second, lora_rank=2)

@@ -831,7 +831,7 @@ def test_a_model_is_trained_as_it_attends(data, tmp_path, capsys):
     assert msgrpo.main(flags(data, first, "--visibility", "reference_causal", "--lora-rank", "none", steps=2)) == 0
     assert "nothing says" in events(first, "visibility")[0]["told"]
     assert msgrpo.main(flags(data, second, "--initial", first, "--lora-rank", 2, steps=2)) == 0
-    assert events(second, "visibility") == [] and lineage.attends(second) == "reference_causal"
+    assert events(second, "visibility") == [] and lineage.trained_visibility(second) == "reference_causal"
     assert json.loads((second / "config.json").read_text())["visibility"] is None
     given = configs.parse(RL_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLPlace(tmp_path)).config
     assert given.attends == "reference_causal"

@@ -525,9 +525,9 @@ def test_what_a_run_was_trained_as_is_what_its_checkpoint_says(half):
     """Whatever has become of `config.json`, which older versions wrote for refused commands too."""
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "visibility": "reference_causal"}))
-    assert lineage.attends(half) == "full"
+    assert lineage.trained_visibility(half) == "full"
     shutil.rmtree(half / "checkpoints")
-    assert lineage.attends(half) == "reference_causal", "all there is"
+    assert lineage.trained_visibility(half) == "reference_causal", "all there is"
 
 
 def test_every_rank_says_what_ended_it(monkeypatch, capsys):
