@@ -21,11 +21,11 @@ import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from uniref_fast.layout import Kind, Segment, SelfLayout, kept
+from uniref_fast.layout import Kind, Segment, SelfLayout
+from uniref_fast.memo import memo
 
 __all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "rule_of", "target_plan"]
 
@@ -108,16 +108,14 @@ class AttentionPlan:
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
-        key = torch.device(device)
-        return kept(self.cache, key, lambda: _plan_tensors(self, key))
+        return memo(self, _plan_tensors, torch.device(device))
 
     def tiles(self, block: int, device: torch.device | str) -> torch.Tensor:
         """Query tiles of `block` rows, int32 [T, 2] of (range, first row), longest work first, then in row order.
 
         Tiles start at range starts, never across ranges: what makes results independent of the rest of a pack.
         """
-        key = (block, torch.device(device))
-        return kept(self.cache, key, lambda: _plan_tiles(self, *key))
+        return memo(self, _plan_tiles, block, torch.device(device))
 
     def whole_tiles(self, rows: int, keys: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
         """Tables for a kernel that loads tiles of exactly `keys` key rows and must not load a row that is not visible.
@@ -126,13 +124,7 @@ class AttentionPlan:
         others; then for each range its key tiles, as int32 [R + 1] of pointers into int32 [F, 2] of (first row, rows
         already in the tile before). The last tile of an interval ends with it, so it may overlap the one before.
         """
-        key = (rows, keys, torch.device(device))
-        return kept(self.cache, key, lambda: _whole_tiles(self, *key))
-
-    @functools.cached_property
-    def cache(self) -> dict[Any, Any]:
-        """Device tensors of this plan."""
-        return {}
+        return memo(self, _whole_tiles, rows, keys, torch.device(device))
 
 
 def rule_of(visibility: str | Rule) -> Rule:
@@ -157,10 +149,7 @@ def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
         layout: the packed sequence; rows of the plan are rows of its joint sequence.
         visibility: one of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
     """
-    key = (plan, visibility)
-    if key not in layout.cache:
-        layout.cache[key] = _compile(layout, visibility)
-    return layout.cache[key]
+    return memo(layout, _compile, visibility)
 
 
 def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
@@ -190,9 +179,10 @@ def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> Attentio
 
     The last block of a model needs no other queries: only the target's part of the output is used.
     """
-    key = (target_plan, visibility)
-    if key in layout.cache:
-        return layout.cache[key]
+    return memo(layout, _target_plan, visibility)
+
+
+def _target_plan(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
     whole = plan(layout, visibility)
     rows, at = [], 0
     for segment in layout.targets:
@@ -203,8 +193,7 @@ def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> Attentio
         )
         rows.append(((at, at + segment.length), keys))
         at += segment.length
-    layout.cache[key] = _make_plan(rows, at, layout.joint_length)
-    return layout.cache[key]
+    return _make_plan(rows, at, layout.joint_length)
 
 
 def _make_plan(rows: list, num_queries: int, num_keys: int) -> AttentionPlan:

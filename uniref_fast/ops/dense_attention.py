@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from uniref_fast.memo import memo
 from uniref_fast.ops._dispatch import first_order_only, upstream
 from uniref_fast.visibility import AttentionPlan
 
@@ -31,10 +32,12 @@ GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 def rectangles_of(plan: AttentionPlan) -> list[int]:
     """(first query, end, first key, end) of every rectangle, one after another, by query range."""
-    if "rectangles" not in plan.cache:
-        pairs = zip(plan.ranges, plan.intervals, strict=True)
-        plan.cache["rectangles"] = [edge for span, keys in pairs for interval in keys for edge in (*span, *interval)]
-    return plan.cache["rectangles"]
+    return memo(plan, _plan_rectangles)
+
+
+def _plan_rectangles(plan: AttentionPlan) -> list[int]:
+    pairs = zip(plan.ranges, plan.intervals, strict=True)
+    return [edge for span, keys in pairs for interval in keys for edge in (*span, *interval)]
 
 
 def backend(x: Tensor) -> str | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from uniref_fast import native, tuning
 from uniref_fast.kernels import segment_attention_config as configs
+from uniref_fast.memo import memo
 from uniref_fast.ops._dispatch import (
     IMPLEMENTATIONS,
     choose,
@@ -152,14 +153,15 @@ def explain_attention(
         return impl, "asked for"
     if why := inside_transform():
         return "reference", why
-    key = ("choice", q.device, q.dtype, q.shape[1:], backward)
-    if key not in plan.cache:
-        plan.cache[key] = _choose(q, plan, backward)
-    return plan.cache[key]
+    return memo(plan, _choose, q.device, q.dtype, *q.shape[1:], backward)
 
 
-def _choose(q: Tensor, plan: AttentionPlan, backward: bool) -> tuple[str, str]:
-    heads, head_dim = q.shape[1:]
+def _choose(
+    plan: AttentionPlan, device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, backward: bool
+) -> tuple[str, str]:
+    """Return the implementation that serves a plan without an explicit `impl`, and the reason in words."""
+    # The libraries are asked with a few rows, as their answer depends on the number of rows only below 2.
+    q = torch.empty(min(plan.num_queries, 64), heads, head_dim, dtype=dtype, device=device)
     if q.dtype == torch.float64:
         return "reference", "float64: the others keep a log-sum-exp in float32"
     ours = "triton" if q.device.type == "cuda" else "native"
