@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniref_fast.training.core.launch import Place, launch
+from uniref_fast.training.core.launch import RunOptions, launch
 from uniref_fast.training.core.processes import leave
 from uniref_fast.training.rl.recipes import MSGRPO, RL_RECIPES
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RLPlace(Place):
+class RLRunOptions(RunOptions):
     """Where a run lives.
 
     Attributes:
@@ -37,17 +37,17 @@ class RLPlace(Place):
     check_ratio: bool = False
 
     @property
-    def only_looks(self) -> bool:
+    def read_only(self) -> bool:
         return self.check_ratio
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
 
-    def made(config: MSGRPO, ranks: Ranks, place: RLPlace, resume: int | None) -> RLTrainer:
+    def made(config: MSGRPO, ranks: Ranks, options: RLRunOptions, resume: int | None) -> RLTrainer:
         from uniref_fast.training.rl.trainer import RLTrainer
 
-        return RLTrainer(config, ranks, place.out, resume, check=place.check_ratio)
+        return RLTrainer(config, ranks, options.out, resume, check=options.check_ratio)
 
     def failures() -> tuple[type[Exception], ...]:
         from uniref_fast.training.rl.on_policy import OffPolicyError
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return OffPolicyError, RewardError
 
-    return launch("msgrpo", RL_RECIPES, RLPlace(Path("runs/msgrpo")), made, sys.argv[1:] if argv is None else argv,
+    return launch("msgrpo", RL_RECIPES, RLRunOptions(Path("runs/msgrpo")), made, sys.argv[1:] if argv is None else argv,
                   "Multi-source GRPO on multi-reference editing rows.", failures)  # fmt: skip
 
 

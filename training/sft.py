@@ -14,24 +14,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uniref_fast.training.core.launch import Place, launch
+from uniref_fast.training.core.launch import RunOptions, launch
 from uniref_fast.training.core.processes import leave
-from uniref_fast.training.supervised.recipes import RECIPES, SFT
+from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
 
 if TYPE_CHECKING:
     from uniref_fast.training.core.distributed import Ranks
-    from uniref_fast.training.supervised.trainer import Trainer
+    from uniref_fast.training.supervised.trainer import SFTTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
 
-    def made(config: SFT, ranks: Ranks, place: Place, resume: int | None) -> Trainer:
-        from uniref_fast.training.supervised.trainer import Trainer
+    def made(config: SFT, ranks: Ranks, options: RunOptions, resume: int | None) -> SFTTrainer:
+        from uniref_fast.training.supervised.trainer import SFTTrainer
 
-        return Trainer(config, ranks, place.out, resume)
+        return SFTTrainer(config, ranks, options.out, resume)
 
-    return launch("sft", RECIPES, Place(Path("runs/sft")), made, sys.argv[1:] if argv is None else argv,
+    return launch("sft", SFT_RECIPES, RunOptions(Path("runs/sft")), made, sys.argv[1:] if argv is None else argv,
                   "Supervised fine-tuning on multi-reference editing rows.")  # fmt: skip
 
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from uniref_fast.data.dataset import BrokenRowsError, Dataset
-from uniref_fast.training.batches.order import Stream
-from uniref_fast.training.batches.packing import CostModel, Key, Pack, Packer
+from uniref_fast.training.batches.order import ShuffledOrder
+from uniref_fast.training.batches.packing import CostModel, Pack, Packer, PackKey
 from uniref_fast.training.batches.samples import Encoder, Prepared
-from uniref_fast.training.core.memory import StagePlan
+from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
-__all__ = ["Feeder", "StepPacks", "agree", "coming", "refuse_broken", "row_weights"]
+__all__ = ["PackLoader", "StepPacks", "agree", "coming", "refuse_broken", "row_weights"]
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class StepPacks:
 
     packs: list[Pack]
     mine: list[int]
-    prepared: dict[Key, Prepared]
-    images: dict[Key, Future]
+    prepared: dict[PackKey, Prepared]
+    images: dict[PackKey, Future]
     broken: list[tuple[str, str]]
 
 
-class Feeder:
+class PackLoader:
     """Plans steps one ahead of their use.
 
     Args:
@@ -60,7 +60,7 @@ class Feeder:
         dataset: Dataset,
         encoder: Encoder,
         config: Recipe,
-        plans: list[StagePlan],
+        plans: list[MemoryPlan],
         cost_model: CostModel,
         assign: Callable[[list[Pack], int], list[int]],
         state: Mapping[str, Any] | None = None,
@@ -68,9 +68,9 @@ class Feeder:
         self.dataset, self.encoder, self.config, self.plans = dataset, encoder, config, plans
         self.cost_model, self.assign = cost_model, assign
         self._threads = ThreadPoolExecutor(config.workers)
-        self._waiting: list[Key] = []
+        self._waiting: list[PackKey] = []
         weights = row_weights(config)
-        self._stream = Stream(len(dataset), config.seed, weights)
+        self._stream = ShuffledOrder(len(dataset), config.seed, weights)
         self._coming = coming(dataset, weights)
         self._broken: set[str] = set()  # places of the rows that could not be used
         if state is not None:
@@ -79,10 +79,10 @@ class Feeder:
                     "the data is not what this run was trained on so far; give the same files, or start another run in "
                     "a folder of its own"
                 )
-            self._stream = Stream.from_state(len(dataset), config.seed, state["stream"], weights)
+            self._stream = ShuffledOrder.from_state(len(dataset), config.seed, state["stream"], weights)
             self._waiting = [tuple(key) for key in state["waiting"]]  # type: ignore[misc]
             self._broken = set(state["broken"])
-        self._prepared: dict[Key, Prepared] = {}
+        self._prepared: dict[PackKey, Prepared] = {}
         self._packer: Packer | None = None
         self._stage = -1
         self._ahead: tuple[dict[str, Any], int, StepPacks] | None = None
@@ -143,7 +143,7 @@ class Feeder:
             del self._prepared[key]
         return StepPacks(packs, mine, prepared, images, broken)
 
-    def _add(self, key: Key, broken: list[tuple[str, str]]) -> None:
+    def _add(self, key: PackKey, broken: list[tuple[str, str]]) -> None:
         """Prepare and queue a row; one that cannot be used is counted and named."""
         stage = self.config.stages[self._stage]
         assert self._packer is not None
@@ -172,7 +172,7 @@ class Feeder:
         refuse_broken(self._broken, self.config.max_broken, self._coming, rows)
 
 
-def agree(planned: Sequence[tuple[Sequence[Key], Sequence[tuple[str, str]]]]) -> None:
+def agree(planned: Sequence[tuple[Sequence[PackKey], Sequence[tuple[str, str]]]]) -> None:
     """Raise BrokenRowsError unless all ranks have planned the same rows: one may not read what others can.
 
     Args:

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-__all__ = ["Stream"]
+__all__ = ["ShuffledOrder"]
 
 
-class Stream:
+class ShuffledOrder:
     """Endless (epoch, index) pairs: every epoch is a new permutation of the indices, fixed by the seed and the epoch.
 
     No pair comes twice, so that what is drawn for one is its own. Where an index may occur w times per epoch, epoch e
@@ -84,7 +84,7 @@ class Stream:
     @classmethod
     def from_state(
         cls, length: int, seed: int, state: Mapping[str, int], weights: Sequence[float] | None = None
-    ) -> Stream:
+    ) -> ShuffledOrder:
         """A stream that goes on where `state` was taken.
 
         Raises:

@@ -30,9 +30,9 @@ import numpy as np
 
 from uniref_fast.layout import Sample, SelfLayout
 
-__all__ = ["CostModel", "Key", "Pack", "PackReport", "Packer", "Pending", "assign", "report"]
+__all__ = ["CostModel", "Pack", "PackKey", "PackReport", "Packer", "Pending", "assign", "report"]
 
-Key = tuple[int, int]
+PackKey = tuple[int, int]
 """(epoch, index of the sample in the data)."""
 
 CANDIDATES = 128  # oldest samples considered for the end of a pack: their pairs are all tried
@@ -129,7 +129,7 @@ class Pending:
         cost: what it costs, above 0.
     """
 
-    key: Key
+    key: PackKey
     sample: Sample
     cost: float
 
@@ -197,7 +197,7 @@ class Packer:
         """Samples pending."""
         return len(self._pending)
 
-    def pending(self, key: Key, sample: Sample) -> Pending:
+    def pending(self, key: PackKey, sample: Sample) -> Pending:
         """The sample with its price, to push."""
         return Pending(key, sample, self.cost_model.of(sample))
 

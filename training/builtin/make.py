@@ -29,7 +29,7 @@ from uniref_fast.files import write_whole
 from uniref_fast.training.core.processes import signal_at_parent_end
 from uniref_fast.training.core.recipe import Recipe
 from uniref_fast.training.rl.recipes import RL_RECIPES
-from uniref_fast.training.supervised.recipes import RECIPES
+from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 __all__ = ["BuiltinModel", "Part", "main", "parts", "report", "ship"]
 
@@ -151,11 +151,11 @@ def parts(config: BuiltinModel) -> list[Part]:
                        "--steps", config.vae_steps, "--seed", config.seed)),
         Part("sft", out / "sft" / "transformer",
              _torchrun(ranks, _script("sft"), "--recipe", "builtin", *common, *data, "--out", out / "sft",
-                       "--seed", config.seed, "--steps", _steps(RECIPES["builtin"](), config.scale))),
+                       "--seed", config.seed, "--steps", _steps(SFT_RECIPES["builtin"](), config.scale))),
         Part("sft-more", out / "sft-more" / "transformer",
              _torchrun(ranks, _script("sft"), "--recipe", "builtin_more", *common, *both,
                        "--out", out / "sft-more", "--initial", out / "sft",
-                       "--seed", config.seed + 1, "--steps", _steps(RECIPES["builtin_more"](), config.scale))),
+                       "--seed", config.seed + 1, "--steps", _steps(SFT_RECIPES["builtin_more"](), config.scale))),
         *(Part(run.name, run / "lora",
                _torchrun(ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
                          "--initial", sft, "--seed", seed,

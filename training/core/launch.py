@@ -26,9 +26,9 @@ from uniref_fast.training.core.recipe import Recipe
 if TYPE_CHECKING:
     from uniref_fast.training.core.checkpoint import Newest
     from uniref_fast.training.core.distributed import Ranks
-    from uniref_fast.training.core.trainer import Run
+    from uniref_fast.training.core.trainer import Trainer
 
-__all__ = ["Place", "launch"]
+__all__ = ["RunOptions", "launch"]
 
 C = TypeVar("C", bound=Recipe)
 CONFIG_FILE = "config.json"
@@ -38,7 +38,7 @@ BUILTIN_SIZE = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class RunOptions:
     """Where a run lives.
 
     Attributes:
@@ -50,7 +50,7 @@ class Place:
     resume: Literal["never", "auto"] = "never"
 
     @property
-    def only_looks(self) -> bool:
+    def read_only(self) -> bool:
         """Whether nothing is written into the folder, but data that the command makes."""
         return False
 
@@ -58,8 +58,8 @@ class Place:
 def launch(
     name: str,
     recipes: Mapping[str, Callable[[], C]],
-    place: Any,
-    make: Callable[[C, Ranks, Any, int | None], Run],
+    options: Any,
+    make: Callable[[C, Ranks, Any, int | None], Trainer],
     argv: Sequence[str],
     description: str,
     failures: Callable[[], tuple[type[Exception], ...]] = tuple,
@@ -69,14 +69,14 @@ def launch(
     Args:
         name: of the command, `training/<name>.py`.
         recipes: by name.
-        place: a `Place`, with the defaults of its flags.
-        make: makes the run of a configuration, the ranks, the place, and the step to go on from.
+        options: A `RunOptions`, with the defaults of its flags.
+        make: makes the run of a configuration, the ranks, the options, and the step to go on from.
         argv: arguments of the command.
         description: for its help.
         failures: gives the errors of the run, beside those that every run has; exit status 1.
     """
     try:
-        parsed = configs.parse(recipes, argv, extra=place, prog=f"training/{name}.py", description=description)
+        parsed = configs.parse(recipes, argv, extra=options, prog=f"training/{name}.py", description=description)
     except (ValueError, FileNotFoundError) as error:
         return _failed(name, error, 2)
     return _launch(name, parsed, make, failures)
@@ -85,7 +85,7 @@ def launch(
 def _launch(
     name: str,
     parsed: configs.Parsed[Any, Any],
-    make: Callable[[Any, Ranks, Any, int | None], Run],
+    make: Callable[[Any, Ranks, Any, int | None], Trainer],
     failures: Callable[[], tuple[type[Exception], ...]],
 ) -> int:
     import torch
@@ -101,14 +101,14 @@ def _launch(
         end_with_launcher()
         ranks = Ranks.start()
         torch.manual_seed(parsed.config.seed)
-        out, alone = parsed.extra.out, not parsed.extra.only_looks
+        out, alone = parsed.extra.out, not parsed.extra.read_only
         with locked(out, ranks) if alone else contextlib.nullcontext():
             newest = find(parsed.extra, ranks, parsed.config.keep)
             config = with_data(parsed.config, out, ranks)
             changed = accept(config, newest, out, ranks)
             run = make(config, ranks, parsed.extra, newest.step)
             try:
-                run.validate()
+                run.preflight()
                 if alone:
                     begin(run, newest, changed)
             except BaseException:
@@ -153,7 +153,7 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
     return dataclasses.replace(config, data=data, heldout=heldout)
 
 
-def find(place: Place, ranks: Ranks, keep: int) -> Newest:
+def find(options: RunOptions, ranks: Ranks, keep: int) -> Newest:
     """The checkpoint to resume from. All ranks; nothing is written.
 
     Raises:
@@ -163,20 +163,20 @@ def find(place: Place, ranks: Ranks, keep: int) -> Newest:
     """
     from uniref_fast.training.core.checkpoint import Checkpoints, Newest
 
-    checkpoints = Checkpoints(place.out / "checkpoints", ranks, keep)
-    newest = checkpoints.newest() if place.resume == "auto" else Newest(None, {}, [])
-    if newest.step is not None or place.only_looks:
+    checkpoints = Checkpoints(options.out / "checkpoints", ranks, keep)
+    newest = checkpoints.newest() if options.resume == "auto" else Newest(None, {}, [])
+    if newest.step is not None or options.read_only:
         return newest
     # a command that failed before its first record leaves no run behind
-    begun = (place.out / "metrics.jsonl").exists() and (place.out / CONFIG_FILE).exists()
-    held = bool(checkpoints.steps() or begun), [name for name in EXPORTS if (place.out / name).is_dir()]
+    begun = (options.out / "metrics.jsonl").exists() and (options.out / CONFIG_FILE).exists()
+    held = bool(checkpoints.steps() or begun), [name for name in EXPORTS if (options.out / name).is_dir()]
     holds_run, exports = ranks.broadcast(held)
-    if holds_run and place.resume == "never":
-        raise ValueError(f"{place.out} holds a run; go on with --resume auto, or give another --out")
+    if holds_run and options.resume == "never":
+        raise ValueError(f"{options.out} holds a run; go on with --resume auto, or give another --out")
     if exports:
         raise ValueError(
-            f"{place.out} holds trained weights ({exports[0]}/) and no checkpoint to resume from: training would begin "
-            "anew and replace them. Move them away, or give another --out"
+            f"{options.out} holds trained weights ({exports[0]}/) and no checkpoint to resume from: training would "
+            "start from the beginning and replace them. Move them away, or give another --out"
         )
     return newest
 
@@ -220,7 +220,7 @@ def _attended(config: Mapping[str, Any]) -> str:
     return config.get("visibility") or trained_visibility(Path(initial) if initial else None) or "full"
 
 
-def begin(run: Run, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:
+def begin(run: Trainer, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:
     """Keep the configuration of a run that was accepted, with events for what its resuming met. All ranks."""
     if newest.unverified:
         run.announce("unverified checkpoint", reason="it was written without checksums; only file sizes were verified")

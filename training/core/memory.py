@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.core.recipe import BudgetStage
 
-__all__ = ["StagePlan", "activation_bytes", "device_memory", "plan_stage"]
+__all__ = ["MemoryPlan", "activation_bytes", "device_memory", "plan_memory"]
 
 KEPT = 22  # widths a token that a block keeps: see `activation_bytes`
 KEPT_RECOMPUTED = 2
@@ -23,7 +23,7 @@ TEXT_TOKENS = 1536  # room in the largest sample for the prompt and six pictures
 
 
 @dataclass(frozen=True)
-class StagePlan:
+class MemoryPlan:
     """How a stage runs.
 
     Attributes:
@@ -65,8 +65,8 @@ def device_memory(device: torch.device, limit_gib: float | None) -> int:
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.5)
 
 
-def plan_stage(
-    stage: Stage,
+def plan_memory(
+    stage: BudgetStage,
     config: Any,
     *,
     ranks: int,
@@ -76,7 +76,7 @@ def plan_stage(
     element: int,
     patch: int = 16,
     sequences: int = 1,
-) -> StagePlan:
+) -> MemoryPlan:
     """The least sharing and recomputing that fits the memory; what the stage sets is kept.
 
     Args:
@@ -115,7 +115,7 @@ def plan_stage(
         tokens = stage.pack_tokens or largest * min(fits // largest, 4)
         needed = int(memory - free + tokens * per_token)
         how = f"{degree} rank(s) a pack, blocks {'recomputed' if checkpointing else 'kept'}"
-        return StagePlan(
+        return MemoryPlan(
             tokens, degree, checkpointing, needed, f"{how}: {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB"
         )
     degree, checkpointing = options[-1]

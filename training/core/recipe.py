@@ -10,11 +10,11 @@ from typing import Literal
 
 from uniref_fast.data.columns import Columns
 
-__all__ = ["Recipe", "Stage", "stage_at"]
+__all__ = ["BudgetStage", "Recipe", "stage_at"]
 
 
 @dataclass(frozen=True)
-class Stage:
+class BudgetStage:
     """One part of the budget curriculum.
 
     Attributes:
@@ -96,7 +96,7 @@ class Recipe:
         wandb: log to Weights & Biases.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[BudgetStage, ...]
     model: str = "Qwen/Qwen-Image-Edit-2511"
     initial: Path | None = None
     data: tuple[str, ...] = ()
@@ -191,7 +191,7 @@ class Recipe:
         return rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def stage_at(config: Recipe, step: int) -> tuple[int, Stage]:
+def stage_at(config: Recipe, step: int) -> tuple[int, BudgetStage]:
     """(number, stage) that a step belongs to."""
     number = next((i for i, end in enumerate(config.ends()) if step < end), len(config.stages) - 1)
     return number, config.stages[number]

@@ -20,19 +20,19 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
-from uniref_fast.training.core.memory import StagePlan, device_memory, plan_stage
+from uniref_fast.training.core.memory import MemoryPlan, device_memory, plan_memory
 from uniref_fast.training.core.model import ExportError, TrainedModel
 from uniref_fast.training.core.monitor import Monitor, peak_flops
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
-__all__ = ["DivergedError", "Run"]
+__all__ = ["DivergedError", "Trainer"]
 
 
 class DivergedError(RuntimeError):
     """Too many steps in a row had a NaN or infinite loss or gradient."""
 
 
-class Run:
+class Trainer:
     """One process of a run; a subclass says what a step is.
 
     Args:
@@ -83,7 +83,7 @@ class Run:
         """Do step `self.step`; False when a signal came before it had any effect. All ranks agree."""
         raise NotImplementedError
 
-    def look(self, figures: bool, grid: bool) -> bool:
+    def validate(self, figures: bool, grid: bool) -> bool:
         """Held-out figures and sample grids, at the averaged weights; False when a signal ended it. All ranks agree."""
         raise NotImplementedError
 
@@ -91,7 +91,7 @@ class Run:
         """What a checkpoint keeps beside weights and optimizer, for JSON."""
         raise NotImplementedError
 
-    def validate(self) -> None:
+    def preflight(self) -> None:
         """Refuse what shows only once everything is built; nothing is written yet. All ranks.
 
         Raises:
@@ -128,7 +128,7 @@ class Run:
                 for kind, details in self._announced:
                     self.monitor.event(self.step, kind, **details)
                 self.begin()
-                self._look(self.step == self.config.total_steps, resumed=True)
+                self._validate(self.step == self.config.total_steps, resumed=True)
                 while self.step < self.config.total_steps and not self.stopping:
                     self._enter_stage()
                     if not self.train_step():
@@ -140,7 +140,7 @@ class Run:
                     if self.step % self.config.save_every == 0 or done or self.stopping:
                         self._save()
                     if not self.stopping:
-                        self._look(done)
+                        self._validate(done)
                 if not self.stopping:
                     self._export()
                 self.finished()
@@ -172,7 +172,7 @@ class Run:
         """Record an event as soon as the monitor is open."""
         self._announced.append((kind, details))
 
-    def _look(self, done: bool = False, resumed: bool = False) -> None:
+    def _validate(self, done: bool = False, resumed: bool = False) -> None:
         """Evaluate on held-out rows where it is due at this step.
 
         A resumed run makes what the folder lacks for its step: the run may have ended during the evaluation.
@@ -189,7 +189,7 @@ class Run:
             self._enter_stage()
             self.model.packed.eval()
             with self._averaged():
-                complete = self.look(bool(figures), bool(grid))
+                complete = self.validate(bool(figures), bool(grid))
             self.model.packed.train()
             if not complete:
                 self.stopping = True
@@ -284,7 +284,7 @@ class Run:
 
     # ---- planning ----
 
-    def _plans(self, kept: Mapping[tuple[int, int], int]) -> list[StagePlan]:
+    def _plans(self, kept: Mapping[tuple[int, int], int]) -> list[MemoryPlan]:
         """Of each stage; a run that is gone on with keeps the packs that it had for the same sizes, however much memory
         there is now."""
         ranks, config = self.ranks, self.config
@@ -292,7 +292,7 @@ class Run:
         if ranks.device.type == "cpu" and config.memory_gib is None:
             memory //= ranks.size
         plans = [
-            plan_stage(
+            plan_memory(
                 replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.side, stage.target_side))),
                 self.model.pipe.transformer.config,
                 ranks=ranks.size,

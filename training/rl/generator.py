@@ -13,10 +13,10 @@ from PIL import Image
 
 from uniref_fast.encode import decode_image, prompt_tokens
 from uniref_fast.rewards.types import Candidate, Failure, Scores
-from uniref_fast.training.batches.packing import Key
+from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.samples import EMPTY, Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
-from uniref_fast.training.core.memory import StagePlan
+from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.rl.recipes import MSGRPO
 from uniref_fast.training.rl.rewards import RewardSet
@@ -59,7 +59,7 @@ class Batch:
     images: dict[MemberKey, Image.Image] = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
-    lost: dict[Key, tuple[str, str]] = field(default_factory=dict)
+    lost: dict[PackKey, tuple[str, str]] = field(default_factory=dict)
 
 
 class Roller:
@@ -85,8 +85,8 @@ class Roller:
 
     def plan(
         self,
-        rows: Sequence[tuple[Key, Prepared]],
-        stage: StagePlan,
+        rows: Sequence[tuple[PackKey, Prepared]],
+        stage: MemoryPlan,
         size: int,
         steps: int,
         guidance: float,
@@ -104,7 +104,7 @@ class Roller:
         parts = plan_packs(groups, size, most, self.config.packs, self.shared)
         keys = [[(*group.key, member) for member in range(size)] for group in groups]
         mine = parts[self.ranks.replica :: self.ranks.replicas]
-        lost: dict[Key, tuple[str, str]] = {}
+        lost: dict[PackKey, tuple[str, str]] = {}
         for group in [groups[i] for i in dict.fromkeys(i // size for part in mine for i in part)]:
             try:
                 self._encode(group, guidance)
@@ -117,13 +117,13 @@ class Roller:
         packs = [self._pack([groups[i // size] for i in part], [i % size for i in part], size) for part in mine]
         return Batch(groups, packs, keys)
 
-    def check_size(self, key: Key, prepared: Prepared, stage: StagePlan) -> None:
+    def check_size(self, key: PackKey, prepared: Prepared, stage: MemoryPlan) -> None:
         """Raise ValueError for a row whose rollouts are larger than a pack of the stage."""
         config = self.config
         group = self._group(key, prepared, config.group, config.rollout_steps, config.guidance, 0)
         plan_packs([group], 1, stage.pack_tokens, 1, self.shared)
 
-    def _group(self, key: Key, prepared: Prepared, size: int, steps: int, guidance: float, number: int) -> Group:
+    def _group(self, key: PackKey, prepared: Prepared, size: int, steps: int, guidance: float, number: int) -> Group:
         config, shape = self.config, prepared.sample
         lengths = [shape.text] if isinstance(shape.text, int) else [sum(n for n, _ in shape.text)]
         if guidance > 1:

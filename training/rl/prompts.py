@@ -7,8 +7,8 @@ from typing import Any
 
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.training.batches.loader import coming, refuse_broken, row_weights
-from uniref_fast.training.batches.order import Stream
-from uniref_fast.training.batches.packing import Key
+from uniref_fast.training.batches.order import ShuffledOrder
+from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 
@@ -34,7 +34,7 @@ class Prompts:
     ) -> None:
         self.dataset, self.encoder, self.config = dataset, encoder, config
         weights = row_weights(config)
-        self._stream = Stream(len(dataset), config.seed, weights)
+        self._stream = ShuffledOrder(len(dataset), config.seed, weights)
         self._coming = coming(dataset, weights)
         self._broken: set[str] = set()
         if state is not None:
@@ -43,7 +43,7 @@ class Prompts:
                     "the data is not what this run was trained on so far; give the same files, or start another run in "
                     "a folder of its own"
                 )
-            self._stream = Stream.from_state(len(dataset), config.seed, state["stream"], weights)
+            self._stream = ShuffledOrder.from_state(len(dataset), config.seed, state["stream"], weights)
             self._broken = set(state["broken"])
 
     def state(self) -> dict[str, Any]:
@@ -51,8 +51,8 @@ class Prompts:
         return {"data": self.dataset.fingerprint, "stream": self._stream.state(), "broken": sorted(self._broken)}
 
     def take(
-        self, count: int, stage: RLStage, check: Callable[[Key, Prepared], None] = lambda key, prepared: None
-    ) -> tuple[list[tuple[Key, Prepared]], list[tuple[str, str]]]:
+        self, count: int, stage: RLStage, check: Callable[[PackKey, Prepared], None] = lambda key, prepared: None
+    ) -> tuple[list[tuple[PackKey, Prepared]], list[tuple[str, str]]]:
         """The next rows with their sizes, and (place, reason) of rows that were passed over as broken.
 
         Args:
@@ -64,7 +64,7 @@ class Prompts:
             BrokenRowsError: for more broken rows than the run allows, or all there are.
             ValueError: when every row that comes at all was passed over, or broken.
         """
-        taken: list[tuple[Key, Prepared]] = []
+        taken: list[tuple[PackKey, Prepared]] = []
         broken: list[tuple[str, str]] = []
         unfit: set[int] = set()
         while len(taken) < count:

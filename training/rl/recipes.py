@@ -9,14 +9,14 @@ from typing import Literal
 
 from uniref_fast.rewards.config import JudgeConfig
 from uniref_fast.runs import trained_visibility
-from uniref_fast.training.core.recipe import Recipe, Stage
+from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.rl.sampler import Sampler
 
 __all__ = ["MSGRPO", "RL_RECIPES", "RLStage"]
 
 
 @dataclass(frozen=True)
-class RLStage(Stage):
+class RLStage(BudgetStage):
     """One part of the curriculum.
 
     Attributes:

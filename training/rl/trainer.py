@@ -24,10 +24,10 @@ from uniref_fast.runs import trained_visibility
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.loader import agree
-from uniref_fast.training.batches.packing import Key
+from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
-from uniref_fast.training.core.trainer import Run
+from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.rl.generator import Batch, Roller
 from uniref_fast.training.rl.grpo import Advantages, advantages, guarded_log_ratio, objective
 from uniref_fast.training.rl.monitoring import Alarm, Shown, group_sheet, heldout_sheet
@@ -71,8 +71,8 @@ class Tally:
         self.kl += part.kl
 
 
-class RLTrainer(Run):
-    """A run of MSGRPO; arguments and errors as `Run`, and ValueError for data that is not that of the checkpoint.
+class RLTrainer(Trainer):
+    """A run of MSGRPO; arguments and errors as `Trainer`, and ValueError for data that is not that of the checkpoint.
 
     Args:
         check: only pass the on-policy gate: `run` then rolls out one step, replays it, and trains nothing.
@@ -102,7 +102,7 @@ class RLTrainer(Run):
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notified)
         self.roller = Roller(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
 
-    # ---- what `Run` asks for ----
+    # ---- what `Trainer` asks for ----
 
     def run(self) -> bool:
         if not self.check:
@@ -116,8 +116,8 @@ class RLTrainer(Run):
             self.close()
         return True
 
-    def validate(self) -> None:
-        super().validate()
+    def preflight(self) -> None:
+        super().preflight()
         judge = self.rewards.judge
 
         def asked() -> None:
@@ -181,10 +181,10 @@ class RLTrainer(Run):
 
     # ---- rollouts ----
 
-    def _taken(self, count: int) -> list[tuple[Key, Prepared]]:
+    def _taken(self, count: int) -> list[tuple[PackKey, Prepared]]:
         """The next rows; those that cannot be used are recorded and passed over. All ranks."""
 
-        def check(key: Key, prepared: Prepared) -> None:
+        def check(key: PackKey, prepared: Prepared) -> None:
             self.roller.check_size(key, prepared, self.plans[self.stage])
 
         taken, broken = self.prompts.take(count, self.config.stages[self.stage], check)
@@ -196,7 +196,7 @@ class RLTrainer(Run):
         for where, reason in rows:
             self.monitor.event(self.step, "broken row", where=where, reason=reason)
 
-    def _rolled(self, rows: Sequence[tuple[Key, Prepared]], step: int | None) -> tuple[Batch, bool]:
+    def _rolled(self, rows: Sequence[tuple[PackKey, Prepared]], step: int | None) -> tuple[Batch, bool]:
         """Rollouts of rows; whether a signal left them whole. `step` None asks for no rewards.
 
         The rows after them take the places of those that cannot be encoded.
@@ -429,7 +429,7 @@ class RLTrainer(Run):
             ]
             self.monitor.image(self.step, "groups", group_sheet(shown))
 
-    def look(self, figures: bool, grid: bool) -> bool:
+    def validate(self, figures: bool, grid: bool) -> bool:
         """Rewards of held-out rows, denoised without noise from the same start every time; and a picture of some."""
         config, stage = self.config, self.config.stages[self.stage]
         values: dict[str, float] = {}

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from uniref_fast.runs import trained_visibility
-from uniref_fast.training.core.recipe import Recipe, Stage
+from uniref_fast.training.core.recipe import BudgetStage, Recipe
 
-__all__ = ["RECIPES", "SFT", "builtin", "builtin_more", "lora", "paper", "tiny"]
+__all__ = ["SFT", "SFT_RECIPES", "builtin", "builtin_more", "lora", "paper", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def tiny() -> SFT:
     return SFT(
         model="builtin",
         data=("builtin",),
-        stages=(Stage(side=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
-                Stage(side=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
+        stages=(BudgetStage(side=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
+                BudgetStage(side=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
         packs=2,
         dtype="float32",
         betas=(0.9, 0.99),
@@ -76,9 +76,9 @@ def builtin() -> SFT:
         data=("builtin",),
         # Ten samples a pack: with fewer, the exchange of weights and gradients takes longer than the products. The
         # first budgets make several pictures smaller than the answer, of which little is learned for the last.
-        stages=(Stage(side=64, steps=200, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                Stage(side=96, steps=300, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                Stage(side=128, steps=12_000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
+        stages=(BudgetStage(side=64, steps=200, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                BudgetStage(side=96, steps=300, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                BudgetStage(side=128, steps=12_000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
         packs=2,
         dtype="bfloat16",
         betas=(0.9, 0.99),
@@ -101,14 +101,16 @@ def builtin() -> SFT:
 
 def builtin_more() -> SFT:
     """Goes on from `builtin`, with more of the tasks that it learns last; about 75 minutes more."""
-    return replace(builtin(), stages=(Stage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),))
+    return replace(
+        builtin(), stages=(BudgetStage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),)
+    )
 
 
 def lora() -> SFT:
     """A LoRA of Qwen-Image-Edit, 1024 then 1536 then 2048 pixels square for all references together; on 1, 2, 4 or 8
     GPUs, by the memory that is planned one of 141 GB or two of 80 GB."""
     return SFT(
-        stages=(Stage(1024, 2000, 1e-4), Stage(1536, 1000, 1e-4), Stage(2048, 500, 5e-5)),
+        stages=(BudgetStage(1024, 2000, 1e-4), BudgetStage(1536, 1000, 1e-4), BudgetStage(2048, 500, 5e-5)),
         packs=8,
         lora_rank=64,
         lora_alpha=64.0,
@@ -124,11 +126,11 @@ def lora() -> SFT:
 def paper() -> SFT:
     """All weights, as UniRef-Image-Edit (arXiv 2602.14186) reports them: 50,000 steps of about 512 samples."""
     return SFT(
-        stages=(Stage(1024, 30_000, 4e-4), Stage(1536, 12_000, 4e-4), Stage(2048, 8_000, 4e-4)),
+        stages=(BudgetStage(1024, 30_000, 4e-4), BudgetStage(1536, 12_000, 4e-4), BudgetStage(2048, 8_000, 4e-4)),
         packs=128,  # a pack holds about four samples of the first stage
     )
 
 
-RECIPES: dict[str, Callable[[], SFT]] = {
+SFT_RECIPES: dict[str, Callable[[], SFT]] = {
     recipe.__name__: recipe for recipe in (tiny, builtin, builtin_more, lora, paper)
 }

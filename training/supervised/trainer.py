@@ -14,21 +14,24 @@ from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training.batches import packing
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.loader import Feeder, StepPacks, agree
-from uniref_fast.training.batches.packing import Key
+from uniref_fast.training.batches.loader import PackLoader, StepPacks, agree
+from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.samples import Encoded, Encoder
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.monitor import GroupedMean
-from uniref_fast.training.core.trainer import Run
+from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.supervised.flow_matching import FlowBatch, resolution_shift, sample_t
 from uniref_fast.training.supervised.recipes import SFT
-from uniref_fast.training.supervised.validation import HeldOut, assembled, idle_batch, partial_errors
+from uniref_fast.training.supervised.validation import Validation, assembled, idle_batch, partial_errors
 
-__all__ = ["Trainer"]
+__all__ = ["SFTTrainer"]
 
 
-class Trainer(Run):
-    """A run of supervised fine-tuning; arguments and errors as `Run`, and ValueError for data not the checkpoint's."""
+class SFTTrainer(Trainer):
+    """Trains on rows with targets (supervised fine-tuning).
+
+    Arguments and errors are those of `Trainer`; also raises ValueError for data that the checkpoint was not trained on.
+    """
 
     config: SFT
 
@@ -40,19 +43,19 @@ class Trainer(Run):
         cache = TensorCache(config.cache)
         dataset = Dataset(config.data, config.image_folder, columns=config.columns)
         self.encoder = Encoder(self.model.pipe, cache, config.seed, config.drop_text, config.drop_references)
-        feeding = self.saved["feeder"] if self.saved else None
-        self.feeder = Feeder(dataset, self.encoder, config, self.plans, self.costs, self._assign, feeding)
+        loader_state = self.saved["feeder"] if self.saved else None
+        self.loader = PackLoader(dataset, self.encoder, config, self.plans, self.costs, self._assign, loader_state)
         files = [Path(path) for path in config.heldout]
-        self.heldout = HeldOut(files, config, self.model, Encoder(self.model.pipe, cache), ranks)
+        self.heldout = Validation(files, config, self.model, Encoder(self.model.pipe, cache), ranks)
 
     def begin(self) -> None:
-        for name, reason in left_out([self.feeder.dataset, *self.heldout.datasets.values()]):
+        for name, reason in left_out([self.loader.dataset, *self.heldout.datasets.values()]):
             self.monitor.event(self.step, "left out", where=name, reason=reason)
 
     def state(self) -> dict[str, Any]:
-        return {"feeder": self.feeder.state(), "costs": self.costs.as_dict()}
+        return {"feeder": self.loader.state(), "costs": self.costs.as_dict()}
 
-    def look(self, figures: bool, grid: bool) -> bool:
+    def validate(self, figures: bool, grid: bool) -> bool:
         stage, plan = self.config.stages[self.stage], self.plans[self.stage]
         if figures and self.heldout.datasets:
             self.monitor.log(self.step, self.heldout.losses(stage, plan.pack_tokens))
@@ -61,7 +64,7 @@ class Trainer(Run):
         return True
 
     def close(self) -> None:
-        self.feeder.close()
+        self.loader.close()
 
     def finished(self) -> None:
         if self.config.cache is not None:
@@ -69,7 +72,7 @@ class Trainer(Run):
 
     def train_step(self) -> bool:
         start, config = time.perf_counter(), self.config
-        step_packs = self.feeder.next(self.step)
+        step_packs = self.loader.next(self.step)
         encoded, unread = self._encoded(step_packs)
         keys = [item.key for pack in step_packs.packs for item in pack.items]
         told = self.ranks.gather((keys, step_packs.broken, unread))
@@ -109,12 +112,12 @@ class Trainer(Run):
         return True
 
     def _places(self, step_packs: StepPacks) -> list[str]:
-        return [self.feeder.dataset.where(item.key[1]) for pack in step_packs.packs for item in pack.items]
+        return [self.loader.dataset.where(item.key[1]) for pack in step_packs.packs for item in pack.items]
 
-    def _encoded(self, step_packs: StepPacks) -> tuple[dict[Key, Encoded], dict[Key, tuple[str, str]]]:
+    def _encoded(self, step_packs: StepPacks) -> tuple[dict[PackKey, Encoded], dict[PackKey, tuple[str, str]]]:
         """Tensors of this rank's samples, and (place, reason) of those whose images cannot be read."""
-        encoded: dict[Key, Encoded] = {}
-        unread: dict[Key, tuple[str, str]] = {}
+        encoded: dict[PackKey, Encoded] = {}
+        unread: dict[PackKey, tuple[str, str]] = {}
         for key, prepared in step_packs.prepared.items():
             try:
                 encoded[key] = self.encoder.encode(prepared, step_packs.images[key].result())
@@ -123,8 +126,8 @@ class Trainer(Run):
         return encoded, unread
 
     def _batches(
-        self, step_packs: StepPacks, encoded: dict[Key, Encoded], lost: set[Key]
-    ) -> list[tuple[list[Key], FlowBatch]]:
+        self, step_packs: StepPacks, encoded: dict[PackKey, Encoded], lost: set[PackKey]
+    ) -> list[tuple[list[PackKey], FlowBatch]]:
         """This rank's packs as (keys of the samples, batch); what is lost leaves its pack."""
         config, scheduler = self.config, self.model.pipe.scheduler.config
         batches = []
@@ -156,7 +159,7 @@ class Trainer(Run):
         for where, reason in rows:
             self.monitor.event(self.step, "broken row", where=where, reason=reason)
         if uncounted:
-            self.feeder.count_broken(uncounted, rows)
+            self.loader.count_broken(uncounted, rows)
 
     # ---- planning ----
 

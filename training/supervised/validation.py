@@ -18,7 +18,7 @@ from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.samples import Encoded, Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.model import TrainedModel
-from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised.flow_matching import (
     FlowBatch,
     flow_batch,
@@ -28,10 +28,10 @@ from uniref_fast.training.supervised.flow_matching import (
 )
 from uniref_fast.training.supervised.recipes import SFT
 
-__all__ = ["HeldOut", "idle_batch", "partial_errors"]
+__all__ = ["Validation", "idle_batch", "partial_errors"]
 
 
-class HeldOut:
+class Validation:
     """Rows that are never trained on.
 
     Args:
@@ -46,14 +46,14 @@ class HeldOut:
     def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
         self.datasets = heldout_datasets(files, config)
-        self._encoded: dict[tuple[str, Stage], list[tuple[Prepared, Encoded | None]]] = {}
+        self._encoded: dict[tuple[str, BudgetStage], list[tuple[Prepared, Encoded | None]]] = {}
 
     @torch.no_grad()
-    def losses(self, stage: Stage, pack_tokens: int) -> dict[str, float]:
+    def losses(self, stage: BudgetStage, pack_tokens: int) -> dict[str, float]:
         """Mean loss of each file, as "eval/<file>"; sample i of n is at the i-th of n quantiles of t. All ranks."""
         return {f"eval/{name}": self._loss(name, stage, pack_tokens) for name in self.datasets}
 
-    def _loss(self, name: str, stage: Stage, pack_tokens: int) -> float:
+    def _loss(self, name: str, stage: BudgetStage, pack_tokens: int) -> float:
         ranks, count = self.ranks, min(self.config.eval_samples, len(self.datasets[name]))
         rows = self._rows(name, stage, count)
         packs: list[list[int]] = []
@@ -71,7 +71,7 @@ class HeldOut:
                 partial_errors(self.model.packed, idle_batch(self.model))
         return sum(ranks.gather(total)) / count
 
-    def _rows(self, name: str, stage: Stage, count: int) -> list[tuple[Prepared, Encoded | None]]:
+    def _rows(self, name: str, stage: BudgetStage, count: int) -> list[tuple[Prepared, Encoded | None]]:
         """Prepared rows, with the tensors of those that this rank has run."""
         if (name, stage) not in self._encoded:
             self._encoded = {key: rows for key, rows in self._encoded.items() if key[1] == stage}
@@ -81,7 +81,7 @@ class HeldOut:
             ]
         return self._encoded[name, stage]
 
-    def _batch(self, name: str, stage: Stage, numbers: list[int]) -> FlowBatch:
+    def _batch(self, name: str, stage: BudgetStage, numbers: list[int]) -> FlowBatch:
         rows = self._encoded[name, stage]
         for i in numbers:
             prepared, encoded = rows[i]
@@ -97,7 +97,7 @@ class HeldOut:
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
         return assembled(self.model, chosen, times, noises)
 
-    def grid(self, stage: Stage, max_tokens: int) -> Image.Image | None:
+    def grid(self, stage: BudgetStage, max_tokens: int) -> Image.Image | None:
         """References, target and result of some rows of each file, as a labelled picture. All ranks, in packs of
         `max_tokens`."""
         requests, pictures = [], []

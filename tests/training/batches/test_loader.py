@@ -8,11 +8,11 @@ from PIL import Image
 
 from uniref_fast.data.dataset import BrokenRowsError, Dataset
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.loader import Feeder, agree
+from uniref_fast.training.batches.loader import PackLoader, agree
 from uniref_fast.training.batches.packing import CostModel, assign
 from uniref_fast.training.batches.samples import Encoder
-from uniref_fast.training.core.memory import StagePlan
-from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.core.memory import MemoryPlan
+from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised.recipes import SFT
 
 ROWS = 24
@@ -53,11 +53,14 @@ def dataset(tmp_path, pictures):
 
 
 # The second stage has other sizes, so what waits at its beginning gets other lengths.
-STAGES = (Stage(48, 3, 1e-3, target_side=32, pack_tokens=200), Stage(64, 3, 1e-3, target_side=48, pack_tokens=320))
+STAGES = (
+    BudgetStage(48, 3, 1e-3, target_side=32, pack_tokens=200),
+    BudgetStage(64, 3, 1e-3, target_side=48, pack_tokens=320),
+)
 
 
 class Remembering(Encoder):
-    """Sizes depend on what is given alone, so dozens of feeders over the same rows may share them."""
+    """Sizes depend on what is given alone, so dozens of loaders over the same rows may share them."""
 
     known: dict = {}  # noqa: RUF012
 
@@ -70,29 +73,29 @@ class Remembering(Encoder):
 
 @pytest.fixture
 def feed(builtin_pipe):
-    """Makes feeders, and closes them."""
+    """Makes loaders, and closes them."""
     made = []
 
     def build(dataset, rank=0, ranks=1, state=None, stages=STAGES, **fields):
         config = SFT(stages, **{"data": ("x",), "packs": 4, "steps": STEPS, "workers": 2, **fields})
         encoder = Remembering(builtin_pipe, TensorCache(None), config.seed, config.drop_text, config.drop_references)
-        plans = [StagePlan(stage.pack_tokens, 1, False, 0, "") for stage in stages]
-        feeder = Feeder(dataset, encoder, config, plans, COSTS, lambda packs, n: assign(packs, ranks)[rank], state)
-        made.append(feeder)
-        return feeder
+        plans = [MemoryPlan(stage.pack_tokens, 1, False, 0, "") for stage in stages]
+        loader = PackLoader(dataset, encoder, config, plans, COSTS, lambda packs, n: assign(packs, ranks)[rank], state)
+        made.append(loader)
+        return loader
 
     yield build
-    for feeder in made:
-        feeder.close()
+    for loader in made:
+        loader.close()
 
 
 def keys_of(step_packs):
     return [[item.key for item in pack.items] for pack in step_packs.packs]
 
 
-def given(feeder, steps=range(STEPS)):
+def given(loader, steps=range(STEPS)):
     """(keys, samples) of every pack of the steps."""
-    taken = [feeder.next(step) for step in steps]
+    taken = [loader.next(step) for step in steps]
     return [(keys_of(packs), [pack.samples for pack in packs.packs]) for packs in taken]
 
 
@@ -101,12 +104,12 @@ def given(feeder, steps=range(STEPS)):
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_packs_do_not_depend_on_ranks_and_are_shared_out_whole(dataset, feed, ranks):
-    feeders = [feed(dataset, rank, ranks) for rank in range(ranks)]
+    loaders = [feed(dataset, rank, ranks) for rank in range(ranks)]
     alone = feed(dataset)
     for step in range(STEPS):
         expected, mine = alone.next(step), []
-        for feeder in feeders:
-            packs = feeder.next(step)
+        for loader in loaders:
+            packs = loader.next(step)
             assert packs.packs == expected.packs, "the same packs, in the same order"
             own = {item.key for number in packs.mine for item in packs.packs[number].items}
             assert set(packs.prepared) == set(packs.images) == own, "only its own rows are read"
@@ -117,14 +120,14 @@ def test_packs_do_not_depend_on_ranks_and_are_shared_out_whole(dataset, feed, ra
                     item.sample for pack in packs.packs for item in pack.items if item.key == key
                 )
         assert sorted(mine) == list(range(4))
-        assert feeders[0].state() == feeders[-1].state() == alone.state()
+        assert loaders[0].state() == loaders[-1].state() == alone.state()
 
 
 def test_packs_are_filled_from_the_stream_and_no_row_is_lost_or_repeated(dataset, feed):
-    feeder = feed(dataset)
-    seen = [key for keys, _ in given(feeder) for pack in keys for key in pack]
+    loader = feed(dataset)
+    seen = [key for keys, _ in given(loader) for pack in keys for key in pack]
     assert len(seen) == len(set(seen)), "(epoch, index) once"
-    waiting = {tuple(key) for key in feeder.state()["waiting"]}
+    waiting = {tuple(key) for key in loader.state()["waiting"]}
     assert not waiting & set(seen)
     epochs = {epoch for epoch, _ in seen}
     for epoch in range(max(epochs)):  # those that the stream has left behind
@@ -136,9 +139,9 @@ def test_packs_are_filled_from_the_stream_and_no_row_is_lost_or_repeated(dataset
 
 
 def test_a_stage_prepares_what_waits_anew(dataset, feed):
-    feeder = feed(dataset)
+    loader = feed(dataset)
     for step in range(STEPS):
-        packs = feeder.next(step)
+        packs = loader.next(step)
         stage = STAGES[step // 3]
         for prepared in packs.prepared.values():
             assert np.prod(prepared.geometry.size) <= stage.target_side**2
@@ -165,10 +168,10 @@ def test_what_is_dropped_follows_the_key_not_the_stage(dataset, feed):
     assert all((a.dropped, a.instruction) == (b.dropped, b.instruction) for a, b in both)
 
 
-def _prepared(feeder, last):
+def _prepared(loader, last):
     for step in range(last):
-        feeder.next(step)
-    return list(feeder.next(last).prepared.items())
+        loader.next(step)
+    return list(loader.next(last).prepared.items())
 
 
 # ---- resuming ----
@@ -190,9 +193,9 @@ def test_a_state_goes_on_with_exactly_the_same_packs(dataset, feed, done):
 def test_states_chain(dataset, feed):
     whole, state, taken = given(feed(dataset)), None, []
     for step in range(STEPS):
-        feeder = feed(dataset, state=state)
-        taken += given(feeder, [step])
-        state = json.loads(json.dumps(feeder.state()))
+        loader = feed(dataset, state=state)
+        taken += given(loader, [step])
+        state = json.loads(json.dumps(loader.state()))
     assert taken == whole
 
 
@@ -201,27 +204,27 @@ def test_a_state_from_before_the_first_step(dataset, feed):
 
 
 def test_the_state_does_not_grow(dataset, feed):
-    feeder = feed(dataset)
+    loader = feed(dataset)
     sizes = []
     for step in range(STEPS):
-        feeder.next(step)
-        sizes.append(len(feeder.state()["waiting"]))
-    assert max(sizes) < 80 and len(json.dumps(feeder.state())) < 2000
+        loader.next(step)
+        sizes.append(len(loader.state()["waiting"]))
+    assert max(sizes) < 80 and len(json.dumps(loader.state())) < 2000
 
 
 def test_the_state_of_other_data_is_refused(dataset, feed, tmp_path, pictures):
-    feeder = feed(dataset)
-    feeder.next(0)
+    loader = feed(dataset)
+    loader.next(0)
     more = write(tmp_path, rows_of(ROWS + 1), pictures, "rows.jsonl")
     with pytest.raises(ValueError, match="the data is not what this run was trained on so far; give the same files"):
-        feed(more, state=feeder.state())
+        feed(more, state=loader.state())
 
 
 def test_the_state_of_another_seed_is_refused(dataset, feed):
-    feeder = feed(dataset)
-    feeder.next(0)
+    loader = feed(dataset)
+    loader.next(0)
     with pytest.raises(ValueError, match="seed"):
-        feed(dataset, state=feeder.state(), seed=1)
+        feed(dataset, state=loader.state(), seed=1)
 
 
 # ---- broken rows ----
@@ -246,10 +249,10 @@ def damaged(tmp_path, pictures):
 
 
 def test_broken_rows_are_counted_and_named_and_the_others_go_on(damaged, feed):
-    feeder = feed(damaged)
-    taken = [feeder.next(step) for step in range(3)]
+    loader = feed(damaged)
+    taken = [loader.next(step) for step in range(3)]
     found = [row for packs in taken for row in packs.broken]
-    assert feeder.broken == 5 < len(found), "a row that comes again in the next epoch counts once"
+    assert loader.broken == 5 < len(found), "a row that comes again in the next epoch counts once"
     reasons = broken_rows()[1]
     assert {where for where, _ in found} == set(reasons)
     for where, reason in found:
@@ -286,20 +289,20 @@ def test_the_count_is_neither_lost_nor_doubled_by_an_interruption(damaged, feed,
 
 def test_only_the_last_rows_are_new(dataset, feed):
     """The trainer hands on those of the plan, which are counted, with those it met itself."""
-    feeder = feed(dataset)
+    loader = feed(dataset)
     rows = [(f"rows.jsonl:{i}", "x") for i in range(1, 6)]
-    feeder.count_broken(0, rows)
-    assert feeder.broken == 0
-    feeder.count_broken(2, rows)
-    feeder.count_broken(2, rows)
-    assert feeder.broken == 2 and feeder.state()["broken"] == ["rows.jsonl:4", "rows.jsonl:5"]
+    loader.count_broken(0, rows)
+    assert loader.broken == 0
+    loader.count_broken(2, rows)
+    loader.count_broken(2, rows)
+    assert loader.broken == 2 and loader.state()["broken"] == ["rows.jsonl:4", "rows.jsonl:5"]
 
 
 def test_a_row_that_fits_the_first_stage_alone_is_named_at_the_second(tmp_path, pictures, feed):
     dataset = write(tmp_path, rows_of(), pictures)
-    stages = (STAGES[0], Stage(64, 3, 1e-3, target_side=64, pack_tokens=90))
-    feeder = feed(dataset, stages=stages, packs=2)
-    taken = [feeder.next(step) for step in range(STEPS)]
+    stages = (STAGES[0], BudgetStage(64, 3, 1e-3, target_side=64, pack_tokens=90))
+    loader = feed(dataset, stages=stages, packs=2)
+    taken = [loader.next(step) for step in range(STEPS)]
     assert not any(packs.broken for packs in taken[:3])
     reasons = [reason for packs in taken[3:] for _, reason in packs.broken]
     assert reasons and all("over the 90 of a pack" in reason for reason in reasons)
@@ -307,21 +310,21 @@ def test_a_row_that_fits_the_first_stage_alone_is_named_at_the_second(tmp_path, 
 
 
 def test_too_many_broken_rows_end_the_run_with_the_last_named(damaged, feed):
-    feeder = feed(damaged, max_broken=4)
+    loader = feed(damaged, max_broken=4)
     with pytest.raises(
         BrokenRowsError, match=r"^5 rows could not be used, over max_broken = 4; the last: .*rows.jsonl:\d+: "
     ):
         for step in range(STEPS):
-            feeder.next(step)
+            loader.next(step)
     patient = feed(damaged, max_broken=5)
     assert len(given(patient)) == STEPS
 
 
 def test_the_limit_holds_over_interruptions(damaged, feed):
-    feeder = feed(damaged, max_broken=6)
-    feeder.next(0)
-    feeder.count_broken(1, [("rows.jsonl:1", "x")])
-    resumed = feed(damaged, state=feeder.state(), max_broken=6)
+    loader = feed(damaged, max_broken=6)
+    loader.next(0)
+    loader.count_broken(1, [("rows.jsonl:1", "x")])
+    resumed = feed(damaged, state=loader.state(), max_broken=6)
     resumed.next(1)
     with pytest.raises(
         BrokenRowsError, match=r"7 rows could not be used, over max_broken = 6; the last: rows.jsonl:2: y"
@@ -339,8 +342,8 @@ def test_data_of_broken_rows_alone_ends_the_run(tmp_path, pictures, feed, limit,
 
 
 def test_less_data_than_a_step_needs_is_repeated(tmp_path, pictures, feed):
-    feeder = feed(write(tmp_path, rows_of(2), pictures))
-    seen = [key for keys, _ in given(feeder) for pack in keys for key in pack]
+    loader = feed(write(tmp_path, rows_of(2), pictures))
+    seen = [key for keys, _ in given(loader) for pack in keys for key in pack]
     assert len(set(seen)) == len(seen) and {i for _, i in seen} == {0, 1}
 
 
@@ -353,8 +356,8 @@ def test_a_picture_that_breaks_later_is_an_error_of_its_own_future(dataset, feed
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(pictures / "cut.png")
     content = (pictures / "cut.png").read_bytes()
     (pictures / "cut.png").write_bytes(content[: len(content) // 2])
-    feeder = feed(write(tmp_path / "rows", rows, pictures))
-    packs = feeder.next(0)
+    loader = feed(write(tmp_path / "rows", rows, pictures))
+    packs = loader.next(0)
     outcomes = {key[1]: future.exception(timeout=20) for key, future in packs.images.items()}
     assert outcomes[2] is not None and "cut.png" in str(outcomes[2]) and isinstance(outcomes[2], ValueError)
     assert all(error is None for index, error in outcomes.items() if index != 2) and not packs.broken
@@ -378,6 +381,6 @@ def test_rows_that_never_come_do_not_hide_that_all_others_are_broken(tmp_path, f
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     Image.new("RGB", (32, 32)).save(tmp_path / "there.png")
     paths = tuple(str(tmp_path / f"{name}.jsonl") for name in ("bad", "good"))
-    feeder = feed(Dataset(paths), data=paths, weights=(1.0, 0.0))
+    loader = feed(Dataset(paths), data=paths, weights=(1.0, 0.0))
     with pytest.raises(BrokenRowsError, match="all of them"):
-        feeder.next(0)
+        loader.next(0)

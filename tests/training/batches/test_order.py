@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniref_fast.data.prefetch import prefetch
-from uniref_fast.training.batches.order import Stream
+from uniref_fast.training.batches.order import ShuffledOrder
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(0, 2**70), st.lists(st.integers(0, 50), max_size=6))
 def test_every_epoch_is_a_permutation_however_it_is_taken(length, seed, counts):
-    stream = Stream(length, seed)
+    stream = ShuffledOrder(length, seed)
     taken = [pair for count in counts for pair in stream.take(count)]
-    assert taken == Stream(length, seed).take(sum(counts))
+    assert taken == ShuffledOrder(length, seed).take(sum(counts))
     taken += stream.take(-len(taken) % length)
     for epoch, start in enumerate(range(0, len(taken), length)):
         chunk = taken[start : start + length]
@@ -31,21 +31,23 @@ def test_every_epoch_is_a_permutation_however_it_is_taken(length, seed, counts):
 
 def test_the_order_is_fixed_for_good_and_differs_by_seed_and_epoch():
     # Written down: a run that is resumed with another NumPy must see the same order.
-    assert [i for _, i in Stream(8, seed=0).take(8)] == [6, 3, 1, 4, 5, 2, 7, 0]
-    orders = [tuple(i for e, i in Stream(50, seed).take(150) if e == epoch) for seed in range(3) for epoch in range(3)]
+    assert [i for _, i in ShuffledOrder(8, seed=0).take(8)] == [6, 3, 1, 4, 5, 2, 7, 0]
+    orders = [
+        tuple(i for e, i in ShuffledOrder(50, seed).take(150) if e == epoch) for seed in range(3) for epoch in range(3)
+    ]
     assert len(set(orders)) == 9
-    assert all(type(value) is int for pair in Stream(5, 1).take(7) for value in pair)
+    assert all(type(value) is int for pair in ShuffledOrder(5, 1).take(7) for value in pair)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 20), st.integers(0, 99), st.integers(0, 70), st.booleans())
 def test_a_saved_state_goes_on_with_the_next_sample(length, seed, before, weighted):
     weights = [1 + 0.3 * i for i in range(length)] if weighted else None
-    stream = Stream(length, seed, weights)
+    stream = ShuffledOrder(length, seed, weights)
     stream.take(before)
     state = json.loads(json.dumps(stream.state()))
     assert all(type(value) is int for value in state.values())
-    resumed = Stream.from_state(length, seed, state, weights)
+    resumed = ShuffledOrder.from_state(length, seed, state, weights)
     assert resumed.take(3 * length) == stream.take(3 * length) and resumed.state() == stream.state()
 
 
@@ -64,15 +66,15 @@ def test_a_saved_state_goes_on_with_the_next_sample(length, seed, before, weight
 )
 def test_a_state_of_something_else_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        Stream.from_state(10, 3, {**Stream(10, 3).state(), **change})
+        ShuffledOrder.from_state(10, 3, {**ShuffledOrder(10, 3).state(), **change})
 
 
 def test_a_state_needs_the_weights_it_was_made_with():
-    state = Stream(3, 0, [1, 2, 3]).state()
+    state = ShuffledOrder(3, 0, [1, 2, 3]).state()
     with pytest.raises(ValueError, match="other weights"):
-        Stream.from_state(3, 0, state)
+        ShuffledOrder.from_state(3, 0, state)
     with pytest.raises(ValueError, match="other weights"):
-        Stream.from_state(3, 0, state, [1, 2, 2])
+        ShuffledOrder.from_state(3, 0, state, [1, 2, 2])
 
 
 @settings(max_examples=60, deadline=None)
@@ -80,7 +82,7 @@ def test_a_state_needs_the_weights_it_was_made_with():
 def test_weights_are_occurrences_per_epoch(weights, seed):
     if sum(weights) < 1:
         weights[0] += 1
-    stream, epochs = Stream(len(weights), seed, weights), 7
+    stream, epochs = ShuffledOrder(len(weights), seed, weights), 7
     taken = stream.take(int(sum(weights) * (epochs + 1)) + len(weights) * 2)
     repeats = max(math.ceil(max(weights)), 1)  # numbers of an epoch
     counts = Counter(i for number, i in taken if number // repeats < epochs)
@@ -91,14 +93,14 @@ def test_weights_are_occurrences_per_epoch(weights, seed):
 
 
 def test_fractional_weights_are_spread_over_the_epochs():
-    taken = Stream(1000, 0, [0.5] * 1000).take(1000)
+    taken = ShuffledOrder(1000, 0, [0.5] * 1000).take(1000)
     first = [i for e, i in taken if e == 0]
     assert 430 < len(first) < 570, "not all in every other epoch"
     assert sorted(i for e, i in taken if e <= 1) == list(range(1000))
 
 
 def test_weights_of_one_change_nothing():
-    assert Stream(30, 5, [1.0] * 30).take(100) == Stream(30, 5).take(100)
+    assert ShuffledOrder(30, 5, [1.0] * 30).take(100) == ShuffledOrder(30, 5).take(100)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +116,13 @@ def test_weights_of_one_change_nothing():
 )
 def test_impossible_streams_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
-        Stream(*args)
+        ShuffledOrder(*args)
     with pytest.raises(ValueError, match="-1"):
-        Stream(3, 0).take(-1)
+        ShuffledOrder(3, 0).take(-1)
 
 
 def test_a_long_stream_is_quick_and_even():
-    stream = Stream(200_000, 1)
+    stream = ShuffledOrder(200_000, 1)
     started = time.perf_counter()
     indices = np.array([i for _, i in stream.take(200_000)])
     assert time.perf_counter() - started < 5
@@ -173,11 +175,11 @@ def test_wrong_numbers_are_refused_at_once(workers, ahead):
 
 
 def test_no_pair_comes_twice_however_often_an_index_does():
-    stream = Stream(4, 7, [3.0, 1.0, 0.5, 2.0])
+    stream = ShuffledOrder(4, 7, [3.0, 1.0, 0.5, 2.0])
     pairs = stream.take(65)
     assert len(set(pairs)) == len(pairs)
     assert [index for _, index in pairs].count(0) == 30, "ten epochs of 6 or 7"
-    again = Stream(4, 7, [3.0, 1.0, 0.5, 2.0])
+    again = ShuffledOrder(4, 7, [3.0, 1.0, 0.5, 2.0])
     first = again.take(5)
-    resumed = Stream.from_state(4, 7, again.state(), [3.0, 1.0, 0.5, 2.0])
+    resumed = ShuffledOrder.from_state(4, 7, again.state(), [3.0, 1.0, 0.5, 2.0])
     assert first + resumed.take(60) == pairs, "also when taken, and gone on with, in the middle of an epoch"

@@ -13,10 +13,10 @@ import torch
 from uniref_fast import native
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
-from uniref_fast.training.core.memory import TEXT_TOKENS, activation_bytes, device_memory, plan_stage
-from uniref_fast.training.core.recipe import Stage, stage_at
+from uniref_fast.training.core.memory import TEXT_TOKENS, activation_bytes, device_memory, plan_memory
+from uniref_fast.training.core.recipe import BudgetStage, stage_at
 from uniref_fast.training.rl.recipes import RL_RECIPES
-from uniref_fast.training.supervised.recipes import RECIPES, SFT, lora, paper, tiny
+from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES, lora, paper, tiny
 
 GIB = 2**30
 
@@ -112,10 +112,10 @@ class Config:
 
 
 def planned(stage, memory, ranks=8, fixed=0, sharded=0, **more):
-    return plan_stage(stage, Config, ranks=ranks, memory=memory, fixed=fixed, sharded=sharded, element=2, **more)
+    return plan_memory(stage, Config, ranks=ranks, memory=memory, fixed=fixed, sharded=sharded, element=2, **more)
 
 
-STAGE = Stage(1024, 100, 1e-4)
+STAGE = BudgetStage(1024, 100, 1e-4)
 LARGEST = 2 * 64 * 64 + TEXT_TOKENS  # tokens of references and target of STAGE, and its text
 
 
@@ -198,7 +198,7 @@ def test_only_degrees_that_divide_ranks_and_heads_are_taken(ranks, possible):
 @pytest.mark.parametrize("memory, fixed", [(GIB // 100, 0), (10 * GIB, 11 * GIB), (0, 0)])
 def test_what_does_not_fit_is_an_error_that_says_what_would_help(memory, fixed):
     with pytest.raises(ValueError) as caught:
-        planned(Stage(2048, 10, 1e-4), memory, ranks=2, fixed=fixed)
+        planned(BudgetStage(2048, 10, 1e-4), memory, ranks=2, fixed=fixed)
     message = str(caught.value)
     tokens = (2048**2 + 1024**2) // 256 + TEXT_TOKENS
     least = (fixed + needs(tokens, True, degree=2)) / GIB
@@ -217,7 +217,7 @@ def test_device_memory():
 
 
 def run(*lengths, **fields):
-    return SFT(tuple(Stage(64, n, 10.0 ** -(i + 1)) for i, n in enumerate(lengths)), **fields)
+    return SFT(tuple(BudgetStage(64, n, 10.0 ** -(i + 1)) for i, n in enumerate(lengths)), **fields)
 
 
 @pytest.mark.parametrize(
@@ -335,10 +335,10 @@ def test_values_at_the_limits_are_taken():
 
 
 def test_recipes_are_complete_and_named_after_themselves():
-    assert list(RECIPES) == ["tiny", "builtin", "builtin_more", "lora", "paper"]
-    for name, recipe in RECIPES.items():
+    assert list(SFT_RECIPES) == ["tiny", "builtin", "builtin_more", "lora", "paper"]
+    for name, recipe in SFT_RECIPES.items():
         config = recipe()
-        assert config == RECIPES[name]() and config.ends()[-1] == config.total_steps
+        assert config == SFT_RECIPES[name]() and config.ends()[-1] == config.total_steps
         assert [stage.side for stage in config.stages] == sorted(stage.side for stage in config.stages)
         assert all(0 < config.lr(step) <= 4e-3 for step in range(0, config.total_steps, 97))
     assert [stage.side for stage in paper().stages] == [stage.side for stage in lora().stages] == [1024, 1536, 2048]
@@ -364,6 +364,6 @@ def test_no_flag_is_taken_for_one_of_torchrun():
     from torch.distributed.run import get_args_parser
 
     own = [option for action in get_args_parser()._actions for option in action.option_strings]
-    for recipe in (*RECIPES.values(), *RL_RECIPES.values()):
+    for recipe in (*SFT_RECIPES.values(), *RL_RECIPES.values()):
         flags = ["--" + name.replace("_", "-") for name in recipe().__dataclass_fields__]
         assert [flag for flag in flags if any(option.startswith(flag) for option in own)] == []

@@ -23,12 +23,12 @@ from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.model import ExportError, TrainedModel
-from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised.recipes import SFT
-from uniref_fast.training.supervised.validation import HeldOut
+from uniref_fast.training.supervised.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("threads")
-CONFIG = SFT((Stage(32, 1, 1e-3, target_side=32),), model="builtin", dtype="float32", ema=0.9, eval_samples=3)
+CONFIG = SFT((BudgetStage(32, 1, 1e-3, target_side=32),), model="builtin", dtype="float32", ema=0.9, eval_samples=3)
 LAYOUT = SelfLayout.qwen([Sample(5, (1, 2, 3), ((1, 2, 2),)), Sample(3, (1, 2, 2))], zero_cond_t=True)
 
 
@@ -313,7 +313,7 @@ def rows(tmp_path_factory):
 
 def held_out(model, ranks, files, **fields):
     config = dataclasses.replace(CONFIG, **fields)
-    return HeldOut(files, config, model, Encoder(model.pipe, TensorCache(None)), ranks)
+    return Validation(files, config, model, Encoder(model.pipe, TensorCache(None)), ranks)
 
 
 def test_the_held_out_loss_depends_on_the_weights_alone(trained, ranks, rows):

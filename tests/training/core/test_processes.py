@@ -202,14 +202,14 @@ from pathlib import Path
 from uniref_fast.training import sft
 from uniref_fast.training.core import processes
 from uniref_fast.training.supervised import trainer
-step, folder = trainer.Trainer.train_step, Path(sys.argv.pop(1))
+step, folder = trainer.SFTTrainer.train_step, Path(sys.argv.pop(1))
 def waiting(self):
     if self.step == 1 and folder.exists():
         (folder / str(os.getpid())).touch()
         while folder.exists():
             time.sleep(0.02)
     return step(self)
-trainer.Trainer.train_step = waiting
+trainer.SFTTrainer.train_step = waiting
 processes.leave(sft.main(sys.argv[1:]))
 """
 

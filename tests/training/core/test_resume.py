@@ -11,10 +11,10 @@ from uniref_fast.training.builtin import vae
 from uniref_fast.training.core import launch, resume
 from uniref_fast.training.core.checkpoint import Newest
 from uniref_fast.training.rl.recipes import RL_RECIPES
-from uniref_fast.training.supervised.recipes import RECIPES
+from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 CONFIGS = {
-    "SFT": ("", RECIPES["lora"]()),
+    "SFT": ("", SFT_RECIPES["lora"]()),
     "MSGRPO": ("", RL_RECIPES["lora"]()),
     "VAE": ("vae.", vae.default()),
 }
@@ -55,7 +55,7 @@ OTHER = {"lora_rank": 8, "lora_alpha": 32.0, "lora_targets": ("to_q",), "dtype":
 
 @pytest.mark.parametrize("name", [name for name in resume.FIXED if "." not in name])
 def test_a_fixed_setting_is_refused_in_words(name, tmp_path):
-    before = dataclasses.replace(RECIPES["lora"](), data=("rows.jsonl",))
+    before = dataclasses.replace(SFT_RECIPES["lora"](), data=("rows.jsonl",))
     after = dataclasses.replace(before, **{name: OTHER[name]})
     message = rf"{resume.FIXED[name].words} is fixed: {name} is .*another --out"
     with pytest.raises(ValueError, match=message):
@@ -69,7 +69,7 @@ def accepted(before, after, out, step=10, **state):
 
 
 def test_the_message_has_both_values(tmp_path):
-    before = dataclasses.replace(RECIPES["lora"](), lora_rank=8)
+    before = dataclasses.replace(SFT_RECIPES["lora"](), lora_rank=8)
     after = dataclasses.replace(before, lora_rank=16, lora_alpha=1.0)
     with pytest.raises(ValueError) as caught:
         accepted(before, after, tmp_path)
@@ -91,7 +91,7 @@ def test_what_may_change_is_returned(tmp_path):
 
 
 def test_alike_values_are_no_change(tmp_path):
-    sft, rl = RECIPES["lora"](), RL_RECIPES["lora"]()
+    sft, rl = SFT_RECIPES["lora"](), RL_RECIPES["lora"]()
     assert accepted(sft, dataclasses.replace(sft, visibility="full"), tmp_path) == {}, "as it is without"
     causal = dataclasses.replace(rl, visibility="reference_causal")
     changed = accepted(causal, dataclasses.replace(rl, visibility="group_shared"), tmp_path)
@@ -101,7 +101,7 @@ def test_alike_values_are_no_change(tmp_path):
 
 
 def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
-    before = RECIPES["lora"]()
+    before = SFT_RECIPES["lora"]()
     old = data(before)
     del old["lora_alpha"], old["stages"][0]["checkpointing"]
     newest = Newest(10, {"config": {**old, "gone": 3}, "visibility": "full"}, [])
@@ -112,23 +112,25 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
 
 def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
     """As older versions wrote them."""
-    before = dataclasses.replace(RECIPES["lora"](), visibility="reference_causal")
+    before = dataclasses.replace(SFT_RECIPES["lora"](), visibility="reference_causal")
     (tmp_path / "config.json").write_text(configs.to_json(before))
     ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
     newest = Newest(10, {}, [])
     assert launch.accept(dataclasses.replace(before, warmup=3), newest, tmp_path, ranks) == {"warmup": (100, 3)}
     with pytest.raises(ValueError, match="visibility is reference_causal, not full"):
-        launch.accept(RECIPES["lora"](), newest, tmp_path, ranks)
-    assert launch.accept(RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks), "with no checkpoint it begins anew"
+        launch.accept(SFT_RECIPES["lora"](), newest, tmp_path, ranks)
+    assert launch.accept(SFT_RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks), (
+        "with no checkpoint it begins anew"
+    )
 
 
 def test_fewer_steps_than_are_done(tmp_path):
-    config = RECIPES["lora"]()
+    config = SFT_RECIPES["lora"]()
     with pytest.raises(ValueError, match="has done 3000 steps, and 2000 are given; give at least --steps 3000"):
         accepted(config, dataclasses.replace(config, steps=2000), tmp_path, step=3000)
     assert accepted(config, dataclasses.replace(config, steps=3000), tmp_path, step=3000) == {"steps": (None, 3000)}
 
 
 def test_paths_are_plain(tmp_path):
-    config = dataclasses.replace(RECIPES["lora"](), cache=Path("a"))
+    config = dataclasses.replace(SFT_RECIPES["lora"](), cache=Path("a"))
     assert accepted(config, dataclasses.replace(config, cache=Path("b")), tmp_path) == {"cache": ("a", "b")}

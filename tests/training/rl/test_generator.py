@@ -16,7 +16,7 @@ from uniref_fast.models import PackedQwenImage
 from uniref_fast.rewards.types import Failure, Scores
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
-from uniref_fast.training.core.memory import StagePlan
+from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.rl.generator import Batch, Roller
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.rl.rollout import noisy_steps
@@ -24,7 +24,7 @@ from uniref_fast.training.rl.sde import Sampler
 
 pytestmark = pytest.mark.usefixtures("threads")
 STEPS = 4
-PLAN = StagePlan(400, 1, False, 0, "")
+PLAN = MemoryPlan(400, 1, False, 0, "")
 
 
 def source(i):
@@ -101,7 +101,7 @@ def members_of(batch):
 def test_every_member_once_over_packs_and_ranks(make, rows, size, least, pack_tokens, count, sequence):
     """Few and many packs, more packs than members; no pack too large, all ranks as many of them."""
     given = rows(2, 0, 3)
-    plan = StagePlan(pack_tokens, sequence, False, 0, "")
+    plan = MemoryPlan(pack_tokens, sequence, False, 0, "")
     batches = [make(FakeRanks(rank, count, sequence), packs=least).plan(given, plan, size, STEPS, 1.0)
                for rank in range(count)]  # fmt: skip
     keys = [(2, 10 + row, member) for row in range(3) for member in range(size)]
@@ -150,7 +150,7 @@ def test_times_and_noisy_steps(make, rows):
 
 def test_a_look_takes_rows_that_are_larger_than_a_pack(make, rows):
     """It keeps nothing for a backward; what is trained on must fit."""
-    small = StagePlan(100, 1, False, 0, "")
+    small = MemoryPlan(100, 1, False, 0, "")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: a rollout has 1\d\d tokens, over the 100 of a pack"):
         make().plan(rows(2), small, 2, STEPS, 4.0)
     looked = make().plan(rows(2, 0), small, 1, STEPS, 4.0)
@@ -187,7 +187,7 @@ def test_a_shared_group_has_one_copy_of_its_references(make, rows, guidance):
     tokens = {}
     for visibility, copies in (("group_shared", 1), ("full", 3 if guidance == 1 else 6)):
         roller = make(visibility=visibility, packs=1)
-        (pack,) = roller.plan(given, StagePlan(10**4, 1, False, 0, ""), 3, STEPS, guidance).packs
+        (pack,) = roller.plan(given, MemoryPlan(10**4, 1, False, 0, ""), 3, STEPS, guidance).packs
         assert len(references_in(pack)) == copies * 5
         assert len(pack.references) == sum(segment.length for segment in references_in(pack))
         held = [group.references for group in {m.group.number: m.group for m in pack.members}.values()]
@@ -223,7 +223,7 @@ def test_rows_that_any_rank_cannot_encode_are_named_to_all(make, rows, monkeypat
 
 def test_a_member_larger_than_a_pack(make, rows):
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: a rollout has \d+ tokens, over the 60 of a pack"):
-        make().plan(rows(0, 3), StagePlan(60, 1, False, 0, ""), 2, STEPS, 1.0)
+        make().plan(rows(0, 3), MemoryPlan(60, 1, False, 0, ""), 2, STEPS, 1.0)
 
 
 # ---- rolling ----
@@ -260,7 +260,7 @@ def test_the_result_does_not_depend_on_packs(make, rows):
     given, latents = rows(2, 1), []
     for packs in (1, 4):
         roller = make(packs=packs)
-        batch = roller.plan(given, StagePlan(10**4, 1, False, 0, ""), 2, STEPS, 1.0)
+        batch = roller.plan(given, MemoryPlan(10**4, 1, False, 0, ""), 2, STEPS, 1.0)
         assert len(batch.packs) == packs and roller.roll(batch, Sampler("sde", 0.7), 1.0, 3, None)
         latents.append({member.key: member.latents for member in members_of(batch)})
     for key, value in latents[0].items():

@@ -143,7 +143,7 @@ def test_other_rewards_are_recorded_and_not_compared_with_those_before(data, beg
     ranks = Ranks.start()
     try:
         for more, kept in (((), 1), (("--kl", 0.1), 1), (("--axis-weights", "1,1,2"), 0)):
-            config = configs.parse(RL_RECIPES, flags(data, begun, *more), extra=msgrpo.RLPlace(begun)).config
+            config = configs.parse(RL_RECIPES, flags(data, begun, *more), extra=msgrpo.RLRunOptions(begun)).config
             run = rl_trainer.RLTrainer(config, ranks, begun, 1)
             assert len(run.alarm.state()) == kept
             run.close()
@@ -188,7 +188,9 @@ def looked(out):
     return [record["step"] for record in records(out) if "eval/heldout_objects" in record]
 
 
-@pytest.mark.parametrize(("place", "last"), [("_updated", 0), ("_updated", 2), ("look", 0), ("look", 2), ("look", 3)])
+@pytest.mark.parametrize(
+    ("place", "last"), [("_updated", 0), ("_updated", 2), ("validate", 0), ("validate", 2), ("validate", 3)]
+)
 def test_a_look_that_a_signal_ended_comes_later(data, tmp_path, monkeypatch, place, last):
     """A signal in a step ends the run after it, before the next one; what it kept from being looked at comes first."""
     out, real = tmp_path / "run", getattr(rl_trainer.RLTrainer, place)
@@ -210,7 +212,7 @@ def test_a_look_that_a_signal_ended_comes_later(data, tmp_path, monkeypatch, pla
     assert msgrpo.main(given) == 143
     done = last + (place == "_updated")
     assert [record["step"] for record in steps_of(out)] == looked(out) == list(range(done))
-    assert not (out / "lora").exists() and (place == "look" or not late), "nothing is begun after a signal"
+    assert not (out / "lora").exists() and (place == "validate" or not late), "nothing is begun after a signal"
     monkeypatch.undo()
     assert msgrpo.main([*given, "--resume", "auto"]) == 0
     assert looked(out) == [0, 1, 2, 3] and (out / "lora").is_dir()
@@ -296,7 +298,7 @@ def test_other_settings(data, tmp_path, more):
 @contextlib.contextmanager
 def trainer_of(data, out, *more):
     """A run before its first step, its weights a little off, so that no part of the gradient vanishes."""
-    given = configs.parse(RL_RECIPES, flags(data, out, *more), extra=msgrpo.RLPlace(out))
+    given = configs.parse(RL_RECIPES, flags(data, out, *more), extra=msgrpo.RLRunOptions(out))
     run = rl_trainer.RLTrainer(given.config, Ranks.start(), out)
     try:
         with run.monitor, torch.no_grad():
@@ -833,7 +835,9 @@ def test_a_model_is_trained_as_it_attends(data, tmp_path, capsys):
     assert msgrpo.main(flags(data, second, "--initial", first, "--lora-rank", 2, steps=2)) == 0
     assert events(second, "visibility") == [] and lineage.trained_visibility(second) == "reference_causal"
     assert json.loads((second / "config.json").read_text())["visibility"] is None
-    given = configs.parse(RL_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLPlace(tmp_path)).config
+    given = configs.parse(
+        RL_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLRunOptions(tmp_path)
+    ).config
     assert given.attends == "reference_causal"
     assert dataclasses.replace(given, visibility="group_shared").attends == "group_shared"
     for wrong in ("full", "reference_isolated"):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from uniref_fast.data.dataset import BrokenRowsError, Dataset
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.order import Stream
+from uniref_fast.training.batches.order import ShuffledOrder
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.rl.prompts import Prompts
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
@@ -62,7 +62,7 @@ def taken(prompts, count, kind="any"):
 
 
 def test_the_order_is_that_of_the_stream_however_it_is_taken(make):
-    expected = Stream(ROWS, 0).take(30)
+    expected = ShuffledOrder(ROWS, 0).take(30)
     assert taken(make(), 30) == expected
     prompts = make()
     assert [key for count in (1, 0, 11, 13, 5) for key in taken(prompts, count)] == expected
@@ -73,7 +73,7 @@ def test_the_order_is_that_of_the_stream_however_it_is_taken(make):
 def test_kinds(make, kind, wanted):
     """The rows of a kind in the stream's order, every one of them once an epoch, with the right contents."""
     each = 3 * len(wanted)
-    expected = [key for key in Stream(ROWS, 0).take(2 * ROWS) if key[1] % 4 in wanted]
+    expected = [key for key in ShuffledOrder(ROWS, 0).take(2 * ROWS) if key[1] % 4 in wanted]
     rows, _ = make().take(2 * each, STAGES[kind])
     assert [key for key, _ in rows] == expected and len({index for _, index in expected}) == each
     for (_, index), prepared in rows:
@@ -84,7 +84,7 @@ def test_what_a_stage_of_one_kind_passes_over_does_not_come_again(make):
     prompts = make()
     first = taken(prompts, 2, "multi")
     rest = taken(prompts, 5)
-    stream = Stream(ROWS, 0).take(ROWS)
+    stream = ShuffledOrder(ROWS, 0).take(ROWS)
     place = stream.index(first[-1]) + 1
     assert rest == stream[place : place + 5]
 

@@ -18,7 +18,7 @@ from uniref_fast import runs as lineage
 from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.training import sft
 from uniref_fast.training.core import checkpoint, launch, model
-from uniref_fast.training.core.recipe import Stage
+from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised import trainer
 from uniref_fast.training.supervised.recipes import SFT
 
@@ -187,14 +187,14 @@ def test_kill_while_saving(data, whole, tmp_path):
 
 
 def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
-    out, step = tmp_path / "run", trainer.Trainer.train_step
+    out, step = tmp_path / "run", trainer.SFTTrainer.train_step
 
     def interrupted(self):
         if self.step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    monkeypatch.setattr(trainer.SFTTrainer, "train_step", interrupted)
     assert sft.main(flags(data, out)) == 143
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"] and sorted(losses(out)) == [0]
     monkeypatch.undo()
@@ -203,14 +203,14 @@ def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
 
 
 def test_figures_of_a_step_that_a_signal_ended_come_later(data, tmp_path, monkeypatch):
-    out, step = tmp_path / "run", trainer.Trainer.train_step
+    out, step = tmp_path / "run", trainer.SFTTrainer.train_step
     every = ("--eval-every", 1, "--heldout", data / "heldout.jsonl")
 
     def interrupted(self):
         os.kill(os.getpid(), signal.SIGTERM)
         return step(self)
 
-    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
+    monkeypatch.setattr(trainer.SFTTrainer, "train_step", interrupted)
     assert sft.main(flags(data, out, *every)) == 143
     assert looked(out) == [0]
     monkeypatch.undo()
@@ -224,13 +224,13 @@ from uniref_fast.training import sft
 from uniref_fast.training.supervised import validation as evaluate
 import torch
 torch.set_num_threads(1)
-name, real = sys.argv.pop(1), {name: getattr(evaluate.HeldOut, name) for name in ("losses", "grid")}
+name, real = sys.argv.pop(1), {name: getattr(evaluate.Validation, name) for name in ("losses", "grid")}
 def dying(self, *args):
     os.kill(os.getpid(), signal.SIGKILL)
 def armed(self, *args):
-    setattr(evaluate.HeldOut, name, dying)
+    setattr(evaluate.Validation, name, dying)
     return real["losses"](self, *args)
-evaluate.HeldOut.losses = armed  # of step 0; the next evaluation is that of step 2
+evaluate.Validation.losses = armed  # of step 0; the next evaluation is that of step 2
 sft.main(sys.argv[1:])
 """
 
@@ -292,7 +292,7 @@ def test_another_visibility_is_trained(data, whole, tmp_path):
     assert sft.main(flags(data, out, "--visibility", "reference_causal")) == 0
     assert losses(out).keys() == losses(whole).keys() and losses(out) != losses(whole)
     assert json.loads((out / "config.json").read_text())["visibility"] == "reference_causal"
-    assert SFT((Stage(64, 1, 1.0),), initial=out).attends == "reference_causal", "a run that goes on from it"
+    assert SFT((BudgetStage(64, 1, 1.0),), initial=out).attends == "reference_causal", "a run that goes on from it"
 
 
 def looked(out):
@@ -477,7 +477,7 @@ def test_a_refused_resume_changes_nothing(data, half, more, message, capsys):
     assert sft.main(flags(data, half, "--resume", "auto", *more)) == 2
     assert message in capsys.readouterr().err
     assert contents(half) == before
-    assert SFT((Stage(64, 1, 1.0),), initial=half).attends == "full"
+    assert SFT((BudgetStage(64, 1, 1.0),), initial=half).attends == "full"
 
 
 def test_settings_that_change_are_recorded(data, whole, half):
