@@ -14,7 +14,7 @@ import torch
 
 import uniref_fast
 from uniref_fast.estimate import _weight_bytes, transformer_flops, transformer_peak
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
 
@@ -44,7 +44,7 @@ def members(model, references, side, text, tiny):
     t = torch.full((1,), 0.5, device=device, dtype=dtype)
     shapes = [[sample.target, *sample.references]]
     packed = PackedQwenImage(model)
-    both = SelfLayout.qwen([sample, sample], zero_cond_t=bool(model.config.zero_cond_t))
+    both = packed.layout([sample, sample])
 
     def one_by_one():
         made = [

@@ -70,9 +70,8 @@ def stock(pipe, group):
 def packed(pipe, group, visibility, members=range(MEMBERS)):
     """Latents of the members, and tokens of a step."""
     model = PackedQwenImage(pipe.transformer, visibility=visibility)
-    zero_cond_t = bool(pipe.transformer.config.zero_cond_t)
     started = [Member.start(group, number, 0) for number in members]
-    pack = RolloutPack.of(started, zero_cond_t, visibility == "group_shared", torch.float32)
+    pack = RolloutPack.of(started, model, visibility == "group_shared", torch.float32)
     for _ in roll(model, pack, None, 1.0, 0):
         pass
     return torch.stack([member.latents for member in started]), pack.layout.joint_length

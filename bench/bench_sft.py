@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from uniref_fast import builtin
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 
 TOLERANCE = 1e-4
@@ -107,7 +107,7 @@ def packed(model, batch, pack=None):
     run = PackedQwenImage(model)
     for start in range(0, len(batch), pack or len(batch)):
         part = batch[start : start + (pack or len(batch))]
-        layout = SelfLayout.qwen([one.sample for one in part], zero_cond_t=bool(model.config.zero_cond_t))
+        layout = run.layout([one.sample for one in part])
         image, text, timestep = (torch.cat([getattr(one, n) for one in part]) for n in ("image", "text", "timestep"))
         outs = run(image, text, timestep, layout).split([one.targets for one in part])
         losses = [F.mse_loss(out, one.goal) for out, one in zip(outs, part, strict=True)]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.estimate import transformer_flops
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
 from uniref_fast.training.core.monitor import peak_flops
@@ -24,7 +24,8 @@ CUDA = torch.cuda.is_available()
 
 def make_step(model, sample, which):
     """A function of no arguments that takes one optimizer step and returns the prediction."""
-    layout = SelfLayout.qwen([sample], zero_cond_t=bool(model.config.zero_cond_t))
+    packed = PackedQwenImage(model, checkpointing=True)
+    layout = packed.layout([sample])
     device, dtype = model.device, torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
 
@@ -37,7 +38,6 @@ def make_step(model, sample, which):
     goal, t = normal(targets, model.config.in_channels).float(), torch.full((1,), 0.5, device=device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-9, fused=CUDA)
-    packed = PackedQwenImage(model, checkpointing=True)
     model.train()
     model.enable_gradient_checkpointing()
 

@@ -160,3 +160,69 @@ def test_device_tensors_go_with_their_layout():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def rows_of(layout, what, width=2):
+    """Per sample a tensor whose rows say which sample and row they are, negative for references."""
+    lengths = [0] * layout.num_samples
+    for segment in layout.image_segments:
+        lengths[segment.sample] += segment.length * (segment.kind is what)
+    sign = 1 if what is Kind.TARGET else -1
+    return [sign * (100_000 * (i + 1) + torch.arange(n)[:, None].expand(n, width)) for i, n in enumerate(lengths)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(packs, st.booleans())
+def test_image_stream_follows_the_segments(pack, shared):
+    if shared:  # all samples in one group, with the references of the first
+        pack = [dataclasses.replace(s, references=pack[0].references, group=0) for s in pack]
+    layout = SelfLayout.qwen(pack, shared_references=shared)
+    targets, references = rows_of(layout, Kind.TARGET), rows_of(layout, Kind.REFERENCE)
+    stream = layout.image_stream(targets, references)
+    assert stream.shape == (layout.image_length, 2)
+    expected = {Kind.TARGET: iter(targets), Kind.REFERENCE: iter([x for x in references if len(x)])}
+    at = 0
+    while at < len(stream):  # a sample's references lie one after another
+        segment = next(s for s in layout.image_segments if s.stream_start == at)
+        rows = next(expected[segment.kind])
+        assert torch.equal(stream[at : at + len(rows)], rows)
+        at += len(rows)
+    parts = layout.split_targets(stream[layout.target_rows("cpu")])
+    assert all(torch.equal(part, target) for part, target in zip(parts, targets, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(packs)
+def test_write_targets_leaves_the_references(pack):
+    layout = SelfLayout.qwen(pack)
+    references = rows_of(layout, Kind.REFERENCE)
+    old, new = rows_of(layout, Kind.TARGET), [x + 7 for x in rows_of(layout, Kind.TARGET)]
+    stream = layout.image_stream(old, references)
+    layout.write_targets(stream, new)
+    assert torch.equal(stream, layout.image_stream(new, references))
+
+
+@settings(max_examples=50, deadline=None)
+@given(packs, st.lists(st.floats(0, 1), max_size=3))
+def test_split_targets_of_parts(pack, cuts):
+    layout = SelfLayout.qwen(pack)
+    whole = torch.cat(rows_of(layout, Kind.TARGET))
+    bounds = [0, *sorted(round(cut * len(whole)) for cut in cuts), len(whole)]
+    parts = [layout.split_targets(whole[a:b], first=a) for a, b in itertools.pairwise(bounds)]
+    joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(joined, layout.split_targets(whole), strict=True))
+
+
+def test_image_stream_refuses_other_numbers_of_rows():
+    layout = SelfLayout.qwen([Sample(1, (1, 2, 2), ((1, 1, 3),)), Sample(1, (1, 1, 2))])
+    four, three, two = (torch.zeros(n, 5) for n in (4, 3, 2))
+    none = four[:0]
+    assert len(layout.image_stream([four, two], [three, none])) == 9
+    for targets, references in (([four], [three, none]), ([two, four], [three, none]), ([four, two], [two, none]),
+                                ([four, two], [])):  # fmt: skip
+        with pytest.raises(ValueError, match="the layout expects"):
+            layout.image_stream(targets, references)
+    with pytest.raises(ValueError, match="the layout expects"):
+        layout.write_targets(torch.zeros(9, 5), [four, three])
+    with pytest.raises(ValueError, match="row 7 of the targets"):
+        layout.split_targets(torch.zeros(7, 5))

@@ -210,16 +210,36 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
         )
 
 
+@dataclass(frozen=True)
+class _Pack:
+    """Sequences that run as one forward of the model: one per job, or two where the job is guided.
+
+    Attributes:
+        jobs: job of each sequence.
+        prompts: prompt embeddings of each sequence.
+        layout: the packed sequence.
+        image: image stream `[N_image, C]`; its references are written once, its targets before each step.
+    """
+
+    jobs: tuple[_Job, ...]
+    prompts: tuple[Tensor, ...]
+    layout: SelfLayout
+    image: Tensor
+
+
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None, progress: bool) -> None:
     hook = getattr(model.transformer, "_hf_hook", None)
     if hook is not None:  # model offloading: bring the weights in, as a call of the model itself would
         hook.pre_forward(model.transformer)
     steps = max(len(job.timesteps) for job in jobs)
-    layouts: dict[tuple[Sample, ...], SelfLayout] = {}  # with their device tensors, for as long as the loop runs
+    active: list[_Job] = []
+    packs: list[_Pack] = []
     bar = pipe.progress_bar(total=steps) if progress else None
     for step in range(steps):
-        active = [job for job in jobs if step < len(job.timesteps)]
-        for job, velocities in zip(active, _predict(model, active, step, max_tokens, layouts), strict=True):
+        running = [job for job in jobs if step < len(job.timesteps)]
+        if len(running) != len(active):  # jobs only leave
+            active, packs = running, _packs(model, running, max_tokens)
+        for job, velocities in zip(active, _predict(model, active, packs, step), strict=True):
             velocity = velocities[0]
             if job.request.guided:
                 velocity = guide(velocities[0], velocities[1], job.request.true_cfg_scale)
@@ -233,33 +253,28 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
         bar.close()
 
 
-def _predict(
-    model: PackedQwenImage,
-    jobs: list[_Job],
-    step: int,
-    max_tokens: int | None,
-    layouts: dict[tuple[Sample, ...], SelfLayout],
-) -> list[list[Tensor]]:
-    """Velocities `[N_target, C]` of each job: one, or two when guided."""
+def _packs(model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None) -> list[_Pack]:
+    """Put the sequences of jobs into packs of at most `max_tokens`, in order."""
     rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples, strict=True)]
+    packs = []
+    for indices in split_packs([sample.length for *_, sample in rows], max_tokens):
+        owners, prompts, samples = zip(*(rows[i] for i in indices), strict=True)
+        layout = model.layout(samples)
+        image = layout.image_stream([job.latents[0] for job in owners], [job.references for job in owners])
+        packs.append(_Pack(owners, prompts, layout, image))
+    return packs
+
+
+def _predict(model: PackedQwenImage, jobs: list[_Job], packs: list[_Pack], step: int) -> list[list[Tensor]]:
+    """Velocities `[N_target, C]` of each job: one, or two when guided."""
     velocities: list[Tensor] = []
-    zero_cond_t = bool(model.transformer.config.zero_cond_t)
-    for pack in _packs(rows, max_tokens):
-        samples = tuple(sample for *_, sample in pack)
-        if samples not in layouts:
-            layouts[samples] = SelfLayout.qwen(samples, zero_cond_t=zero_cond_t)
-        layout = layouts[samples]
-        image = torch.cat([part for job, *_ in pack for part in (job.latents[0], job.references)])
-        text = torch.cat([prompt for _, prompt, _ in pack])
-        t = torch.stack([job.timesteps[step].to(job.latents.dtype) / 1000 for job, *_ in pack])
-        out = model(image, text, t, layout)
-        velocities += out.split([segment.length for segment in layout.targets])
+    for pack in packs:
+        pack.layout.write_targets(pack.image, [job.latents[0] for job in pack.jobs])
+        text = torch.cat(pack.prompts)
+        t = torch.stack([job.timesteps[step].to(job.latents.dtype) / 1000 for job in pack.jobs])
+        velocities += pack.layout.split_targets(model(pack.image, text, t, pack.layout))
     at = iter(velocities)
     return [[next(at) for _ in job.prompts] for job in jobs]
-
-
-def _packs(rows: list[tuple[_Job, Tensor, Sample]], max_tokens: int | None) -> list[list[tuple[_Job, Tensor, Sample]]]:
-    return [[rows[i] for i in pack] for pack in split_packs([sample.length for *_, sample in rows], max_tokens)]
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -155,16 +155,16 @@ def estimate(
     texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
     rows = [(size.sample(text), request.num_inference_steps)
             for request, size, lengths in zip(requests, sizes, texts, strict=True) for text in lengths]  # fmt: skip
-    layout = SelfLayout.qwen([sample for sample, _ in rows], zero_cond_t=bool(transformer.config.zero_cond_t))
+    model = PackedQwenImage(transformer, visibility=visibility)
+    layout = model.layout([sample for sample, _ in rows])
     linear = attention = 0
     for sample, steps in rows:  # a sample's operations do not depend on its pack
-        alone = SelfLayout.qwen([sample], zero_cond_t=layout.clean_references)
-        counts = transformer_flops(transformer.config, alone, visibility)
+        counts = transformer_flops(transformer.config, model.layout([sample]), visibility)
         linear += counts[0] * steps
         attention += counts[1] * steps
     packs = split_packs([sample.length for sample, _ in rows], max_tokens)
     longest = max(packs, key=lambda pack: sum(rows[i][0].length for i in pack))
-    largest = SelfLayout.qwen([rows[i][0] for i in longest], zero_cond_t=layout.clean_references)
+    largest = model.layout([rows[i][0] for i in longest])
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
     encoded = [

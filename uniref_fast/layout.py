@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -203,6 +204,77 @@ class SelfLayout:
     def image_segments(self) -> tuple[Segment, ...]:
         """Target and reference segments in stream order."""
         return tuple(sorted((s for s in self.segments if not s.kind.is_text), key=lambda s: s.stream_start))
+
+    # ---- the order of the image stream: per sample its target, then the references that it holds ----
+
+    def image_stream(self, targets: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Concatenate targets and references of all samples in the order of the image stream, `[N_image, C]`.
+
+        Args:
+            targets: one tensor `[n, C]` per sample.
+            references: one tensor `[m, C]` per sample, all references of the sample in order; m may be 0. Of samples
+                that share references, only the entry of the sample that holds them is read.
+
+        Raises:
+            ValueError: for a number of tensors or rows that differs from the layout's.
+        """
+        self._check_rows("targets", targets, self._target_lengths)
+        held = [x for x, length in zip(references, self._reference_lengths, strict=False) if length]
+        self._check_rows("references", held, [length for length in self._reference_lengths if length])
+        after = iter(held)
+        parts: list[torch.Tensor] = []
+        for target, length in zip(targets, self._reference_lengths, strict=True):
+            parts += [target, next(after)] if length else [target]
+        return torch.cat(parts)
+
+    def write_targets(self, image: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
+        """Overwrite the targets' rows of an image stream in place; the rows of references stay.
+
+        Args:
+            image: image stream `[N_image, C]`, as `image_stream` returns it.
+            targets: one tensor `[n, C]` per sample.
+        """
+        self._check_rows("targets", targets, self._target_lengths)
+        for segment, target in zip(self.targets, targets, strict=True):
+            image[segment.stream_start : segment.stream_start + segment.length] = target
+
+    def split_targets(self, x: torch.Tensor, first: int = 0) -> tuple[torch.Tensor, ...]:
+        """Split the targets' rows, in the order that a model returns them, into one view per sample.
+
+        Args:
+            x: `[N_target, ...]`, or the part of it that begins with row `first`; a sample that has no row in the part
+                gets an empty view.
+            first: first row of the part.
+
+        Raises:
+            ValueError: for more rows than the targets have.
+        """
+        last, rows = first + len(x), sum(self._target_lengths)
+        if last > rows:
+            raise ValueError(f"x ends with row {last} of the targets, the layout has {rows}")
+        ends = itertools.accumulate(self._target_lengths)
+        return x.split([
+            max(min(end, last) - max(end - length, first), 0)
+            for length, end in zip(self._target_lengths, ends, strict=True)
+        ])  # fmt: skip
+
+    @functools.cached_property
+    def _target_lengths(self) -> list[int]:
+        return [segment.length for segment in self.targets]
+
+    @functools.cached_property
+    def _reference_lengths(self) -> list[int]:
+        """Reference tokens that each sample holds in the stream."""
+        lengths = [0] * self.num_samples
+        for segment in self.segments:
+            if segment.kind is Kind.REFERENCE:
+                lengths[segment.sample] += segment.length
+        return lengths
+
+    def _check_rows(self, name: str, given: Sequence[torch.Tensor], expected: list[int]) -> None:
+        rows = [len(x) for x in given]
+        if rows != expected:
+            raise ValueError(f"{name} have {rows} rows, the layout expects {expected}")
 
     # ---- device tensors, computed on the device from the segments; kept with the layout and freed with it ----
 

@@ -35,12 +35,11 @@ def stock(model, grids, image, text, timestep, mask=None):
 
 
 def packed(model, samples, images, texts, timesteps, **options):
-    layout = SelfLayout.qwen(samples, zero_cond_t=bool(model.config.zero_cond_t))
+    run = PackedQwenImage(model, **options)
+    layout = run.layout(samples)
     with torch.no_grad():
-        out = PackedQwenImage(model, **options)(
-            torch.cat([x[0] for x in images]), torch.cat([x[0] for x in texts]), torch.cat(timesteps), layout
-        )
-    return out.split([s.length for s in layout.targets])
+        out = run(torch.cat([x[0] for x in images]), torch.cat([x[0] for x in texts]), torch.cat(timesteps), layout)
+    return layout.split_targets(out)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uniref_fast.estimate import transformer_flops
 from uniref_fast.flags import to_json
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
@@ -318,8 +318,7 @@ class Trainer:
             torch.cuda.synchronize()
 
     def flops(self, samples: tuple[Sample, ...]) -> int:
-        config = self.model.pipe.transformer.config
-        return sum(transformer_flops(config, SelfLayout.qwen(samples, zero_cond_t=bool(config.zero_cond_t))))
+        return sum(transformer_flops(self.model.pipe.transformer.config, self.model.packed.layout(samples)))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

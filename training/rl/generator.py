@@ -144,8 +144,7 @@ class Roller:
             return None
         seed = self.config.seed if size > 1 else 0
         members = [Member.start(group, number, seed) for group, number in zip(owners, numbers, strict=True)]
-        zero_cond_t = bool(self.model.pipe.transformer.config.zero_cond_t)
-        return RolloutPack.of(members, zero_cond_t, self.shared, getattr(torch, self.config.dtype))
+        return RolloutPack.of(members, self.model.packed, self.shared, getattr(torch, self.config.dtype))
 
     def roll(self, batch: Batch, sampler: Sampler | None, guidance: float, seed: int, step: int | None) -> bool:
         """Roll every pack out, and ask for the rewards of each that is done; False when a signal came.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from uniref_fast.edit import denoising_schedule, guide
 from uniref_fast.keyed_random import draw
-from uniref_fast.layout import Kind, Sample, SelfLayout
+from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.sde import Sampler, Transition, log_density, transition
@@ -118,30 +118,24 @@ class RolloutPack:
 
     members: tuple[Member, ...]
     layout: SelfLayout
-    references: Tensor  # in stream order
-    text: Tensor  # likewise
+    references: tuple[Tensor, ...]  # of each sample of the layout, [m, C]
+    text: Tensor  # [N_text, D]
 
     @classmethod
-    def of(cls, members: Sequence[Member], zero_cond_t: bool, shared: bool, dtype: torch.dtype) -> RolloutPack:
+    def of(cls, members: Sequence[Member], packed: PackedQwenImage, shared: bool, dtype: torch.dtype) -> RolloutPack:
         samples = [sample for member in members for sample in member.group.samples]
-        layout = SelfLayout.qwen(samples, zero_cond_t=zero_cond_t, shared_references=shared)
-        owners = [member.group for member in members for _ in member.group.texts]
-        holders = dict.fromkeys(s.sample for s in layout.image_segments if s.kind is Kind.REFERENCE)
-        references = [members[0].latents[:0], *(owners[sample].references for sample in holders)]
+        layout = packed.layout(samples, shared_references=shared)
+        groups = {member.group.number: member.group for member in members}
+        references = {number: group.references.to(dtype) for number, group in groups.items()}  # type: ignore[union-attr]
         text = [text for member in members for text in member.group.texts]
-        return cls(tuple(members), layout, torch.cat(references).to(dtype), torch.cat(text).to(dtype))  # type: ignore[arg-type]
+        by_sample = tuple(references[member.group.number] for member in members for _ in member.group.texts)
+        return cls(tuple(members), layout, by_sample, torch.cat(text).to(dtype))
 
     def image(self, latents: Sequence[Tensor]) -> Tensor:
         """The image stream of the members' latents, `[N_image, C]`."""
-        owners = [i for i, member in enumerate(self.members) for _ in member.group.texts]
-        parts, at = [], 0
-        for segment in self.layout.image_segments:
-            if segment.kind is Kind.TARGET:
-                parts.append(latents[owners[segment.sample]].to(self.references.dtype))
-            else:
-                parts.append(self.references[at : at + segment.length])
-                at += segment.length
-        return torch.cat(parts)
+        pairs = zip(latents, self.members, strict=True)
+        targets = [x.to(self.text.dtype) for x, member in pairs for _ in member.group.texts]
+        return self.layout.image_stream(targets, self.references)
 
 
 def noisy_steps(steps: int, window: int | None, stop: int, seed: int, key: tuple[int, int]) -> tuple[int, ...]:
@@ -214,12 +208,12 @@ def velocities(
     t = torch.tensor(
         [time for time, member in zip(times, pack.members, strict=True) for _ in member.group.texts],
         dtype=torch.float32,
-        device=pack.references.device,
+        device=pack.text.device,
     )
     out = packed(pack.image(latents), pack.text, t, pack.layout)
     if packed.parallel is not None:
         out = packed.parallel.gather_rows(out, packed.parallel.targets(pack.layout))
-    parts = iter(out.split([segment.length for segment in pack.layout.targets]))
+    parts = iter(pack.layout.split_targets(out))
     made = [[next(parts).float() for _ in member.group.texts] for member in pack.members]
     return [guide(each[0], each[1], guidance) if len(each) == 2 else each[0] for each in made]
 

@@ -6,7 +6,6 @@ on any rank, in any pack, and after any interruption.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,14 +79,14 @@ def flow_batch(
         layout: of the samples in this order.
         dtype: of what the model is given.
     """
-    image, velocity = [], []
-    for x0, clean, t, noise in zip(targets, references, times, noises, strict=True):
+    noisy, velocity = [], []
+    for x0, t, noise in zip(targets, times, noises, strict=True):
         x0, noise = x0.float(), noise.to(x0.device)
-        image += [((1 - t) * x0 + t * noise).to(dtype), clean.to(dtype)]
+        noisy.append(((1 - t) * x0 + t * noise).to(dtype))
         velocity.append(noise - x0)
     device = targets[0].device
     return FlowBatch(
-        torch.cat(image),
+        layout.image_stream(noisy, [clean.to(dtype) for clean in references]),
         torch.cat([text.to(dtype) for text in texts]),
         torch.tensor(times, dtype=torch.float32, device=device),
         torch.cat(velocity),
@@ -105,9 +104,7 @@ def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] 
         bounds: of the part.
     """
     first, last = bounds or (0, len(batch.velocity))
-    lengths = [segment.length for segment in batch.layout.targets]
-    ends = list(itertools.accumulate(lengths))
-    parts = [max(min(end, last) - max(end - n, first), 0) for n, end in zip(lengths, ends, strict=True)]
     squares = (prediction.float() - batch.velocity[first:last]).square().mean(1)
     # a sum a sample rather than an index_add, which has no fixed order on a GPU
-    return torch.stack([part.sum() / n for part, n in zip(squares.split(parts), lengths, strict=True)])
+    parts = zip(batch.layout.split_targets(squares, first), batch.layout.targets, strict=True)
+    return torch.stack([part.sum() / target.length for part, target in parts])

@@ -11,7 +11,7 @@ import torch
 
 from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.keyed_random import draw
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.training.batches import packing
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.loader import PackLoader, StepPacks, agree
@@ -186,7 +186,7 @@ class SFTTrainer(Trainer):
 
     def _timed(self, sample: Sample) -> float:
         config, device = self.model.pipe.transformer.config, self.ranks.device
-        layout = SelfLayout.qwen([sample], zero_cond_t=bool(config.zero_cond_t))
+        layout = self.model.packed.layout([sample])
         dtype = getattr(torch, self.config.dtype)
         image = torch.randn(layout.image_length, config.in_channels, device=device, dtype=dtype)
         text = torch.randn(layout.text_length, config.joint_attention_dim, device=device, dtype=dtype)

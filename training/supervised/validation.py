@@ -11,7 +11,7 @@ from torch import Tensor
 
 from uniref_fast.edit import edit
 from uniref_fast.keyed_random import draw
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.request import EditRequest
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.batches.heldout import heldout_datasets
@@ -146,8 +146,7 @@ def assembled(
     model: TrainedModel, chosen: list[tuple[Prepared, Encoded]], times: list[float], noises: list[Tensor]
 ) -> FlowBatch:
     """A batch of encoded samples with their times and noise."""
-    zero_cond_t = bool(model.pipe.transformer.config.zero_cond_t)
-    layout = SelfLayout.qwen([prepared.sample for prepared, _ in chosen], zero_cond_t=zero_cond_t)
+    layout = model.packed.layout([prepared.sample for prepared, _ in chosen])
     encoded = [tensors for _, tensors in chosen]
     return flow_batch(
         [e.target for e in encoded],
@@ -163,7 +162,7 @@ def assembled(
 def idle_batch(model: TrainedModel) -> FlowBatch:
     """The least that a model can run, for a rank that must take part without a sample of its own."""
     config, device = model.pipe.transformer.config, model.ranks.device
-    layout = SelfLayout.qwen([Sample(1, (1, 1, 1))], zero_cond_t=bool(config.zero_cond_t))
+    layout = model.packed.layout([Sample(1, (1, 1, 1))])
     target, none = torch.zeros(1, config.in_channels, device=device), torch.zeros(0, config.in_channels, device=device)
     text = torch.zeros(1, config.joint_attention_dim, device=device)
     return flow_batch([target], [none], [text], [0.5], [target], layout, getattr(torch, model.config.dtype))

@@ -7,6 +7,7 @@ drop-in patch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from uniref_fast import ops
-from uniref_fast.layout import SelfLayout
+from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
@@ -314,18 +315,30 @@ class PackedQwenImage(nn.Module):
         self.trained = trained
         self.parallel: SequenceParallel | None = None
 
+    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
+        """Return the layout of a pack for this model (`SelfLayout.qwen` with the model's `zero_cond_t`).
+
+        Args:
+            samples: the pack, in order.
+            shared_references: samples of one group hold their references once, see `SelfLayout.qwen`.
+        """
+        zero_cond_t = bool(self.transformer.config.zero_cond_t)
+        return SelfLayout.qwen(samples, zero_cond_t=zero_cond_t, shared_references=shared_references)
+
     def forward(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> Tensor:
         """Predict the velocity of every target.
 
         Args:
-            image: packed latents of targets and references in stream order, `[N_image, in_channels]`, model dtype.
+            image: packed latents of targets and references, `[N_image, in_channels]`, model dtype
+                (`layout.image_stream`).
             text: prompt embeddings without padding, `[N_text, joint_attention_dim]`, model dtype.
             timestep: t in [0, 1] of each sample, `[S]`; noise is at t = 1.
-            layout: the pack; `zero_cond_t` as the model's config says.
+            layout: the pack, from `self.layout`.
 
         Returns:
-            `[N_target, 4 * out_channels]`: the targets' tokens, by sample; under sequence parallelism those of this
-            rank (`parallel.targets(layout)` says which). All ranks of a group are given the same whole pack.
+            `[N_target, 4 * out_channels]`: the targets' tokens by sample (`layout.split_targets`). Under sequence
+            parallelism all ranks of a group are given the same whole pack, and each returns its own part
+            (`parallel.targets(layout)`).
         """
         model = self.transformer
         self._check(image, text, timestep, layout)
@@ -369,7 +382,8 @@ class PackedQwenImage(nn.Module):
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {list(shape)}")
         if layout.clean_references != bool(config.zero_cond_t):
             raise ValueError(
-                f"the layout was built with zero_cond_t={layout.clean_references}, the model has {config.zero_cond_t}"
+                f"the layout was built with zero_cond_t={layout.clean_references}, the model has {config.zero_cond_t}; "
+                "build it with the model's own `layout(samples)`"
             )
 
 

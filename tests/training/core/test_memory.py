@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from uniref_fast import native
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.training.core.memory import TEXT_TOKENS, activation_bytes, device_memory, plan_memory
 from uniref_fast.training.core.recipe import BudgetStage, stage_at
@@ -53,7 +53,7 @@ def kept_bytes(model, samples, checkpointing):
     What autograd saves shows in its hooks; what checkpointing keeps (arguments, attention's result) are live tensors.
     """
     packed = PackedQwenImage(model, impl="native", checkpointing=checkpointing)
-    layout = SelfLayout.qwen(samples, zero_cond_t=bool(model.config.zero_cond_t))
+    layout = packed.layout(samples)
     image = torch.randn(layout.image_length, 64).to(model.dtype)
     text = torch.randn(layout.text_length, 48).to(model.dtype)
     inputs = (image, text, torch.full((len(samples),), 0.3), layout)

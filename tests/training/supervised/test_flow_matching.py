@@ -44,8 +44,7 @@ def batch_of(samples, times, seed=0, dtype=torch.float32):
 
 def of_targets(batch):
     """The noisy targets out of the image stream, by sample."""
-    rows = batch.image[batch.layout.target_rows("cpu")]
-    return rows.split([segment.length for segment in batch.layout.targets])
+    return batch.layout.split_targets(batch.image[batch.layout.target_rows("cpu")])
 
 
 # ---- the batch ----
