@@ -33,13 +33,13 @@ LEVELS = [
     {"evaluation"},
     {"training.core"},
     {"training.batches"},
-    {"training.supervised"},
-    {"training.rl"},
+    {"training.supervised", "training.rl"},
     {"training.builtin"},
     {"training.sft", "training.msgrpo"},
     {"demo"},
     {"cli"},
 ]
+APART = {("training.rl", "training.supervised"), ("training.supervised", "training.rl")}  # neither imports the other
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 PUBLIC = uniref_fast._MODULE_OF  # names of the package itself, by the module that defines them
 FREE = ("__init__", "__main__", "__version__", "assets")  # no unit: the package itself and its data
@@ -80,6 +80,7 @@ def test_imports_point_one_way(path):
         return
     for other in imports_of(path):
         assert other in LEVEL_OF, f"{other} has no level: add it to LEVELS"
+        assert (own, other) not in APART, f"{path.relative_to(ROOT)} imports uniref_fast.{other}"
         assert LEVEL_OF[other] <= LEVEL_OF[own], f"{path.relative_to(ROOT)} imports uniref_fast.{other}"
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from uniref_fast.layout import Sample
 from uniref_fast.loading import load_pipeline
 from uniref_fast.model_kind import check_pipeline, check_transformer
 from uniref_fast.models import PackedQwenImage
@@ -134,6 +135,18 @@ class TrainedModel:
             )
         except ValueError as error:
             raise ValueError(f"lora_targets {list(config.lora_targets)}: {error}") from error
+
+    def idle_forward(self) -> Tensor:
+        """Run the smallest possible pack and return its prediction, `[1, C]`.
+
+        The ranks gather the sharded weights together, so a rank that has no pack of its own must still run the model
+        as often as the others do.
+        """
+        config, device, dtype = self.pipe.transformer.config, self.ranks.device, getattr(torch, self.config.dtype)
+        layout = self.packed.layout([Sample(1, (1, 1, 1))])
+        image = torch.zeros(1, config.in_channels, device=device, dtype=dtype)
+        text = torch.zeros(1, config.joint_attention_dim, device=device, dtype=dtype)
+        return self.packed(image, text, torch.full((1,), 0.5, device=device), layout)
 
     def sharded_bytes(self) -> int:
         """Bytes that the ranks share in training: weights, float32 gradients, two moments and the average."""

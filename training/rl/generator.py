@@ -31,7 +31,6 @@ from uniref_fast.training.rl.rollout import (
     schedule,
 )
 from uniref_fast.training.rl.sde import Sampler
-from uniref_fast.training.supervised.validation import idle_batch
 
 __all__ = ["Batch", "Roller"]
 
@@ -209,5 +208,4 @@ class Roller:
 
     def idle(self) -> torch.Tensor:
         """Take part in gathering the weights, without a pack."""
-        batch = idle_batch(self.model)
-        return self.model.packed(batch.image, batch.text, batch.t, batch.layout)
+        return self.model.idle_forward()

@@ -15,8 +15,19 @@ import torch
 from torch import Tensor
 
 from uniref_fast.layout import SelfLayout
+from uniref_fast.training.batches.samples import Encoded, Prepared
+from uniref_fast.training.core.model import TrainedModel
 
-__all__ = ["FlowBatch", "flow_batch", "resolution_shift", "sample_errors", "sample_t", "shifted"]
+__all__ = [
+    "FlowBatch",
+    "assemble_batch",
+    "flow_batch",
+    "partial_errors",
+    "resolution_shift",
+    "sample_errors",
+    "sample_t",
+    "shifted",
+]
 
 
 def resolution_shift(scheduler_config: Any, tokens: int) -> float:
@@ -92,6 +103,47 @@ def flow_batch(
         torch.cat(velocity),
         layout,
     )
+
+
+def assemble_batch(
+    model: TrainedModel,
+    samples: Sequence[tuple[Prepared, Encoded]],
+    times: Sequence[float],
+    noises: Sequence[Tensor],
+) -> FlowBatch:
+    """Pack encoded samples, with their times and noise, for a model.
+
+    Args:
+        model: The model that the batch is for; it decides the layout's modulation and the dtype.
+        samples: Sizes and tensors of each sample.
+        times: t of each sample, in [0, 1].
+        noises: Noise of each target, `[n, C]`.
+    """
+    return flow_batch(
+        [encoded.target for _, encoded in samples],
+        [encoded.references for _, encoded in samples],
+        [encoded.text for _, encoded in samples],
+        times,
+        noises,
+        model.packed.layout([prepared.sample for prepared, _ in samples]),
+        getattr(torch, model.config.dtype),
+    )
+
+
+def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
+    """Run the model and return this rank's part of each sample's mean squared error, float32 `[S]`.
+
+    Ranks that share a pack each compute the error of their own rows of the targets; their parts add up to the error.
+
+    Args:
+        packed: A `PackedQwenImage`.
+        batch: The pack to predict.
+    """
+    prediction = packed(batch.image, batch.text, batch.t, batch.layout)  # [N_target, C], or this rank's rows of it
+    if packed.parallel is None:
+        return sample_errors(prediction, batch)
+    cuts, rank = packed.parallel.targets(batch.layout), packed.parallel.rank
+    return sample_errors(prediction, batch, (cuts[rank], cuts[rank + 1]))
 
 
 def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] | None = None) -> Tensor:

@@ -1,9 +1,10 @@
-"""The loop of supervised fine-tuning: plan, encode, forward, backward, step; look, save, and survive what happens."""
+"""The trainer of supervised fine-tuning: the step, the validation, and the measured cost of samples."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,15 @@ from uniref_fast.training.batches.samples import Encoded, Encoder
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.monitor import GroupedMean
 from uniref_fast.training.core.trainer import Trainer
-from uniref_fast.training.supervised.flow_matching import FlowBatch, resolution_shift, sample_t
+from uniref_fast.training.supervised.flow_matching import (
+    FlowBatch,
+    assemble_batch,
+    partial_errors,
+    resolution_shift,
+    sample_t,
+)
 from uniref_fast.training.supervised.recipes import SFT
-from uniref_fast.training.supervised.validation import Validation, assembled, idle_batch, partial_errors
+from uniref_fast.training.supervised.validation import Validation
 
 __all__ = ["SFTTrainer"]
 
@@ -71,51 +78,45 @@ class SFTTrainer(Trainer):
             self.monitor.event(self.step, "cache", hits=self.encoder.cache.hits, misses=self.encoder.cache.misses)
 
     def train_step(self) -> bool:
-        start, config = time.perf_counter(), self.config
+        start = time.perf_counter()
+        # Every rank plans the same packs from the same rows, and knows from them which packs are its own.
         step_packs = self.loader.next(self.step)
-        encoded, unread = self._encoded(step_packs)
-        keys = [item.key for pack in step_packs.packs for item in pack.items]
-        told = self.ranks.gather((keys, step_packs.broken, unread))
-        agree([(planned, broken) for planned, broken, _ in told])
-        # Ranks of a group run the same packs: what one of them cannot read leaves the packs of all.
-        lost = {key: row for *_, rows in told for key, row in rows.items()}
-        self._report_broken(step_packs.broken + list(lost.values()), len(lost))
+        # A rank may fail to read an image that others can read. What failed is exchanged before anything is computed:
+        # the samples that remain decide both the packs and what the loss is divided by.
+        encoded, unread = self._encode(step_packs)
+        lost = self._exchange_unread(step_packs, unread)
         samples = sum(item.key not in lost for pack in step_packs.packs for item in pack.items)
-        batches = self._batches(step_packs, encoded, set(lost))
-        parts = []
-        for keys, batch in batches:
-            errors = partial_errors(self.model.packed, batch)
-            loss = errors.sum() * (1 / max(samples, 1) if keys else 0.0)
-            loss.backward()
-            parts += list(zip(keys, errors.detach().tolist(), strict=False))
-        labels = {key: (len(p.sample.references), p.task) for key, p in step_packs.prepared.items()}
-        seen = self.ranks.gather(([(key, *labels[key], error) for key, error in parts], self.signalled))
-        self.stopping = any(signalled for _, signalled in seen)
+
+        # Gradients are summed over packs and ranks. Dividing each pack's loss by the samples of the whole step, instead
+        # of averaging over packs, gives each sample the same weight however the samples are packed.
+        errors: list[tuple[PackKey, float]] = []
+        for keys, batch in self._batches(step_packs, encoded, lost):
+            errors += self._backward(keys, batch, samples)
+
+        # A signal reaches ranks at different moments. It is exchanged once a step, with the errors, so that all ranks
+        # stop after the same step.
+        labels = {key: (len(row.sample.references), row.task) for key, row in step_packs.prepared.items()}
+        gathered = self.ranks.gather(([(key, *labels[key], error) for key, error in errors], self.signalled))
+        self.stopping = any(signalled for _, signalled in gathered)
+
+        # All ranks see the same norm and loss, so all of them take the step or all skip it. The average follows the
+        # weights only where they have moved.
         norm = self.norm()
-        metrics = self._losses([row for rows, _ in seen for row in rows], samples)
+        metrics = self._losses([row for rows, _ in gathered for row in rows], samples)
         if self.finite(norm, metrics["loss"], lambda: self._places(step_packs)):
             self.take_step(norm)
             if self.average is not None:
                 self.average.update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        report = packing.report(step_packs.packs, self.ranks.replicas)
-        metrics |= {
-            "lr": config.lr(self.step),
-            "grad_norm": norm,
-            "utilisation": report.utilisation,
-            "imbalance": report.imbalance,
-        }
-        flops = sum(3 * self.flops(pack.samples) for pack in step_packs.packs) if self.monitor.flops_per_second else 0.0
-        self.monitor.step(
-            self.step, metrics, tokens=report.tokens, samples=samples, flops=flops, seconds=time.perf_counter() - start
-        )
+        self._log_step(step_packs, {**metrics, "lr": self.config.lr(self.step), "grad_norm": norm}, samples, start)
         return True
 
-    def _places(self, step_packs: StepPacks) -> list[str]:
-        return [self.loader.dataset.where(item.key[1]) for pack in step_packs.packs for item in pack.items]
+    def _encode(self, step_packs: StepPacks) -> tuple[dict[PackKey, Encoded], dict[PackKey, tuple[str, str]]]:
+        """Encode this rank's samples.
 
-    def _encoded(self, step_packs: StepPacks) -> tuple[dict[PackKey, Encoded], dict[PackKey, tuple[str, str]]]:
-        """Tensors of this rank's samples, and (place, reason) of those whose images cannot be read."""
+        Returns:
+            Tensors of each sample, and (place, reason) of each sample whose images cannot be read.
+        """
         encoded: dict[PackKey, Encoded] = {}
         unread: dict[PackKey, tuple[str, str]] = {}
         for key, prepared in step_packs.prepared.items():
@@ -125,28 +126,59 @@ class SFTTrainer(Trainer):
                 unread[key] = (prepared.row.where, str(error).removeprefix(f"{prepared.row.where}: "))
         return encoded, unread
 
+    def _exchange_unread(self, step_packs: StepPacks, unread: dict[PackKey, tuple[str, str]]) -> set[PackKey]:
+        """Return the samples that any rank could not read; they leave the packs of all ranks. Record broken rows.
+
+        Raises:
+            BrokenRowsError: The ranks planned different rows, or more rows are broken than the run allows.
+        """
+        keys = [item.key for pack in step_packs.packs for item in pack.items]
+        gathered = self.ranks.gather((keys, step_packs.broken, unread))
+        agree([(planned, broken) for planned, broken, _ in gathered])
+        lost = {key: row for *_, rows in gathered for key, row in rows.items()}
+        rows = step_packs.broken + list(lost.values())
+        for where, reason in rows:
+            self.monitor.event(self.step, "broken row", where=where, reason=reason)
+        if lost:
+            self.loader.count_broken(len(lost), rows)
+        return set(lost)
+
     def _batches(
         self, step_packs: StepPacks, encoded: dict[PackKey, Encoded], lost: set[PackKey]
-    ) -> list[tuple[list[PackKey], FlowBatch]]:
-        """This rank's packs as (keys of the samples, batch); what is lost leaves its pack."""
+    ) -> Iterator[tuple[list[PackKey], FlowBatch | None]]:
+        """Yield the keys and the batch of each of this rank's packs, without lost samples; None for an empty pack."""
         config, scheduler = self.config, self.model.pipe.scheduler.config
-        batches = []
         for number in step_packs.mine:
             keys = [item.key for item in step_packs.packs[number].items if item.key not in lost]
-            chosen = [(step_packs.prepared[key], encoded[key]) for key in keys]
             times, noises = [], []
-            for key, (_, tensors) in zip(keys, chosen, strict=True):
-                shift = resolution_shift(scheduler, len(tensors.target))
+            for key in keys:
+                shape = encoded[key].target.shape  # [n, C]
+                shift = resolution_shift(scheduler, len(encoded[key].target))
                 times.append(sample_t(draw(config.seed, "t", key), config.t_mean, config.t_std, shift))
-                noises.append(torch.randn(tensors.target.shape, generator=draw(config.seed, "noise", key)))
-            batch = assembled(self.model, chosen, times, noises) if keys else idle_batch(self.model)
-            batches.append((keys, batch))
-        return batches
+                noises.append(torch.randn(shape, generator=draw(config.seed, "noise", key)))
+            samples = [(step_packs.prepared[key], encoded[key]) for key in keys]
+            yield keys, assemble_batch(self.model, samples, times, noises) if keys else None
 
-    def _losses(self, rows: list[tuple[Any, int, str, float]], samples: int) -> dict[str, float]:
-        """Mean loss over all samples, and by number of references and by task; parts of one sample are added up."""
+    def _backward(self, keys: list[PackKey], batch: FlowBatch | None, samples: int) -> list[tuple[PackKey, float]]:
+        """Add the gradient of a pack; return this rank's part of each sample's error."""
+        if batch is None:
+            # The other ranks run a pack now, and need this one to gather the weights and to reduce the gradients.
+            (self.model.idle_forward().sum() * 0.0).backward()
+            return []
+        errors = partial_errors(self.model.packed, batch)  # [S]
+        (errors.sum() * (1 / samples)).backward()
+        return list(zip(keys, errors.detach().tolist(), strict=True))
+
+    def _losses(self, rows: list[tuple[PackKey, int, str, float]], samples: int) -> dict[str, float]:
+        """Return the mean loss of all samples, and the means by number of references and by task.
+
+        Args:
+            rows: (key, number of references, task, error) of every rank; ranks that share a pack each have a part of
+                the error, and the parts of a sample are added up.
+            samples: Number of samples of the step.
+        """
         by_k, by_task = GroupedMean("loss_by_k"), GroupedMean("loss_by_task")
-        whole: dict[Any, tuple[int, str, float]] = {}
+        whole: dict[PackKey, tuple[int, str, float]] = {}
         for key, k, task, error in rows:
             whole[key] = (k, task, whole[key][2] + error if key in whole else error)
         for k, task, error in whole.values():
@@ -155,11 +187,21 @@ class SFTTrainer(Trainer):
         total = math.fsum(error for *_, error in whole.values()) if samples else math.nan
         return {"loss": total / max(samples, 1), **by_k.reduce(), **by_task.reduce()}
 
-    def _report_broken(self, rows: list[tuple[str, str]], uncounted: int) -> None:
-        for where, reason in rows:
-            self.monitor.event(self.step, "broken row", where=where, reason=reason)
-        if uncounted:
-            self.loader.count_broken(uncounted, rows)
+    def _log_step(self, step_packs: StepPacks, metrics: dict[str, float], samples: int, start: float) -> None:
+        report = packing.report(step_packs.packs, self.ranks.replicas)
+        # The backward costs about twice the forward.
+        flops = sum(3 * self.flops(pack.samples) for pack in step_packs.packs) if self.monitor.flops_per_second else 0.0
+        self.monitor.step(
+            self.step,
+            {**metrics, "utilisation": report.utilisation, "imbalance": report.imbalance},
+            tokens=report.tokens,
+            samples=samples,
+            flops=flops,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _places(self, step_packs: StepPacks) -> list[str]:
+        return [self.loader.dataset.where(item.key[1]) for pack in step_packs.packs for item in pack.items]
 
     # ---- planning ----
 

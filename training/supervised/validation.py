@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from uniref_fast.edit import edit
 from uniref_fast.keyed_random import draw
-from uniref_fast.layout import Sample
 from uniref_fast.request import EditRequest
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.batches.heldout import heldout_datasets
@@ -21,14 +18,14 @@ from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised.flow_matching import (
     FlowBatch,
-    flow_batch,
+    assemble_batch,
+    partial_errors,
     resolution_shift,
-    sample_errors,
     shifted,
 )
 from uniref_fast.training.supervised.recipes import SFT
 
-__all__ = ["Validation", "idle_batch", "partial_errors"]
+__all__ = ["Validation"]
 
 
 class Validation:
@@ -68,7 +65,7 @@ class Validation:
                 batch = self._batch(name, stage, packs[number])
                 total += float(partial_errors(self.model.packed, batch).sum())
             else:
-                partial_errors(self.model.packed, idle_batch(self.model))
+                self.model.idle_forward()
         return sum(ranks.gather(total)) / count
 
     def _rows(self, name: str, stage: BudgetStage, count: int) -> list[tuple[Prepared, Encoded | None]]:
@@ -95,7 +92,7 @@ class Validation:
             t = torch.sigmoid(self.config.t_mean + self.config.t_std * torch.special.ndtri(quantile)).item()
             times.append(shifted(t, shift))
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
-        return assembled(self.model, chosen, times, noises)
+        return assemble_batch(self.model, chosen, times, noises)
 
     def grid(self, stage: BudgetStage, max_tokens: int) -> Image.Image | None:
         """References, target and result of some rows of each file, as a labelled picture. All ranks, in packs of
@@ -140,38 +137,3 @@ class Validation:
             rows.append([(f"{i}. made", result), (name, target), *shown])
         texts = "\n".join(f"{i}. {text}" for i, (_, text, *_) in enumerate(pictures, start=1))
         return contact_sheet(rows, caption=texts, cell=160)
-
-
-def assembled(
-    model: TrainedModel, chosen: list[tuple[Prepared, Encoded]], times: list[float], noises: list[Tensor]
-) -> FlowBatch:
-    """A batch of encoded samples with their times and noise."""
-    layout = model.packed.layout([prepared.sample for prepared, _ in chosen])
-    encoded = [tensors for _, tensors in chosen]
-    return flow_batch(
-        [e.target for e in encoded],
-        [e.references for e in encoded],
-        [e.text for e in encoded],
-        times,
-        noises,
-        layout,
-        getattr(torch, model.config.dtype),
-    )
-
-
-def idle_batch(model: TrainedModel) -> FlowBatch:
-    """The least that a model can run, for a rank that must take part without a sample of its own."""
-    config, device = model.pipe.transformer.config, model.ranks.device
-    layout = model.packed.layout([Sample(1, (1, 1, 1))])
-    target, none = torch.zeros(1, config.in_channels, device=device), torch.zeros(0, config.in_channels, device=device)
-    text = torch.zeros(1, config.joint_attention_dim, device=device)
-    return flow_batch([target], [none], [text], [0.5], [target], layout, getattr(torch, model.config.dtype))
-
-
-def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
-    """This rank's part of each sample's mean squared error, `[S]`; over the ranks of a group the parts add up."""
-    prediction = packed(batch.image, batch.text, batch.t, batch.layout)
-    if packed.parallel is None:
-        return sample_errors(prediction, batch)
-    cuts, rank = packed.parallel.targets(batch.layout), packed.parallel.rank
-    return sample_errors(prediction, batch, (cuts[rank], cuts[rank + 1]))
