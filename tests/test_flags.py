@@ -1,6 +1,7 @@
+import argparse
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -8,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uniref_fast.flags import ConfigError, Parsed, differences, from_json, parse, to_json
+from uniref_fast.flags import ConfigError, Parsed, add_fields, parse, to_json
 
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW.
+    """Settings of AdamW.
 
     Attributes:
-        lr: learning rate; 100% of it after the warm-up.
-        betas: decay rates of the two averages.
+        lr: Learning rate, 100% of which is reached after the warm-up.
+        betas: Decay rates of the two averages.
     """
 
     lr: float = 4e-4
@@ -30,16 +31,22 @@ class Adam:
 
 @dataclass(frozen=True)
 class Stage:
+    """One stage.
+
+    Attributes:
+        side: Side of the images in pixels.
+    """
+
     side: int
     steps: int = 10
 
 
 @dataclass(frozen=True)
 class Base:
-    """What runs share.
+    """Settings that runs share.
 
-    Attributes:
-        seed: of all random numbers.
+    Attributes: Random numbers
+        seed: Seed of all random numbers.
     """
 
     seed: int = 0
@@ -47,18 +54,22 @@ class Base:
 
 @dataclass(frozen=True)
 class Run(Base):
-    """One run: everything it depends on.
+    """Settings of one run.
 
-    Attributes:
-        pack_tokens: most tokens of a pack; a sample that is larger
+    Attributes: Model
+        precision: Data type of the weights.
+
+    Attributes: Batches
+        pack_tokens: Largest number of tokens in a pack; a larger sample
             is an error.
-        packs, ranks: packs of a step, and how many
-            share them.
-        precision: of the weights.
-        optimizer: how weights move.
-        stages: pixel budgets, one after another.
+        packs, ranks: Packs of a step, and the number of
+            ranks that share them.
 
-    Not this: it is no attribute.
+    Attributes: Schedule
+        optimizer: Settings of AdamW.
+        stages: Pixel budgets, one after another.
+
+    Note: this line is not an attribute.
     """
 
     pack_tokens: int = 32768
@@ -91,9 +102,10 @@ class Options:
 
 
 def small():
-    """A run of seconds.
+    """A run of a few seconds on a CPU,
+    with 100% of its data.
 
-    This is not in the help.
+    This paragraph is not in the help.
     """
     return Run(pack_tokens=2048, stages=(Stage(64),))
 
@@ -147,7 +159,7 @@ def test_recipes():
 def test_fields_by_name(argv, name, value):
     config = run(*argv)
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value)
-    assert {change.split(":")[0].split(".")[0] for change in differences(Run(), config)} <= {name}  # and nothing else
+    assert replace(config, **{name: getattr(Run(), name)}) == Run()  # and nothing else changed
 
 
 def test_checks_see_all_overrides_at_once():
@@ -162,7 +174,7 @@ def test_checks_see_all_overrides_at_once():
 def test_options_beside_the_run():
     parsed = parse(RECIPES, ["--dry-run", "true", "--seed", "4", "--every=2"], extra=Options())
     assert parsed == Parsed("paper", Run(seed=4), Options(True, 2))
-    with pytest.raises(ConfigError, match="unknown flag --dry-runs; nearest: --dry-run;"):
+    with pytest.raises(ConfigError, match="unknown flag --dry-runs; did you mean --dry-run\\?"):
         parse(RECIPES, ["--dry-runs", "true"], extra=Options())
     with pytest.raises(TypeError, match="--seed would have two meanings"):
         parse(RECIPES, [], extra=Base())
@@ -171,44 +183,50 @@ def test_options_beside_the_run():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--pack-token", "1"], "unknown flag --pack-token; nearest: --pack-tokens; --help lists all"),
-        (["--lr", "1"], "unknown flag --lr; nearest: --optimizer.lr;"),
-        (["--optimiser.lr", "1"], "unknown flag --optimiser.lr; nearest: --optimizer.lr;"),
-        (["--optimizer.l", "1"], "nearest: --optimizer.lr;"),
-        (["--stages.2.steps", "1"], "unknown flag --stages.2.steps; nearest: --stages.0.steps"),
-        (["--optimizer", "sgd"], "--optimizer is a group; it has --optimizer.lr, --optimizer.betas"),
-        (["--stages", "3"], "--stages is a group; it has --stages.0.side, --stages.0.steps, --stages.1.side"),
+        (["--pack-token", "1"], "unknown flag --pack-token; did you mean --pack-tokens[?] --help lists all"),
+        (["--lr", "1"], "unknown flag --lr; did you mean --optimizer.lr[?]"),
+        (["--optimiser.lr", "1"], "unknown flag --optimiser.lr; did you mean --optimizer.lr[?]"),
+        (["--optimizer.l", "1"], "did you mean --optimizer.lr[?]"),
+        (["--stages.2.steps", "1"], "unknown flag --stages.2.steps; did you mean --stages.0.steps[?]"),
+        (
+            ["--optimizer", "sgd"],
+            "group of flags; give one of them: --optimizer.lr, --optimizer.betas",
+        ),
+        (
+            ["--stages", "3"],
+            "--stages is a group of flags; give one of them: --stages.0.side, --st",
+        ),
         (["--derived", "3"], "unknown flag --derived"),  # not given to the constructor
-        (["--seed", "1e3"], "--seed expects integer, got '1e3'"),
-        (["--seed", "1.0"], "--seed expects integer"),
-        (["--seed", "1__0"], "--seed expects integer"),
-        (["--seed", ""], "--seed expects integer, got ''"),
-        (["--seed", "\u0663"], "--seed expects integer"),  # a digit for int(), not for a reader
-        (["--clip", "fast"], r"--clip expects number\|none, got 'fast'"),
-        (["--clip", "nan"], r"--clip expects number\|none, got 'nan'"),
-        (["--clip", "1e999"], r"--clip expects number\|none"),
+        (["--seed", "1e3"], "--seed expects INTEGER, got '1e3'"),
+        (["--seed", "1.0"], "--seed expects INTEGER"),
+        (["--seed", "1__0"], "--seed expects INTEGER"),
+        (["--seed", ""], "--seed expects INTEGER, got ''"),
+        (["--seed", "\u0663"], "--seed expects INTEGER"),  # a digit for int(), not for a reader
+        (["--clip", "fast"], r"--clip expects NUMBER\|none, got 'fast'"),
+        (["--clip", "nan"], r"--clip expects NUMBER\|none, got 'nan'"),
+        (["--clip", "1e999"], r"--clip expects NUMBER\|none"),
         (["--ema", "yes"], r"--ema expects true\|false, got 'yes'"),
         (["--ema", "none"], r"--ema expects true\|false"),
         (["--ema"], r"--ema needs a value: true\|false"),
         (["--ema", "--seed", "1"], r"--ema needs a value: true\|false"),
         (["--precision", "fp16"], r"--precision expects bf16\|fp32, got 'fp16'"),
         (["--level", "3"], r"--level expects 1\|2\|all, got '3'"),
-        (["--out", ""], "--out expects path, got ''"),
+        (["--out", ""], "--out expects PATH, got ''"),
         (["--out", "a", "--out", "b"], "--out is given twice"),
         (["--pack-tokens=1", "--pack_tokens=1"], "--pack_tokens is given twice"),
-        (["--weights", "1,x"], r"--weights expects number,...\|none, got '1,x'"),
-        (["--weights", "1,"], "--weights expects number"),
-        (["--data", "a,,b"], "--data expects path,..., got 'a,,b'"),
+        (["--weights", "1,x"], r"--weights expects NUMBER,...\|none, got '1,x'"),
+        (["--weights", "1,"], "--weights expects NUMBER"),
+        (["--data", "a,,b"], "--data expects PATH,..., got 'a,,b'"),
         (["--modes", "edit,crop"], r"--modes expects edit\|compose,..., got 'edit,crop'"),
-        (["--optimizer.betas", "0.9"], "--optimizer.betas expects number,number, got '0.9'"),
-        (["--optimizer.betas", "1,2,3"], "--optimizer.betas expects number,number"),
-        (["--optimizer.betas="], "--optimizer.betas expects number,number, got ''"),
+        (["--optimizer.betas", "0.9"], "--optimizer.betas expects NUMBER,NUMBER, got '0.9'"),
+        (["--optimizer.betas", "1,2,3"], "--optimizer.betas expects NUMBER,NUMBER"),
+        (["--optimizer.betas="], "--optimizer.betas expects NUMBER,NUMBER, got ''"),
         (["train"], "'train' is not a flag; flags are --name value"),
         (["-x", "3"], "'-x' is not a flag"),
         (["--"], "'--' is not a flag"),
         (["--=3"], "'--=3' is not a flag"),
         (["--seed", "1", "2"], "'2' is not a flag"),
-        (["--recipe", "papers"], "there is no recipe 'papers'; nearest: paper; possible: paper, small"),
+        (["--recipe", "papers"], "no recipe 'papers'; did you mean paper[?] possible: paper, small"),
         (["--recipe"], "--recipe needs the name of a recipe; possible: paper, small"),
     ],
 )
@@ -221,184 +239,116 @@ def test_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as stopped:
-            parse(RECIPES, [flag, "--recipe", "small"], extra=Options(), prog="train", description="Train it.")
+            parse(RECIPES, [flag, "--recipe", "small"], extra=Options(), prog="train", description="Train 100% of it.")
         assert stopped.value.code == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "usage: train [--recipe NAME] [--FIELD VALUE ...]" and "Train it." in lines
-    assert "--recipe small A run of seconds." in lines
+    assert lines[0] == "usage: train [--recipe NAME] [--FLAG VALUE ...]" and "Train 100% of it." in lines
+    assert "--recipe small A run of a few seconds on a CPU, with 100% of its data." in lines  # its first paragraph
     joined = " ".join(lines)
     for expected in (
-        "--seed integer of all random numbers (0)",  # from the base class
-        "--pack-tokens integer most tokens of a pack; a sample that is larger is an error (2048)",  # of the recipe
-        "--packs integer packs of a step, and how many share them (8)",
-        "--ranks integer packs of a step, and how many share them (1)",
-        "--ema true|false (true)",
-        "--precision bf16|fp32 of the weights (bf16)",
-        "--note text|none (none)",
-        "--data path,... (empty)",
-        "--optimizer.lr number learning rate; 100% of it after the warm-up (4e-4)",
-        "--optimizer.betas number,number decay rates of the two averages (0.9,0.95)",
-        "optimizer: how weights move.",
-        "--stages.0.side integer (64)",
-        "--dry-run true|false (false)",
+        "--seed INTEGER Seed of all random numbers. (default: 0)",  # from the base class
+        "--pack-tokens INTEGER Largest number of tokens in a pack; a larger sample is an error. (default: 2048)",
+        "--packs INTEGER Packs of a step, and the number of ranks that share them. (default: 8)",
+        "--ranks INTEGER Packs of a step, and the number of ranks that share them. (default: 1)",
+        "--ema true|false (default: true)",
+        "--precision bf16|fp32 Data type of the weights. (default: bf16)",
+        "--note TEXT|none (default: none)",
+        "--data PATH,... (default: empty)",
+        "--optimizer.lr NUMBER Learning rate, 100% of which is reached after the warm-up. (default: 0.0004)",
+        "--optimizer.betas NUMBER,NUMBER Decay rates of the two averages. (default: 0.9,0.95)",
+        "optimizer: Settings of AdamW.",
+        "stages.N: Pixel budgets, one after another.",
+        "--stages.N.side INTEGER Side of the images in pixels. (default: 64)",
+        "--dry-run true|false (default: false)",
+        "Defaults are those of the recipe small",
     ):
-        assert expected in joined
-    assert "stages.1" not in joined and "derived" not in joined and "not in the help" not in joined
-    for name in ("seed", "level", "name", "clip", "out", "resume", "weights", "modes", "stages.0.steps", "every"):
+        assert expected in joined, expected
+    assert "derived" not in joined and "not in the help" not in joined and "not an attribute" not in joined
+    for name in ("seed", "level", "name", "clip", "out", "resume", "weights", "modes", "stages.N.steps", "every"):
         assert joined.count(f"--{name} ") == 2  # each once in each of the two texts
+
+
+def test_help_is_in_the_groups_and_the_order_of_the_docstrings(capsys):
+    with pytest.raises(SystemExit):
+        parse(RECIPES, ["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Recipes:", "Random numbers:", "Model:", "Batches:", "optimizer:", "stages.N:", "Other:"]
+    batches = lines[lines.index("Batches:") : lines.index("optimizer:")]
+    assert [line.split()[0] for line in batches if "--" in line] == ["--pack-tokens", "--packs", "--ranks"]
+
+
+def test_help_shows_the_default_of_each_element_where_they_differ(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse(RECIPES, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--stages.N.side INTEGER Side of the images in pixels. (default: 1024; 1536)" in text
+    assert "--stages.N.steps INTEGER (default: 10; 20)" in text
+
+
+def test_help_of_one_recipe_lists_no_recipes(capsys):
+    with pytest.raises(SystemExit):
+        parse({"run": Run}, ["--help"], prog="train")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: train [--FLAG VALUE ...]\n") and "ecipe" not in text
+
+
+# ---- arguments of argparse ----
+
+
+def arguments(*argv, names=None):
+    parser = argparse.ArgumentParser(prog="train")
+    add_fields(parser, Run(), names, prefix="run")
+    return vars(parser.parse_args(argv))
+
+
+def test_fields_as_arguments():
+    assert arguments() == {}  # flags that are not given leave nothing
+    given = arguments("--run-pack-tokens", "5", "--run-clip=none", "--run-data", "a,b", "--run-optimizer.lr", "1")
+    assert given == {
+        "run_pack_tokens": 5,
+        "run_clip": None,
+        "run_data": (Path("a"), Path("b")),
+        "run_optimizer.lr": 1.0,
+    }
+
+
+def test_fields_as_arguments_are_chosen_and_checked(capsys):
+    assert arguments("--run-seed", "3", names=["seed", "packs"]) == {"run_seed": 3}
+    for argv, message in (
+        (["--run-ema", "true"], "unrecognized arguments"),
+        (["--run-packs", "many"], "--run-packs: expects INTEGER, got 'many'"),
+    ):
+        with pytest.raises(SystemExit):
+            arguments(*argv, names=["seed", "packs"])
+        assert message in capsys.readouterr().err
 
 
 # ---- JSON ----
 
-paths = st.text("ab/.é", min_size=1).map(Path)
-floats = st.floats(allow_nan=False, allow_infinity=False)
-runs = st.builds(
-    Run,
-    seed=st.integers(),
-    pack_tokens=st.integers(),
-    ema=st.booleans(),
-    precision=st.sampled_from(["bf16", "fp32"]),
-    level=st.sampled_from([1, 2, "all"]),
-    name=st.text(),
-    note=st.none() | st.text(),
-    clip=st.none() | floats,
-    out=paths,
-    resume=st.none() | paths,
-    data=st.lists(paths).map(tuple),
-    weights=st.none() | st.lists(floats).map(tuple),
-    modes=st.lists(st.sampled_from(["edit", "compose"])).map(tuple),
-    optimizer=st.builds(Adam, lr=floats.map(abs), betas=st.tuples(floats, floats)),
-    stages=st.lists(st.builds(Stage, st.integers(), st.integers()), max_size=3).map(tuple),
-)
 
-
-@settings(max_examples=50, deadline=None)
-@given(runs)
-def test_json_round_trip(config):
-    again = from_json(Run, to_json(config))
-    assert again == config and repr(again) == repr(config)
-    assert differences(config, again) == []
-
-
-@settings(max_examples=50, deadline=None)
-@given(runs, runs)
-def test_differences_are_those_of_json(a, b):
-    def flat(data, name=""):
-        if isinstance(data, dict):
-            return {k: v for key, value in data.items() for k, v in flat(value, f"{name}.{key}".lstrip(".")).items()}
-        if name == "stages":
-            return {k: v for i, value in enumerate(data) for k, v in flat(value, f"{name}.{i}").items()}
-        return {name: data}
-
-    x, y = (flat(json.loads(to_json(config))) for config in (a, b))
-    expected = {name for name in x | y if x.get(name, "absent") != y.get(name, "absent")}
-    assert {line.split(":")[0] for line in differences(a, b)} == expected
-
-
-def test_json_is_for_people():
-    assert json.loads(to_json(small()))["optimizer"] == {"lr": 0.0004, "betas": [0.9, 0.95]}
-    assert "derived" not in to_json(small())
-    assert from_json(Run, '{"clip": 1, "optimizer": {"lr": 1}, "stages": [{"side": 4}]}') == Run(
-        clip=1.0, optimizer=Adam(1.0), stages=(Stage(4),)
-    )
-    assert type(from_json(Run, '{"clip": 1}').clip) is float
-    assert from_json(Run, "{}") == Run()
+def test_json():
+    config = replace(small(), data=(Path("a"),), note="é", clip=None)
+    saved = json.loads(to_json(config))
+    assert list(saved)[:3] == ["seed", "pack_tokens", "packs"]  # in the order of the fields
+    assert saved["optimizer"] == {"lr": 0.0004, "betas": [0.9, 0.95]} and saved["stages"] == [{"side": 64, "steps": 10}]
+    assert (saved["out"], saved["data"], saved["note"], saved["clip"]) == ("out", ["a"], "é", None)
+    assert "derived" not in saved
     undecodable = Run(name="\udcff")  # a byte of the command line that is not UTF-8
-    assert from_json(Run, to_json(undecodable).encode().decode()) == undecodable
+    assert json.loads(to_json(undecodable).encode().decode())["name"] == "\udcff"
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"pack_token": 1}', "unknown key pack_token; nearest: pack_tokens; known: seed, pack_tokens, "),
-        ('{"optimizer": {"rl": 1}}', "unknown key optimizer.rl; nearest: lr; known: lr, betas"),
-        ('{"stages": [{"side": 1, "step": 2}]}', "unknown key stages.0.step; nearest: steps"),
-        ('{"derived": 1}', "unknown key derived"),
-        ('{"stages": [{"side": 1}, {"steps": 2}]}', "missing without a default: stages.1.side"),
-        ('{"seed": 1, "seed": 2}', "gives 'seed' 2 times"),
-        ('{"seed": 1.0}', "seed must be integer, not 1.0"),
-        ('{"seed": true}', "seed must be integer, not true"),
-        ('{"seed": "1"}', 'seed must be integer, not "1"'),
-        ('{"seed": null}', "seed must be integer, not null"),
-        ('{"ema": 1}', r"ema must be true\|false, not 1"),
-        ('{"clip": true}', r"clip must be number\|none, not true"),
-        ('{"clip": NaN}', r"clip must be number\|none, not NaN"),
-        ('{"clip": Infinity}', "clip must be number"),
-        ('{"clip": 1e999}', "clip must be number"),
-        ('{"clip": 1%s}' % ("0" * 400), "clip must be number"),
-        ('{"name": 3}', "name must be text, not 3"),
-        ('{"out": ""}', 'out must be path, not ""'),
-        ('{"precision": "fp16"}', r'precision must be bf16\|fp32, not "fp16"'),
-        ('{"level": true}', r"level must be 1\|2\|all, not true"),  # True == 1
-        ('{"data": "a"}', 'data must be path,..., not "a"'),
-        ('{"data": ["a", 1]}', "data.1 must be path, not 1"),
-        ('{"optimizer": {"betas": [1]}}', "optimizer.betas must be number,number, not "),
-        ('{"optimizer": 3}', "optimizer must be object with the keys lr, betas, not 3"),
-        ('{"optimizer": null}', "optimizer must be object"),
-        ('{"stages": {"side": 1}}', "stages must be object with the keys side, steps,..., not"),
-        ('{"optimizer": {"lr": -1}}', "optimizer: lr must not be negative"),
-        ('{"ranks": 3}', "8 packs do not divide by 3 ranks"),
-        ("[]", "the JSON must be object with the keys seed, "),
-        ("", "not JSON"),
-        ('{"seed": 1', "not JSON: .*line 1"),  # truncated
-    ],
-)
-def test_wrong_json(text, message):
-    with pytest.raises(ConfigError, match=message):
-        from_json(Run, text)
+@settings(max_examples=50, deadline=None)
+@given(st.floats(allow_nan=False, allow_infinity=False).map(abs))
+def test_json_keeps_floats_exactly(value):
+    assert json.loads(to_json(Adam(lr=value)))["lr"] == value
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        (Run(clip=math.nan), "clip must be number"),
-        (Run(weights=(1.0, math.inf)), "weights.1 must be number"),
-        (Run(data=[Path("a")]), "would not come back .* data: "),  # a list would come back as a tuple
-        (Run(out="a"), "would not come back .* out: "),
-        (Run(seed=1.5), "seed must be integer, not 1.5"),
-        (Run(seed={1}), "seed must be integer"),
-        (Run(precision="int8"), "precision must be"),
-        (Run(optimizer=Stage(1)), "unknown key optimizer.side"),
-    ],
-)
-def test_what_json_cannot_keep_is_not_written(config, message):
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("config", [Run(clip=math.nan), Run(weights=(1.0, math.inf))])
+def test_json_holds_finite_numbers_only(config):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         to_json(config)
-
-
-def test_differences():
-    assert differences(Run(), Run()) == []
-    changed = Run(
-        name="a b",
-        note="",
-        clip=None,
-        ema=False,
-        data=(Path("x"), Path("y")),
-        optimizer=Adam(2e-4),
-        stages=(Stage(64),),
-    )
-    assert differences(Run(), changed) == [
-        "ema: true -> false",
-        "name: run -> 'a b'",
-        "note: none -> ''",
-        "clip: 1.0 -> none",
-        "data: empty -> x,y",
-        "optimizer.lr: 4e-4 -> 2e-4",
-        "stages.0.side: 1024 -> 64",
-        "stages.1.side: 1536 -> absent",
-        "stages.1.steps: 20 -> absent",
-    ]
-    with pytest.raises(TypeError, match="cannot compare a Run with a Adam"):
-        differences(Run(), Adam())
-    with pytest.raises(TypeError, match="instance of a dataclass"):
-        differences(3, 4)
-
-
-@settings(max_examples=200, deadline=None)
-@given(floats)
-def test_floats_are_shown_exactly(value):
-    shown = differences(Adam(lr=0.5), Adam(lr=abs(value)))
-    assert [float(line.split(" -> ")[1]) for line in shown] == [abs(value)] * (abs(value) != 0.5)
 
 
 # ---- classes that cannot be a configuration ----
@@ -413,7 +363,7 @@ def test_unsupported_types_are_named(kind):
     class Odd:
         odd: kind = None
 
-    with pytest.raises(TypeError, match=r"Odd.odd has type .*; a configuration holds int, float, str, bool, Path and"):
+    with pytest.raises(TypeError, match=r"the field odd has the type .*, which no flag can express"):
         parse({"odd": Odd}, [])
 
 

@@ -695,7 +695,7 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
         ([data, "--out", data / "results"], "its files would be taken for rows"),
         ([bench, "--reward", "scene"], "mico_bench_hoi.jsonl:1 has no scene; the scene reward needs"),
         ([file, "--judge-model", "x"], "--judge-model is for --reward judge"),
-        ([file, "--reward", "judge", "--judge-timeout", "soon"], "--judge-timeout expects number, got 'soon'"),
+        ([file, "--reward", "judge", "--judge-timeout", "soon"], "--judge-timeout expects NUMBER, got 'soon'"),
         ([file, "--reward", "judge", "--judge-url", "ftp://x"], "judge: url must be like"),
         ([file, "--against", tmp_path], "holds no results.json"),
         ([bench, "--against", whole, "--reward", "none"], "reward is 'none' here and 'scene' there"),

@@ -1,5 +1,6 @@
 """The judge against a real endpoint on this machine that is slow, crowded, wrong, away or indiscreet on purpose."""
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -820,7 +821,7 @@ def test_the_configuration_becomes_flags(tmp_path, capsys):
     argv = ["--url=http://h:1/v1/", "--temperature", "none", "--replay", str(tmp_path), "--json-mode", "off"]
     config = flags.parse({"judge": JudgeConfig}, argv).config
     assert config.base == "http://h:1/v1" and config.temperature is None and config.replay == tmp_path
-    assert flags.from_json(JudgeConfig, flags.to_json(config)) == config
+    assert json.loads(flags.to_json(config)) == {**dataclasses.asdict(config), "replay": str(tmp_path)}
     with pytest.raises(SystemExit):
         flags.parse({"judge": JudgeConfig}, ["--help"])
     assert "(" not in [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]

@@ -408,8 +408,8 @@ def test_lora_with_measured_costs_and_recomputed_blocks(data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--pack-tokens", "5"), "nearest: --stages.0.pack-tokens"),
-        (("--stpes", "5"), "nearest: --steps"),
+        (("--pack-tokens", "5"), "did you mean --stages.0.pack-tokens"),
+        (("--stpes", "5"), "did you mean --steps"),
         (("--stages.0.sequence-parallel", "2"), "these do: 1"),
         (("--memory-gib", "0.01"), "GiB"),
         (("--data", "nothing.jsonl"), "no such file"),
