@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # The tested sets of versions: constraints.txt (the CUDA build of torch that pip installs) and constraints-cpu.txt.
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= test,bench,lint,processor
+EXTRAS ?= test,bench,lint,processor,docs
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,7 +11,7 @@ RESULTS ?= $(or $(OUT),bench/results)
 # Versions of Triton that `make kernels` compiles with; "newest" is the newest release.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 newest
 
-.PHONY: demo test bench lint kernels gpu train-builtin tune clean
+.PHONY: demo test bench lint docs kernels gpu train-builtin tune clean
 
 demo: $(STAMP)  ## stock against patched pipeline on a composed scene: out/demo.png
 	$(BIN)/uniref-fast demo --out out/demo.png
@@ -24,6 +24,9 @@ bench: $(STAMP)  ## every benchmark on this machine, side by side: a table, and 
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+docs: $(STAMP)  ## the documentation as a site: build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90 and sm_100 with each of TRITONS and check the report
 	set -e; for version in $(TRITONS); do \
