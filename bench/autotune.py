@@ -164,8 +164,6 @@ def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
         tried += (
             grid((128,), (128,), (8,), (2, 3)) + grid((128,), (64,), (4,), (2, 3)) + grid((128,), (32,), (8,), (3,))
         )
-        if capability[0] == 9:
-            tried += [dataclasses.replace(tried[0], hopper_keys=keys) for keys in (64, 128)]
         return tried
     # The two kernels run one after the other: each is varied beside the other's default.
     default = pick_backward_config(dim, dtype, capability)

@@ -15,7 +15,6 @@ It says nothing about speed or results. Exit status 1 when a check fails.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import re
 import subprocess
@@ -24,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -43,12 +42,12 @@ from uniref_fast.kernels import (
     segment_attention_backward,
     segment_attention_config,
 )
+from uniref_fast.kernels.segment_attention_config import AttentionConfig, AttentionTables
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
 TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
 
-HOPPER_KEYS = 128
 TEXT, IMAGE, HEADS, CHANNELS = 1024, 16384, 24, 3072  # Qwen-Image-Edit with a target and three references at 1024^2
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -59,12 +58,10 @@ FP8_FLOOR = 89  # conversions to e4m3
 
 # What a kernel must show: tensor-core instructions, and the width of its widest load and store in bits; none narrower
 # than 32 bits unless so little is stored that 16 are expected.
-HOPPER = "hopper_kernel"
 MATMUL = (True, 128, 128)
 STREAM = (False, 128, 128)
 EXPECTED = {
     "segment_attention_kernel": MATMUL,
-    HOPPER: (True, 0, 128),  # loads through TMA
     "dq_kernel": MATMUL,
     "dkdv_kernel": MATMUL,
     "delta_kernel": (False, 128, 32),
@@ -99,7 +96,6 @@ class Report:
     widest_load: int
     widest_store: int
     narrow: int
-    specialised: bool
 
     def violations(self) -> list[str]:
         matmul, load, store = EXPECTED.get(self.kernel, STREAM)
@@ -114,8 +110,6 @@ class Report:
             found.append(f"no {TENSOR_CORE[self.arch]} instruction")
         if self.widest_load < load or self.widest_store < store:
             found.append(f"global access: loads of {self.widest_load} bits, stores of {self.widest_store} bits")
-        if self.kernel == HOPPER and not self.specialised:
-            found.append("its warps are not specialised")
         if self.narrow and min(load, store) >= 32:
             found.append(f"{self.narrow} global accesses of 8 or 16 bits")
         return found
@@ -132,8 +126,6 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
         for dtype in (torch.bfloat16, torch.float16):
             case("attention", _attention, dim, dtype, dtype=dtype, head_dim=dim)
             case("attention_backward", _attention_backward, dim, dtype, dtype=dtype, head_dim=dim)
-            if arch == 90:
-                case("attention_hopper", _attention_hopper, dim, dtype, dtype=dtype, head_dim=dim)
         case("qk_norm_rope", _qk_norm_rope, dim, head_dim=dim)
         case("qk_norm_rope_eager", _qk_norm_rope, dim, True, head_dim=dim)
         for weight_grads in (True, False):
@@ -195,7 +187,6 @@ def _report(case: Case, arch: int, name: str, kernel) -> Report:
         widest_load=max((width for op, width in accesses if op != "STG"), default=0),
         widest_store=max((width for op, width in accesses if op == "STG"), default=0),
         narrow=sum(width < 32 for _, width in accesses),
-        specialised="USETMAXREG" in sass,
     )
 
 
@@ -206,15 +197,7 @@ def _attention(head_dim: int, dtype: torch.dtype, arch: int) -> object:
     config = segment_attention_config.pick_config(head_dim, dtype, divmod(arch, 10))
     q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(3))
     launcher: Launcher = segment_attention.segment_attention
-    return launcher(q, k, v, *_tables(4, 7, 140), head_dim**-0.5, config)
-
-
-def _attention_hopper(head_dim: int, dtype: torch.dtype, arch: int) -> object:
-    config = dataclasses.replace(segment_attention_config.pick_config(head_dim, dtype, (9, 0)), hopper_keys=HOPPER_KEYS)
-    q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(3))
-    whole = tuple(_meta(*shape, dtype=torch.int32) for shape in ((140, 2), (0, 2), (5,), (300, 2)))
-    launcher: Launcher = segment_attention.segment_attention
-    return launcher(q, k, v, *_tables(4, 7, 140), head_dim**-0.5, config, whole)
+    return launcher(q, k, v, _tables(4, 7, 140, config), head_dim**-0.5)
 
 
 def _attention_backward(head_dim: int, dtype: torch.dtype, arch: int) -> object:
@@ -222,12 +205,14 @@ def _attention_backward(head_dim: int, dtype: torch.dtype, arch: int) -> object:
     tensors = [_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(5)]
     lse = _meta(HEADS, TEXT + IMAGE, dtype=torch.float32)
     launcher: Launcher = segment_attention_backward.segment_attention_backward
-    return launcher(*tensors, lse, *_tables(4, 7, 140), *_tables(5, 9, 280), head_dim**-0.5, config)
+    tables = _tables(4, 7, 140, config.dq), _tables(5, 9, 280, config.dkdv)
+    return launcher(*tensors, lse, *tables, head_dim**-0.5)
 
 
-def _tables(ranges: int, intervals: int, tiles: int) -> list[torch.Tensor]:
-    """Ranges, pointers, intervals and tiles of a plan."""
-    return [_meta(*shape, dtype=torch.int32) for shape in ((ranges, 2), (ranges + 1,), (intervals, 2), (tiles, 2))]
+def _tables(ranges: int, intervals: int, tiles: int, config: AttentionConfig) -> AttentionTables:
+    """Tables of a plan with so many ranges, intervals and tiles."""
+    shapes = (ranges, 2), (ranges + 1,), (intervals, 2), (tiles, 2)
+    return AttentionTables.from_operands([_meta(*shape, dtype=torch.int32) for shape in shapes], astuple(config))
 
 
 def _qk_norm_rope(head_dim: int, *rest) -> object:

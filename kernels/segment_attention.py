@@ -25,25 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from uniref_fast.kernels import segment_attention_hopper
-from uniref_fast.kernels.segment_attention_backward import segment_attention_backward
-from uniref_fast.kernels.segment_attention_config import (
-    HEAD_DIMS,
-    AttentionConfig,
-    BackwardConfig,
-    pick_backward_config,
-    pick_config,
-)
+from uniref_fast.kernels.segment_attention_config import HEAD_DIMS, AttentionTables
 
-__all__ = [
-    "HEAD_DIMS",
-    "AttentionConfig",
-    "BackwardConfig",
-    "pick_backward_config",
-    "pick_config",
-    "segment_attention",
-    "segment_attention_backward",
-]
+__all__ = ["segment_attention"]
 
 
 @triton.jit
@@ -139,27 +123,13 @@ def segment_attention_kernel(
 
 
 def segment_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_ranges: torch.Tensor,
-    kv_ptr: torch.Tensor,
-    kv_ranges: torch.Tensor,
-    tiles: torch.Tensor,
-    scale: float,
-    config: AttentionConfig,
-    whole_tiles: tuple[torch.Tensor, ...] | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: AttentionTables, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `q` [Nq, H, D] over `k`, `v` [Nk, H, D], D one of 16, 32, 64, 128, last dimension contiguous.
 
     Args:
-        q_ranges: int32 [R, 2], start and end rows of each query range; together they cover every row of q once.
-        kv_ptr: int32 [R + 1]; range r sees `kv_ranges[kv_ptr[r]:kv_ptr[r + 1]]`.
-        kv_ranges: int32 [M, 2], sorted disjoint half-open intervals of key rows, none empty.
-        tiles: int32 [T, 2], (range, first query row) of each tile of `config.BLOCK_M` rows, in launch order.
-        scale: positive factor of the scores, usually `D ** -0.5`.
-        config: launch parameters, from `pick_config`.
-        whole_tiles: `AttentionPlan.whole_tiles(config.BLOCK_M, config.hopper_keys, device)`, if `hopper_keys` is set.
+        tables: `AttentionTables.by_query` of the plan; the kernel is launched with their `config`.
+        scale: Positive factor of the scores, usually `D ** -0.5`.
 
     Returns:
         out [Nq, H, D] in q's dtype and lse float32 [H, Nq], natural logarithm; 0 and -inf where no key is visible.
@@ -169,12 +139,8 @@ def segment_attention(
     assert k.shape == v.shape == (k.shape[0], heads, head_dim), "k, v [Nk, H, D] with the heads and head_dim of q"
     assert q.dtype == k.dtype == v.dtype, f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}"
     assert q.stride(2) == k.stride(2) == v.stride(2) == 1, "the head dimension must be contiguous"
-    for table in (q_ranges, kv_ptr, kv_ranges, tiles, *(whole_tiles or ())):
-        assert table.dtype == torch.int32 and table.is_contiguous(), "plan tensors are contiguous int32"
-        assert table.device == q.device, f"plan on {table.device}, q on {q.device}"
-    assert kv_ptr.numel() == q_ranges.shape[0] + 1
+    tiles, config = tables.launch(q.device)
     assert scale > 0, "the running maximum is scaled after the fact, which needs a positive scale"
-    assert bool(config.hopper_keys) == (whole_tiles is not None), "hopper_keys and whole_tiles go together"
     assert max(x.stride(0) for x in (q, k, v)) * max(config.BLOCK_M, config.BLOCK_N) < 2**31, "row stride too big"
 
     out = torch.empty(num_queries, heads, head_dim, dtype=q.dtype, device=q.device)
@@ -182,20 +148,15 @@ def segment_attention(
     if out.numel() == 0:
         return out, lse
     with torch.cuda.device_of(q):
-        if whole_tiles is not None:
-            whole, tiles, key_ptr, key_tiles = whole_tiles
-            if whole.shape[0]:
-                segment_attention_hopper.launch(q, k, v, out, lse, q_ranges, whole, key_ptr, key_tiles, scale, config)
-        if tiles.shape[0]:
-            segment_attention_kernel[(tiles.shape[0], heads)](
-                q, q.stride(0), q.stride(1),
-                k, k.stride(0), k.stride(1),
-                v, v.stride(0), v.stride(1),
-                out, out.stride(0), out.stride(1),
-                lse, lse.stride(0),
-                q_ranges, kv_ptr, kv_ranges, tiles,
-                scale * math.log2(math.e),
-                D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
-                num_warps=config.num_warps, num_stages=config.num_stages,
-            )  # fmt: skip
+        segment_attention_kernel[(tiles.shape[0], heads)](
+            q, q.stride(0), q.stride(1),
+            k, k.stride(0), k.stride(1),
+            v, v.stride(0), v.stride(1),
+            out, out.stride(0), out.stride(1),
+            lse, lse.stride(0),
+            *tables.plan_tensors, tiles,
+            scale * math.log2(math.e),
+            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
     return out, lse

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from uniref_fast.kernels.segment_attention_config import HEAD_DIMS, BackwardConfig
+from uniref_fast.kernels.segment_attention_config import HEAD_DIMS, AttentionTables
 
 DELTA_ROWS = 32
 
@@ -196,27 +196,18 @@ def segment_attention_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    q_ranges: torch.Tensor,
-    kv_ptr: torch.Tensor,
-    kv_ranges: torch.Tensor,
-    q_tiles: torch.Tensor,
-    k_ranges: torch.Tensor,
-    q_ptr: torch.Tensor,
-    q_spans: torch.Tensor,
-    k_tiles: torch.Tensor,
+    by_query: AttentionTables,
+    by_key: AttentionTables,
     scale: float,
-    config: BackwardConfig,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `segment_attention` for `grad_out` [Nq, H, D], last dimension contiguous.
 
     Args:
-        q, k, v, q_ranges, kv_ptr, kv_ranges, scale: as given to the forward.
-        out, lse: as the forward returned them, [Nq, H, D] and float32 [H, Nq].
-        q_tiles: int32 [T, 2], the plan's tiles of `config.dq.BLOCK_M` rows.
-        k_ranges, q_ptr, q_spans: int32 [Rk, 2], [Rk + 1], [Ms, 2], the transposed plan: ranges that together cover
-            every row of k once, and for each the query rows that see it, as sorted disjoint half-open intervals.
-        k_tiles: int32 [Tk, 2], the transposed plan's tiles of `config.dkdv.BLOCK_N` rows.
-        config: launch parameters, from `pick_backward_config`.
+        q, k, v, scale: Arguments of the forward.
+        out, lse: Results of the forward, [Nq, H, D] and float32 [H, Nq].
+        by_query: `AttentionTables.by_query` of the plan, cut for the launch of `dq_kernel`.
+        by_key: `AttentionTables.by_key` of the plan, cut for the launch of `dkdv_kernel`: ranges that together cover
+            every row of k once, and for each the query rows that see it.
 
     Returns:
         dq [Nq, H, D], dk and dv [Nk, H, D], contiguous, in q's dtype; 0 where nothing is visible.
@@ -228,11 +219,8 @@ def segment_attention_backward(
     assert len({x.dtype for x in (grad_out, q, k, v, out)}) == 1, "grad_out, q, k, v and out have one dtype"
     assert all(x.stride(2) == 1 for x in (grad_out, q, k, v, out)), "the head dimension must be contiguous"
     assert lse.shape == (heads, num_queries) and lse.dtype == torch.float32 and lse.is_contiguous(), "lse fp32 [H, Nq]"
-    for table in (q_ranges, kv_ptr, kv_ranges, q_tiles, k_ranges, q_ptr, q_spans, k_tiles):
-        assert table.dtype == torch.int32 and table.is_contiguous(), "plan tensors are contiguous int32"
-        assert table.device == q.device, f"plan on {table.device}, q on {q.device}"
-    assert kv_ptr.numel() == q_ranges.shape[0] + 1 and q_ptr.numel() == k_ranges.shape[0] + 1
-    block = max(config.dq.BLOCK_M, config.dq.BLOCK_N, config.dkdv.BLOCK_M, config.dkdv.BLOCK_N)
+    (q_tiles, dq_config), (k_tiles, dkdv_config) = by_query.launch(q.device), by_key.launch(q.device)
+    block = max(dq_config.BLOCK_M, dq_config.BLOCK_N, dkdv_config.BLOCK_M, dkdv_config.BLOCK_N)
     assert max(x.stride(0) for x in (grad_out, q, k, v, out)) * block < 2**31, "row stride too big"
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -255,15 +243,15 @@ def segment_attention_backward(
             )  # fmt: skip
             dq_kernel[(q_tiles.shape[0], heads)](
                 *operands, dq, dq.stride(0), dq.stride(1),
-                q_ranges, kv_ptr, kv_ranges, q_tiles, *scales,
-                D=head_dim, BM=config.dq.BLOCK_M, BN=config.dq.BLOCK_N,
-                num_warps=config.dq.num_warps, num_stages=config.dq.num_stages,
+                *by_query.plan_tensors, q_tiles, *scales,
+                D=head_dim, BM=dq_config.BLOCK_M, BN=dq_config.BLOCK_N,
+                num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
             )  # fmt: skip
         if dk.numel():
             dkdv_kernel[(k_tiles.shape[0], heads)](
                 *operands, dk, dv, dk.stride(0), dk.stride(1),
-                k_ranges, q_ptr, q_spans, k_tiles, *scales,
-                D=head_dim, BM=config.dkdv.BLOCK_M, BN=config.dkdv.BLOCK_N,
-                num_warps=config.dkdv.num_warps, num_stages=config.dkdv.num_stages,
+                *by_key.plan_tensors, k_tiles, *scales,
+                D=head_dim, BM=dkdv_config.BLOCK_M, BN=dkdv_config.BLOCK_N,
+                num_warps=dkdv_config.num_warps, num_stages=dkdv_config.num_stages,
             )  # fmt: skip
     return dq, dk, dv

@@ -1,42 +1,115 @@
-"""Launch parameters of segment attention: the one place where tuned numbers live, and what made them.
+"""Launch parameters of segment attention, and the tables of a plan that are cut for them.
 
-Those of 9.x in 16 bits at head dimensions 64 and 128 were the fastest on an H100 that do not spill
-(`bench/autotune.py`; that GPU itself is served by its table). The others come from the compiler's report
+The parameters for compute capability 9.x in 16 bits at head dimensions 64 and 128 are the fastest on an H100 that do
+not spill (`bench/autotune.py`; that GPU itself is served by its own table). The others come from the compiler's report
 (`compile_matrix`), not from a measurement: no spills, shared memory within the chip's limit, tensor-core instructions
-in every matmul.
+in every matrix product.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
+
+from uniref_fast.visibility import AttentionPlan
 
 HEAD_DIMS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Launch parameters: query rows and key rows of a tile, warps, software pipeline stages.
+    """Launch parameters of one kernel.
 
-    `hopper_keys`, of the forward on 9.x in 16-bit dtypes: key rows of a tile for the warp-specialised kernel, which
-    then takes the query ranges without a shorter interval; 0 for the portable kernel alone. Off by default: on an H100
-    it is right, and 3 % (head dimension 128) to 28 % (64) slower.
+    Attributes:
+        BLOCK_M: Query rows of a tile.
+        BLOCK_N: Key rows of a tile.
+        num_warps: Warps of a program.
+        num_stages: Stages of the software pipeline.
     """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
-    hopper_keys: int = 0
 
 
 @dataclass(frozen=True)
 class BackwardConfig:
-    """Launch parameters of the backward: tiles of `dq.BLOCK_M` query rows, and of `dkdv.BLOCK_N` key rows."""
+    """Launch parameters of the backward.
+
+    Attributes:
+        dq: Launch of `dq_kernel`, which has a program for every `dq.BLOCK_M` query rows.
+        dkdv: Launch of `dkdv_kernel`, which has a program for every `dkdv.BLOCK_N` key rows.
+    """
 
     dq: AttentionConfig
     dkdv: AttentionConfig
+
+
+@dataclass(frozen=True)
+class AttentionTables:
+    """An `AttentionPlan` (or its transpose) on a device, and the launch that its tiles were cut for.
+
+    A kernel is launched with the `config` of its tables and with no other: a launch with larger tiles would compute
+    rows twice, one with smaller tiles would leave rows unwritten.
+
+    Attributes:
+        ranges: Start and end row of each range, int32 [R, 2]; together the ranges cover every row once.
+        pointers: int32 [R + 1]; range r sees `intervals[pointers[r] : pointers[r + 1]]`.
+        intervals: Half-open, sorted, disjoint and non-empty intervals of rows, int32 [M, 2].
+        tiles: Range and first row of each tile in launch order, int32 [T, 2]; None for the native kernels.
+        config: Launch parameters that the tiles were cut for; None for the native kernels, which cut no tiles.
+    """
+
+    ranges: torch.Tensor
+    pointers: torch.Tensor
+    intervals: torch.Tensor
+    tiles: torch.Tensor | None = None
+    config: AttentionConfig | None = None
+
+    @classmethod
+    def uncut(cls, plan: AttentionPlan, device: torch.device | str) -> AttentionTables:
+        """Return the tables of a plan without tiles."""
+        return cls(*plan.tensors(device))
+
+    @classmethod
+    def by_query(cls, plan: AttentionPlan, device: torch.device | str, config: AttentionConfig) -> AttentionTables:
+        """Return the tables of a plan with tiles of `config.BLOCK_M` query rows."""
+        return cls(*plan.tensors(device), plan.tiles(config.BLOCK_M, device), config)
+
+    @classmethod
+    def by_key(cls, plan: AttentionPlan, device: torch.device | str, config: AttentionConfig) -> AttentionTables:
+        """Return the tables of the transpose of a plan with tiles of `config.BLOCK_N` key rows."""
+        transpose = plan.transpose
+        return cls(*transpose.tensors(device), transpose.tiles(config.BLOCK_N, device), config)
+
+    @property
+    def plan_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The ranges, pointers and intervals."""
+        return self.ranges, self.pointers, self.intervals
+
+    def operands(self) -> tuple[list[torch.Tensor], list[int]]:
+        """Return the tables as arguments of a `torch.library` op, which takes no dataclass: tensors and integers."""
+        tiles = [] if self.tiles is None else [self.tiles]
+        return [*self.plan_tensors, *tiles], [] if self.config is None else list(astuple(self.config))
+
+    @classmethod
+    def from_operands(cls, tensors: Sequence[torch.Tensor], config: Sequence[int]) -> AttentionTables:
+        """Return the tables that `operands` gave."""
+        ranges, pointers, intervals, *tiles = tensors
+        launch = AttentionConfig(*config) if config else None
+        return cls(ranges, pointers, intervals, tiles[0] if tiles else None, launch)
+
+    def launch(self, device: torch.device) -> tuple[torch.Tensor, AttentionConfig]:
+        """Return the tiles and the launch parameters for a Triton kernel, after checks of all tables."""
+        assert self.tiles is not None and self.config is not None, "these tables were not cut into tiles for a launch"
+        for table in (*self.plan_tensors, self.tiles):
+            assert table.dtype == torch.int32 and table.is_contiguous(), "plan tensors are contiguous int32"
+            assert table.device == device, f"plan on {table.device}, tensors on {device}"
+        assert self.pointers.numel() == self.ranges.shape[0] + 1
+        return self.tiles, self.config
 
 
 def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> AttentionConfig:

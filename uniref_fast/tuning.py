@@ -65,4 +65,11 @@ def attention_seconds(
 def attention_config(name: str, dtype: torch.dtype, head_dim: int, direction: str) -> dict[str, Any] | None:
     """Fastest launch parameters of the Triton kernel ("forward", "backward") on a device, or None."""
     configs = (table(name) or {}).get("attention_configs", {})
-    return configs.get(f"{str(dtype).removeprefix('torch.')}/{head_dim}/{direction}")
+    found = configs.get(f"{str(dtype).removeprefix('torch.')}/{head_dim}/{direction}")
+    return None if found is None else _without_removed(found)
+
+
+def _without_removed(config: dict[str, Any]) -> dict[str, Any]:
+    """Return launch parameters without those of a kernel that is no longer there, which older tables list."""
+    kept = {key: value for key, value in config.items() if key != "hopper_keys"}
+    return {key: _without_removed(value) if isinstance(value, dict) else value for key, value in kept.items()}

@@ -117,15 +117,6 @@ class AttentionPlan:
         """
         return memo(self, _plan_tiles, block, torch.device(device))
 
-    def whole_tiles(self, rows: int, keys: int, device: torch.device | str) -> tuple[torch.Tensor, ...]:
-        """Tables for a kernel that loads tiles of exactly `keys` key rows and must not load a row that is not visible.
-
-        Returns `tiles(rows)` in two parts, of the ranges with intervals and none shorter than `keys`, and of the
-        others; then for each range its key tiles, as int32 [R + 1] of pointers into int32 [F, 2] of (first row, rows
-        already in the tile before). The last tile of an interval ends with it, so it may overlap the one before.
-        """
-        return memo(self, _whole_tiles, rows, keys, torch.device(device))
-
 
 def rule_of(visibility: str | Rule) -> Rule:
     """The rule that a visibility stands for.
@@ -231,20 +222,3 @@ def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.
     tiles.sort()
     table = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device="cpu")
     return table.reshape(-1, 2).to(device)
-
-
-def _whole_tiles(plan: AttentionPlan, rows: int, keys: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    whole = [bool(spans) and all(end - start >= keys for start, end in spans) for spans in plan.intervals]
-    _, kv_ptr, kv_ranges = plan.tensors("cpu")
-    is_whole = torch.tensor(whole, dtype=torch.bool, device="cpu")
-    start, end = kv_ranges.unbind(1)
-    count = (end - start + keys - 1) // keys * is_whole.repeat_interleave(kv_ptr.diff())
-    pointers = torch.nn.functional.pad(count.cumsum(0), (1, 0))
-    nth = torch.arange(int(pointers[-1]), device="cpu") - pointers[:-1].repeat_interleave(count)
-    unmoved = start.repeat_interleave(count) + nth * keys
-    first = torch.minimum(unmoved, (end - keys).repeat_interleave(count))
-    key_tiles = torch.stack([first, unmoved - first], 1)
-    tiles = plan.tiles(rows, "cpu")
-    in_whole = is_whole[tiles[:, 0].long()]
-    tables = (tiles[in_whole], tiles[~in_whole], pointers[kv_ptr.long()], key_tiles)
-    return tuple(table.to(device, torch.int32) for table in tables)

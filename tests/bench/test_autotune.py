@@ -43,5 +43,5 @@ def test_fit_and_choice():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=BENCH, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout)
-    assert counts["9/forward"] > counts["8/forward"], "Hopper's own kernel is tried on Hopper"
+    assert counts["8/forward"] == counts["9/forward"] == counts["10/forward"]
     assert counts["8/backward"] == counts["10/backward"]

@@ -1,6 +1,5 @@
 """Segment attention in Triton, forward and backward, against float64: interpreted without a GPU, compiled with one."""
 
-import dataclasses
 import importlib.util
 import itertools
 import random
@@ -12,14 +11,23 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from uniref_fast.kernels import segment_attention as attention
+from uniref_fast.kernels.segment_attention_backward import segment_attention_backward
+from uniref_fast.kernels.segment_attention_config import (
+    HEAD_DIMS,
+    AttentionConfig,
+    AttentionTables,
+    BackwardConfig,
+    pick_backward_config,
+    pick_config,
+)
 from uniref_fast.testing import assert_within_budget
 from uniref_fast.visibility import AttentionPlan
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 # The interpreter multiplies the bit patterns of bfloat16 and truncates casts to it.
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
-SMALL = attention.AttentionConfig(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
-SMALL_BACKWARD = attention.BackwardConfig(dq=SMALL, dkdv=SMALL)
+SMALL = AttentionConfig(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
+SMALL_BACKWARD = BackwardConfig(dq=SMALL, dkdv=SMALL)
 GRADIENTS = ("dq", "dk", "dv")
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -33,31 +41,14 @@ def device():
 # --- the kernels, and the formula
 
 
-def paths(q):
-    """Configurations with small tiles: portable, and the Hopper kernel where it can run at all."""
-    if q.device.type == "cpu":
-        return [SMALL, dataclasses.replace(SMALL, hopper_keys=16)]
-    if torch.cuda.get_device_capability()[0] == 9 and q.element_size() == 2:
-        # wgmma has no smaller tiles; ranges with shorter intervals go to the portable kernel.
-        return [SMALL, dataclasses.replace(SMALL, BLOCK_M=128, hopper_keys=64)]
-    return [SMALL]
-
-
 def run_attention(q, k, v, plan, config=SMALL):
-    tiles = plan.tiles(config.BLOCK_M, q.device)
-    whole = plan.whole_tiles(config.BLOCK_M, config.hopper_keys, q.device) if config.hopper_keys else None
-    tables = plan.tensors(q.device)
-    return attention.segment_attention(q, k, v, *tables, tiles, q.shape[2] ** -0.5, config, whole)
+    tables = AttentionTables.by_query(plan, q.device, config)
+    return attention.segment_attention(q, k, v, tables, q.shape[2] ** -0.5)
 
 
 def run_backward(grad_out, q, k, v, out, lse, plan, config=SMALL_BACKWARD):
-    transpose = plan.transpose
-    return attention.segment_attention_backward(
-        grad_out, q, k, v, out, lse,
-        *plan.tensors(q.device), plan.tiles(config.dq.BLOCK_M, q.device),
-        *transpose.tensors(q.device), transpose.tiles(config.dkdv.BLOCK_N, q.device),
-        q.shape[2] ** -0.5, config,
-    )  # fmt: skip
+    tables = AttentionTables.by_query(plan, q.device, config.dq), AttentionTables.by_key(plan, q.device, config.dkdv)
+    return segment_attention_backward(grad_out, q, k, v, out, lse, *tables, q.shape[2] ** -0.5)
 
 
 def attention_formula(q, k, v, plan):
@@ -126,8 +117,6 @@ def check_backward(q, k, v, out, lse, plan, config=SMALL_BACKWARD, grad_out=None
 
 
 def check(q, k, v, plan):
-    for config in paths(q)[1:]:
-        check_forward(q, k, v, plan, config)
     out, lse = check_forward(q, k, v, plan, SMALL)
     check_backward(q, k, v, out, lse, plan)
 
@@ -207,18 +196,16 @@ def test_hundreds_of_one_token_segments(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", attention.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_head_dims_and_rectangular_tiles(head_dim, dtype, device):
     # Rows and keys of a tile differ, and differ between the kernels, in both directions.
-    wide = attention.AttentionConfig(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)
-    tall = attention.AttentionConfig(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1)
+    wide = AttentionConfig(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)
+    tall = AttentionConfig(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1)
     plan = block_diagonal([33, 20])
     q, k, v = qkv(53, 53, 1, head_dim, dtype, device)
-    for config in paths(q)[1:]:
-        check_forward(q, k, v, plan, dataclasses.replace(config, hopper_keys=config.hopper_keys * 2))
     out, lse = check_forward(q, k, v, plan, wide)
     for dq, dkdv in ((wide, tall), (tall, wide)):
-        check_backward(q, k, v, out, lse, plan, attention.BackwardConfig(dq=dq, dkdv=dkdv))
+        check_backward(q, k, v, out, lse, plan, BackwardConfig(dq=dq, dkdv=dkdv))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -227,8 +214,8 @@ def test_picked_configs(dtype, device):
     capability = torch.cuda.get_device_capability() if device == "cuda" else (9, 0)
     plan = block_diagonal([1, 130])
     q, k, v = qkv(131, 131, 1, 64, dtype, device)
-    out, lse = check_forward(q, k, v, plan, attention.pick_config(64, dtype, capability))
-    check_backward(q, k, v, out, lse, plan, attention.pick_backward_config(64, dtype, capability))
+    out, lse = check_forward(q, k, v, plan, pick_config(64, dtype, capability))
+    check_backward(q, k, v, out, lse, plan, pick_backward_config(64, dtype, capability))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -238,12 +225,10 @@ def test_picked_configs(dtype, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_real_sizes(plan, head_dim, dtype, device):
     capability = torch.cuda.get_device_capability()
-    config = attention.pick_config(head_dim, dtype, capability)
+    config = pick_config(head_dim, dtype, capability)
     q, k, v = qkv(plan.num_queries, plan.num_keys, 3, head_dim, dtype, device)
-    if capability[0] == 9:
-        check_forward(q, k, v, plan, dataclasses.replace(config, hopper_keys=128))
     out, lse = check_forward(q, k, v, plan, config)
-    backward = attention.pick_backward_config(head_dim, dtype, capability)
+    backward = pick_backward_config(head_dim, dtype, capability)
     check_backward(q, k, v, out, lse, plan, backward)
     grad_out = torch.randn_like(out)
     first, second = (run_backward(grad_out, q, k, v, out, lse, plan, backward) for _ in range(2))
@@ -260,8 +245,6 @@ def test_strided(dtype, device):
         fused.unbind(1),
         (heads_first[0].transpose(0, 1), fused[:, 1], padded[0, ..., :16], padded[1].view(20, 4, 24)[:, :2, :16]),
     ):
-        for config in paths(q)[1:]:
-            check_forward(q, k, v, plan, config)
         out, lse = check_forward(q, k, v, plan, SMALL)
         out = torch.stack([out, out], 2)[:, :, 1]  # strides of its own
         check_backward(q, k, v, out, lse, plan, grad_out=grad_out)
@@ -293,9 +276,9 @@ def test_bit_identical_alone_and_in_any_pack(dtype, device):
     def run(inputs, plan):
         """Everything with a row per query, then everything with a row per key."""
         q, k, v, grad_out = inputs
-        results = [run_attention(q, k, v, plan, config) for config in paths(q)]
-        dq, *dkdv = run_backward(grad_out, q, k, v, *results[0], plan)
-        return [*itertools.chain(*((out, lse.T) for out, lse in results)), dq], dkdv
+        out, lse = run_attention(q, k, v, plan)
+        dq, *dkdv = run_backward(grad_out, q, k, v, out, lse, plan)
+        return [out, lse.T, dq], dkdv
 
     alone = [run(sample, plan) for sample, plan in zip(samples, plans, strict=True)]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 0, 2]):
@@ -311,10 +294,9 @@ def test_bit_identical_alone_and_in_any_pack(dtype, device):
 def test_two_runs_are_equal(device):
     plan = PLANS["several_intervals"]
     q, k, v = qkv(plan.num_queries, plan.num_keys, 1, 16, torch.float16, device)
-    for config in paths(q):
-        out, lse = run_attention(q, k, v, plan, config)
-        again = run_attention(q, k, v, plan, config)
-        assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
+    out, lse = run_attention(q, k, v, plan)
+    again = run_attention(q, k, v, plan)
+    assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
     first, second = (run_backward(out, q, k, v, out, lse, plan) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -323,19 +305,18 @@ def test_two_runs_are_equal(device):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_invisible_rows_may_hold_anything(bad, device):
     # Two samples, and keys around and between the first one's intervals that only the second one sees, or nobody. The
-    # rows of both share tiles of 16, and 16 keys and more are in one interval, so that the Hopper kernel takes part.
+    # rows of both share tiles of 16; one interval is a full tile and a tail, the others are tails.
     plan = AttentionPlan(((0, 20), (20, 24)), (((1, 20), (24, 41)), ((20, 23),)), 24, 50)
     hidden_keys, hidden_queries = [0, *range(20, 24), *range(41, 50)], slice(20, 24)
     inputs = qkv(24, 50, 1, 16, torch.float32, device)
     grad_out = torch.randn_like(inputs[0])
-    clean = [run_attention(*inputs, plan, config) for config in paths(inputs[0])]
-    clean_dq, *clean_dkdv = run_backward(grad_out, *inputs, *clean[0], plan)
+    clean = run_attention(*inputs, plan)
+    clean_dq, *clean_dkdv = run_backward(grad_out, *inputs, *clean, plan)
 
-    q, k, v, grad_out, out, lse = (x.clone() for x in (*inputs, grad_out, *clean[0]))
+    q, k, v, grad_out, out, lse = (x.clone() for x in (*inputs, grad_out, *clean))
     k[hidden_keys], v[hidden_keys] = bad, -bad
     q[hidden_queries], grad_out[hidden_queries], out[hidden_queries], lse[:, hidden_queries] = bad, bad, -bad, bad
-    for config, (expected, _) in zip(paths(q), clean, strict=True):
-        assert torch.equal(run_attention(q, k, v, plan, config)[0][:20], expected[:20])
+    assert torch.equal(run_attention(q, k, v, plan)[0][:20], clean[0][:20])
     visible = [*range(1, 20), *range(24, 41)]
     dq, *dkdv = run_backward(grad_out, q, k, v, out, lse, plan)
     assert torch.equal(dq[:20], clean_dq[:20])
@@ -355,11 +336,8 @@ def test_offsets_beyond_32_bits(device):
     q, k, v, grad_out, out = far
     near = [x.clone(memory_format=torch.contiguous_format) for x in far]
     plan = block_diagonal([33])
-    for config in paths(q):
-        if config.BLOCK_M * stride >= 2**31:
-            continue  # refused: within a tile, offsets have 32 bits
-        results, expected = (run_attention(*x[:3], plan, config) for x in (far, near))
-        assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
+    results, expected = (run_attention(*x[:3], plan) for x in (far, near))
+    assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
     out.copy_(results[0])
     near[4].copy_(results[0])
     gradients = run_backward(grad_out, q, k, v, out, results[1], plan)
@@ -370,9 +348,8 @@ def test_offsets_beyond_32_bits(device):
 def test_without_queries(device):
     plan = AttentionPlan((), (), 0, 7)
     q, k, v = qkv(0, 7, 2, 16, torch.float32, device)
-    for config in paths(q):
-        out, lse = run_attention(q, k, v, plan, config)
-        assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
+    out, lse = run_attention(q, k, v, plan)
+    assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
     dq, dk, dv = run_backward(q, q, k, v, out, lse, plan)
     assert dq.shape == (0, 2, 16) and dk.shape == (7, 2, 16) and not dk.any() and not dv.any()
 
@@ -385,19 +362,10 @@ def test_refuses_other_head_dims(device):
         run_backward(q, q, k, v, q, torch.zeros(1, 4, device=device), block_diagonal([4]))
 
 
-def test_hopper_kernel_refuses_what_tma_cannot_address(device):
-    q, _, v = qkv(33, 33, 1, 16, torch.float16, device)
-    odd = torch.zeros(33, 1, 20, dtype=torch.float16, device=device)[..., 1:17]
-    with pytest.raises(AssertionError, match="TMA needs k aligned to 16 bytes"):
-        run_attention(q, odd, v, block_diagonal([33]), dataclasses.replace(SMALL, hopper_keys=16))
-
-
-def test_hopper_kernel_needs_its_tables(device):
-    q, k, v = qkv(33, 33, 1, 16, torch.float16, device)
-    plan = block_diagonal([33])
-    config = dataclasses.replace(SMALL, hopper_keys=16)
-    with pytest.raises(AssertionError, match="go together"):
-        attention.segment_attention(q, k, v, *plan.tensors(device), plan.tiles(16, device), 1.0, config)
+def test_refuses_tables_without_tiles(device):
+    q, k, v = qkv(4, 4, 1, 16, torch.float32, device)
+    with pytest.raises(AssertionError, match="not cut into tiles"):
+        attention.segment_attention(q, k, v, AttentionTables.uncut(block_diagonal([4]), device), 1.0)
 
 
 # --- tables
@@ -432,21 +400,3 @@ def test_transpose_is_the_same_relation_and_covers_every_key():
         assert torch.equal(mask_of(plan.transpose), mask_of(plan).T)
         assert [row for span in plan.transpose.ranges for row in range(*span)] == list(range(plan.num_keys))
         assert all(spans == tuple(sorted(spans)) for spans in plan.transpose.intervals)
-
-
-def test_whole_tiles_hold_each_visible_key_once_and_no_other():
-    rng = random.Random(0)
-    for keys, rows in itertools.product((1, 3, 8), (4, 16)):
-        for _ in range(40):
-            plan = random_plan(rng)
-            whole, rest, pointers, key_tiles = (x.tolist() for x in plan.whole_tiles(rows, keys, "cpu"))
-            assert sorted(whole + rest) == sorted(plan.tiles(rows, "cpu").tolist())
-            for index, intervals in enumerate(plan.intervals):
-                tiles = key_tiles[pointers[index] : pointers[index + 1]]
-                if not intervals or min(end - start for start, end in intervals) < keys:
-                    assert not tiles and all(tile[0] != index for tile in whole)
-                    continue
-                assert all(tile[0] != index for tile in rest)
-                new = [row for start, seen in tiles for row in range(start + seen, start + keys)]
-                assert new == [row for interval in intervals for row in range(*interval)]
-                assert all(any(a <= start and start + keys <= b for a, b in intervals) for start, _ in tiles)

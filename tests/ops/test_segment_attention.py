@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uniref_fast import native, ops, tuning
+from uniref_fast.kernels.segment_attention_config import AttentionConfig
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops import _dispatch, dense_attention
-from uniref_fast.ops.segment_attention import segment_attention_reference
+from uniref_fast.ops.segment_attention import _operands, segment_attention_reference
 from uniref_fast.testing import assert_within_budget, max_relative_error
 from uniref_fast.visibility import POLICIES, AttentionPlan, plan
 
@@ -116,29 +117,41 @@ def test_queries_without_keys_and_keys_without_queries(impl, dtype):
         assert d[1:4].any() and not d[:1].any() and not d[4:].any()
 
 
-def test_launch_parameters_come_from_the_table(monkeypatch):
-    """Tiles of a table's size, and the kernel for Hopper beside the portable one, give the portable's results."""
-    if CUDA:
-        pytest.skip("the kernel for Hopper needs tiles of its own size there; interpreted it takes any")
+LAUNCHES = [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1} for m, n in ((16, 16), (32, 16), (16, 32))]
+
+
+@pytest.mark.usefixtures("nan_memory")
+@pytest.mark.parametrize("change_before", ["forward", "backward"])
+def test_a_launch_uses_the_configuration_of_its_tables(monkeypatch, change_before):
+    """A table of the device that changes between cutting the tiles and a launch has no effect on that launch."""
     compiled = dataclasses.replace(plan(SelfLayout.qwen(PACK), "reference_causal"))
     x, g = inputs(compiled, torch.float16, heads=1, dim=32)
-    expected = ops.segment_attention(*x, compiled, impl="triton")
-    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-    tables = {"forward": {**tile, "hopper_keys": 16}, "backward": {"dq": tile, "dkdv": tile}}
     asked = []
 
-    def of_table(name, dtype, dim, way):
-        asked.append((dtype, dim, way))
-        return tables[way]
+    def tuned(tile):
+        def attention_config(name, dtype, dim, way):
+            asked.append((dtype, dim, way))
+            return tile if way == "forward" else {"dq": tile, "dkdv": tile}
 
-    monkeypatch.setattr(tuning, "attention_config", of_table)
-    out = ops.segment_attention(*x, compiled, impl="triton")
-    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
-    grads = torch.autograd.grad(out, x, g)
-    dense = torch.autograd.grad(ops.segment_attention(*x, compiled, impl="dense"), x, g)
-    for a, b in zip(grads, dense, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
-    assert {(torch.float16, 32, way) for way in tables} == set(asked)
+        monkeypatch.setattr(tuning, "attention_config", attention_config)
+
+    def run(cut_for, launched_under):
+        tuned(cut_for)
+        operands = _operands(x[0], compiled, "triton", True)
+        if change_before == "forward":
+            tuned(launched_under)
+        out, _ = torch.ops.uniref_fast.segment_attention(*x, *operands, 0.2, "triton")
+        tuned(launched_under)
+        return [out, *torch.autograd.grad(out, x, g)]
+
+    expected = run(LAUNCHES[0], LAUNCHES[0])
+    wanted = ops.segment_attention(*x, compiled, scale=0.2, impl="dense")
+    for got, dense in zip(expected, (wanted, *torch.autograd.grad(wanted, x, g)), strict=True):
+        torch.testing.assert_close(got, dense, rtol=1e-2, atol=1e-2)
+    assert {(torch.float16, 32, way) for way in ("forward", "backward")} == set(asked)
+    for launched_under in LAUNCHES[1:]:
+        for got, same in zip(run(LAUNCHES[0], launched_under), expected, strict=True):
+            assert torch.equal(got, same)
 
 
 @each_case
@@ -152,10 +165,8 @@ def test_torch_library_contract(impl, dtype):
         op = torch.ops.uniref_fast.dense_attention.default
         args = (*x, dense_attention.rectangles_of(compiled), 0.2)
     else:
-        from uniref_fast.ops.segment_attention import _tables
-
         op = torch.ops.uniref_fast.segment_attention.default
-        args = (*x, *_tables(x[0], compiled, impl, True), 0.2, impl)
+        args = (*x, *_operands(x[0], compiled, impl, True), 0.2, impl)
     torch.library.opcheck(op, args)
 
 
@@ -281,6 +292,18 @@ def test_committed_tables(name):
                 for p in (MANY_SMALL[:1], ONE_BIG)
             )
             assert 0 < small < big
+
+
+def test_a_table_with_parameters_of_a_removed_kernel_is_read():
+    """The table of the H100 was written when launches had `hopper_keys`."""
+    assert '"hopper_keys"' in (tuning.FOLDER / "h100-80gb-hbm3.json").read_text()
+    for dtype in (torch.bfloat16, torch.float16):
+        for head_dim in (64, 128):
+            forward, backward = (
+                tuning.attention_config("h100-80gb-hbm3", dtype, head_dim, way) for way in ("forward", "backward")
+            )
+            assert AttentionConfig(**forward).BLOCK_M >= 64
+            assert {AttentionConfig(**backward[name]).num_stages for name in ("dq", "dkdv")} <= {2, 3}
 
 
 LAYOUT = SelfLayout.qwen(PACK)

@@ -11,6 +11,7 @@ measured table of the device decides (`uniref_fast.tuning`), `explain_attention`
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import overload
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from uniref_fast import native, tuning
 from uniref_fast.kernels import segment_attention_config as configs
+from uniref_fast.kernels.segment_attention_config import AttentionTables
 from uniref_fast.memo import memo
 from uniref_fast.ops._dispatch import (
     IMPLEMENTATIONS,
@@ -39,6 +41,9 @@ __all__ = ["explain_attention", "segment_attention", "segment_attention_referenc
 DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
 """Without a table: at most so many rectangles of at least so many pairs on average go to the library. From published
 figures of fused library attention against Triton kernels, not measured here."""
+
+NUMBERS = len(dataclasses.fields(configs.AttentionConfig))
+"""Integers that describe one launch in the arguments of the op."""
 
 REFERENCE_ROWS = 512
 """Query rows that the reference computes at a time: bounds its logits to that many rows."""
@@ -121,7 +126,7 @@ def segment_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl, tables, transposed, rectangles = _prepare(q.detach(), plan, impl, needs_grad, backward)
+    impl, tables, rectangles = _prepare(q.detach(), plan, impl, needs_grad, backward)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if impl == "reference":
@@ -129,7 +134,7 @@ def segment_attention(
     elif impl == "dense":
         out, lse = torch.ops.uniref_fast.dense_attention(q, k, v, rectangles, scale)
     else:
-        out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, tables, transposed, scale, impl)
+        out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, *tables, scale, impl)
     return (out, lse) if return_lse else out
 
 
@@ -184,30 +189,35 @@ def _choose(
     return ours, f"no table of {name}"
 
 
+Operands = tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]
+"""Tables of the forward, of dq and of dk and dv as the op takes them, and the launch parameters of all three."""
+
+
 @torch.compiler.disable  # work on the host, kept with the plan: the only graph break of a compiled caller
 def _prepare(
     q: Tensor, plan: AttentionPlan, impl: str | None, needs_grad: bool, backward: bool | None
-) -> tuple[str, list[Tensor], list[Tensor], list[int]]:
-    """The implementation, and what it needs: tables of the plan and of its transpose, or rectangles."""
+) -> tuple[str, Operands, list[int]]:
+    """Return the implementation and what it needs: the op's tables, or the rectangles of the plan."""
     impl = explain_attention(q, plan, impl, backward=needs_grad if backward is None else backward)[0]
     if impl in ("reference", "dense"):
-        return impl, [], [], rectangles_of(plan) if impl == "dense" else []
-    return impl, *_tables(q, plan, impl, needs_grad), []
+        return impl, ([], [], [], []), rectangles_of(plan) if impl == "dense" else []
+    return impl, _operands(q, plan, impl, needs_grad), []
 
 
-def _tables(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """The plan on q's device, and its transpose for the backward (empty without one), each with its tiles."""
-    forward = list(plan.tensors(q.device))
-    transposed = list(plan.transpose.tensors(q.device)) if backward else []
-    if impl == "triton":
-        config = _triton_config(q)
-        forward.append(plan.tiles(config.BLOCK_M, q.device))
-        if config.hopper_keys:
-            forward += plan.whole_tiles(config.BLOCK_M, config.hopper_keys, q.device)
+def _operands(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> Operands:
+    """Return the tables of a plan on q's device for our kernels; those of the backward are empty without one."""
+    if impl == "native":
+        tables = [AttentionTables.uncut(plan, q.device)]
+        tables += [tables[0], AttentionTables.uncut(plan.transpose, q.device)] if backward else []
+    else:
+        tables = [AttentionTables.by_query(plan, q.device, _triton_config(q))]
         if backward:
-            both = _triton_backward_config(q)
-            transposed += [plan.tiles(both.dq.BLOCK_M, q.device), plan.transpose.tiles(both.dkdv.BLOCK_N, q.device)]
-    return forward, transposed
+            config = _triton_backward_config(q)
+            tables.append(AttentionTables.by_query(plan, q.device, config.dq))
+            tables.append(AttentionTables.by_key(plan, q.device, config.dkdv))
+    operands = [each.operands() for each in tables]
+    tensors = [tensors for tensors, _ in operands] + [[]] * (3 - len(tables))
+    return tensors[0], tensors[1], tensors[2], [number for _, numbers in operands for number in numbers]
 
 
 def segment_attention_reference(
@@ -255,20 +265,18 @@ def _segment_attention(
     k: Tensor,
     v: Tensor,
     tables: Sequence[Tensor],
-    transposed: Sequence[Tensor],
+    dq_tables: Sequence[Tensor],
+    dkdv_tables: Sequence[Tensor],
+    launches: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    forward = AttentionTables.from_operands(tables, launches[:NUMBERS])
     if impl == "native":
-        q_ranges, kv_ptr, kv_ranges = tables
-        return native.segment_attention(q, k, v, q_ranges, kv_ptr, kv_ranges, scale)
+        return native.segment_attention(q, k, v, *forward.plan_tensors, scale)
     from uniref_fast.kernels import segment_attention as kernels
 
-    q_ranges, kv_ptr, kv_ranges, tiles, *whole = tables
-    config = _triton_config(q)
-    return kernels.segment_attention(
-        q, k, v, q_ranges, kv_ptr, kv_ranges, tiles, scale, config, tuple(whole) if config.hopper_keys else None
-    )
+    return kernels.segment_attention(q, k, v, forward, scale)
 
 
 @torch.library.custom_op("uniref_fast::segment_attention_backward", mutates_args=())
@@ -279,47 +287,46 @@ def _segment_attention_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    tables: Sequence[Tensor],
-    transposed: Sequence[Tensor],
+    dq_tables: Sequence[Tensor],
+    dkdv_tables: Sequence[Tensor],
+    launches: Sequence[int],
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    k_ranges, q_ptr, q_spans, *tiles = transposed
-    q_ranges, kv_ptr, kv_ranges = tables[:3]
-    plan = (q_ranges, kv_ptr, kv_ranges)
+    by_query = AttentionTables.from_operands(dq_tables, launches[NUMBERS : 2 * NUMBERS])
+    by_key = AttentionTables.from_operands(dkdv_tables, launches[2 * NUMBERS :])
     if impl == "native":
-        return native.segment_attention_backward(grad, q, k, v, out, lse, *plan, k_ranges, q_ptr, q_spans, scale)
+        tables = *by_query.plan_tensors, *by_key.plan_tensors
+        return native.segment_attention_backward(grad, q, k, v, out, lse, *tables, scale)
     from uniref_fast.kernels import segment_attention_backward as kernels
 
-    q_tiles, k_tiles = tiles
-    return kernels.segment_attention_backward(
-        grad, q, k, v, out, lse, *plan, q_tiles, k_ranges, q_ptr, q_spans, k_tiles, scale, _triton_backward_config(q)
-    )
+    return kernels.segment_attention_backward(grad, q, k, v, out, lse, by_query, by_key, scale)
 
 
 @_segment_attention.register_fake
-def _(q, k, v, tables, transposed, scale, impl):
+def _(q, k, v, tables, dq_tables, dkdv_tables, launches, scale, impl):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @_segment_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, tables, transposed, scale, impl):
+def _(grad, q, k, v, out, lse, dq_tables, dkdv_tables, launches, scale, impl):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, tables, transposed, ctx.scale, ctx.impl = inputs
-    ctx.counts = len(tables), len(transposed)
-    ctx.save_for_backward(q, k, v, *output, *tables, *transposed)
+    q, k, v, tables, dq_tables, dkdv_tables, ctx.launches, ctx.scale, ctx.impl = inputs
+    ctx.counts = len(tables), len(dq_tables), len(dkdv_tables)
+    ctx.save_for_backward(q, k, v, *output, *dq_tables, *dkdv_tables)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
-    q, k, v, out, lse, *plan = ctx.saved_tensors  # once: activation checkpointing makes them again at each access
-    tables, transposed = plan[: ctx.counts[0]], plan[ctx.counts[0] :]
+    q, k, v, out, lse, *rest = ctx.saved_tensors  # once: activation checkpointing makes them again at each access
+    dq_tables, dkdv_tables = rest[: ctx.counts[1]], rest[ctx.counts[1] :]
     op = torch.ops.uniref_fast.segment_attention_backward
-    grads = op(upstream(grad), q, k, v, out, lse, tables, transposed, ctx.scale, ctx.impl)
-    return *grads, [None] * ctx.counts[0], [None] * ctx.counts[1], None, None
+    grads = op(upstream(grad), q, k, v, out, lse, dq_tables, dkdv_tables, ctx.launches, ctx.scale, ctx.impl)
+    no_launches = None if ctx.launches else []  # PyTorch takes an empty list for a list of tensors
+    return *grads, *([None] * count for count in ctx.counts), no_launches, None, None
 
 
 _segment_attention.register_autograd(_differentiate, setup_context=_save)
