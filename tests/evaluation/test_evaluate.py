@@ -125,13 +125,13 @@ def test_objects_are_those_that_the_scene_reward_finds(config, data, tmp_path):
 
 def test_a_model_attends_as_it_was_trained(config, data, tmp_path):
     """Unless it is told: with the visibility of the last run, a group's shared references being a sample's own."""
-    assert config.attends == "full"
-    for trained, attends in (("reference_isolated", "reference_isolated"), ("group_shared", "reference_causal")):
+    assert config.resolve_visibility() == "full"
+    for trained, expected in (("reference_isolated", "reference_isolated"), ("group_shared", "reference_causal")):
         run = tmp_path / trained
         (run / "lora").mkdir(parents=True)
         (run / "config.json").write_text(json.dumps({"visibility": trained}))
-        assert replace(config, initial=(run,)).attends == attends
-        assert replace(config, initial=(run,), visibility="full").attends == "full"
+        assert replace(config, initial=(run,)).resolve_visibility() == expected
+        assert replace(config, initial=(run,), visibility="full").resolve_visibility() == "full"
     found = evaluate(replace(config, out=tmp_path / "a", visibility="reference_causal", limit=1))
     full = evaluate(replace(config, out=tmp_path / "b", limit=1))
     assert found["settings"]["visibility"] == "reference_causal" and full["settings"]["visibility"] == "full"

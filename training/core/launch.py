@@ -77,6 +77,7 @@ def launch(
     """
     try:
         parsed = configs.parse(recipes, argv, extra=options, prog=f"training/{name}.py", description=description)
+        parsed = dataclasses.replace(parsed, config=with_visibility(parsed.config))
     except (ValueError, FileNotFoundError) as error:
         return _failed(name, error, 2)
     return _launch(name, parsed, make, failures)
@@ -125,6 +126,18 @@ def _launch(
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0 if finished else 143
+
+
+def with_visibility(config: C) -> C:
+    """Return the configuration with the visibility that its model is trained with; reads the folder of `initial`.
+
+    Raises:
+        ValueError: The run that `initial` names does not fit the configuration.
+    """
+    trained = trained_visibility(config.initial)
+    config.check_initial(trained)
+    resolved: dict[str, Any] = {"visibility": config.visibility or trained or "full"}
+    return dataclasses.replace(config, **resolved)
 
 
 def with_data(config: C, out: Path, ranks: Ranks) -> C:
@@ -187,11 +200,17 @@ def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str,
     Raises:
         ValueError: for a change of a setting that is fixed, or fewer steps than are done.
     """
-    now = {**json.loads(configs.to_json(config)), "visibility": config.attends}
+    now = json.loads(configs.to_json(config))
     before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
     if not before:
         return {}
-    before["visibility"] = newest.state.get("visibility") or _attended(before)
+    initial = before.get("initial")
+    before["visibility"] = (
+        newest.state.get("visibility")
+        or before.get("visibility")
+        or trained_visibility(Path(initial) if initial else None)
+        or "full"
+    )
     changed = resume.changes(before, now)
     if newest.step is not None:
         resume.refuse(changed, out)
@@ -212,12 +231,6 @@ def _kept(out: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{out / CONFIG_FILE} is damaged ({error}); put it right, or give another --out") from None
     return found if isinstance(found, dict) else {}
-
-
-def _attended(config: Mapping[str, Any]) -> str:
-    """How the model of a configuration attends."""
-    initial = config.get("initial")
-    return config.get("visibility") or trained_visibility(Path(initial) if initial else None) or "full"
 
 
 def begin(run: Trainer, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:

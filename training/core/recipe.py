@@ -159,9 +159,24 @@ class Recipe:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
     @property
-    def attends(self) -> str:
-        """Who sees whom: the visibility that the model runs with."""
+    def visibility(self) -> str | None:
+        """Name of the visibility that the model is trained with; None until the launcher resolves it.
+
+        Each kind of run has a field of this name.
+        """
         raise NotImplementedError
+
+    def check_initial(self, trained: str | None) -> None:
+        """Check that the run that `initial` names fits; a kind of run that has conditions overrides this.
+
+        The launcher calls it once, before anything is loaded. It may read the folder, which `__post_init__` may not.
+
+        Args:
+            trained: Visibility that the run of `initial` was trained with; None if no run states it.
+
+        Raises:
+            ValueError: The run does not fit.
+        """
 
     @property
     def sequences(self) -> int:

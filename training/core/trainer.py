@@ -262,7 +262,7 @@ class Trainer:
             "updates": updates,
             "packs": packs,
             "config": json.loads(to_json(self.config)),
-            "visibility": self.config.attends,
+            "visibility": self.model.packed.visibility,
             "frozen": self.model.frozen,
         }
         path = self.checkpoints.save(self.step, self._tensors(), state)

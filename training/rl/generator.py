@@ -80,7 +80,7 @@ class Roller:
     ) -> None:
         self.config, self.ranks, self.model, self.encoder = config, ranks, model, encoder
         self.rewards, self.signalled = rewards, signalled
-        self.shared = config.attends == "group_shared"
+        self.shared = config.visibility == "group_shared"
 
     def plan(
         self,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from uniref_fast.rewards.config import JudgeConfig
-from uniref_fast.runs import trained_visibility
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.rl.sampler import Sampler
 
@@ -103,12 +102,6 @@ class MSGRPO(Recipe):
             raise ValueError(f"alarm compares two halves of at least 4 steps, or is 0; got {self.alarm}")
         if self.guard and self.sampler == "cps":
             raise ValueError('guard weighs steps by the noise of sampler = "sde"; leave it out with "cps"')
-        trained = trained_visibility(self.initial)
-        if trained and self.attends not in (trained, *(["group_shared"] * (trained == "reference_causal"))):
-            raise ValueError(
-                f'visibility = "{self.attends}" is not how {self.initial} was trained: "{trained}"; leave visibility '
-                "out to go on as it was"
-            )
         if self.min_members > self.group:
             raise ValueError(f"min_members = {self.min_members} is more than a group has, {self.group}")
         for name, most in (("timesteps", 1.0), ("advantage_clip", math.inf)):
@@ -131,17 +124,21 @@ class MSGRPO(Recipe):
             raise ValueError(f"reward_weights: one for each of {len(self.rewards)} rewards, got {self.reward_weights}")
         if self.kl and self.lora_rank is None:
             raise ValueError("kl compares with the model without its adapter; set lora_rank, or kl to 0")
-        if self.kl and self.initial is not None and (self.initial / "lora").is_dir():
-            raise ValueError(
-                f"kl compares with the model without its adapter, but {self.initial} is gone on with as an adapter: "
-                "fuse it into the model first, or set kl to 0"
-            )
         if self.updates > self.trained_steps:
             raise ValueError(f"{self.trained_steps} trained timesteps cannot be shared out to {self.updates} updates")
 
-    @property
-    def attends(self) -> str:
-        return self.visibility or trained_visibility(self.initial) or "full"
+    def check_initial(self, trained: str | None) -> None:
+        possible = {trained, "group_shared"} if trained == "reference_causal" else {trained}
+        if trained and self.visibility and self.visibility not in possible:
+            raise ValueError(
+                f'visibility = "{self.visibility}" is not how {self.initial} was trained: "{trained}"; leave '
+                "visibility out to use that one"
+            )
+        if self.kl and self.initial is not None and (self.initial / "lora").is_dir():
+            raise ValueError(
+                f"kl compares with the model without its adapter, but {self.initial} holds an adapter that training "
+                "would continue: fuse it into the model first, or set kl to 0"
+            )
 
     @property
     def sequences(self) -> int:

@@ -88,7 +88,6 @@ class RLTrainer(Trainer):
         self.checked = -1  # the stage whose packs and parallel layout passed the gate
         self.monitor.enabled &= not check
         self.sampler = Sampler(config.sampler, config.noise)
-        self.model.packed.visibility = config.attends
         cache = TensorCache(config.cache)
         self.encoder = Encoder(self.model.pipe, cache)
         dataset = Dataset(config.data, config.image_folder, "optional", config.columns)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from uniref_fast.runs import trained_visibility
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 
 __all__ = ["SFT", "SFT_RECIPES", "builtin", "builtin_more", "lora", "paper", "tiny"]
@@ -40,10 +39,6 @@ class SFT(Recipe):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
         self._at_least({"t_std": 0})
-
-    @property
-    def attends(self) -> str:
-        return self.visibility or trained_visibility(self.initial) or "full"
 
 
 def tiny() -> SFT:

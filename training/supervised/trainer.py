@@ -44,7 +44,6 @@ class SFTTrainer(Trainer):
 
     def __init__(self, config: SFT, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         super().__init__(config, ranks, out, resume)
-        self.model.packed.visibility = config.attends
         costs = self.saved["costs"] if self.saved else self._costs().as_dict()
         self.costs = packing.CostModel(**costs)
         cache = TensorCache(config.cache)

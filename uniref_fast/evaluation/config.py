@@ -86,7 +86,7 @@ class EvalConfig:
                 raise ValueError(f"{name} must be at least {value}, got {given}")
         if self.size is not None and min(self.size) < 16:
             raise ValueError(f"size is width and height of at least 16 pixels, got {self.size[0]}x{self.size[1]}")
-        if not math.isfinite(self.scale):
+        if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if self.baseline == "untrained" and self.model != "builtin":
             raise ValueError(f"baseline untrained is there for the built-in model only, not for {self.model}")
@@ -103,9 +103,8 @@ class EvalConfig:
     def runs_model(self) -> bool:
         return self.baseline in (None, "untrained")
 
-    @property
-    def attends(self) -> str:
-        """The visibility; a group of one sample shares its references with nobody."""
+    def resolve_visibility(self) -> str:
+        """Return `visibility`, or the visibility of the last adapter or run; reads their folders."""
         trained = adapter_visibility(self.adapters) or trained_visibility(self.initial[-1] if self.initial else None)
         return self.visibility or trained or "full"
 

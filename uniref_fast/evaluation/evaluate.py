@@ -181,7 +181,7 @@ class _Evaluation:
             "size": None if config.size is None else list(config.size),
             "language": config.language,
             "seed": config.seed if config.runs_model else None,
-            "visibility": config.attends if config.runs_model else None,
+            "visibility": config.resolve_visibility() if config.runs_model else None,
             "dtype": self.dtype,
             "device": torch.device(self.device).type,
             **({"lora": [f"{one.given}:{one.scale:g}" for one in self.adapters]} if self.adapters else {}),
@@ -324,7 +324,7 @@ class _Evaluation:
         budget = None if config.budget is None else config.budget**2
         requests = [planned.request for planned in plans]
         return edit(self.pipe, requests, budget=budget, max_tokens=config.pack_tokens,
-                    visibility=config.attends, progress=False)  # fmt: skip
+                    visibility=config.resolve_visibility(), progress=False)  # fmt: skip
 
     def _image(self, label: str, i: int) -> Path:
         return self.config.out / "images" / label / f"{i}.png"

@@ -64,7 +64,8 @@ def test_a_fixed_setting_is_refused_in_words(name, tmp_path):
 
 def accepted(before, after, out, step=10, **state):
     ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
-    newest = Newest(step, {"config": data(before), "visibility": before.attends, **state}, [])
+    before, after = launch.with_visibility(before), launch.with_visibility(after)
+    newest = Newest(step, {"config": data(before), "visibility": before.visibility, **state}, [])
     return launch.accept(after, newest, out, ranks)
 
 
@@ -106,7 +107,7 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
     del old["lora_alpha"], old["stages"][0]["checkpointing"]
     newest = Newest(10, {"config": {**old, "gone": 3}, "visibility": "full"}, [])
     ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
-    after = dataclasses.replace(before, lora_alpha=3.0)
+    after = dataclasses.replace(before, lora_alpha=3.0, visibility="full")
     assert launch.accept(after, newest, tmp_path, ranks) == {}
 
 
@@ -118,7 +119,7 @@ def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
     newest = Newest(10, {}, [])
     assert launch.accept(dataclasses.replace(before, warmup=3), newest, tmp_path, ranks) == {"warmup": (100, 3)}
     with pytest.raises(ValueError, match="visibility is reference_causal, not full"):
-        launch.accept(SFT_RECIPES["lora"](), newest, tmp_path, ranks)
+        launch.accept(launch.with_visibility(SFT_RECIPES["lora"]()), newest, tmp_path, ranks)
     assert launch.accept(SFT_RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks), (
         "with no checkpoint it begins anew"
     )

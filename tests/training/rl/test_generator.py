@@ -17,6 +17,7 @@ from uniref_fast.rewards.types import Failure, Scores
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.memory import MemoryPlan
+from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.rl.generator import Batch, Roller
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.rl.rollout import noisy_steps
@@ -65,8 +66,9 @@ def make(builtin_pipe):
     def build(ranks=None, signalled=lambda: False, **fields):
         fields = {"packs": 2, "dtype": "float32", "rollout_steps": STEPS, "rewards": ("scene",), **fields}
         config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", **fields)
-        packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.attends)
+        packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.visibility or "full")
         model = SimpleNamespace(pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks())
+        model.idle_forward = lambda: TrainedModel.idle_forward(model)
         encoder = Encoder(builtin_pipe, TensorCache(None))
         return Roller(config, model.ranks, model, encoder, FakeRewards(), signalled)
 

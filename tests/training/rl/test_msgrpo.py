@@ -26,6 +26,7 @@ from uniref_fast.scenes.dataset import make
 from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.training import msgrpo
 from uniref_fast.training.batches import samples
+from uniref_fast.training.core import launch
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.rl import generator as roller
 from uniref_fast.training.rl import on_policy as gate
@@ -299,7 +300,7 @@ def test_other_settings(data, tmp_path, more):
 def trainer_of(data, out, *more):
     """A run before its first step, its weights a little off, so that no part of the gradient vanishes."""
     given = configs.parse(RL_RECIPES, flags(data, out, *more), extra=msgrpo.RLRunOptions(out))
-    run = rl_trainer.RLTrainer(given.config, Ranks.start(), out)
+    run = rl_trainer.RLTrainer(launch.with_visibility(given.config), Ranks.start(), out)
     try:
         with run.monitor, torch.no_grad():
             draw = torch.Generator().manual_seed(1)
@@ -834,12 +835,13 @@ def test_a_model_is_trained_as_it_attends(data, tmp_path, capsys):
     assert "nothing says" in events(first, "visibility")[0]["told"]
     assert msgrpo.main(flags(data, second, "--initial", first, "--lora-rank", 2, steps=2)) == 0
     assert events(second, "visibility") == [] and lineage.trained_visibility(second) == "reference_causal"
-    assert json.loads((second / "config.json").read_text())["visibility"] is None
+    assert json.loads((second / "config.json").read_text())["visibility"] == "reference_causal"
     given = configs.parse(
         RL_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLRunOptions(tmp_path)
     ).config
-    assert given.attends == "reference_causal"
-    assert dataclasses.replace(given, visibility="group_shared").attends == "group_shared"
+    assert given.visibility is None and launch.with_visibility(given).visibility == "reference_causal"
+    shared = dataclasses.replace(given, visibility="group_shared")
+    assert launch.with_visibility(shared).visibility == "group_shared"
     for wrong in ("full", "reference_isolated"):
         assert msgrpo.main(flags(data, tmp_path / "third", "--initial", second, "--visibility", wrong)) == 2
         assert f'visibility = "{wrong}" is not how' in capsys.readouterr().err

@@ -292,7 +292,8 @@ def test_another_visibility_is_trained(data, whole, tmp_path):
     assert sft.main(flags(data, out, "--visibility", "reference_causal")) == 0
     assert losses(out).keys() == losses(whole).keys() and losses(out) != losses(whole)
     assert json.loads((out / "config.json").read_text())["visibility"] == "reference_causal"
-    assert SFT((BudgetStage(64, 1, 1.0),), initial=out).attends == "reference_causal", "a run that goes on from it"
+    after = launch.with_visibility(SFT((BudgetStage(64, 1, 1.0),), initial=out))
+    assert after.visibility == "reference_causal", "a run that starts from it"
 
 
 def looked(out):
@@ -477,7 +478,7 @@ def test_a_refused_resume_changes_nothing(data, half, more, message, capsys):
     assert sft.main(flags(data, half, "--resume", "auto", *more)) == 2
     assert message in capsys.readouterr().err
     assert contents(half) == before
-    assert SFT((BudgetStage(64, 1, 1.0),), initial=half).attends == "full"
+    assert launch.with_visibility(SFT((BudgetStage(64, 1, 1.0),), initial=half)).visibility == "full"
 
 
 def test_settings_that_change_are_recorded(data, whole, half):
