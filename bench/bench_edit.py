@@ -8,7 +8,7 @@ import torch
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
-from uniref_fast.scenes.textures import demo_scene
+from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.testing import max_relative_error
 
 STEPS = 4
@@ -23,7 +23,7 @@ def pipe():
 
 def requests():
     """K = 1, 2, 3 references of mixed sizes, guided."""
-    scenes = [demo_scene(i, references=i % 3 + 1) for i in range(6)]
+    scenes = [sample("train", i, MakeConfig(artworks("shipped"), references=(i % 3 + 1,))) for i in range(6)]
     return [
         EditRequest(
             s.instruction, s.references, " ", seed=i, num_inference_steps=STEPS, width=96 + 16 * (i % 3), height=96

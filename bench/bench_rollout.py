@@ -20,7 +20,7 @@ from uniref_fast.edit import denoising_schedule
 from uniref_fast.encode import image_latents, prompt_embeddings
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.request import geometry
-from uniref_fast.scenes.textures import demo_scene
+from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.testing import max_relative_error
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.rollout import Group, Member, RolloutPack, roll, schedule
@@ -35,7 +35,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def group(pipe):
-    scene = demo_scene(0, references=3)
+    scene = sample("train", 0, MakeConfig(artworks("shipped"), references=(3,)))
     made = geometry(pipe, EditRequest(scene.instruction, scene.references, width=SIDE, height=SIDE), 3 * SIDE**2)
     with torch.no_grad():
         text = prompt_embeddings(pipe, scene.instruction, scene.references, made.condition_sizes)

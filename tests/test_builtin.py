@@ -15,13 +15,13 @@ from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock_module
 from peft import LoraConfig
 from PIL import Image
+from synthetic import synthetic_sample
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
 from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, components, store
 from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.request import image_areas
-from uniref_fast.scenes.textures import demo_scene
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -361,13 +361,13 @@ def test_processor_expands_each_picture(pipe):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_edits_run(pipe, k):
-    scene = demo_scene(0, references=k)
+    scene = synthetic_sample(0, references=k)
     latents = edit(pipe, scene.references, scene.instruction, height=96, width=160)
     assert latents.shape == (1, 12 * 20, 64) and latents.isfinite().all() and latents.std() > 0.3
 
 
 def test_default_size_follows_the_last_reference(pipe):
-    scene = demo_scene(0)
+    scene = synthetic_sample(0)
     image = edit(pipe, scene.references, output_type="pil")[0]
     ratio = scene.references[-1].width / scene.references[-1].height
     assert image.size == stock_module.calculate_dimensions(pipe.output_area, ratio)
@@ -379,7 +379,7 @@ def test_default_size_follows_the_last_reference(pipe):
 
 
 def test_seeds_reproduce_and_every_input_matters(pipe):
-    references = demo_scene(0, references=2).references
+    references = synthetic_sample(0, references=2).references
     size = dict(height=64, width=64)
     base = edit(pipe, references, **size)
     assert torch.equal(base, edit(pipe, references, **size))
@@ -390,7 +390,7 @@ def test_seeds_reproduce_and_every_input_matters(pipe):
 
 
 def test_same_as_the_stock_call_with_its_constants_changed(pipe, monkeypatch):
-    scene = demo_scene(1)
+    scene = synthetic_sample(1)
     ours = edit(pipe, scene.references, scene.instruction)
     size = stock_module.calculate_dimensions(pipe.output_area, scene.references[-1].width / scene.references[-1].height)
     assert (stock_module.CONDITION_IMAGE_SIZE, stock_module.VAE_IMAGE_SIZE) == (384**2, 1024**2)  # untouched by a call
@@ -418,7 +418,7 @@ def test_callbacks_and_tuples_as_in_diffusers(pipe):
         return tensors
 
     result = pipe(
-        demo_scene(0).references[0],  # a single image, not a list
+        synthetic_sample(0).references[0],  # a single image, not a list
         "a crown",
         height=64,
         width=64,

@@ -17,9 +17,9 @@ from uniref_fast.edit import edit
 from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.patch import PatchReport, patch, unpatch
 from uniref_fast.request import EditRequest
-from uniref_fast.scenes.make import MadeSample, MakeConfig, artworks
-from uniref_fast.scenes.render import draw_plan
-from uniref_fast.scenes.tasks import plan_sample
+from uniref_fast.scenes.make import MakeConfig, SyntheticSample, artworks
+from uniref_fast.scenes.render import render
+from uniref_fast.scenes.tasks import scene_spec
 from uniref_fast.sheets import contact_sheet, difference
 from uniref_fast.testing import error_budget, max_relative_error
 
@@ -155,15 +155,15 @@ def run_demo(
     return result, _sheet(scene, images, list(zip(others, made, strict=True)), result), report
 
 
-def heldout_scenes(seed: int, references: int, count: int) -> list[MadeSample]:
+def heldout_scenes(seed: int, references: int, count: int) -> list[SyntheticSample]:
     """Scenes of SIDE x SIDE pixels with exact answers, of the shipped objects that no training data shows."""
     config = MakeConfig(artworks("shipped"), size=SIDE, references=(references,), pictures="simple")
-    plans = (plan_sample("heldout_objects", index, config) for index in itertools.count(1000 * seed))
-    square = (plan for plan in plans if plan.target.size == (SIDE, SIDE))
-    return [draw_plan(plan, config.artworks) for plan in itertools.islice(square, count)]
+    specs = (scene_spec("heldout_objects", index, config) for index in itertools.count(1000 * seed))
+    square = (spec for spec in specs if spec.scene.size == (SIDE, SIDE))
+    return [render(spec, config.artworks) for spec in itertools.islice(square, count)]
 
 
-def _request(scene: MadeSample, seed: int, steps: int) -> EditRequest:
+def _request(scene: SyntheticSample, seed: int, steps: int) -> EditRequest:
     return EditRequest(
         scene.instruction, scene.references, negative_prompt=" ", true_cfg_scale=GUIDANCE, seed=seed,
         num_inference_steps=steps, width=scene.target.width, height=scene.target.height,
@@ -176,7 +176,7 @@ def _load(dtype: torch.dtype, device: str) -> Any:
     return pipe
 
 
-def _edit(pipe: Any, scene: MadeSample, seed: int, steps: int) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
+def _edit(pipe: Any, scene: SyntheticSample, seed: int, steps: int) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
     """((final latents, image in -1..1), seconds) of one guided edit."""
     latents: list[torch.Tensor] = []
 
@@ -202,7 +202,7 @@ def _edit(pipe: Any, scene: MadeSample, seed: int, steps: int) -> tuple[tuple[to
     return (latents[0], image * 2 - 1), time.perf_counter() - start
 
 
-def _first_prediction(pipe: Any, scene: MadeSample, seed: int, steps: int) -> tuple[float, float]:
+def _first_prediction(pipe: Any, scene: SyntheticSample, seed: int, steps: int) -> tuple[float, float]:
     """(error, budget) of the patched transformer's first prediction against float64, relative to its maximum."""
     calls: list[dict[str, Any]] = []
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -219,9 +219,9 @@ def _first_prediction(pipe: Any, scene: MadeSample, seed: int, steps: int) -> tu
 
 
 def _sheet(
-    scene: MadeSample,
+    scene: SyntheticSample,
     images: Sequence[Image.Image],
-    others: Sequence[tuple[MadeSample, Image.Image]],
+    others: Sequence[tuple[SyntheticSample, Image.Image]],
     result: DemoResult,
 ) -> Image.Image:
     stock, patched = images
@@ -249,5 +249,5 @@ def _sheet(
     return contact_sheet(rows, f'"{scene.instruction}"', "\n".join(caption), cell=192)
 
 
-def _given(scene: MadeSample) -> list[tuple[str, Image.Image]]:
+def _given(scene: SyntheticSample) -> list[tuple[str, Image.Image]]:
     return [(f"picture {i}", picture) for i, picture in enumerate(scene.references, start=1)]

@@ -24,9 +24,9 @@ from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.evaluation.requests import files_of, plan
 from uniref_fast.rewards.scene import scene_details
 from uniref_fast.rewards.types import AXES
-from uniref_fast.scenes.dataset import make
+from uniref_fast.scenes.dataset import write_dataset
 from uniref_fast.scenes.make import MakeConfig, artworks, sample
-from uniref_fast.scenes.render import crop_box
+from uniref_fast.scenes.scene import crop_box
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "made"
     config = MakeConfig(artworks("shipped"), size=64, references=(0, 1, 2))
     counts = {"train": 0, "heldout_objects": 3, "heldout_combinations": 2}
-    make(folder, config, counts, 1, force=False, draw=sample)
+    write_dataset(folder, config, counts, 1, force=False, generate=sample)
     return folder
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 pytest.importorskip("torchvision")
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageEditPlusPipeline
+from synthetic import synthetic_sample
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -20,8 +21,8 @@ from uniref_fast.builtin import components
 from uniref_fast.layout import Kind
 from uniref_fast.loading import load_pipeline
 from uniref_fast.scenes.artworks import artworks
-from uniref_fast.scenes.make import MakeConfig, make, sample
-from uniref_fast.scenes.textures import demo_scene
+from uniref_fast.scenes.dataset import write_dataset
+from uniref_fast.scenes.make import MakeConfig, sample
 from uniref_fast.training import msgrpo, sft
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -67,7 +68,7 @@ def pixels(image):
 
 
 def arguments(references):
-    scene = demo_scene(3, size=96, references=references)
+    scene = synthetic_sample(3, size=96, references=references)
     return {"prompt": scene.instruction, "width": 64, "height": 48, "num_inference_steps": 3, "true_cfg_scale": 2.0,
             "negative_prompt": " "}, scene.references  # fmt: skip
 
@@ -128,7 +129,9 @@ def test_estimate_counts_the_tokens_of_an_edit(pipe, folder):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "made"
     config = MakeConfig(artworks("shipped"), size=64, references=(1, 2))
-    make(folder, config, {"train": 8, "heldout_objects": 2, "heldout_combinations": 0}, 1, force=False, draw=sample)
+    write_dataset(
+        folder, config, {"train": 8, "heldout_objects": 2, "heldout_combinations": 0}, 1, force=False, generate=sample
+    )
     return folder
 
 

@@ -16,45 +16,64 @@ from pyarrow import parquet
 from uniref_fast.data.dataset import Dataset, Row, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.rewards import scene as module
-from uniref_fast.rewards.scene import SceneError, scene_details, scene_reward, scene_scores
+from uniref_fast.rewards.scene import scene_details, scene_reward
 from uniref_fast.rewards.types import AXES, Candidate, Failure, Scores
 from uniref_fast.scenes.artworks import artworks
+from uniref_fast.scenes.changes import scene_changes
+from uniref_fast.scenes.config import MakeConfig
 from uniref_fast.scenes.locate import Canvas, find
-from uniref_fast.scenes.render import draw_plan
-from uniref_fast.scenes.scene import read_scene
+from uniref_fast.scenes.placement import overlapping
+from uniref_fast.scenes.render import render
+from uniref_fast.scenes.scene import Background, Scene
 from uniref_fast.scenes.similarity import softened
-from uniref_fast.scenes.specs import SPLITS, Ground, MakeConfig, overlapping
-from uniref_fast.scenes.tasks import plan_sample
+from uniref_fast.scenes.splits import SPLITS
+from uniref_fast.scenes.tasks import scene_spec
 
 POOL = artworks("shipped")
 CONFIG = MakeConfig(POOL, size=64, seed=0)
 TASKS = ("generate", "recolour", "remove", "move", "add", "replace_background", "compose")
 
 
+def encoded(image):
+    """Return an image source with the lossless bytes of an image."""
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=1)
+    return ImageSource("image", data=content.getvalue())
+
+
+def scene_scores(image, target, scene, artworks):
+    """Return the scores of an image for a row with that target, scene and artworks."""
+    sources = {path: encoded(artwork) for path, artwork in artworks.items()}
+    details = scene_details(Row("", (), encoded(target), None, "row", scene, sources), image)
+    return dict(details.axes)
+
+
 class Case:
-    """A sample of made data with its plan, so that other answers can be drawn."""
+    """A synthetic sample with its scene, so that other targets can be drawn."""
 
     def __init__(self, index, split="train", config=CONFIG):
-        self.plan = plan_sample(split, index, config)
-        self.made = draw_plan(self.plan, POOL)
-        self.target, self.scene, self.things = self.made.target, self.made.scene, self.plan.target.things
+        self.spec = scene_spec(split, index, config)
+        self.sample = render(self.spec, POOL)
+        self.target, self.scene, self.objects = self.sample.target, self.sample.scene, self.spec.scene.objects
         pictures = (self.scene, *self.scene["references"])
         self.artworks = {o["artwork"]: POOL.image(o["name"]) for picture in pictures for o in picture["objects"]}
 
     def scores(self, image):
         return scene_scores(image, self.target, self.scene, self.artworks)
 
-    def drawn(self, things, ground=None):
-        target = replace(self.plan.target, things=tuple(things), ground=ground or self.plan.target.ground)
-        return draw_plan(replace(self.plan, target=target), POOL).target
+    def drawn(self, objects, background=None):
+        """Return the target with other objects, or on another background."""
+        scene = self.spec.scene
+        scene = replace(scene, objects=tuple(objects), background=background or scene.background)
+        return render(replace(self.spec, scene=scene), POOL).target
 
     def shifted(self, pixels):
-        """Every object further right, or left where there is more room."""
+        """Return the objects moved to the right, or to the left if there is more room."""
         width = self.target.width
-        signs = [1 if t.corner[0] + t.side / 2 < width / 2 else -1 for t in self.things]
+        signs = [1 if placed.centre[0] < width / 2 else -1 for placed in self.objects]
         return [
-            replace(t, corner=(t.corner[0] + sign * pixels, t.corner[1]))
-            for t, sign in zip(self.things, signs, strict=True)
+            placed.moved((placed.corner[0] + sign * pixels, placed.corner[1]))
+            for placed, sign in zip(self.objects, signs, strict=True)
         ]
 
 
@@ -93,7 +112,7 @@ def mediocre(image):
 
 
 def some_of(task, count, first=0):
-    found = (index for index in range(first, 1000) if plan_sample("train", index, CONFIG).task_type == task)
+    found = (index for index in range(first, 1000) if scene_spec("train", index, CONFIG).task_type == task)
     return [Case(next(found)) for _ in range(count)]
 
 
@@ -107,7 +126,7 @@ def cases():
 @pytest.fixture(scope="module")
 def with_objects(cases):
     """Where something is asked for that picture 1 does not show already."""
-    return [case for case in cases if not all(read_scene(case.scene).kept)][:12]
+    return [case for case in cases if not all(scene_changes(Scene.from_json(case.scene)).kept)][:12]
 
 
 def mean_scores(cases, degrade):
@@ -131,8 +150,8 @@ def test_the_exact_answer_has_every_point(cases):
     more = [Case(i, split) for split in SPLITS[1:] for i in range(12)] + [
         Case(i, config=MakeConfig(POOL, size=128, seed=3)) for i in range(12)
     ]
-    assert {case.made.task_type for case in (*cases, *more)} == set(TASKS)
-    assert {len(case.made.references) for case in (*cases, *more)} == set(range(7))
+    assert {case.sample.task_type for case in (*cases, *more)} == set(TASKS)
+    assert {len(case.sample.references) for case in (*cases, *more)} == set(range(7))
     for case in (*cases, *more):
         scores = case.scores(case.target)
         assert tuple(scores) == AXES and all(9.8 <= score <= 10 for score in scores.values()), (scores, case.scene)
@@ -144,29 +163,29 @@ def test_what_does_not_show_the_objects_has_little_integration(cases):
         size = case.target.size
         for image in (noisy(flat(size), 90), flat(size)):
             scores = case.scores(image)
-            assert scores["integration"] < 2.5, case.made.instruction
+            assert scores["integration"] < 2.5, case.sample.instruction
             sums.update(scores)
-        if case.made.references:
-            first = case.made.references[0].resize(size)
-            assert case.scores(first)["integration"] < 5, case.made.instruction
+        if case.sample.references:
+            first = case.sample.references[0].resize(size)
+            assert case.scores(first)["integration"] < 5, case.sample.instruction
         # where nothing is to be shown, the mean colour hides what was there
-        bound = 3.5 if case.things else 6
-        assert case.scores(flat(size, mean_colour(case.target)))["integration"] < bound, case.made.instruction
-        if case.things:
-            assert case.scores(case.drawn([]))["integration"] < 5, case.made.instruction
+        bound = 3.5 if case.objects else 6
+        assert case.scores(flat(size, mean_colour(case.target)))["integration"] < bound, case.sample.instruction
+        if case.objects:
+            assert case.scores(case.drawn([]))["integration"] < 5, case.sample.instruction
     assert all(total / (2 * len(cases)) < 2 for total in sums.values()), sums
 
 
 def test_the_untouched_picture_is_no_edit(cases):
     for case in cases:
-        if case.made.task_type in ("recolour", "remove", "move", "add", "replace_background"):
-            untouched = case.scores(case.made.references[0].resize(case.target.size))
+        if case.sample.task_type in ("recolour", "remove", "move", "add", "replace_background"):
+            untouched = case.scores(case.sample.references[0].resize(case.target.size))
             honest = case.scores(mediocre(case.target))
-            assert untouched["integration"] < honest["integration"] - 1, case.made.instruction
+            assert untouched["integration"] < honest["integration"] - 1, case.sample.instruction
 
 
 def test_a_colour_that_was_not_changed_is_not_half_right():
-    untouched = [case.scores(case.made.references[0].resize(case.target.size)) for case in some_of("recolour", 10)]
+    untouched = [case.scores(case.sample.references[0].resize(case.target.size)) for case in some_of("recolour", 10)]
     assert np.mean([scores["integration"] for scores in untouched]) < 1.65
 
 
@@ -208,8 +227,8 @@ def test_integration_falls_with_the_distance_from_the_place(with_objects):
 def test_integration_falls_with_the_size_being_wrong(with_objects):
     def degrade(case, scale):
         return case.drawn(
-            replace(t, side=side, corner=tuple(int(c + (t.side - side) / 2) for c in t.corner))
-            for t in case.things
+            t.moved(tuple(int(c + (t.side - side) / 2) for c in t.corner), side)
+            for t in case.objects
             for side in [max(4, int(t.side * scale))]
         )
 
@@ -242,18 +261,16 @@ def test_mistakes_cost_what_they_should(with_objects):
     names = [name for name in CONFIG.objects("train")]
 
     def wrong(case):
-        used = {thing.name for thing in case.things}
+        used = {thing.name for thing in case.objects}
         free = [name for name in names if name not in used]
-        return case.drawn(replace(t, name=free[i], colour=None) for i, t in enumerate(case.things))
+        return case.drawn(replace(t, name=free[i], colour=None) for i, t in enumerate(case.objects))
 
     def recoloured(case):
-        return case.drawn(replace(t, colour="purple" if t.colour != "purple" else "green") for t in case.things)
+        return case.drawn(replace(t, colour="purple" if t.colour != "purple" else "green") for t in case.objects)
 
     def mirrored(case):
         width, height = case.target.size
-        return case.drawn(
-            replace(t, corner=(width - t.side - t.corner[0], height - t.side - t.corner[1])) for t in case.things
-        )
+        return case.drawn(t.moved((width - t.side - t.corner[0], height - t.side - t.corner[1])) for t in case.objects)
 
     exact = mean_scores(with_objects, lambda case: case.target)
     missing = mean_scores(with_objects, lambda case: case.drawn([]))
@@ -267,47 +284,46 @@ def test_mistakes_cost_what_they_should(with_objects):
 
 
 def test_each_missing_object_and_each_swap_counts(cases):
-    several = [case for case in some_of("compose", 16) if len({t.name for t in case.things}) >= 2]
+    several = [case for case in some_of("compose", 16) if len({t.name for t in case.objects}) >= 2]
     assert len(several) >= 4
     for case in several[:6]:
-        whole = [case.scores(case.drawn(case.things[:count])) for count in range(len(case.things) + 1)]
+        whole = [case.scores(case.drawn(case.objects[:count])) for count in range(len(case.objects) + 1)]
         steps = [np.diff([scores[axis] for scores in whole]) for axis in ("integration", "consistency")]
         assert all((step > 0).all() for step in steps), steps
-        first, second = case.things[0], next(t for t in case.things if t.name != case.things[0].name)
+        first, second = case.objects[0], next(t for t in case.objects if t.name != case.objects[0].name)
         names = {first: second.name, second: first.name}
-        swapped = case.scores(case.drawn(replace(t, name=names.get(t, t.name)) for t in case.things))
+        swapped = case.scores(case.drawn(replace(t, name=names.get(t, t.name)) for t in case.objects))
         assert whole[0]["integration"] < swapped["integration"] < whole[-1]["integration"] - 1
 
 
 def test_an_object_that_must_go_is_seen_when_it_stays():
     for case in some_of("remove", 4):
-        base = case.plan.pictures[0]
+        base = case.spec.scene.references[0]
         scale = case.target.width / base.size[0]
-        still = [replace(t, corner=tuple(round(c * scale) for c in t.corner), side=round(t.side * scale))
-                 for t in base.things]  # fmt: skip
+        still = [t.moved(tuple(round(c * scale) for c in t.corner), round(t.side * scale)) for t in base.objects]
         assert case.scores(case.drawn(still))["integration"] < 5
         half = Image.blend(case.target, case.drawn(still), 0.5)
         assert case.scores(case.drawn(still))["integration"] + 1 < case.scores(half)["integration"] < 8
     for case in some_of("move", 4):
-        base = case.plan.pictures[0]
+        base = case.spec.scene.references[0]
         scale = case.target.width / base.size[0]
-        old = replace(base.things[0], corner=tuple(round(c * scale) for c in base.things[0].corner),
-                      side=round(base.things[0].side * scale))  # fmt: skip
-        both = case.scores(case.drawn([old, *case.things]))
+        (old, *_) = base.objects
+        old = old.moved(tuple(round(c * scale) for c in old.corner), round(old.side * scale))
+        both = case.scores(case.drawn([old, *case.objects]))
         assert both["integration"] < 7.5, "it was copied, not moved"
 
 
 def test_a_recoloured_object_that_must_go_is_known_by_its_colour():
     case = some_of("remove", 1)[0]
-    base = case.plan.pictures[0]
+    base = case.spec.scene.references[0]
     scale = case.target.width / base.size[0]
-    (*_, old) = [t for t in base.things if t.name not in {thing.name for thing in case.things}]
-    still = replace(old, corner=tuple(round(c * scale) for c in old.corner), side=round(old.side * scale))
+    (*_, old) = [t for t in base.objects if t.name not in {thing.name for thing in case.objects}]
+    still = old.moved(tuple(round(c * scale) for c in old.corner), round(old.side * scale))
     scene = copy.deepcopy(case.scene)
     for thing in scene["references"][0]["objects"]:
         if thing["name"] == old.name:
             thing["colour"] = "yellow"
-    yellow = Image.blend(case.target, case.drawn([*case.things, replace(still, colour="yellow")]), 0.5)
+    yellow = Image.blend(case.target, case.drawn([*case.objects, replace(still, colour="yellow")]), 0.5)
     known = scene_scores(yellow, case.target, scene, case.artworks)["integration"]
     assert 4 < known < 8 and abs(known - case.scores(yellow)["integration"]) > 0.3, "half of it is still there"
 
@@ -327,14 +343,14 @@ def test_the_members_of_a_group_are_told_apart(with_objects):
 
 def tricks(case):
     width, height = case.target.size
-    thing = case.things[0]
+    thing = case.objects[0]
     everywhere = [
-        replace(thing, corner=(x, y))
+        thing.moved((x, y))
         for y in range(0, height - thing.side + 1, thing.side)
         for x in range(0, width - thing.side + 1, thing.side)
     ]
-    large = replace(thing, corner=(0, 0), side=min(width, height))
-    yield "object everywhere", case.drawn([*everywhere, *case.things])
+    large = thing.moved((0, 0), min(width, height))
+    yield "object everywhere", case.drawn([*everywhere, *case.objects])
     yield "object everywhere, alone", case.drawn(everywhere)
     yield "object as large as can be", case.drawn([large])
     yield "its colour only", flat(case.target.size, own_colour(POOL.image(thing.name)))
@@ -342,10 +358,10 @@ def tricks(case):
     yield "black and white", case.target.convert("L").point(lambda v: 255 * (v > 128)).convert("RGB")
     yield "extreme contrast", ImageEnhance.Contrast(case.target).enhance(8)
     yield "background alone", case.drawn([])
-    yield "another background", case.drawn(case.things, Ground("bokeh", 5))
+    yield "another background", case.drawn(case.objects, Background("bokeh", 5))
     yield "noise", noisy(flat(case.target.size), 80)
-    if case.made.references:
-        yield "picture 1", case.made.references[0].resize(case.target.size)
+    if case.sample.references:
+        yield "picture 1", case.sample.references[0].resize(case.target.size)
 
 
 def test_no_trick_beats_an_honest_attempt(with_objects):
@@ -354,7 +370,7 @@ def test_no_trick_beats_an_honest_attempt(with_objects):
         honest = case.scores(mediocre(case.target))
         for name, image in tricks(case):
             scores = case.scores(image)
-            assert scores["integration"] < honest["integration"], (name, scores, honest, case.made.instruction)
+            assert scores["integration"] < honest["integration"], (name, scores, honest, case.sample.instruction)
             sums[name].append(sum(scores.values()) - sum(honest.values()))
     assert len(sums) == 11 and all(np.mean(more) < 0.5 for more in sums.values()), sums
 
@@ -392,7 +408,7 @@ def test_images_of_other_sizes(cases):
                 continue
             same = case.scores(case.target.resize(size, Image.Resampling.LANCZOS))
             assert all(score >= 9.8 for score in same.values()), (scale, same)
-            if case.things:
+            if case.objects:
                 assert case.scores(case.drawn([]).resize(size))["integration"] < 5.5, scale
     case = cases[0]
     stretched = case.target.resize((case.target.width + 16, case.target.height), Image.Resampling.LANCZOS)
@@ -405,7 +421,7 @@ def test_small_and_odd_images(cases):
             scores = case.scores(case.target.resize(size, Image.Resampling.LANCZOS))
             assert all(9.8 <= score <= 10 for score in scores.values()), size
             assert all(0 <= score <= 10 for score in case.scores(noisy(flat(size), 90)).values())
-    with pytest.raises(SceneError, match=r"at least 16 pixels a side, got 15 x 64"):
+    with pytest.raises(RowError, match=r"at least 16 pixels a side, got 15 x 64"):
         cases[0].scores(flat((15, 64)))
 
 
@@ -425,7 +441,7 @@ def test_the_same_image_has_the_same_scores(cases):
     [
         (("size",), None, "scene.size must be 2 numbers, got None"),
         (("size",), [64], "scene.size must be 2 numbers"),
-        (("size",), [0, 64], "at least 1 pixel"),
+        (("size",), [0, 64], "at least 1"),
         (("objects",), None, "scene.objects must be a list"),
         (("objects",), {"name": "x"}, "scene.objects must be a list"),
         (("objects", 0), "crown", r"scene.objects\[0\] must be an object, got 'crown'"),
@@ -433,7 +449,7 @@ def test_the_same_image_has_the_same_scores(cases):
         (("objects", 0, "artwork"), "artworks/none.png", "no artwork 'artworks/none.png'"),
         (("objects", 0, "centre"), [1, "2"], r"scene.objects\[0\].centre must be 2 numbers"),
         (("objects", 0, "centre"), [float("nan"), 2], "centre must be 2 numbers"),
-        (("objects", 0, "centre"), [-40, 20], r"scene.objects\[0\] does not lie in the picture"),
+        (("objects", 0, "centre"), [-40, 20], r"scene.objects\[0\] is not inside the image"),
         (("objects", 0, "side"), True, "side must be a number, got True"),
         (("objects", 0, "side"), -3, "side must be positive"),
         (("objects", 0, "colour"), "mauve", "colour must be one of red, orange"),
@@ -449,13 +465,13 @@ def test_the_same_image_has_the_same_scores(cases):
     ],
 )
 def test_a_broken_scene_says_what_is_wrong(path, value, message):
-    case = next(case for case in some_of("compose", 20) if len(case.made.references) == 3)
+    case = next(case for case in some_of("compose", 20) if len(case.sample.references) == 3)
     scene = copy.deepcopy(case.scene)
     part = scene
     for key in path[:-1]:
         part = part[key]
     part[path[-1]] = value
-    with pytest.raises(SceneError, match=message):
+    with pytest.raises(RowError, match=message):
         scene_scores(case.target, case.target, scene, case.artworks)
 
 
@@ -483,10 +499,10 @@ def folder(tmp_path):
     for i, case in enumerate(chosen):
         for path, image in case.artworks.items():
             image.save(tmp_path / path)
-        names = [f"{i}_{k}.png" for k in range(len(case.made.references))]
-        for name, image in zip([*names, f"{i}.png"], [*case.made.references, case.target], strict=True):
+        names = [f"{i}_{k}.png" for k in range(len(case.sample.references))]
+        for name, image in zip([*names, f"{i}.png"], [*case.sample.references, case.target], strict=True):
             image.save(tmp_path / name)
-        lines.append({"input_images": names, "output_image": f"{i}.png", "instruction": case.made.instruction,
+        lines.append({"input_images": names, "output_image": f"{i}.png", "instruction": case.sample.instruction,
                       "scene": case.scene})  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path, chosen, lines
@@ -589,14 +605,14 @@ def test_details_of_an_answer_and_of_objects_that_are_elsewhere_or_not_there(fol
         row = dataset[number]
         exact = scene_details(row, case.target)
         assert exact.axes == scene_reward(Candidate((0,), "", (), case.target, row)).axes
-        things = read_scene(row.scene)
-        assert [(one.artwork, one.colour) for one in exact.objects] == [thing.look for thing in things.asked]
-        assert [one.kept for one in exact.objects] == list(things.kept)
+        changes = scene_changes(Scene.from_json(row.scene))
+        assert [(one.artwork, one.colour) for one in exact.objects] == [placed.appearance for placed in changes.objects]
+        assert [one.kept for one in exact.objects] == list(changes.kept)
         for one in exact.objects:
             assert one.present and one.distance == 0 and one.likeness > 0.99 and one.similarity > 0.97
         bare = scene_details(row, case.drawn([]))
         assert sum(one.present for one in bare.objects) <= 0.3 * len(bare.objects)
-        if len(case.things) == 1:
+        if len(case.objects) == 1:
             (one,) = scene_details(row, case.drawn(case.shifted(6))).objects
             moved += one.present and 5 <= one.distance <= 7
             assert one.similarity > bare.objects[0].similarity
@@ -605,7 +621,7 @@ def test_details_of_an_answer_and_of_objects_that_are_elsewhere_or_not_there(fol
 
 def test_the_distance_is_in_pixels_of_the_image(folder):
     path, cases, _ = folder
-    number = next(i for i, case in enumerate(cases) if len(case.things) == 1)
+    number = next(i for i, case in enumerate(cases) if len(case.objects) == 1)
     row, image = Dataset(path / "rows.jsonl")[number], cases[number].drawn(cases[number].shifted(6))
     (one,) = scene_details(row, image).objects
     (larger,) = scene_details(row, image.resize((2 * image.width, 2 * image.height), Image.BICUBIC)).objects

@@ -146,7 +146,7 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
         raise ValueError("no training data: give --data FILE_OR_FOLDER, or --data builtin for small made-up scenes")
     if "builtin" not in config.data:
         return config
-    from uniref_fast.scenes.dataset import make
+    from uniref_fast.scenes.dataset import write_dataset
     from uniref_fast.scenes.make import MakeConfig, artworks, sample
 
     folder = out / "data"
@@ -156,7 +156,7 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
             made = MakeConfig(
                 artworks("shipped"), size=BUILTIN_SIZE, seed=config.seed, references=(1, 2, 3), pictures="simple"
             )
-            make(folder, made, BUILTIN_ROWS, config.workers, force=False, draw=sample)
+            write_dataset(folder, made, BUILTIN_ROWS, config.workers, force=False, generate=sample)
         except (OSError, ValueError, RuntimeError) as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):

@@ -45,7 +45,7 @@ from uniref_fast.rewards.functions import reward_function
 from uniref_fast.rewards.judge import Judge
 from uniref_fast.rewards.log import PASSING
 from uniref_fast.rewards.types import Candidate, Failure, Scores
-from uniref_fast.scenes.render import crop_box
+from uniref_fast.scenes.scene import crop_box
 
 __all__ = ["EvalConfig", "evaluate"]
 

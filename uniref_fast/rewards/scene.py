@@ -1,6 +1,6 @@
 """Scores for made data without a judge: its answers are exact, so what a made image lacks can be measured.
 
-    scene_scores(image, row.target.load(), row.scene, {"artworks/owl.png": owl})
+    scene_details(row, image).axes
     {"integration": 7.9, "consistency": 9.1, "quality": 8.2}
 
 - integration: each object that is asked for is looked for near its place, then anywhere; what must be gone is looked
@@ -38,7 +38,6 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -46,6 +45,7 @@ from PIL import Image
 from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.rewards.types import Candidate, Failure, Scores
+from uniref_fast.scenes.changes import SceneChanges, scene_changes
 from uniref_fast.scenes.locate import (
     FLOOR,
     Canvas,
@@ -59,10 +59,10 @@ from uniref_fast.scenes.locate import (
     weighted,
 )
 from uniref_fast.scenes.render import recolour
-from uniref_fast.scenes.scene import Scene, SceneError, Thing, read_scene
+from uniref_fast.scenes.scene import PlacedObject, Scene, SceneError
 from uniref_fast.scenes.similarity import Edges, alike, softened, steps_on_grids
 
-__all__ = ["PRESENT", "SceneDetails", "SceneError", "SceneObject", "scene_details", "scene_reward", "scene_scores"]
+__all__ = ["PRESENT", "SceneDetails", "SceneError", "SceneObject", "scene_details", "scene_reward"]
 
 SMALLEST = 16  # pixels: shorter side of an image that can be scored
 GROUND = 3 * 32.0**2  # squared distance added to a background's own spread, as FLOOR is to an object's
@@ -134,29 +134,11 @@ def scene_details(row: Row, image: Image.Image) -> SceneDetails | Failure:
         return Failure("unreadable", str(error))
 
 
-def scene_scores(
-    image: Image.Image, target: Image.Image, scene: Mapping[str, Any], artworks: Mapping[str, Image.Image]
-) -> dict[str, float]:
-    """Scores of an image, 0..10 on each of "integration", "consistency" and "quality".
-
-    Args:
-        image: of any size from SMALLEST pixels on; places and sides of the scene are scaled to it.
-        target: the exact answer; resized when the image has another size.
-        scene: the row's scene, as the data set's card describes it.
-        artworks: the scene's artworks by path, RGBA; those of its references too.
-
-    Raises:
-        SceneError: a ValueError that says what is wrong with the scene, which artwork is missing, or that the image is
-            too small.
-    """
-    return dict(_Answer(target, read_scene(scene), artworks, image.size).details(image).axes)
-
-
 @functools.lru_cache(maxsize=16)  # the candidates of a group share it
 def _answer(row: Row, size: tuple[int, int]) -> _Answer:
     assert row.scene is not None and row.target is not None
-    scene = read_scene(row.scene)
-    paths = {thing.artwork for thing in (*scene.asked, *scene.gone, *scene.spare)}
+    scene = scene_changes(Scene.from_json(row.scene))
+    paths = {placed.artwork for placed in (*scene.objects, *scene.removed, *scene.unused)}
     artworks = {path: _rgba(row.artworks[path]) for path in sorted(paths & row.artworks.keys())}
     return _Answer(row.target.load(), scene, artworks, size)
 
@@ -171,7 +153,7 @@ class _Answer:
     """What is known before an image is made: the target, and its objects as pieces of it."""
 
     def __init__(
-        self, target: Image.Image, scene: Scene, artworks: Mapping[str, Image.Image], size: tuple[int, int]
+        self, target: Image.Image, scene: SceneChanges, artworks: Mapping[str, Image.Image], size: tuple[int, int]
     ) -> None:
         if min(size) < SMALLEST:
             raise SceneError(f"an image to score has at least {SMALLEST} pixels a side, got {size[0]} x {size[1]}")
@@ -184,7 +166,7 @@ class _Answer:
         self.soft = softened(self.target, self.window)
         self.edges = Edges(self.target)
         self.seams = steps_on_grids(self.target)
-        drawn = [self._drawn(thing, artworks) for thing in scene.asked]
+        drawn = [self._drawn(placed, artworks) for placed in scene.objects]
         self.cover = np.zeros(self.target.shape[:2], np.float32)  # of the target, by its objects
         asked = []
         for piece in reversed(drawn):
@@ -193,26 +175,26 @@ class _Answer:
             # the rim has the colours of both sides when it is softened
             inner = np.clip(2 * softened(visible[..., None], self.window)[..., 0] - 1, 0.05, 1)
             asked.append(replace(piece, colours=self.soft[piece.box], alpha=visible * inner + np.float32(1e-6)))
-        others = [self._drawn(thing, artworks) for thing in (*scene.gone, *scene.spare)]
-        self._measure(asked[::-1], others[: len(scene.gone)])
+        others = [self._drawn(placed, artworks) for placed in (*scene.removed, *scene.unused)]
+        self._measure(asked[::-1], others[: len(scene.removed)])
         mean = self.target.mean((0, 1))
         others = [replace(piece, absent=piece.distance(mean) + FLOOR) for piece in others]
         self.search = Search(self.soft, [*self.asked, *others])
-        looks = [thing.look for thing in scene.asked]
+        looks = [placed.appearance for placed in scene.objects]
         self.groups = [[i for i, other in enumerate(looks) if other == look] for look in dict.fromkeys(looks)]
 
-    def _drawn(self, thing: Thing, artworks: Mapping[str, Image.Image]) -> Piece:
-        """A thing in pixels of the image."""
-        if thing.artwork not in artworks:
-            raise SceneError(f"no artwork {thing.artwork!r}; its path is looked up as those of the row's pictures are")
-        image = artworks[thing.artwork].convert("RGBA")
-        if thing.colour is not None:
-            image = recolour(image, thing.colour)
+    def _drawn(self, placed: PlacedObject, artworks: Mapping[str, Image.Image]) -> Piece:
+        """Return an object in pixels of the image."""
+        if placed.artwork not in artworks:
+            raise SceneError(f"no artwork {placed.artwork!r}; its path is looked up as those of the row's pictures are")
+        image = artworks[placed.artwork].convert("RGBA")
+        if placed.colour is not None:
+            image = recolour(image, placed.colour)
         height, width = self.target.shape[:2]
         across, down = width / self.scene.size[0], height / self.scene.size[1]
-        w, h = min(max(2, round(thing.side * across)), width), min(max(2, round(thing.side * down)), height)
-        left = min(max(0, round((thing.x - thing.side / 2) * across)), width - w)
-        top = min(max(0, round((thing.y - thing.side / 2) * down)), height - h)
+        w, h = min(max(2, round(placed.side * across)), width), min(max(2, round(placed.side * down)), height)
+        left = min(max(0, round((placed.centre[0] - placed.side / 2) * across)), width - w)
+        top = min(max(0, round((placed.centre[1] - placed.side / 2) * down)), height - h)
         rgba = np.asarray(image.resize((w, h), Image.Resampling.LANCZOS)).astype(np.float32)
         alpha = rgba[..., 3] / 255 + np.float32(1e-6)
         return Piece(rgba[..., :3], alpha, alpha, top, left)
@@ -261,9 +243,9 @@ class _Answer:
         }
         axes = {axis: 10 * min(max(score, 0.0), 1.0) for axis, score in scores.items()}
         objects = [
-            SceneObject(*thing.look, kept, one.likeness, math.dist(one.piece.centre, asked.centre), similarity)
-            for thing, kept, asked, one, similarity in zip(
-                self.scene.asked, self.scene.kept, self.asked, found, similar, strict=True
+            SceneObject(*placed.appearance, kept, one.likeness, math.dist(one.piece.centre, asked.centre), similarity)
+            for placed, kept, asked, one, similarity in zip(
+                self.scene.objects, self.scene.kept, self.asked, found, similar, strict=True
             )
         ]
         return SceneDetails(axes, tuple(objects))
@@ -278,7 +260,7 @@ class _Answer:
         ground = float(likeness(weighted((soft - self.soft) ** 2, free) / spread)) ** 0.5
         weights = (1.0, 1.0, 0.6 if new else 1.0)  # what is gone matters less where it is to be elsewhere
         parts = [(sum(each) / len(each), w) for each, w in zip((new, kept, gone), weights, strict=True) if each]
-        parts.append((ground, 1.0 if self.scene.new_ground or not found else 0.4))
+        parts.append((ground, 1.0 if self.scene.new_background or not found else 0.4))
         whole = sum(weight for _, weight in parts)
         return math.prod(score ** (weight / whole) for score, weight in parts)
 

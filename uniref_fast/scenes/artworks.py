@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -18,15 +19,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
-from uniref_fast.scenes import textures as scenes
-from uniref_fast.scenes.make_emoji import NATIVE_SIZE, find_font, render
-
-__all__ = ["SIDE", "SOURCES", "Artworks", "artworks", "unicode_name", "usable"]
+__all__ = [
+    "EMOJI_FOLDER",
+    "SHIPPED_SIDE",
+    "SOURCES",
+    "Artworks",
+    "artworks",
+    "find_font",
+    "render_emoji",
+    "shipped_artwork",
+    "shipped_artworks",
+    "unicode_name",
+    "usable",
+]
 
 SOURCES = ("auto", "font", "shipped")
-SIDE = 128  # of artworks drawn from the font, pixels: the height of its bitmaps
+SIDE = 128  # pixels: side of artworks drawn from the font, the height of its bitmaps
+SHIPPED_SIDE = 96  # pixels: side of the shipped artworks
+EMOJI_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "emoji"
+NATIVE_SIZE = 109  # the only size of the font's bitmaps
+FONT_PATHS = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
+)
 
 # Where pictographs are, private use and the digits of keycaps aside.
 BLOCKS = (range(0x2000, 0x3300), range(0x1F000, 0x1FB00))
@@ -131,18 +149,28 @@ class Artworks:
     def names(self) -> tuple[str, ...]:
         return tuple(self.codes)
 
-    @staticmethod
-    def slug(name: str) -> str:
-        """File name without its ending."""
-        return name.replace(" ", "_")
-
     def image(self, name: str) -> Image.Image:
         """The RGBA artwork, square; shared, so not to be drawn on. Raises KeyError for a name outside the pool."""
         if name not in self.codes:
             raise KeyError(f"no artwork {name!r} among the {len(self.codes)} of {self.source}")
         if self.font_path is None:
-            return _shipped(name)
+            return shipped_artwork(name)
         return _drawn(self.font_path, self.codes[name])
+
+
+def shipped_artworks() -> dict[str, Path]:
+    """Return the shipped PNG files (RGBA, 96 x 96) by lower-case Unicode name, in alphabetical order."""
+    return {path.stem.replace("_", " "): path for path in sorted(EMOJI_FOLDER.glob("*.png"))}
+
+
+@functools.cache
+def shipped_artwork(name: str) -> Image.Image:
+    """Return the shipped RGBA artwork of that name. Raises KeyError that lists the names."""
+    paths = shipped_artworks()
+    if name not in paths:
+        raise KeyError(f"no artwork {name!r}; the shipped artworks are: {', '.join(paths)}")
+    with Image.open(paths[name]) as image:
+        return image.convert("RGBA")
 
 
 def artworks(source: str = "auto") -> Artworks:
@@ -160,7 +188,7 @@ def artworks(source: str = "auto") -> Artworks:
         except FileNotFoundError:
             if source == "font":
                 raise
-    return Artworks("shipped", {name: ord(unicodedata.lookup(name.upper())) for name in scenes.artworks()})
+    return Artworks("shipped", {name: ord(unicodedata.lookup(name.upper())) for name in shipped_artworks()})
 
 
 def _font_pool(path: Any) -> Artworks:
@@ -186,11 +214,6 @@ def _font_pool(path: Any) -> Artworks:
     return Artworks("font", dict(sorted(named.items())), facts, str(path))
 
 
-@functools.cache
-def _shipped(name: str) -> Image.Image:
-    return scenes.artwork(name)
-
-
 @functools.lru_cache(maxsize=4)
 def _open_font(path: str) -> ImageFont.FreeTypeFont:
     # The basic layout is always there; the other depends on how Pillow was built.
@@ -199,4 +222,34 @@ def _open_font(path: str) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=2048)
 def _drawn(path: str, code: int) -> Image.Image:
-    return render(chr(code), _open_font(path), SIDE)
+    return render_emoji(chr(code), _open_font(path), SIDE)
+
+
+# --- the font ---------------------------------------------------------------------------------------------------------
+
+
+def find_font() -> ImageFont.FreeTypeFont:
+    """The font at its native size. Raises FileNotFoundError that says how to get it."""
+    for path in filter(None, (os.environ.get("NOTO_COLOR_EMOJI"), *FONT_PATHS)):
+        if Path(path).is_file():
+            return ImageFont.truetype(path, NATIVE_SIZE)
+    raise FileNotFoundError(
+        "NotoColorEmoji.ttf was not found. Install it (Debian, Ubuntu: apt-get install fonts-noto-color-emoji), or set"
+        f" NOTO_COLOR_EMOJI to its path. Looked at: {', '.join(FONT_PATHS)}"
+    )
+
+
+def render_emoji(character: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image:
+    """One emoji as RGBA `size` x `size`, cropped to its ink and centred with its aspect ratio kept."""
+    canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
+    ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
+    box = canvas.getchannel("A").getbbox()
+    if box is None:
+        raise ValueError(f"the font draws nothing for U+{ord(character):04X} {unicodedata.name(character, '?')}")
+    ink = canvas.crop(box)
+    scale = size / max(ink.size)
+    fitted = (max(1, round(ink.width * scale)), max(1, round(ink.height * scale)))
+    ink = ink.resize(fitted, Image.Resampling.LANCZOS)
+    image = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    image.paste(ink, ((size - ink.width) // 2, (size - ink.height) // 2))
+    return image

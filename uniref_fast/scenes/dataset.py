@@ -1,17 +1,19 @@
-"""The folder that `uniref-fast data make` writes: atomic, resumable, the same bytes for any number of processes.
+"""Writing of a synthetic dataset: atomic, resumable, with the same bytes for any number of processes.
 
     OUT/train.jsonl, heldout_objects.jsonl, heldout_combinations.jsonl    rows
-    OUT/images/SPLIT/000000_0.png, _1.png, ..., _out.png                   pictures and target of a sample
-    OUT/artworks/NAME.png, OFL.txt, NOTICE.md                              the objects that occur, RGBA
-    OUT/README.md, made.json                                               data set card; arguments, counts, versions
+    OUT/images/SPLIT/000000_0.png, _1.png, ..., _out.png                   references and target of a sample
+    OUT/artworks/NAME.png, OFL.txt, NOTICE.md                              artworks of the objects that occur, RGBA
+    OUT/README.md, made.json                                               dataset card; arguments, counts, versions
 
-Everything is first written into `.OUT.making` beside it and renamed when complete. Samples are made in parts; a part is
-listed under `parts/` once its images are written, and a later run with the same arguments goes on from there.
+Everything is first written into the folder `.OUT.making` beside OUT, which is renamed when it is complete. Samples are
+generated in parts. A part is listed under `parts/` after its images are written, so that a later run with the same
+arguments continues with the first part that is missing.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -36,23 +38,32 @@ from tqdm import tqdm
 from uniref_fast import __version__
 from uniref_fast.data.images import ImageSource
 from uniref_fast.files import write_whole
-from uniref_fast.scenes import textures as scenes
-from uniref_fast.scenes.card import card, notice
-from uniref_fast.scenes.render import MadeSample
-from uniref_fast.scenes.specs import SPLIT_RULE, SPLITS, MakeConfig
+from uniref_fast.scenes.artworks import EMOJI_FOLDER
+from uniref_fast.scenes.card import dataset_card, licence_notice
+from uniref_fast.scenes.config import MakeConfig
+from uniref_fast.scenes.render import SyntheticSample
+from uniref_fast.scenes.scene import artwork_path
+from uniref_fast.scenes.splits import SPLIT_RULE, SPLITS
 
-__all__ = ["Made", "make", "writable_file"]
+__all__ = ["DATASET_FILES", "GenerationSummary", "writable_file", "write_dataset"]
 
-MADE_BY = "uniref-fast data make"
+COMMAND = "uniref-fast data make"  # `made_by` in made.json, by which a generated folder is recognised
 FORMAT = 1
 PART = 32  # samples of a part
-OURS = {"README.md", "made.json", "images", "artworks", *(f"{split}.jsonl" for split in SPLITS)}
-Drawer = Callable[[str, int, MakeConfig], MadeSample]
+DATASET_FILES = {"README.md", "made.json", "images", "artworks", *(f"{split}.jsonl" for split in SPLITS)}
+Generator = Callable[[str, int, MakeConfig], SyntheticSample]
 
 
 @dataclass
-class Made:
-    """What was made: samples by split and (task, number of pictures), bytes in all, samples an earlier run had made."""
+class GenerationSummary:
+    """Result of writing a dataset.
+
+    Attributes:
+        counts: Number of samples by split and (task, number of references).
+        artworks: Names of the objects that occur.
+        bytes: Size of the dataset in bytes.
+        resumed: Number of samples that an interrupted run had already written.
+    """
 
     counts: dict[str, Counter[tuple[str, int]]] = field(default_factory=dict)
     artworks: set[str] = field(default_factory=set)
@@ -60,24 +71,30 @@ class Made:
     resumed: int = 0
 
 
-def make(out: Path, config: MakeConfig, counts: Mapping[str, int], workers: int, force: bool, draw: Drawer) -> Made:
-    """Write the data set into the folder `out`.
+def write_dataset(
+    out: Path, config: MakeConfig, counts: Mapping[str, int], workers: int, force: bool, generate: Generator
+) -> GenerationSummary:
+    """Write the dataset into the folder `out`.
 
     Args:
-        counts: samples by split.
-        force: replace `out` when it is a folder that this function made.
-        draw: makes a sample, in any process.
+        out: Folder of the dataset; new or empty, unless `force` is given.
+        config: Configuration of the samples.
+        counts: Number of samples by split.
+        workers: Number of processes.
+        force: Replace `out` if it is a folder that this function wrote.
+        generate: Function (split, index, config) that generates a sample, called in any process.
 
     Raises:
         FileExistsError: `out` is not empty and may not be replaced, or another run is writing it.
-        OSError, RuntimeError: the disk is full, a process died; what was made stays for the next run.
+        OSError: A file cannot be written, for example because the disk is full.
+        RuntimeError: A process died. As after any error, the next run continues with the parts that are complete.
     """
     out = out.resolve()
-    making, old = out.with_name(f".{out.name}.making"), out.with_name(f".{out.name}.old")
+    partial, old = out.with_name(f".{out.name}.making"), out.with_name(f".{out.name}.old")
     if old.exists() and not out.exists():
-        old.rename(out)  # a run was stopped between its last two steps
+        old.rename(out)  # an earlier run was stopped between its last two steps
     _check_replaceable(out, force)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_parent(out)
     arguments = {
         "size": config.size,
         "seed": config.seed,
@@ -87,29 +104,43 @@ def make(out: Path, config: MakeConfig, counts: Mapping[str, int], workers: int,
         "artworks": config.artworks.source,
         **{split: counts[split] for split in SPLITS},
     }
-    with _locked(making, arguments, config) as lock:
-        made = _make_parts(making, config, counts, workers, draw, lock)
-        _gather(making, config, counts, made, arguments)
-        os.sync()  # the images too, before the folder gets its name
+    with _locked(partial, arguments, config) as lock:
+        summary = _write_parts(partial, config, counts, workers, generate, lock)
+        _join_parts(partial, config, counts, summary, arguments)
+        os.sync()  # the images must be on the disk before the folder gets its name
         if old.exists():
             shutil.rmtree(old)
         if out.exists():
             out.rename(old)
-        making.rename(out)
+        partial.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-    return made
+    return summary
 
 
 def writable_file(path: Path, suffix: str) -> None:
-    """Raise ValueError before the work when a file could not be written after it."""
+    """Check before the work that a file can be written after it.
+
+    Raises:
+        ValueError: The name does not end in `suffix`, or the file cannot be written there.
+    """
     if path.suffix.lower() != suffix:
-        raise ValueError(f"{path}: the name of that file ends in {suffix}")
+        raise ValueError(f"{path}: the file name must end in {suffix}")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if path.is_dir() or not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"{path} cannot be written: it is a folder, or {nearest} is no folder that can be written to")
+        raise ValueError(f"{path} cannot be written: it is a folder, or {nearest} is not a writable folder")
 
 
 # --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _make_parent(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out.parent, os.W_OK)
+    except OSError as error:
+        raise OSError(error.errno, f"the folder cannot be created: {error.strerror}; name another", str(out)) from error
+    if not writable:
+        raise PermissionError(errno.EACCES, "the folder cannot be created there; name another", str(out))
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -121,42 +152,42 @@ def _check_replaceable(out: Path, force: bool) -> None:
     if not entries:
         return
     try:
-        ours = json.loads((out / "made.json").read_text())["made_by"] == MADE_BY
+        generated = json.loads((out / "made.json").read_text())["made_by"] == COMMAND
     except (OSError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FileExistsError(f"{out} is not empty and was not made by {MADE_BY}; name another folder")
+        generated = False
+    if not generated:
+        raise FileExistsError(f"{out} is not empty and was not written by `{COMMAND}`; name another folder")
     if not force:
-        raise FileExistsError(f"{out} is there already; give --force to replace it, or name another folder")
-    if entries - OURS:
+        raise FileExistsError(f"{out} exists already; give --force to replace it, or name another folder")
+    if others := entries - DATASET_FILES:
         raise FileExistsError(
-            f"{out} also has files that {MADE_BY} did not make ({', '.join(sorted(entries - OURS)[:5])}); "
-            "move them away before it is replaced"
+            f"{out} has files that `{COMMAND}` did not write ({', '.join(sorted(others)[:5])}); move them to another "
+            "folder before you replace it"
         )
 
 
 @contextlib.contextmanager
-def _locked(making: Path, arguments: dict[str, Any], config: MakeConfig) -> Iterator[int]:
-    """The folder that is written, for this run alone; emptied when an earlier run had other arguments."""
+def _locked(partial: Path, arguments: dict[str, Any], config: MakeConfig) -> Iterator[int]:
+    """Reserve the partial folder for this run; empty it if an earlier run had other arguments."""
     wanted = {**_versions(config), "arguments": arguments}
-    lock_path = making.with_name(f"{making.name}.lock")
+    lock_path = partial.with_name(f"{partial.name}.lock")
     lock = os.open(lock_path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"another run is writing {making}; wait for it, or name another folder") from None
-        stated = making / "arguments.json"
-        if making.exists():
+            raise FileExistsError(f"another run is writing {partial}; wait for it, or name another folder") from None
+        recorded = partial / "arguments.json"
+        if partial.exists():
             try:
-                same = json.loads(stated.read_text()) == wanted
+                same = json.loads(recorded.read_text()) == wanted
             except (OSError, ValueError):
                 same = False
             if not same:
-                shutil.rmtree(making)
-        if not making.exists():
-            making.mkdir()
-            write_whole(stated, lambda file: file.write(json.dumps(wanted).encode()))
+                shutil.rmtree(partial)
+        if not partial.exists():
+            partial.mkdir()
+            write_whole(recorded, lambda file: file.write(json.dumps(wanted).encode()))
         yield lock
         lock_path.unlink(missing_ok=True)
     finally:
@@ -165,7 +196,7 @@ def _locked(making: Path, arguments: dict[str, Any], config: MakeConfig) -> Iter
 
 def _versions(config: MakeConfig) -> dict[str, Any]:
     return {
-        "made_by": MADE_BY,
+        "made_by": COMMAND,
         "format": FORMAT,
         "uniref_fast": __version__,
         "pillow": PIL.__version__,
@@ -195,20 +226,20 @@ def _parts(counts: Mapping[str, int]) -> list[_Part]:
     ]
 
 
-def _make_parts(
-    making: Path, config: MakeConfig, counts: Mapping[str, int], workers: int, draw: Drawer, lock: int
-) -> Made:
+def _write_parts(
+    partial: Path, config: MakeConfig, counts: Mapping[str, int], workers: int, generate: Generator, lock: int
+) -> GenerationSummary:
     for split in SPLITS:
-        (making / "images" / split).mkdir(parents=True, exist_ok=True)
-    (making / "parts").mkdir(exist_ok=True)
+        (partial / "images" / split).mkdir(parents=True, exist_ok=True)
+    (partial / "parts").mkdir(exist_ok=True)
     parts = _parts(counts)
-    missing = [part for part in parts if not _whole(making, part)]
-    made = Made(resumed=sum(part.stop - part.start for part in parts if part not in missing))
-    jobs = [(making, part, config, draw) for part in missing]
-    with tqdm(total=sum(counts.values()), initial=made.resumed, unit="sample", disable=None) as bar:
+    missing = [part for part in parts if not _complete(partial, part)]
+    summary = GenerationSummary(resumed=sum(part.stop - part.start for part in parts if part not in missing))
+    jobs = [(partial, part, config, generate) for part in missing]
+    with tqdm(total=sum(counts.values()), initial=summary.resumed, unit="sample", disable=None) as bar:
         for finished in _in_processes(jobs, min(workers, len(jobs)), lock):
             bar.update(finished)
-    return made
+    return summary
 
 
 def _in_processes(jobs: list[Any], workers: int, lock: int) -> Iterator[int]:
@@ -221,13 +252,15 @@ def _in_processes(jobs: list[Any], workers: int, lock: int) -> Iterator[int]:
     try:
         yield from pool.map(_write_part, jobs)
     except BrokenProcessPool:
-        raise RuntimeError("a process died (out of memory?); run the same command again to go on") from None
+        raise RuntimeError(
+            "a process died, perhaps for lack of memory; run the same command again to continue"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_process(parent: int, lock: int) -> None:
-    os.close(lock)  # else a process that outlives its parent would hold the lock
+    os.close(lock)  # a process that outlives its parent must not hold the lock
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops everything
 
     def watch() -> None:
@@ -238,60 +271,62 @@ def _start_process(parent: int, lock: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _write_part(job: tuple[Path, _Part, MakeConfig, Drawer]) -> int:
-    """Images of a part, then its listing; returns the number of samples."""
-    making, part, config, draw = job
+def _write_part(job: tuple[Path, _Part, MakeConfig, Generator]) -> int:
+    """Write the images of a part, then its listing; return the number of samples."""
+    partial, part, config, generate = job
     lines = []
     for index in range(part.start, part.stop):
-        made = draw(part.split, index, config)
+        sample = generate(part.split, index, config)
         stem = f"images/{part.split}/{index:06d}_"
-        names = [f"{stem}{i}.png" for i in range(len(made.references))]
-        for name, image in zip([*names, f"{stem}out.png"], [*made.references, made.target], strict=True):
-            png = io.BytesIO()  # and one write: much faster than Pillow's many on network and overlay file systems
+        names = [f"{stem}{i}.png" for i in range(len(sample.references))]
+        for name, image in zip([*names, f"{stem}out.png"], [*sample.references, sample.target], strict=True):
+            png = io.BytesIO()  # one write is much faster than Pillow's many on network and overlay file systems
             image.save(png, "PNG", compress_level=1)
-            (making / name).write_bytes(png.getbuffer())
+            (partial / name).write_bytes(png.getbuffer())
         row = {
             "input_images": names,
             "output_image": f"{stem}out.png",
-            "instruction": made.instruction,
-            "task_type": made.task_type,
-            "scene": made.scene,
+            "instruction": sample.instruction,
+            "task_type": sample.task_type,
+            "scene": sample.scene,
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_whole(part.listing(making), lambda file: file.write("".join(lines).encode()))
+    write_whole(part.listing(partial), lambda file: file.write("".join(lines).encode()))
     return part.stop - part.start
 
 
-def _whole(making: Path, part: _Part) -> bool:
-    """Whether an earlier run made a part: it is listed, and its images can be decoded."""
+def _complete(partial: Path, part: _Part) -> bool:
+    """Return True if an earlier run wrote a part: it is listed, and its images can be decoded."""
     try:
-        rows = [json.loads(line) for line in part.listing(making).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in part.listing(partial).read_text(encoding="utf-8").splitlines()]
         for row in rows:
             for name in (*row["input_images"], row["output_image"]):
-                ImageSource(name, making / name).load()
+                ImageSource(name, partial / name).load()
     except (OSError, ValueError, KeyError):
         return False
     return len(rows) == part.stop - part.start
 
 
-def _gather(making: Path, config: MakeConfig, counts: Mapping[str, int], made: Made, arguments: dict[str, Any]) -> None:
-    """Join the parts, add the artworks, the card and what was made, remove what only served the making."""
+def _join_parts(
+    partial: Path, config: MakeConfig, counts: Mapping[str, int], summary: GenerationSummary, arguments: dict[str, Any]
+) -> None:
+    """Join the parts, add the artworks, the dataset card and made.json, and remove the temporary files."""
     for split in SPLITS:
-        made.counts[split] = Counter()
+        summary.counts[split] = Counter()
         parts = [part for part in _parts(counts) if part.split == split]
         if not parts:
-            (making / "images" / split).rmdir()
+            (partial / "images" / split).rmdir()
             continue
-        with (making / f"{split}.jsonl").open("w", encoding="utf-8") as whole:
+        with (partial / f"{split}.jsonl").open("w", encoding="utf-8") as whole:
             for part in parts:
-                text = part.listing(making).read_text(encoding="utf-8")
+                text = part.listing(partial).read_text(encoding="utf-8")
                 whole.write(text)
                 for line in text.splitlines():
                     row = json.loads(line)
-                    made.counts[split][row["task_type"], len(row["input_images"])] += 1
-                    pictures = [row["scene"], *row["scene"]["references"]]
-                    made.artworks.update(thing["name"] for picture in pictures for thing in picture["objects"])
-    _write_artworks(making / "artworks", config, made)
+                    summary.counts[split][row["task_type"], len(row["input_images"])] += 1
+                    images = [row["scene"], *row["scene"]["references"]]
+                    summary.artworks.update(placed["name"] for image in images for placed in image["objects"])
+    _write_artworks(partial, config, summary)
     facts = {
         **_versions(config),
         "arguments": arguments,
@@ -301,17 +336,17 @@ def _gather(making: Path, config: MakeConfig, counts: Mapping[str, int], made: M
                 "by_task": _sums(total, 0),
                 "by_references": _sums(total, 1),
             }
-            for split, total in made.counts.items()
+            for split, total in summary.counts.items()
         },
-        "artworks": {"available": len(config.artworks.names), "used": len(made.artworks)},
+        "artworks": {"available": len(config.artworks.names), "used": len(summary.artworks)},
         "heldout_objects": list(config.objects("heldout_objects")),
         "split_rule": SPLIT_RULE,
     }
-    write_whole(making / "README.md", lambda file: file.write(card(facts).encode()))
-    write_whole(making / "made.json", lambda file: file.write((json.dumps(facts, indent=2) + "\n").encode()))
-    shutil.rmtree(making / "parts")
-    (making / "arguments.json").unlink()
-    made.bytes = sum(path.stat().st_size for path in making.rglob("*") if path.is_file())
+    write_whole(partial / "README.md", lambda file: file.write(dataset_card(facts).encode()))
+    write_whole(partial / "made.json", lambda file: file.write((json.dumps(facts, indent=2) + "\n").encode()))
+    shutil.rmtree(partial / "parts")
+    (partial / "arguments.json").unlink()
+    summary.bytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
 
 
 def _sums(total: Counter[tuple[str, int]], part: int) -> dict[str, int]:
@@ -319,9 +354,10 @@ def _sums(total: Counter[tuple[str, int]], part: int) -> dict[str, int]:
     return {str(value): sum(n for key, n in total.items() if key[part] == value) for value in values}
 
 
-def _write_artworks(folder: Path, config: MakeConfig, made: Made) -> None:
+def _write_artworks(partial: Path, config: MakeConfig, summary: GenerationSummary) -> None:
+    folder = partial / "artworks"
     folder.mkdir(exist_ok=True)
-    for name in sorted(made.artworks):
-        config.artworks.image(name).save(folder / f"{config.artworks.slug(name)}.png")
-    shutil.copyfile(scenes.EMOJI_FOLDER / "OFL.txt", folder / "OFL.txt")
-    (folder / "NOTICE.md").write_text(notice(config.artworks.font), encoding="utf-8")
+    for name in sorted(summary.artworks):
+        config.artworks.image(name).save(partial / artwork_path(name))
+    shutil.copyfile(EMOJI_FOLDER / "OFL.txt", folder / "OFL.txt")
+    (folder / "NOTICE.md").write_text(licence_notice(config.artworks.font), encoding="utf-8")

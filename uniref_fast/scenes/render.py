@@ -1,7 +1,7 @@
-"""Pixels of the training data: a plan's pictures and its answer, drawn with the same few operations.
+"""Rendering of synthetic samples: the references and the target of a scene, drawn with the same operations.
 
-What an edit leaves alone is the same pixels in picture 1 and in the answer when both have one size; a background that
-is another picture's is cropped to the answer's aspect ratio and resized.
+Where an edit changes nothing, picture 1 and the target have the same pixels if they have one size. A background that
+comes from a reference is cropped to the target's aspect ratio and resized.
 """
 
 from __future__ import annotations
@@ -14,25 +14,40 @@ from PIL import Image
 
 from uniref_fast.scenes.artworks import Artworks
 from uniref_fast.scenes.backgrounds import COLOURS, background, named_background
-from uniref_fast.scenes.specs import Ground, Picture, Plan, Thing
+from uniref_fast.scenes.scene import Background, PlacedObject, Scene, crop_box
 
-__all__ = ["MadeSample", "crop_box", "draw_plan", "recolour", "recolours_visibly"]
+__all__ = ["SceneSpec", "SyntheticSample", "recolour", "recolours_visibly", "render"]
 
-Size = tuple[int, int]
-VISIBLE = 70.0  # how far a recoloured artwork's mean is at least from what it was, RGB distance in 0..255
+Size = tuple[int, int]  # (width, height) in pixels
+VISIBLE = 70.0  # RGB distance in 0..255: a recoloured artwork's mean differs by at least this
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 @dataclass(frozen=True)
-class MadeSample:
-    """One training sample; images are RGB.
+class SceneSpec:
+    """A sample before its pixels are drawn.
 
     Attributes:
-        references: pictures 1 .. K, in order.
-        target: what is to come out.
-        instruction: what is asked.
         task_type: "generate", "recolour", "remove", "move", "add", "replace_background" or "compose".
-        scene: what the target shows, as JSON values; keys as in the data set's card.
+        instruction: The text that asks for the target.
+        scene: Content of the target and of the references.
+    """
+
+    task_type: str
+    instruction: str
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class SyntheticSample:
+    """A training sample in memory; images are RGB.
+
+    Attributes:
+        references: Pictures 1 to K, in order.
+        target: The exact result of the instruction.
+        instruction: The text that asks for the target.
+        task_type: The task, see `SceneSpec`.
+        scene: Content of the target and of the references as JSON values (`Scene.to_json`).
     """
 
     references: list[Image.Image]
@@ -42,23 +57,28 @@ class MadeSample:
     scene: dict[str, Any] = field(repr=False)
 
 
-def draw_plan(plan: Plan, artworks: Artworks) -> MadeSample:
-    """Draw every picture and the target of a plan."""
-    grounds = [_ground(picture) for picture in plan.pictures]
+def render(spec: SceneSpec, artworks: Artworks) -> SyntheticSample:
+    """Draw the references and the target of a sample."""
+    scene = spec.scene
+    backgrounds = [_generated(reference.background, reference.size) for reference in scene.references]
     references = [
-        _with_things(clean.copy(), picture.things, artworks)
-        for clean, picture in zip(grounds, plan.pictures, strict=True)
+        _with_objects(clean.copy(), reference.objects, artworks)
+        for clean, reference in zip(backgrounds, scene.references, strict=True)
     ]
-    target = plan.target
-    ground = target.ground
-    base = _ground(target) if isinstance(ground, Ground) else _fitted(grounds[ground - 1], target.size)
-    drawn = _with_things(base, target.things, artworks)
-    return MadeSample(references, drawn, plan.instruction, plan.task_type, _scene(plan, artworks))
+    ground = scene.background
+    if ground is not None and ground.picture is not None:
+        base = _fitted(backgrounds[ground.picture - 1], scene.size)
+    else:
+        base = _generated(ground, scene.size)
+    target = _with_objects(base, scene.objects, artworks)
+    return SyntheticSample(references, target, spec.instruction, spec.task_type, scene.to_json())
 
 
 def recolour(artwork: Image.Image, colour: str) -> Image.Image:
-    """An RGBA artwork in shades of one of `COLOURS`: its mean brightness becomes the colour, darker parts its dark
-    shades and lighter parts its tints; the outline stays."""
+    """Return an RGBA artwork in shades of one of `COLOURS`, with the same outline.
+
+    The artwork's mean brightness becomes the colour; darker parts become shades of it and lighter parts tints.
+    """
     pixels = np.asarray(artwork).astype(np.float32)
     rgb, alpha = pixels[..., :3], pixels[..., 3:]
     brightness = (rgb * LUMA).sum(-1, keepdims=True) / np.float32(255)
@@ -73,7 +93,7 @@ def recolour(artwork: Image.Image, colour: str) -> Image.Image:
 
 
 def recolours_visibly(artwork: Image.Image, colour: str) -> bool:
-    """Whether recolouring changes an artwork so much that anyone sees it: not a carrot to orange."""
+    """Return True if recolouring changes an artwork visibly; a carrot to orange is not visible."""
     small = artwork.resize((16, 16), Image.Resampling.BOX)
     before, after = (np.asarray(image).astype(np.float64) for image in (small, recolour(small, colour)))
     alpha = before[..., 3:]
@@ -81,80 +101,28 @@ def recolours_visibly(artwork: Image.Image, colour: str) -> bool:
     return bool((change**2).sum() >= VISIBLE**2)
 
 
-def crop_box(size: Size, target: Size) -> tuple[int, int, int, int]:
-    """The largest centred box (left, top, right, bottom) of an image of `size` with the aspect ratio of `target`."""
-    width = min(size[0], round(size[1] * target[0] / target[1]))
-    height = min(size[1], round(size[0] * target[1] / target[0]))
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return left, top, left + width, top + height
-
-
-def _ground(picture: Picture) -> Image.Image:
-    ground = picture.ground
-    if not isinstance(ground, Ground):
-        raise TypeError(f"the background is that of picture {ground}; only a target's may be")
+def _generated(ground: Background | None, size: Size) -> Image.Image:
+    if ground is None or ground.kind is None:
+        raise ValueError(f"only the background of a target may be that of a picture, got {ground}")
     if ground.colour is not None:
-        return named_background(ground.kind, ground.colour, picture.size)
-    return background(ground.kind, picture.size, ground.seed)
+        return named_background(ground.kind, ground.colour, size)
+    return background(ground.kind, size, ground.seed or 0)
 
 
 def _fitted(image: Image.Image, size: Size) -> Image.Image:
-    """A new image of that size."""
+    """Return a new image of that size, cropped to its aspect ratio."""
     box = crop_box(image.size, size)
     if box == (0, 0, *size):
         return image.copy()
     return image.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
-def _with_things(image: Image.Image, things: tuple[Thing, ...], artworks: Artworks) -> Image.Image:
-    for thing in things:
-        artwork = artworks.image(thing.name)
-        if thing.colour is not None:
-            artwork = recolour(artwork, thing.colour)
-        artwork = artwork.resize((thing.side, thing.side), Image.Resampling.LANCZOS)
-        image.paste(artwork, thing.corner, artwork)
+def _with_objects(image: Image.Image, objects: tuple[PlacedObject, ...], artworks: Artworks) -> Image.Image:
+    for placed in objects:
+        artwork = artworks.image(placed.name)
+        if placed.colour is not None:
+            artwork = recolour(artwork, placed.colour)
+        side = int(placed.side)
+        artwork = artwork.resize((side, side), Image.Resampling.LANCZOS)
+        image.paste(artwork, placed.corner, artwork)
     return image
-
-
-# --- the scene as JSON ------------------------------------------------------------------------------------------------
-
-
-def _scene(plan: Plan, artworks: Artworks) -> dict[str, Any]:
-    target = plan.target
-    if isinstance(target.ground, Ground):
-        ground = _ground_values(target.ground)
-    else:
-        size = plan.pictures[target.ground - 1].size
-        ground = {"picture": target.ground, "crop": list(crop_box(size, target.size))}
-    return {
-        "size": list(target.size),
-        "background": ground,
-        "objects": [_thing_values(thing, artworks) for thing in target.things],
-        "combinations": list(plan.combinations),
-        "references": [
-            {
-                "size": list(picture.size),
-                "background": _ground_values(picture.ground) if isinstance(picture.ground, Ground) else None,
-                "objects": [_thing_values(thing, artworks) for thing in picture.things],
-            }
-            for picture in plan.pictures
-        ],
-    }
-
-
-def _ground_values(ground: Ground) -> dict[str, Any]:
-    return {"kind": ground.kind} | ({"seed": ground.seed} if ground.colour is None else {"colour": ground.colour})
-
-
-def _thing_values(thing: Thing, artworks: Artworks) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "name": thing.name,
-        "artwork": f"artworks/{artworks.slug(thing.name)}.png",
-        "centre": list(thing.centre),
-        "side": thing.side,
-    }
-    if thing.picture is not None:
-        values["picture"] = thing.picture
-    if thing.colour is not None:
-        values["colour"] = thing.colour
-    return values

@@ -1,62 +1,20 @@
-"""Scenes to edit: emoji artworks on procedural textures, with an instruction and the image it asks for.
+"""Procedural textures: two-coloured backgrounds that follow from a kind, a size and a seed.
 
-    scene = demo_scene(seed=0)
-    scene.references, scene.instruction, scene.expected
+    texture("wood", (128, 96), seed=3)
 
-Everything follows from the seed; NumPy and Pillow only. Sizes are (width, height) in pixels, images are RGB unless said
-otherwise. The artworks are cut from Noto Color Emoji (SIL Open Font License 1.1, `assets/emoji/NOTICE.md`).
+NumPy and Pillow only. Sizes are (width, height) in pixels, images are RGB.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-EMOJI_FOLDER = Path(__file__).resolve().parents[1] / "assets" / "emoji"
+__all__ = ["TEXTURES", "texture"]
 
-# centres of the artworks as fractions of width and height, and the artworks' side as a fraction of the shorter side
-PLACES: dict[str, tuple[tuple[float, float], ...]] = {
-    "in the centre": ((0.5, 0.5),),
-    "on the left": ((0.25, 0.5),),
-    "on the right": ((0.75, 0.5),),
-    "at the top": ((0.5, 0.25),),
-    "at the bottom": ((0.5, 0.75),),
-}
-RELATIONS: dict[str, tuple[tuple[float, float], ...]] = {
-    "left of": ((0.25, 0.5), (0.75, 0.5)),
-    "right of": ((0.75, 0.5), (0.25, 0.5)),
-    "above": ((0.5, 0.25), (0.5, 0.75)),
-    "below": ((0.5, 0.75), (0.5, 0.25)),
-}
-ARTWORK_SCALE = 0.46
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One editing task: `references` of various sizes, what to do with them, and the `expected` image."""
-
-    references: list[Image.Image]
-    instruction: str
-    expected: Image.Image
-
-
-def artworks() -> dict[str, Path]:
-    """PNG files (RGBA, 96 x 96) by lower-case Unicode name, in alphabetical order."""
-    return {path.stem.replace("_", " "): path for path in sorted(EMOJI_FOLDER.glob("*.png"))}
-
-
-def artwork(name: str) -> Image.Image:
-    """The RGBA artwork of that name. Raises KeyError that lists the names there are."""
-    paths = artworks()
-    if name not in paths:
-        raise KeyError(f"no artwork {name!r}; there are: {', '.join(paths)}")
-    with Image.open(paths[name]) as image:
-        return image.convert("RGBA")
-
-
-# --- textures ---------------------------------------------------------------------------------------------------------
+Size = tuple[int, int]
 
 
 def _palette(rng: np.random.Generator) -> np.ndarray:
@@ -69,14 +27,14 @@ def _palette(rng: np.random.Generator) -> np.ndarray:
     return 255 * np.clip(lightness[:, None] + saturation * (wheel - 0.5), 0, 1)
 
 
-def _grid(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def _grid(size: Size) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates x, y of the pixel centres in units of the shorter side, [H, W] each."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width] + 0.5
     return x / min(size), y / min(size)
 
 
-def _noise(rng: np.random.Generator, size: tuple[int, int], cells: tuple[int, int], octaves: int = 4) -> np.ndarray:
+def _noise(rng: np.random.Generator, size: Size, cells: tuple[int, int], octaves: int = 4) -> np.ndarray:
     """Fractal value noise in 0..1, [H, W]; `cells` are the coarsest octave's cells along width and height."""
     total = np.zeros((size[1], size[0]))
     for octave in range(octaves):
@@ -136,7 +94,7 @@ def _clouds(rng, size):
     return np.clip(_noise(rng, size, (3, 3), octaves=5) * 1.5 - 0.25, 0, 1)
 
 
-TEXTURES: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
+TEXTURES: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
     "gradient": _gradient,
     "checker": _checker,
     "stripes": _stripes,
@@ -147,7 +105,7 @@ TEXTURES: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 }
 
 
-def texture(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
+def texture(kind: str, size: Size, seed: int) -> Image.Image:
     """A background of that kind, `size` = (width, height). Raises ValueError for an unknown kind or an empty size."""
     if kind not in TEXTURES:
         raise ValueError(f"unknown texture {kind!r}; there are: {', '.join(TEXTURES)}")
@@ -161,77 +119,3 @@ def texture(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
     for channel, (first, second) in enumerate(colours.T):  # several times faster than three channels at once
         pixels[..., channel] = np.round(first * rest + second * t)
     return Image.fromarray(pixels)
-
-
-# --- scenes -----------------------------------------------------------------------------------------------------------
-
-
-def compose(
-    background: Image.Image, artworks: Sequence[Image.Image], place: str, scale: float = ARTWORK_SCALE
-) -> Image.Image:
-    """A copy of `background` (RGB) with one RGBA artwork at a place, or two in a relation.
-
-    `place` is one of PLACES for one artwork ("in the centre", "on the left", ...) or of RELATIONS for two ("left of":
-    the first is left of the second, "right of", "above", "below"). `scale` is an artwork's side as a fraction of the
-    background's shorter side. Raises ValueError when the place does not fit the number of artworks.
-    """
-    known = {1: PLACES, 2: RELATIONS}.get(len(artworks), {})
-    if place not in known:
-        raise ValueError(
-            f"{len(artworks)} artworks cannot be placed {place!r}: one goes {', '.join(PLACES)};"
-            f" two go {', '.join(RELATIONS)}"
-        )
-    result = background.convert("RGB")
-    side = max(1, round(scale * min(result.size)))
-    for image, (x, y) in zip(artworks, known[place], strict=True):
-        image = image.resize((side, side), Image.Resampling.LANCZOS)
-        corner = (round(x * result.width - side / 2), round(y * result.height - side / 2))
-        result.paste(image, corner, image)
-    return result
-
-
-def demo_scene(seed: int, size: int | tuple[int, int] = 128, references: int = 3) -> Scene:
-    """The scene of that seed; `size` is the expected image's (a side or (width, height)), `references` is 1, 2 or 3.
-
-    Three: two artworks in a relation on the third's background. Two: an artwork at a place on the second's background.
-    One: an artwork moved to another place. The references' sizes and aspect ratios always differ.
-    """
-    if references not in (1, 2, 3):
-        raise ValueError(f"a scene has 1, 2 or 3 references, not {references}")
-    size = (size, size) if isinstance(size, int) else size
-    rng = np.random.default_rng([seed, references])
-    names = [str(name) for name in rng.choice(list(artworks()), 2, replace=False)]
-    kinds = [str(kind) for kind in rng.choice(list(TEXTURES), 3, replace=False)]
-    seeds = [int(value) for value in rng.integers(0, 2**31, 3)]
-    # portrait, landscape and wide, in any order; around the size of the result
-    unit = max(size) / 128
-    order = rng.permutation([(96, 128), (144, 112), (192, 108)])[:references]
-    shapes = [(int(width * unit), int(height * unit)) for width, height in order]
-
-    if references == 1:
-        place, target = (str(value) for value in rng.choice(list(PLACES), 2, replace=False))
-        background = texture(kinds[0], shapes[0], seeds[0])
-        picture = compose(background, [artwork(names[0])], place)
-        expected = compose(background.resize(size, Image.Resampling.LANCZOS), [artwork(names[0])], target)
-        return Scene([picture], f"move the {names[0]} of picture 1 so that it is {target}", expected)
-
-    *portraits, background = [texture(*values) for values in zip(kinds, shapes, seeds, strict=False)]
-    pictures = [
-        compose(image, [artwork(name)], "in the centre", scale=0.8)
-        for image, name in zip(portraits, names, strict=False)
-    ]
-    if references == 2:
-        place = str(rng.choice(list(PLACES)))
-        instruction = f"put the {names[0]} of picture 1 {place} on the background of picture 2"
-        used = [artwork(names[0])]
-    else:
-        place = str(rng.choice(list(RELATIONS)))
-        instruction = (
-            f"put the {names[0]} of picture 1 {place} the {names[1]} of picture 2 on the background of picture 3"
-        )
-        used = [artwork(name) for name in names]
-    expected = compose(background.resize(size, Image.Resampling.LANCZOS), used, place)
-    return Scene([*pictures, background], instruction, expected)
-
-
-# --- pictures for people ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Words of the training data's instructions: articles, plurals, places, and the sentences they are put into.
+"""Words of the instructions: articles, plurals, places and noun phrases; and the random choices of a sample.
 
-Every function is a pure function of its arguments and of a `Draw`, so an instruction follows from the sample's seed.
+Every function depends only on its arguments, such as a `SeededRandom`: a sample's seed determines its instruction.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-__all__ = ["NUMBERS", "PLACES", "Draw", "a", "described", "listed", "place", "plural"]
+__all__ = ["NUMBERS", "PLACES", "SeededRandom", "a", "described", "listed", "place", "plural"]
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Where a place is, as fractions of width and height, and the ways to say it.
+# Centres of the places, as fractions of width and height.
 PLACES: dict[str, tuple[float, float]] = {
     "at the top left": (0.22, 0.22),
     "at the top": (0.5, 0.22),
@@ -41,52 +41,55 @@ IRREGULAR = {
 }  # fmt: skip
 # The first of these words ends the part of a name that takes the plural: "face with tears of joy".
 JOINTS = re.compile(r" (?:with|without|of|in|on|for|from|at|behind|over|the|savouring|throwing|screaming|holding) ")
-# What takes neither an article nor a plural: food, materials, signs of the zodiac, names of places and of events.
+# Words that take neither an article nor a plural: food, materials, signs of the zodiac, names of places and of events.
 UNCOUNTED = _words(
     """bread butter bacon sushi spaghetti broccoli garlic popcorn rice food meat milk salad honey wood coral fog foggy
     fire hair luggage money oden cooking camping bowling soap paper customs fuji compression aries taurus cancer leo
     virgo libra scorpius sagittarius capricorn aquarius pisces ophiuchus wireless falafel jeans horse-racing juggling
     hugging breast-feeding handball polo americas asia-australia europe-africa curry"""
 )
-# What takes an article but no plural that differs or reads well.
+# Words that take an article, but have no plural that differs or reads well.
 SAME_IN_PLURAL = _words(
     """fish sheep deer shrimp squid bison moose maracas rhinoceros fleur-de-lis christmas off deeply cartwheel frowning
     place dancing climbing racing ice drink dash control viewer laughing fluttering arriving departure"""
 )
 
 
-class Draw:
-    """Random choices of one sample; the same seeds give the same choices."""
+class SeededRandom:
+    """Random choices of one sample; equal seeds give equal choices."""
 
     def __init__(self, *seeds: int) -> None:
         self.generator = np.random.default_rng(seeds)
 
     def integer(self, low: int, high: int) -> int:
-        """Uniform in low..high, `high` included."""
+        """Return a uniform integer from low to high, both included."""
         return int(self.generator.integers(low, high + 1))
 
     def chance(self, probability: float) -> bool:
+        """Return True with the given probability."""
         return bool(self.generator.random() < probability)
 
     def uniform(self, low: float, high: float) -> float:
+        """Return a uniform number from low to high."""
         return low + (high - low) * float(self.generator.random())
 
-    def of(self, options: Sequence[T]) -> T:
+    def choice(self, options: Sequence[T]) -> T:
+        """Return one of the options."""
         return options[int(self.generator.integers(len(options)))]
 
-    def some(self, options: Sequence[T], count: int) -> list[T]:
-        """`count` different ones, in random order."""
+    def sample(self, options: Sequence[T], count: int) -> list[T]:
+        """Return `count` different options, in random order."""
         rest = list(options)
         return [rest.pop(int(self.generator.integers(len(rest)))) for _ in range(count)]
 
 
 def a(phrase: str) -> str:
-    """With its indefinite article; what is plural or not counted goes without."""
+    """Return the phrase with its indefinite article; a plural or an uncounted noun takes none."""
     head = JOINTS.split(phrase)[0]
     if _is_plural(head) or head.split()[-1] in UNCOUNTED:
         return phrase
     first = phrase.split()[0]
-    # said with a consonant: european, unicorn, one; said with a vowel: x-ray, hourglass
+    # pronounced with a consonant: european, unicorn, one; with a vowel: x-ray, hourglass
     consonant = re.match(r"(?:eu|uni|ut|one|u[sr]e)", first)
     vowel = re.match(r"(?:[aeiou]|hour|honest|x-)", first)
     return f"an {phrase}" if vowel and not consonant else f"a {phrase}"
@@ -99,7 +102,7 @@ def _is_plural(head: str) -> bool:
 
 
 def plural(name: str) -> str | None:
-    """Of an object's name, or None where counting it would read wrong ("two cooked rices")."""
+    """Return the plural of an object's name, or None if a number before it would read wrong ("two cooked rices")."""
     joint = JOINTS.search(name)
     head, tail = (name[: joint.start()], name[joint.start() :]) if joint else (name, "")
     *before, last = head.split()
@@ -118,8 +121,8 @@ def plural(name: str) -> str | None:
     return " ".join([*before, last]) + tail
 
 
-def described(draw: Draw, name: str, picture: int | None, size: str = "", count: int = 1) -> str:
-    """A noun phrase: "the owl of picture 1", "two small owls from picture 1", "a large owl" without a picture."""
+def described(rng: SeededRandom, name: str, picture: int | None, size: str = "", count: int = 1) -> str:
+    """Return a noun phrase: "the owl of picture 1", "two small owls from picture 1", or "a large owl"."""
     noun = name if count == 1 else str(plural(name))
     phrase = f"{size} {noun}".strip()
     if count > 1:
@@ -128,22 +131,22 @@ def described(draw: Draw, name: str, picture: int | None, size: str = "", count:
         phrase = a(phrase)
     else:
         phrase = f"the {phrase}"
-    return phrase if picture is None else f"{phrase} {draw.of(('of', 'from'))} picture {picture}"
+    return phrase if picture is None else f"{phrase} {rng.choice(('of', 'from'))} picture {picture}"
 
 
-def place(draw: Draw, key: str, movement: bool = False) -> str:
-    """One of the ways to say a place; `movement` is where to ("to the top left") instead of where."""
+def place(rng: SeededRandom, key: str, movement: bool = False) -> str:
+    """Return one of the phrases for a place, or, with `movement`, for a movement to it ("to the top left")."""
     side = key.split(" the ")[1]
     corner = " " in side
     if movement:
-        return f"to the {side} corner" if corner and draw.chance(0.5) else f"to the {side}"
-    if corner and draw.chance(0.4):
+        return f"to the {side} corner" if corner and rng.chance(0.5) else f"to the {side}"
+    if corner and rng.chance(0.4):
         return f"in the {side} corner"
-    if side == "centre" and draw.chance(0.4):
+    if side == "centre" and rng.chance(0.4):
         return "in the middle"
     return key
 
 
 def listed(parts: Sequence[str]) -> str:
-    """ "x", "x and y", "x, y and z"."""
+    """Return "x", "x and y" or "x, y and z"."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from uniref_fast.loading import load_pipeline
-from uniref_fast.scenes.dataset import make
+from uniref_fast.scenes.dataset import write_dataset
 from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.training.builtin import vae, vae_trainer
 from uniref_fast.training.builtin.vae import VAE
@@ -35,7 +35,7 @@ SMALL = VAE(data=DATA / "made", steps=3, batch=2, side=16, lr=1e-2, save_every=2
 def pictures():
     config = MakeConfig(artworks("shipped"), size=64, references=(1, 2))
     counts = {"train": 16, "heldout_objects": 8, "heldout_combinations": 0}
-    make(SMALL.data, config, counts, workers=1, force=False, draw=sample)
+    write_dataset(SMALL.data, config, counts, workers=1, force=False, generate=sample)
     yield
     shutil.rmtree(DATA)
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import load_file
+from synthetic import synthetic_sample
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from uniref_fast import builtin
@@ -17,7 +18,6 @@ from uniref_fast.evaluation.model import check_runs
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.runs import base_run
-from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.distributed import Ranks, local
@@ -300,9 +300,9 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("heldout")
     lines = []
     for i in range(5):
-        scene = demo_scene(i, size=48, references=1 + i % 2)
+        scene = synthetic_sample(i, size=64, references=1 + i % 2)
         names = [f"{i}-{j}.png" for j in range(len(scene.references) + 1)]
-        for name, image in zip(names, [*scene.references, scene.expected], strict=True):
+        for name, image in zip(names, [*scene.references, scene.target], strict=True):
             image.save(folder / name)
         row = {"input_images": names[:-1], "output_image": names[-1], "instruction": scene.instruction}
         lines.append(json.dumps(row) + "\n")

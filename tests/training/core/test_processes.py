@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from synthetic import synthetic_sample
 
-from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.training.core import processes
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.processes import LOCK_FILE, locked
@@ -179,9 +179,9 @@ def data(tmp_path):
     """Eight rows with one or two references."""
     rows = []
     for i in range(8):
-        scene = demo_scene(i, size=64, references=1 + i % 2)
+        scene = synthetic_sample(i, size=64, references=1 + i % 2)
         files = [f"{i}-{j}.png" for j in range(len(scene.references) + 1)]
-        for file, image in zip(files, [*scene.references, scene.expected], strict=True):
+        for file, image in zip(files, [*scene.references, scene.target], strict=True):
             image.save(tmp_path / file)
         rows.append({"input_images": files[:-1], "output_image": files[-1], "instruction": scene.instruction})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

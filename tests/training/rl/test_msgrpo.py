@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from uniref_fast import flags as configs
 from uniref_fast import runs as lineage
-from uniref_fast.scenes.dataset import make
+from uniref_fast.scenes.dataset import write_dataset
 from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.training import msgrpo
 from uniref_fast.training.batches import samples
@@ -44,7 +44,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "made"
     config = MakeConfig(artworks("shipped"), size=64, references=(1, 2))
-    make(folder, config, {"train": 16, "heldout_objects": 3, "heldout_combinations": 0}, 1, force=False, draw=sample)
+    write_dataset(
+        folder, config, {"train": 16, "heldout_objects": 3, "heldout_combinations": 0}, 1, force=False, generate=sample
+    )
     return folder
 
 

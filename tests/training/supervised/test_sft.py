@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from synthetic import synthetic_sample
 
 from uniref_fast import builtin
 from uniref_fast import runs as lineage
-from uniref_fast.scenes.textures import demo_scene
 from uniref_fast.training import sft
 from uniref_fast.training.core import checkpoint, launch, model
 from uniref_fast.training.core.recipe import BudgetStage
@@ -33,9 +33,9 @@ def data(tmp_path_factory):
     for name, first, count in (("train", 0, 40), ("heldout", 1000, 4)):
         rows = []
         for i in range(first, first + count):
-            scene = demo_scene(i, size=64, references=1 + i % 3)
+            scene = synthetic_sample(i, size=64, references=1 + i % 3)
             files = [f"{i}-{j}.png" for j in range(len(scene.references) + 1)]
-            for file, image in zip(files, [*scene.references, scene.expected], strict=True):
+            for file, image in zip(files, [*scene.references, scene.target], strict=True):
                 image.save(folder / file)
             references = files[:-1] if i % 8 else []
             rows.append({"input_images": references, "output_image": files[-1], "instruction": scene.instruction,
