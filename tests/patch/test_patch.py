@@ -1,6 +1,8 @@
 """patch/unpatch on the transformer and the pipeline: equal images, true reports, and living with diffusers' hooks."""
 
 import copy
+import itertools
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +12,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStream
 from patching import GRIDS, TOKENS, assert_patched_equals_stock, inputs, order, run
 
 import uniref_fast
+from uniref_fast import ops
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.patch import _grids
 from uniref_fast.patch.processors import SELF_CHECK_TOLERANCE, PatchedBlock
@@ -22,6 +25,27 @@ def forwards(model):
         (name, vars(block).get("forward"), block.attn.processor, block.attn.processor.__dict__.copy())
         for name, block in model.transformer_blocks.named_children()
     ]
+
+
+@pytest.mark.parametrize("impl, other", [("reference", "dense"), ("dense", "reference")])
+def test_the_report_counts_the_implementation_that_ran(make_transformer, monkeypatch, impl, other):
+    """The choice is taken once: one that changes while a site runs shows in the call and in the report alike."""
+    used = Counter()
+
+    def spy(*args, **kwargs):
+        used[kwargs["impl"]] += 1
+        return attend(*args, **kwargs)
+
+    attend = ops.segment_attention
+    choices = itertools.cycle([(impl, "the first"), (other, "the second")])
+    monkeypatch.setattr(ops, "explain_attention", lambda *args, **kwargs: next(choices))
+    monkeypatch.setattr(ops, "segment_attention", spy)
+    model = make_transformer()
+    report = uniref_fast.patch(model)
+    run(model)
+    sites = [site for site in report.sites if site.name.endswith("attn")]
+    assert sum((site.calls for site in sites), Counter()) == used == {impl: 2, other: 1}
+    assert report.reasons == {f"{impl}: the first": 2, f"{other}: the second": 1}
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])

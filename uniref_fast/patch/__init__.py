@@ -318,11 +318,12 @@ class _Patch:
         like: Tensor,
         original: Callable[[], tuple],
         check: Callable[[], float] | None,
-        choice: tuple[str, str] | None = None,
+        choice: tuple[str, str | None],
     ) -> tuple:
         """Count a fused result, after comparing it with the original's by `check` if given.
 
-        `like` is an input of the site; `choice` is which implementation served it, and why.
+        `like` is an input of the site; `choice` is the implementation that computed the result, and for attention the
+        reason for it.
         """
         if self.calls.checking:  # within an original that runs for another site: not a call of the user's
             return fused
@@ -339,7 +340,7 @@ class _Patch:
                 site.disabled = message
                 site.fallbacks[message] += 1
                 return self._uncounted(original)
-        served, reason = choice or (self.impl or ops.choose(None, like), None)
+        served, reason = choice
         site.calls[served] += 1
         if reason is not None:
             site.reasons[f"{served}: {reason}"] += 1

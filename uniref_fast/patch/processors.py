@@ -86,11 +86,12 @@ class Owner(Protocol):
         like: Tensor,
         original: Callable[[], tuple],
         check: Callable[[], float] | None,
-        choice: tuple[str, str] | None = None,
+        choice: tuple[str, str | None],
     ) -> tuple:
         """Count a fused result, after comparing it with the original's by `check` if given.
 
-        `like` is an input of the site; `choice` is which implementation served it, and why.
+        `like` is an input of the site; `choice` is the implementation that computed the result, and for attention the
+        reason for it.
         """
 
     def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
@@ -268,8 +269,9 @@ class PatchedAttention:
         )
         del heads
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        # Chosen once, here: the report counts the very implementation that the operator is made to use.
         choice = ops.explain_attention(q.detach(), context.plan, context.impl, backward=needs_grad)
-        out = ops.segment_attention(q, k, v, context.plan, impl=context.impl)
+        out = ops.segment_attention(q, k, v, context.plan, impl=choice[0])
         del q, k, v
         image_out, text_out = (
             stream_rows(out, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
@@ -415,7 +417,8 @@ class PatchedBlock:
             stand_in = StandIn(calls)
             return type(self.block).forward(stand_in, *arguments), stand_in
 
-        fused = self._fused(calls, *arguments)
+        impl = self.owner.impl or ops.choose(None, image)
+        fused = self._fused(calls, impl, *arguments)
         if isinstance(fused, str):
             return self.owner.refuse(self.site, fused, lambda: replay()[0])
 
@@ -424,7 +427,7 @@ class PatchedBlock:
             stand_in.compare(fused, expected)
             return stand_in.max_rel_error
 
-        return self.owner.accept(self.site, fused, image, original, check if checked else None)
+        return self.owner.accept(self.site, fused, image, original, check if checked else None, (impl, None))
 
     def refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
         """Why this call must run the original, or None."""
@@ -447,8 +450,8 @@ class PatchedBlock:
                 return reason
         return norm_change()
 
-    def _fused(self, calls: Calls, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple | str:
-        """(text, image), or why it cannot be."""
+    def _fused(self, calls: Calls, impl: str, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple | str:
+        """Return (text, image) computed by one implementation, or the reason why that is not possible."""
         block, owner = self.block, self.owner
         batch, _, channels = image.shape
         # text always uses the sampled timestep, the first half of a doubled `temb`
@@ -463,7 +466,7 @@ class PatchedBlock:
             owner.modulation_rows(index, batch, image.shape[1], image.device),
             owner.modulation_rows(None, batch, text.shape[1], image.device),
         )
-        options: Any = {"rounding": "eager", "impl": owner.impl}
+        options: Any = {"rounding": "eager", "impl": impl}
         streams, norms = (_rows(image), _rows(text)), (block.img_norm1, block.txt_norm1)
         normed = [
             ops.norm_modulate(x, mod.shift1, mod.scale1, row, norm.eps, **options)
