@@ -1,0 +1,42 @@
+"""Run every script in `examples/`, and check what it prints and writes."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).parent.parent / "examples"
+PRINTED = {
+    "01_patch_a_pipeline": ["originals run   0 calls", "8 of 8 sites compared"],
+    "02_edit_a_batch": ["out/edit-3.png: 96 x 64"],
+    "03_estimate": ["attention is", "max_tokens=300"],
+    "04_lora_on_your_pictures": ["out/lora/edited.png: 64 x 64"],
+    "05_custom_reward": ["reward by step: ["],
+    "06_custom_visibility": [
+        "queries [7, 11) attend to keys [0, 3), [7, 11)",
+        "###....####....",
+        "edited 64 x 64 pixels",
+    ],
+}
+WRITTEN = {"02_edit_a_batch": ["out/edit-0.png", "out/edit-2.png"], "04_lora_on_your_pictures": ["out/lora/edited.png"]}
+SLOW = ("04_lora_on_your_pictures", "05_custom_reward")  # train in a process of their own
+
+
+def test_every_example_is_run():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*PRINTED}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PRINTED])
+def test_example(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # examples write below the working directory
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    for text in PRINTED[name]:
+        assert text in printed, printed
+    for file in WRITTEN.get(name, ()):
+        with Image.open(tmp_path / file) as image:
+            assert image.size == (64, 64) and image.convert("L").getextrema()[0] < image.convert("L").getextrema()[1]
+    if name == "05_custom_reward":
+        rewards = [float(word) for word in printed.partition("reward by step: [")[2].partition("]")[0].split(",")]
+        assert len(rewards) == 2 and all(0 < reward < 10 for reward in rewards)
