@@ -15,12 +15,12 @@ Denoising alone is timed in every member, from encoded references and prompt to 
 import pytest
 import torch
 
-from uniref_fast import EditRequest, builtin
-from uniref_fast.edit import denoising_schedule
+from uniref_fast import builtin
 from uniref_fast.encode import image_latents, prompt_embeddings
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.request import geometry
 from uniref_fast.scenes.make import MakeConfig, artworks, sample
+from uniref_fast.schedule import denoising_schedule
 from uniref_fast.testing import max_relative_error
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.rollout import Group, Member, RolloutPack, roll, schedule
@@ -36,7 +36,7 @@ def pipe():
 @pytest.fixture(scope="module")
 def group(pipe):
     scene = sample("train", 0, MakeConfig(artworks("shipped"), references=(3,)))
-    made = geometry(pipe, EditRequest(scene.instruction, scene.references, width=SIDE, height=SIDE), 3 * SIDE**2)
+    made = geometry(pipe, [image.size for image in scene.references], width=SIDE, height=SIDE, budget=3 * SIDE**2)
     with torch.no_grad():
         text = prompt_embeddings(pipe, scene.instruction, scene.references, made.condition_sizes)
         parts = [image_latents(pipe, *pair) for pair in zip(scene.references, made.reference_sizes, strict=True)]

@@ -32,7 +32,7 @@ from uniref_fast import EditRequest, Sample, SelfLayout
 from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.layout import Kind
 from uniref_fast.patch.stock import REPLACED_MODULES
-from uniref_fast.request import geometry, validated
+from uniref_fast.request import request_geometry, validated
 from uniref_fast.testing import max_relative_error
 
 STEPS = 3
@@ -181,7 +181,7 @@ def test_pil_results_and_mappings(pipe, capsys):
 
 def test_budget_sizes_references_jointly(pipe, layouts):
     request = EditRequest("x", [picture("red", 400, 200), picture("blue", 300, 600)], num_inference_steps=2, seed=0)
-    sizes = geometry(pipe, request, 96 * 96)
+    sizes = request_geometry(pipe, request, 96 * 96)
     assert sum(w * h for w, h in sizes.reference_sizes) <= 96 * 96
     out = uniref_fast.edit(pipe, [request], budget=96 * 96, output_type="latent", progress=False)[0]
     assert torch.isfinite(out).all()
@@ -363,7 +363,7 @@ def test_model_offload_hook_is_honoured(pipe, monkeypatch):
 
 def embedded(pipe, request, **changes):
     """A request with the embeddings of its prompts."""
-    sizes = geometry(pipe, request)
+    sizes = request_geometry(pipe, request)
     images = [
         pipe.image_processor.resize(i, h, w) for i, (w, h) in zip(request.images, sizes.condition_sizes, strict=True)
     ]

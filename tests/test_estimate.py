@@ -1,6 +1,7 @@
 """estimate(): its tokens and operations against what a run really has."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -13,7 +14,7 @@ import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout
 from uniref_fast.estimate import LivingTensors, _vae_image, transformer_flops, transformer_peak
 from uniref_fast.quantised import stored_tensors
-from uniref_fast.request import geometry
+from uniref_fast.request import request_geometry
 
 REQUESTS = [
     EditRequest("put the owl left of the rocket", [Image.new("RGB", (60, 40)), Image.new("RGB", (30, 90))],
@@ -63,8 +64,11 @@ def test_vae_operations_match_a_real_run(builtin_pipe):
     # PyTorch's counter knows the math backend of attention, not the fused one for CPUs
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         vae.encode(torch.zeros(1, 3, 1, 64, 96))
-    request = EditRequest("x", [(96, 64)], num_inference_steps=2)
-    stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request], budget=96 * 64).stages}
+    request = EditRequest("x", num_inference_steps=2)
+    stages = {
+        s.name: s
+        for s in uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[(96, 64)]], budget=96 * 64).stages
+    }
     assert stages["VAE encode"].flops == counter.get_total_flops()
 
 
@@ -81,7 +85,7 @@ def test_text_encoder_with_images(builtin_pipe):
     """The vision tower counts: against a real run with three pictures."""
     images = [Image.new("RGB", (60, 40), c) for c in ("red", "green", "blue")]
     request = EditRequest("x", images, num_inference_steps=2)
-    sizes = geometry(builtin_pipe, request)
+    sizes = request_geometry(builtin_pipe, request)
     condition = [
         builtin_pipe.image_processor.resize(i, h, w) for i, (w, h) in zip(images, sizes.condition_sizes, strict=True)
     ]
@@ -118,8 +122,9 @@ def within(part, whole, tolerance):
 def test_vae_memory_is_what_lives(builtin_pipe, size):
     """Against tensors alive at once in a real run on the CPU, whose attention is fused too."""
     vae, (width, height) = builtin_pipe.vae, size
-    request = EditRequest("x", [size], num_inference_steps=2, width=width, height=height)
-    stages = {s.name: s for s in uniref_fast.estimate(builtin_pipe, [request], budget=width * height).stages}
+    request = EditRequest("x", num_inference_steps=2, width=width, height=height)
+    estimate = uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[size]], budget=width * height)
+    stages = {s.name: s for s in estimate.stages}
     with torch.no_grad(), LivingTensors() as memory:
         vae.encode(torch.zeros(1, 3, 1, height, width))
     within(stages["VAE encode"].activation_bytes, memory.peak, 0.01)
@@ -129,12 +134,12 @@ def test_vae_memory_is_what_lives(builtin_pipe, size):
 
 
 def test_vae_tiling_counts(builtin_pipe):
-    request = EditRequest("x", [(256, 256)], num_inference_steps=2)
-    whole = uniref_fast.estimate(builtin_pipe, [request], budget=256 * 256).stages[1]
+    request, given = EditRequest("x", num_inference_steps=2), {"image_sizes": [[(256, 256)]], "budget": 256 * 256}
+    whole = uniref_fast.estimate(builtin_pipe, [request], **given).stages[1]
     vae = builtin_pipe.vae
     vae.enable_tiling(64, 64, 48, 48)
     try:
-        tiled = uniref_fast.estimate(builtin_pipe, [request], budget=256 * 256).stages[1]
+        tiled = uniref_fast.estimate(builtin_pipe, [request], **given).stages[1]
         with torch.no_grad(), LivingTensors() as memory:
             vae.encode(torch.zeros(1, 3, 1, 256, 256))
     finally:
@@ -317,17 +322,33 @@ def test_max_tokens_bounds_the_activations(builtin_pipe):
         uniref_fast.estimate(builtin_pipe, REQUESTS, max_tokens=0)
 
 
+def test_sizes_instead_of_images(builtin_pipe):
+    """Sizes give the estimate of images of these sizes, and are checked as images are."""
+    sizes = [[image.size for image in request.images] for request in REQUESTS]
+    bare = [dataclasses.replace(request, images=()) for request in REQUESTS]
+    expected = uniref_fast.estimate(builtin_pipe, REQUESTS).as_dict()
+    assert uniref_fast.estimate(builtin_pipe, bare, image_sizes=sizes).as_dict() == expected
+    with pytest.raises(ValueError, match="image_sizes has sizes for 1 requests"):
+        uniref_fast.estimate(builtin_pipe, bare, image_sizes=sizes[:1])
+    with pytest.raises(ValueError, match="request 1: give images or image_sizes"):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, image_sizes=sizes)
+    with pytest.raises(ValueError, match="request 2: image 1 of 1 x 500 pixels is too elongated"):
+        uniref_fast.estimate(builtin_pipe, bare, image_sizes=[sizes[0], [(1, 500)]])
+    with pytest.raises(TypeError, match="image 1 must be a PIL image"):
+        uniref_fast.estimate(builtin_pipe, [EditRequest("x", [(64, 64)])])
+
+
 def test_grows_as_the_request_does(builtin_pipe):
-    def total(**changes):
-        fields = {"prompt": "x", "images": [(64, 64)], "num_inference_steps": 2} | changes
-        return uniref_fast.estimate(builtin_pipe, [fields])
+    fields = {"prompt": "x", "num_inference_steps": 2}
+
+    def total(references=1, **changes):
+        return uniref_fast.estimate(builtin_pipe, [fields | changes], image_sizes=[[(64, 64)] * references])
 
     base = total()
     assert total(num_inference_steps=4).stages[2].flops == 2 * base.stages[2].flops
-    assert total(images=[(64, 64)] * 3).flops > base.flops
+    assert total(references=3).flops > base.flops
     assert total(negative_prompt="y").tokens["target"] == 2 * base.tokens["target"]
-    fields = {"prompt": "x", "images": [(64, 64)], "num_inference_steps": 2}
-    causal = uniref_fast.estimate(builtin_pipe, [fields], visibility="reference_causal")
+    causal = uniref_fast.estimate(builtin_pipe, [fields], image_sizes=[[(64, 64)]], visibility="reference_causal")
     assert causal.stages[2].flops < base.stages[2].flops
     assert base.peak_bytes > base.weight_bytes > 0
     assert base.weight_bytes == sum(

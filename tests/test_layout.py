@@ -163,7 +163,7 @@ def test_bad_input(make, message):
 
 
 def rows_of(layout, what, width=2):
-    """Per sample a tensor whose rows say which sample and row they are, negative for references."""
+    """Return one tensor per sample whose rows name the sample and the row; they are negative for references."""
     lengths = [0] * layout.num_samples
     for segment in layout.image_segments:
         lengths[segment.sample] += segment.length * (segment.kind is what)

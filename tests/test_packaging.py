@@ -14,14 +14,14 @@ ROOT = Path(__file__).parent.parent
 # Dependencies point one way: a unit, which is a module or a folder below `uniref_fast` (in
 # training, a folder below it), imports units of its own level or of a level above it in this list.
 LEVELS = [
-    {"memo"},
+    {"memo", "guidance", "packing"},
     {"layout", "budget", "testing", "native", "quantised", "files", "keyed_random", "fingerprint", "sheets", "runs"},
     {"visibility"},
     {"tuning"},
     {"kernels"},
     {"ops"},
     {"models"},
-    {"builtin", "encode", "request"},
+    {"builtin", "encode", "request", "schedule"},
     {"model_kind"},
     {"loading"},
     {"patch"},

@@ -211,10 +211,10 @@ def _estimate(args: argparse.Namespace) -> int:
     from uniref_fast.request import parse_size
 
     sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.size]
-    request = EditRequest(images=sizes, **_request_fields(args))  # type: ignore[arg-type]  # sizes do for an estimate
+    request = EditRequest(**_request_fields(args))
     with model_errors(args.model):
         pipe = builtin.load() if args.model == "builtin" else args.model
-        result = estimate(pipe, [request], budget=_budget(args))
+        result = estimate(pipe, [request], image_sizes=[sizes], budget=_budget(args))
     print(json.dumps(result.as_dict()) if args.json else result)
     return 0
 
@@ -268,14 +268,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
+    from uniref_fast.guidance import negative_prompt_for
     from uniref_fast.loading import defaults
 
     steps, guidance = defaults(args.model)
     guidance = guidance if args.guidance is None else args.guidance
-    usual = " " if guidance > 1 else None  # without guidance there is nothing that a negative prompt would change
     return {
         "prompt": args.prompt,
-        "negative_prompt": usual if args.negative_prompt is None else args.negative_prompt,
+        "negative_prompt": negative_prompt_for(guidance) if args.negative_prompt is None else args.negative_prompt,
         "true_cfg_scale": guidance,
         "height": args.height,
         "width": args.width,

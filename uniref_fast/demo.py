@@ -15,6 +15,7 @@ from PIL import Image
 from uniref_fast import builtin
 from uniref_fast.edit import edit
 from uniref_fast.evaluation.metrics import psnr
+from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.patch import PatchReport, patch, unpatch
 from uniref_fast.request import EditRequest
 from uniref_fast.scenes.make import MakeConfig, SyntheticSample, artworks
@@ -165,7 +166,7 @@ def heldout_scenes(seed: int, references: int, count: int) -> list[SyntheticSamp
 
 def _request(scene: SyntheticSample, seed: int, steps: int) -> EditRequest:
     return EditRequest(
-        scene.instruction, scene.references, negative_prompt=" ", true_cfg_scale=GUIDANCE, seed=seed,
+        scene.instruction, scene.references, negative_prompt=EMPTY_PROMPT, true_cfg_scale=GUIDANCE, seed=seed,
         num_inference_steps=steps, width=scene.target.width, height=scene.target.height,
     )  # fmt: skip
 
@@ -188,7 +189,7 @@ def _edit(pipe: Any, scene: SyntheticSample, seed: int, steps: int) -> tuple[tup
     image = pipe(
         image=list(scene.references),
         prompt=scene.instruction,
-        negative_prompt=" ",
+        negative_prompt=EMPTY_PROMPT,
         true_cfg_scale=GUIDANCE,
         num_inference_steps=steps,
         height=scene.target.height,

@@ -6,7 +6,6 @@ ride in the same pack. A request's result does not depend on what it is packed w
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import numbers
@@ -15,19 +14,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
+from uniref_fast.guidance import guide, is_guided
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import deviations, is_own_method
-from uniref_fast.request import EditRequest, Geometry, geometry, split_packs, validated
+from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
+from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule
 
-__all__ = ["denoising_schedule", "edit", "guide"]
+__all__ = ["edit"]
 
 
 def edit(
@@ -73,7 +74,7 @@ def edit(
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     requests = validated(requests, pipe)
     _warn_of_guidance(requests)
-    geometries = [geometry(pipe, request, budget) for request in requests]
+    geometries = [request_geometry(pipe, request, budget) for request in requests]
     schedulers = []  # all of them before any model runs, as a scheduler may refuse its schedule
     for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
         _check_latents(pipe, request, sizes, f"request {i + 1}")
@@ -150,46 +151,12 @@ def _latents(
     return latents, torch.cat([latents[0, :0], *parts])
 
 
-def denoising_schedule(scheduler: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-    """A copy of a scheduler, its state outside the configuration included, set to its steps as the pipeline does.
-
-    Args:
-        scheduler: of the pipeline; it is left as it is.
-        tokens: of the target, which dynamic shifting goes by.
-        steps: denoising steps.
-        device: of the timesteps.
-
-    Raises:
-        ValueError: by the scheduler, when it does not take the pipeline's `sigmas`.
-    """
-    stock, scheduler = _stock(), copy.deepcopy(scheduler)
-    config = scheduler.config
-    mu = stock.calculate_shift(
-        tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    sigmas: Any = np.linspace(1.0, 1 / steps, steps)  # an array, as the pipeline passes, whatever the annotation says
-    stock.retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=mu)
-    scheduler.set_begin_index(0)
-    return scheduler
-
-
-def _stock() -> Any:
-    """diffusers' module of the pipeline; imported when first needed."""
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
-
-    return pipeline_qwenimage_edit_plus
-
-
 def _warn_of_guidance(requests: Sequence[EditRequest]) -> None:
     """Warn of scales and negative prompts that have no effect, where the pipeline warns."""
     for i, request in enumerate(requests, start=1):
-        if request.true_cfg_scale > 1 and not request.has_negative_prompt:
+        if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
             reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
-        elif request.true_cfg_scale <= 1 and request.has_negative_prompt:
+        elif not is_guided(request.true_cfg_scale) and request.has_negative_prompt:
             reason = (
                 f"the negative prompt has no effect at true_cfg_scale={request.true_cfg_scale}, which is not over 1"
             )
@@ -257,7 +224,7 @@ def _packs(model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None) -> 
     """Put the sequences of jobs into packs of at most `max_tokens`, in order."""
     rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples, strict=True)]
     packs = []
-    for indices in split_packs([sample.length for *_, sample in rows], max_tokens):
+    for indices in next_fit([sample.length for *_, sample in rows], max_tokens):
         owners, prompts, samples = zip(*(rows[i] for i in indices), strict=True)
         layout = model.layout(samples)
         image = layout.image_stream([job.latents[0] for job in owners], [job.references for job in owners])
@@ -275,12 +242,6 @@ def _predict(model: PackedQwenImage, jobs: list[_Job], packs: list[_Pack], step:
         velocities += pack.layout.split_targets(model(pack.image, text, t, pack.layout))
     at = iter(velocities)
     return [[next(at) for _ in job.prompts] for job in jobs]
-
-
-def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance with the norm of the positive prediction kept per token, as the pipeline does."""
-    combined = negative + scale * (positive - negative)
-    return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
 
 def _decode(pipe: Any, job: _Job, output_type: str) -> Any:

@@ -31,8 +31,9 @@ from uniref_fast.encode import condition_tokens, prompt_tokens, text_runs
 from uniref_fast.layout import SelfLayout
 from uniref_fast.model_kind import check_configuration, check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.packing import next_fit
 from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, stored_tensors
-from uniref_fast.request import EditRequest, Geometry, geometry, split_packs, validated
+from uniref_fast.request import EditRequest, Geometry, check_size, geometry, request_geometry, validated
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 
 __all__ = ["Estimate", "Stage", "estimate", "skeleton"]
@@ -128,6 +129,7 @@ def estimate(
     pipe: Any,
     requests: Sequence[EditRequest | Mapping[str, Any]],
     *,
+    image_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
     budget: int | None = None,
     max_tokens: int | None = None,
     visibility: str | Rule = "full",
@@ -137,7 +139,8 @@ def estimate(
     Args:
         pipe: a `QwenImageEditPlusPipeline`, or the folder or hub id of one, of which only configurations, tokenizer
             and processor are then read (weights counted as bfloat16).
-        requests: as for `edit`; images may also be (width, height) tuples.
+        requests: as for `edit`.
+        image_sizes: (width, height) in pixels of the references of each request, which then need no images.
         budget, max_tokens, visibility: as for `edit`.
 
     Raises:
@@ -150,8 +153,8 @@ def estimate(
     transformer = find_transformer(pipe)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-    requests = validated(requests, pipe, sizes_only=True)
-    sizes = [geometry(pipe, request, budget) for request in requests]
+    requests = validated(requests, pipe)
+    sizes = _geometries(pipe, requests, image_sizes, budget)
     texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
     rows = [(size.sample(text), request.num_inference_steps)
             for request, size, lengths in zip(requests, sizes, texts, strict=True) for text in lengths]  # fmt: skip
@@ -162,7 +165,7 @@ def estimate(
         counts = transformer_flops(transformer.config, model.layout([sample]), visibility)
         linear += counts[0] * steps
         attention += counts[1] * steps
-    packs = split_packs([sample.length for sample, _ in rows], max_tokens)
+    packs = next_fit([sample.length for sample, _ in rows], max_tokens)
     longest = max(packs, key=lambda pack: sum(rows[i][0].length for i in pack))
     largest = model.layout([rows[i][0] for i in longest])
     pixels = [size for item in sizes for size in item.reference_sizes]
@@ -195,6 +198,26 @@ def estimate(
     tokens["reference"] = layout.image_length - tokens["target"]
     tokens["together"] = layout.joint_length
     return Estimate(stages, layout, tokens, attention / (linear + attention))
+
+
+def _geometries(
+    pipe: Any,
+    requests: Sequence[EditRequest],
+    image_sizes: Sequence[Sequence[tuple[int, int]]] | None,
+    budget: int | None,
+) -> list[Geometry]:
+    if image_sizes is None:
+        return [request_geometry(pipe, request, budget) for request in requests]
+    if len(image_sizes) != len(requests):
+        raise ValueError(f"image_sizes has sizes for {len(image_sizes)} requests, and {len(requests)} are given")
+    geometries = []
+    for i, (request, sizes) in enumerate(zip(requests, image_sizes, strict=True), start=1):
+        if request.images:
+            raise ValueError(f"request {i}: give images or image_sizes, not both")
+        for j, size in enumerate(sizes, start=1):
+            check_size(size, f"request {i}: image {j}")
+        geometries.append(geometry(pipe, sizes, width=request.width, height=request.height, budget=budget))
+    return geometries
 
 
 def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Any:

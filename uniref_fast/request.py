@@ -13,9 +13,20 @@ from PIL import Image
 
 from uniref_fast.budget import MAX_ASPECT_RATIO, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.builtin.store import AREAS, recorded_areas
+from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
 
-__all__ = ["EditRequest", "Geometry", "geometry", "image_areas", "parse_size", "split_packs", "validated"]
+__all__ = [
+    "EditRequest",
+    "Geometry",
+    "check_size",
+    "geometry",
+    "image_areas",
+    "parse_size",
+    "request_geometry",
+    "target_size",
+    "validated",
+]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
@@ -75,7 +86,7 @@ class EditRequest:
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance runs: two predictions a step."""
-        return self.true_cfg_scale > 1 and self.has_negative_prompt
+        return is_guided(self.true_cfg_scale) and self.has_negative_prompt
 
     @property
     def has_negative_prompt(self) -> bool:
@@ -112,15 +123,12 @@ class Geometry:
         return Sample(text, self.grid(self.size), tuple(self.grid(size) for size in self.reference_sizes))
 
 
-def validated(
-    requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = None, *, sizes_only: bool = False
-) -> list[EditRequest]:
+def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = None) -> list[EditRequest]:
     """Check every request before any work is done.
 
     Args:
         requests: `EditRequest`s, or mappings of its fields.
         pipe: the pipeline they are for, whose scheduler limits the number of steps; None checks the requests alone.
-        sizes_only: images may also be given as (width, height).
 
     Raises:
         ValueError, TypeError: naming the request and what is wrong with it.
@@ -138,7 +146,7 @@ def validated(
             request = EditRequest(**request)
         if not isinstance(request, EditRequest):
             raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
-        _check(request, where, sizes_only)
+        _check(request, where)
         if pipe is not None:
             _check_embeddings(request, where, pipe)
         if pipe is not None and request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
@@ -160,7 +168,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
+def _check(request: EditRequest, where: str) -> None:
     text = request.prompt
     if request.prompt_embeds is not None and text is not None:
         raise ValueError(f"{where}: give prompt or prompt_embeds, not both")
@@ -181,7 +189,7 @@ def _check(request: EditRequest, where: str, sizes_only: bool) -> None:
     if request.true_cfg_scale is None or not math.isfinite(request.true_cfg_scale):
         raise ValueError(f"{where}: true_cfg_scale must be a finite number, got {request.true_cfg_scale}")
     for j, image in enumerate(request.images):
-        _check_image(image, f"{where}: image {j + 1}", sizes_only)
+        _check_image(image, f"{where}: image {j + 1}")
     for name, least, most in (("height", SIDE_MULTIPLE, MAX_SIDE), ("width", SIDE_MULTIPLE, MAX_SIDE),
                               ("num_inference_steps", 1, MAX_STEPS)):  # fmt: skip
         value = getattr(request, name)
@@ -223,39 +231,23 @@ def _check_embeddings(request: EditRequest, where: str, pipe: Any) -> None:
         )
 
 
-def _check_image(image: Any, where: str, sizes_only: bool) -> None:
-    if sizes_only and isinstance(image, (tuple, list)) and len(image) == 2:
-        sides = tuple(image)
-    elif isinstance(image, Image.Image):
-        sides = image.size
-        if image.mode in ("I", "F"):
-            raise ValueError(f"{where} has mode {image.mode!r}, whose range is not defined; convert it to 8 or 16 bits")
-    else:
+def _check_image(image: Any, where: str) -> None:
+    if not isinstance(image, Image.Image):
         raise TypeError(f"{where} must be a PIL image, got {type(image).__name__}")
-    if min(sides) < 1:
-        raise ValueError(f"{where} has size {sides[0]} x {sides[1]}; sides must be at least 1 pixel")
-    if max(sides) > MAX_ASPECT_RATIO * min(sides):
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{where} has mode {image.mode!r}, whose range is not defined; convert it to 8 or 16 bits")
+    check_size(image.size, where)
+
+
+def check_size(size: tuple[int, int], where: str) -> None:
+    """Raise ValueError for an image size that no model can take; `where` names the image in the message."""
+    if min(size) < 1:
+        raise ValueError(f"{where} has size {size[0]} x {size[1]}; sides must be at least 1 pixel")
+    if max(size) > MAX_ASPECT_RATIO * min(size):
         raise ValueError(
-            f"{where} of {sides[0]} x {sides[1]} pixels is too elongated: the text encoder takes aspect ratios up to "
+            f"{where} of {size[0]} x {size[1]} pixels is too elongated: the text encoder takes aspect ratios up to "
             f"{MAX_ASPECT_RATIO}"
         )
-
-
-def split_packs(lengths: Sequence[int], max_tokens: int | None) -> list[list[int]]:
-    """Put consecutive samples of these lengths in tokens together while they fit; one over the limit is alone.
-
-    Returns:
-        indices of the samples of each pack.
-    """
-    packs: list[list[int]] = []
-    filled = 0
-    for i, tokens in enumerate(lengths):
-        if not packs or (max_tokens is not None and filled + tokens > max_tokens):
-            packs.append([])
-            filled = 0
-        packs[-1].append(i)
-        filled += tokens
-    return packs
 
 
 def image_areas(pipe: Any) -> tuple[int, int, int]:
@@ -272,31 +264,43 @@ def image_areas(pipe: Any) -> tuple[int, int, int]:
     return condition, vae, output
 
 
-def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geometry:
-    """Sizes that a pipeline gives a request.
+def geometry(
+    pipe: Any,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    budget: int | None = None,
+) -> Geometry:
+    """Compute the sizes that a pipeline gives the references and the result of a request.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`; see `image_areas`.
-        request: the request; its images may be (width, height) tuples.
-        budget: joint pixel budget of all references (`fit_to_budget`); None sizes each reference alone, as diffusers
+        pipe: A `QwenImageEditPlusPipeline`; see `image_areas`.
+        sizes: (width, height) of each reference in pixels.
+        width: Requested width of the result in pixels; None computes it as `EditRequest` describes.
+        height: Requested height of the result, likewise.
+        budget: Joint pixel budget of all references (`fit_to_budget`); None sizes each reference alone, as diffusers
             does.
+
+    Raises:
+        ValueError: If an image would be smaller than one token.
     """
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 
-    sizes = [image.size if isinstance(image, Image.Image) else tuple(image) for image in request.images]
     condition_area, vae_area, output_area = image_areas(pipe)
     dimensions = getattr(pipe, "calculate_dimensions", stock.calculate_dimensions)
     if recorded_areas({}, pipe.transformer.config):  # small areas, of which diffusers would round a short side to 0
         from uniref_fast.builtin.pipeline import small_dimensions as dimensions
     ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
-    width, height = dimensions(output_area, ratio)
+    computed = dimensions(output_area, ratio)
     patch = pipe.vae_scale_factor * 2
-    width, height = ((given or computed) // patch * patch for given, computed in
-                     ((request.width, width), (request.height, height)))  # fmt: skip
+    result_width, result_height = (
+        (given or side) // patch * patch for given, side in zip((width, height), computed, strict=True)
+    )
     condition = [dimensions(condition_area, w / h) for w, h in sizes]
     alone = [dimensions(vae_area, w / h) for w, h in sizes]
     references = alone if budget is None else fit_to_budget(sizes, budget)
-    result = Geometry((width, height), tuple(condition), tuple(references), patch)
+    result = Geometry((result_width, result_height), tuple(condition), tuple(references), patch)
     for what, size in [("the result", result.size), *((f"image {i + 1}", s) for i, s in enumerate(references))]:
         if min(size) < patch:
             raise ValueError(
@@ -304,3 +308,24 @@ def geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geom
                 "the image is too elongated or the size too small"
             )
     return result
+
+
+def request_geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geometry:
+    """Compute the sizes of a request; `pipe` and `budget` as for `geometry`."""
+    sizes = [image.size for image in request.images]
+    return geometry(pipe, sizes, width=request.width, height=request.height, budget=budget)
+
+
+def target_size(target: tuple[int, int] | None, references: Sequence[tuple[int, int]], side: int) -> tuple[int, int]:
+    """Return (width, height) of the result for a dataset row, an area of at most side x side pixels.
+
+    Args:
+        target: Size of the row's target image: the result has it, made smaller where it is over the area. None for a
+            row without a target: the result has the aspect ratio of the last reference (a square without references)
+            and the whole area.
+        references: Sizes of the references.
+        side: Side of a square in pixels.
+    """
+    wanted = target or (references[-1] if references else (1, 1))
+    (size,) = fit_to_budget([wanted], side**2, upscale=target is None)
+    return size

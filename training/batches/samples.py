@@ -10,18 +10,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uniref_fast.budget import fit_to_budget
 from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens
 from uniref_fast.fingerprint import content_key, fingerprint
+from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.keyed_random import uniform
 from uniref_fast.layout import Sample
-from uniref_fast.request import EditRequest, Geometry, geometry
+from uniref_fast.request import Geometry, geometry, target_size
 from uniref_fast.training.batches.latent_cache import TensorCache
 
 __all__ = ["Encoded", "Encoder", "Prepared"]
-
-EMPTY = " "  # the instruction of a dropped text, as pipelines give for guidance
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,12 @@ class Encoder:
         if row.target is None and not rollout:
             raise RowError(row.where, "no target image to train on")
         dropped = uniform(self.seed, "drop references", key) < self.drop_references
-        instruction = EMPTY if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
+        instruction = EMPTY_PROMPT if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
         try:
             own, sizes = row.sizes()
             sizes = [] if dropped else sizes
-            wanted = own or (sizes[-1] if sizes else (1, 1))
-            ((width, height),) = fit_to_budget([wanted], target_side**2, upscale=row.target is None)
-            request = EditRequest(instruction, sizes, width=width, height=height)  # type: ignore[arg-type]
-            made = geometry(self.pipe, request, side**2)
+            width, height = target_size(own, sizes, target_side)
+            made = geometry(self.pipe, sizes, width=width, height=height, budget=side**2)
             text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
         except ValueError as error:
             raise error if isinstance(error, RowError) else RowError(row.where, error) from error

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from uniref_fast.encode import decode_image, prompt_tokens
+from uniref_fast.guidance import texts_of
 from uniref_fast.rewards.types import Candidate, Failure, Scores
 from uniref_fast.training.batches.packing import PackKey
-from uniref_fast.training.batches.samples import EMPTY, Encoder, Prepared
+from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.model import TrainedModel
@@ -124,19 +125,19 @@ class Roller:
 
     def _group(self, key: PackKey, prepared: Prepared, size: int, steps: int, guidance: float, number: int) -> Group:
         config, shape = self.config, prepared.sample
-        lengths = [shape.text] if isinstance(shape.text, int) else [sum(n for n, _ in shape.text)]
-        if guidance > 1:
-            lengths.append(prompt_tokens(self.model.pipe, EMPTY, prepared.geometry.condition_sizes))
+        conditions = prepared.geometry.condition_sizes
+        lengths = [
+            prompt_tokens(self.model.pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)
+        ]
         grid = schedule(self.model.pipe.scheduler, math.prod(shape.target), steps)
         noisy = noisy_steps(steps, config.window, config.window_stop, config.seed, key) if size > 1 else ()
         return Group(key, prepared, tuple(lengths), grid, noisy, number)
 
     def _encode(self, group: Group, guidance: float) -> None:
         images = group.prepared.load_references()
-        group.references, text = self.encoder.encode_conditions(group.prepared, images)
-        group.texts = (text,)
-        if guidance > 1:
-            group.texts += (self.encoder.encode_conditions(group.prepared, images, EMPTY)[1],)
+        group.references, first = self.encoder.encode_conditions(group.prepared, images)
+        others = texts_of(group.prepared.instruction, guidance)[1:]
+        group.texts = (first, *(self.encoder.encode_conditions(group.prepared, images, text)[1] for text in others))
 
     def _pack(self, owners: Sequence[Group], numbers: Sequence[int], size: int) -> RolloutPack | None:
         if not owners:

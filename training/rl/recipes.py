@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from uniref_fast.guidance import texts_of
 from uniref_fast.rewards.config import JudgeConfig
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.rl.sampler import Sampler
@@ -142,7 +143,7 @@ class MSGRPO(Recipe):
 
     @property
     def sequences(self) -> int:
-        return 2 if self.guidance > 1 else 1
+        return len(texts_of("", self.guidance))
 
     @property
     def window_stop(self) -> int:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniref_fast.edit import denoising_schedule, guide
+from uniref_fast.guidance import guide
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
+from uniref_fast.schedule import denoising_schedule
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.sde import Sampler, Transition, log_density, transition
 

@@ -6,7 +6,6 @@ on any rank, in any pack, and after any interruption.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,40 +14,17 @@ import torch
 from torch import Tensor
 
 from uniref_fast.layout import SelfLayout
+from uniref_fast.schedule import shift_time
 from uniref_fast.training.batches.samples import Encoded, Prepared
 from uniref_fast.training.core.model import TrainedModel
 
-__all__ = [
-    "FlowBatch",
-    "assemble_batch",
-    "flow_batch",
-    "partial_errors",
-    "resolution_shift",
-    "sample_errors",
-    "sample_t",
-    "shifted",
-]
-
-
-def resolution_shift(scheduler_config: Any, tokens: int) -> float:
-    """How far the scheduler moves t towards noise for a target of so many tokens: exp(mu), 1 does not move it."""
-    if not scheduler_config.get("use_dynamic_shifting"):
-        return float(scheduler_config.get("shift", 1.0))
-    small, large = scheduler_config["base_image_seq_len"], scheduler_config["max_image_seq_len"]
-    low, high = scheduler_config["base_shift"], scheduler_config["max_shift"]
-    mu = low + (high - low) * (tokens - small) / (large - small)
-    return mu if scheduler_config.get("time_shift_type") == "linear" else math.exp(mu)
+__all__ = ["FlowBatch", "assemble_batch", "flow_batch", "partial_errors", "sample_errors", "sample_t"]
 
 
 def sample_t(generator: torch.Generator, mean: float, std: float, shift: float) -> float:
     """Logit-normal t, then moved as `shift t / (1 + (shift - 1) t)` (arXiv 2403.03206; the scheduler's own map)."""
     t = torch.sigmoid(mean + std * torch.randn((), generator=generator, dtype=torch.float64)).item()
-    return shifted(t, shift)
-
-
-def shifted(t: float, shift: float) -> float:
-    """t moved towards noise by a shift over 1; 0 and 1 stay."""
-    return shift * t / (1 + (shift - 1) * t)
+    return shift_time(t, shift)
 
 
 @dataclass(frozen=True)

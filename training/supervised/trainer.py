@@ -13,6 +13,7 @@ import torch
 from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample
+from uniref_fast.schedule import resolution_shift
 from uniref_fast.training.batches import packing
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.loader import PackLoader, StepPacks, agree
@@ -21,13 +22,7 @@ from uniref_fast.training.batches.samples import Encoded, Encoder
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.monitor import GroupedMean
 from uniref_fast.training.core.trainer import Trainer
-from uniref_fast.training.supervised.flow_matching import (
-    FlowBatch,
-    assemble_batch,
-    partial_errors,
-    resolution_shift,
-    sample_t,
-)
+from uniref_fast.training.supervised.flow_matching import FlowBatch, assemble_batch, partial_errors, sample_t
 from uniref_fast.training.supervised.recipes import SFT
 from uniref_fast.training.supervised.validation import Validation
 

@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 from uniref_fast.edit import edit
+from uniref_fast.guidance import negative_prompt_for
 from uniref_fast.keyed_random import draw
+from uniref_fast.packing import next_fit
 from uniref_fast.request import EditRequest
+from uniref_fast.schedule import resolution_shift, shift_time
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.samples import Encoded, Encoder, Prepared
@@ -20,8 +23,6 @@ from uniref_fast.training.supervised.flow_matching import (
     FlowBatch,
     assemble_batch,
     partial_errors,
-    resolution_shift,
-    shifted,
 )
 from uniref_fast.training.supervised.recipes import SFT
 
@@ -53,11 +54,7 @@ class Validation:
     def _loss(self, name: str, stage: BudgetStage, pack_tokens: int) -> float:
         ranks, count = self.ranks, min(self.config.eval_samples, len(self.datasets[name]))
         rows = self._rows(name, stage, count)
-        packs: list[list[int]] = []
-        for i, (prepared, _) in enumerate(rows):
-            if not packs or sum(rows[j][0].sample.length for j in packs[-1]) + prepared.sample.length > pack_tokens:
-                packs.append([])
-            packs[-1].append(i)
+        packs = next_fit([prepared.sample.length for prepared, _ in rows], pack_tokens)
         total = 0.0
         for first in range(0, len(packs), ranks.replicas):  # all replicas run equally often: weights are gathered
             number = first + ranks.replica
@@ -90,7 +87,7 @@ class Validation:
             quantile = torch.tensor((i + 0.5) / len(rows), dtype=torch.float64)
             shift = resolution_shift(self.model.pipe.scheduler.config, len(encoded.target))
             t = torch.sigmoid(self.config.t_mean + self.config.t_std * torch.special.ndtri(quantile)).item()
-            times.append(shifted(t, shift))
+            times.append(shift_time(t, shift))
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
         return assemble_batch(self.model, chosen, times, noises)
 
@@ -107,7 +104,7 @@ class Validation:
                     EditRequest(
                         prepared.instruction,
                         references,
-                        negative_prompt=" " if self.config.sample_guidance > 1 else None,
+                        negative_prompt=negative_prompt_for(self.config.sample_guidance),
                         true_cfg_scale=self.config.sample_guidance,
                         width=width,
                         height=height,

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from uniref_fast.budget import fit_to_budget
 from uniref_fast.data.dataset import Dataset, Row, RowError
 from uniref_fast.encode import prompt_embeddings
+from uniref_fast.guidance import negative_prompt_for
 from uniref_fast.keyed_random import draw
-from uniref_fast.request import EditRequest, geometry, validated
+from uniref_fast.request import EditRequest, request_geometry, target_size, validated
 
 __all__ = ["Planned", "files_of", "plan", "refusal"]
 
@@ -93,12 +93,12 @@ def plan(
     """
     references = [source.load() for source in row.references]
     target = None if row.target is None else row.target.load()
-    wanted = target.size if target else references[-1].size if references else (1, 1)
-    ((width, height),) = [size] if size else fit_to_budget([wanted], target_side**2, upscale=target is None)
+    sizes = [image.size for image in references]
+    width, height = size or target_size(target.size if target else None, sizes, target_side)
     request = EditRequest(
         row.instruction,
         references,
-        negative_prompt=" " if guidance > 1 else None,
+        negative_prompt=negative_prompt_for(guidance),
         true_cfg_scale=guidance,
         width=width,
         height=height,
@@ -109,7 +109,7 @@ def plan(
         (request,) = validated([request])
     except TypeError as error:
         raise ValueError(str(error)) from error
-    made = geometry(pipe, request, budget).size
+    made = request_geometry(pipe, request, budget).size
     if target is not None and target.size != made:
         target = target.resize(made, Image.Resampling.LANCZOS)
     return Planned(row, target, request, made)
@@ -120,7 +120,7 @@ def refusal(pipe: Any, planned: Planned) -> str | None:
     """Why the pipeline's text encoder refuses a row's instruction or pictures; None where it takes them."""
     request = planned.request
     try:
-        prompt_embeddings(pipe, request.prompt or "", request.images, geometry(pipe, request).condition_sizes)
+        prompt_embeddings(pipe, request.prompt or "", request.images, request_geometry(pipe, request).condition_sizes)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:

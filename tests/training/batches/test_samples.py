@@ -12,8 +12,9 @@ from uniref_fast import builtin
 from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens, to_rgb
+from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.samples import EMPTY, Encoder
+from uniref_fast.training.batches.samples import Encoder
 
 SIZES = [(96, 64), (40, 200), (64, 64), (33, 47)]  # target, then references: wide, tall, square, odd
 
@@ -95,7 +96,7 @@ def test_the_length_of_a_text_is_known_before_it_is_encoded(builtin_pipe, refere
 def test_what_is_dropped_is_in_no_part_of_a_sample(builtin_pipe, drops):
     prepared, encoded = encoded_by(encoder_of(builtin_pipe, **drops), row(3))
     text, references = "drop_text" in drops, "drop_references" in drops
-    assert prepared.instruction == (EMPTY if text else row(3).instruction)
+    assert prepared.instruction == (EMPTY_PROMPT if text else row(3).instruction)
     assert prepared.dropped == references and len(prepared.load()[1]) == (0 if references else 3)
     assert len(prepared.sample.references) == len(prepared.geometry.reference_sizes) == (0 if references else 3)
     assert len(encoded.references) == (0 if references else sum(h * w for _, h, w in prepared.sample.references))
@@ -115,7 +116,7 @@ def test_shares_of_what_is_dropped(builtin_pipe):
     small = row(1, "x")
     keys = [(epoch, i) for epoch in range(2) for i in range(300)]
     made = [encoder.prepare(small, key, 64, 64) for key in keys]
-    text = np.array([prepared.instruction == EMPTY for prepared in made])
+    text = np.array([prepared.instruction == EMPTY_PROMPT for prepared in made])
     references = np.array([prepared.dropped for prepared in made])
     assert abs(text.mean() - 0.3) < 0.05 and abs(references.mean() - 0.15) < 0.04
     assert abs((text & references).mean() - 0.045) < 0.025
@@ -131,7 +132,7 @@ def test_shares_of_0_and_1_are_never_and_always(builtin_pipe):
         encoder = encoder_of(builtin_pipe, drop_text=share, drop_references=share)
         for i in range(20):
             prepared = encoder.prepare(row(1), (0, i), 64, 64)
-            assert (prepared.instruction == EMPTY) == prepared.dropped == bool(share)
+            assert (prepared.instruction == EMPTY_PROMPT) == prepared.dropped == bool(share)
 
 
 # ---- pictures ----

@@ -12,7 +12,8 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate
 from uniref_fast.builtin.components import SCHEDULER
 from uniref_fast.keyed_random import draw, uniform
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.training.supervised.flow_matching import flow_batch, resolution_shift, sample_errors, sample_t
+from uniref_fast.schedule import resolution_shift
+from uniref_fast.training.supervised.flow_matching import flow_batch, sample_errors, sample_t
 
 # one with references, one token alone, none, and two of unlike sizes: the targets' rows are not consecutive
 SAMPLES = [
