@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from uniref_fast.loading import load_transformer
 from uniref_fast.runs import base_run, read_field, trained_visibility
 
 if TYPE_CHECKING:
@@ -125,9 +126,7 @@ def put_adapters(
         ValueError: for a file that cannot be read or does not fit the model.
     """
     if below is not None:
-        transformer = pipe.transformer
-        loaded = type(transformer).from_pretrained(below / "transformer", torch_dtype=dtype, use_safetensors=True)
-        pipe.transformer = loaded.to(transformer.device)
+        load_transformer(pipe, below, dtype, given=str(below))
     names, scales = list(active), [1.0] * len(active)
     for number, adapter in enumerate(adapters):
         name = f"lora{number}"

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uniref_fast.model_kind import check_configuration, check_pipeline
+from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
 
-__all__ = ["LORA_HELP", "defaults", "load_pipeline", "model_errors"]
+__all__ = ["LORA_HELP", "defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
 
 LORA_HELP = (
     "a LoRA to put on the model: a training run's folder, its lora/ folder, or a .safetensors file, with a factor on "
@@ -63,6 +63,62 @@ def model_errors(name: str) -> Iterator[None]:
             raise ValueError(f"--model {name} could not be loaded: {error}") from None
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"--model {name} could not be had from the hub: {first}") from None
+
+
+def load_run(
+    pipe: Any, run: Path, dtype: Any, *, base: Path | None, adapter: str, given: str, model: str = "the model"
+) -> bool:
+    """Put on a pipeline what a training run exported: a whole transformer, then the run's own adapter.
+
+    The adapter is not fused: in 16 bits, fusing would round away what was trained.
+
+    Args:
+        pipe: Pipeline that is changed in place.
+        run: Folder of the run, with `transformer/` or `lora/`.
+        dtype: Dtype of the loaded transformer.
+        base: Folder whose `transformer/` replaces the pipeline's, the run's own or that of the run that its adapter was
+            trained on; None keeps the pipeline's.
+        adapter: Name of the adapter on the pipeline.
+        given: Name of the run in messages, such as "initial = PATH".
+        model: Name of the pipeline in messages.
+
+    Returns:
+        True if the run has an adapter.
+
+    Raises:
+        ValueError: A file cannot be read, or does not fit the pipeline.
+    """
+    if base is not None:
+        load_transformer(pipe, base, dtype, given=given, model=model)
+    if not (run / "lora").is_dir():
+        return False
+    with _named(given, model):
+        pipe.load_lora_weights(str(run / "lora"), adapter_name=adapter, use_safetensors=True)
+    return True
+
+
+def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: str = "the model") -> None:
+    """Replace a pipeline's transformer by the one in `folder/transformer`; arguments and errors as for `load_run`."""
+    kind, device = type(pipe.transformer), pipe.transformer.device
+    with _named(given, model):
+        config = kind.load_config(folder / "transformer")
+    check_transformer(f"{given}, put on {model},", config)  # before any weights are read
+    with _named(given, model):
+        loaded = kind.from_pretrained(folder / "transformer", torch_dtype=dtype, use_safetensors=True)
+    pipe.transformer = loaded.to(device)
+    check_pipeline(pipe, f"{given}, put on {model},")
+
+
+@contextlib.contextmanager
+def _named(given: str, model: str) -> Iterator[None]:
+    """State in one line which files could not be put on which model."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:  # damaged, or of another model
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{given} could not be put on {model}: {first}") from error
 
 
 def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:

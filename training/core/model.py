@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from uniref_fast.layout import Sample
-from uniref_fast.loading import load_pipeline
-from uniref_fast.model_kind import check_pipeline, check_transformer
+from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.runs import base_run
@@ -56,10 +55,7 @@ class TrainedModel:
         self._frames = contextlib.ExitStack()  # pictures, never videos, for as long as the model lives
         self._frames.enter_context(single_frame(self.pipe.vae))
         if config.initial is not None:
-            try:
-                self._go_on(config.initial, compute)
-            except SafetensorError as error:
-                raise ValueError(f"initial = {config.initial} has a damaged file of weights: {error}") from error
+            self._load_initial(config.initial, compute)
         transformer = self.pipe.transformer
         transformer.requires_grad_(config.lora_rank is None)
         if config.lora_rank is not None:
@@ -76,32 +72,20 @@ class TrainedModel:
         shard(self.packed, ranks, compute)  # moves a block at a time to the device
         self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
-    def _go_on(self, start: Path, dtype: torch.dtype) -> None:
-        """Load what an earlier run exported; an adapter is gone on with, not added to."""
-        if not any((start / name).is_dir() for name in ("lora", "transformer")):
-            raise ValueError(f"initial = {start} has neither lora/ nor transformer/; give the folder of a finished run")
-        below, given = base_run(start), f"initial = {start}, put on {self.config.model},"
-        try:
-            if below:
-                kind = type(self.pipe.transformer)
-                check_transformer(given, kind.load_config(below / "transformer"))
-                self.pipe.transformer = kind.from_pretrained(
-                    below / "transformer", torch_dtype=dtype, use_safetensors=True
-                )
-                check_pipeline(self.pipe, given)
-            if (start / "lora").is_dir():
-                self.pipe.load_lora_weights(str(start / "lora"), adapter_name="default", use_safetensors=True)
-        except (OSError, RuntimeError, KeyError, SafetensorError) as error:  # damaged, or of another model
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"initial = {start} could not be put on {self.config.model}: {first}") from error
-        if (start / "lora").is_dir():
-            kept = self.pipe.transformer.peft_config["default"]
-            if kept.r != self.config.lora_rank:
-                raise ValueError(f"the adapter of {start} has rank {kept.r}; set lora_rank to it, or fuse it first")
-            odd = [f"lora_alpha = {kept.lora_alpha}"] * (kept.lora_alpha != self.config.lora_alpha)
-            odd += ["lora_targets"] * (set(kept.target_modules) != set(self.config.lora_targets))
-            if odd and self.ranks.rank == 0:
-                print(f"the adapter of {start} is gone on with: it keeps its {' and '.join(odd)}", file=sys.stderr)
+    def _load_initial(self, run: Path, dtype: torch.dtype) -> None:
+        """Load what an earlier run exported; training continues its adapter, and adds no second one."""
+        if not any((run / name).is_dir() for name in ("lora", "transformer")):
+            raise ValueError(f"initial = {run} has neither lora/ nor transformer/; give the folder of a finished run")
+        given, model = f"initial = {run}", self.config.model
+        if not load_run(self.pipe, run, dtype, base=base_run(run), adapter="default", given=given, model=model):
+            return
+        found = self.pipe.transformer.peft_config["default"]
+        if found.r != self.config.lora_rank:
+            raise ValueError(f"the adapter of {run} has rank {found.r}; set lora_rank to it, or fuse it first")
+        kept = [f"lora_alpha = {found.lora_alpha}"] * (found.lora_alpha != self.config.lora_alpha)
+        kept += ["lora_targets"] * (set(found.target_modules) != set(self.config.lora_targets))
+        if kept and self.ranks.rank == 0:
+            print(f"training continues the adapter of {run}, which keeps its {' and '.join(kept)}", file=sys.stderr)
 
     def _unrounded(self, folder: Path) -> None:
         """Factors as the file has them: peft casts them to the base's dtype on the way."""

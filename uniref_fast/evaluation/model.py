@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from uniref_fast.adapters import Adapter, check_adapters, put_adapters
 from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
-from uniref_fast.loading import load_pipeline
-from uniref_fast.model_kind import check_pipeline, check_transformer
+from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.runs import base_run, read_field
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
@@ -61,11 +59,14 @@ def load(
         pipe.transformer = components.pipeline(0, kind).transformer.to(device)
     active: list[str] = []
     for run in runs:
-        try:
-            _put_on(pipe, run, active, kind, device)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"initial {run} could not be put on {model}: {first}") from error
+        # An adapter that needs another run's transformer comes after that run: `check_runs` has checked it.
+        base = run if (run / "transformer").is_dir() else None
+        if base is not None:
+            active.clear()
+        name = f"run{len(active)}"
+        if load_run(pipe, run, kind, base=base, adapter=name, given=f"initial {run}", model=model):
+            active.append(name)
+            pipe.set_adapters(active)
     if adapters:
         put_adapters(pipe, adapters, check_adapters(adapters, model, runs), active, kind)
     pipe.set_progress_bar_config(disable=True)
@@ -117,17 +118,3 @@ def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter]
 def weights_digest(pipe: Any) -> str:
     """Changes when any part of the model does."""
     return content_key(*(fingerprint(part) for part in (pipe.transformer, pipe.vae, pipe.text_encoder)))
-
-
-def _put_on(pipe: Any, run: Path, adapters: list[str], dtype: torch.dtype, device: str) -> None:
-    """Adapters are not fused: in 16 bits that would round what was trained away."""
-    if (run / "transformer").is_dir():
-        kind = type(pipe.transformer)
-        check_transformer(str(run), kind.load_config(run / "transformer"))
-        pipe.transformer = kind.from_pretrained(run / "transformer", torch_dtype=dtype, use_safetensors=True).to(device)
-        check_pipeline(pipe, str(run))
-        adapters.clear()
-    if (run / "lora").is_dir():
-        adapters.append(f"run{len(adapters)}")
-        pipe.load_lora_weights(str(run / "lora"), adapter_name=adapters[-1], use_safetensors=True)
-        pipe.set_adapters(adapters)
