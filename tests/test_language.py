@@ -29,7 +29,7 @@ PREPOSITIONS = (
 )
 FRAGMENT = re.compile(rf"(?:{PREPOSITIONS} what that where which who whose".replace(" ", "|") + r")\b(?!-)", re.I)
 OPENING = re.compile(r"(?:whether|how|also|not|else|it|its|there|and|or|but|so|than)\b(?!-)", re.I)  # of a docstring
-SECTION = re.compile(r"^( *)(Args|Attributes|Returns|Raises|Yields):\n((?:\1 +.*\n|\s*\n)+)", re.M)
+SECTION = re.compile(r"^( *)(Args|Attributes|Returns|Raises|Yields):(?: [\w, ]+)?\n((?:\1 +.*\n|\s*\n)+)", re.M)
 UNCLEAR = re.compile(
     r"(?<![\"'])\b(?:told|whoever|anew|as ever|at hand|from nothing|gone on|go(?:es)? on|went on|looked at|made[- ]up|"
     r"came to|what (?:there is|is there)|unlike (?:sizes|samples|requests)|"

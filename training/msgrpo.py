@@ -28,10 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RLRunOptions(RunOptions):
-    """Where a run lives.
+    """Folder of a run of MSGRPO.
 
-    Attributes:
-        check_ratio: roll out one step, replay it, print its ratios at every timestep, and train nothing.
+    Attributes: Folder
+        check_ratio: Check that rollouts are on-policy instead of training: generate the rollouts of one step, replay
+            them, and print the probability ratios at every timestep.
     """
 
     check_ratio: bool = False

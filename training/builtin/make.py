@@ -41,25 +41,29 @@ MORE_SFT = ("data of one picture", "sft-more")
 
 @dataclass(frozen=True)
 class BuiltinModel:
-    """What is made, and how large.
+    """Settings of the training of the built-in model, from the data to the report.
 
-    Attributes:
-        out: folder of all parts.
-        ranks: processes that train, a GPU each where there are GPUs, else a core each; none: as many as there are GPUs,
+    Attributes: Folders and processes
+        out: Folder of all parts.
+        ranks: Number of training processes, each on a GPU of its own if there are GPUs; none takes the number of GPUs,
             at most 2, or 2 on a CPU.
-        artworks: objects, as `uniref-fast data make` has them.
-        samples: made to train on.
-        heldout: samples of each held-out split.
-        vae_steps: optimizer steps of the autoencoder.
-        scale: of the numbers of steps of SFT and MSGRPO; below 1 for a trial or a slow machine, above where there is a
+
+    Attributes: Data
+        artworks: Objects of the scenes, as in `uniref-fast data make`.
+        samples: Number of training samples.
+        heldout: Number of samples in each held-out split.
+
+    Attributes: Training
+        vae_steps: Number of optimizer steps of the autoencoder.
+        scale: Factor of the numbers of steps of SFT and MSGRPO: below 1 for a trial or a slow machine, above 1 for a
             GPU.
-        dtype: that SFT and MSGRPO compute in. bfloat16 takes a third of float32's time where a CPU multiplies it
-            (AVX-512-BF16), and longer than float32 where it does not; none: bfloat16 on a GPU and such a CPU.
-        more: go on with SFT after its first part (recipe `builtin_more`). Without, all ends in under two and a half
-            hours.
-        seed: of everything.
-        seeds: runs of MSGRPO, with this seed and those after it. What the first makes is shipped, the others say how
-            much of it is luck.
+        dtype: Data type of the computation in SFT and MSGRPO. bfloat16 takes a third of the time of float32 on a CPU
+            that multiplies it (AVX-512-BF16), and longer on others; none takes bfloat16 on a GPU and on such a CPU.
+        more: Continue SFT after its first part (recipe `builtin_more`). Without it everything takes under two and a
+            half hours.
+        seed: Seed of all parts.
+        seeds: Number of runs of MSGRPO, with this seed and the following ones. The result of the first is the model;
+            the others show how much of the gain is due to chance.
     """
 
     out: Path = Path("runs/builtin")

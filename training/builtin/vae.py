@@ -1,10 +1,10 @@
-"""The autoencoder of the built-in model, trained on the pictures of made data; the first step towards that model.
+"""Train the autoencoder of the built-in model on the images of generated data; the first part of that model.
 
     uniref-fast data make runs/data --size 64
     torchrun --nproc-per-node 2 -m uniref_fast.training.builtin.vae --data runs/data --out runs/vae
 
-Writes `runs/vae/model`: the whole built-in pipeline with this autoencoder and everything else untrained, which
-`training/sft.py --model runs/vae/model` goes on from. A run that was stopped goes on with the same command.
+The folder `runs/vae/model` is the whole built-in pipeline with this autoencoder and an untrained transformer, which
+`training/sft.py --model runs/vae/model` trains. The same command continues a run that was stopped.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ __all__ = ["VAE", "default", "main"]
 
 @dataclass(frozen=True)
 class VAE:
-    """A run.
+    """Settings of the training of the autoencoder.
 
-    Attributes:
-        out: folder of the run; one that holds an unfinished run is gone on with.
-        data: folder that `uniref-fast data make` wrote, whose pictures are cropped.
-        steps: optimizer steps.
-        batch: crops a step, of all ranks.
-        side: of a crop, pixels; a multiple of 16.
-        lr: peak learning rate of AdamW, along a cosine.
-        kl: weight of the divergence of the latents from a standard normal, per pixel value.
-        seed: of crops and noise.
-        save_every: steps between checkpoints and previews.
+    Attributes: Folders
+        out: Folder of the run; an unfinished run in it is continued.
+        data: Folder that `uniref-fast data make` wrote, whose images are cropped.
+
+    Attributes: Training
+        steps: Number of optimizer steps.
+        batch: Number of crops per step, over all ranks.
+        side: Side of a crop in pixels, a multiple of 16.
+        lr: Peak learning rate of AdamW, which then falls along a cosine.
+        kl: Weight of the KL divergence of the latents from a standard normal distribution, per pixel value.
+        seed: Seed of crops and noise.
+        save_every: Number of steps between checkpoints and previews.
     """
 
     out: Path = Path("runs/vae")
@@ -56,18 +58,18 @@ class VAE:
 
 
 def default() -> VAE:
-    """What the shipped autoencoder was trained with."""
+    """Return the settings that the shipped autoencoder was trained with."""
     return VAE()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status."""
+    """Train the autoencoder and return the exit status."""
     try:
         config = configs.parse(
             {"default": default},
             sys.argv[1:] if argv is None else argv,
             prog="python -m uniref_fast.training.builtin.vae",
-            description="Train the built-in model's autoencoder.",
+            description="Train the autoencoder of the built-in model.",
         ).config
     except ValueError as error:
         print(f"vae: {error}", file=sys.stderr)

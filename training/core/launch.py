@@ -39,11 +39,12 @@ BUILTIN_SIZE = 64
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where a run lives.
+    """Folder of a run.
 
-    Attributes:
-        out: folder of the run.
-        resume: "auto" resumes from the newest whole checkpoint in the folder, or starts when there is none.
+    Attributes: Folder
+        out: Folder of the run, for its configuration, metrics, checkpoints, sample grids and trained weights.
+        resume: Continue the run in the folder: "auto" resumes from its newest complete checkpoint, or starts if there
+            is none; "never" refuses a folder that holds a run.
     """
 
     out: Path

@@ -1,4 +1,4 @@
-"""The configuration that every kind of run shares: its model, data, stages, optimizer and validation."""
+"""Configuration that every kind of training run shares: model, data, stages, optimizer, validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ __all__ = ["BudgetStage", "Recipe", "stage_at"]
 
 @dataclass(frozen=True)
 class BudgetStage:
-    """One part of the budget curriculum.
+    """One stage of the budget curriculum.
 
     Attributes:
-        side: joint pixel budget of a sample's references: side x side pixels for all of them together.
-        steps: optimizer steps.
-        lr: peak learning rate.
-        target_side: a target of more pixels than target_side x target_side is made smaller.
-        pack_tokens: most tokens of a pack; none: what fits the memory, up to four of the largest samples.
-        sequence_parallel: ranks that share a pack; none: the least that fits the memory.
-        checkpointing: recompute blocks in the backward; none: only where memory needs it.
+        side: Joint pixel budget of the references of a sample: side x side pixels for all of them together.
+        steps: Number of optimizer steps of this stage.
+        lr: Peak learning rate of this stage.
+        target_side: Targets with more than target_side x target_side pixels are scaled down to that area.
+        pack_tokens: Largest number of tokens in a pack; none plans what fits the memory, up to four of the largest
+            samples.
+        sequence_parallel: Number of ranks that share a pack; none plans the smallest number that fits the memory.
+        checkpointing: Recompute the transformer blocks in the backward pass; none does so only if the memory requires
+            it.
     """
 
     side: int
@@ -50,50 +52,69 @@ class BudgetStage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every kind of run has.
+    """Settings that every kind of training run has.
 
-    Attributes:
-        model: "builtin", a diffusers folder, or a hub id.
-        initial: folder of a run whose `lora/` or `transformer/` is gone on with; none starts at the model.
-        data: files or folders of rows; "builtin" makes small ones with the shipped artworks.
-        weights: how often a row of each path of `data` comes per epoch, 0.5 is every other epoch; empty: once each.
-        heldout: files of rows that are never trained on, for held-out figures and the sample grids; each is reported
-            by its file name.
-        image_folder: where relative image paths of the rows are looked up; none: beside their file.
-        columns: what the columns of `data` and `heldout` hold where their names are not known, as role=column pairs,
-            such as instruction=prompt,references=refs (`columns.Columns`).
-        stages: the curriculum, in order.
-        steps: optimizer steps of the whole run; none: as the stages say, else their lengths are scaled to it.
-        packs: packs of a step over all ranks; the ranks that share packs must divide it.
-        lora_rank: rank of the adapter; none trains all weights.
-        lora_alpha: the adapter's scale is lora_alpha / lora_rank.
-        lora_targets: names of the Linears that get an adapter.
-        dtype: of the computation.
-        weight_dtype: dtype that trained weights are kept and updated in.
-        betas: of AdamW.
-        weight_decay: of AdamW.
-        warmup: steps of linear warm-up.
-        schedule: of the learning rate after the warm-up.
-        max_grad_norm: gradients of a larger norm are scaled down to it; 0 leaves them.
-        ema: decay of the averaged weights that are evaluated and exported; none keeps no average.
-        seed: of everything that is random.
-        cache: folder of encoded images and prompts; none encodes them anew each time.
-        workers: threads that read images ahead.
-        save_every: steps between checkpoints.
-        keep: checkpoints kept.
-        eval_every: steps between held-out figures; 0 for none.
-        eval_samples: held-out rows of each file that they are taken over.
-        sample_every: steps between sample grids; 0 for none.
-        sample_count: rows of a grid; held-out ones of each file.
-        sample_steps: denoising steps of a sample.
-        sample_guidance: true CFG scale of a sample; 1 turns guidance off.
-        max_skipped: consecutive steps with a NaN or infinite loss or gradient that end the run.
-        max_broken: the run ends with more broken rows than this.
-        memory_gib: memory of a rank to plan packs for; none: what the device has.
-        compile: torch.compile the MLPs of all blocks, and attention projections that have an adapter; what lies between
-            them is fused operators in any case.
-        tensorboard: write TensorBoard files.
-        wandb: log to Weights & Biases.
+    Attributes: Model
+        model: Model to train: "builtin" (the small model that comes with uniref_fast), a diffusers folder, or a model
+            id of the Hugging Face hub.
+        initial: Folder of an earlier run whose `transformer/` or `lora/` this run continues; none starts from `model`.
+        lora_rank: Rank of the LoRA adapter; none trains all weights of the transformer.
+        lora_alpha: Scale of the LoRA adapter, as lora_alpha / lora_rank.
+        lora_targets: Names of the Linear layers that get an adapter.
+
+    Attributes: Data
+        data: Files or folders of dataset rows; "builtin" generates a small dataset with the shipped emoji.
+        weights: Number of times that a row of each path of `data` is used per epoch, such as 0.5 for every other epoch;
+            empty uses each row once.
+        heldout: Files of rows that are never trained on, for the validation loss and the sample grids; each file is
+            reported under its name.
+        image_folder: Folder that relative image paths of the rows refer to; none uses the folder of the row's file.
+        columns: Roles of columns whose names are not known, as ROLE=COLUMN pairs, such as
+            instruction=prompt,references=refs.
+        cache: Folder in which encoded images and prompts are kept for later epochs and runs; none encodes them every
+            time.
+        workers: Number of threads that read images ahead.
+        max_broken: Number of broken rows that are skipped; one more ends the run.
+
+    Attributes: Stages
+        steps: Number of optimizer steps of the whole run, to which the lengths of the stages are scaled; none takes the
+            sum of their lengths.
+        packs: Number of packs per optimizer step over all ranks; a multiple of the number of groups of ranks that share
+            a pack.
+        stages: Stages of the curriculum, in order.
+
+    Attributes: Optimizer
+        betas: Decay rates of the two moving averages of AdamW.
+        weight_decay: Weight decay of AdamW.
+        warmup: Number of steps over which the learning rate rises linearly to its peak.
+        schedule: Learning rate after the warm-up: a cosine that falls to 0 at the end of the run, or constant.
+        max_grad_norm: Largest norm of the gradients; larger gradients are scaled down to it. 0 turns clipping off.
+        ema: Decay of the moving average of the weights that is validated and exported; none keeps no average.
+        seed: Seed of all random numbers: data order, noise, dropped conditions and new weights.
+        max_skipped: Number of consecutive steps with a NaN or infinite loss or gradient after which the run ends.
+
+    Attributes: Memory and precision
+        dtype: Data type of the computation.
+        weight_dtype: Data type in which the trained weights are kept and updated.
+        memory_gib: Memory of a rank in GiB that packs are planned for; none uses what the device has.
+        compile: Compile the MLPs of all blocks, and the attention projections that have an adapter, with torch.compile;
+            the operators between them are fused in any case.
+
+    Attributes: Validation
+        eval_every: Number of steps between validations on the held-out rows; 0 turns them off.
+        eval_samples: Number of held-out rows of each file that a validation uses.
+        sample_every: Number of steps between sample grids; 0 turns them off.
+        sample_count: Number of held-out rows of each file in a sample grid.
+        sample_steps: Number of denoising steps of a sample.
+        sample_guidance: True CFG scale of a sample; 1 turns guidance off.
+
+    Attributes: Checkpoints
+        save_every: Number of steps between checkpoints.
+        keep: Number of checkpoints that are kept; older ones are deleted.
+
+    Attributes: Logging
+        tensorboard: Write TensorBoard files into the folder of the run.
+        wandb: Log to Weights & Biases as well.
     """
 
     stages: tuple[BudgetStage, ...]
@@ -180,7 +201,7 @@ class Recipe:
 
     @property
     def sequences(self) -> int:
-        """That a sample takes in a pack; two where it is run with guidance."""
+        """Number of sequences that a sample takes in a pack: 2 with guidance, else 1."""
         return 1
 
     @property
@@ -188,7 +209,7 @@ class Recipe:
         return self.steps if self.steps is not None else sum(stage.steps for stage in self.stages)
 
     def ends(self) -> list[int]:
-        """First step after each stage, with the stages' lengths scaled to `steps`; each has at least one step."""
+        """Return the first step after each stage. Their lengths are scaled to `steps`; each has at least one step."""
         whole, total, at, ends = sum(stage.steps for stage in self.stages), self.total_steps, 0, [0]
         for i, stage in enumerate(self.stages, start=1):
             at += stage.steps
@@ -196,7 +217,7 @@ class Recipe:
         return ends[1:]
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step: the stage's, warmed up, then along one cosine over the whole run."""
+        """Return the learning rate of a step: that of its stage, with the warm-up and the schedule of the whole run."""
         rate = stage_at(self, step)[1].lr
         if step < self.warmup:
             return rate * (step + 1) / self.warmup
@@ -207,6 +228,6 @@ class Recipe:
 
 
 def stage_at(config: Recipe, step: int) -> tuple[int, BudgetStage]:
-    """(number, stage) that a step belongs to."""
+    """Return (number, stage) of the stage that a step belongs to."""
     number = next((i for i, end in enumerate(config.ends()) if step < end), len(config.stages) - 1)
     return number, config.stages[number]

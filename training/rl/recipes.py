@@ -1,4 +1,4 @@
-"""What a run of MSGRPO is: a typed configuration, and the functions that return complete ones."""
+"""Configuration of multi-source GRPO, and the recipes: functions that return complete configurations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["MSGRPO", "RL_RECIPES", "RLStage"]
 
 @dataclass(frozen=True)
 class RLStage(BudgetStage):
-    """One part of the curriculum.
+    """One stage of the curriculum of MSGRPO.
 
     Attributes:
-        references: rows that are used: "multi" with two references or more, "single" with one, "any".
-        target_side: what is made has about target_side x target_side pixels, but no more than the target of a row that
-            has one.
+        target_side: Generated images have about target_side x target_side pixels, but no more than the target of a row
+            that has one.
+        references: Rows that are used: "multi" with two or more references, "single" with one reference, or "any".
     """
 
     references: Literal["multi", "single", "any"] = "any"
@@ -30,39 +30,57 @@ class RLStage(BudgetStage):
 
 @dataclass(frozen=True)
 class MSGRPO(Recipe):
-    """A run of multi-source GRPO. A step is one round: rollouts of all groups, their rewards, the updates.
+    """Settings of multi-source GRPO. A step consists of the rollouts of all groups, their rewards and the updates.
 
-    Attributes:
-        prompts: rows of a step, a group each.
-        group: rollouts of a prompt.
-        rollout_steps: denoising steps of a rollout.
-        sampler: of the noisy steps: the flow's SDE, or the coefficient-preserving sampler.
-        noise: a of the sampler. The first step of "sde" adds noise of this standard deviation, however many steps there
-            are; above 0.9 the latents of the first steps are noisier than those that a model is trained on.
-        window: noisy steps of a rollout, in a row, drawn for each group; none: all but the last, which is never noisy.
-        window_end: first step that a window does not reach; none: the middle of the rollout.
-        guidance: true CFG scale of rollouts and of their replay; 1 turns guidance off.
-        timesteps: share of the noisy steps that a step trains on, drawn anew each time; at least one.
-        updates: optimizer steps that those are shared out to.
-        inner_epochs: times that a step's rollouts are trained on.
-        clip: the ratio is clipped at 1 - clip below ...
-        clip_high: ... and at 1 + clip_high above; none: the same.
-        advantage_clip: largest size of an advantage.
-        advantage: of the weighted sum of the axes, or of each axis within its group, summed with weights (GDPO).
-        spread: standard deviation that advantages are divided by: the group's, or that of all groups' deviations.
-        guard: normalise ratios and weights of the steps by their noise (GRPO-Guard).
-        kl: weight of the divergence from the model with its adapter off.
-        rewards: "scene" (programmatic, for made data), "judge", or "package.module:function".
-        reward_weights: of each reward; empty: 1 each.
-        axis_weights: of integration, consistency and quality; other axes weigh 1.
-        min_members: a group with fewer scored rollouts is left out.
-        max_failures: share of a step's rollouts without scores that ends the run.
-        judge: the endpoint.
-        visibility: as the model was trained; none: as the run that `initial` names says, else "full". "group_shared" is
-            for models trained with `reference_causal`: a group's rollouts share one copy of their references.
-        sample_guidance: true CFG scale of held-out rows; 1, as policies are trained by default, turns guidance off.
-        alarm: steps of a stage over which a falling quality beside a rising sum is called reward hacking; at least 4, 0
-            never.
+    Attributes: Model
+        visibility: Attention policy that the model was trained with; none takes that of the run in `initial`, else
+            "full". "group_shared" is for models trained with "reference_causal": the rollouts of a group then share one
+            copy of their references.
+
+    Attributes: Rollout
+        prompts: Number of rows per step; each row has one group of rollouts.
+        group: Number of rollouts per row.
+        rollout_steps: Number of denoising steps of a rollout.
+        window: Number of consecutive steps of a rollout that add noise, at a random position for each group; none adds
+            noise in all steps but the last, which never has any.
+        window_end: First step that no window reaches; none takes the middle of the rollout.
+        guidance: True CFG scale of rollouts and updates; 1 turns guidance off.
+
+    Attributes: Sampler
+        sampler: Sampler of the steps that add noise: "sde" (the stochastic differential equation of the flow) or "cps"
+            (coefficient-preserving sampling).
+        noise: Noise level of the sampler. The first step of "sde" adds noise of this standard deviation; above 0.9 the
+            latents become noisier than those that the model was trained on. From 0 to 1 for "cps".
+
+    Attributes: Rewards
+        rewards: Rewards to sum: "scene" (computed from the scene of generated data), "judge" (a vision-language model),
+            or "package.module:function" for a function of your own.
+        reward_weights: Weight of each reward; empty weighs each with 1.
+        axis_weights: Weights of the axes integration, consistency and quality; other axes weigh 1.
+        min_members: Smallest number of scored rollouts of a group; smaller groups are not trained on.
+        max_failures: Share of the rollouts of a step, from 0 to 1, that may fail to get a score; more end the run.
+        alarm: Number of steps over which a falling quality with a rising reward is reported as reward hacking: at least
+            4, or 0 to turn the check off.
+        judge: Endpoint of the reward "judge", and how it is asked.
+
+    Attributes: Advantages
+        advantage: Advantage of a rollout: from the weighted sum of the axes ("sum"), or the weighted sum of the
+            advantages of each axis ("per_axis", GDPO).
+        spread: Standard deviation that advantages are divided by: that of the group, or that of the whole batch.
+        advantage_clip: Largest absolute value of an advantage.
+
+    Attributes: Update
+        timesteps: Share of the noisy steps, above 0 and up to 1, that are trained on, drawn again in every step; at
+            least one step is.
+        updates: Number of optimizer steps among which the trained timesteps are divided.
+        inner_epochs: Number of passes over the rollouts of a step.
+        clip: Distance below 1 at which the probability ratio is clipped.
+        clip_high: Distance above 1 at which the probability ratio is clipped; none takes the value of `clip`.
+        guard: Normalize the ratios and weights of the timesteps by their noise (GRPO-Guard).
+        kl: Weight of the KL divergence from the model without its adapter; 0 leaves it out.
+
+    Attributes: Validation
+        sample_guidance: True CFG scale of samples of held-out rows; 1, as in training, turns guidance off.
     """
 
     stages: tuple[RLStage, ...]  # type: ignore[assignment]
@@ -162,7 +180,9 @@ class MSGRPO(Recipe):
 
 
 def tiny() -> MSGRPO:
-    """The built-in model on the built-in data, with programmatic rewards, on a CPU, in minutes."""
+    """Train the built-in model on generated data with rewards that are computed from the scenes, on a CPU: a first
+    trial that takes some minutes and needs no judge.
+    """
     return MSGRPO(
         model="builtin",
         data=("builtin",),
@@ -196,7 +216,9 @@ def tiny() -> MSGRPO:
 
 
 def lora() -> MSGRPO:
-    """A LoRA of Qwen-Image-Edit with a judge, on a few GPUs: a window of noisy steps, no guidance."""
+    """Train a LoRA adapter of Qwen-Image-Edit with a judge on a few GPUs: short rollouts with three noisy steps,
+    without guidance.
+    """
     return MSGRPO(
         stages=(RLStage(512, 200, 1e-4, target_side=512, references="multi"),
                 RLStage(512, 100, 1e-4, target_side=512, references="single")),
@@ -219,7 +241,8 @@ def lora() -> MSGRPO:
 
 
 def paper() -> MSGRPO:
-    """As UniRef-Image-Edit (arXiv 2602.14186) reports it: 200 steps of 12 prompts x 16, 25 SDE steps of noise 1.5.
+    """Train with the settings that UniRef-Image-Edit (arXiv 2602.14186) reports: 200 steps of 12 prompts with 16
+    rollouts of 25 SDE steps with noise 1.5, for a cluster of GPUs.
 
     With that noise, latents have 1.62 times the standard deviation that the model was trained on after the second step
     (0.99 times at the end), and the run says so; `--noise 0.9` stays within 1.15 times at every step.

@@ -1,4 +1,4 @@
-"""How rollouts add noise; `sde.py` has the formulas. Without PyTorch, which the help of a command does not need."""
+"""Settings of the noise of rollouts; `sde.py` has the formulas. Imports no PyTorch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Sampler"]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How noise is added on the way.
+    """Settings of the steps that add noise.
 
     Attributes:
-        kind: of the noisy steps.
-        noise: a of the formulas. For "cps" from 0 to 1.
+        kind: Sampler: "sde" (stochastic differential equation) or "cps" (coefficient-preserving sampling).
+        noise: Noise level, a in the formulas of `sde.py`: above 0, and at most 1 for "cps".
     """
 
     kind: Literal["sde", "cps"] = "sde"

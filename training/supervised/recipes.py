@@ -1,4 +1,4 @@
-"""What a training run is: a typed configuration; for supervised fine-tuning the functions that return complete ones."""
+"""Configuration of supervised fine-tuning, and the recipes: functions that return complete configurations."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ __all__ = ["SFT", "SFT_RECIPES", "builtin", "builtin_more", "lora", "paper", "ti
 
 @dataclass(frozen=True)
 class SFT(Recipe):
-    """A run of supervised fine-tuning.
+    """Settings of supervised fine-tuning (SFT).
 
-    Attributes:
-        t_mean: mean of the normal distribution whose sigmoid is t, before the resolution shift.
-        t_std: its standard deviation.
-        drop_text: share of samples that are trained with an empty instruction, for classifier-free guidance.
-        drop_references: share of samples that are trained without their references.
-        cost: prices of packing: counted operations, or measured on this machine when the run starts.
-        visibility: who sees whom (`uniref_fast.visibility`); none: that of the run that `initial` names, else "full",
-            which is what the models are. With another the model becomes one that must be run with it, and whose
-            references can be shared by a group or kept.
+    Attributes: Model
+        visibility: Attention policy between text, target and references (`uniref_fast.visibility`); none takes that of
+            the run in `initial`, else "full", which the released models use. A model that is trained with another
+            policy must be run with it; its references can then be shared by several targets or cached.
+
+    Attributes: Noise and dropped conditions
+        t_mean: Mean of the normal distribution whose sigmoid is the time t, before the shift by resolution.
+        t_std: Standard deviation of that normal distribution.
+        drop_text: Share of samples, from 0 to 1, that are trained with an empty instruction, for classifier-free
+            guidance.
+        drop_references: Share of samples, from 0 to 1, that are trained without their references.
+
+    Attributes: Memory and precision
+        cost: Cost model that balances packs between ranks: "measured" times this machine when the run starts, "flops"
+            counts operations.
     """
 
     t_mean: float = 0.0
@@ -42,7 +48,7 @@ class SFT(Recipe):
 
 
 def tiny() -> SFT:
-    """The built-in model on the built-in data, on a CPU, in minutes."""
+    """Train the built-in model on generated data: a first trial on a CPU that takes a few minutes."""
     return SFT(
         model="builtin",
         data=("builtin",),
@@ -65,7 +71,7 @@ def tiny() -> SFT:
 
 
 def builtin() -> SFT:
-    """The built-in model from scratch: about 80 minutes on two cores that multiply bfloat16."""
+    """Train the built-in model from scratch: about 80 minutes on two CPU cores with bfloat16 instructions."""
     return SFT(
         model="builtin",
         data=("builtin",),
@@ -95,15 +101,17 @@ def builtin() -> SFT:
 
 
 def builtin_more() -> SFT:
-    """Goes on from `builtin`, with more of the tasks that it learns last; about 75 minutes more."""
+    """Continue a run of the recipe `builtin` with the tasks that it learns last, for about 75 minutes more."""
     return replace(
         builtin(), stages=(BudgetStage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),)
     )
 
 
 def lora() -> SFT:
-    """A LoRA of Qwen-Image-Edit, 1024 then 1536 then 2048 pixels square for all references together; on 1, 2, 4 or 8
-    GPUs, by the memory that is planned one of 141 GB or two of 80 GB."""
+    """Train a LoRA adapter of Qwen-Image-Edit on your own rows, with a joint budget of 1024 x 1024, then 1536 x 1536,
+    then 2048 x 2048 pixels for the references: on 1, 2, 4 or 8 GPUs; by the planned memory one of 141 GB or two of 80
+    GB.
+    """
     return SFT(
         stages=(BudgetStage(1024, 2000, 1e-4), BudgetStage(1536, 1000, 1e-4), BudgetStage(2048, 500, 5e-5)),
         packs=8,
@@ -119,7 +127,9 @@ def lora() -> SFT:
 
 
 def paper() -> SFT:
-    """All weights, as UniRef-Image-Edit (arXiv 2602.14186) reports them: 50,000 steps of about 512 samples."""
+    """Train all weights of Qwen-Image-Edit with the settings that UniRef-Image-Edit (arXiv 2602.14186) reports: 50,000
+    steps of about 512 samples, for a cluster of GPUs.
+    """
     return SFT(
         stages=(BudgetStage(1024, 30_000, 4e-4), BudgetStage(1536, 12_000, 4e-4), BudgetStage(2048, 8_000, 4e-4)),
         packs=128,  # a pack holds about four samples of the first stage

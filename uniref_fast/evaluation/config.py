@@ -1,4 +1,4 @@
-"""What an evaluation is. Needs no PyTorch, so that the help of `uniref-fast eval` does not load it."""
+"""Configuration of an evaluation. Imports no PyTorch, so that `uniref-fast eval --help` is quick."""
 
 from __future__ import annotations
 
@@ -17,38 +17,52 @@ __all__ = ["EvalConfig"]
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """An evaluation.
+    """Settings of an evaluation.
 
-    Attributes:
-        data: files and folders of rows, as `rows.Dataset` reads them; targets are optional.
-        out: folder of the results: new, empty, or of the same evaluation, which then goes on.
-        model: "builtin", a diffusers folder or a hub id.
-        initial: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
-        lora: adapters that are put on top of those, as "PATH[:SCALE]" (`adapters.Adapter`), in order.
-        baseline: instead of the model's results: "input", the picture whose background the answer has, where a scene
-            says so, else picture 1, at the size of the result (grey without pictures);
-            "vae", the target through the model's autoencoder; "untrained", those of the built-in model with its
-            transformer before training.
-        reward: "scene" for made data, "judge", or "none"; None takes "scene" where a file's first row has a scene.
-        judge: how the judge is asked.
-        rewards: rewards of your own, as "package.module:function" (`reward_set`), which score every image beside that.
-        steps: denoising steps; None for 8 with the built-in model, else 50.
-        guidance: true CFG scale, 1 turns guidance off; None for 1 with the built-in model, else 4.
-        budget: joint pixel budget of a row's references, budget x budget; None sizes each as diffusers does.
-        target_side: area of the results, target_side x target_side, at most where a row has a target; None for the
-            pipeline's own.
-        size: (width, height) of all results, in pixels, instead of what the targets and references say.
-        language: only rows of this language, where a bench has several, such as GEdit-Bench's "en" and "cn".
-        seed: of the noise, with the row.
-        limit: rows of each file, the first ones; None for all.
-        image_folder: of relative paths in rows; None for beside their file.
-        columns: what columns whose names are not known hold, as "role=column" pairs (`columns.Columns`).
-        dtype, device: of the model; None for float32 on a CPU and bfloat16 on a GPU, and for a GPU where there is one.
-        batch: rows that are edited together.
-        pack_tokens: most tokens of a pack.
-        visibility: policy that the model attends under; None: the one that the last run of `initial` was trained with.
-        grid: rows of each file on `grid.png`; 0 for none.
-        against: folder of an earlier evaluation to take differences to.
+    Attributes: Data
+        data: Files or folders of dataset rows; targets are optional.
+        image_folder: Folder that relative image paths of the rows refer to; none uses the folder of the row's file.
+        columns: Roles of columns whose names are not known, as ROLE=COLUMN pairs, such as
+            instruction=prompt,references=refs.
+        language: Language of the rows to evaluate, where a benchmark has several, such as "en" and "cn" of GEdit-Bench;
+            none evaluates all rows.
+        limit: Number of rows of each file, from its beginning; none evaluates all rows.
+
+    Attributes: Model
+        model: Model to evaluate: "builtin", a diffusers folder, or a model id of the Hugging Face hub.
+        initial: Folder of a training run whose `transformer/` or `lora/` is loaded into the model; several are loaded
+            in order.
+        lora: LoRA adapter, as PATH or PATH:SCALE, that is loaded after the runs of `initial`; several are loaded in
+            order.
+        baseline: Images to evaluate instead of the model's: "input", the reference that holds the background of the
+            answer, else the first reference, at the size of the result (grey without references); "vae", the target
+            through the autoencoder; "untrained", the built-in model before training.
+        visibility: Attention policy of the model; none takes that of the last adapter or run, else "full".
+        dtype: Data type of the model; none takes float32 on a CPU and bfloat16 on a GPU.
+        device: Device of the model, such as cpu or cuda:0; none takes a GPU if there is one.
+
+    Attributes: Sampling
+        steps: Number of denoising steps; none takes 8 for the built-in model and 50 for others.
+        guidance: True CFG scale, 1 turns guidance off; none takes 1 for the built-in model and 4 for others.
+        seed: Seed of the noise, which also depends on the row.
+        budget: Joint pixel budget of the references of a row: budget x budget pixels for all of them together; none
+            scales each reference as diffusers does.
+        target_side: Results have target_side x target_side pixels, or the area of the row's target if that is smaller;
+            none takes the area that the pipeline uses.
+        size: Size (width, height) of all results in pixels, whatever the targets and references are.
+        batch: Number of rows that are edited together.
+        pack_tokens: Largest number of tokens in a pack.
+
+    Attributes: Rewards
+        reward: Reward that scores the results: "scene" for generated data, "judge" (a vision-language model), or
+            "none"; none takes "scene" if the first row of a file has a scene.
+        rewards: Reward functions of your own, as package.module:function, that score every image as well.
+        judge: Endpoint of the reward "judge", and how it is asked.
+
+    Attributes: Results
+        out: Folder of the results: new, empty, or with the results of the same evaluation, which is then continued.
+        grid: Number of rows of each file on the contact sheet `grid.png`; 0 draws none.
+        against: Folder of an earlier evaluation to compare with, row by row.
     """
 
     data: tuple[Path, ...]
@@ -110,7 +124,7 @@ class EvalConfig:
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """Raises ValueError for a path of `lora` that holds no adapter."""
+        """Adapters of `lora`. Raises ValueError for a path that holds no adapter."""
         return tuple(Adapter.parse(text) for text in self.lora)
 
     @property

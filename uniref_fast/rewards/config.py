@@ -1,4 +1,4 @@
-"""Configuration of a judge."""
+"""Configuration of the judge: a vision-language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -14,27 +14,30 @@ __all__ = ["JudgeConfig"]
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """A judge and how it is asked.
+    """Settings of a judge: its endpoint, the requests and the replies.
 
     Attributes:
-        url: of the endpoint, as far as its /v1; empty: only what `replay` holds is answered.
-        model: its name there.
-        concurrency: requests of this process at once.
-        timeout: seconds of a request.
-        attempts: requests for one reply, where connection errors, timeouts, 408, 429 or 5xx need several.
-        backoff: seconds before the second attempt; doubles with each. A server's Retry-After comes first.
-        backoff_limit: most seconds it grows to.
-        patience: seconds of an outage after which the candidates that wait fail; also the longest Retry-After obeyed.
-        temperature: of the sampling; none leaves it to the server.
-        seed: of the sampling, plus the number of the reply; none leaves it to the server.
-        max_tokens: of a reply, thinking included.
-        token_field: how the endpoint calls that limit; OpenAI's newer models take max_completion_tokens.
-        samples: replies whose mean is a candidate's score; those that fail are left out of it.
-        max_side: pictures are sent as they are, unless a side has more pixels.
-        json_mode: how JSON is asked for: by schema, as any object, or by the prompt alone. Where a server refuses one,
-            the next is taken.
-        key_variable: environment variable with the API key; one that is not set sends no key.
-        replay: a reward log that answers calls of the same content; others go to the server.
+        url: Base URL of the OpenAI-compatible endpoint, up to its /v1; empty answers only what `replay` holds.
+        model: Name of the model at the endpoint.
+        concurrency: Largest number of simultaneous requests of this process.
+        timeout: Time limit of a request in seconds.
+        attempts: Largest number of requests for one reply, after connection errors, timeouts and the statuses 408, 429
+            and 5xx.
+        backoff: Waiting time in seconds before the second attempt; it doubles with each attempt. A Retry-After header
+            of the server takes precedence.
+        backoff_limit: Largest waiting time between attempts in seconds.
+        patience: Length of an outage in seconds after which the waiting candidates fail; also the longest Retry-After
+            that is obeyed.
+        temperature: Sampling temperature; none leaves it to the server.
+        seed: Seed of the sampling, to which the number of the reply is added; none leaves it to the server.
+        max_tokens: Largest number of tokens of a reply, including its thinking.
+        token_field: Name of that limit in requests; newer models of OpenAI need max_completion_tokens.
+        samples: Number of replies per candidate; the score is their mean, without the replies that failed.
+        max_side: Largest side in pixels of the images that are sent; larger ones are scaled down.
+        json_mode: Way to ask for JSON: by a schema, as any JSON object, or by the prompt alone ("off"). If the server
+            refuses one, the next is used.
+        key_variable: Environment variable that holds the API key; without it no key is sent.
+        replay: Reward log whose replies answer requests with the same content; other requests go to the server.
     """
 
     url: str = "http://localhost:8000/v1"
@@ -80,11 +83,11 @@ class JudgeConfig:
         return self.url.rstrip("/")
 
     def wait(self, attempts: int) -> float:
-        """Seconds to wait after so many attempts."""
+        """Return the seconds to wait after the given number of attempts."""
         return min(self.backoff * 2.0 ** min(attempts - 1, 60), self.backoff_limit)
 
     def options(self, sample: int) -> dict[str, Any]:
-        """How the endpoint is to make a reply."""
+        """Return the fields of a request that control how the reply is generated."""
         options: dict[str, Any] = {"model": self.model, self.token_field: self.max_tokens}
         if self.temperature is not None:
             options["temperature"] = self.temperature
