@@ -239,10 +239,10 @@ def test_help(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as stopped:
-            parse(RECIPES, [flag, "--recipe", "small"], extra=Options(), prog="train", description="Train 100% of it.")
+            parse(RECIPES, [flag, "--recipe", "small"], extra=Options(), prog="train", description="Train 100%.")
         assert stopped.value.code == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "usage: train [--recipe NAME] [--FLAG VALUE ...]" and "Train 100% of it." in lines
+    assert lines[0] == "usage: train [--recipe NAME] [--FLAG VALUE ...]" and "Train 100%." in lines
     assert "--recipe small A run of a few seconds on a CPU, with 100% of its data." in lines  # its first paragraph
     joined = " ".join(lines)
     for expected in (

@@ -92,7 +92,7 @@ def parse(
 
     Raises:
         ConfigError: If a flag is wrong; the message has the flag, the value and what is possible.
-        SystemExit: After `--help` has printed every field with its type, description and default.
+        SystemExit: Raised once `--help` has printed every field with its type, description and default.
         TypeError: If a field has a type that is not supported.
     """
     flags = _scan(argv)

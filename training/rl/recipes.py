@@ -165,17 +165,17 @@ class MSGRPO(Recipe):
 
     @property
     def window_stop(self) -> int:
-        """First step that no window reaches."""
+        """First step that no window of noisy steps reaches."""
         return self.window_end if self.window_end is not None else max(self.rollout_steps // 2, 1)
 
     @property
     def noisy_steps(self) -> int:
-        """Noisy steps of a rollout."""
+        """Number of noisy steps of a rollout."""
         return self.rollout_steps - 1 if self.window is None else self.window
 
     @property
     def trained_steps(self) -> int:
-        """Noisy steps that are trained on."""
+        """Number of noisy steps that are trained on."""
         return max(round(self.timesteps * self.noisy_steps), 1)
 
 

@@ -24,19 +24,20 @@ MULTIPLE = 16  # pixels: every side is a multiple
 
 @dataclass(frozen=True)
 class MakeConfig:
-    """What the samples follow from; equal configurations give equal samples.
+    """Settings of generated samples; equal configurations give equal samples.
 
     Attributes:
-        size: longer side of the targets, pixels; a multiple of 16, at least 64.
-        seed: of everything.
-        references: the numbers of pictures that samples have, 0..6.
-        pictures: "any" for pictures of many sizes and aspect ratios; "simple" for what a very small model can learn in
-            an hour: all pictures of a sample are squares of one size, an object is as large in its picture as in the
-            answer and comes there once, by whole steps of STEP pixels, pictures are mentioned in their order, all of
-            them, and no name has to be known: a picture that an object is taken from shows it alone, in its middle.
-        tasks: what samples may ask, by their names in `tasks.py`; one that is given twice is drawn twice as often.
-            None: all that the number of pictures allows.
-        artworks: the pool of objects.
+        artworks: Pool of objects.
+        size: Longer side of the targets in pixels; a multiple of 16, at least 64.
+        seed: Seed of all random choices.
+        references: Numbers of references that samples have, each from 0 to 6.
+        pictures: "any" for references of many sizes and aspect ratios; "simple" for scenes that a very small model can
+            learn in an hour: all references of a sample are squares of one size; an object is as large in its
+            reference as in the answer, occurs there once, and moves by whole multiples of STEP pixels; all references
+            are mentioned, in their order; and no name has to be known, since a reference from which an object is taken
+            shows that object alone, in its middle.
+        tasks: Tasks that samples may ask for, by their names in `tasks.py`; a task that is given twice is drawn twice
+            as often. None allows all tasks that the number of references permits.
     """
 
     artworks: Artworks
