@@ -54,7 +54,7 @@ class BuildNative(build_ext):
         levels = [level for level in LEVELS if x86 and self._compiles(level[3])]
         have = [(f"UF_HAVE_{level[1].upper()}", None) for level in levels]
         jobs: list[Job] = [(*level, []) for level in [*levels, ("csrc/level.cpp", "generic", 4, [])]]
-        jobs += [("csrc/native.cpp", "", 0, [], have), ("csrc/patches.cpp", "", 0, [], [])]
+        jobs += [("csrc/native.cpp", "", 0, [], have)]
 
         def compile_one(job: Job) -> list[str]:
             source, level, width, flags, macros = job

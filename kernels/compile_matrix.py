@@ -35,7 +35,6 @@ from uniref_fast.kernels import (
     fp8,
     norm_modulate,
     norm_modulate_backward,
-    patchify,
     qk_norm_rope,
     qk_norm_rope_backward,
     segment_attention,
@@ -154,8 +153,6 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
     if arch >= FP8_FLOOR:
         case("norm_modulate_fp8", _any_arch, fp8.norm_modulate_fp8, x, shift, scale, rows, 1e-6)
         case("gelu_fp8", _any_arch, fp8.gelu_fp8, _meta(IMAGE, 4 * CHANNELS))
-    case("pack", _any_arch, patchify.pack, [_meta(16, 1, 128, 128)], [0], 64 * 64)
-    case("unpack", _any_arch, patchify.unpack, _meta(64 * 64, 64), [0], [(1, 64, 64)], 16)
     return made
 
 

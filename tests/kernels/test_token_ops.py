@@ -11,7 +11,7 @@ import torch.nn.functional as F
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from uniref_fast.kernels import fp8, norm_modulate_backward, patchify
+from uniref_fast.kernels import fp8, norm_modulate_backward
 from uniref_fast.kernels import norm_modulate as norm
 from uniref_fast.kernels import qk_norm_rope as rope
 from uniref_fast.testing import assert_within_budget
@@ -555,45 +555,3 @@ def test_fp8_refuses_older_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(AssertionError, match="sm_80 has no conversion to e4m3"):
         fp8._outputs(OnOldGpu())
-
-
-# --- pack, unpack
-
-
-def tokens_of(latent):
-    channels, frames, height, width = latent.shape
-    patches = latent.reshape(channels, frames, height // 2, 2, width // 2, 2)
-    return patches.permute(1, 2, 4, 0, 3, 5).reshape(-1, 4 * channels)
-
-
-# (F, h, w): one token, one row longer than a tile of tokens and one as long, several frames, a column.
-SIZES = [(1, 2, 2), (1, 2, 66), (1, 4, 64), (3, 4, 6), (1, 10, 2)]
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32])  # moves bits, whatever they mean
-@pytest.mark.parametrize("channels", [1, 3, 16])  # 3: no power of two
-def test_pack_and_unpack(channels, dtype, device):
-    latents = [(100 * torch.randn(channels, *size, device=device)).to(dtype) for size in SIZES]
-    counts = [x[0].numel() // 4 for x in latents]
-    starts = [sum(counts[i + 1 :]) for i in range(len(counts))]  # images in another order than the stream
-    stream = patchify.pack(latents, starts, sum(counts))
-    assert torch.equal(stream, torch.cat([tokens_of(x) for x in reversed(latents)]))
-    grids = [(f, h // 2, w // 2) for f, h, w in SIZES]
-    for latent, back in zip(latents, patchify.unpack(stream, starts, grids, channels), strict=True):
-        assert torch.equal(back, latent) and back.is_contiguous()
-
-
-def test_pack_and_unpack_strided(device):
-    latent = torch.randn(2, 6, 8, 3, device=device).permute(3, 0, 1, 2)  # channels last
-    cropped = torch.randn(3, 2, 9, 11, device=device)[:, :, 1:7, 2:10]
-    stream = patchify.pack([latent, cropped], [0, 24], 48)
-    assert torch.equal(stream, torch.cat([tokens_of(latent), tokens_of(cropped)]))
-    wide = torch.cat([stream, stream], 1)[:, :12]  # a column slice of a wider buffer
-    assert torch.equal(patchify.unpack(wide, [24], [(2, 3, 4)], 3)[0], cropped)
-
-
-def test_pack_refuses_odd_latents_and_gaps(device):
-    with pytest.raises(AssertionError, match="fill the stream"):
-        patchify.pack([torch.zeros(1, 1, 2, 2, device=device)], [1], 2)
-    with pytest.raises(AssertionError, match="odd latent"):
-        patchify.pack([torch.zeros(1, 4, 3, 3, device=device)], [0], 9)

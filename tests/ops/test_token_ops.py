@@ -217,36 +217,6 @@ def test_eager_rounding(impl, dtype):
         assert differing[0] < 0.01 and (impl == "reference" or differing[0] < differing[1] / 4), differing
 
 
-@each_case
-def test_pack_and_unpack(impl, dtype):
-    """Moves bits only, so equality is exact; against diffusers' own packing and back."""
-    from diffusers import QwenImageEditPlusPipeline as Pipeline
-
-    latents = [rand(16, 1, h, w, dtype=dtype) for h, w in ((2, 2), (6, 10), (8, 2))]
-    stream = ops.pack(latents, impl=impl)
-    expected = [Pipeline._pack_latents(x[:, 0][None], 1, 16, *x.shape[2:])[0] for x in latents]
-    assert torch.equal(stream, torch.cat(expected))
-    back = ops.unpack(stream, [(1, 1, 1), (1, 3, 5), (1, 4, 1)], impl=impl)
-    assert all(torch.equal(a, b) for a, b in zip(back, latents, strict=True))
-    strided = rand(3, 4, 6, 8, dtype=dtype).transpose(0, 1)  # [C, F, h, w] with F = 3, not contiguous
-    assert torch.equal(ops.unpack(ops.pack([strided], impl=impl), [(3, 3, 4)], impl=impl)[0], strided)
-
-
-@each_case
-def test_pack_and_unpack_are_each_others_gradient(impl, dtype):
-    latents = [rand(4, 1, h, w, dtype=dtype).requires_grad_() for h, w in ((2, 6), (4, 2))]
-    stream = ops.pack(latents, impl=impl)
-    upstream = rand(*stream.shape, dtype=dtype)
-    grids = [(1, 1, 3), (1, 2, 1)]
-    expected = ops.unpack(upstream, grids, impl=impl)
-    got = torch.autograd.grad(stream, latents, upstream)
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    source = upstream.clone().requires_grad_()
-    images = ops.unpack(source, grids, impl=impl)
-    (got,) = torch.autograd.grad(images[1], source, latents[1].detach())  # the other image's gradient is zero
-    assert torch.equal(got, ops.pack([torch.zeros_like(latents[0]), latents[1]], impl=impl))
-
-
 @each_op_case
 def test_torch_library_contract(impl, dtype):
     """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""
@@ -261,8 +231,6 @@ def test_torch_library_contract(impl, dtype):
         "norm_modulate": (x, shift, scale, rows, 1e-6, False, False, impl),
         "gate_residual": (x, y, gate, None, True, impl),
         "gate_residual_norm_modulate": (x, y, gate, None, scale, rows, 1e-6, True, False, impl),
-        "pack": ([rand(4, 1, 2, 4, dtype=dtype).requires_grad_()], impl),
-        "unpack": (rand(6, 16, dtype=dtype).requires_grad_(), [1, 2, 1, 1, 2, 2], impl),
     }
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.uniref_fast, name).default, args)
@@ -342,10 +310,6 @@ LAYOUT = SelfLayout.qwen(PACK)
         (lambda: ops.norm_modulate(rand(4, 3).T, rand(1, 4), rand(1, 4)), "contiguous in its last dimension"),
         (lambda: ops.norm_modulate(rand(3, 4), rand(1, 4), rand(1, 4), norm="batch"), "known: layer, rms"),
         (lambda: ops.gate_residual(rand(3, 4), rand(3, 4), rand(1, 4), rounding="up"), "known: once, eager"),
-        (lambda: ops.pack([]), "at least one"),
-        (lambda: ops.pack([rand(4, 3, 2)]), "h, w even"),
-        (lambda: ops.pack([rand(4, 2, 2), rand(3, 2, 2)]), "3 channels"),
-        (lambda: ops.unpack(rand(3, 16), [(1, 2, 2)]), r"\[4, 4 C\]"),
         (
             lambda: ops.qk_norm_rope(*qk_inputs(LAYOUT, torch.float32)[:4], LAYOUT, LAYOUT.rotary((8, 12, 16), DEVICE)),
             "head dimension",

@@ -11,7 +11,6 @@ Without a compiler at install time there is no library: `available()` is then Fa
 
 from uniref_fast.native.attention import segment_attention, segment_attention_backward
 from uniref_fast.native.library import available, levels, reason
-from uniref_fast.native.patches import pack, unpack
 from uniref_fast.native.rope import qk_norm_rope, qk_norm_rope_backward
 from uniref_fast.native.token_ops import (
     gate_residual,
@@ -31,11 +30,9 @@ __all__ = [
     "levels",
     "norm_modulate",
     "norm_modulate_backward",
-    "pack",
     "qk_norm_rope",
     "qk_norm_rope_backward",
     "reason",
     "segment_attention",
     "segment_attention_backward",
-    "unpack",
 ]

@@ -51,8 +51,6 @@ def _declare(library: ctypes.CDLL) -> None:
     library.uf_qk_norm_rope_backward.argtypes = [i, i, i, p, p, p, p, p, p, p, n, n, f, p, p]
     library.uf_token_rows.argtypes = [i, i, i] + [p, n] * 5 + [p, n, n, n, f, i, i, p, p]
     library.uf_token_rows_backward.argtypes = [i, i, i, p, p, p, n, n, n, f, i, p]
-    library.uf_copy_patches.argtypes = [i, i, i, p, n, n, p]
-    library.uf_copy_patches.restype = None
 
 
 @torch.compiler.assume_constant_result  # torch.compile would otherwise trace the search for the library

@@ -6,7 +6,6 @@ Attention has a fourth, "dense": PyTorch's own fused attention, one call per rec
 from uniref_fast.ops._dispatch import IMPLEMENTATIONS, Rounding, choose, explain, unavailable
 from uniref_fast.ops.fp8 import gelu_fp8, norm_modulate_fp8, quantize_fp8, scaled_linear
 from uniref_fast.ops.norm_modulate import gate_residual, gate_residual_norm_modulate, norm_modulate
-from uniref_fast.ops.patchify import pack, unpack
 from uniref_fast.ops.qk_norm_rope import qk_norm_rope
 from uniref_fast.ops.segment_attention import explain_attention, segment_attention
 
@@ -21,11 +20,9 @@ __all__ = [
     "gelu_fp8",
     "norm_modulate",
     "norm_modulate_fp8",
-    "pack",
     "qk_norm_rope",
     "quantize_fp8",
     "scaled_linear",
     "segment_attention",
     "unavailable",
-    "unpack",
 ]
