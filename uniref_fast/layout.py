@@ -1,11 +1,11 @@
-"""SelfLayout: the one description of a packed multi-reference sequence.
+"""Layout of a packed multi-reference sequence.
 
 SELF (Sequence-Extended Latent Fusion, arXiv 2602.14186) puts the noisy target and every reference in one latent
-sequence. A layout lists the contiguous pieces of that sequence, for one sample or for a ragged pack of many; kernels,
-models, patch, packer and trainer all read it. Two orders exist side by side:
+sequence. A `SelfLayout` lists the contiguous segments of that sequence, for one sample or for a ragged pack of many;
+kernels, models, the patch and training all read it. Tokens have two orders:
 
-- the *streams*: all text tokens of the pack, and all image tokens of the pack (where the double-stream blocks compute);
-- the *joint* sequence: the tokens that attend together, text before images in each sample (where attention computes).
+- in the *streams* of the double-stream blocks: all text tokens of the pack, and all image tokens of the pack;
+- in the *joint* sequence of attention: sample by sample, text before images.
 
     streams   text  [a a a | b b]          image [A A A A r r | B B]
     joint     [a a a A A A A r r | b b B B]
@@ -17,45 +17,49 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["Grid", "Kind", "Sample", "Segment", "SelfLayout", "kept"]
+from uniref_fast.memo import memo
+
+__all__ = ["Grid", "Kind", "Sample", "Segment", "SelfLayout"]
 
 Grid = tuple[int, int, int]
 """(frames, height, width) of an image, in tokens (one token = 2 x 2 latent pixels)."""
 
 
 class Kind(enum.IntEnum):
-    """What the tokens of a segment are."""
+    """Kind of the tokens of a segment."""
 
     TEXT = 0
-    PADDING = 1  # text positions that the mask switched off: they query, but nothing sees them
+    PADDING = 1  # masked text positions: they are queries, but no query sees them
     TARGET = 2
     REFERENCE = 3
 
     @property
     def is_text(self) -> bool:
+        """Return True if the tokens are in the text stream."""
         return self <= Kind.PADDING
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Contiguous tokens of one thing.
+    """Contiguous tokens of one image or of one run of text.
 
     Attributes:
-        kind: what the tokens are.
-        sample: the sample it belongs to; for references shared by a group, the first sample of the group.
-        group: samples of one group may share references; a sample alone is a group of its own.
-        index: which reference (1, 2, ...), 0 for the target, or the number of the text run.
-        grid: (frames, height, width) in tokens; (length, 1, 1) for text.
-        stream_start: first row in the text stream (text) or in the image stream (images).
-        joint_start: first row in the joint sequence.
-        mod_row: row of the modulation table (see `SelfLayout.modulation_rows`).
-        origin: rotary position (frame, height, width) of the first token.
+        kind: Kind of the tokens.
+        sample: Sample that the segment belongs to. References that a group shares belong to the first sample of the
+            group.
+        group: First sample of the group, whose samples may share references. A single sample is its own group.
+        index: Number of the reference (1, 2, ...), 0 for the target, or the number of the text run.
+        grid: Frames, height and width in tokens; (length, 1, 1) for text.
+        stream_start: First row in the text stream (text) or in the image stream (images).
+        joint_start: First row in the joint sequence.
+        mod_row: Row of the modulation table (see `SelfLayout.modulation_rows`).
+        origin: Rotary position (frame, height, width) of the first token.
     """
 
     kind: Kind
@@ -70,25 +74,13 @@ class Segment:
 
     @property
     def length(self) -> int:
+        """Number of tokens."""
         return math.prod(self.grid)
 
     @property
     def joint_end(self) -> int:
+        """Row after the last one in the joint sequence."""
         return self.joint_start + self.length
-
-
-def kept(cache: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """Return what the cache has under a key, after making it where it has nothing.
-
-    What is made inside a transform of `torch.func` is not kept: its tensors belong to that transform.
-    """
-    if key in cache:
-        return cache[key]
-    with torch.inference_mode(False):  # one tensor serves inference and training
-        value = make()
-    if not torch._C._are_functorch_transforms_active():
-        cache[key] = value
-    return value
 
 
 def _frozen(value: Any) -> Any:
@@ -97,13 +89,14 @@ def _frozen(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Sample:
-    """One request of a pack.
+    """One sample of a pack.
 
     Attributes:
-        text: number of text tokens, or a tuple of (length, valid) runs as a padding mask has them.
-        target: grid of the noisy target.
-        references: grids of the references, in order; any number, any sizes.
-        group: samples with the same group number and `shared_references` share one copy of their references.
+        text: Number of text tokens, or the (length, valid) runs of a padding mask.
+        target: Grid of the noisy target.
+        references: Grids of the references, in order; any number, any sizes.
+        group: Samples with the same group number share one copy of their references in a layout with
+            `shared_references`.
     """
 
     text: int | tuple[tuple[int, bool], ...]
@@ -113,11 +106,12 @@ class Sample:
 
     @property
     def text_runs(self) -> tuple[tuple[int, bool], ...]:
+        """(length, valid) runs of the text."""
         return ((self.text, True),) if isinstance(self.text, int) else self.text
 
     @property
     def length(self) -> int:
-        """Tokens of the sample, its references included."""
+        """Number of tokens of the sample, references included."""
         return sum(length for length, _ in self.text_runs) + sum(map(math.prod, (self.target, *self.references)))
 
     @property
@@ -139,12 +133,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class SelfLayout:
-    """Immutable layout of a pack. Build it with `SelfLayout.qwen`; equal inputs give the same (cached) object.
+    """Immutable layout of a pack.
+
+    A model builds its layouts (`PackedQwenImage.layout`). The last few layouts are kept: equal inputs give the same
+    object. Device tensors are computed on the device from the segments, kept with the layout and freed with it.
 
     Attributes:
-        segments: in joint order, without gaps.
-        num_samples: number of targets.
-        clean_references: references (and nothing else) use modulation row `num_samples + sample`, the t = 0 row.
+        segments: Segments in joint order, without gaps.
+        num_samples: Number of samples; each has one target.
+        clean_references: True if references, and only they, are modulated with t = 0, in row `num_samples + sample`.
     """
 
     segments: tuple[Segment, ...]
@@ -153,16 +150,20 @@ class SelfLayout:
 
     @staticmethod
     def qwen(samples: Sequence[Sample], *, zero_cond_t: bool = False, shared_references: bool = False) -> SelfLayout:
-        """Layout of Qwen-Image-Edit-Plus models.
+        """Return the layout of a pack for Qwen-Image-Edit-Plus models.
 
         Rotary scheme (diffusers `QwenEmbedRope` with `scale_rope`): image i of a sample sits on frame i, its height
         and width are centred on 0, text continues on all three axes after the sample's largest half side.
 
         Args:
-            samples: the pack, in order.
-            zero_cond_t: modulate references with t = 0 (Qwen-Image-Edit-2511), in rows after the sampled ones.
-            shared_references: samples of one `group` hold their references once (they must list the same ones);
-                use it with the `group_shared` visibility. Without `zero_cond_t` the first sample's t modulates them.
+            samples: Samples of the pack, in order.
+            zero_cond_t: Modulate references with t = 0 (Qwen-Image-Edit-2511), in rows after those of the sampled t.
+            shared_references: Hold the references of samples of one `group` once, for the visibility "group_shared".
+                These samples must list the same references. Without `zero_cond_t` the t of the first sample modulates
+                them.
+
+        Raises:
+            ValueError: If there are no samples, or samples of a group list different references.
         """
         return _qwen_layout(tuple(samples), zero_cond_t, shared_references)
 
@@ -170,28 +171,32 @@ class SelfLayout:
 
     @functools.cached_property
     def text_length(self) -> int:
+        """Rows of the text stream."""
         return sum(s.length for s in self.segments if s.kind.is_text)
 
     @functools.cached_property
     def image_length(self) -> int:
+        """Rows of the image stream."""
         return sum(s.length for s in self.segments if not s.kind.is_text)
 
     @property
     def joint_length(self) -> int:
+        """Rows of the joint sequence."""
         return self.text_length + self.image_length
 
     @property
     def num_modulation_rows(self) -> int:
+        """Rows of the modulation table."""
         return self.num_samples * (2 if self.clean_references else 1)
 
     @functools.cached_property
     def targets(self) -> tuple[Segment, ...]:
-        """The target segments, by sample."""
+        """Target segments, by sample."""
         return tuple(sorted((s for s in self.segments if s.kind is Kind.TARGET), key=lambda s: s.sample))
 
     @functools.cached_property
     def shares_references(self) -> bool:
-        """Whether samples hold references in common."""
+        """True if samples share one copy of their references."""
         held = {s.group for s in self.segments if s.kind is Kind.REFERENCE}
         return any(s.group in held and s.sample != s.group for s in self.targets)
 
@@ -205,18 +210,18 @@ class SelfLayout:
         """Target and reference segments in stream order."""
         return tuple(sorted((s for s in self.segments if not s.kind.is_text), key=lambda s: s.stream_start))
 
-    # ---- the order of the image stream: per sample its target, then the references that it holds ----
+    # ---- image stream: for each sample its target, then the references that it holds ----
 
     def image_stream(self, targets: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> torch.Tensor:
         """Concatenate targets and references of all samples in the order of the image stream, `[N_image, C]`.
 
         Args:
-            targets: one tensor `[n, C]` per sample.
-            references: one tensor `[m, C]` per sample, all references of the sample in order; m may be 0. Of samples
-                that share references, only the entry of the sample that holds them is read.
+            targets: One tensor `[n, C]` per sample.
+            references: One tensor `[m, C]` per sample with all its references in order; m may be 0. Where samples share
+                references, only the entry of the sample that holds them is read.
 
         Raises:
-            ValueError: for a number of tensors or rows that differs from the layout's.
+            ValueError: If the numbers of tensors or rows differ from the layout's.
         """
         self._check_rows("targets", targets, self._target_lengths)
         held = [x for x, length in zip(references, self._reference_lengths, strict=False) if length]
@@ -231,8 +236,8 @@ class SelfLayout:
         """Overwrite the targets' rows of an image stream in place; the rows of references stay.
 
         Args:
-            image: image stream `[N_image, C]`, as `image_stream` returns it.
-            targets: one tensor `[n, C]` per sample.
+            image: Image stream `[N_image, C]`, as `image_stream` returns it.
+            targets: One tensor `[n, C]` per sample.
         """
         self._check_rows("targets", targets, self._target_lengths)
         for segment, target in zip(self.targets, targets, strict=True):
@@ -242,12 +247,12 @@ class SelfLayout:
         """Split the targets' rows, in the order that a model returns them, into one view per sample.
 
         Args:
-            x: `[N_target, ...]`, or the part of it that begins with row `first`; a sample that has no row in the part
-                gets an empty view.
-            first: first row of the part.
+            x: Rows of the targets, `[N_target, ...]`, or the part of these rows that begins with row `first`. A sample
+                without a row in the part gets an empty view.
+            first: First row of the part.
 
         Raises:
-            ValueError: for more rows than the targets have.
+            ValueError: If x has more rows than the targets have.
         """
         last, rows = first + len(x), sum(self._target_lengths)
         if last > rows:
@@ -276,85 +281,97 @@ class SelfLayout:
         if rows != expected:
             raise ValueError(f"{name} have {rows} rows, the layout expects {expected}")
 
-    # ---- device tensors, computed on the device from the segments; kept with the layout and freed with it ----
-
-    @functools.cached_property
-    def cache(self) -> dict[Any, Any]:
-        """What was derived from this layout: device tensors, and the plans of `uniref_fast.visibility`."""
-        return {}
-
-    def _cached(self, make: Callable[..., Any], *args: Any) -> Any:
-        return kept(self.cache, (make, *args), lambda: make(self, *args))
+    # ---- device tensors ----
 
     def joint_index(self, stream: str, device: torch.device | str) -> torch.Tensor:
-        """Joint row of every row of a stream, int32 `[N_stream]`; `stream` is "text" or "image"."""
-        return self._cached(_joint_index, stream, torch.device(device))
+        """Return the joint row of every row of a stream, int32 `[N_stream]`.
+
+        Args:
+            stream: "text" or "image".
+            device: Device of the result.
+        """
+        return memo(self, _joint_index, stream, torch.device(device))
 
     def modulation_rows(self, stream: str, device: torch.device | str) -> torch.Tensor:
-        """Modulation row of every row of a stream, int32 `[N_stream]`; rows are `[t of sample 0..S-1 | t=0 ...]`."""
-        return self._cached(_modulation_rows, stream, torch.device(device))
+        """Return the modulation row of every row of a stream, int32 `[N_stream]`.
+
+        The modulation table has one row per sample for its sampled t and, with `clean_references`, one row per sample
+        for t = 0 after these.
+
+        Args:
+            stream: "text" or "image".
+            device: Device of the result.
+        """
+        return memo(self, _modulation_rows, stream, torch.device(device))
 
     def positions(self, device: torch.device | str) -> torch.Tensor:
-        """Rotary positions (frame, height, width) in joint order, int32 `[N, 3]`."""
-        return self._cached(_positions, torch.device(device))
+        """Return the rotary positions (frame, height, width) in joint order, int32 `[N, 3]`."""
+        return memo(self, _positions, torch.device(device))
 
     def rotary(
         self, axes_dims: Sequence[int], device: torch.device | str, theta: float = 10000.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin in joint order, float32 `[N, sum(axes_dims) / 2]` each; one column per interleaved pair.
+        """Return cos and sin in joint order, float32 `[N, sum(axes_dims) / 2]` each; one column per interleaved pair.
 
         Args:
-            axes_dims: head dimensions given to the frame, height and width axes, e.g. (16, 56, 56); each even.
-            theta: base of the frequencies.
+            axes_dims: Head dimensions of the frame, height and width axes, such as (16, 56, 56); each even.
+            device: Device of the result.
+            theta: Base of the frequencies.
+
+        Raises:
+            ValueError: If `axes_dims` are not three even numbers.
         """
-        return self._cached(_rotary, tuple(axes_dims), torch.device(device), theta)
+        return memo(self, _rotary, tuple(axes_dims), torch.device(device), theta)
 
     def target_rows(self, device: torch.device | str) -> torch.Tensor:
-        """Rows of the image stream that are targets, by sample, int64 `[N_target]`."""
-        return self._cached(_target_rows, torch.device(device))
+        """Return the rows of the image stream that are targets, by sample, int64 `[N_target]`."""
+        return memo(self, _target_rows, torch.device(device))
 
 
-@functools.lru_cache(maxsize=8)  # few, because device tensors stay with a layout
+@functools.lru_cache(maxsize=8)  # few, because device tensors are kept with a layout
 def _qwen_layout(samples: tuple[Sample, ...], zero_cond_t: bool, shared_references: bool) -> SelfLayout:
     if not samples:
         raise ValueError("a layout needs at least one sample")
-    groups = [("group", s.group) if shared_references and s.group is not None else ("alone", i)
-              for i, s in enumerate(samples)]  # fmt: skip
-    first_of_group: dict[tuple[str, int], int] = {}
+    owners = _owners(samples) if shared_references else range(len(samples))
     segments: list[Segment] = []
-    text_at = image_at = joint_at = 0
-    for i, sample in enumerate(samples):
-        owner = first_of_group.setdefault(groups[i], i)
-        if samples[owner].references != sample.references:
-            raise ValueError(
-                f"samples {owner} and {i} of group {sample.group} share references but list different ones: "
-                f"{samples[owner].references} and {sample.references}"
-            )
-        pieces: list[tuple[Kind, int, Grid, int]] = []  # kind, index, grid, text offset
-        offset = 0
-        for run, (length, valid) in enumerate(sample.text_runs):
-            if length:
-                pieces.append((Kind.TEXT if valid else Kind.PADDING, run, (length, 1, 1), offset))
-            offset += length
-        pieces.append((Kind.TARGET, 0, sample.target, 0))
-        if owner == i:
-            pieces += [(Kind.REFERENCE, j, grid, 0) for j, grid in enumerate(sample.references, start=1)]
-        for kind, index, grid, offset in pieces:
-            origin = (
-                (sample.text_origin + offset,) * 3
-                if kind.is_text
-                else (index, -(grid[1] - grid[1] // 2), -(grid[2] - grid[2] // 2))
-            )
+    joint_at, stream_at = 0, {True: 0, False: 0}  # by whether the segment is text
+    for i, (sample, owner) in enumerate(zip(samples, owners, strict=True)):
+        for kind, index, grid, origin in _pieces(sample, holds_references=owner == i):
             mod_row = i + (len(samples) if zero_cond_t and kind is Kind.REFERENCE else 0)
-            stream_at = text_at if kind.is_text else image_at
-            segment = Segment(kind, i, owner, index, grid, stream_at, joint_at, mod_row, origin)
+            segment = Segment(kind, i, owner, index, grid, stream_at[kind.is_text], joint_at, mod_row, origin)
             segments.append(segment)
             joint_at += segment.length
-            if kind.is_text:
-                text_at += segment.length
-            else:
-                image_at += segment.length
+            stream_at[kind.is_text] += segment.length
     return SelfLayout(tuple(segments), len(samples), zero_cond_t)
+
+
+def _owners(samples: tuple[Sample, ...]) -> list[int]:
+    """Return for each sample the first sample of its group, which holds the references of the group."""
+    first: dict[int, int] = {}
+    owners = [i if sample.group is None else first.setdefault(sample.group, i) for i, sample in enumerate(samples)]
+    for i, owner in enumerate(owners):
+        if samples[owner].references != samples[i].references:
+            raise ValueError(
+                f"samples {owner} and {i} of group {samples[i].group} share references but list different ones: "
+                f"{samples[owner].references} and {samples[i].references}"
+            )
+    return owners
+
+
+def _pieces(sample: Sample, holds_references: bool) -> list[tuple[Kind, int, Grid, Grid]]:
+    """Return (kind, index, grid, rotary origin) of the segments of a sample, in joint order."""
+    pieces: list[tuple[Kind, int, Grid, Grid]] = []
+    position = sample.text_origin
+    for run, (length, valid) in enumerate(sample.text_runs):
+        if length:
+            pieces.append((Kind.TEXT if valid else Kind.PADDING, run, (length, 1, 1), (position,) * 3))
+        position += length
+    images = (sample.target, *sample.references) if holds_references else (sample.target,)
+    for index, grid in enumerate(images):
+        _, height, width = grid
+        kind = Kind.REFERENCE if index else Kind.TARGET
+        pieces.append((kind, index, grid, (index, -(height - height // 2), -(width - width // 2))))
+    return pieces
 
 
 def _stream_segments(layout: SelfLayout, stream: str) -> tuple[Segment, ...]:
@@ -364,7 +381,7 @@ def _stream_segments(layout: SelfLayout, stream: str) -> tuple[Segment, ...]:
 
 
 def _spread(values: list[int], segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
-    """One value per segment -> one value per token, int64."""
+    """Repeat the value of each segment for each of its tokens, int64 `[N]`."""
     lengths = torch.tensor([s.length for s in segments], dtype=torch.int64, device=device)
     total = sum(s.length for s in segments)
     return torch.repeat_interleave(torch.tensor(values, dtype=torch.int64, device=device), lengths, output_size=total)

@@ -1,8 +1,8 @@
-"""Who sees whom: a rule over pairs of segments, compiled to intervals.
+"""Attention visibility: a rule over pairs of segments, compiled to intervals.
 
-A rule is a function `sees(query, key) -> bool` of two `Segment`s. `plan(layout, visibility)` turns it into an
-`AttentionPlan`: ranges of query rows and, for each, the sorted intervals of key rows that those queries see. No mask
-tensor exists anywhere. For one sample with text `t`, target `x` and references `a`, `b` the policies draw
+A rule is a function `sees(query, key) -> bool` of two `Segment`s. `plan(layout, visibility)` compiles it to an
+`AttentionPlan`: ranges of query rows and, for each range, the sorted intervals of key rows that these queries see.
+There is no mask tensor. For one sample with text `t`, target `x` and references `a`, `b` the policies are
 
               full             reference_causal    reference_isolated
           keys t x a b             t x a b              t x a b
@@ -11,8 +11,9 @@ tensor exists anywhere. For one sample with text `t`, target `x` and references 
         a      # # # #             . . # #              . . # .
         b      # # # #             . . # #              . . . #
 
-`group_shared` is `reference_causal` for a group of samples that hold one copy of their references. What is the same
-bits alone and in any pack is then the group: its first sample has its references beside it, the others have not.
+`group_shared` is `reference_causal` for a group of samples that share one copy of their references. Results are then
+equal bit for bit between a group alone and the same group in any pack, but not between a group and its samples alone:
+the first sample of a group has the references next to it in the joint sequence, the others have not.
 """
 
 from __future__ import annotations
@@ -33,22 +34,28 @@ Rule = Callable[[Segment, Segment], bool]
 
 
 def full(query: Segment, key: Segment) -> bool:
-    """Everything sees everything of the same sample (the paper; what diffusers computes)."""
+    """Every token sees every token of its sample (the paper's visibility, and diffusers')."""
     return query.sample == key.sample and key.kind is not Kind.PADDING
 
 
 def reference_causal(query: Segment, key: Segment) -> bool:
-    """Text and target see the whole sample; references see only references, so their K/V depend on nothing else."""
+    """Text and target see the whole sample; references see only references.
+
+    The keys and values of the references then depend on the references alone.
+    """
     return full(query, key) and (query.kind is not Kind.REFERENCE or key.kind is Kind.REFERENCE)
 
 
 def reference_isolated(query: Segment, key: Segment) -> bool:
-    """As `reference_causal`, and each reference sees only itself, so its K/V can be kept across requests."""
+    """Text and target see the whole sample; each reference sees only itself.
+
+    The keys and values of a reference can then be reused by every request with this reference.
+    """
     return full(query, key) and (query.kind is not Kind.REFERENCE or query == key)
 
 
 def group_shared(query: Segment, key: Segment) -> bool:
-    """Samples of a group see themselves and the group's one copy of the references, which see only themselves."""
+    """Each sample sees itself and its group's one copy of the references; references see only references."""
     if query.kind is Kind.REFERENCE or key.kind is Kind.REFERENCE:
         return query.group == key.group and key.kind is Kind.REFERENCE
     return full(query, key)
@@ -64,14 +71,14 @@ POLICIES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Query ranges and the key intervals each of them sees, as half-open `[start, end)` rows.
+    """Query ranges and the key intervals that each of them sees, as half-open `[start, end)` rows.
 
     Attributes:
-        ranges: query ranges in ascending order, covering every query row once.
-        intervals: for each range its key intervals, ascending and disjoint; may be empty. Intervals that touch belong
-            to different samples (in a transpose, to different ranges).
-        num_queries: rows of q.
-        num_keys: rows of k and v.
+        ranges: Query ranges in ascending order, which cover every query row once.
+        intervals: Key intervals of each range, ascending and disjoint; may be empty. Intervals that touch belong to
+            different samples (in a transpose, to different ranges).
+        num_queries: Rows of q.
+        num_keys: Rows of k and v.
     """
 
     ranges: tuple[tuple[int, int], ...]
@@ -81,7 +88,7 @@ class AttentionPlan:
 
     @functools.cached_property
     def area(self) -> int:
-        """Number of (query, key) pairs computed, per head."""
+        """Number of (query, key) pairs that are computed, per head."""
         return sum(
             (end - start) * sum(b - a for a, b in keys)
             for (start, end), keys in zip(self.ranges, self.intervals, strict=True)
@@ -90,7 +97,8 @@ class AttentionPlan:
     @functools.cached_property
     def transpose(self) -> AttentionPlan:
         """The same relation read from the keys: for each key range the query intervals that see it (dK, dV)."""
-        # One sweep over the interval edges, holding the ranges that see the keys at hand: linear in what it returns.
+        # One sweep over the interval edges that keeps the set of ranges which see the current keys. Its cost is linear
+        # in the size of the result.
         opened: dict[int, list[int]] = {0: [], self.num_keys: []}
         closed: dict[int, list[int]] = {}
         for index, keys in enumerate(self.intervals):
@@ -107,25 +115,26 @@ class AttentionPlan:
         return _make_plan(rows, self.num_keys, self.num_queries)
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
+        """Return the plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
         return memo(self, _plan_tensors, torch.device(device))
 
     def tiles(self, block: int, device: torch.device | str) -> torch.Tensor:
-        """Query tiles of `block` rows, int32 [T, 2] of (range, first row), longest work first, then in row order.
+        """Return query tiles of `block` rows, int32 [T, 2] of (range, first row), longest work first, then by row.
 
-        Tiles start at range starts, never across ranges: what makes results independent of the rest of a pack.
+        A tile starts at the start of a range or after another tile of this range, so it never crosses ranges. That
+        makes results independent of the rest of a pack.
         """
         return memo(self, _plan_tiles, block, torch.device(device))
 
 
 def rule_of(visibility: str | Rule) -> Rule:
-    """The rule that a visibility stands for.
+    """Return the rule of a visibility.
 
     Args:
-        visibility: one of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
 
     Raises:
-        ValueError: for an unknown name, or anything that cannot be called.
+        ValueError: If the name is unknown, or the object cannot be called.
     """
     rule = POLICIES.get(visibility) if isinstance(visibility, str) else visibility
     if not callable(rule):
@@ -134,11 +143,14 @@ def rule_of(visibility: str | Rule) -> Rule:
 
 
 def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
-    """Compile a visibility rule over a layout; memoised with the layout.
+    """Compile a visibility over a layout; the plan is stored with the layout.
 
     Args:
-        layout: the packed sequence; rows of the plan are rows of its joint sequence.
-        visibility: one of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+        layout: Layout of the pack; rows of the plan are rows of its joint sequence.
+        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+
+    Raises:
+        ValueError: If the visibility is unknown, or cannot be used with shared references.
     """
     return memo(layout, _compile, visibility)
 
@@ -155,8 +167,8 @@ def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
     for query in layout.segments:
         span = (query.joint_start, query.joint_end)
         keys = _intervals([key for key in layout.segments if rule(query, key)])
-        # Neighbours of the same sample that see the same keys become one range; samples are never joined, neither
-        # here nor in the intervals, so that tiles do not depend on what else is packed.
+        # Neighbours of one sample that see the same keys become one range. Samples are never joined, neither here nor
+        # in the intervals, so that tiles do not depend on the other samples of a pack.
         if rows and owners[-1] == query.sample and rows[-1][1] == keys and rows[-1][0][1] == span[0]:
             rows[-1] = ((rows[-1][0][0], span[1]), keys)
         else:
@@ -166,9 +178,9 @@ def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
 
 
 def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
-    """The plan of the targets' queries alone, one after another; keys are the whole joint sequence.
+    """Return the plan of the targets' queries alone, in sample order; keys are the whole joint sequence.
 
-    The last block of a model needs no other queries: only the target's part of the output is used.
+    The last block of a model needs no other queries, because only the targets' rows of its output are used.
     """
     return memo(layout, _target_plan, visibility)
 
@@ -192,7 +204,7 @@ def _make_plan(rows: list, num_queries: int, num_keys: int) -> AttentionPlan:
 
 
 def _intervals(keys: list[Segment]) -> tuple[tuple[int, int], ...]:
-    """Spans of segments in joint order; those of one sample that touch become one."""
+    """Return the spans of segments in joint order; spans of one sample that touch become one."""
     merged: list[tuple[int, int]] = []
     for i, key in enumerate(keys):
         if i and keys[i - 1].sample == key.sample and merged[-1][1] == key.joint_start:
