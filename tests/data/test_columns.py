@@ -14,7 +14,7 @@ from uniref_fast.cli import main
 from uniref_fast.data.columns import Columns
 from uniref_fast.data.dataset import BrokenFileError, Dataset, RowError
 from uniref_fast.training.batches.heldout import heldout_datasets
-from uniref_fast.training.batches.loader import row_weights
+from uniref_fast.training.batches.rows import row_weights
 from uniref_fast.training.rl.recipes import RL_RECIPES
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
@@ -233,7 +233,8 @@ def test_every_run_reads_the_columns_of_its_recipe(folder, recipe):
     path = write_jsonl(folder / "a.jsonl", [{"prompt": "do it", "refs": ["r.png"], "out": "b.png"}])
     columns = ("instruction=prompt", "references=refs", "target=out")
     config = dataclasses.replace(recipe(), data=(str(path),), weights=(2.0,), heldout=(str(path),), columns=columns)
-    assert row_weights(config) == [2.0]
+    dataset = Dataset(config.data, columns=columns)
+    assert dataset.path_lengths == (1,) and row_weights(config, dataset) == [2.0]
     assert meaning(heldout_datasets([path], config)["a"][0]) == ("do it", [RED], [BLUE])
     with pytest.raises(ValueError, match="is no role"):
         dataclasses.replace(config, columns=("refs=references",))

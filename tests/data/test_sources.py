@@ -18,6 +18,7 @@ from uniref_fast.cli import main
 from uniref_fast.data import archives as tars
 from uniref_fast.data.dataset import BrokenFileError, Dataset, RowError
 from uniref_fast.data.pairs import Pairs
+from uniref_fast.data.sources import find_sources
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 COLORS = {"r": RED, "g": GREEN, "b": BLUE, "w": WHITE}
@@ -466,3 +467,15 @@ def test_convert_leaves_nothing_when_it_cannot_write(put, tmp_path, monkeypatch)
     monkeypatch.setattr("uniref_fast.data.convert._values", full)
     assert main(["data", "convert", str(tmp_path / "a.zip"), "--out", str(tmp_path / "o" / "rows.jsonl")]) == 1
     assert not list((tmp_path / "o").iterdir())
+
+
+def test_each_source_names_the_given_path_that_it_was_found_in(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (tmp_path / "a.jsonl", folder / "b.jsonl", folder / "c.jsonl", tmp_path / "d.jsonl"):
+        path.write_text('{"instruction": "x", "output_image": "x.png"}\n')
+    found, _ = find_sources([tmp_path / "a.jsonl", folder, tmp_path / "d.jsonl"])
+    assert [(source.name, source.given) for source in found] == [
+        ("a.jsonl", 0), ("b.jsonl", 1), ("c.jsonl", 1), ("d.jsonl", 2),
+    ]  # fmt: skip
+    assert Dataset([tmp_path / "a.jsonl", folder, tmp_path / "d.jsonl"]).path_lengths == (1, 2, 1)

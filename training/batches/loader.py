@@ -6,19 +6,19 @@ where the stream stands and which samples wait: a state of a few hundred integer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from uniref_fast.data.dataset import BrokenRowsError, Dataset
-from uniref_fast.training.batches.order import ShuffledOrder
+from uniref_fast.data.dataset import Dataset
 from uniref_fast.training.batches.packing import CostModel, Pack, Packer, PackKey
+from uniref_fast.training.batches.rows import TrainingRows
 from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
-__all__ = ["PackLoader", "StepPacks", "agree", "coming", "refuse_broken", "row_weights"]
+__all__ = ["PackLoader", "StepPacks"]
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,18 @@ class PackLoader:
         self.dataset, self.encoder, self.config, self.plans = dataset, encoder, config, plans
         self.cost_model, self.assign = cost_model, assign
         self._threads = ThreadPoolExecutor(config.workers)
-        self._waiting: list[PackKey] = []
-        weights = row_weights(config)
-        self._stream = ShuffledOrder(len(dataset), config.seed, weights)
-        self._coming = coming(dataset, weights)
-        self._broken: set[str] = set()  # places of the rows that could not be used
-        if state is not None:
-            if state["data"] != dataset.fingerprint:
-                raise ValueError(
-                    "the data is not what this run was trained on so far; give the same files, or start another run in "
-                    "a folder of its own"
-                )
-            self._stream = ShuffledOrder.from_state(len(dataset), config.seed, state["stream"], weights)
-            self._waiting = [tuple(key) for key in state["waiting"]]  # type: ignore[misc]
-            self._broken = set(state["broken"])
+        self.rows = TrainingRows(dataset, config, state)
+        self._waiting: list[PackKey] = [] if state is None else [(epoch, index) for epoch, index in state["waiting"]]
         self._prepared: dict[PackKey, Prepared] = {}
         self._packer: Packer | None = None
         self._stage = -1
         self._ahead: tuple[dict[str, Any], int, StepPacks] | None = None
 
     def state(self) -> dict[str, Any]:
-        """What decides all steps that `next` has not given yet; for JSON."""
+        """Return what determines all steps that `next` has not returned yet, for JSON."""
         if self._ahead is None:
             return self._state()
-        return {**self._ahead[0], "broken": sorted(self._broken)}
+        return {**self._ahead[0], "broken": sorted(self.rows.broken)}
 
     def next(self, step: int) -> StepPacks:
         """The packs of a step; steps must be asked for in order. Images of the step after it start to be read."""
@@ -102,21 +90,11 @@ class PackLoader:
             self._ahead = (self._state(), step + 1, self._plan(step + 1))
         return packs
 
-    @property
-    def broken(self) -> int:
-        """Rows that could not be used so far; one that comes again in every epoch counts once."""
-        return len(self._broken)
-
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _state(self) -> dict[str, Any]:
-        return {
-            "data": self.dataset.fingerprint,
-            "stream": self._stream.state(),
-            "waiting": [list(key) for key in self._waiting],
-            "broken": sorted(self._broken),
-        }
+        return {**self.rows.state(), "waiting": [list(key) for key in self._waiting]}
 
     def _plan(self, step: int) -> StepPacks:
         number, _ = stage_at(self.config, step)
@@ -130,7 +108,7 @@ class PackLoader:
         packer = self._packer
         assert packer is not None
         while wanted := packer.need():
-            for key in self._stream.take(wanted):
+            for key in self.rows.take(wanted):
                 self._add(key, broken)
         packs = packer.pack()
         mine = self.assign(packs, number)
@@ -153,57 +131,7 @@ class PackLoader:
             self._packer.push(self._packer.pending(key, prepared.sample))
         except (ValueError, OSError) as error:
             broken.append((where, str(error).removeprefix(f"{where}: ")))
-            self.count_broken(1, broken)
+            self.rows.count_broken(broken, new=1)
             return
         self._prepared[key] = prepared
         self._waiting.append(key)
-
-    def count_broken(self, count: int, rows: list[tuple[str, str]]) -> None:
-        """Count rows that could not be used, each once.
-
-        Args:
-            count: how many of the rows, the last ones, are not counted yet.
-            rows: (place, reason) of each.
-
-        Raises:
-            BrokenRowsError: for more than the run allows, or all there are.
-        """
-        self._broken.update(where for where, _ in rows[len(rows) - count :])
-        refuse_broken(self._broken, self.config.max_broken, self._coming, rows)
-
-
-def agree(planned: Sequence[tuple[Sequence[PackKey], Sequence[tuple[str, str]]]]) -> None:
-    """Raise BrokenRowsError unless all ranks have planned the same rows: one may not read what others can.
-
-    Args:
-        planned: of each rank the keys of the rows, and (place, reason) of those that were passed over.
-    """
-    if any(list(keys) != list(planned[0][0]) for keys, _ in planned):
-        told = [f"rank {rank}: {': '.join(row)}" for rank, (_, rows) in enumerate(planned) for row in rows]
-        raise BrokenRowsError(
-            "the ranks do not read the same rows, so each would train on others; every rank needs the same files. "
-            f"Not usable in this step: {'; '.join(told[:6]) or 'none, but in one before it'}"
-        )
-
-
-def refuse_broken(broken: Collection[str], most: int, total: int, rows: list[tuple[str, str]]) -> None:
-    """Raise BrokenRowsError for more broken rows than a run allows, or all there are; `rows` are the last of them."""
-    if len(broken) > most or len(broken) == total:
-        last = "; ".join(f"{where}: {reason}" for where, reason in rows[-3:])
-        limit = f"over max_broken = {most}" if len(broken) > most else "all of them"
-        raise BrokenRowsError(
-            f"{len(broken)} rows could not be used, {limit}; the last: {last}. `uniref-fast data check` lists all"
-        )
-
-
-def coming(dataset: Dataset, weights: Sequence[float] | None) -> int:
-    """Rows that come at all."""
-    return len(dataset) if weights is None else sum(weight > 0 for weight in weights)
-
-
-def row_weights(config: Recipe) -> list[float] | None:
-    """Occurrences per epoch of each row of the data, or None when each comes once."""
-    if not config.weights:
-        return None
-    lengths = [len(Dataset(path, config.image_folder, columns=config.columns)) for path in config.data]
-    return [weight for weight, length in zip(config.weights, lengths, strict=True) for _ in range(length)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from uniref_fast.data.dataset import Dataset
-from uniref_fast.training.batches.loader import coming, refuse_broken, row_weights
-from uniref_fast.training.batches.order import ShuffledOrder
 from uniref_fast.training.batches.packing import PackKey
+from uniref_fast.training.batches.rows import TrainingRows
 from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 
@@ -33,22 +32,11 @@ class Prompts:
         self, dataset: Dataset, encoder: Encoder, config: MSGRPO, state: Mapping[str, Any] | None = None
     ) -> None:
         self.dataset, self.encoder, self.config = dataset, encoder, config
-        weights = row_weights(config)
-        self._stream = ShuffledOrder(len(dataset), config.seed, weights)
-        self._coming = coming(dataset, weights)
-        self._broken: set[str] = set()
-        if state is not None:
-            if state["data"] != dataset.fingerprint:
-                raise ValueError(
-                    "the data is not what this run was trained on so far; give the same files, or start another run in "
-                    "a folder of its own"
-                )
-            self._stream = ShuffledOrder.from_state(len(dataset), config.seed, state["stream"], weights)
-            self._broken = set(state["broken"])
+        self.rows = TrainingRows(dataset, config, state)
 
     def state(self) -> dict[str, Any]:
         """What decides the rows that come next; for JSON."""
-        return {"data": self.dataset.fingerprint, "stream": self._stream.state(), "broken": sorted(self._broken)}
+        return self.rows.state()
 
     def take(
         self, count: int, stage: RLStage, check: Callable[[PackKey, Prepared], None] = lambda key, prepared: None
@@ -68,7 +56,7 @@ class Prompts:
         broken: list[tuple[str, str]] = []
         unfit: set[int] = set()
         while len(taken) < count:
-            (key,) = self._stream.take(1)
+            (key,) = self.rows.take(1)
             where = self.dataset.where(key[1])
             try:
                 row = self.dataset[key[1]]
@@ -80,21 +68,12 @@ class Prompts:
                     continue
             except (ValueError, OSError) as error:
                 broken.append((where, str(error).removeprefix(f"{where}: ")))
-                self.count_broken(broken[-1:])
+                self.rows.count_broken(broken, new=1)
             unfit.add(key[1])
-            if len(unfit) == self._coming:  # not counted in epochs: weights make rows rare
+            if len(unfit) == self.rows.scheduled:  # not counted in epochs: weights make rows rare
                 last = f"; the last that could not be used: {': '.join(broken[-1])}" if broken else ""
                 raise ValueError(
                     f"the data has no row with {NAMES[stage.references]}, which a stage of references = "
                     f'"{stage.references}" needs{last}'
                 )
         return taken, broken
-
-    def count_broken(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Count rows (place, reason) that could not be used, each once.
-
-        Raises:
-            BrokenRowsError: for more than the run allows, or all there are.
-        """
-        self._broken.update(where for where, _ in rows)
-        refuse_broken(self._broken, self.config.max_broken, self._coming, list(rows))

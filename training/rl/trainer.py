@@ -23,8 +23,8 @@ from uniref_fast.rewards.types import Failure
 from uniref_fast.runs import trained_visibility
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.loader import agree
 from uniref_fast.training.batches.packing import PackKey
+from uniref_fast.training.batches.rows import check_same_rows
 from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.trainer import Trainer
@@ -187,7 +187,7 @@ class RLTrainer(Trainer):
             self.roller.check_size(key, prepared, self.plans[self.stage])
 
         taken, broken = self.prompts.take(count, self.config.stages[self.stage], check)
-        agree(self.ranks.gather(([key for key, _ in taken], broken)))
+        check_same_rows(self.ranks.gather(([key for key, _ in taken], broken)))
         self._report_broken(broken)
         return taken
 
@@ -207,7 +207,7 @@ class RLTrainer(Trainer):
                 return batch, self.roller.roll(batch, self.sampler, config.guidance, config.seed, step)
             lost = list(batch.lost.values())
             self._report_broken(lost)
-            self.prompts.count_broken(lost)
+            self.prompts.rows.count_broken(lost)
             rows = [row for row in rows if row[0] not in batch.lost] + self._taken(len(lost))
 
     def _scores(self, results: Mapping[MemberKey, dict[str, float] | Failure]) -> dict[MemberKey, dict[str, float]]:

@@ -16,8 +16,9 @@ from uniref_fast.layout import Sample
 from uniref_fast.schedule import resolution_shift
 from uniref_fast.training.batches import packing
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.loader import PackLoader, StepPacks, agree
+from uniref_fast.training.batches.loader import PackLoader, StepPacks
 from uniref_fast.training.batches.packing import PackKey
+from uniref_fast.training.batches.rows import check_same_rows
 from uniref_fast.training.batches.samples import Encoded, Encoder
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.monitor import GroupedMean
@@ -128,13 +129,13 @@ class SFTTrainer(Trainer):
         """
         keys = [item.key for pack in step_packs.packs for item in pack.items]
         gathered = self.ranks.gather((keys, step_packs.broken, unread))
-        agree([(planned, broken) for planned, broken, _ in gathered])
+        check_same_rows([(planned, broken) for planned, broken, _ in gathered])
         lost = {key: row for *_, rows in gathered for key, row in rows.items()}
         rows = step_packs.broken + list(lost.values())
         for where, reason in rows:
             self.monitor.event(self.step, "broken row", where=where, reason=reason)
         if lost:
-            self.loader.count_broken(len(lost), rows)
+            self.loader.rows.count_broken(rows, new=len(lost))
         return set(lost)
 
     def _batches(

@@ -132,6 +132,7 @@ class Dataset:
 
     Attributes:
         files: names of the files, as messages call them.
+        path_lengths: Number of rows of each given path.
         left_out: (file, reason) of everything in the given folders and archives that is not read as a row, or a part of
             one, although it may have been meant so: descriptions in .json, files of other kinds, members of no sample.
     """
@@ -168,6 +169,7 @@ class Dataset:
         cache = RowGroupCache()
         self._readers: list[Reader] = []
         self._formats: list[Format | None] = []
+        lengths = [0] * len(paths)
         for source in sources:
             folder = Path(image_folder) if image_folder is not None else source.path.parent
             reader = open_reader(source, folder, cache, self._columns)
@@ -177,12 +179,14 @@ class Dataset:
                 left_out.append((source.name, reader))
                 continue
             self._readers.append(reader)
+            lengths[source.given] += len(reader)
             self._formats.append(_format_of(reader, self._columns))
             left_out += [(source.name, reason) for reason in reader.unused()]
         if not self._readers:
             told = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
             raise ValueError(f"no rows in {', '.join(map(str, paths))}: {told}")
         self.left_out = (*left_out, *self._missing_columns())
+        self.path_lengths = tuple(lengths)
         self.files = tuple(reader.name for reader in self._readers)
         self._ends = np.cumsum([len(reader) for reader in self._readers], dtype=np.int64)
 

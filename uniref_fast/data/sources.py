@@ -54,12 +54,14 @@ class Source:
         name: that messages use.
         named: whether the user gave it by name, and not a folder around it.
         pairs: the folders of captioned images.
+        given: Number of the given path that it was found in, from 0.
     """
 
     path: Path
     name: str
     named: bool
     pairs: Pairs | None = None
+    given: int = 0
 
 
 def find_sources(paths: Sequence[Path | Pairs]) -> tuple[list[Source], list[tuple[str, str]]]:
@@ -73,7 +75,8 @@ def find_sources(paths: Sequence[Path | Pairs]) -> tuple[list[Source], list[tupl
         raise ValueError("no paths given")
     found: list[tuple[Path, Path, bool, Pairs | None]] = []  # file, shortest name, named, pairs
     left_out: list[tuple[str, str]] = []
-    for path in paths:
+    given: list[int] = []  # number of the path, for each file found
+    for number, path in enumerate(paths):
         if isinstance(path, Pairs):
             found.append(_of_pairs(path))
         elif path.is_dir():
@@ -88,11 +91,13 @@ def find_sources(paths: Sequence[Path | Pairs]) -> tuple[list[Source], list[tupl
             raise ValueError(f"{path} is not a file of rows; known endings: {known}{advice}")
         else:
             found.append((path, Path(path.name), True, None))
+        given += [number] * (len(found) - len(given))
     twice = [str(file) for file, count in Counter(file.resolve() for file, *_ in found).items() if count > 1]
     if twice:
         raise ValueError(f"given twice: {', '.join(twice)}; its rows would count double")
     names = map(printable, _distinct_names([(file, short) for file, short, *_ in found]))
-    return [Source(f, name, asked, pairs) for (f, _, asked, pairs), name in zip(found, names, strict=True)], left_out
+    sources = zip(found, names, given, strict=True)
+    return [Source(file, name, asked, pairs, number) for (file, _, asked, pairs), name, number in sources], left_out
 
 
 def _of_pairs(pairs: Pairs) -> tuple[Path, Path, bool, Pairs | None]:

@@ -8,8 +8,9 @@ from PIL import Image
 
 from uniref_fast.data.dataset import BrokenRowsError, Dataset
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.loader import PackLoader, agree
+from uniref_fast.training.batches.loader import PackLoader
 from uniref_fast.training.batches.packing import CostModel, assign
+from uniref_fast.training.batches.rows import check_same_rows
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.recipe import BudgetStage
@@ -216,7 +217,7 @@ def test_the_state_of_other_data_is_refused(dataset, feed, tmp_path, pictures):
     loader = feed(dataset)
     loader.next(0)
     more = write(tmp_path, rows_of(ROWS + 1), pictures, "rows.jsonl")
-    with pytest.raises(ValueError, match="the data is not what this run was trained on so far; give the same files"):
+    with pytest.raises(ValueError, match="this run was trained on other data so far; give the same files"):
         feed(more, state=loader.state())
 
 
@@ -252,7 +253,7 @@ def test_broken_rows_are_counted_and_named_and_the_others_go_on(damaged, feed):
     loader = feed(damaged)
     taken = [loader.next(step) for step in range(3)]
     found = [row for packs in taken for row in packs.broken]
-    assert loader.broken == 5 < len(found), "a row that comes again in the next epoch counts once"
+    assert len(loader.rows.broken) == 5 < len(found), "a row that comes again in the next epoch counts once"
     reasons = broken_rows()[1]
     assert {where for where, _ in found} == set(reasons)
     for where, reason in found:
@@ -269,7 +270,7 @@ def test_broken_rows_are_the_same_on_all_ranks(damaged, feed):
     first, second = feed(damaged, 0, 2), feed(damaged, 1, 2)
     for step in range(STEPS):
         assert first.next(step).broken == second.next(step).broken
-    assert first.broken == second.broken == 5
+    assert len(first.rows.broken) == len(second.rows.broken) == 5
 
 
 @pytest.mark.parametrize("done", range(1, STEPS))
@@ -279,23 +280,23 @@ def test_the_count_is_neither_lost_nor_doubled_by_an_interruption(damaged, feed,
     for step in range(done):
         packs = first.next(step)
     lost = [("rows.jsonl:1", "a picture that could not be decoded"), ("rows.jsonl:2", "another")]
-    first.count_broken(2, packs.broken + lost)
-    assert first.broken == 7
+    first.rows.count_broken(packs.broken + lost, new=2)
+    assert len(first.rows.broken) == 7
     resumed = feed(damaged, state=json.loads(json.dumps(first.state())))
     for step in range(done, STEPS):
         resumed.next(step)
-    assert resumed.broken == 7
+    assert len(resumed.rows.broken) == 7
 
 
 def test_only_the_last_rows_are_new(dataset, feed):
     """The trainer hands on those of the plan, which are counted, with those it met itself."""
     loader = feed(dataset)
     rows = [(f"rows.jsonl:{i}", "x") for i in range(1, 6)]
-    loader.count_broken(0, rows)
-    assert loader.broken == 0
-    loader.count_broken(2, rows)
-    loader.count_broken(2, rows)
-    assert loader.broken == 2 and loader.state()["broken"] == ["rows.jsonl:4", "rows.jsonl:5"]
+    loader.rows.count_broken(rows, new=0)
+    assert len(loader.rows.broken) == 0
+    loader.rows.count_broken(rows, new=2)
+    loader.rows.count_broken(rows, new=2)
+    assert len(loader.rows.broken) == 2 and loader.state()["broken"] == ["rows.jsonl:4", "rows.jsonl:5"]
 
 
 def test_a_row_that_fits_the_first_stage_alone_is_named_at_the_second(tmp_path, pictures, feed):
@@ -323,13 +324,13 @@ def test_too_many_broken_rows_end_the_run_with_the_last_named(damaged, feed):
 def test_the_limit_holds_over_interruptions(damaged, feed):
     loader = feed(damaged, max_broken=6)
     loader.next(0)
-    loader.count_broken(1, [("rows.jsonl:1", "x")])
+    loader.rows.count_broken([("rows.jsonl:1", "x")], new=1)
     resumed = feed(damaged, state=loader.state(), max_broken=6)
     resumed.next(1)
     with pytest.raises(
         BrokenRowsError, match=r"7 rows could not be used, over max_broken = 6; the last: rows.jsonl:2: y"
     ):
-        resumed.count_broken(1, [("rows.jsonl:2", "y")])
+        resumed.rows.count_broken([("rows.jsonl:2", "y")], new=1)
 
 
 @pytest.mark.parametrize("limit, reason", [(100, "all of them"), (5, "over max_broken = 5")])
@@ -368,11 +369,11 @@ def test_a_picture_that_breaks_later_is_an_error_of_its_own_future(dataset, feed
 
 def test_ranks_that_plan_alike_go_on_and_others_do_not():
     keys, broken = [(0, 1), (0, 2)], [("rows.jsonl:4", "cannot be opened")]
-    agree([(keys, broken), (list(keys), broken)])
+    check_same_rows([(keys, broken), (list(keys), broken)])
     with pytest.raises(BrokenRowsError, match=r"rank 1: rows\.jsonl:4: cannot be opened"):
-        agree([([(0, 1), (0, 3)], []), (keys, broken)])
+        check_same_rows([([(0, 1), (0, 3)], []), (keys, broken)])
     with pytest.raises(BrokenRowsError, match="none, but in one before it"):
-        agree([(keys, []), (keys, []), (keys[::-1], [])])
+        check_same_rows([(keys, []), (keys, []), (keys[::-1], [])])
 
 
 def test_rows_that_never_come_do_not_hide_that_all_others_are_broken(tmp_path, feed):

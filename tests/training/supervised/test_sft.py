@@ -459,7 +459,7 @@ def test_other_data(data, half, tmp_path, capsys):
     (other / "train.jsonl").write_text("".join((other / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
     before = contents(half)
     assert sft.main(flags(other, half, "--resume", "auto", "--warmup", 3)) == 2
-    assert "not what this run was trained on" in capsys.readouterr().err
+    assert "this run was trained on other data" in capsys.readouterr().err
     assert contents(half) == before
 
 
