@@ -17,11 +17,11 @@ from uniref_fast import builtin
 from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.cli import main
 from uniref_fast.data.dataset import Dataset
-from uniref_fast.evaluation import evaluate as benchmark
+from uniref_fast.evaluation import evaluate as module
 from uniref_fast.evaluation import model as models
 from uniref_fast.evaluation.evaluate import EvalConfig, evaluate
 from uniref_fast.evaluation.metrics import psnr
-from uniref_fast.evaluation.requests import files_of, plan
+from uniref_fast.evaluation.requests import eval_request, rows_by_file
 from uniref_fast.rewards.scene import scene_details
 from uniref_fast.rewards.types import AXES
 from uniref_fast.scenes.dataset import write_dataset
@@ -193,7 +193,7 @@ def test_noise_follows_from_the_seed_and_the_row(builtin_pipe, data):
 
     def seed(number, **given):
         key = (given.pop("file", "a"), number)
-        return plan(builtin_pipe, rows[0], key, **{**sizes, "seed": 0, **given}).request.seed
+        return eval_request(builtin_pipe, rows[0], key, **{**sizes, "seed": 0, **given}).request.seed
 
     assert seed(0) == seed(0) == seed(0, steps=9, target_side=64)
     assert len({seed(0), seed(1), seed(0, seed=1), seed(0, file="b")}) == 4
@@ -211,7 +211,8 @@ def test_sizes_of_rows_with_and_without_target(builtin_pipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = Dataset(tmp_path / "rows.jsonl", targets="optional")
     plans = [
-        plan(builtin_pipe, row, ("a", 0), target_side=64, budget=None, seed=0, steps=2, guidance=1.0) for row in rows
+        eval_request(builtin_pipe, row, ("a", 0), target_side=64, budget=None, seed=0, steps=2, guidance=1.0)
+        for row in rows
     ]
     assert [one.size for one in plans] == [(80, 48), (48, 48), (80, 48), (64, 64)]
     assert [one.target and one.target.size for one in plans] == [(80, 48), (48, 48), None, None]
@@ -224,12 +225,12 @@ def test_labels_of_files_and_the_limit(tmp_path):
         (tmp_path / name).write_text(line * count)
     (tmp_path / "y.json").write_text(f"[{line.strip()}]")
     dataset = Dataset(tmp_path, targets="optional")
-    assert files_of(dataset, 2) == {
+    assert rows_by_file(dataset, 2) == {
         "a/x": [0, 1], "b/x": [3], "y.json": [4], "y.jsonl": [5, 6], "y.tar": [7],
     }  # fmt: skip
     (tmp_path / "b" / "x.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"no rows in b/x\.jsonl"):
-        files_of(Dataset(tmp_path, targets="optional"), None)
+        rows_by_file(Dataset(tmp_path, targets="optional"), None)
 
 
 # ---- interruptions ----
@@ -237,7 +238,7 @@ def test_labels_of_files_and_the_limit(tmp_path):
 
 def test_what_was_stopped_goes_on_to_the_same_results(config, whole, tmp_path, monkeypatch):
     made = []
-    original = benchmark.edit
+    original = module.edit
 
     def stopped(pipe, requests, **options):
         made.append(len(requests))
@@ -245,7 +246,7 @@ def test_what_was_stopped_goes_on_to_the_same_results(config, whole, tmp_path, m
             raise KeyboardInterrupt
         return original(pipe, requests, **options)
 
-    monkeypatch.setattr(benchmark, "edit", stopped)
+    monkeypatch.setattr(module, "edit", stopped)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         evaluate(replace(config, out=out))
@@ -258,7 +259,7 @@ def test_what_was_stopped_goes_on_to_the_same_results(config, whole, tmp_path, m
     def never(*args, **options):
         raise AssertionError("nothing is left to do")
 
-    monkeypatch.setattr(benchmark.models, "load", never)
+    monkeypatch.setattr(module.models, "load", never)
     before = (out / "rows.jsonl").read_bytes()
     assert evaluate(replace(config, out=out)) == results(whole) and (out / "rows.jsonl").read_bytes() == before
 
@@ -649,7 +650,7 @@ def test_an_error_that_no_row_is_to_blame_for_ends_the_evaluation(config, tmp_pa
     def fail(*args, **options):
         raise ValueError("x")
 
-    monkeypatch.setattr(benchmark, "edit", fail)
+    monkeypatch.setattr(module, "edit", fail)
     with pytest.raises(ValueError, match=r"^x$"):
         evaluate(replace(config, out=tmp_path / "out"))
 

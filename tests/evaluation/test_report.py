@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-from uniref_fast.evaluation import report
+from uniref_fast.evaluation import aggregate, compare, report
 from uniref_fast.evaluation.journal import Journal, differing
 from uniref_fast.rewards.types import AXES
 
@@ -23,7 +23,7 @@ def scores(value):
     return {"integration": value, "consistency": value + 1, "quality": value - 1, "mean": value}
 
 
-def thing(present, distance=None, kept=False, similarity=0.5):
+def placed(present, distance=None, kept=False, similarity=0.5):
     return {"present": present, "distance": distance, "kept": kept, "similarity": similarity}
 
 
@@ -32,16 +32,16 @@ def broken(file="a", index=9):
 
 
 def test_statistic():
-    assert report.statistic([]) == {"n": 0, "mean": None, "sem": None}
-    assert report.statistic([None, 3.0]) == {"n": 1, "mean": 3.0, "sem": None}
-    found = report.statistic([1.0, 2.0, None, 6.0])
+    assert aggregate.statistic([]) == {"n": 0, "mean": None, "sem": None}
+    assert aggregate.statistic([None, 3.0]) == {"n": 1, "mean": 3.0, "sem": None}
+    found = aggregate.statistic([1.0, 2.0, None, 6.0])
     assert found["n"] == 3 and found["mean"] == 3.0
     assert found["sem"] == pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3))
 
 
 ROWS = [
-    record(index=0, score=2.0, objects=[thing(True, 4.0), thing(False, kept=True, similarity=0.1)]),
-    record(index=1, score=4.0, references=2, task="move", objects=[thing(True, 1.0, kept=True)]),
+    record(index=0, score=2.0, objects=[placed(True, 4.0), placed(False, kept=True, similarity=0.1)]),
+    record(index=1, score=4.0, references=2, task="move", objects=[placed(True, 1.0, kept=True)]),
     record(index=2, score=None, failure={"kind": "timeout", "reason": "60 s"}),
     broken(index=3),
     record("b", 0, references=10),
@@ -50,7 +50,7 @@ ROWS = [
 
 
 def test_aggregates():
-    found = report.aggregates(ROWS)
+    found = aggregate.aggregates(ROWS)
     assert list(found) == ["a", "b"] and list(found["b"]["references"]) == ["2", "10"], "by number, not by letters"
     whole = found["a"]["all"]
     assert (whole["rows"], whole["broken"], whole["failures"]) == (4, 1, {"timeout": 1})
@@ -66,7 +66,7 @@ def test_aggregates():
     }  # fmt: skip
     assert set(found["a"]["tasks"]) == {"add", "move"} and found["a"]["tasks"]["add"]["rows"] == 2
     assert found["a"]["references"]["1"]["scores"]["mean"]["n"] == 1
-    empty = report.aggregates([broken()])["a"]
+    empty = aggregate.aggregates([broken()])["a"]
     assert empty["all"]["psnr"]["mean"] is None and empty["tasks"] == {} and empty["all"]["broken"] == 1
     json.dumps(found, allow_nan=False)
 
@@ -75,7 +75,7 @@ def test_every_group_has_its_own_rows():
     """By number of references, task and language, and of all files as one."""
     rows = [record(index=i, score=float(i), references=1 + i % 3, task=("add", "move")[i % 2],
                    **({"language": ("en", "cn")[i // 6]} if i < 12 else {})) for i in range(13)]  # fmt: skip
-    found = report.aggregates(rows)["a"]
+    found = aggregate.aggregates(rows)["a"]
     for kind, value in (("references", lambda i: str(1 + i % 3)), ("tasks", lambda i: ("add", "move")[i % 2]),
                         ("languages", lambda i: ("en", "cn")[i // 6] if i < 12 else None)):  # fmt: skip
         wanted = {}
@@ -85,28 +85,28 @@ def test_every_group_has_its_own_rows():
         means = {name: one["scores"]["mean"]["mean"] for name, one in found[kind].items()}
         assert means == {name: pytest.approx(sum(values) / len(values)) for name, values in wanted.items()}
     both = [*rows, *({**row, "file": "b", "scores": scores(50.0)} for row in rows[:1])]
-    whole = report.parts(both)
+    whole = aggregate.breakdown(both)
     assert whole["all"]["scores"]["mean"]["mean"] == pytest.approx((78 + 50) / 14) and whole["all"]["rows"] == 14
-    text = report.table(report.aggregates(both), whole)
-    assert "all files" in text and "  cn" in text and "all files" not in report.table({"a": found}, whole)
+    text = report.aggregates_table(aggregate.aggregates(both), whole)
+    assert "all files" in text and "  cn" in text and "all files" not in report.aggregates_table({"a": found}, whole)
 
 
 def test_the_error_of_a_share_is_that_of_rows():
     """Objects of a row stand or fall together: four of one row are no more than one draw each."""
-    rows = [record(index=i, objects=[thing(i % 2 == 0, 1.0 if i % 2 == 0 else None)] * 4) for i in range(16)]
-    one = [record(index=i, objects=[thing(i % 2 == 0, None)]) for i in range(16)]
-    both = [report.group(each)["objects"] for each in (rows, one)]
+    rows = [record(index=i, objects=[placed(i % 2 == 0, 1.0 if i % 2 == 0 else None)] * 4) for i in range(16)]
+    one = [record(index=i, objects=[placed(i % 2 == 0, None)]) for i in range(16)]
+    both = [aggregate.summary(each)["objects"] for each in (rows, one)]
     assert [each["present"] for each in both] == [0.5, 0.5]
     assert [each["present_sem"] for each in both] == [pytest.approx(math.sqrt(0.25 / 15))] * 2
-    assert "50% ±13" in report.table(report.aggregates(rows))
-    assert both[0]["distance"] == 1.0 and report.group(one[:1])["objects"]["present_sem"] is None
+    assert "50% ±13" in report.aggregates_table(aggregate.aggregates(rows))
+    assert both[0]["distance"] == 1.0 and aggregate.summary(one[:1])["objects"]["present_sem"] is None
 
 
 def test_files_are_the_same_by_label_content_or_a_name_there_is_once():
     def settings(**contents):
         return {"data": {label.replace("__", "/"): content for label, content in contents.items()}}
 
-    same = report.same_files
+    same = compare.matching_files
     assert same(settings(d__x="1", e__x="2"), settings(d__x="1", e__x="3")) == {"d/x": "d/x", "e/x": "e/x"}
     assert same(settings(x="1"), settings(d__x="2", e__x="1")) == {"x": "e/x"}, "by what is in it"
     assert same(settings(d__x="1", e__x="1"), settings(x="1")) == {"d/x": "x", "e/x": "x"}
@@ -118,23 +118,26 @@ def test_files_are_the_same_by_label_content_or_a_name_there_is_once():
 def test_settings_that_differ_are_told():
     settings = {"guidance": 1.0, "budget": 32, "visibility": "full", "dtype": "float32", "device": "cpu"}
     other = {**settings, "guidance": 4.0, "budget": None, "seed": 3, "model": "x"}
-    assert report.unlike(settings, other) == ["guidance: 4.0 there, 1.0 here", "budget: None there, 32 here"]
+    assert compare.differing_settings(settings, other) == [
+        "guidance: 4.0 there, 1.0 here",
+        "budget: None there, 32 here",
+    ]
     no_model = {**settings, "guidance": None, "visibility": None, "budget": 16}
-    assert report.unlike(settings, no_model) == ["budget: 16 there, 32 here"]
+    assert compare.differing_settings(settings, no_model) == ["budget: 16 there, 32 here"]
     rows = [record(index=i) for i in range(2)]
-    found = report.compare(rows, rows, "old") | {"settings": report.unlike(settings, other)}
-    assert "settings that differ: guidance: 4.0 there" in report.comparison_table(found)
+    found = compare.compare(rows, rows, "old") | {"settings": compare.differing_settings(settings, other)}
+    assert "settings that differ: guidance: 4.0 there" in compare.comparison_table(found)
 
 
 def test_one_instruction_at_two_places_is_two_rows():
     here = [record(index=i, instruction="the same", psnr=10.0 * (i + 1)) for i in range(2)]
     there = [record(index=i, instruction="the same", psnr=1.0 * (i + 1)) for i in range(2)]
-    found = report.compare(here, there[::-1], "old")["files"]["a"]["psnr"]
+    found = compare.compare(here, there[::-1], "old")["files"]["a"]["psnr"]
     assert found["n"] == 2 and found["mean"] == pytest.approx((9 + 18) / 2) and found["sem"] == pytest.approx(4.5)
 
 
 def test_the_table_shows_what_there_is_and_explains_it():
-    text = report.table(report.aggregates(ROWS))
+    text = report.aggregates_table(aggregate.aggregates(ROWS))
     lines = text.splitlines()
     head = lines[0].split()
     assert head == ["rows", "broken", "unscored", *AXES, "mean", "best", "PSNR", "VAE", "gap", "present", "new", "off",
@@ -144,11 +147,11 @@ def test_the_table_shows_what_there_is_and_explains_it():
     assert len({len(line) for line in lines if line.startswith(("a", "b"))} | {len(lines[0])}) <= 3
     assert "  10 pictures" in text and "  1 picture " in text and "  move" in text
     assert "unscored: the reward failed" in text and "best:" in text
-    bare = report.table(
-        report.aggregates([{k: v for k, v in record(score=None).items() if k not in ("psnr", "bound")}])
+    bare = report.aggregates_table(
+        aggregate.aggregates([{k: v for k, v in record(score=None).items() if k not in ("psnr", "bound")}])
     )
     assert bare.splitlines()[0].split() == ["rows"], "nothing is known but how many"
-    failed = report.table(report.aggregates([broken()]))
+    failed = report.aggregates_table(aggregate.aggregates([broken()]))
     assert failed.splitlines()[0].split() == ["rows", "broken"]
 
 
@@ -156,36 +159,36 @@ def test_paired_differences_take_the_same_rows():
     here = [record(index=i, score=5.0 + i, psnr=20.0) for i in range(3)] + [record("b"), broken(index=5)]
     there = [record(index=i, score=4.0, psnr=22.0) for i in range(3)]
     there.append({**record("b"), "instruction": "another"})
-    found = report.compare(here, there, "old")
+    found = compare.compare(here, there, "old")
     assert found["against"] == "old" and found["unmatched"] == 2 and list(found["files"]) == ["a"]
     part = found["files"]["a"]
     assert part["rows"] == 3 and part["mean"] == {"n": 3, "mean": 2.0, "sem": pytest.approx(math.sqrt(1 / 3))}
     assert part["psnr"] == {"n": 3, "mean": -2.0, "sem": 0.0} and "present" not in part
-    text = report.comparison_table(found)
+    text = compare.comparison_table(found)
     assert "+2.00 ±0.58" in text and "-2.00 ±0.00" in text and "2 rows are in this evaluation alone" in text
-    here[0]["objects"], there[0]["objects"] = [thing(True, 0.0), thing(True, 0.0)], [thing(True, 0.0), thing(False)]
-    assert report.compare(here, there, "old")["files"]["a"]["present"] == {"n": 1, "mean": 0.5, "sem": None}
+    here[0]["objects"], there[0]["objects"] = [placed(True, 0.0), placed(True, 0.0)], [placed(True, 0.0), placed(False)]
+    assert compare.compare(here, there, "old")["files"]["a"]["present"] == {"n": 1, "mean": 0.5, "sem": None}
     del there[1]["scores"]
-    assert report.compare(here, there, "old")["files"]["a"]["mean"]["n"] == 2
+    assert compare.compare(here, there, "old")["files"]["a"]["mean"]["n"] == 2
 
 
 def test_what_cannot_be_compared():
     rows = [record()]
     with pytest.raises(ValueError, match="no rows of old are the same"):
-        report.compare(rows, [record("b")], "old")
+        compare.compare(rows, [record("b")], "old")
     with pytest.raises(ValueError, match="no rows of old are the same"):
-        report.compare(rows, [{**record(), "error": "broken"}], "old")
+        compare.compare(rows, [{**record(), "error": "broken"}], "old")
     with pytest.raises(ValueError, match=r"a 0 is 64x48 pixels here and 32x32 in old.*--target-side"):
-        report.compare(rows, [record(size=[32, 32])], "old")
+        compare.compare(rows, [record(size=[32, 32])], "old")
     settings = {"seed": 1, "steps": 8, "reward": "scene"}
-    report.check_comparable(settings, {**settings, "model": "another"})
-    report.check_comparable(settings, {**settings, "seed": None, "steps": None})  # a baseline that runs no model
+    compare.check_comparable(settings, {**settings, "model": "another"})
+    compare.check_comparable(settings, {**settings, "seed": None, "steps": None})  # a baseline that runs no model
     with pytest.raises(ValueError, match="judge is"):
-        report.check_comparable({**settings, "judge": {"model": "a"}}, {**settings, "judge": {"model": "b"}})
+        compare.check_comparable({**settings, "judge": {"model": "a"}}, {**settings, "judge": {"model": "b"}})
     with pytest.raises(ValueError, match="seed is 1 here and 2 there; steps is 8 here and 50 there"):
-        report.check_comparable(settings, {**settings, "seed": 2, "steps": 50})
+        compare.check_comparable(settings, {**settings, "seed": 2, "steps": 50})
     with pytest.raises(ValueError, match="reward is 'scene' here and 'judge' there"):
-        report.check_comparable(settings, {**settings, "reward": "judge"})
+        compare.check_comparable(settings, {**settings, "reward": "judge"})
 
 
 @pytest.mark.parametrize(
@@ -202,7 +205,7 @@ def test_results_that_cannot_be_read(tmp_path, content, reason):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     with pytest.raises(ValueError, match=reason):
-        report.read_results(tmp_path)
+        compare.read_results(tmp_path)
 
 
 def test_the_sheet_has_a_line_a_row():

@@ -24,7 +24,8 @@ from typing import Any, Literal
 
 from uniref_fast import __version__
 from uniref_fast import flags as configs
-from uniref_fast.evaluation import report as benchmark_report
+from uniref_fast.evaluation.compare import comparison_table
+from uniref_fast.evaluation.report import aggregates_table
 from uniref_fast.files import write_whole
 from uniref_fast.training.core.processes import signal_at_parent_end
 from uniref_fast.training.core.recipe import Recipe
@@ -210,9 +211,9 @@ def report(out: Path, names: Sequence[str]) -> None:
         results = json.loads((out / "eval" / name / "results.json").read_text())
         kept = {key: results[key] for key in ("settings", "versions", "aggregates", "comparison")}
         found["evaluations"][name] = kept
-        lines += [f"== {name}", benchmark_report.table(kept["aggregates"])]
+        lines += [f"== {name}", aggregates_table(kept["aggregates"])]
         if kept["comparison"] is not None:
-            lines.append(benchmark_report.comparison_table(kept["comparison"]))
+            lines.append(comparison_table(kept["comparison"]))
     print("\n".join(lines))
     write_whole(out / "report.json", lambda file: file.write((json.dumps(found, indent=1) + "\n").encode()))
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from uniref_fast import builtin
 from uniref_fast import flags as configs
-from uniref_fast.evaluation import report
+from uniref_fast.evaluation.compare import comparison_table
 from uniref_fast.evaluation.config import EvalConfig
+from uniref_fast.evaluation.report import aggregates_table
 from uniref_fast.loading import LORA_HELP
 from uniref_fast.rewards.config import JudgeConfig
 
@@ -111,21 +112,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, Any]]) -> str:
-    parts = [report.table(results["aggregates"], results["overall"])]
+    sections = [aggregates_table(results["aggregates"], results["overall"])]
     if results["comparison"] is not None:
-        parts.append(report.comparison_table(results["comparison"]))
+        sections.append(comparison_table(results["comparison"]))
     if broken:
         lines = [f"  {row['where']}: {row['error']}" for row in broken[:SHOWN]]
         more = [f"  and {len(broken) - SHOWN} more"] if len(broken) > SHOWN else []
-        parts.append("\n".join(["rows that could not be evaluated", *lines, *more]))
+        sections.append("\n".join(["rows that could not be evaluated", *lines, *more]))
     if results["left_out"]:
         lines = [f"  {name}: {reason}" for name, reason in results["left_out"][:SHOWN]]
         more = [f"  and {len(results['left_out']) - SHOWN} more"] if len(results["left_out"]) > SHOWN else []
-        parts.append("\n".join(["files or members that hold no rows", *lines, *more]))
+        sections.append("\n".join(["files or members that hold no rows", *lines, *more]))
     if config.model == "builtin" and not (config.initial or config.lora) and builtin.weights_status() == "untrained":
-        parts.append("the built-in weights are untrained: what they make is noise")
-    parts.append(f"results  {config.out / 'results.json'}")
-    return "\n\n".join(parts)
+        sections.append("the built-in weights are untrained: what they make is noise")
+    sections.append(f"results  {config.out / 'results.json'}")
+    return "\n\n".join(sections)
 
 
 def _judge_fields() -> list[str]:

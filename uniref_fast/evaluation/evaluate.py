@@ -1,12 +1,12 @@
-"""How good a model is on rows it has not seen: `uniref-fast eval heldout_objects.jsonl --model builtin --out results/`.
+"""Evaluation of a model on held-out rows: `uniref-fast eval heldout_objects.jsonl --model builtin --out results/`.
 
     results = evaluate(EvalConfig((Path("heldout_objects.jsonl"),), Path("results"), initial=(Path("runs/mine"),)))
     results["aggregates"]["heldout_objects"]["all"]["scores"]["mean"]  # {"n": 64, "mean": 7.1, "sem": 0.2}
 
-Each row is edited with noise that follows from the seed and the row, the same for every model, so that differences of
-two evaluations can be taken row by row. Made data is scored exactly, by the scene reward; anything else by a judge that
-is asked for. The folder gets `rows.jsonl` while it works, and `results.json`, `images/FILE/INDEX.png` and `grid.png`;
-an evaluation that was stopped goes on with the same settings.
+The noise of a row follows from the seed and the row. It is the same for every model, so that two evaluations can be
+compared row by row. Synthetic rows are scored exactly, by the scene reward; other rows can be scored by a judge. While
+the evaluation works it appends to `rows.jsonl`; at the end it writes `results.json` and `grid.png`. Images are in
+`images/FILE/INDEX.png`. An interrupted evaluation continues when it is started with the same settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import os
 import platform
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,13 @@ from uniref_fast.adapters import check_adapters
 from uniref_fast.data.dataset import Dataset, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.edit import edit
+from uniref_fast.evaluation import compare, report
 from uniref_fast.evaluation import model as models
-from uniref_fast.evaluation import report
+from uniref_fast.evaluation.aggregate import aggregates, breakdown
 from uniref_fast.evaluation.config import EvalConfig
 from uniref_fast.evaluation.journal import Journal
-from uniref_fast.evaluation.metrics import judged, measured, scored, through_vae
-from uniref_fast.evaluation.requests import Planned, files_of, plan, refusal
+from uniref_fast.evaluation.metrics import measure, own_reward_record, reward_record, through_vae
+from uniref_fast.evaluation.requests import EvalRequest, encoder_refusal, eval_request, input_baseline, rows_by_file
 from uniref_fast.files import write_whole
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.request import EditRequest, image_areas, validated
@@ -45,31 +46,34 @@ from uniref_fast.rewards.functions import reward_function
 from uniref_fast.rewards.judge import Judge
 from uniref_fast.rewards.log import PASSING
 from uniref_fast.rewards.types import Candidate, Failure, Scores
-from uniref_fast.scenes.scene import crop_box
 
 __all__ = ["EvalConfig", "evaluate"]
 
-GREY = (128, 128, 128)
-JUDGED_BY = ("model", "temperature", "seed", "max_tokens", "samples", "max_side", "json_mode")  # what may change scores
+# Settings of the judge that may change its scores.
+JUDGE_SETTINGS = ("model", "temperature", "seed", "max_tokens", "samples", "max_side", "json_mode")
 
 
 def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
-    """Evaluate, or go on with it, and write the folder.
+    """Evaluate a model and write the results into a folder, or continue an evaluation that was interrupted.
 
     Args:
-        config: what and how.
-        progress: show a bar on stderr.
+        config: The model, the data, the reward and the folder.
+        progress: Show a progress bar on stderr.
 
     Returns:
-        What `results.json` holds: "settings", "versions", "aggregates" (see `benchmark_report.aggregates`), "overall"
-        (the same of all files as one), "comparison" (see `benchmark_report.compare`; None without `against`, now or
-        before), "rows", of which those that cannot be evaluated have an "error", and "left_out", files without rows.
+        The content of `results.json`:
+            "settings", "versions": Settings that may change the results, and versions of the libraries.
+            "aggregates", "overall": Means by file, and of all files together, see `aggregate.breakdown`.
+            "comparison": Differences to another evaluation, see `compare.compare`; None if none was given, now or in
+                an earlier call.
+            "rows": Records of the rows; those of rows that cannot be evaluated have an "error".
+            "left_out": Files without rows, and why they are left out.
 
     Raises:
-        ValueError, TypeError: for what the caller can put right.
-        OSError: when the results cannot be written.
+        ValueError, TypeError: The configuration or the data are wrong; the message says what to change.
+        OSError: The results cannot be written.
     """
-    return _Evaluation(config).results(progress)
+    return _Evaluation(config).run(progress)
 
 
 class _Evaluation:
@@ -78,69 +82,70 @@ class _Evaluation:
         for path in config.data:
             if path.is_dir() and config.out.resolve().is_relative_to(path.resolve()):
                 raise ValueError(
-                    f"out {config.out} lies in {path}, where its files would be taken for rows; name another"
+                    f"out {config.out} is inside the data folder {path}, where its files would be read as rows; name "
+                    "another folder"
                 )
         self.device, self.dtype = models.on_device(config.device, config.dtype)
         self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
-        self.files = files_of(self.dataset, config.limit, config.language)
+        self.files = rows_by_file(self.dataset, config.limit, config.language)
         models.check_runs(config.initial, config.model)
         self.adapters = config.adapters
         check_adapters(self.adapters, config.model, config.initial)
         self.own = {name: reward_function(name) for name in config.rewards}
-        self.reward = config.reward or self._usual_reward()
+        self.reward = config.reward or self._default_reward()
         if config.reward == "scene":
-            self._all_have_scenes()
+            self._check_scenes()
         self.settings = self._settings()
-        self._seen: set[tuple[str, int]] = set()  # whose images can be read
-        self.other = None if config.against is None else report.read_results(config.against)
+        self._readable: set[tuple[str, int]] = set()  # rows whose results are on the disk and can be read
+        self.other = None if config.against is None else compare.read_results(config.against)
         if self.other is not None:
-            self.files_there = report.same_files(self.settings, self.other["settings"])
+            self.files_there = compare.matching_files(self.settings, self.other["settings"])
             self._check_against(self.other)
         _writable(config.out)
         self.journal = Journal(config.out, self.settings)
 
-    def results(self, progress: bool) -> dict[str, Any]:
+    def run(self, progress: bool) -> dict[str, Any]:
         with contextlib.closing(self.journal):
-            worked = any(self._open(label, numbers) for label, numbers in self.files.items())
-            if worked:
-                self._work(progress)
+            unfinished = any(self._unfinished(label, range(len(numbers))) for label, numbers in self.files.items())
+            if unfinished:
+                self._evaluate_rows(progress)
         rows = [self.journal.rows[label, i] for label, numbers in self.files.items() for i in range(len(numbers))]
-        made: dict[str, Any] = {
-            "format": report.FORMAT,
+        results: dict[str, Any] = {
+            "format": compare.FORMAT,
             "settings": self.settings,
             "versions": _versions(),
-            "aggregates": report.aggregates(rows),
-            "overall": report.parts(rows),
-            "comparison": None if worked else self._earlier_comparison(),
+            "aggregates": aggregates(rows),
+            "overall": breakdown(rows),
+            "comparison": None if unfinished else self._earlier_comparison(),
             "rows": rows,
             "left_out": [list(one) for one in self.dataset.left_out],
         }
-        self._write(made)
-        if self.config.grid and (shown := list(self._shown())):
+        self._write(results)
+        if self.config.grid and (shown := list(self._grid_rows())):
             sheet = report.sheet(shown)
             write_whole(self.config.out / "grid.png", lambda file: sheet.save(file, "PNG"))
-        if self.other is not None:  # after what cost the time is safe
-            differing = report.unlike(self.settings, self.other["settings"])
-            compared = report.compare(rows, self.other["rows"], str(self.config.against), self.files_there)
-            made["comparison"] = compared | {"settings": differing}
-            self._write(made)
-        return made
+        if self.other is not None:  # last, so that an error here costs no results
+            differing = compare.differing_settings(self.settings, self.other["settings"])
+            compared = compare.compare(rows, self.other["rows"], str(self.config.against), self.files_there)
+            results["comparison"] = compared | {"settings": differing}
+            self._write(results)
+        return results
 
-    def _write(self, made: dict[str, Any]) -> None:
-        text = json.dumps(made, indent=1, allow_nan=False)
+    def _write(self, results: dict[str, Any]) -> None:
+        text = json.dumps(results, indent=1, allow_nan=False)
         write_whole(self.config.out / "results.json", lambda file: file.write(text.encode()))
 
     def _earlier_comparison(self) -> Any:
-        """Of the same rows, made by an earlier call."""
+        """Return the comparison that an earlier call wrote for the same rows, or None."""
         try:
             return json.loads((self.config.out / "results.json").read_bytes())["comparison"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    # ---- before the work ----
+    # ---- checks before the work ----
 
-    def _usual_reward(self) -> str:
-        """By the first row of each file that can be read."""
+    def _default_reward(self) -> str:
+        """Return "scene" if the first readable row of a file has a scene and a target, else "none"."""
         for numbers in self.files.values():
             for number in numbers:
                 with contextlib.suppress(RowError):
@@ -150,19 +155,20 @@ class _Evaluation:
                     break
         return "none"
 
-    def _all_have_scenes(self) -> None:
+    def _check_scenes(self) -> None:
+        """Raise ValueError if a row has no scene or no target, which the scene reward needs."""
         for numbers in self.files.values():
             for number in numbers:
                 with contextlib.suppress(RowError):
                     row = self.dataset[number]
                     if lacking := [name for name in ("scene", "target") if getattr(row, name) is None]:
                         raise ValueError(
-                            f"{row.where} has no {lacking[0]}; the scene reward needs rows as `uniref-fast data make` "
-                            "writes them; use the judge, or none"
+                            f"{row.where} has no {lacking[0]}; the scene reward needs rows of `uniref-fast data make`; "
+                            "use --reward judge or --reward none"
                         )
 
     def _settings(self) -> dict[str, Any]:
-        """All that may change results."""
+        """Return all settings that may change the results."""
         config, judge = self.config, self.config.judge
         return {
             "files": {label: len(numbers) for label, numbers in self.files.items()},
@@ -173,7 +179,7 @@ class _Evaluation:
             "weights": models.files_digest(config.model, config.initial, self.adapters),
             "baseline": config.baseline,
             "reward": self.reward,
-            "judge": {name: getattr(judge, name) for name in JUDGED_BY} if self.reward == "judge" else None,
+            "judge": {name: getattr(judge, name) for name in JUDGE_SETTINGS} if self.reward == "judge" else None,
             "steps": config.all_steps if config.runs_model else None,
             "guidance": config.scale if config.runs_model else None,
             "budget": config.budget,
@@ -189,50 +195,48 @@ class _Evaluation:
         }
 
     def _check_against(self, other: dict[str, Any]) -> None:
-        """Now rather than after hours."""
-        report.check_comparable(self.settings, other["settings"])
-        known = {report.identity(row) for row in other["rows"]}
+        """Check before the work that the evaluations can be compared after it."""
+        compare.check_comparable(self.settings, other["settings"])
+        compare.check_common_rows(self._readable_rows(), other["rows"], self.files_there, str(self.config.against))
+
+    def _readable_rows(self) -> Iterator[dict[str, Any]]:
         for label, numbers in self.files.items():
             for i, number in enumerate(numbers):
                 with contextlib.suppress(RowError):
-                    row = {
-                        "file": self.files_there.get(label),
-                        "index": i,
-                        "instruction": self.dataset[number].instruction,
-                    }
-                    if report.identity(row) in known:
-                        return
-        raise ValueError(f"no rows of {self.config.against} are the same as here (file, index and instruction)")
+                    yield {"file": label, "index": i, "instruction": self.dataset[number].instruction}
 
     # ---- the work ----
 
-    def _open(self, label: str, numbers: Sequence[int]) -> list[int]:
-        """Indices of the rows that are not done."""
-        return [i for i in range(len(numbers)) if not self._is_done(label, i)]
+    def _unfinished(self, label: str, indices: Sequence[int]) -> list[int]:
+        """Return the indices of rows that are to be evaluated."""
+        return [i for i in indices if not self._is_finished(label, i)]
 
-    def _is_done(self, label: str, i: int) -> bool:
-        """A row that could not be read may be mended meanwhile, and a judge that was away may be back."""
-        record = self.journal.rows.get((label, i), {"error": "not yet"})
+    def _is_finished(self, label: str, i: int) -> bool:
+        """Return True if a row has its final record and its image.
+
+        Rows that could not be read may have been repaired, and a judge that did not answer may answer now.
+        """
+        record = self.journal.rows.get((label, i), {"error": "not evaluated"})
         if "error" in record or record.get("failure", {}).get("kind") in PASSING:
             return False
-        return self._made_already(label, i)
+        return self._has_image(label, i)
 
-    def _made_already(self, label: str, i: int) -> bool:
-        """Also not where what is there is no picture: it is made again."""
-        if (label, i) in self._seen:
+    def _has_image(self, label: str, i: int) -> bool:
+        """Return True if a row's result exists; if the file is not a readable image, it is generated again."""
+        if (label, i) in self._readable:
             return True
         try:
-            self._read(label, i)
+            self._read_image(label, i)
         except ValueError:
             return False
-        self._seen.add((label, i))
+        self._readable.add((label, i))
         return True
 
-    def _work(self, progress: bool) -> None:
+    def _evaluate_rows(self, progress: bool) -> None:
         from tqdm import tqdm
 
         config = self.config
-        total = sum(len(self._open(label, numbers)) for label, numbers in self.files.items())
+        total = sum(len(self._unfinished(label, range(len(numbers)))) for label, numbers in self.files.items())
         with contextlib.ExitStack() as stack:
             judge = None
             if self.reward == "judge":
@@ -244,10 +248,11 @@ class _Evaluation:
             bar = stack.enter_context(tqdm(total=total, desc="rows", unit="row", disable=None if progress else True))
             waiting: deque[list[tuple[dict[str, Any], Future[Scores | Failure] | None]]] = deque()
             for label, numbers in self.files.items():
-                for first in range(0, len(numbers), config.batch):  # the same packs however often it is stopped
+                # A batch has the same rows, and so the same packs, however often the evaluation is interrupted.
+                for first in range(0, len(numbers), config.batch):
                     indices = range(first, min(first + config.batch, len(numbers)))
-                    waiting.append([self._scored(judge, *one) for one in self._made(label, indices)])
-                    if judge is None or len(waiting) > 1:  # a judge works on these while the next are made
+                    waiting.append([self._score(judge, *one) for one in self._edit_batch(label, indices)])
+                    if judge is None or len(waiting) > 1:  # the judge scores one batch while the next is edited
                         self._keep(waiting.popleft(), bar)
             while waiting:
                 self._keep(waiting.popleft(), bar)
@@ -261,34 +266,34 @@ class _Evaluation:
         self.target_side = config.target_side or math.isqrt(image_areas(self.pipe)[-1])
         self.journal.check_weights(models.weights_digest(self.pipe))
 
-    def _made(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], Planned | None]]:
-        """Open rows of a batch: the beginnings of their records, and their plans; those that cannot be read without.
+    def _edit_batch(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], EvalRequest | None]]:
+        """Generate the images of a batch and yield the beginning of each unfinished row's record with its request.
 
-        All rows of the batch are edited when one has no image yet.
+        The request is None if the row cannot be evaluated. All rows of the batch are edited if one of them lacks its
+        image, because the packs of the batch must not depend on interruptions.
         """
-        numbers, plans, records = self.files[label], {}, {}
-        to_do = [i for i in indices if not self._is_done(label, i)]
-        for i in indices if to_do else ():
+        numbers, requests, records = self.files[label], {}, {}
+        unfinished = self._unfinished(label, indices)
+        for i in indices if unfinished else ():
             records[i] = {"file": label, "index": i, "where": self.dataset.where(numbers[i])}
             try:
-                plans[i] = self._plan(label, i)
+                requests[i] = self._request(label, i)
             except ValueError as error:
-                reason = error.reason if isinstance(error, RowError) else str(error)
-                records[i]["error"] = reason
-        lacking = [i for i in plans if i in to_do and not self._made_already(label, i)]
-        if lacking:
-            for i, image in self._edited(plans, records).items():
-                if i in lacking:
-                    write_whole(self._image(label, i), functools.partial(image.save, format="PNG"))
-        for i in to_do:
-            yield records[i], plans.get(i)
+                records[i]["error"] = error.reason if isinstance(error, RowError) else str(error)
+        missing = [i for i in requests if i in unfinished and not self._has_image(label, i)]
+        if missing:
+            for i, image in self._edit(requests, records).items():
+                if i in missing:
+                    write_whole(self._image_path(label, i), functools.partial(image.save, format="PNG"))
+        for i in unfinished:
+            yield records[i], requests.get(i)
 
-    def _plan(self, label: str, i: int) -> Planned:
+    def _request(self, label: str, i: int) -> EvalRequest:
         config = self.config
-        planned = plan(
+        request = eval_request(
             self.pipe,
             self.dataset[self.files[label][i]],
-            (report.file_name(label), i),
+            (compare.file_name(label), i),
             target_side=self.target_side,
             budget=None if config.budget is None else config.budget**2,
             seed=config.seed,
@@ -296,109 +301,105 @@ class _Evaluation:
             guidance=config.scale,
             size=config.size,
         )
-        if config.baseline == "vae" and planned.target is None:
+        if config.baseline == "vae" and request.target is None:
             raise ValueError("no target picture, which the baseline vae needs")
-        return planned
+        return request
 
-    def _edited(self, plans: dict[int, Planned], records: dict[int, dict[str, Any]]) -> dict[int, Image.Image]:
-        """Results of the plans; those that the text encoder refuses leave the plans, with the reason as their error."""
+    def _edit(self, requests: dict[int, EvalRequest], records: dict[int, dict[str, Any]]) -> dict[int, Image.Image]:
+        """Return the images of the requests.
+
+        Requests that the text encoder refuses are taken out of `requests`, and the reason is written to their records.
+        """
         try:
-            return dict(zip(plans, self._images(list(plans.values())), strict=True))
+            return dict(zip(requests, self._images(list(requests.values())), strict=True))
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError):
-            refused = {i: reason for i, planned in plans.items() if (reason := refusal(self.pipe, planned))}
+            refused = {i: reason for i, one in requests.items() if (reason := encoder_refusal(self.pipe, one))}
             if not refused:
                 raise
         for i, reason in refused.items():
             records[i]["error"] = reason
-            del plans[i]
-        return self._edited(plans, records) if plans else {}
+            del requests[i]
+        return self._edit(requests, records) if requests else {}
 
-    def _images(self, plans: Sequence[Planned]) -> list[Image.Image]:
+    def _images(self, requests: Sequence[EvalRequest]) -> list[Image.Image]:
         config = self.config
         if config.baseline == "input":
-            return [_pasted(planned) for planned in plans]
+            return [input_baseline(one) for one in requests]
         if config.baseline == "vae":
-            return [through_vae(self.pipe, planned.target) for planned in plans if planned.target is not None]
+            return [through_vae(self.pipe, one.target) for one in requests if one.target is not None]
         budget = None if config.budget is None else config.budget**2
-        requests = [planned.request for planned in plans]
-        return edit(self.pipe, requests, budget=budget, max_tokens=config.pack_tokens,
-                    visibility=config.resolve_visibility(), progress=False)  # fmt: skip
+        return edit(
+            self.pipe,
+            [one.request for one in requests],
+            budget=budget,
+            max_tokens=config.pack_tokens,
+            visibility=config.resolve_visibility(),
+            progress=False,
+        )
 
-    def _image(self, label: str, i: int) -> Path:
+    def _image_path(self, label: str, i: int) -> Path:
         return self.config.out / "images" / label / f"{i}.png"
 
-    def _read(self, label: str, i: int) -> Image.Image:
-        """The picture that was made. Raises ValueError without one that can be read."""
-        path = self._image(label, i)
+    def _read_image(self, label: str, i: int) -> Image.Image:
+        """Return the result of a row. Raises ValueError if there is no image that can be read."""
+        path = self._image_path(label, i)
         return ImageSource(str(path), path).load()
 
-    def _scored(
-        self, judge: Judge | None, record: dict[str, Any], planned: Planned | None
+    def _score(
+        self, judge: Judge | None, record: dict[str, Any], request: EvalRequest | None
     ) -> tuple[dict[str, Any], Future[Scores | Failure] | None]:
-        """The record with its measures, and what the judge will say."""
-        if planned is None:
+        """Return the record with its measures, and the future of the judge's scores if there is a judge."""
+        if request is None:
             return record, None
-        row, (label, i) = planned.row, (record["file"], record["index"])
-        made = self._read(label, i)
+        row, (label, i) = request.row, (record["file"], record["index"])
+        image = self._read_image(label, i)
         record |= {
             "instruction": row.instruction,
             "task": row.task_type or "none",
             **{name: value for name in ("key", "language") if (value := getattr(row, name)) is not None},
             "references": len(row.references),
-            "size": list(made.size),
-            "seed": planned.request.seed if self.config.runs_model else None,
+            "size": list(image.size),
+            "seed": request.request.seed if self.config.runs_model else None,
         }
-        bound = None if planned.target is None else through_vae(self.pipe, planned.target)
+        bound = None if request.target is None else through_vae(self.pipe, request.target)
         try:
-            record |= measured(planned, made, bound, self.reward == "scene")
+            record |= measure(request, image, bound, self.reward == "scene")
         except ValueError as error:
             return {**record, "error": error.reason if isinstance(error, RowError) else str(error)}, None
         key = (list(self.files).index(label), i)
-        candidate = Candidate(key, row.instruction, tuple(planned.request.images), made, row)
+        candidate = Candidate(key, row.instruction, tuple(request.request.images), image, row)
         if self.own:
-            record["own"] = {name: scored(reward(candidate)) for name, reward in self.own.items()}
+            record["own"] = {name: own_reward_record(reward(candidate)) for name, reward in self.own.items()}
         return record, None if judge is None else judge.submit(candidate, step=0)
 
-    def _keep(self, done: Sequence[tuple[dict[str, Any], Future[Scores | Failure] | None]], bar: Any) -> None:
-        for record, future in done:
-            self.journal.add(record if future is None else record | judged(future.result()))
+    def _keep(self, batch: Sequence[tuple[dict[str, Any], Future[Scores | Failure] | None]], bar: Any) -> None:
+        for record, future in batch:
+            self.journal.add(record if future is None else record | reward_record(future.result()))
             bar.update()
 
-    def _shown(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Image.Image]]]]:
-        """The first rows of each file with their pictures: made, target, references."""
+    def _grid_rows(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Image.Image]]]]:
+        """Yield the first rows of each file with their images: result, target, references."""
         for label, numbers in self.files.items():
             whole = [i for i in range(len(numbers)) if "error" not in self.journal.rows[label, i]]
             for i in whole[: self.config.grid]:
                 row = self.dataset[numbers[i]]
-                pictures = [("made", self._read(label, i))]
+                images = [("result", self._read_image(label, i))]
                 if row.target is not None:
-                    pictures.append(("target", row.target.load()))
-                pictures += [(f"picture {k}", source.load()) for k, source in enumerate(row.references, start=1)]
-                yield self.journal.rows[label, i], pictures
-
-
-def _pasted(planned: Planned) -> Image.Image:
-    """What there is before anything is done: the picture whose background is asked for, cropped to the result's aspect
-    ratio."""
-    images = planned.request.images
-    if not images:
-        return Image.new("RGB", planned.size, GREY)
-    ground = (planned.row.scene or {}).get("background")
-    number = ground.get("picture") if isinstance(ground, Mapping) else None
-    picture = images[number - 1 if isinstance(number, int) and 0 < number <= len(images) else 0]
-    return picture.resize(planned.size, Image.Resampling.LANCZOS, box=crop_box(picture.size, planned.size))
+                    images.append(("target", row.target.load()))
+                images += [(f"picture {k}", source.load()) for k, source in enumerate(row.references, start=1)]
+                yield self.journal.rows[label, i], images
 
 
 def _writable(folder: Path) -> None:
-    """Make the folder; fail before the work when results could not be written after it."""
+    """Create the folder; raise ValueError before the work if the results could not be written after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"out {folder} cannot be made: {error.strerror}; name a folder that can be") from error
+        raise ValueError(f"out {folder} cannot be created: {error.strerror}; name another folder") from error
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"out {folder} cannot be written to; name a folder that can")
+        raise ValueError(f"out {folder} is not writable; name another folder")
 
 
 def _versions() -> dict[str, str]:

@@ -1,4 +1,7 @@
-"""What an evaluation has done so far: `rows.jsonl`, a line for each row, synced, after a line with the settings."""
+"""Journal of an evaluation: `rows.jsonl`, with a line for the settings and then a line for each evaluated row.
+
+Each line is on the disk before the next row is evaluated, so that an interrupted evaluation can continue.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,14 @@ __all__ = ["Journal", "differing"]
 
 
 class Journal:
-    """Opens or begins a journal; a last line that a kill has cut is taken out.
+    """The journal of a folder, opened or begun; an incomplete last line, left by a kill, is removed.
 
     Attributes:
-        rows: records by (file, index); of several about one row the last.
+        rows: Records by (file, index); the last one if a row has several.
 
     Raises:
-        ValueError: the folder holds other things, or an evaluation with other settings; or a line is damaged.
-        OSError: when it cannot be written.
+        ValueError: The folder holds other files or an evaluation with other settings, or a line is damaged.
+        OSError: The journal cannot be written.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -29,7 +32,7 @@ class Journal:
         self.rows: dict[tuple[str, int], dict[str, Any]] = {}
         self._weights: str | None = None
         if not self.path.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no evaluation; give a new or an empty folder")
+            raise ValueError(f"{folder} is not empty and holds no evaluation; name a new or an empty folder")
         self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
         try:
             self._begin(folder, settings)
@@ -41,36 +44,36 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another evaluation is writing {folder}; wait for it, or give another folder") from None
+            raise ValueError(f"another evaluation is writing {folder}; wait for it, or name another folder") from None
         lines = self._lines()
         begun = bool(lines) and (any("row" in line for line in lines) or (folder / "images").exists())
         if begun:
             changed = differing(lines[0]["settings"], settings)
             if changed:
                 raise ValueError(
-                    f"{folder} holds an evaluation with other settings: {'; '.join(changed)}; give the same ones to go "
-                    "on with it, or another folder"
+                    f"{folder} holds an evaluation with other settings: {'; '.join(changed)}; give the same "
+                    "settings to continue it, or name another folder"
                 )
             for line in lines[1:]:
                 self._weights = line.get("weights", self._weights)
                 if "row" in line:
                     self._take(line["row"])
-        if not begun:  # with nothing made, as after a wrong --model, it begins anew
+        if not begun:  # no row was evaluated, for example after a wrong --model
             self._file.truncate(0)
             self._append({"settings": settings})
 
     def check_weights(self, digest: str) -> None:
-        """Refuse to go on with a model that has changed since."""
+        """Raise ValueError if the evaluation was begun with other weights."""
         if self._weights not in (None, digest):
             raise ValueError(
-                f"the weights of the model have changed since {self.path.parent} was begun; give another folder"
+                f"the weights of the model have changed since {self.path.parent} was begun; name another folder"
             )
         if self._weights is None:
             self._append({"weights": digest})
             self._weights = digest
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep a row's record; it is on the disk when this returns."""
+        """Append a row's record; it is on the disk when this returns."""
         self._append({"row": record})
         self._take(record)
 
@@ -89,7 +92,9 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), end)
-            raise OSError(error.errno, f"a row could not be kept: {error.strerror}", str(self.path)) from error
+            raise OSError(
+                error.errno, f"the record of a row could not be written: {error.strerror}", str(self.path)
+            ) from error
 
     def _lines(self) -> list[dict[str, Any]]:
         content = self.path.read_bytes()
@@ -112,7 +117,7 @@ class Journal:
 
 
 def differing(before: Any, after: Any, name: str = "") -> list[str]:
-    """What changed between two JSON values, as "judge.model: 'a' -> 'b'"."""
+    """Return the differences between two JSON values, as "judge.model: 'a' -> 'b'"."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         keys = dict.fromkeys((*before, *after))
         return [line for key in keys for line in differing(before.get(key), after.get(key), f"{name}.{key}".strip("."))]

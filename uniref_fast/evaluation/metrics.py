@@ -1,4 +1,4 @@
-"""Measures of a made image: against the exact answer, by a reward, and what the autoencoder alone would allow."""
+"""Measures of a generated image: PSNR against the target, scores of a reward, and the bound set by the autoencoder."""
 
 from __future__ import annotations
 
@@ -10,55 +10,56 @@ import torch
 from PIL import Image
 
 from uniref_fast.encode import decode_image, image_latents
-from uniref_fast.evaluation.requests import Planned
+from uniref_fast.evaluation.requests import EvalRequest
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.rewards.scene import SceneDetails, scene_details
 from uniref_fast.rewards.types import AXES, Failure, Scores
 
-__all__ = ["judged", "measured", "psnr", "scored", "through_vae"]
+__all__ = ["measure", "own_reward_record", "psnr", "reward_record", "through_vae"]
 
-ROUNDING = 1 / 12  # mean squared error of rounding to 8 bits: what two equal images are taken to differ by
+ROUNDING = 1 / 12  # mean squared error of rounding to 8 bits: the least error that is assumed
 
 
-def psnr(made: Image.Image, wanted: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images of one size, dB; at most 58.9, as for equal ones."""
-    error = np.asarray(made, np.float64) - np.asarray(wanted, np.float64)
+def psnr(image: Image.Image, target: Image.Image) -> float:
+    """Return the peak signal-to-noise ratio of two RGB images of one size in dB; 58.9 for equal images."""
+    error = np.asarray(image, np.float64) - np.asarray(target, np.float64)
     return 10 * math.log10(255**2 / max(float((error**2).mean()), ROUNDING))
 
 
 @torch.no_grad()
 def through_vae(pipe: Any, image: Image.Image) -> Image.Image:
-    """An RGB image encoded and decoded by the pipeline's autoencoder, at its own size (multiples of 16 pixels)."""
+    """Encode and decode an RGB image with the pipeline's autoencoder, at its own size (multiples of 16 pixels)."""
     with single_frame(pipe.vae):
         return decode_image(pipe, image_latents(pipe, image, image.size)[None], image.size)
 
 
-def measured(planned: Planned, made: Image.Image, bound: Image.Image | None, scene: bool) -> dict[str, Any]:
-    """What there is to say about an image without a judge.
+def measure(request: EvalRequest, image: Image.Image, bound: Image.Image | None, scene_reward: bool) -> dict[str, Any]:
+    """Return the measures of an image that need no judge, as entries of its record.
 
     Args:
-        made: of the planned size.
-        bound: the target through the autoencoder, where there is a target.
-        scene: use the scene reward, where the row has a scene and a target.
+        request: The request that the image was generated for.
+        image: The result, of the request's size.
+        bound: The target through the autoencoder, or None without a target.
+        scene_reward: Use the scene reward, if the row has a scene and a target.
 
     Returns:
-        "psnr" and "bound": {"psnr"} with a target; with a scene also "scores", "objects", and both in "bound", or
-        "failure" instead. Scores are 0..10 by axis and their "mean".
+        "psnr" and "bound": {"psnr"} with a target. With a scene also "scores" and "objects", both in "bound" too, or
+        "failure" instead. Scores are 0 to 10 by axis, with their "mean".
 
     Raises:
-        ValueError: for a scene that is not what the data set's card says.
+        ValueError: The scene does not follow its schema.
     """
     record: dict[str, Any] = {}
-    if planned.target is None or bound is None:
+    if request.target is None or bound is None:
         return record
-    record["psnr"], record["bound"] = psnr(made, planned.target), {"psnr": psnr(bound, planned.target)}
-    if not scene or planned.row.scene is None:
+    record["psnr"], record["bound"] = psnr(image, request.target), {"psnr": psnr(bound, request.target)}
+    if not scene_reward or request.row.scene is None:
         return record
-    details, best = (scene_details(planned.row, image) for image in (made, bound))
+    details, best = (scene_details(request.row, one) for one in (image, bound))
     if isinstance(details, Failure) or isinstance(best, Failure):
-        return record | judged(details if isinstance(details, Failure) else best)  # type: ignore[arg-type]
-    record |= judged(Scores(details.axes))
-    record["bound"] |= judged(Scores(best.axes))
+        return record | reward_record(details if isinstance(details, Failure) else best)  # type: ignore[arg-type]
+    record |= reward_record(Scores(details.axes))
+    record["bound"] |= reward_record(Scores(best.axes))
     record["objects"], record["bound"]["objects"] = _objects(details), _objects(best)
     return record
 
@@ -67,20 +68,20 @@ def _objects(details: SceneDetails) -> list[dict[str, Any]]:
     return [
         {
             "artwork": one.artwork, "colour": one.colour, "kept": one.kept, "present": one.present,
-            "distance": one.distance if one.present else None,  # what is not there is nowhere
+            "distance": one.distance if one.present else None,  # an object that is not present has no place
             "likeness": one.likeness, "similarity": one.similarity,
         }
         for one in details.objects
     ]  # fmt: skip
 
 
-def scored(result: Scores | Failure) -> dict[str, Any]:
-    """Scores by whatever axes a reward of the user's own has, or the failure, as a record has them."""
-    return judged(result) if isinstance(result, Failure) else {"scores": dict(result.axes)}
+def own_reward_record(result: Scores | Failure) -> dict[str, Any]:
+    """Return the entries of a record for the result of your own reward, which may have any axes."""
+    return reward_record(result) if isinstance(result, Failure) else {"scores": dict(result.axes)}
 
 
-def judged(result: Scores | Failure) -> dict[str, Any]:
-    """Scores with their mean, or the failure, as a record has them."""
+def reward_record(result: Scores | Failure) -> dict[str, Any]:
+    """Return the entries of a record for the result of a reward: the scores with their mean, or the failure."""
     if isinstance(result, Failure):
         return {"failure": {"kind": result.kind, "reason": result.reason}}
     axes = {axis: float(result.axes[axis]) for axis in AXES}

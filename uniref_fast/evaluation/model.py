@@ -1,4 +1,4 @@
-"""The model that an evaluation measures: a pipeline by name, what training runs left put on top, or random weights."""
+"""Loading of the model to evaluate: a pipeline, with the weights of training runs and with adapters."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from uniref_fast.runs import base_run, read_field
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
 
-ENDS = 1 << 16  # bytes
+ENDS = 1 << 16  # bytes at the beginning and at the end of a weight file that a digest covers
 
 
 def on_device(device: str | None, dtype: str | None) -> tuple[str, str]:
-    """Device and dtype by name: CUDA where there is one, float32 on a CPU and bfloat16 elsewhere, unless given."""
+    """Return device and dtype by name; by default CUDA if available, float32 on a CPU and bfloat16 elsewhere."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         kind = torch.device(device).type
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
+        raise ValueError(f"device {device!r} is not available: PyTorch sees no CUDA device; use cpu")
     return device, dtype or ("float32" if kind == "cpu" else "bfloat16")
 
 
@@ -41,21 +41,22 @@ def load(
     dtype: str,
     adapters: Sequence[Adapter] = (),
 ) -> Any:
-    """A pipeline that is ready to edit.
+    """Load a pipeline that is ready to edit.
 
     Args:
         model: "builtin", a diffusers folder or a hub id.
-        runs: folders of training runs whose `transformer/` or `lora/` is put on top, in order.
-        untrained: the built-in model with the transformer that it has before any training, of seed 0.
-        device, dtype: see `on_device`.
-        adapters: put on top of all that, in order.
+        runs: Folders of training runs; their `transformer/` and `lora/` are applied in order.
+        untrained: Give the built-in model the transformer that it has before training, with seed 0.
+        device: Name of the device, see `on_device`.
+        dtype: Name of the dtype, see `on_device`.
+        adapters: Adapters that are applied after the runs, in order.
 
     Raises:
-        ValueError, TypeError: for what is not there, cannot be read, or does not fit together.
+        ValueError, TypeError: A folder is missing, cannot be read, or does not fit the model.
     """
     kind = getattr(torch, dtype)
     pipe = load_pipeline(model, kind, device)
-    if untrained:  # the autoencoder stays: it bounds what any transformer can reach
+    if untrained:  # keep the autoencoder, which bounds the PSNR of any transformer
         pipe.transformer = components.pipeline(0, kind).transformer.to(device)
     active: list[str] = []
     for run in runs:
@@ -74,8 +75,12 @@ def load(
 
 
 def check_runs(runs: tuple[Path, ...], model: str) -> None:
-    """Refuse folders that no run wrote, runs of another model where none is named, adapters without the transformer
-    that they were trained on, and those that count twice. Raises ValueError."""
+    """Check that the folders of training runs exist and fit together, without loading them.
+
+    Raises:
+        ValueError: A folder has no weights, was trained on another model, needs the transformer of another run, or
+            would be applied twice.
+    """
     for number, run in enumerate(runs):
         if not any((run / name).is_dir() for name in ("lora", "transformer")):
             raise ValueError(f"initial {run} has neither lora/ nor transformer/; give the folder of a finished run")
@@ -95,9 +100,9 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
 
 
 def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter] = ()) -> str:
-    """Changes when weight files of this machine do, of the model or of runs; without loading them.
+    """Return a digest of the local weight files of the model, the runs and the adapters, without loading them.
 
-    Names, sizes, and the first and last 64 KiB of each: training leaves none of these as they were.
+    It covers names, sizes, and the first and last 64 KiB of each file, which training always changes.
     """
     folders = [model_folder() if model == "builtin" else Path(model)]
     folders += [run / part for run in runs for part in ("transformer", "lora")]
@@ -116,5 +121,5 @@ def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter]
 
 
 def weights_digest(pipe: Any) -> str:
-    """Changes when any part of the model does."""
+    """Return a digest of all weights of the pipeline."""
     return content_key(*(fingerprint(part) for part in (pipe.transformer, pipe.vae, pipe.text_encoder)))

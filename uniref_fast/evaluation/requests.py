@@ -1,10 +1,10 @@
-"""What an evaluation is made on: the rows of files by label and index, read, sized, and as edit requests."""
+"""Requests of an evaluation: the rows of each file, and a row with its images, its size and its edit request."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,18 +17,21 @@ from uniref_fast.encode import prompt_embeddings
 from uniref_fast.guidance import negative_prompt_for
 from uniref_fast.keyed_random import draw
 from uniref_fast.request import EditRequest, request_geometry, target_size, validated
+from uniref_fast.scenes.scene import crop_box
 
-__all__ = ["Planned", "files_of", "plan", "refusal"]
+__all__ = ["EvalRequest", "encoder_refusal", "eval_request", "input_baseline", "rows_by_file"]
+
+GREY = (128, 128, 128)
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A row that can be evaluated, with its pictures in memory.
+class EvalRequest:
+    """A row that can be evaluated, with its images in memory.
 
     Attributes:
-        row: as it was read.
-        target: the exact answer at the size of the result, or None.
-        request: of the edit; its images are the references, RGB.
+        row: The dataset row.
+        target: The exact result at the size of the generated image, or None.
+        request: The edit request; its images are the references, RGB.
         size: (width, height) of the result in pixels.
     """
 
@@ -38,58 +41,66 @@ class Planned:
     size: tuple[int, int]
 
 
-def files_of(dataset: Dataset, limit: int | None, language: str | None = None) -> dict[str, list[int]]:
-    """Numbers of the rows of each file, at most `limit`; files are called by their names without the ending.
+def rows_by_file(dataset: Dataset, limit: int | None, language: str | None = None) -> dict[str, list[int]]:
+    """Return the numbers of the rows to evaluate by file; a file's label is its name without the suffix.
 
-    With a language only the rows of that, and those that cannot be read.
+    Args:
+        dataset: The rows.
+        limit: Largest number of rows of each file, or None.
+        language: If given, take only rows of this language, and rows that cannot be read.
 
     Raises:
-        ValueError: for a file without rows.
+        ValueError: A file has no rows to evaluate.
     """
     numbers: dict[str, list[int]] = {name: [] for name in dataset.files}
     names = iter(dataset.files)
     name, found = next(names), set[str]()
     for number in range(len(dataset)):
-        while not dataset.where(number).startswith(f"{name}:"):  # the rows of a file follow one another
+        while not dataset.where(number).startswith(f"{name}:"):  # the rows of one file are consecutive
             name = next(names)
         if limit is None or len(numbers[name]) < limit:
-            spoken = None
+            row_language = None
             if language is not None:
                 with contextlib.suppress(RowError):
-                    spoken = dataset[number].language or "none"
-                    found.add(spoken)
-            if spoken in (None, language):
+                    row_language = dataset[number].language or "none"
+                    found.add(row_language)
+            if row_language in (None, language):
                 numbers[name].append(number)
     if language is not None and language not in found:
-        raise ValueError(f'no rows are in language "{language}"; there are: {", ".join(sorted(found)) or "none"}')
+        raise ValueError(f'no row has the language "{language}"; languages are: {", ".join(sorted(found)) or "none"}')
     if empty := [name for name, found in numbers.items() if not found]:
-        raise ValueError(f"no rows in {', '.join(empty)}; leave out what is empty")
+        raise ValueError(f"no rows in {', '.join(empty)}; leave these files out")
     return dict(zip(_labels(dataset.files), numbers.values(), strict=True))
 
 
 def _labels(names: Iterable[str]) -> list[str]:
-    """Names that are also paths below any folder."""
+    """Return labels that are also valid paths below any folder."""
     paths = [PurePosixPath(*(part for part in PurePosixPath(name).parts if part not in ("/", ".."))) for name in names]
     count = Counter(path.with_suffix("") for path in paths)
     return [str(path.with_suffix("") if count[path.with_suffix("")] == 1 else path) for path in paths]
 
 
-def plan(
+def eval_request(
     pipe: Any, row: Row, key: tuple[str, int], *, target_side: int, budget: int | None, seed: int, steps: int,
     guidance: float, size: tuple[int, int] | None = None,
-) -> Planned:  # fmt: skip
-    """Read a row's pictures and say what is asked of the model.
+) -> EvalRequest:  # fmt: skip
+    """Read a row's images and build its edit request.
 
     Args:
-        pipe: the pipeline, for its sizes.
-        key: (name of the file, index of the row in it); with the seed it decides the noise.
-        target_side: the result has the target's size, at most target_side x target_side pixels; without a target the
-            last reference's aspect ratio (a square without references) at so many.
-        budget: joint pixels of the references; None sizes each as diffusers does.
-        size: (width, height) of the result instead of all that.
+        pipe: The pipeline, which determines possible sizes.
+        row: The dataset row.
+        key: (name of the file, index of the row in it); together with the seed it determines the noise.
+        target_side: Limit of the result's area, target_side x target_side pixels. The result has the target's size if
+            it is within the limit. Without a target it has this area and the aspect ratio of the last reference, or is
+            square without references.
+        budget: Joint pixel budget of the references; None uses the sizes of diffusers.
+        seed: Seed of the evaluation.
+        steps: Number of denoising steps.
+        guidance: True CFG scale.
+        size: (width, height) of the result; overrides the size that follows from the row.
 
     Raises:
-        ValueError: for a row that cannot be edited.
+        ValueError: The row cannot be edited.
     """
     references = [source.load() for source in row.references]
     target = None if row.target is None else row.target.load()
@@ -103,24 +114,38 @@ def plan(
         width=width,
         height=height,
         num_inference_steps=steps,
-        seed=draw(seed, "evaluation", key).initial_seed(),  # type: ignore[arg-type]  # texts do as well
+        seed=draw(seed, "evaluation", key).initial_seed(),  # type: ignore[arg-type]  # keys may be texts
     )
     try:
         (request,) = validated([request])
     except TypeError as error:
         raise ValueError(str(error)) from error
-    made = request_geometry(pipe, request, budget).size
-    if target is not None and target.size != made:
-        target = target.resize(made, Image.Resampling.LANCZOS)
-    return Planned(row, target, request, made)
+    result_size = request_geometry(pipe, request, budget).size
+    if target is not None and target.size != result_size:
+        target = target.resize(result_size, Image.Resampling.LANCZOS)
+    return EvalRequest(row, target, request, result_size)
+
+
+def input_baseline(request: EvalRequest) -> Image.Image:
+    """Return the input without any edit: the reference that gives the background, cropped to the size of the result.
+
+    Without a scene it is the first reference; without references a grey image.
+    """
+    images = request.request.images
+    if not images:
+        return Image.new("RGB", request.size, GREY)
+    ground = (request.row.scene or {}).get("background")
+    number = ground.get("picture") if isinstance(ground, Mapping) else None
+    image = images[number - 1 if isinstance(number, int) and 0 < number <= len(images) else 0]
+    return image.resize(request.size, Image.Resampling.LANCZOS, box=crop_box(image.size, request.size))
 
 
 @torch.no_grad()
-def refusal(pipe: Any, planned: Planned) -> str | None:
-    """Why the pipeline's text encoder refuses a row's instruction or pictures; None where it takes them."""
-    request = planned.request
+def encoder_refusal(pipe: Any, request: EvalRequest) -> str | None:
+    """Return why the pipeline's text encoder refuses a row's instruction or images; None if it accepts them."""
+    one = request.request
     try:
-        prompt_embeddings(pipe, request.prompt or "", request.images, request_geometry(pipe, request).condition_sizes)
+        prompt_embeddings(pipe, one.prompt or "", one.images, request_geometry(pipe, one).condition_sizes)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
