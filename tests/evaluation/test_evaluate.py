@@ -476,7 +476,7 @@ def test_own_rewards(config, whole, tmp_path, monkeypatch, capsys):
     status, text, _ = run(
         capsys, *args, "--rewards", "my_rewards:size", "--out", tmp_path / "b", "--against", tmp_path / "a"
     )
-    assert status == 0 and "size.width" in text.split("less ")[1]
+    assert status == 0 and "size.width" in text.split("minus ")[1]
     assert results(tmp_path / "b")["comparison"]["files"]["heldout_objects"]["my_rewards:size.width"]["mean"] == 0
     status, _, error = run(capsys, *args, "--rewards", "my_rewards:wrong", "--out", tmp_path / "c")
     assert status == 2 and "must return axis -> score from 0 to 10" in error
@@ -580,7 +580,7 @@ def test_keys_and_languages_of_a_bench(tmp_path, capsys):
     status, *_ = run(capsys, *args, "--out", tmp_path / "b", "--language", "cn", "--limit", 1)
     assert status == 0 and [row["instruction"] for row in results(tmp_path / "b")["rows"]] == ["b"]
     status, _, err = run(capsys, *args, "--out", tmp_path / "c", "--language", "fr")
-    assert status == 2 and 'no rows are in language "fr"; there are: cn, en' in err
+    assert status == 2 and 'no row has the language "fr"; languages are: cn, en' in err
 
 
 def test_lists_that_hold_no_rows_are_passed_over_in_folders(bench, tmp_path):
@@ -658,7 +658,7 @@ def test_an_error_that_no_row_is_to_blame_for_ends_the_evaluation(config, tmp_pa
 def test_the_command_prints_a_table_and_differences(config, data, whole, tmp_path, capsys):
     args = [*config.data, "--target-side", 32, "--budget", 32, "--out", tmp_path / "a", "--baseline", "vae"]
     status, text, _ = run(capsys, *args, "--against", whole)
-    assert status == 0 and f"less {whole}" in text and "heldout_combinations" in text and "best" in text
+    assert status == 0 and f"minus {whole}" in text and "heldout_combinations" in text and "best" in text
     found = results(tmp_path / "a")
     ours, theirs = found["rows"], results(whole)["rows"]
     made = [{"psnr": row["psnr"], "scores": row["scores"], "objects": row["objects"]} for row in ours]
@@ -693,7 +693,7 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
         ([file, "--budget", 3], "budget must be at least 16"),
         ([file, "--device", "tpu9"], "unknown device"),
         ([file, "--size", "8x64"], "at least 16 pixels, got 8x64"),
-        ([data, "--out", data / "results"], "its files would be taken for rows"),
+        ([data, "--out", data / "results"], "its files would be read as rows"),
         ([bench, "--reward", "scene"], "mico_bench_hoi.jsonl:1 has no scene; the scene reward needs"),
         ([file, "--judge-model", "x"], "--judge-model is for --reward judge"),
         ([file, "--reward", "judge", "--judge-timeout", "soon"], "--judge-timeout expects NUMBER, got 'soon'"),
@@ -705,7 +705,7 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
     for args, message in cases:
         status, text, err = run(capsys, *([] if "--out" in args else ["--out", out]), *args)
         assert status == 2 and message in err and not text and "Traceback" not in err, args
-    for place, message in (("full", "cannot be made"), ("busy", "not empty and holds no evaluation")):
+    for place, message in (("full", "cannot be created"), ("busy", "not empty and holds no evaluation")):
         status, _, err = run(capsys, file, "--out", tmp_path / place)
         assert status == 2 and message in err
     status, _, err = run(capsys, file, "--out", out, "--steps", 2, "--seed", 7, "--baseline", "input", "--grid", 0)

@@ -146,7 +146,7 @@ def test_the_table_shows_what_there_is_and_explains_it():
     assert first[:4] == ["a", "4", "1", "1"] and "±1.00" in lines[1] and "67%" in lines[1]
     assert len({len(line) for line in lines if line.startswith(("a", "b"))} | {len(lines[0])}) <= 3
     assert "  10 pictures" in text and "  1 picture " in text and "  move" in text
-    assert "unscored: the reward failed" in text and "best:" in text
+    assert "unscored: rows that the reward could not score" in text and "best:" in text
     bare = report.aggregates_table(
         aggregate.aggregates([{k: v for k, v in record(score=None).items() if k not in ("psnr", "bound")}])
     )
@@ -165,7 +165,7 @@ def test_paired_differences_take_the_same_rows():
     assert part["rows"] == 3 and part["mean"] == {"n": 3, "mean": 2.0, "sem": pytest.approx(math.sqrt(1 / 3))}
     assert part["psnr"] == {"n": 3, "mean": -2.0, "sem": 0.0} and "present" not in part
     text = compare.comparison_table(found)
-    assert "+2.00 ±0.58" in text and "-2.00 ±0.00" in text and "2 rows are in this evaluation alone" in text
+    assert "+2.00 ±0.58" in text and "-2.00 ±0.00" in text and "rows that only this evaluation has: 2" in text
     here[0]["objects"], there[0]["objects"] = [placed(True, 0.0), placed(True, 0.0)], [placed(True, 0.0), placed(False)]
     assert compare.compare(here, there, "old")["files"]["a"]["present"] == {"n": 1, "mean": 0.5, "sem": None}
     del there[1]["scores"]
@@ -174,9 +174,9 @@ def test_paired_differences_take_the_same_rows():
 
 def test_what_cannot_be_compared():
     rows = [record()]
-    with pytest.raises(ValueError, match="no rows of old are the same"):
+    with pytest.raises(ValueError, match="no row of old is the same"):
         compare.compare(rows, [record("b")], "old")
-    with pytest.raises(ValueError, match="no rows of old are the same"):
+    with pytest.raises(ValueError, match="no row of old is the same"):
         compare.compare(rows, [{**record(), "error": "broken"}], "old")
     with pytest.raises(ValueError, match=r"a 0 is 64x48 pixels here and 32x32 in old.*--target-side"):
         compare.compare(rows, [record(size=[32, 32])], "old")
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="could not be kept: No space left"):
+    with pytest.raises(OSError, match="could not be written: No space left"):
         journal.add(record(index=7))
     journal.close()
     assert path.read_bytes() == before and ("a", 7) not in journal.rows
