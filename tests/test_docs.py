@@ -1,4 +1,4 @@
-"""Check that the documents name what is there: links, paths, flags, API names and error messages."""
+"""Check that every link, path, flag, API name and error message in the documents exists."""
 
 import ast
 import functools
@@ -66,7 +66,7 @@ def test_targets_of_make_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
-def test_the_api_reference_names_what_is_there():
+def test_the_api_reference_names_existing_objects():
     for name in re.findall(r"^::: (\S+)", (ROOT / "docs/api.md").read_text(), flags=re.M):
         module, _, attribute = name.rpartition(".")
         module = module if module.startswith("uniref_fast") else f"uniref_fast.{module}"
@@ -81,6 +81,14 @@ def test_troubleshooting_quotes_messages_of_the_code():
         pattern = ".*".join(re.escape(part) for part in re.split(r"\s*\.\.\.\s*", message))
         missing += [message] * (re.search(pattern, messages()) is None)
     assert not missing
+
+
+def test_the_tour_of_training_lists_every_file():
+    text = (ROOT / "training/README.md").read_text()
+    for folder in ("core", "batches", "supervised", "rl", "builtin"):
+        (section,) = re.findall(rf"^`{folder}/`: .*?(?=^`\w+/`: |\Z)", text, flags=re.M | re.S)
+        listed = re.findall(r"`(\w+\.py)`(?=[^|]*\|.*\|)", section)
+        assert sorted(listed) == sorted(path.name for path in (ROOT / "training" / folder).glob("*.py")), folder
 
 
 def test_the_readme_is_short():

@@ -91,7 +91,7 @@ def test_every_level_is_used():
 def test_training_shadows_no_package():
     """`torchrun training/sft.py` puts `training/` first on the path: nothing there may take the place of a package."""
     files = {path.name for path in (ROOT / "training").iterdir() if not path.name.startswith(("_", "."))}
-    assert files == {"sft.py", "msgrpo.py", "core", "batches", "supervised", "rl", "builtin"}
+    assert files == {"README.md", "sft.py", "msgrpo.py", "core", "batches", "supervised", "rl", "builtin"}
     assert not any((ROOT / "training" / name / "__init__.py").exists() for name in files), "a regular package would win"
 
 
