@@ -23,7 +23,7 @@ from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.testing import max_relative_error
 from uniref_fast.training.batches.samples import Prepared
-from uniref_fast.training.rl.rollout import Group, Member, RolloutPack, roll, schedule
+from uniref_fast.training.rl.rollout import EncodedGroup, Member, RolloutPack, denoise, sigmas
 
 STEPS, MEMBERS, SIDE = 4, 16, 64
 
@@ -41,8 +41,8 @@ def group(pipe):
         text = prompt_embeddings(pipe, scene.instruction, scene.references, made.condition_sizes)
         parts = [image_latents(pipe, *pair) for pair in zip(scene.references, made.reference_sizes, strict=True)]
     prepared = Prepared(None, scene.instruction, False, made, made.sample(len(text)))
-    grid = schedule(pipe.scheduler, SIDE**2 // made.patch**2, STEPS)
-    return Group((0, 0), prepared, (len(text),), grid, (), 0, torch.cat(parts), (text,))
+    times = sigmas(pipe.scheduler, SIDE**2 // made.patch**2, STEPS)
+    return EncodedGroup((0, 0), 0, prepared, 1.0, (len(text),), times, (), torch.cat(parts), (text,))
 
 
 @torch.no_grad()
@@ -72,8 +72,7 @@ def packed(pipe, group, visibility, members=range(MEMBERS)):
     model = PackedQwenImage(pipe.transformer, visibility=visibility)
     started = [Member.start(group, number, 0) for number in members]
     pack = RolloutPack.of(started, model, visibility == "group_shared", torch.float32)
-    for _ in roll(model, pack, None, 1.0, 0):
-        pass
+    denoise(model, pack, None, seed=0)
     return torch.stack([member.latents for member in started]), pack.layout.joint_length
 
 

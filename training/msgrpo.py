@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from uniref_fast.training.core.launch import RunOptions, launch
 from uniref_fast.training.core.processes import leave
-from uniref_fast.training.rl.recipes import MSGRPO, RL_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 
 if TYPE_CHECKING:
     from uniref_fast.training.core.distributed import Ranks
@@ -43,9 +43,9 @@ class RLRunOptions(RunOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
+    """Run the command; return the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
 
-    def made(config: MSGRPO, ranks: Ranks, options: RLRunOptions, resume: int | None) -> RLTrainer:
+    def build(config: MSGRPO, ranks: Ranks, options: RLRunOptions, resume: int | None) -> RLTrainer:
         from uniref_fast.training.rl.trainer import RLTrainer
 
         return RLTrainer(config, ranks, options.out, resume, check=options.check_ratio)
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return OffPolicyError, RewardError
 
-    return launch("msgrpo", RL_RECIPES, RLRunOptions(Path("runs/msgrpo")), made, sys.argv[1:] if argv is None else argv,
-                  "Multi-source GRPO on multi-reference editing rows.", failures)  # fmt: skip
+    options, arguments = RLRunOptions(Path("runs/msgrpo")), sys.argv[1:] if argv is None else argv
+    description = "Multi-source GRPO on multi-reference editing rows."
+    return launch("msgrpo", MSGRPO_RECIPES, options, build, arguments, description, failures)
 
 
 if __name__ == "__main__":

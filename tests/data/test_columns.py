@@ -15,7 +15,7 @@ from uniref_fast.data.columns import Columns
 from uniref_fast.data.dataset import BrokenFileError, Dataset, RowError
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.rows import row_weights
-from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -228,7 +228,7 @@ def test_columns_are_part_of_what_a_run_is_resumed_by(folder):
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize("recipe", [SFT_RECIPES["tiny"], RL_RECIPES["tiny"]])
+@pytest.mark.parametrize("recipe", [SFT_RECIPES["tiny"], MSGRPO_RECIPES["tiny"]])
 def test_every_run_reads_the_columns_of_its_recipe(folder, recipe):
     path = write_jsonl(folder / "a.jsonl", [{"prompt": "do it", "refs": ["r.png"], "out": "b.png"}])
     columns = ("instruction=prompt", "references=refs", "target=out")

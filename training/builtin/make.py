@@ -29,7 +29,7 @@ from uniref_fast.evaluation.report import aggregates_table
 from uniref_fast.files import write_whole
 from uniref_fast.training.core.processes import signal_at_parent_end
 from uniref_fast.training.core.recipe import Recipe
-from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 __all__ = ["BuiltinModel", "Part", "main", "parts", "report", "ship"]
@@ -164,7 +164,7 @@ def parts(config: BuiltinModel) -> list[Part]:
         *(Part(run.name, run / "lora",
                _torchrun(ranks, _script("msgrpo"), "--recipe", "tiny", *common, *data, "--out", run,
                          "--initial", sft, "--seed", seed,
-                         "--steps", _steps(RL_RECIPES["tiny"](), config.scale)))
+                         "--steps", _steps(MSGRPO_RECIPES["tiny"](), config.scale)))
           for seed, run in runs.items()),
         Part("model", out / "model", lambda: ship(config)),
         *(Part(f"eval {name}", out / "eval" / name / "results.json",

@@ -70,8 +70,8 @@ MAY_CHANGE = frozenset({
     "max_skipped", "max_broken", "max_failures",
     # a step of MSGRPO: its rollouts and its updates use the same settings, and nothing of it is left for the next one
     "prompts", "group", "rollout_steps", "sampler", "noise", "window", "window_end", "guidance", "timesteps", "updates",
-    "inner_epochs", "clip", "clip_high", "advantage_clip", "advantage", "spread", "guard", "kl", "min_members",
-    "rewards", "reward_weights", "axis_weights",
+    "inner_epochs", "clip", "clip_high", "advantage_clip", "advantage", "advantage_std", "ratio_guard", "kl",
+    "min_members", "rewards", "reward_weights", "axis_weights",
     # answers of the judge are reused by the content of the call, the model's name and the sampling included
     "judge.url", "judge.model", "judge.concurrency", "judge.timeout", "judge.attempts", "judge.backoff",
     "judge.backoff_limit", "judge.patience", "judge.temperature", "judge.seed", "judge.max_tokens", "judge.token_field",

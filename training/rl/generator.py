@@ -1,4 +1,4 @@
-"""Rollouts of a step over all ranks: planned alike everywhere, run where they belong, their rewards asked meanwhile."""
+"""The rollouts of one step over all ranks: scheduled alike everywhere, run in shares, scored while others still run."""
 
 from __future__ import annotations
 
@@ -22,52 +22,63 @@ from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.rl.recipes import MSGRPO
 from uniref_fast.training.rl.rewards import RewardSet
 from uniref_fast.training.rl.rollout import (
+    EncodedGroup,
     Group,
     Member,
     MemberKey,
     RolloutPack,
-    noisy_steps,
-    plan_packs,
-    roll,
-    schedule,
+    denoise,
+    draw_noisy_steps,
+    schedule_packs,
+    sigmas,
 )
 from uniref_fast.training.rl.sde import Sampler
 
-__all__ = ["Batch", "Roller"]
+__all__ = ["Batch", "RolloutGenerator"]
 
-ROUND = 60.0  # seconds after which ranks tell each other how far they are
+Row = tuple[PackKey, Prepared]
+SYNC_SECONDS = 60.0  # interval in which ranks that wait for rewards report their progress to each other
 
 
 @dataclass
 class Batch:
-    """The rollouts of one step, or of a look at held-out rows.
+    """Rollouts of one training step or one validation; `RolloutGenerator.generate` fills in the last four attributes.
 
     Attributes:
-        groups: all of them, on every rank.
-        packs: of this rank; None where it only keeps step with the others.
-        keys: of all members, by group.
-        asked: rewards of this rank's members, by key.
-        images: that this rank made.
-        seconds, tokens: that rolling took, and went through the model on all ranks.
-        lost: (place, reason) of rows that cannot be encoded, by key; nothing is packed then.
+        groups: All groups, on every rank.
+        packs: Packs of this rank; None where the rank only keeps step with the others.
+        keys: Keys of all members, group by group.
+        sampler: Sampler of the noisy steps; None for rollouts without noise.
+        seed: Seed of the noise.
+        unencodable: (place, reason) of each row that a rank cannot encode, by key. There are no packs if there are any.
+        pending: Scores of this rank's members to come, by member and reward.
+        images: Images that this rank decoded.
+        seconds: Time that the rollouts took.
+        tokens: Tokens that went through the model on all ranks.
     """
 
     groups: list[Group]
     packs: list[RolloutPack | None]
     keys: list[list[MemberKey]]
-    asked: dict[MemberKey, dict[str, Future[Scores | Failure]]] = field(default_factory=dict)
+    sampler: Sampler | None = None
+    seed: int = 0
+    unencodable: dict[PackKey, tuple[str, str]] = field(default_factory=dict)
+    pending: dict[MemberKey, dict[str, Future[Scores | Failure]]] = field(default_factory=dict)
     images: dict[MemberKey, Image.Image] = field(default_factory=dict)
     seconds: float = 0.0
     tokens: int = 0
-    lost: dict[PackKey, tuple[str, str]] = field(default_factory=dict)
 
 
-class Roller:
-    """Makes batches.
+class RolloutGenerator:
+    """Generates rollouts and collects their scores. All ranks must call its methods alike.
 
     Args:
-        config, ranks, model, encoder, rewards: of the run.
-        signalled: whether this process was asked to stop.
+        config: Configuration of the run.
+        ranks: Ranks of the run.
+        model: Model of the run.
+        encoder: Encoder of the rows.
+        rewards: Rewards of the run.
+        signalled: Function that returns True if this process was asked to stop.
     """
 
     def __init__(
@@ -81,97 +92,142 @@ class Roller:
     ) -> None:
         self.config, self.ranks, self.model, self.encoder = config, ranks, model, encoder
         self.rewards, self.signalled = rewards, signalled
+        self.sampler = Sampler(config.sampler, config.noise)
         self.shared = config.visibility == "group_shared"
 
-    def plan(
-        self,
-        rows: Sequence[tuple[PackKey, Prepared]],
-        stage: MemoryPlan,
-        size: int,
-        steps: int,
-        guidance: float,
-    ) -> Batch:
-        """Groups of all ranks, and this rank's packs of their members, encoded. All ranks.
+    # ---- batches ----
 
-        Where rows cannot be encoded the batch has no packs; `Batch.lost` names them.
+    def training_batch(self, rows: Sequence[Row], plan: MemoryPlan) -> Batch:
+        """Return the groups of a training step: `config.group` members for each row, with noisy steps.
+
+        Args:
+            rows: Rows of the step, the same on all ranks.
+            plan: Memory plan of the stage.
+
+        Raises:
+            ValueError: If a member is larger than a pack of the plan.
         """
+        config = self.config
+        groups = [self._training_group(key, prepared, number) for number, (key, prepared) in enumerate(rows)]
+        return self._batch(groups, config.group, plan.pack_tokens, self.sampler, config.seed)
+
+    def heldout_batch(self, rows: Sequence[Row], plan: MemoryPlan) -> Batch:
+        """Return one member for each held-out row, without noisy steps.
+
+        The members start from the same noise in every run, so that validations can be compared. No row is too large,
+        since nothing is kept for a backward.
+        """
+        config = self.config
         groups = [
-            self._group(key, prepared, size, steps, guidance, number) for number, (key, prepared) in enumerate(rows)
+            self._group(key, prepared, number, config.sample_steps, config.sample_guidance, ())
+            for number, (key, prepared) in enumerate(rows)
         ]
-        most = stage.pack_tokens
-        if size == 1:  # a look keeps nothing for a backward: there is room for any row
-            most = max(most, *(group.tokens for group in groups))
-        parts = plan_packs(groups, size, most, self.config.packs, self.shared)
+        room = max(plan.pack_tokens, *(group.tokens for group in groups))
+        return self._batch(groups, 1, room, None, 0)
+
+    def check_size(self, key: PackKey, prepared: Prepared, plan: MemoryPlan) -> None:
+        """Raise ValueError if a rollout of a row is larger than a pack of the plan."""
+        schedule_packs([self._training_group(key, prepared, 0)], 1, plan.pack_tokens, 1, self.shared)
+
+    def _training_group(self, key: PackKey, prepared: Prepared, number: int) -> Group:
+        config = self.config
+        noisy = draw_noisy_steps(config.rollout_steps, config.window, config.window_stop, config.seed, key)
+        return self._group(key, prepared, number, config.rollout_steps, config.guidance, noisy)
+
+    def _group(
+        self, key: PackKey, prepared: Prepared, number: int, steps: int, guidance: float, noisy: tuple[int, ...]
+    ) -> Group:
+        pipe, conditions = self.model.pipe, prepared.geometry.condition_sizes
+        lengths = [prompt_tokens(pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)]
+        times = sigmas(pipe.scheduler, math.prod(prepared.sample.target), steps)
+        return Group(key, number, prepared, guidance, tuple(lengths), times, noisy)
+
+    def _batch(
+        self,
+        groups: list[Group],
+        size: int,
+        pack_tokens: int,
+        sampler: Sampler | None,
+        seed: int,
+    ) -> Batch:
+        """Return the groups of all ranks, with this rank's share of the packs encoded."""
         keys = [[(*group.key, member) for member in range(size)] for group in groups]
+        parts = schedule_packs(groups, size, pack_tokens, self.config.packs, self.shared)
         mine = parts[self.ranks.replica :: self.ranks.replicas]
-        lost: dict[PackKey, tuple[str, str]] = {}
-        for group in [groups[i] for i in dict.fromkeys(i // size for part in mine for i in part)]:
+        encoded, refused = self._encode_all(
+            [groups[i] for i in dict.fromkeys(i // size for part in mine for i in part)]
+        )
+        unencodable = {key: row for part in self.ranks.gather(refused) for key, row in part.items()}
+        if unencodable:
+            return Batch(groups, [], keys, sampler, seed, unencodable)
+        packs = [self._pack([Member.start(encoded[i // size], i % size, seed) for i in part]) for part in mine]
+        return Batch(groups, packs, keys, sampler, seed)
+
+    def _encode_all(self, groups: Sequence[Group]) -> tuple[dict[int, EncodedGroup], dict[PackKey, tuple[str, str]]]:
+        """Return the encoded groups by number, and (place, reason) by key of rows that cannot be encoded."""
+        encoded: dict[int, EncodedGroup] = {}
+        refused: dict[PackKey, tuple[str, str]] = {}
+        for group in groups:
             try:
-                self._encode(group, guidance)
+                encoded[group.number] = self._encode(group)
             except (ValueError, OSError) as error:
                 where = group.prepared.row.where
-                lost[group.key] = (where, str(error).removeprefix(f"{where}: "))
-        lost = {key: row for part in self.ranks.gather(lost) for key, row in part.items()}
-        if lost:
-            return Batch(groups, [], keys, lost=lost)
-        packs = [self._pack([groups[i // size] for i in part], [i % size for i in part], size) for part in mine]
-        return Batch(groups, packs, keys)
+                refused[group.key] = (where, str(error).removeprefix(f"{where}: "))
+        return encoded, refused
 
-    def check_size(self, key: PackKey, prepared: Prepared, stage: MemoryPlan) -> None:
-        """Raise ValueError for a row whose rollouts are larger than a pack of the stage."""
-        config = self.config
-        group = self._group(key, prepared, config.group, config.rollout_steps, config.guidance, 0)
-        plan_packs([group], 1, stage.pack_tokens, 1, self.shared)
-
-    def _group(self, key: PackKey, prepared: Prepared, size: int, steps: int, guidance: float, number: int) -> Group:
-        config, shape = self.config, prepared.sample
-        conditions = prepared.geometry.condition_sizes
-        lengths = [
-            prompt_tokens(self.model.pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)
-        ]
-        grid = schedule(self.model.pipe.scheduler, math.prod(shape.target), steps)
-        noisy = noisy_steps(steps, config.window, config.window_stop, config.seed, key) if size > 1 else ()
-        return Group(key, prepared, tuple(lengths), grid, noisy, number)
-
-    def _encode(self, group: Group, guidance: float) -> None:
+    def _encode(self, group: Group) -> EncodedGroup:
         images = group.prepared.load_references()
-        group.references, first = self.encoder.encode_conditions(group.prepared, images)
-        others = texts_of(group.prepared.instruction, guidance)[1:]
-        group.texts = (first, *(self.encoder.encode_conditions(group.prepared, images, text)[1] for text in others))
+        references, first = self.encoder.encode_conditions(group.prepared, images)
+        others = texts_of(group.prepared.instruction, group.guidance)[1:]
+        texts = (first, *(self.encoder.encode_conditions(group.prepared, images, text)[1] for text in others))
+        return EncodedGroup(**vars(group), references=references, texts=texts)
 
-    def _pack(self, owners: Sequence[Group], numbers: Sequence[int], size: int) -> RolloutPack | None:
-        if not owners:
+    def _pack(self, members: Sequence[Member]) -> RolloutPack | None:
+        if not members:
             return None
-        seed = self.config.seed if size > 1 else 0
-        members = [Member.start(group, number, seed) for group, number in zip(owners, numbers, strict=True)]
         return RolloutPack.of(members, self.model.packed, self.shared, getattr(torch, self.config.dtype))
 
-    def roll(self, batch: Batch, sampler: Sampler | None, guidance: float, seed: int, step: int | None) -> bool:
-        """Roll every pack out, and ask for the rewards of each that is done; False when a signal came.
+    # ---- rollouts ----
 
-        `step` is that of the run; None asks for no rewards.
+    def generate(self, batch: Batch) -> bool:
+        """Denoise all packs of a batch; return False if a signal ended it."""
+        return self._generate(batch, lambda pack: None)
+
+    def generate_and_score(self, batch: Batch, step: int) -> bool:
+        """Denoise all packs of a batch, and ask for the scores of each pack while the next one runs.
+
+        Args:
+            batch: Batch to run.
+            step: Number of the run's step, for the judge's log.
+
+        Returns:
+            False if a signal ended it.
         """
-        start = time.perf_counter()
-        packed = self.model.packed
-        tokens = 0
+        return self._generate(batch, lambda pack: self._submit(batch, pack, step))
+
+    def _generate(self, batch: Batch, finished: Callable[[RolloutPack], None]) -> bool:
+        start, tokens = time.perf_counter(), 0
+        steps = len(batch.groups[0].sigmas) - 1
         for pack in batch.packs:
             if pack is None:
-                for _ in range(len(batch.groups[0].grid) - 1):
-                    with torch.no_grad():
-                        self.idle()
+                self._keep_step(steps)
             else:
-                for _ in roll(packed, pack, sampler, guidance, seed):
-                    tokens += pack.layout.joint_length
-                if step is not None:
-                    self._ask(batch, pack, step)
+                denoise(self.model.packed, pack, batch.sampler, batch.seed)
+                tokens += steps * pack.layout.joint_length
+                finished(pack)
             if any(self.ranks.gather(self.signalled())):
                 return False
         batch.seconds = time.perf_counter() - start
         batch.tokens = sum(self.ranks.gather(tokens)) // self.ranks.sequence
         return True
 
-    def _ask(self, batch: Batch, pack: RolloutPack, step: int) -> None:
-        """Decode the members of a pack and ask for their rewards; one rank of those that share it."""
+    @torch.no_grad()
+    def _keep_step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.idle()
+
+    def _submit(self, batch: Batch, pack: RolloutPack, step: int) -> None:
+        """Decode the members of a pack and ask for their scores, on one of the ranks that share the pack."""
         if self.ranks.rank % self.ranks.sequence:
             return
         groups = {member.group.number: member.group for member in pack.members}
@@ -181,15 +237,20 @@ class Roller:
             with torch.no_grad():
                 image = decode_image(self.model.pipe, member.latents[None], prepared.geometry.size)
             batch.images[member.key] = image
-            shown = references[member.group.number]
-            candidate = Candidate(member.key, prepared.instruction, shown, image, prepared.row)
-            batch.asked[member.key] = self.rewards.submit(candidate, step)
+            given = references[member.group.number]
+            candidate = Candidate(member.key, prepared.instruction, given, image, prepared.row)
+            batch.pending[member.key] = self.rewards.submit(candidate, step)
 
     def results(self, batch: Batch) -> dict[MemberKey, dict[str, float] | Failure] | None:
-        """Scores or failure of every member of all ranks; None when a signal came while waiting."""
-        pending = {future for asked in batch.asked.values() for future in asked.values()}
-        while True:  # in rounds: a rank that waited for the others in one exchange would give up before a judge is back
-            end = time.perf_counter() + ROUND
+        """Wait for the scores of a batch.
+
+        Returns:
+            Scores by axis or the failure of every member of all ranks; None if a signal came meanwhile.
+        """
+        pending = {future for asked in batch.pending.values() for future in asked.values()}
+        # In rounds: one long exchange would time out on the ranks that wait for a rank whose judge is away.
+        while True:
+            end = time.perf_counter() + SYNC_SECONDS
             while pending and not self.signalled() and time.perf_counter() < end:
                 pending = wait(pending, timeout=0.5).not_done
             everywhere = self.ranks.gather((not pending, self.signalled()))
@@ -199,7 +260,7 @@ class Roller:
                 break
         mine = {
             key: self.rewards.combined({name: future.result() for name, future in asked.items()})
-            for key, asked in batch.asked.items()
+            for key, asked in batch.pending.items()
         }
         results: dict[MemberKey, dict[str, float] | Failure] = {}
         for part, shares in self.ranks.gather((mine, self.rewards.shares)):
@@ -208,5 +269,5 @@ class Roller:
         return results
 
     def idle(self) -> torch.Tensor:
-        """Take part in gathering the weights, without a pack."""
+        """Run the model on the smallest possible pack: all ranks must take part when sharded weights are gathered."""
         return self.model.idle_forward()

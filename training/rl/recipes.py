@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from uniref_fast.guidance import texts_of
 from uniref_fast.rewards.config import JudgeConfig
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
-from uniref_fast.training.rl.sampler import Sampler
 
-__all__ = ["MSGRPO", "RL_RECIPES", "RLStage"]
+__all__ = ["MSGRPO", "MSGRPO_RECIPES", "RLStage", "Sampler"]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Settings of the steps that add noise; `sde.py` has the formulas.
+
+    Attributes:
+        kind: Sampler: "sde" (stochastic differential equation) or "cps" (coefficient-preserving sampling).
+        noise: Noise level, a in the formulas of `sde.py`: above 0, and at most 1 for "cps".
+    """
+
+    kind: Literal["sde", "cps"] = "sde"
+    noise: float = 0.7
+
+    def __post_init__(self) -> None:
+        most = math.inf if self.kind == "sde" else 1.0
+        if self.kind not in ("sde", "cps") or not 0 < self.noise <= most or math.isinf(self.noise):
+            raise ValueError(
+                f'a sampler is "sde" with noise above 0, or "cps" with noise above 0 and up to 1; got "{self.kind}" '
+                f"with {self.noise}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +86,7 @@ class MSGRPO(Recipe):
     Attributes: Advantages
         advantage: Advantage of a rollout: from the weighted sum of the axes ("sum"), or the weighted sum of the
             advantages of each axis ("per_axis", GDPO).
-        spread: Standard deviation that advantages are divided by: that of the group, or that of the whole batch.
+        advantage_std: Standard deviation that advantages are divided by: that of the group, or that of the whole batch.
         advantage_clip: Largest absolute value of an advantage.
 
     Attributes: Update
@@ -76,7 +96,7 @@ class MSGRPO(Recipe):
         inner_epochs: Number of passes over the rollouts of a step.
         clip: Distance below 1 at which the probability ratio is clipped.
         clip_high: Distance above 1 at which the probability ratio is clipped; none takes the value of `clip`.
-        guard: Normalize the ratios and weights of the timesteps by their noise (GRPO-Guard).
+        ratio_guard: Normalize the ratios and weights of the timesteps by their noise (GRPO-Guard).
         kl: Weight of the KL divergence from the model without its adapter; 0 leaves it out.
 
     Attributes: Validation
@@ -99,8 +119,8 @@ class MSGRPO(Recipe):
     clip_high: float | None = None
     advantage_clip: float = 5.0
     advantage: Literal["sum", "per_axis"] = "sum"
-    spread: Literal["group", "batch"] = "group"
-    guard: bool = False
+    advantage_std: Literal["group", "batch"] = "group"
+    ratio_guard: bool = False
     kl: float = 0.0
     rewards: tuple[str, ...] = ("judge",)
     reward_weights: tuple[float, ...] = ()
@@ -117,34 +137,53 @@ class MSGRPO(Recipe):
         Sampler(self.sampler, self.noise)
         self._at_least({"prompts": 1, "group": 2, "rollout_steps": 2, "updates": 1, "inner_epochs": 1, "clip": 0,
                         "kl": 0, "min_members": 2, "guidance": 1, "alarm": 0})  # fmt: skip
-        if 0 < self.alarm < 4:
-            raise ValueError(f"alarm compares two halves of at least 4 steps, or is 0; got {self.alarm}")
-        if self.guard and self.sampler == "cps":
-            raise ValueError('guard weighs steps by the noise of sampler = "sde"; leave it out with "cps"')
-        if self.min_members > self.group:
-            raise ValueError(f"min_members = {self.min_members} is more than a group has, {self.group}")
-        for name, most in (("timesteps", 1.0), ("advantage_clip", math.inf)):
-            if not 0 < getattr(self, name) <= most:
-                raise ValueError(f"{name} must be above 0 and at most {most:g}, got {getattr(self, name)}")
-        if not 0 <= self.max_failures <= 1:
-            raise ValueError(f"max_failures is a share from 0 to 1, got {self.max_failures}")
-        if self.window is not None and not 1 <= self.window <= self.window_stop:
-            raise ValueError(
-                f"a window of {self.window} noisy steps does not fit before step {self.window_stop} (window_end) of "
-                f"{self.rollout_steps}"
-            )
-        if self.window_end is not None and not 1 <= self.window_end < self.rollout_steps:
-            raise ValueError(f"window_end must be 1 to rollout_steps - 1, got {self.window_end}")
-        if self.clip_high is not None and not self.clip_high >= 0:
-            raise ValueError(f"clip_high must be at least 0, or none; got {self.clip_high}")
-        if not self.rewards:
-            raise ValueError("a run needs at least one reward")
-        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(f"reward_weights: one for each of {len(self.rewards)} rewards, got {self.reward_weights}")
-        if self.kl and self.lora_rank is None:
-            raise ValueError("kl compares with the model without its adapter; set lora_rank, or kl to 0")
-        if self.updates > self.trained_steps:
-            raise ValueError(f"{self.trained_steps} trained timesteps cannot be shared out to {self.updates} updates")
+        for sound, problem in self._conditions():
+            if not sound:
+                raise ValueError(problem)
+
+    def _conditions(self) -> Iterator[tuple[bool, str]]:
+        """Yield (condition that must hold, message of the error), in the order in which they are checked."""
+        yield (
+            self.alarm == 0 or self.alarm >= 4,
+            f"alarm compares two halves of at least 4 steps, or is 0; got {self.alarm}",
+        )
+        yield (
+            not (self.ratio_guard and self.sampler == "cps"),
+            'ratio_guard weighs steps by the noise of sampler = "sde"; leave it out with "cps"',
+        )
+        yield (
+            self.min_members <= self.group,
+            f"min_members = {self.min_members} is more than a group has, {self.group}",
+        )
+        yield 0 < self.timesteps <= 1, f"timesteps must be above 0 and at most 1, got {self.timesteps}"
+        yield self.advantage_clip > 0, f"advantage_clip must be above 0, got {self.advantage_clip}"
+        yield 0 <= self.max_failures <= 1, f"max_failures is a share from 0 to 1, got {self.max_failures}"
+        yield (
+            self.window is None or 1 <= self.window <= self.window_stop,
+            f"a window of {self.window} noisy steps does not fit before step {self.window_stop} (window_end) of "
+            f"{self.rollout_steps}",
+        )
+        yield (
+            self.window_end is None or 1 <= self.window_end < self.rollout_steps,
+            f"window_end must be 1 to rollout_steps - 1, got {self.window_end}",
+        )
+        yield (
+            self.clip_high is None or self.clip_high >= 0,
+            f"clip_high must be at least 0, or none; got {self.clip_high}",
+        )
+        yield bool(self.rewards), "a run needs at least one reward"
+        yield (
+            len(self.reward_weights) in (0, len(self.rewards)),
+            f"reward_weights: one for each of {len(self.rewards)} rewards, got {self.reward_weights}",
+        )
+        yield (
+            not self.kl or self.lora_rank is not None,
+            "kl compares with the model without its adapter; set lora_rank, or kl to 0",
+        )
+        yield (
+            self.updates <= self.trained_steps,
+            f"{self.trained_steps} trained timesteps cannot be divided among {self.updates} updates",
+        )
 
     def check_initial(self, trained: str | None) -> None:
         possible = {trained, "group_shared"} if trained == "reference_causal" else {trained}
@@ -266,4 +305,4 @@ def paper() -> MSGRPO:
     )  # fmt: skip
 
 
-RL_RECIPES: dict[str, Callable[[], MSGRPO]] = {recipe.__name__: recipe for recipe in (tiny, lora, paper)}
+MSGRPO_RECIPES: dict[str, Callable[[], MSGRPO]] = {recipe.__name__: recipe for recipe in (tiny, lora, paper)}

@@ -1,16 +1,19 @@
-"""Rollouts: a prompt's references and many noises, denoised in packs, and the same packs run again for their gradient.
+"""Rollouts: members of groups, denoised in packs, and the same packs run again for the gradient.
 
-A *group* is one row of the data and `group` members that differ in their noise alone. Members are laid out once, in
-packs; the rollout runs each pack through all denoising steps, and the replay runs the same pack at the same latents
+A *group* is one row of the data with several *members*, which differ in their noise alone. Members are laid out once,
+in packs. The rollout runs each pack through all denoising steps, and the replay runs the same pack at the same latents
 through the same `transition`. So the replay repeats the numbers of the rollout, bit for bit where kernels are
 deterministic. Noise is keyed by member and step, never by rank.
+
+A group passes two states: every rank knows the sizes of every `Group`, so that all ranks schedule the same packs; an
+`EncodedGroup` has the tensors too and exists only on the ranks that run its members.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,38 +28,40 @@ from uniref_fast.schedule import denoising_schedule
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.sde import Sampler, Transition, log_density, transition
 
-__all__ = ["Group", "Member", "RolloutPack", "noisy_steps", "plan_packs", "replay", "roll", "schedule", "velocities"]
+__all__ = [
+    "EncodedGroup", "Group", "Member", "MemberKey", "NoisyStep", "RolloutPack", "denoise", "draw_noisy_steps",
+    "replay", "schedule_packs", "sigmas", "velocities",
+]  # fmt: skip
 
-MemberKey = tuple[int, int, int]
+GroupKey = tuple[int, int]  # (epoch, index of the row)
+MemberKey = tuple[int, int, int]  # (epoch, index of the row, number of the member)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Group:
-    """A prompt.
+    """Sizes and schedule of a group, which every rank knows.
 
     Attributes:
-        key: (epoch, index) of its row.
-        prepared: its sizes.
-        lengths: tokens of the instruction and, with guidance, of the empty one.
-        grid: times from 1 to 0, one more than there are steps.
-        noisy: numbers of the steps with noise, ascending; the same for all members.
-        number: that tells the groups of a step apart.
-        references: latents of all its references, `[m, C]`; like `texts` only where its members run.
-        texts: embeddings `[l, D]` of the instruction and, with guidance, of the empty one.
+        key: (epoch, index) of the row.
+        number: Number of the group in the batch.
+        prepared: Row with its sizes.
+        guidance: True CFG scale of the group's members.
+        lengths: Text tokens of the instruction and, with guidance, of the empty prompt.
+        sigmas: Times from 1 to 0, one more than there are denoising steps.
+        noisy_steps: Numbers of the steps with noise, ascending; the same for all members.
     """
 
-    key: tuple[int, int]
-    prepared: Prepared
-    lengths: tuple[int, ...]
-    grid: tuple[float, ...]
-    noisy: tuple[int, ...]
+    key: GroupKey
     number: int
-    references: Tensor | None = None
-    texts: tuple[Tensor, ...] = ()
+    prepared: Prepared
+    guidance: float
+    lengths: tuple[int, ...]
+    sigmas: tuple[float, ...]
+    noisy_steps: tuple[int, ...]
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """Of one member in a pack: with guidance two."""
+        """Sequences of one member in a pack: with guidance two, else one."""
         shape = self.prepared.sample
         return tuple(Sample(length, shape.target, shape.references, self.number) for length in self.lengths)
 
@@ -70,13 +75,41 @@ class Group:
 
     @property
     def own_tokens(self) -> int:
-        """Of one member, references left out."""
+        """Tokens of one member without its references."""
         return sum(self.lengths) + len(self.lengths) * self.target_tokens
 
     @property
     def tokens(self) -> int:
-        """Of one member that shares nothing."""
+        """Tokens of one member that does not share its references."""
         return self.own_tokens + len(self.lengths) * self.reference_tokens
+
+
+@dataclass(frozen=True)
+class EncodedGroup(Group):
+    """A group with the tensors that its members are run with.
+
+    Attributes:
+        references: Latents of all references, `[M, C]`.
+        texts: Embeddings `[L, D]` of the instruction and, with guidance, of the empty prompt.
+    """
+
+    references: Tensor
+    texts: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class NoisyStep:
+    """A noisy step as the rollout took it.
+
+    Attributes:
+        before: Latents before the step, float32 `[N, C]`.
+        after: Latents after the step, float32 `[N, C]`.
+        log_prob: Log-probability of the step, mean over dimensions.
+    """
+
+    before: Tensor
+    after: Tensor
+    log_prob: float
 
 
 @dataclass
@@ -85,62 +118,78 @@ class Member:
 
     Attributes:
         key: (epoch, index, number in the group).
-        group: what it is a rollout of.
-        latents: after the steps so far, float32 `[n, C]`.
-        before: latents before each noisy step, and `after`: after it; float32.
-        log_probs: of each noisy step as it was taken.
+        group: Group of the member.
+        latents: Latents after the steps taken so far, float32 `[N, C]`.
+        taken: Each noisy step that was taken, by its number.
     """
 
     key: MemberKey
-    group: Group
+    group: EncodedGroup
     latents: Tensor
-    before: dict[int, Tensor] = field(default_factory=dict)
-    after: dict[int, Tensor] = field(default_factory=dict)
-    log_probs: dict[int, float] = field(default_factory=dict)
+    taken: dict[int, NoisyStep] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, group: Group, number: int, seed: int) -> Member:
-        """Noise at t = 1."""
+    def start(cls, group: EncodedGroup, number: int, seed: int) -> Member:
+        """Return a member at t = 1, with noise of its own as latents."""
         key = (*group.key, number)
-        assert group.references is not None
         shape = group.target_tokens, group.references.shape[1]
         noise = torch.randn(shape, generator=draw(seed, "rollout", key))
         return cls(key, group, noise.to(group.references.device))
 
     def noise(self, step: int, seed: int) -> Tensor:
-        """What the transition of a noisy step is drawn with, float32 `[n, C]`."""
+        """Return the standard normal noise of a noisy step, float32 `[N, C]`."""
         values = torch.randn(self.latents.shape, generator=draw(seed, "step", (*self.key, step)))
         return values.to(self.latents.device)
 
 
 @dataclass(frozen=True)
 class RolloutPack:
-    """Members that run as one sequence."""
+    """Members that run as one sequence.
+
+    Attributes:
+        members: Members of the pack.
+        guidance: True CFG scale; above 1, each member has two sequences (instruction and empty prompt).
+        layout: Layout of all sequences of the pack.
+        references: Latents `[M, C]` of the references of each sequence of the layout, in the dtype of the model.
+        text: Text embeddings of all sequences, `[N_text, D]`, in the dtype of the model.
+    """
 
     members: tuple[Member, ...]
+    guidance: float
     layout: SelfLayout
-    references: tuple[Tensor, ...]  # of each sample of the layout, [m, C]
-    text: Tensor  # [N_text, D]
+    references: tuple[Tensor, ...]
+    text: Tensor
 
     @classmethod
     def of(cls, members: Sequence[Member], packed: PackedQwenImage, shared: bool, dtype: torch.dtype) -> RolloutPack:
+        """Return the pack of some members.
+
+        Args:
+            members: Members of the pack, of groups with the same guidance.
+            packed: Model that runs the pack.
+            shared: True if the members of a group share one copy of its references.
+            dtype: Dtype of the model.
+        """
         samples = [sample for member in members for sample in member.group.samples]
         layout = packed.layout(samples, shared_references=shared)
         groups = {member.group.number: member.group for member in members}
-        references = {number: group.references.to(dtype) for number, group in groups.items()}  # type: ignore[union-attr]
-        text = [text for member in members for text in member.group.texts]
+        references = {number: group.references.to(dtype) for number, group in groups.items()}
         by_sample = tuple(references[member.group.number] for member in members for _ in member.group.texts)
-        return cls(tuple(members), layout, by_sample, torch.cat(text).to(dtype))
+        text = [text for member in members for text in member.group.texts]
+        return cls(tuple(members), members[0].group.guidance, layout, by_sample, torch.cat(text).to(dtype))
 
     def image(self, latents: Sequence[Tensor]) -> Tensor:
-        """The image stream of the members' latents, `[N_image, C]`."""
+        """Return the image stream `[N_image, C]` for the latents `[N, C]` of each member."""
         pairs = zip(latents, self.members, strict=True)
         targets = [x.to(self.text.dtype) for x, member in pairs for _ in member.group.texts]
         return self.layout.image_stream(targets, self.references)
 
 
-def noisy_steps(steps: int, window: int | None, stop: int, seed: int, key: tuple[int, int]) -> tuple[int, ...]:
-    """Numbers of a group's noisy steps: a window drawn before `stop`, or all but the last."""
+# ---- schedules ----
+
+
+def draw_noisy_steps(steps: int, window: int | None, stop: int, seed: int, key: GroupKey) -> tuple[int, ...]:
+    """Return the numbers of a group's noisy steps: a window drawn before `stop`, or all steps but the last."""
     if window is None:
         return tuple(range(steps - 1))
     places = stop - window + 1
@@ -148,18 +197,30 @@ def noisy_steps(steps: int, window: int | None, stop: int, seed: int, key: tuple
     return tuple(range(first, first + window))
 
 
-def schedule(scheduler: Any, tokens: int, steps: int) -> tuple[float, ...]:
-    """Times of the pipeline's scheduler, from its first to 0."""
+def sigmas(scheduler: Any, tokens: int, steps: int) -> tuple[float, ...]:
+    """Return the times of the pipeline's scheduler, from its first time to 0."""
     return tuple(denoising_schedule(scheduler, tokens, steps, "cpu").sigmas.tolist())
 
 
-def plan_packs(groups: Sequence[Group], size: int, pack_tokens: int, least: int, shared: bool) -> list[list[int]]:
-    """Members of each pack, as numbers group by group: a multiple of `least` packs, as few as hold `pack_tokens`.
+def schedule_packs(
+    groups: Sequence[Group], size: int, pack_tokens: int, multiple: int, shared: bool
+) -> list[list[int]]:
+    """Divide the members of groups into packs, the fewest that `pack_tokens` allows.
 
     Members stay in order, so that a group is spread over few packs and its references are shared by most of it.
 
+    Args:
+        groups: Groups of the batch.
+        size: Members of each group.
+        pack_tokens: Largest number of tokens of a pack.
+        multiple: Number that the count of packs is a multiple of.
+        shared: True if the members of a group in one pack share one copy of its references.
+
+    Returns:
+        Members of each pack, numbered group by group; a pack may be empty.
+
     Raises:
-        ValueError: for a member that is larger than a pack.
+        ValueError: If a member is larger than a pack.
     """
     members = [group for group in groups for _ in range(size)]
 
@@ -177,7 +238,7 @@ def plan_packs(groups: Sequence[Group], size: int, pack_tokens: int, least: int,
             f"{where}: a rollout has {max(alone)} tokens, over the {pack_tokens} of a pack; raise pack_tokens or lower "
             "the stage's side"
         )
-    for count in itertools.count(least, least):
+    for count in itertools.count(multiple, multiple):
         parts = [list(range(a, b)) for a, b in itertools.pairwise(_cut(alone, count))]
         if all(tokens(part) <= pack_tokens for part in parts):
             return parts
@@ -185,7 +246,7 @@ def plan_packs(groups: Sequence[Group], size: int, pack_tokens: int, least: int,
 
 
 def _cut(costs: Sequence[int], count: int) -> list[int]:
-    """Where a sequence is cut into so many parts of like cost; parts may be empty where there are more than items."""
+    """Return the borders that cut a sequence into `count` parts of similar cost; parts may be empty."""
     total, sums = sum(costs), [0, *itertools.accumulate(costs)]
     ends = [0]
     for part in range(1, count):
@@ -194,78 +255,85 @@ def _cut(costs: Sequence[int], count: int) -> list[int]:
     return [*ends, len(costs)]
 
 
+# ---- running a pack ----
+
+
 def velocities(
-    packed: PackedQwenImage, pack: RolloutPack, latents: Sequence[Tensor], times: Sequence[float], guidance: float
+    packed: PackedQwenImage, pack: RolloutPack, latents: Sequence[Tensor], times: Sequence[float]
 ) -> list[Tensor]:
-    """The model's velocity for each member, `[n, C]`; on every rank that shares the pack all of them.
+    """Return the model's velocity `[N, C]`, float32, for each member; all of them on every rank that shares the pack.
 
     Args:
-        packed: the model.
-        pack: members.
-        latents: of each member.
+        packed: Model.
+        pack: Members to run.
+        latents: Latents `[N, C]` of each member.
         times: t of each member.
-        guidance: true CFG scale, used where members have two texts.
     """
     t = torch.tensor(
         [time for time, member in zip(times, pack.members, strict=True) for _ in member.group.texts],
         dtype=torch.float32,
         device=pack.text.device,
-    )
-    out = packed(pack.image(latents), pack.text, t, pack.layout)
+    )  # [S], one for each sequence
+    out = packed(pack.image(latents), pack.text, t, pack.layout)  # [N_target, C]
     if packed.parallel is not None:
         out = packed.parallel.gather_rows(out, packed.parallel.targets(pack.layout))
     parts = iter(pack.layout.split_targets(out))
-    made = [[next(parts).float() for _ in member.group.texts] for member in pack.members]
-    return [guide(each[0], each[1], guidance) if len(each) == 2 else each[0] for each in made]
+    predicted = [[next(parts).float() for _ in member.group.texts] for member in pack.members]
+    return [guide(each[0], each[1], pack.guidance) if len(each) == 2 else each[0] for each in predicted]
 
 
 @torch.no_grad()
-def roll(
-    packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None, guidance: float, seed: int
-) -> Iterator[int]:
-    """Denoise the members of a pack, step by step; yields the number of each step done.
+def denoise(packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None, seed: int) -> None:
+    """Denoise the members of a pack to the end.
+
+    Each member's result is in its `latents`; its noisy steps keep what the replay needs.
 
     Args:
-        packed: the model.
-        pack: its members end with their result in `latents`; noisy steps keep what the replay needs.
-        sampler: of the noisy steps; None denoises without noise.
-        guidance: true CFG scale.
-        seed: of the noise.
+        packed: Model.
+        pack: Members to denoise.
+        sampler: Sampler of the noisy steps; None denoises without noise.
+        seed: Seed of the noise.
     """
-    for i in range(len(pack.members[0].group.grid) - 1):
-        times = [member.group.grid[i] for member in pack.members]
-        made = velocities(packed, pack, [member.latents for member in pack.members], times, guidance)
-        for member, v in zip(pack.members, made, strict=True):
+    for i in range(len(pack.members[0].group.sigmas) - 1):
+        times = [member.group.sigmas[i] for member in pack.members]
+        predicted = velocities(packed, pack, [member.latents for member in pack.members], times)
+        for member, v in zip(pack.members, predicted, strict=True):
             _advance(member, i, v, sampler, seed)
-        yield i
 
 
 def _advance(member: Member, i: int, v: Tensor, sampler: Sampler | None, seed: int) -> None:
-    if sampler is None or i not in member.group.noisy:
-        member.latents = _step(member, i, member.latents, v, None).mean
+    if sampler is None or i not in member.group.noisy_steps:
+        member.latents = _transition(member, i, member.latents, v, None).mean
         return
-    step = _step(member, i, member.latents, v, sampler)
-    member.before[i] = member.latents
-    member.latents = member.after[i] = step.mean + step.std * member.noise(i, seed)
-    member.log_probs[i] = log_density(member.latents, step).item()
+    step = _transition(member, i, member.latents, v, sampler)
+    after = step.mean + step.std * member.noise(i, seed)
+    member.taken[i] = NoisyStep(member.latents, after, log_density(after, step).item())
+    member.latents = after
 
 
 def replay(
-    packed: PackedQwenImage, pack: RolloutPack, slot: int, sampler: Sampler, guidance: float
+    packed: PackedQwenImage, pack: RolloutPack, noisy_step: int, sampler: Sampler
 ) -> list[tuple[int, Transition]]:
-    """Run a pack again at the latents before its members' noisy step number `slot`.
+    """Run a pack again at the latents before one noisy step of each member; gradients reach the model.
+
+    Args:
+        packed: Model.
+        pack: Members, denoised before.
+        noisy_step: Number of the step among the noisy steps of each member, from 0.
+        sampler: Sampler of the rollout.
 
     Returns:
-        of each member the number of the step, and its transition now; gradients reach the model.
+        For each member the number of the denoising step, and its transition under the current weights.
     """
-    steps = [member.group.noisy[slot] for member in pack.members]
-    latents = [member.before[i] for member, i in zip(pack.members, steps, strict=True)]
-    times = [member.group.grid[i] for member, i in zip(pack.members, steps, strict=True)]
-    made = velocities(packed, pack, latents, times, guidance)
+    steps = [member.group.noisy_steps[noisy_step] for member in pack.members]
+    latents = [member.taken[i].before for member, i in zip(pack.members, steps, strict=True)]
+    times = [member.group.sigmas[i] for member, i in zip(pack.members, steps, strict=True)]
+    predicted = velocities(packed, pack, latents, times)
     return [
-        (i, _step(member, i, x, v, sampler)) for member, i, x, v in zip(pack.members, steps, latents, made, strict=True)
+        (i, _transition(member, i, x, v, sampler))
+        for member, i, x, v in zip(pack.members, steps, latents, predicted, strict=True)
     ]
 
 
-def _step(member: Member, i: int, latents: Tensor, v: Tensor, sampler: Sampler | None) -> Transition:
-    return transition(sampler, latents, v, member.group.grid[i], member.group.grid[i + 1])
+def _transition(member: Member, i: int, latents: Tensor, v: Tensor, sampler: Sampler | None) -> Transition:
+    return transition(sampler, latents, v, member.group.sigmas[i], member.group.sigmas[i + 1])

@@ -9,7 +9,7 @@ import pytest
 from uniref_fast import flags as configs
 from uniref_fast.training.core import launch
 from uniref_fast.training.core.recipe import BudgetStage
-from uniref_fast.training.rl.recipes import MSGRPO, RL_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
 
 SFT_CONFIG = SFT((BudgetStage(64, 1, 1.0),))
@@ -33,7 +33,7 @@ def test_a_configuration_is_built_and_written_without_reading_files(monkeypatch,
     for name in ("open", "read_text", "read_bytes", "stat", "is_dir", "is_file", "exists", "iterdir", "glob"):
         monkeypatch.setattr(Path, name, refuse)
     configurations = [dataclasses.replace(recipe(), initial=run) for recipe in SFT_RECIPES.values()]
-    for recipe in RL_RECIPES.values():
+    for recipe in MSGRPO_RECIPES.values():
         configurations.append(dataclasses.replace(recipe(), initial=run, kl=0.1, lora_rank=4))
     texts = [repr(config) + configs.to_json(config) for config in configurations]
     assert all("initial" in text for text in texts)
@@ -82,7 +82,7 @@ def test_the_configuration_of_an_older_run_names_no_visibility(tmp_path):
 )
 def test_msgrpo_refuses_another_visibility_than_the_trained_one(tmp_path, trained, given, fits):
     initial = run_folder(tmp_path / "run", **({"visibility": trained} if trained else {}))
-    config = dataclasses.replace(RL_RECIPES["lora"](), initial=initial, visibility=given)
+    config = dataclasses.replace(MSGRPO_RECIPES["lora"](), initial=initial, visibility=given)
     if fits:
         assert launch.with_visibility(config).visibility == given
     else:
@@ -92,7 +92,7 @@ def test_msgrpo_refuses_another_visibility_than_the_trained_one(tmp_path, traine
 
 def test_msgrpo_refuses_kl_for_an_adapter_that_training_continues(tmp_path):
     initial = run_folder(tmp_path / "run")
-    config: MSGRPO = dataclasses.replace(RL_RECIPES["lora"](), initial=initial, kl=0.1)
+    config: MSGRPO = dataclasses.replace(MSGRPO_RECIPES["lora"](), initial=initial, kl=0.1)
     launch.with_visibility(config)
     (initial / "lora").mkdir()
     with pytest.raises(ValueError, match="kl compares with the model without its adapter"):

@@ -15,7 +15,7 @@ from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.training.core.memory import TEXT_TOKENS, activation_bytes, device_memory, plan_memory
 from uniref_fast.training.core.recipe import BudgetStage, stage_at
-from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES, lora, paper, tiny
 
 GIB = 2**30
@@ -164,7 +164,7 @@ def test_with_guidance_a_sample_takes_two_sequences():
     assert planned(STAGE, memory, ranks=1).pack_tokens >= LARGEST
     with pytest.raises(ValueError, match=f"a pack of {2 * LARGEST} tokens .*, twice for guidance\\) needs"):
         planned(STAGE, memory, ranks=1, sequences=2)
-    plain = RL_RECIPES["lora"]()
+    plain = MSGRPO_RECIPES["lora"]()
     assert plain.sequences == lora().sequences == 1 and dataclasses.replace(plain, guidance=2.0).sequences == 2
     assert plain.sample_guidance == 1.0, "as it is trained"
 
@@ -350,7 +350,7 @@ def test_recipes_are_complete_and_named_after_themselves():
 def test_the_lora_recipes_run_where_they_say(gib, ranks):
     """20.4 billion weights, 0.42 of them the adapter's, beside an encoder of 8.3: it fits, and packs can be shared."""
     memory, fixed, sharded = int(0.9 * gib * GIB), int(16.9e9), int(40.9e9 + 0.42e9 * 16)
-    for config in (lora(), RL_RECIPES["lora"]()):
+    for config in (lora(), MSGRPO_RECIPES["lora"]()):
         plans = [planned(stage, memory, ranks, fixed, sharded) for stage in config.stages]
         assert all(plan.pack_tokens >= (s.side**2 + s.target_side**2) // 256 + TEXT_TOKENS
                    for plan, s in zip(plans, config.stages, strict=True))  # fmt: skip
@@ -364,6 +364,6 @@ def test_no_flag_is_taken_for_one_of_torchrun():
     from torch.distributed.run import get_args_parser
 
     own = [option for action in get_args_parser()._actions for option in action.option_strings]
-    for recipe in (*SFT_RECIPES.values(), *RL_RECIPES.values()):
+    for recipe in (*SFT_RECIPES.values(), *MSGRPO_RECIPES.values()):
         flags = ["--" + name.replace("_", "-") for name in recipe().__dataclass_fields__]
         assert [flag for flag in flags if any(option.startswith(flag) for option in own)] == []

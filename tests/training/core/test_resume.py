@@ -10,12 +10,12 @@ from uniref_fast import flags as configs
 from uniref_fast.training.builtin import vae
 from uniref_fast.training.core import launch, resume
 from uniref_fast.training.core.checkpoint import Newest
-from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 CONFIGS = {
     "SFT": ("", SFT_RECIPES["lora"]()),
-    "MSGRPO": ("", RL_RECIPES["lora"]()),
+    "MSGRPO": ("", MSGRPO_RECIPES["lora"]()),
     "VAE": ("vae.", vae.default()),
 }
 
@@ -79,7 +79,7 @@ def test_the_message_has_both_values(tmp_path):
 
 
 def test_what_may_change_is_returned(tmp_path):
-    before = RL_RECIPES["lora"]()
+    before = MSGRPO_RECIPES["lora"]()
     stages = (dataclasses.replace(before.stages[0], lr=1e-5), *before.stages[1:], before.stages[-1])
     judge = dataclasses.replace(before.judge, url="http://other/v1")
     after = dataclasses.replace(before, stages=stages, judge=judge, kl=0.1, model="elsewhere")
@@ -92,7 +92,7 @@ def test_what_may_change_is_returned(tmp_path):
 
 
 def test_alike_values_are_no_change(tmp_path):
-    sft, rl = SFT_RECIPES["lora"](), RL_RECIPES["lora"]()
+    sft, rl = SFT_RECIPES["lora"](), MSGRPO_RECIPES["lora"]()
     assert accepted(sft, dataclasses.replace(sft, visibility="full"), tmp_path) == {}, "as it is without"
     causal = dataclasses.replace(rl, visibility="reference_causal")
     changed = accepted(causal, dataclasses.replace(rl, visibility="group_shared"), tmp_path)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from uniref_fast.training.rl.grpo import FLOOR, advantages, guarded_log_ratio, objective
+from uniref_fast.training.rl.grpo import FLOOR, advantages, clipped_loss, guarded_log_ratio
 
 W = {"a": 1.0, "b": 1.0}
 
@@ -24,11 +24,11 @@ def test_deviation_over_the_groups_own_spread():
     std = math.sqrt((4 + 1 + 0 + 9) / 4)
     expected = [(x - 3) / (std + FLOOR) for x in (1, 2, 3, 6)] + [x / (1 + FLOOR) for x in (-1, -1, 1, 1)]
     assert list(made.values.values()) == pytest.approx(expected, rel=1e-12)
-    assert (made.zero_spread, made.too_few) == (0, 0) and made.spread == pytest.approx((std + 1) / 2)
+    assert (made.zero_spread, made.too_few) == (0, 0) and made.group_std == pytest.approx((std + 1) / 2)
 
 
 def test_batch_spread_is_that_of_all_deviations():
-    made = advantages(*scores([0.0, 4.0], [5.0, 5.2]), W, spread="batch")
+    made = advantages(*scores([0.0, 4.0], [5.0, 5.2]), W, std="batch")
     std = math.sqrt((4 + 4 + 0.01 + 0.01) / 4)
     assert list(made.values.values()) == pytest.approx([d / (std + FLOOR) for d in (-2, 2, -0.1, 0.1)])
 
@@ -37,14 +37,14 @@ def test_groups_without_spread_are_dropped_and_counted():
     made = advantages(*scores([3.0, 3.0, 3.0], [1.0, 2.0, 3.0], [0.0, 0.0, 1e-9]), W)
     assert made.zero_spread == 2 and {key[1] for key in made.values} == {1}
     nothing = advantages(*scores([3.0, 3.0]), W)
-    assert nothing.values == {} and nothing.spread == 0
+    assert nothing.values == {} and nothing.group_std == 0
 
 
 def test_failures_leave_the_statistics_as_if_they_had_not_been():
     with_failures = advantages(*scores([1.0, None, 2.0, None, 3.0], [4.0, 8.0, 4.0]), W)
     without = advantages(*scores([1.0, 2.0, 3.0], [4.0, 8.0, 4.0]), W)
     assert sorted(with_failures.values.values()) == sorted(without.values.values())
-    assert (0, 0, 1) not in with_failures.values and with_failures.spread == without.spread
+    assert (0, 0, 1) not in with_failures.values and with_failures.group_std == without.group_std
 
 
 def test_groups_with_too_few_scores():
@@ -89,23 +89,23 @@ def test_each_axis_on_its_own_counts_alike_whatever_its_range():
 
 
 @pytest.mark.parametrize("kind", ["sum", "per_axis"])
-@pytest.mark.parametrize("spread", ["group", "batch"])
-def test_groups_whose_axes_cancel_are_dropped_and_counted(kind, spread):
+@pytest.mark.parametrize("std", ["group", "batch"])
+def test_groups_whose_axes_cancel_are_dropped_and_counted(kind, std):
     """And the spread is that of the groups that are left."""
     values, groups = scores([1.0, 2.0], [1.0, 3.0], axis="a")
     for key, b in zip([*groups[0], *groups[1]], (5.0, 4.0, 2.0, 2.0), strict=True):
         values[key]["b"] = b
-    if kind == "per_axis" and spread == "batch":  # there each axis is divided by its own spread over all groups
+    if kind == "per_axis" and std == "batch":  # there each axis is divided by its own spread over all groups
         values[groups[1][0]]["b"], values[groups[1][1]]["b"] = 4.0, 6.0
-    made = advantages(values, groups, W, kind=kind, spread=spread)
+    made = advantages(values, groups, W, kind=kind, std=std)
     assert made.zero_spread == 1 and list(made.values) == groups[1]
-    alone = advantages({key: values[key] for key in groups[1]}, groups[1:], W, kind=kind, spread=spread)
-    assert made.spread == alone.spread and made.values == pytest.approx(alone.values)
+    alone = advantages({key: values[key] for key in groups[1]}, groups[1:], W, kind=kind, std=std)
+    assert made.group_std == alone.group_std and made.values == pytest.approx(alone.values)
     few = [0.1, 0.2], [30.0, 10.0]  # the same order of axes of unlike range
     small, one = scores(few[0], axis="a")
     for key, b in zip(one[0], few[1], strict=True):
         small[key]["b"] = b
-    assert (advantages(small, one, W, kind=kind, spread=spread).zero_spread == 1) == (kind == "per_axis")
+    assert (advantages(small, one, W, kind=kind, std=std).zero_spread == 1) == (kind == "per_axis")
 
 
 def test_one_flat_axis_does_not_matter():
@@ -123,7 +123,7 @@ def test_one_flat_axis_does_not_matter():
 )
 def test_the_gradient_stops_where_the_ratio_has_gone_far_enough(ratio, advantage, held):
     log_ratio = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
-    loss, clipped = objective(log_ratio, advantage, clip=0.1, clip_high=0.2)
+    loss, clipped = clipped_loss(log_ratio, advantage, clip=0.1, clip_high=0.2)
     loss.backward()
     assert clipped == held
     assert log_ratio.grad.item() == pytest.approx(0.0 if held else -advantage * ratio)
@@ -133,7 +133,7 @@ def test_the_gradient_stops_where_the_ratio_has_gone_far_enough(ratio, advantage
 
 def test_at_ratio_one_the_gradient_is_the_policy_gradient():
     log_ratio = torch.zeros((), requires_grad=True)
-    loss, clipped = objective(log_ratio, 1.7, 1e-4, 1e-4)
+    loss, clipped = clipped_loss(log_ratio, 1.7, 1e-4, 1e-4)
     loss.backward()
     assert not clipped and log_ratio.grad.item() == pytest.approx(-1.7)
 

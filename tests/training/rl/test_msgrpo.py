@@ -31,8 +31,8 @@ from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.rl import generator as roller
 from uniref_fast.training.rl import on_policy as gate
 from uniref_fast.training.rl import trainer as rl_trainer
-from uniref_fast.training.rl.grpo import Advantages
-from uniref_fast.training.rl.recipes import RL_RECIPES
+from uniref_fast.training.rl.grpo import Advantages, minibatches
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.rl.rollout import replay
 from uniref_fast.training.rl.sde import log_density
 
@@ -117,7 +117,7 @@ def test_a_run(whole):
     names = {"reward", "reward_std", "reward/integration", "reward/consistency", "reward/quality", "group_std"}
     assert names | {"ratio", "zero_spread", "clip_fraction", "failures", "grad_norm"} <= set(made[0])
     assert made[0]["ratio_min"] == made[0]["ratio_max"] == 1.0 and made[0]["grad_norm"] > 0
-    for passed in events(whole, "on-policy gate"):
+    for passed in events(whole, "on-policy check"):
         assert passed["timesteps"] == 3 and passed["worst_log_ratio"] == 0.0
     assert [event["number"] for event in events(whole, "stage")] == [0, 1]
     assert {path.name for path in (whole / "samples").iterdir()} >= {"groups-000001.png", "heldout-000002.png"}
@@ -146,9 +146,9 @@ def test_other_rewards_are_recorded_and_not_compared_with_those_before(data, beg
     ranks = Ranks.start()
     try:
         for more, kept in (((), 1), (("--kl", 0.1), 1), (("--axis-weights", "1,1,2"), 0)):
-            config = configs.parse(RL_RECIPES, flags(data, begun, *more), extra=msgrpo.RLRunOptions(begun)).config
+            config = configs.parse(MSGRPO_RECIPES, flags(data, begun, *more), extra=msgrpo.RLRunOptions(begun)).config
             run = rl_trainer.RLTrainer(config, ranks, begun, 1)
-            assert len(run.alarm.state()) == kept
+            assert len(run.detector.state()) == kept
             run.close()
     finally:
         torch.distributed.destroy_process_group()
@@ -164,13 +164,13 @@ torch.set_num_threads(1)
 from uniref_fast.training import msgrpo
 from uniref_fast.training.core import processes
 from uniref_fast.training.rl import generator as roller
-ask, asked = roller.Roller._ask, []
+ask, asked = roller.RolloutGenerator._submit, []
 def dying(self, batch, pack, step):
     asked.append(pack)
     if step == 1 and len(asked) % 2 == 0:
         os.kill(os.getpid(), signal.{signal})
     ask(self, batch, pack, step)
-roller.Roller._ask = dying
+roller.RolloutGenerator._submit = dying
 processes.leave(msgrpo.main(sys.argv[1:]))
 """
 
@@ -192,7 +192,7 @@ def looked(out):
 
 
 @pytest.mark.parametrize(
-    ("place", "last"), [("_updated", 0), ("_updated", 2), ("validate", 0), ("validate", 2), ("validate", 3)]
+    ("place", "last"), [("_update", 0), ("_update", 2), ("validate", 0), ("validate", 2), ("validate", 3)]
 )
 def test_a_look_that_a_signal_ended_comes_later(data, tmp_path, monkeypatch, place, last):
     """A signal in a step ends the run after it, before the next one; what it kept from being looked at comes first."""
@@ -203,17 +203,17 @@ def test_a_look_that_a_signal_ended_comes_later(data, tmp_path, monkeypatch, pla
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, *arguments)
 
-    roll, late = roller.Roller.roll, []
+    roll, late = roller.RolloutGenerator._generate, []
 
     def rolled_late(self, *arguments):
         late.extend([place] * self.signalled())
         return roll(self, *arguments)
 
     monkeypatch.setattr(rl_trainer.RLTrainer, place, interrupted)
-    monkeypatch.setattr(roller.Roller, "roll", rolled_late)
+    monkeypatch.setattr(roller.RolloutGenerator, "_generate", rolled_late)
     given = flags(data, out, "--eval-every", 1, "--save-every", 2)
     assert msgrpo.main(given) == 143
-    done = last + (place == "_updated")
+    done = last + (place == "_update")
     assert [record["step"] for record in steps_of(out)] == looked(out) == list(range(done))
     assert not (out / "lora").exists() and (place == "validate" or not late), "nothing is begun after a signal"
     monkeypatch.undo()
@@ -261,7 +261,7 @@ def test_ranks_that_share_packs(data, whole, tmp_path):
     shared = [f"--stages.{i}.sequence-parallel" for i in range(2)]
     run_two_ranks(flags(data, tmp_path / "run", shared[0], 2, shared[1], 2, "--guidance", 2))
     found = steps_of(tmp_path / "run")
-    assert events(tmp_path / "run", "on-policy gate")[0]["worst_log_ratio"] <= gate.TOLERANCE
+    assert events(tmp_path / "run", "on-policy check")[0]["worst_log_ratio"] <= gate.TOLERANCE
     alone = tmp_path / "alone"
     assert msgrpo.main(flags(data, alone, "--guidance", 2)) == 0
     for one, other in zip(found, steps_of(alone), strict=True):
@@ -274,8 +274,8 @@ def test_ranks_that_share_packs(data, whole, tmp_path):
     [
         ("--visibility", "group_shared"),
         ("--visibility", "group_shared", "--guidance", "3"),
-        ("--sampler", "cps", "--noise", "0.8", "--advantage", "per_axis", "--spread", "batch"),
-        ("--window", "2", "--rollout-steps", "6", "--guard", "true", "--clip-high", "0.2"),
+        ("--sampler", "cps", "--noise", "0.8", "--advantage", "per_axis", "--advantage-std", "batch"),
+        ("--window", "2", "--rollout-steps", "6", "--ratio-guard", "true", "--clip-high", "0.2"),
         ("--kl", "0.1", "--inner-epochs", "2", "--updates", "2", "--timesteps", "0.7"),
         ("--dtype", "bfloat16", "--stages.0.checkpointing", "true", "--ema", "0.9"),
         ("--lora-rank", "none"),
@@ -285,7 +285,7 @@ def test_ranks_that_share_packs(data, whole, tmp_path):
 def test_other_settings(data, tmp_path, more):
     out = tmp_path / "run"
     assert msgrpo.main(flags(data, out, *more, steps=2)) == 0
-    assert all(passed["worst_log_ratio"] <= gate.TOLERANCE for passed in events(out, "on-policy gate"))
+    assert all(passed["worst_log_ratio"] <= gate.TOLERANCE for passed in events(out, "on-policy check"))
     made = steps_of(out)
     assert all(record["grad_norm"] > 0 for record in made)
     first_update = "--updates" not in more and "--inner-epochs" not in more
@@ -301,7 +301,7 @@ def test_other_settings(data, tmp_path, more):
 @contextlib.contextmanager
 def trainer_of(data, out, *more):
     """A run before its first step, its weights a little off, so that no part of the gradient vanishes."""
-    given = configs.parse(RL_RECIPES, flags(data, out, *more), extra=msgrpo.RLRunOptions(out))
+    given = configs.parse(MSGRPO_RECIPES, flags(data, out, *more), extra=msgrpo.RLRunOptions(out))
     run = rl_trainer.RLTrainer(launch.with_visibility(given.config), Ranks.start(), out)
     try:
         with run.monitor, torch.no_grad():
@@ -319,8 +319,8 @@ def trainer_of(data, out, *more):
 def rolled(run):
     """A step's rollouts, and advantages of both signs for all of them but one."""
     rows, _ = run.prompts.take(run.config.prompts, run.config.stages[0])
-    batch, whole = run._rolled(rows, None)
-    assert whole
+    batch = run.generator.training_batch(rows, run.plans[0])
+    assert run.generator.generate(batch)
     keys = [key for group in batch.keys for key in group][:-1]
     values = {key: (-1) ** i * (0.5 + i) for i, key in enumerate(keys)}
     return batch, Advantages(values, 0, 0, 1.0)
@@ -340,10 +340,10 @@ def likelihood(run, batch, values, scaled=False):
     terms = []
     for pack in batch.packs:
         for slot in range(run.config.noisy_steps):
-            for member, (i, step) in zip(pack.members, replay(run.model.packed, pack, slot, run.sampler,
-                                                              run.config.guidance), strict=True):  # fmt: skip
-                gained = log_density(member.after[i], step) - member.log_probs[i]
-                t, t_next = member.group.grid[i : i + 2]
+            steps = replay(run.model.packed, pack, slot, run.generator.sampler)
+            for member, (i, step) in zip(pack.members, steps, strict=True):
+                gained = log_density(member.taken[i].after, step) - member.taken[i].log_prob
+                t, t_next = member.group.sigmas[i : i + 2]
                 terms.append(values.get(member.key, 0.0) * gained * (step.std / (t - t_next) if scaled else 1.0))
     return torch.stack(terms).sum()
 
@@ -353,8 +353,8 @@ def distance(run, batch, values):
     terms = []
     for pack in batch.packs:
         for slot in range(run.config.noisy_steps):
-            arguments = (run.model.packed, pack, slot, run.sampler, run.config.guidance)
-            with torch.no_grad(), run._adapter_off():
+            arguments = (run.model.packed, pack, slot, run.generator.sampler)
+            with run._reference_policy():
                 before = replay(*arguments)
             for member, (_, step), (_, other) in zip(pack.members, replay(*arguments), before, strict=True):
                 apart = (step.mean - other.mean).square().mean() / (2 * step.std**2)
@@ -362,18 +362,18 @@ def distance(run, batch, values):
     return torch.stack(terms).sum()
 
 
-@pytest.mark.parametrize("more", [(), ("--kl", 3.0), ("--guard", "true"), ("--packs", 5), ("--guidance", 2)])
+@pytest.mark.parametrize("more", [(), ("--kl", 3.0), ("--ratio-guard", "true"), ("--packs", 5), ("--guidance", 2)])
 def test_the_gradient_is_that_of_the_formula(data, tmp_path, more):
     """At the rollouts' own weights, where clipping holds nothing back; whatever the packs, over all noisy steps."""
     with trainer_of(data, tmp_path / "run", *more) as run:
         batch, advantage = rolled(run)
         slots = range(run.config.noisy_steps)
-        count, tally = len(advantage.values) * len(slots), rl_trainer.Tally()
+        count, tally = len(advantage.values) * len(slots), rl_trainer.UpdateStatistics()
         for pack in batch.packs:
             for slot in slots:
                 run._backward(pack, slot, advantage, count, tally)
         found = gradient(run)
-        wanted = -gradient(run, likelihood(run, batch, advantage.values, scaled=run.config.guard)) / count
+        wanted = -gradient(run, likelihood(run, batch, advantage.values, scaled=run.config.ratio_guard)) / count
         if run.config.kl:
             apart = distance(run, batch, advantage.values)
             assert sum(tally.kl) == pytest.approx(apart.item(), rel=1e-5)
@@ -386,7 +386,7 @@ def test_updates_make_likelier_what_scored_well(data, tmp_path):
     with trainer_of(data, tmp_path / "run", "--inner-epochs", 3, "--clip", 100, "--timesteps", 1) as run:
         batch, advantage = rolled(run)
         assert likelihood(run, batch, advantage.values).item() == 0
-        tally, norm, _ = run._updated(batch, advantage)
+        tally, norm, _ = run._update(batch, advantage)
         assert likelihood(run, batch, advantage.values).item() > 0.01 and norm > 0 and tally.clipped == 0
 
 
@@ -394,14 +394,14 @@ def test_the_divergence_pulls_back(data, tmp_path):
     with trainer_of(data, tmp_path / "run", "--inner-epochs", 3, "--kl", 1000.0, "--clip", 0.5) as run:
         batch, advantage = rolled(run)
         before = distance(run, batch, advantage.values).item()
-        run._updated(batch, advantage)
+        run._update(batch, advantage)
         assert 0 < distance(run, batch, advantage.values).item() < 0.9 * before
 
 
 def test_clipping_is_counted(data, tmp_path):
     with trainer_of(data, tmp_path / "run", "--inner-epochs", 2, "--clip", 0, "--timesteps", 1) as run:
         batch, advantage = rolled(run)
-        tally, *_ = run._updated(batch, advantage)
+        tally, *_ = run._update(batch, advantage)
         half = len(tally.ratios) // 2  # of the second epoch, and those that moved the way they should
         assert 0 < tally.clipped < half
         scores = {key: {"quality": 5.0} for group in batch.keys for key in group}
@@ -414,7 +414,8 @@ def test_timesteps_and_their_order_are_drawn_anew(data, tmp_path):
     with trainer_of(data, tmp_path / "run", *more) as run:
         drawn = {}
         for run.step in range(6):
-            chunks = [list(run._chunks(epoch)) for epoch in range(3)]
+            chunks = [minibatches(run.config.noisy_steps, run.config.trained_steps, run.config.updates,
+                                  seed=run.config.seed, step=run.step, epoch=epoch) for epoch in range(3)]  # fmt: skip
             assert all(list(map(len, parts)) == [2, 2] for parts in chunks)
             (drawn[run.step],) = {tuple(sorted(parts[0] + parts[1])) for parts in chunks}
             assert len(set(drawn[run.step])) == 4 and len({str(parts) for parts in chunks}) > 1
@@ -424,8 +425,8 @@ def test_timesteps_and_their_order_are_drawn_anew(data, tmp_path):
 def test_each_setting_of_the_update_changes_it(data, tmp_path):
     base = {"--inner-epochs": 2, "--clip": 1e-7, "--updates": 2, "--timesteps": 1}
     made = []
-    for more in ({}, {"--timesteps": 0.7}, {"--guard": "true"}, {"--clip-high": 0.5}, {"--inner-epochs": 3},
-                 {"--advantage": "per_axis"}, {"--spread": "batch"}):  # fmt: skip
+    for more in ({}, {"--timesteps": 0.7}, {"--ratio-guard": "true"}, {"--clip-high": 0.5}, {"--inner-epochs": 3},
+                 {"--advantage": "per_axis"}, {"--advantage-std": "batch"}):  # fmt: skip
         out = tmp_path / str(len(made))
         assert msgrpo.main(flags(data, out, *(x for pair in (base | more).items() for x in pair), steps=2)) == 0
         tensors = weights(out)
@@ -446,17 +447,17 @@ def test_noise_that_is_too_large_is_said(data, tmp_path):
 def test_noise_is_judged_after_every_step(data, tmp_path):
     """The paper's noise ends right, after latents that no model was trained on; what to set instead is said."""
     more = ("--rollout-steps", 25, "--timesteps", 0.05)
-    with trainer_of(data, tmp_path / "paper", "--noise", RL_RECIPES["paper"]().noise, *more) as run:
+    with trainer_of(data, tmp_path / "paper", "--noise", MSGRPO_RECIPES["paper"]().noise, *more) as run:
         pass
     ((found,), (warned,)) = (events(tmp_path / "paper", kind) for kind in ("sampler", "noise too large"))
     assert found["final"] < 1.03 and found["largest"] > 1.5 and found["after_step"] <= 2
-    assert f"{found['largest']:.2f} times the standard deviation" in warned["told"]
-    sound = re.search(r"set noise to ([\d.]+) or less", warned["told"])[1]
+    assert f"{found['largest']:.2f} times the standard deviation" in warned["message"]
+    sound = re.search(r"set noise to ([\d.]+) or less", warned["message"])[1]
     with trainer_of(data, tmp_path / "sound", "--noise", sound, *more) as run:
-        assert run.sampler.noise == float(sound) >= 0.7
+        assert run.generator.sampler.noise == float(sound) >= 0.7
     assert events(tmp_path / "sound", "noise too large") == []
     for name in ("tiny", "lora"):
-        recipe = RL_RECIPES[name]()
+        recipe = MSGRPO_RECIPES[name]()
         window = ("--window", recipe.window) if recipe.window else ()
         given = ("--noise", recipe.noise, "--rollout-steps", recipe.rollout_steps, *window)
         with trainer_of(data, tmp_path / name, *given):
@@ -465,13 +466,13 @@ def test_noise_is_judged_after_every_step(data, tmp_path):
 
 
 def test_an_alarm_is_sounded(data, tmp_path, monkeypatch):
-    given, add = [], rl_trainer.Alarm.add
+    given, add = [], rl_trainer.RewardHackingDetector.add
 
     def told(*arguments):
         given.append(arguments[1:])
         return add(*arguments) or "!"
 
-    monkeypatch.setattr(rl_trainer.Alarm, "add", told)
+    monkeypatch.setattr(rl_trainer.RewardHackingDetector, "add", told)
     out = tmp_path / "run"
     assert msgrpo.main(flags(data, out, "--prompts", 1)) == 0
     assert [event["step"] for event in events(out, "reward hacking?")] == [0, 1, 2]
@@ -490,13 +491,13 @@ def test_what_decides_the_advantages(data, tmp_path, monkeypatch):
         return real(scores, *arguments, **settings)
 
     monkeypatch.setattr(rl_trainer, "advantages", kept)
-    more = {"axis-weights": "0.5,0,2", "advantage": "per_axis", "spread": "batch", "min-members": 3,
+    more = {"axis-weights": "0.5,0,2", "advantage": "per_axis", "advantage-std": "batch", "min-members": 3,
             "advantage-clip": 1.5}  # fmt: skip
     out = tmp_path / "run"
     assert msgrpo.main(flags(data, out, *(x for pair in more.items() for x in pair), steps=2)) == 0
     scores, groups, weights, settings = given[0]
     assert weights == {"integration": 0.5, "consistency": 0.0, "quality": 2.0} and list(map(len, groups)) == [3, 3]
-    assert settings == {"kind": "per_axis", "spread": "batch", "min_members": 3, "clip": 1.5}
+    assert settings == {"kind": "per_axis", "std": "batch", "min_members": 3, "clip": 1.5}
     totals = [0.5 * one["integration"] + 2 * one["quality"] for one in scores.values()]
     first = steps_of(out)[0]
     assert first["reward"] == pytest.approx(statistics.fmean(totals) / 2.5)
@@ -509,7 +510,7 @@ def test_pictures_of_the_best_and_the_worst(data, tmp_path, monkeypatch):
     monkeypatch.setattr(rl_trainer, "group_sheet", lambda given: shown.append(given) or sheet(given))
     assert msgrpo.main(flags(data, tmp_path / "run", "--sample-every", 1, "--group", 6, steps=2)) == 0
     assert len(shown) == 2 and all(len(one) == 2 for one in shown)
-    for (best, its), (worst, others) in ((one.made["best"], one.made["worst"]) for given in shown for one in given):
+    for (best, its), (worst, others) in ((one.images["best"], one.images["worst"]) for given in shown for one in given):
         assert sum(its.values()) > sum(others.values()) and best.tobytes() != worst.tobytes()
 
 
@@ -534,20 +535,18 @@ def test_check_ratio_prints_every_timestep_and_trains_nothing(data, tmp_path, ca
 
 
 def low_precision_latents(monkeypatch):
-    real = roller.roll
+    real = roller.denoise
 
-    def rounded(*arguments):
-        pack = arguments[1]
-        for step in real(*arguments):
-            for member in pack.members:
-                member.before = {i: x.bfloat16() for i, x in member.before.items()}
-            yield step
+    def rounded(packed, pack, *rest):
+        real(packed, pack, *rest)
+        for member in pack.members:
+            member.taken = {i: dataclasses.replace(x, before=x.before.bfloat16()) for i, x in member.taken.items()}
 
-    monkeypatch.setattr(roller, "roll", rounded)
+    monkeypatch.setattr(roller, "denoise", rounded)
 
 
 def dropout(monkeypatch):
-    real = roller.Roller.plan
+    real = roller.RolloutGenerator.training_batch
 
     def planned(self, *arguments):
         for module in self.model.packed.transformer.modules():
@@ -556,11 +555,11 @@ def dropout(monkeypatch):
                 module.train()
         return real(self, *arguments)
 
-    monkeypatch.setattr(roller.Roller, "plan", planned)
+    monkeypatch.setattr(roller.RolloutGenerator, "training_batch", planned)
 
 
 def moved_weights(monkeypatch):
-    real = rl_trainer.RLTrainer._gate
+    real = rl_trainer.RLTrainer._check_on_policy
 
     def moved(self, batch):
         with torch.no_grad():
@@ -568,7 +567,7 @@ def moved_weights(monkeypatch):
                 parameter.add_(0.05)
         real(self, batch)
 
-    monkeypatch.setattr(rl_trainer.RLTrainer, "_gate", moved)
+    monkeypatch.setattr(rl_trainer.RLTrainer, "_check_on_policy", moved)
 
 
 def unlike_gradients(monkeypatch):
@@ -593,16 +592,14 @@ def unsteady(monkeypatch):
 
 
 def test_the_gate_names_the_first_timestep_that_differs(data, tmp_path, monkeypatch, capsys):
-    real = roller.Roller.roll
+    real = roller.denoise
 
-    def late(self, batch, *arguments):
-        whole = real(self, batch, *arguments)
-        for pack in batch.packs:
-            for member in pack.members:
-                member.before[2] = member.before[2] + 0.01
-        return whole
+    def late(packed, pack, *rest):
+        real(packed, pack, *rest)
+        for member in pack.members:
+            member.taken[2] = dataclasses.replace(member.taken[2], before=member.taken[2].before + 0.01)
 
-    monkeypatch.setattr(roller.Roller, "roll", late)
+    monkeypatch.setattr(roller, "denoise", late)
     assert msgrpo.main(flags(data, tmp_path / "run")) == 1
     message = capsys.readouterr().err
     assert "6 of 18 ratios are not 1. First at timestep 2 (t = 0." in message
@@ -626,7 +623,7 @@ def test_a_ratio_that_is_off_once_is_not_forgotten(data, tmp_path, monkeypatch, 
 
 def test_every_stage_passes_the_gate(whole):
     """The second has packs of its own."""
-    assert [event["step"] for event in events(whole, "on-policy gate")] == [0, 2]
+    assert [event["step"] for event in events(whole, "on-policy check")] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -834,12 +831,12 @@ def test_a_model_is_trained_as_it_attends(data, tmp_path, capsys):
     """As the run says that it goes on from, or the one before; another visibility is refused, or said where none is."""
     first, second = tmp_path / "first", tmp_path / "second"
     assert msgrpo.main(flags(data, first, "--visibility", "reference_causal", "--lora-rank", "none", steps=2)) == 0
-    assert "nothing says" in events(first, "visibility")[0]["told"]
+    assert "nothing says" in events(first, "visibility")[0]["message"]
     assert msgrpo.main(flags(data, second, "--initial", first, "--lora-rank", 2, steps=2)) == 0
     assert events(second, "visibility") == [] and lineage.trained_visibility(second) == "reference_causal"
     assert json.loads((second / "config.json").read_text())["visibility"] == "reference_causal"
     given = configs.parse(
-        RL_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLRunOptions(tmp_path)
+        MSGRPO_RECIPES, flags(data, tmp_path, "--initial", second), extra=msgrpo.RLRunOptions(tmp_path)
     ).config
     assert given.visibility is None and launch.with_visibility(given).visibility == "reference_causal"
     shared = dataclasses.replace(given, visibility="group_shared")
@@ -848,18 +845,18 @@ def test_a_model_is_trained_as_it_attends(data, tmp_path, capsys):
         assert msgrpo.main(flags(data, tmp_path / "third", "--initial", second, "--visibility", wrong)) == 2
         assert f'visibility = "{wrong}" is not how' in capsys.readouterr().err
     with trainer_of(data, tmp_path / "fourth", "--initial", second) as run:
-        assert run.model.packed.visibility == "reference_causal" and not run.roller.shared
+        assert run.model.packed.visibility == "reference_causal" and not run.generator.shared
 
 
 def test_a_nan_in_one_update_leaves_the_others(data, tmp_path, monkeypatch):
-    real, calls = rl_trainer.objective, []
+    real, calls = rl_trainer.Objective.__call__, []
 
-    def sometimes(*arguments):
-        loss, clipped = real(*arguments)
-        calls.append(loss)
-        return (loss * math.nan if len(calls) == 1 else loss), clipped
+    def sometimes(*arguments, **named):
+        one = real(*arguments, **named)
+        calls.append(one)
+        return dataclasses.replace(one, loss=one.loss * math.nan) if len(calls) == 1 else one
 
-    monkeypatch.setattr(rl_trainer, "objective", sometimes)
+    monkeypatch.setattr(rl_trainer.Objective, "__call__", sometimes)
     out = tmp_path / "run"
     assert msgrpo.main(flags(data, out, "--timesteps", 1, "--updates", 3, "--max-skipped", 2)) == 0
     assert len(events(out, "skipped")) == 1 and all(math.isfinite(record["loss"]) for record in steps_of(out)[1:])
@@ -902,7 +899,7 @@ def test_a_reward_of_ones_own(data, tmp_path, monkeypatch):
         (("--max-failures", "-0.5"), "share from 0 to 1"),
         (("--axis-weights", "1,-1,0"), "axis_weights must be at least 0"),
         (("--alarm", "3"), "at least 4 steps"),
-        (("--guard", "true", "--sampler", "cps"), 'guard weighs steps by the noise of sampler = "sde"'),
+        (("--ratio-guard", "true", "--sampler", "cps"), 'ratio_guard weighs steps by the noise of sampler = "sde"'),
     ],
 )
 def test_wrong_input(data, tmp_path, capsys, more, message):
