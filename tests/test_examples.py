@@ -1,5 +1,6 @@
 """Run every script in `examples/`, and check what it prints and writes."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -40,3 +41,21 @@ def test_example(name, tmp_path, monkeypatch, capsys):
     if name == "05_custom_reward":
         rewards = [float(word) for word in printed.partition("reward by step: [")[2].partition("]")[0].split(",")]
         assert len(rewards) == 2 and all(0 < reward < 10 for reward in rewards)
+
+
+def test_the_example_of_the_readme():
+    """Run it with the built-in model, drawn pictures and two steps."""
+    (code,) = re.findall(r"```python\n(.*?)```", (FOLDER.parent / "README.md").read_text(), flags=re.S)
+    for before, after in (
+        (r"QwenImageEditPlusPipeline\.from_pretrained\(.*\)", "builtin.load()"),
+        ("from diffusers.utils import load_image", "from uniref_fast import builtin"),
+        (r'load_image\("(\w+)\.png"\)', r'Image.new("RGB", (64, 64), len("\1"))'),
+        (r'negative_prompt=" "', 'negative_prompt=" ", num_inference_steps=2'),
+        (r'"negative_prompt": " "', '"negative_prompt": " ", "num_inference_steps": 2'),
+    ):
+        code, found = re.subn(before, after, code)
+        assert found, before
+    names = {"Image": Image}
+    exec(code, names)
+    assert names["report"].fallbacks.total() == 0
+    assert len(names["images"]) == len(names["requests"]) == 2
