@@ -5,12 +5,12 @@
 //   O^T [d, query] = O^T * alpha + V^T [d, key] . P^T      V is read as scalars
 //
 // A lane never meets another lane, and key tiles start at interval starts: a query's bits depend on its own q and on
-// its own keys only, whatever shares the pack, the tile or the thread.
+// its own keys only, and not on the other samples of the pack, tile or thread.
 //
-// attention_pairs.h takes the same way with other operands: Q, K, P and V stay bfloat16.
+// attention_pairs.h does the same with Q, K, P and V in bfloat16.
 #pragma once
 
-#include "rows.h"
+#include "memory.h"
 
 namespace UF_NAMESPACE {
 
@@ -18,14 +18,13 @@ namespace UF_NAMESPACE {
 constexpr int MR = W >= 16 ? 8 : 4;
 constexpr int NR = 3;
 constexpr int PANEL = NR * W;     // queries in a panel
-constexpr int KEYS = 64;          // keys in a tile: summed in one go, then added to what came before
+constexpr int KEYS = 64;          // keys in a tile: summed first, then added to the sums of earlier tiles
 constexpr int MAX_QUERIES = 384;  // queries that share one packed tile of K and V; all of it fits an L2 of 512 KiB
-// Products of a score that are summed in one go: shorter sums round less, which float32 storage is able to show.
+// Products of a score that are summed at a time: shorter sums round less, which is visible in float32 storage.
 template <class T>
 constexpr int64_t DOT = sizeof(T) == 4 ? 32 : 1 << 30;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// The three inner loops: inlined together they compete for registers, and accumulators spill.
 UF_INLINE float minus_infinity() { return -__builtin_inff(); }
 
 struct Buffers {
@@ -46,15 +45,15 @@ struct Buffers {
   }
 };
 
-// q[panel][d][lane]; lanes past the tile's end are zero. Takes the sign of the scale, so that the largest score stays
-// the largest; its size is left to exponentiate, because scaling q would round every product of the dot twice.
+// q[panel][d][lane]; lanes past the tile's end are zero. The scale is left to exponentiate, because scaling q would
+// round every product of the dot product twice.
 template <class T>
 void pack_queries(const uf::Attention& a, const uf::QueryTile& tile, int64_t head, const Buffers& b) {
   const int64_t n = tile.end - tile.begin, padded = round_up(n, PANEL);
   for (int64_t i = 0; i < padded; i++) {
     float* to = b.queries + i / PANEL * PANEL * a.dim + i % PANEL;
     if (i < n) {
-      widen_row(b.rows, row_of<T>(a.q, tile.begin + i, head), a.dim, a.scale < 0.0f ? -1.0f : 1.0f);
+      widen_row(b.rows, row_of<T>(a.q, tile.begin + i, head), a.dim, 1.0f);
       for (int64_t d = 0; d < a.dim; d++) to[d * PANEL] = b.rows[d];
     } else {
       for (int64_t d = 0; d < a.dim; d++) to[d * PANEL] = 0.0f;
@@ -63,7 +62,7 @@ void pack_queries(const uf::Attention& a, const uf::QueryTile& tile, int64_t hea
 }
 
 // keys[key][d] and values[d / MR][key][d % MR], the order multiply_values reads; zero up to a multiple of MR keys.
-// Four keys at a time, because they fill a cache line of values: one key's pieces lie 2 KiB apart, in one cache set.
+// Four keys at a time fill a cache line of values; the pieces of one key lie 2 KiB apart, in the same cache set.
 template <class T>
 void pack_keys_values(const uf::Attention& a, int64_t begin, int64_t n, int64_t head, const Buffers& b) {
   const int64_t dim = a.dim, padded = round_up(n, MR);
@@ -115,7 +114,7 @@ UF_NOINLINE void multiply_keys(const float* queries, const float* keys, int64_t 
   }
 }
 
-// The row's maximum with n more keys, and alpha, the factor for what was summed under the old one.
+// Updates the maximum of a row with n more keys; alpha is the factor for the sums taken under the old maximum.
 template <int V>
 UF_INLINE void raise_maximum(const float* scores, int64_t n, float factor, float limit, float* row_max, vf* m,
                              vf* alpha) {
@@ -147,7 +146,7 @@ UF_NOINLINE void exponentiate(float* scores, int64_t n, float factor, float* row
   for (int j = 0; j < V; j++) store(row_sum + j * W, load(row_sum + j * W) * alpha[j] + sum[j]);
 }
 
-// out = out * alpha + values^T . probabilities. A tile is summed apart from what came before, for accuracy.
+// out = out * alpha + values^T . probabilities. A tile is summed apart from earlier tiles, for accuracy.
 template <int V>
 UF_NOINLINE void multiply_values(const float* values, const float* probabilities, float* out, int64_t n, int64_t dim,
                                  const vf* alpha) {
@@ -199,7 +198,7 @@ void write_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head,
     T* to = static_cast<T*>(a.out) + (query * a.heads + head) * a.dim;
     write_column(to, b.out + i / PANEL * PANEL * a.dim + i % PANEL, PANEL, a.dim, empty ? 0.0f : 1.0f / sum, b.rows);
     // In double: the gradients of the whole row inherit its error, so it is rounded once.
-    const double lse = static_cast<double>(b.row_max[i]) * __builtin_fabs(a.scale) + __builtin_log(sum);
+    const double lse = static_cast<double>(b.row_max[i]) * a.scale + __builtin_log(sum);
     a.lse[head * a.nq + query] = empty ? minus_infinity() : static_cast<float>(lse);
   }
 }
@@ -209,8 +208,8 @@ void attend_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head
   const int64_t n = tile.end - tile.begin, panels = (n + PANEL - 1) / PANEL;
   for (int64_t i = 0; i < panels * PANEL; i++) b.row_max[i] = minus_infinity(), b.row_sum[i] = 0.0f;
   for (int64_t i = 0; i < panels * PANEL * a.dim; i++) b.out[i] = 0.0f;
-  const float size = __builtin_fabsf(a.scale) * LOG2E;
-  const float factor = size > 0.0f ? size : 1e-30f;  // not 0: 0 * -inf, the maximum before the first key, is NaN
+  // Not 0: 0 * -inf, where -inf is the maximum before the first key, is NaN.
+  const float factor = a.scale * LOG2E > 0.0f ? a.scale * LOG2E : 1e-30f;
   if (tile.first < tile.last) Operands::pack_q(a, tile, head, b);
   for (int64_t interval = tile.first; interval < tile.last; interval++) {
     const int64_t end = a.kv_ranges[2 * interval + 1];

@@ -1,14 +1,14 @@
-// Gradients of attention in one pass: a task is a block of keys of one head, which meets the queries that see it, tile
-// by tile.
+// Gradients of attention in one pass. A task is a block of keys of one head; it goes through the queries that see the
+// block, tile by tile.
 //
 //   S [query, key] = Q . K^T          dP = dO . V^T            Q, dO read as scalars, K^T and V^T packed once per task
 //   P = exp(scale S - lse)            dS = P (dP - delta)      a lane is one key: lse and delta are scalars
 //   dV^T [d, key] += dO^T . P         dK^T += Q^T . dS         summed in the task's own panels
 //   dQ [query, d] += dS . K                                    summed over tasks, each waiting for its turn
 //
-// Tasks add to a tile of dQ in the order of their keys, whatever thread runs them: the bits depend neither on threads
-// nor on what else is packed. A task only waits for tasks of lower number, and tasks are started in order of number, so
-// somebody can always go on. Blocks and tiles have fixed sizes and start where ranges start, for the same reason.
+// Tasks add to a tile of dQ in the order of their keys, on any thread, and blocks and tiles have fixed sizes and start
+// where ranges start: the bits depend neither on threads nor on the rest of the pack. A task only waits for tasks of
+// lower number, and tasks start in order of number, so at least one can always proceed.
 #pragma once
 
 #include <sched.h>
@@ -162,7 +162,7 @@ void backward_panel(const BackwardBuffers& b, int64_t panel, int64_t queries, fl
   add_transposed<V>(b.queries, b.stride, ds, BLOCK, b.dk_t + at, queries, b.dim);
 }
 
-// Everything one tile of queries and one block of keys have to do with each other; dq is left in the buffers.
+// Computes the shares of one tile of queries and one block of keys in all gradients; dq is left in the buffers.
 template <class T>
 void backward_tile(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t last, int64_t keys, int64_t head,
                    const BackwardBuffers& b) {
@@ -183,7 +183,7 @@ void backward_tile(const uf::AttentionBackward& a, int64_t begin, int64_t n, int
   for (; d < b.padded; d += W) multiply_rows<1>(b.ds, b.keys + d, b.dq + d, b.stride, n, keys);
 }
 
-// Adds the tile's dq when `turn` key blocks have done so; the last one stores the result.
+// Adds the dq of a tile after `turn` key blocks have added theirs; the last block stores the result.
 template <class T>
 void add_dq(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t head, int64_t turn, int64_t turns,
             int32_t* done, const BackwardBuffers& b) {

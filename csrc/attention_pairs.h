@@ -117,13 +117,12 @@ struct Pairs {
   // queries[panel][d / 2][lane]
   static void pack_q(const uf::Attention& a, const uf::QueryTile& tile, int64_t head, const Buffers& b) {
     const int64_t n = tile.end - tile.begin, pairs = a.dim / 2;
-    const uint32_t flip = a.scale < 0.0f ? 0x80008000u : 0u;
     for (int64_t i = 0; i < round_up(n, PANEL); i++) {
       word* to = words(b.queries) + i / PANEL * PANEL * pairs + i % PANEL;
       word* row = words(b.rows);
-      for (int64_t d = 0; i >= n && d < pairs; d++) row[d] = flip;
+      for (int64_t d = 0; i >= n && d < pairs; d++) row[d] = 0;
       if (i < n) __builtin_memcpy(row, row_of<bf16>(a.q, tile.begin + i, head), a.dim * sizeof(bf16));
-      for (int64_t d = 0; d < pairs; d++) to[d * PANEL] = row[d] ^ flip;
+      for (int64_t d = 0; d < pairs; d++) to[d * PANEL] = row[d];
     }
   }
 

@@ -1,4 +1,4 @@
-// What native.cpp (the C ABI, compiled once) hands to level.cpp (the kernels, compiled once per ISA level).
+// Arguments that native.cpp (the C ABI, compiled once) passes to level.cpp (the kernels, compiled once per ISA level).
 // Plain data only. Strides are in elements. Offsets are 64-bit everywhere: many references make big tensors.
 #pragma once
 
@@ -31,7 +31,7 @@ struct Attention {
   int threads;
 };
 
-// Part of the backward's result, so not tuned per machine: sums are cut here.
+// These sizes decide where sums are cut and so the bits of the result: they are the same on every machine.
 constexpr int64_t kKeyBlock = 192;  // keys of a task
 constexpr int64_t kQueryTile = 48;  // queries that meet a block of keys at a time
 
@@ -51,7 +51,7 @@ struct AttentionBackward {
   DType dtype;
   View grad_out, q, k, v, out;
   const float* lse;     // [heads, nq]
-  void *dq, *dk, *dv;   // [nq or nk, heads, dim]; rows that take part in nothing are not written
+  void *dq, *dk, *dv;   // [nq or nk, heads, dim]; rows that no pair contains are not written
   int64_t nq, heads, dim;
   float scale;
   const KeyBlock* blocks;  // ascending
@@ -78,7 +78,7 @@ struct QkNormRope {
   int threads;
 };
 
-constexpr int64_t kChunk = 64;  // tokens whose share of a sum over tokens is summed in one go
+constexpr int64_t kChunk = 64;  // tokens of one share of a sum over tokens
 
 struct QkNormRopeBackward {
   DType dtype;
@@ -98,12 +98,12 @@ struct QkNormRopeBackward {
 };
 
 // gate_residual, norm_modulate and both at once: a null pointer leaves the part out.
-struct TokenRows {
+struct TokenOp {
   DType dtype;
   const void *x, *y, *gate, *shift, *scale;
   void *x_out, *normed;
   int64_t x_stride, y_stride, gate_stride, shift_stride, scale_stride;
-  const int32_t* rows;  // null: row 0 for every token
+  const int32_t* mod_index;  // modulation row of each token; null: row 0
   int64_t tokens, channels;
   float eps;
   bool rms, eager_rounding;
@@ -121,7 +121,7 @@ struct RowSum {
 };
 
 // norm_modulate when gate is null, gate_residual when scale is null. Null dgate, dshift, dscale: not wanted.
-struct TokenRowsBackward {
+struct TokenOpBackward {
   DType dtype;
   const void *grad_x, *grad_normed, *x, *y, *gate, *scale;
   void *dx, *dy, *dgate, *dshift, *dscale;
@@ -145,8 +145,8 @@ struct Kernels {
   int (*attention_backward)(const AttentionBackward&);
   int (*qk_norm_rope)(const QkNormRope&);
   int (*qk_norm_rope_backward)(const QkNormRopeBackward&);
-  int (*token_rows)(const TokenRows&);
-  int (*token_rows_backward)(const TokenRowsBackward&);
+  int (*token_op)(const TokenOp&);
+  int (*token_op_backward)(const TokenOpBackward&);
 };
 
 }  // namespace uf

@@ -16,6 +16,6 @@ const uf::Kernels UF_JOIN(uf_kernels_, UF_LEVEL) = {
     UF_NAMESPACE::attention_backward,
     UF_NAMESPACE::qk_norm_rope,
     UF_NAMESPACE::qk_norm_rope_backward,
-    UF_NAMESPACE::token_rows,
-    UF_NAMESPACE::token_rows_backward,
+    UF_NAMESPACE::token_op,
+    UF_NAMESPACE::token_op_backward,
 };

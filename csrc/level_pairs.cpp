@@ -1,4 +1,5 @@
-// What a level with instructions for pairs of bfloat16 adds to the level below: compiled like level.cpp, 16 lanes.
+// Attention of a level with instructions for pairs of bfloat16; the rest is the level below. Compiled like level.cpp
+// with 16 lanes.
 #include "level.h"
 
 #include "attention_pairs.h"

@@ -1,4 +1,4 @@
-// The C ABI that uniref_fast/native.py calls: level dispatch, checks that need the tables' values, work buffers.
+// The C ABI that uniref_fast/native calls: level dispatch, checks that need the values of tables, work buffers.
 // Strides are in elements. Functions return a Status; nothing throws.
 #include <stdint.h>
 #include <string.h>
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "plan.h"
+#include "tasks.h"
 
 #define UF_API extern "C" __attribute__((visibility("default")))
 
@@ -26,7 +26,7 @@ extern const uf::Kernels uf_kernels_avx512_on_avx2;
 #ifdef UF_HAVE_AVX512
 extern const uf::Kernels uf_kernels_avx512;
 #endif
-// Attention on bfloat16 pairs; the rest of those levels is the level below.
+// Levels with attention on bfloat16 pairs; their other kernels are those of the level below.
 extern int uf_attention_avx512bf16(const uf::Attention&);
 extern int uf_attention_avx512bf16_on_avx2(const uf::Attention&);
 
@@ -88,8 +88,8 @@ const uf::Kernels* kernels(int level) {
   }
 }
 
-// The first touch of fresh memory costs a fault per page, which can take longer than the work: asks for pages of 2 MiB.
-// Where the system declines, nothing changes.
+// Asks for pages of 2 MiB: the first write to new memory costs a fault per page, which can take longer than the work.
+// Nothing changes if the system declines.
 template <class... Pointers>
 void expect_writes(int64_t bytes, Pointers... outs) {
 #ifdef MADV_HUGEPAGE
@@ -107,7 +107,7 @@ void expect_writes(int64_t bytes, Pointers... outs) {
 
 int64_t size_of(int dtype) { return dtype == uf::kFloat32 ? 4 : 2; }
 
-// Not cleared: what is written once needs no zeros before. Throws std::bad_alloc.
+// Memory without zeros, for values that are written once. Throws std::bad_alloc.
 std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[count]); }
 
 // Rows of a contiguous [rows, size] result that no kernel writes.
@@ -158,17 +158,17 @@ UF_API int uf_segment_attention_backward(int level, int threads, int dtype, cons
     std::vector<uf::Range> ranges;
     int status = uf::collect_ranges({q_ranges, kv_ptr, kv_ranges, n_ranges, n_intervals}, nq, nk, ranges);
     if (status != kOk) return status;
-    uf::BackwardPlan plan;
-    status = uf::plan_backward(ranges, kv_ranges, {k_ranges, q_ptr, q_spans, n_key_ranges, n_spans}, nk, plan);
+    uf::BackwardTasks tasks;
+    status = uf::cut_backward(ranges, kv_ranges, {k_ranges, q_ptr, q_spans, n_key_ranges, n_spans}, nk, tasks);
     if (status != kOk) return status;
 
     const auto delta = floats(heads * nq);
-    const auto dq_sum = floats(plan.shared ? heads * nq * ((dim + 15) / 16 * 16) : 0);
-    std::vector<int32_t> done(heads * plan.n_tiles, 0);
+    const auto dq_sum = floats(tasks.shared ? heads * nq * ((dim + 15) / 16 * 16) : 0);
+    std::vector<int32_t> done(heads * tasks.n_tiles, 0);
     const int64_t bytes = heads * dim * size_of(dtype);
     expect_writes(nq * bytes, dq);
     expect_writes(nk * bytes, dk, dv);
-    if (plan.shared) expect_writes(heads * nq * dim * 4, dq_sum.get());
+    if (tasks.shared) expect_writes(heads * nq * dim * 4, dq_sum.get());
     int64_t covered = 0;
     for (const uf::Range& range : ranges) {
       clear_rows(dq, covered, range.begin, bytes);
@@ -177,7 +177,7 @@ UF_API int uf_segment_attention_backward(int level, int threads, int dtype, cons
     }
     clear_rows(dq, covered, nq, bytes);
     covered = 0;
-    for (const uf::KeyBlock& block : plan.blocks) {
+    for (const uf::KeyBlock& block : tasks.blocks) {
       clear_rows(dk, covered, block.begin, bytes);
       clear_rows(dv, covered, block.begin, bytes);
       covered = block.end;
@@ -191,8 +191,8 @@ UF_API int uf_segment_attention_backward(int level, int threads, int dtype, cons
     for (int i = 0; i < 5; i++) *targets[i] = {views[i], strides[2 * i], strides[2 * i + 1]};
     args.lse = lse, args.dq = dq, args.dk = dk, args.dv = dv;
     args.nq = nq, args.heads = heads, args.dim = dim, args.scale = scale;
-    args.blocks = plan.blocks.data(), args.n_blocks = plan.blocks.size();
-    args.spans = plan.spans.data(), args.n_tiles = plan.n_tiles;
+    args.blocks = tasks.blocks.data(), args.n_blocks = tasks.blocks.size();
+    args.spans = tasks.spans.data(), args.n_tiles = tasks.n_tiles;
     args.delta = delta.get(), args.dq_sum = dq_sum.get(), args.done = done.data();
     args.threads = threads;
     return kernel->attention_backward(args) ? kNoMemory : kOk;
@@ -270,44 +270,44 @@ UF_API int uf_qk_norm_rope_backward(int level, int threads, int dtype, const voi
 // Null gate: norm_modulate. Null normed: gate_residual. n_rows: rows of gate, shift and scale.
 UF_API int uf_token_rows(int level, int threads, int dtype, const void* x, int64_t x_stride, const void* y,
                          int64_t y_stride, const void* gate, int64_t gate_stride, const void* shift,
-                         int64_t shift_stride, const void* scale, int64_t scale_stride, const int32_t* rows,
+                         int64_t shift_stride, const void* scale, int64_t scale_stride, const int32_t* mod_index,
                          int64_t n_rows, int64_t tokens, int64_t channels, float eps, int rms, int eager_rounding,
                          void* x_out, void* normed) {
   const uf::Kernels* kernel = kernels(level);
   if (!kernel) return kBadLevel;
   if (n_rows < 1) return kBadRow;
-  for (int64_t i = 0; rows && i < tokens; i++)
-    if (rows[i] < 0 || rows[i] >= n_rows) return kBadRow;
-  const uf::TokenRows args = {static_cast<uf::DType>(dtype), x, y, gate, shift, scale, x_out, normed, x_stride,
-                              y_stride, gate_stride, shift_stride, scale_stride, rows, tokens, channels, eps, rms != 0,
-                              eager_rounding != 0, threads};
+  for (int64_t i = 0; mod_index && i < tokens; i++)
+    if (mod_index[i] < 0 || mod_index[i] >= n_rows) return kBadRow;
+  const uf::TokenOp args = {static_cast<uf::DType>(dtype), x, y, gate, shift, scale, x_out, normed, x_stride, y_stride,
+                            gate_stride, shift_stride, scale_stride, mod_index, tokens, channels, eps, rms != 0,
+                            eager_rounding != 0, threads};
   expect_writes(tokens * channels * size_of(dtype), x_out, normed);
-  return kernel->token_rows(args) ? kNoMemory : kOk;
+  return kernel->token_op(args) ? kNoMemory : kOk;
 }
 
 // inputs: grad_x, grad_normed, x, y, gate, scale, null where the part is missing; strides: a row's of each.
 // outs: dx, dy, dgate, dshift, dscale; the last three null when they are not wanted.
 UF_API int uf_token_rows_backward(int level, int threads, int dtype, const void* const* inputs, const int64_t* strides,
-                                  const int32_t* rows, int64_t n_rows, int64_t tokens, int64_t channels, float eps,
+                                  const int32_t* mod_index, int64_t n_rows, int64_t tokens, int64_t channels, float eps,
                                   int rms, void* const* outs) {
   const uf::Kernels* kernel = kernels(level);
   if (!kernel) return kBadLevel;
   try {
-    uf::RowPlan plan;
-    if (!uf::plan_rows(rows, tokens, n_rows, plan)) return kBadRow;
-    const auto shares = floats(plan.shares * 3 * channels);
-    uf::TokenRowsBackward args = {};
+    uf::TokenChunks cut;
+    if (!uf::chunk_tokens(mod_index, tokens, n_rows, cut)) return kBadRow;
+    const auto shares = floats(cut.shares * 3 * channels);
+    uf::TokenOpBackward args = {};
     args.dtype = static_cast<uf::DType>(dtype);
     args.grad_x = inputs[0], args.grad_normed = inputs[1], args.x = inputs[2];
     args.y = inputs[3], args.gate = inputs[4], args.scale = inputs[5];
     args.dx = outs[0], args.dy = outs[1], args.dgate = outs[2], args.dshift = outs[3], args.dscale = outs[4];
     args.grad_x_stride = strides[0], args.grad_normed_stride = strides[1], args.x_stride = strides[2];
     args.y_stride = strides[3], args.gate_stride = strides[4], args.scale_stride = strides[5];
-    args.order = plan.order.data(), args.chunks = plan.chunks.data(), args.sums = plan.sums.data();
-    args.n_chunks = plan.chunks.size(), args.n_sums = plan.sums.size();
+    args.order = cut.order.data(), args.chunks = cut.chunks.data(), args.sums = cut.sums.data();
+    args.n_chunks = cut.chunks.size(), args.n_sums = cut.sums.size();
     args.shares = shares.get(), args.channels = channels, args.eps = eps, args.rms = rms != 0, args.threads = threads;
     expect_writes(tokens * channels * size_of(dtype), outs[0], outs[1]);
-    return kernel->token_rows_backward(args) ? kNoMemory : kOk;
+    return kernel->token_op_backward(args) ? kNoMemory : kOk;
   } catch (const std::bad_alloc&) {
     return kNoMemory;
   }

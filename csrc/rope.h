@@ -1,7 +1,7 @@
-// RMSNorm per head and rotary embedding, from the streams into the joint sequence, and the gradients of that.
+// RMSNorm per head and rotary embedding, from the streams into the joint sequence, and their gradients.
 #pragma once
 
-#include "rows.h"
+#include "memory.h"
 
 namespace UF_NAMESPACE {
 
@@ -87,7 +87,7 @@ static int qk_norm_rope(const uf::QkNormRope& a) {
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-// With g the gradient turned back, n the normalised head: dx = (g w - n mean(g w n)) / rms; g n is added to `dw`.
+// With g the gradient rotated back and n the normalised head: dx = (g w - n mean(g w n)) / rms; g n is added to `dw`.
 template <class T>
 UF_INLINE void norm_rope_head_backward(const T* grad, const T* x, const float* weight, const float* cosines,
                                        const float* sines, T* out, float* dw, int64_t dim, float eps) {

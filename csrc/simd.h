@@ -32,7 +32,7 @@ UF_INLINE vf splat(float x) { return x - vf{}; }
 UF_INLINE vf max_of(vf a, vf b) { return a > b ? a : b; }
 
 UF_INLINE vf widen(vh h) {
-  // One instruction, where GCC makes five of the portable line. (maskz: the plain one warns inside GCC 12.)
+  // One instruction; GCC compiles the portable line to five. (maskz: the plain intrinsic warns in GCC 12.)
 #if UF_WIDTH == 16 && defined(__AVX512F__)
   return (vf)((vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h) << 16);
 #elif UF_WIDTH == 8 && defined(__AVX2__)
@@ -67,7 +67,7 @@ UF_INLINE void store(bf16* p, vf x) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-// The last n < W elements of a row; lanes past n read as zero. Not inlined: rare, and loops over rows have several.
+// The last n < W elements of a row; lanes past n read as zero. Not inlined: calls are rare.
 template <class T>
 UF_NOINLINE vf load_tail(const T* p, int64_t n) {
   T lanes[W] = {};
@@ -81,7 +81,7 @@ UF_NOINLINE void store_tail(T* p, vf x, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
-// What x becomes when stored as T and read back.
+// Returns x as it is after it was stored as T and read back.
 template <class T>
 UF_INLINE vf rounded_to(vf x);
 template <>

@@ -3,7 +3,7 @@
 //   dn = grad_normed f,   g = grad_x + (dn - mean(dn) - n mean(dn n)) / std        dx = g,  dy = gate g
 //   dgate = sum g y,      dshift = sum grad_normed,      dscale = sum grad_normed n        over the tokens of a row
 //
-// Statistics are computed again from x, whose row is in L1 anyway. The tokens of a modulation row are taken in chunks
+// Statistics are computed again from x, whose row is in L1. The tokens of a modulation row are taken in chunks
 // of fixed size counted from its own first token, and chunks are summed in order: the bits of a row's gradient depend
 // on its tokens only.
 #pragma once
@@ -19,7 +19,7 @@ UF_INLINE const T* at_row(const void* base, int64_t row, int64_t stride) {
   return static_cast<const T*>(base) + row * stride;
 }
 
-// What one token needs in the last pass over its row: n = (x - mean) * inverse + offset, and the two means over it.
+// Values of one token for the last pass over its row: n = (x - mean) * inverse + offset, and the two means over it.
 struct TokenMeans {
   Moments moments;
   float dn, dn_n;
@@ -31,7 +31,7 @@ UF_INLINE vf normalised(const T* x, const Moments& m, int64_t n) {
 }
 
 template <class T>
-UF_INLINE TokenMeans token_means(const uf::TokenRowsBackward& a, const T* x, const T* grad, const T* scale) {
+UF_INLINE TokenMeans token_means(const uf::TokenOpBackward& a, const T* x, const T* grad, const T* scale) {
   const float sum = moment_sum(x, a.channels, a.rms), count = static_cast<float>(a.channels);
   const Moments m = a.rms ? rms_moments(sum, a.channels, a.eps) : layer_moments(x, sum, a.channels, a.eps);
   vf plain[2] = {}, weighted[2] = {};
@@ -45,7 +45,7 @@ UF_INLINE TokenMeans token_means(const uf::TokenRowsBackward& a, const T* x, con
 
 // `count` tokens of one modulation row; their share of its gradients is added to sums[3][padded].
 template <class T, bool kNorm, bool kGate, int kCount>
-UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* tokens, int64_t row, float* sums,
+UF_INLINE void backward_tokens(const uf::TokenOpBackward& a, const int32_t* tokens, int64_t row, float* sums,
                                int64_t padded) {
   const T* scale = at_row<T>(a.scale, row, a.scale_stride);
   const T* gate = at_row<T>(a.gate, row, a.gate_stride);
@@ -92,7 +92,7 @@ UF_INLINE void backward_tokens(const uf::TokenRowsBackward& a, const int32_t* to
 }
 
 template <class T, bool kNorm, bool kGate>
-void backward_chunk(const uf::TokenRowsBackward& a, const uf::RowChunk& chunk, float* sums, int64_t padded) {
+void backward_chunk(const uf::TokenOpBackward& a, const uf::RowChunk& chunk, float* sums, int64_t padded) {
   void* const out[3] = {a.dgate, a.dshift, a.dscale};
   const bool wanted = a.dgate || a.dshift || a.dscale;
   if (wanted) __builtin_memset(sums, 0, 3 * padded * sizeof(float));
@@ -115,7 +115,7 @@ void backward_chunk(const uf::TokenRowsBackward& a, const uf::RowChunk& chunk, f
 
 // The gradients of rows with several chunks, and of rows without any.
 template <class T>
-void sum_shares(const uf::TokenRowsBackward& a, const uf::RowSum& sum) {
+void sum_shares(const uf::TokenOpBackward& a, const uf::RowSum& sum) {
   void* const out[3] = {a.dgate, a.dshift, a.dscale};
   for (int part = 0; part < 3; part++) {
     if (!out[part]) continue;
@@ -130,7 +130,7 @@ void sum_shares(const uf::TokenRowsBackward& a, const uf::RowSum& sum) {
 }
 
 template <class T, bool kNorm, bool kGate>
-int backward_of(const uf::TokenRowsBackward& a) {
+int backward_of(const uf::TokenOpBackward& a) {
   int failed = 0;
   const int64_t padded = round_up(a.channels, W);
 #pragma omp parallel num_threads(a.threads)
@@ -150,12 +150,12 @@ int backward_of(const uf::TokenRowsBackward& a) {
 }
 
 template <class T>
-int backward_parts(const uf::TokenRowsBackward& a) {
+int backward_parts(const uf::TokenOpBackward& a) {
   if (!a.gate) return backward_of<T, true, false>(a);
   return a.scale ? backward_of<T, true, true>(a) : backward_of<T, false, true>(a);
 }
 
-static int token_rows_backward(const uf::TokenRowsBackward& a) {
+static int token_op_backward(const uf::TokenOpBackward& a) {
   return a.dtype == uf::kFloat32 ? backward_parts<float>(a) : backward_parts<bf16>(a);
 }
 

@@ -1,7 +1,7 @@
-// Gated residual, norm, modulation: every row is read from memory once, worked on in L1, and written once.
+// Gated residual, norm, modulation: every row is read from memory once, processed in L1, and written once.
 #pragma once
 
-#include "rows.h"
+#include "memory.h"
 
 namespace UF_NAMESPACE {
 
@@ -17,7 +17,7 @@ UF_INLINE Moments rms_moments(float squares, int64_t channels, float eps) {
 }
 
 // The mean of what is left after subtracting the mean corrects both mean and variance, so a large common offset costs
-// no accuracy beyond what the input's own rounding lost.
+// no accuracy beyond the rounding of the input itself.
 template <class T>
 UF_INLINE Moments layer_moments(const T* x, float sum, int64_t channels, float eps) {
   const float count = static_cast<float>(channels), mean = sum / count;
@@ -42,7 +42,7 @@ UF_INLINE Moments layer_moments(const T* x, float sum, int64_t channels, float e
 template <class T>
 UF_INLINE float moment_sum(const T* x, int64_t channels, bool rms) {
   vf sums[2] = {};
-  // Two loops: a choice within one is contracted to FMA here and not there, and two ops would round differently.
+  // Two loops: with a branch in one loop, compilers contract to FMA in some copies only, and results would differ.
   if (rms) {
     for_row_slots(channels, [&](int64_t c, int64_t n, int slot) UF_BODY {
       const vf value = load_n(x + c, n);
@@ -78,14 +78,14 @@ UF_INLINE void modulate_row(const X* x, const Moments& m, const T* shift, const 
 }
 
 template <class T, class X>
-UF_INLINE Moments moments_of(const X* x, const uf::TokenRows& a) {
+UF_INLINE Moments moments_of(const X* x, const uf::TokenOp& a) {
   const float sum = moment_sum(x, a.channels, a.rms);
   return a.rms ? rms_moments(sum, a.channels, a.eps) : layer_moments(x, sum, a.channels, a.eps);
 }
 
 template <class T, bool kRound>
-void token_row(const uf::TokenRows& a, int64_t i, const T* zeros, float* stored) {
-  const int64_t row = a.rows ? a.rows[i] : 0, at = i * a.channels;
+void one_token(const uf::TokenOp& a, int64_t i, const T* zeros, float* stored) {
+  const int64_t row = a.mod_index ? a.mod_index[i] : 0, at = i * a.channels;
   const T* x = static_cast<const T*>(a.x) + i * a.x_stride;
   const T* scale = static_cast<const T*>(a.scale) + row * a.scale_stride;
   const T* shift = a.shift ? static_cast<const T*>(a.shift) + row * a.shift_stride : zeros;
@@ -97,12 +97,12 @@ void token_row(const uf::TokenRows& a, int64_t i, const T* zeros, float* stored)
   const T* y = static_cast<const T*>(a.y) + i * a.y_stride;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
   gate_residual_row<T, kRound>(x, y, gate, static_cast<T*>(a.x_out) + at, a.normed ? stored : nullptr, a.channels);
-  // What is normalised is what was stored, rounding included.
+  // The stored value is normalised, rounding included.
   if (a.normed) modulate_row<T, kRound>(stored, moments_of<T>(stored, a), shift, scale, normed, a.channels);
 }
 
 template <class T, bool kRound>
-int token_rows_of(const uf::TokenRows& a) {
+int token_op_of(const uf::TokenOp& a) {
   int failed = 0;
   const int64_t padded = round_up(a.channels, 16);
 #pragma omp parallel num_threads(a.threads)
@@ -112,18 +112,18 @@ int token_rows_of(const uf::TokenRows& a) {
 #pragma omp atomic write
       failed = 1;
     } else {
-      __builtin_memset(memory, 0, padded * sizeof(float));  // the shift that is not there
+      __builtin_memset(memory, 0, padded * sizeof(float));  // stands for a missing shift
     }
 #pragma omp for schedule(dynamic, 16)
     for (int64_t i = 0; i < a.tokens; i++)
-      if (memory) token_row<T, kRound>(a, i, reinterpret_cast<const T*>(memory), memory + padded);
+      if (memory) one_token<T, kRound>(a, i, reinterpret_cast<const T*>(memory), memory + padded);
   }
   return failed;
 }
 
-static int token_rows(const uf::TokenRows& a) {
-  if (a.dtype == uf::kFloat32) return a.eager_rounding ? token_rows_of<float, true>(a) : token_rows_of<float, false>(a);
-  return a.eager_rounding ? token_rows_of<bf16, true>(a) : token_rows_of<bf16, false>(a);
+static int token_op(const uf::TokenOp& a) {
+  if (a.dtype == uf::kFloat32) return a.eager_rounding ? token_op_of<float, true>(a) : token_op_of<float, false>(a);
+  return a.eager_rounding ? token_op_of<bf16, true>(a) : token_op_of<bf16, false>(a);
 }
 
 }  // namespace UF_NAMESPACE

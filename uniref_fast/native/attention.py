@@ -39,6 +39,8 @@ def segment_attention(
     """
     lib, level_id = use_level(level)
     dtype, (queries, heads, dim), keys = _attention_shapes(q, k, v)
+    if scale < 0:
+        raise ValueError(f"scale must not be negative, got {scale}")
     plan = _table(("q_ranges", "kv_ptr", "kv_ranges"), q_ranges, kv_ptr, kv_ranges)
     out = torch.empty((queries, heads, dim), dtype=dtype, device="cpu")
     lse = torch.empty((heads, queries), dtype=torch.float32, device="cpu")

@@ -1,4 +1,4 @@
-// What every kernel does with rows: a work buffer, addressing, whole vectors and the tail behind them.
+// Access to memory that all kernels share: a work buffer, addresses, whole vectors and the tail behind them.
 #pragma once
 
 #include <stdlib.h>
@@ -32,8 +32,8 @@ UF_INLINE const T* row_of(const uf::View& view, int64_t token, int64_t head) {
   return static_cast<const T*>(view.data) + token * view.token_stride + head * view.head_stride;
 }
 
-// Part `part` of `parts` of the rows [begin, end), into L2. The next tile's rows lie pages apart, where the processor
-// does not look ahead: without this, packing a tile waits for memory a tenth of the time that multiplying it takes.
+// Prefetches part `part` of `parts` of the rows [begin, end) into L2. The rows of the next tile lie pages apart, where
+// the processor does not prefetch by itself: without this, packing a tile takes longer by a tenth of its products.
 template <class T>
 UF_INLINE void prefetch_rows(const uf::View& view, int64_t begin, int64_t end, int64_t part, int64_t parts,
                              int64_t head, int64_t dim) {
@@ -43,21 +43,21 @@ UF_INLINE void prefetch_rows(const uf::View& view, int64_t begin, int64_t end, i
       __builtin_prefetch(row_of<T>(view, i, head) + d, 0, 2);
 }
 
-// f(offset, n) over a row: whole vectors, then the tail through a padded one. `n` is the live lane count.
+// Calls f(offset, n) over a row: whole vectors, then the tail through a padded one. n is the number of lanes in use.
 template <class F>
 UF_INLINE void for_row(int64_t size, F f) {
   int64_t i = 0;
   for (; i + W <= size; i += W) f(i, W);
   if (i < size) f(i, size - i);
 }
-// The same with a slot, 0 or 1 in turns: two sums need not wait for each other's additions.
+// As for_row, with a slot that alternates between 0 and 1, so that two sums do not wait for each other's additions.
 template <class F>
 UF_INLINE void for_row_slots(int64_t size, F f) {
   int64_t i = 0;
   for (; i + 2 * W <= size; i += 2 * W) f(i, W, 0), f(i + W, W, 1);
   for (; i < size; i += W) f(i, min_of(size - i, W), 0);
 }
-// An inner loop's body.
+// Marks the body of an inner loop.
 #define UF_BODY __attribute__((always_inline))
 
 template <class T>
@@ -75,7 +75,7 @@ UF_INLINE void widen_row(float* to, const T* from, int64_t dim, float factor) {
   for_row(dim, [&](int64_t d, int64_t n) { store_n(to + d, load_n(from + d, n) * factor, n); });
 }
 
-// A column of a transposed panel, `stride` floats from element to element, times `factor`, as a row; through `row`.
+// Writes a column of a transposed panel (elements `stride` floats apart), times `factor`, as a row; `row` is a buffer.
 template <class T>
 UF_INLINE void write_column(T* to, const float* from, int64_t stride, int64_t dim, float factor, float* row) {
   for (int64_t d = 0; d < dim; d++) row[d] = from[d * stride] * factor;

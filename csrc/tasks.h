@@ -10,7 +10,7 @@
 
 namespace uf {
 
-// Mirrored in native.py.
+// The codes that uniref_fast/native/library.py turns into errors.
 enum Status {
   kOk = 0,
   kNoMemory = 1,
@@ -66,8 +66,8 @@ inline void fill_gaps(std::vector<Range>& ranges, int64_t nq) {
   }
 }
 
-// Tiles of whole panels. As large as packing K and V is worth, but small enough that every thread gets several; the
-// choice moves no bit of the result (attention.h). Returns the panels of the largest tile.
+// Cuts ranges into tiles of whole panels: large, because K and V are packed once per tile, but small enough that every
+// thread gets several. The sizes do not change the result (attention.h). Returns the panels of the largest tile.
 inline int64_t cut_tiles(const std::vector<Range>& ranges, const Kernels& kernel, int64_t heads, int threads,
                          std::vector<QueryTile>& tiles) {
   const int64_t panel = kernel.query_panel;
@@ -96,7 +96,7 @@ inline int64_t find_range(const std::vector<Range>& ranges, int64_t begin, int64
   return found != ranges.end() && found->begin == begin && found->end == end ? found - ranges.begin() : -1;
 }
 
-// Whether one of the range's intervals holds the keys [begin, end).
+// True if one interval of the range holds the keys [begin, end).
 inline bool sees(const Range& range, const int32_t* intervals, int64_t begin, int64_t end) {
   int64_t low = range.first, high = range.last;
   while (low < high) {  // the first interval that ends behind `begin`
@@ -107,23 +107,23 @@ inline bool sees(const Range& range, const int32_t* intervals, int64_t begin, in
   return low < range.last && intervals[2 * low] <= begin && end <= intervals[2 * low + 1];
 }
 
-struct BackwardPlan {
+struct BackwardTasks {
   std::vector<KeyBlock> blocks;
   std::vector<QuerySpan> spans;
   int64_t n_tiles = 0;
   bool shared = false;  // some queries see several blocks, so that their dq is a sum
 };
 
-// Key ranges cut into blocks, with the spans of queries that see them. `transpose` must say what `ranges` (sorted) say:
-// every pair that it names is one of theirs, and it names as many.
-inline int plan_backward(const std::vector<Range>& ranges, const int32_t* kv_ranges, const Table& transpose, int64_t nk,
-                         BackwardPlan& plan) {
+// Cuts key ranges into blocks, with the spans of queries that see them. `transpose` must hold the same pairs as the
+// sorted `ranges`: each of its pairs is checked to be one of theirs, and their numbers to be equal.
+inline int cut_backward(const std::vector<Range>& ranges, const int32_t* kv_ranges, const Table& transpose, int64_t nk,
+                         BackwardTasks& tasks) {
   if (transpose.ptr[0] != 0 || transpose.ptr[transpose.n_ranges] != transpose.n_intervals) return kBadTranspose;
   std::vector<int64_t> tile(ranges.size()), turns(ranges.size(), 0), owner;
   int64_t area = 0;
   for (size_t i = 0; i < ranges.size(); i++) {
-    tile[i] = plan.n_tiles;
-    plan.n_tiles += (ranges[i].end - ranges[i].begin + kQueryTile - 1) / kQueryTile;
+    tile[i] = tasks.n_tiles;
+    tasks.n_tiles += (ranges[i].end - ranges[i].begin + kQueryTile - 1) / kQueryTile;
     area += (ranges[i].end - ranges[i].begin) * ranges[i].keys;
   }
   int64_t covered = 0;
@@ -131,7 +131,7 @@ inline int plan_backward(const std::vector<Range>& ranges, const int32_t* kv_ran
     const int64_t begin = transpose.ranges[2 * r], end = transpose.ranges[2 * r + 1];
     if (begin < covered || end < begin || end > nk) return kBadTranspose;
     if (transpose.ptr[r + 1] < transpose.ptr[r] || transpose.ptr[r + 1] > transpose.n_intervals) return kBadTranspose;
-    const int64_t blocks = (end - begin + kKeyBlock - 1) / kKeyBlock, first = plan.spans.size();
+    const int64_t blocks = (end - begin + kKeyBlock - 1) / kKeyBlock, first = tasks.spans.size();
     int64_t previous = 0;
     for (int64_t i = transpose.ptr[r]; i < transpose.ptr[r + 1]; i++) {
       const int64_t from = transpose.intervals[2 * i], to = transpose.intervals[2 * i + 1];
@@ -140,49 +140,49 @@ inline int plan_backward(const std::vector<Range>& ranges, const int32_t* kv_ran
       if (from == to || begin == end) continue;
       const int64_t range = find_range(ranges, from, to);
       if (range < 0 || !sees(ranges[range], kv_ranges, begin, end)) return kBadTranspose;
-      plan.spans.push_back({from, to, tile[range], turns[range], 0});
+      tasks.spans.push_back({from, to, tile[range], turns[range], 0});
       owner.push_back(range);
       turns[range] += blocks;
-      plan.shared |= turns[range] > 1;
+      tasks.shared |= turns[range] > 1;
       area -= (end - begin) * (to - from);
     }
     for (int64_t i = 0; i < blocks; i++) {
-      const int64_t from = begin + i * kKeyBlock, last = plan.spans.size();
-      if (first < last) plan.blocks.push_back({from, std::min(from + kKeyBlock, end), first, last, i});
+      const int64_t from = begin + i * kKeyBlock, last = tasks.spans.size();
+      if (first < last) tasks.blocks.push_back({from, std::min(from + kKeyBlock, end), first, last, i});
     }
     covered = end;
   }
   if (area != 0) return kBadTranspose;
-  for (size_t i = 0; i < owner.size(); i++) plan.spans[i].turns = turns[owner[i]];
+  for (size_t i = 0; i < owner.size(); i++) tasks.spans[i].turns = turns[owner[i]];
   return kOk;
 }
 
-struct RowPlan {
+struct TokenChunks {
   std::vector<int32_t> order;
   std::vector<RowChunk> chunks;
   std::vector<RowSum> sums;
   int64_t shares = 0;
 };
 
-// Tokens sorted by modulation row (null: all have row 0), and cut into chunks. False when a row is out of range.
-inline bool plan_rows(const int32_t* rows, int64_t tokens, int64_t n_rows, RowPlan& plan) {
+// Sorts tokens by modulation row (null: all have row 0) and cuts them into chunks. False if a row is out of range.
+inline bool chunk_tokens(const int32_t* mod_index, int64_t tokens, int64_t n_rows, TokenChunks& cut) {
   if (n_rows < 1) return tokens == 0;
   std::vector<int64_t> start(n_rows + 1, 0);
   for (int64_t i = 0; i < tokens; i++) {
-    const int64_t row = rows ? rows[i] : 0;
+    const int64_t row = mod_index ? mod_index[i] : 0;
     if (row < 0 || row >= n_rows) return false;
     start[row + 1]++;
   }
   for (int64_t row = 0; row < n_rows; row++) start[row + 1] += start[row];
-  plan.order.resize(tokens);
+  cut.order.resize(tokens);
   std::vector<int64_t> at(start.begin(), start.end() - 1);
-  for (int64_t i = 0; i < tokens; i++) plan.order[at[rows ? rows[i] : 0]++] = static_cast<int32_t>(i);
+  for (int64_t i = 0; i < tokens; i++) cut.order[at[mod_index ? mod_index[i] : 0]++] = static_cast<int32_t>(i);
   for (int64_t row = 0; row < n_rows; row++) {
-    const int64_t begin = start[row], end = start[row + 1], first = plan.shares;
+    const int64_t begin = start[row], end = start[row + 1], first = cut.shares;
     const bool single = end - begin <= kChunk;
     for (int64_t i = begin; i < end; i += kChunk)
-      plan.chunks.push_back({row, i, std::min(i + kChunk, end), single ? -1 : plan.shares++});
-    if (plan.shares > first || begin == end) plan.sums.push_back({row, first, plan.shares});
+      cut.chunks.push_back({row, i, std::min(i + kChunk, end), single ? -1 : cut.shares++});
+    if (cut.shares > first || begin == end) cut.sums.push_back({row, first, cut.shares});
   }
   return true;
 }
