@@ -66,7 +66,7 @@ class TrainedModel:
         if config.initial is not None and (config.initial / "lora").is_dir():
             self._unrounded(config.initial / "lora")
         self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)
-        self.packed = PackedQwenImage(transformer, visibility=config.visibility or "full", trained=True)
+        self.packed = PackedQwenImage(transformer, visibility=config.visibility or "full", for_training=True)
         if config.compile:
             _compile_blocks(transformer)
         shard(self.packed, ranks, compute)  # moves a block at a time to the device

@@ -1,8 +1,10 @@
 """Qwen-Image-Edit's double-stream MMDiT over a packed, ragged sequence.
 
 `PackedQwenImage` runs the parameters of a live diffusers `QwenImageTransformer2DModel`: no copy, no new modules. Its
-Linears are called, never read, so LoRA, quantised or cast Linears keep working. `joint_attention` is shared with the
-drop-in patch.
+Linears are called, never read, so LoRA, quantised or cast Linears keep working.
+
+Shapes: a stream has N_image or N_text rows of C channels, the joint sequence N rows; H heads of D channels, S samples,
+R rows of the modulation table. A rank has n rows of a stream: all of them, or its part under sequence parallelism.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +23,28 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
-__all__ = ["AttentionContext", "Modulation", "PackedQwenImage", "find_transformer", "joint_attention", "stream_rows"]
+__all__ = [
+    "DeferredResidual",
+    "ForwardContext",
+    "Modulation",
+    "PackedQwenImage",
+    "find_transformer",
+    "joint_attention",
+    "joint_qkv",
+    "stream_rows",
+]
 
 
 def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = False) -> Any:
-    """The `QwenImageTransformer2DModel` of a pipeline, or the model itself.
+    """Return the `QwenImageTransformer2DModel` of a pipeline, or the model itself.
 
     Args:
-        target: the pipeline or model.
-        sharded: also take a model that `fully_shard` was applied to.
-        compiled: take the model out of a wrapper of torch.compile.
+        target: The pipeline or model.
+        sharded: Accept a model that `fully_shard` was applied to.
+        compiled: Return the model inside a wrapper of torch.compile.
 
     Raises:
-        TypeError: for anything else; the message says what is supported.
+        TypeError: If the object is anything else; the message says what is supported.
     """
     from diffusers import QwenImageTransformer2DModel as Stock
 
@@ -64,41 +75,56 @@ def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = Fal
     )
 
 
-@dataclass(frozen=True)
-class AttentionContext:
-    """What every block of one forward needs to attend.
+QKV = tuple[Tensor, Tensor, Tensor]
+"""q, k and v, or their projections."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardContext:
+    """Arguments of one forward that all its blocks share.
 
     Attributes:
-        layout: the packed sequence.
-        plan: its compiled visibility.
-        rotary: cos, sin in joint order, float32 `[N, D / 2]`.
-        impl: implementation forced on the ops, or None.
+        layout: Layout of the pack.
+        visibility: Visibility that attention follows.
+        rotary: Rotary cos and sin in joint order, float32 `[N, D / 2]` each.
+        impl: Implementation forced on every op, or None.
         rounding: "once" or "eager", see `ops.norm_modulate`.
-        visibility: what the plan was compiled from.
-        parallel: exchange among the ranks that share the pack, or None.
-        checkpointing: recompute blocks in the backward.
-        closed: whether every block adds its last residual itself, or leaves it to be fused with the next norm.
-        trained: attention is picked as for training, with and without gradients.
+        for_training: Choose attention by the cost of forward and backward, also where no gradient is computed.
+        checkpointing: Recompute blocks in the backward.
+        fuse_residual: A block leaves its last residual to the first norm of the next block.
+        parallel: Communication between the ranks that share the pack, or None.
     """
 
+    # sequence
     layout: SelfLayout
-    plan: AttentionPlan
+    visibility: str | Rule
     rotary: tuple[Tensor, Tensor]
+    # choice of implementation
     impl: str | None = None
     rounding: ops.Rounding = "once"
-    visibility: str | Rule = "full"
-    parallel: SequenceParallel | None = None
+    for_training: bool = False
+    # memory and ranks
     checkpointing: bool = False
-    closed: bool = False
-    trained: bool = False
+    fuse_residual: bool = True
+    parallel: SequenceParallel | None = None
+
+    @property
+    def plan(self) -> AttentionPlan:
+        """Plan of the whole joint sequence."""
+        return plan(self.layout, self.visibility)
+
+    @property
+    def target_plan(self) -> AttentionPlan:
+        """Plan of the targets' queries alone."""
+        return target_plan(self.layout, self.visibility)
 
     def modulation_rows(self, stream: str) -> Tensor:
-        """Modulation row of every row of a stream that this rank has, int32 `[n]`."""
+        """Return the modulation row of every row of a stream that this rank has, int32 `[n]`."""
         rows = self.layout.modulation_rows(stream, self.rotary[0].device)
         return rows if self.parallel is None else rows[self.parallel.rows(self.layout, stream)]
 
     def target_rows(self) -> Tensor:
-        """Rows of this rank's part of the image stream that are targets, int64 `[n_target]`."""
+        """Return the rows of this rank's part of the image stream that are targets, int64 `[n_target]`."""
         targets = self.layout.target_rows(self.rotary[0].device)
         if self.parallel is None:
             return targets
@@ -106,58 +132,81 @@ class AttentionContext:
         return targets[bounds[self.parallel.rank] : bounds[self.parallel.rank + 1]] - first
 
 
-Pending = list[Tensor]
-"""[image branch, image gate, text branch, text gate] of a block's last residual, which the next block adds; or []."""
+class DeferredResidual(NamedTuple):
+    """Last residual of a block in one stream, `x + gate[row] * branch`, which the next block adds."""
+
+    branch: Tensor  # [n, C]
+    gate: Tensor  # [R, C]
 
 
-def project_qkv(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, ...]:
-    """Project, normalise and rotate both streams into the joint q, k, v, `[N, H, D]` each."""
+def project_qkv(attn: Any, image: Tensor, text: Tensor, context: ForwardContext) -> QKV:
+    """Project, normalise and rotate both streams (`[n, C]`) into the joint q, k, v, `[N, H, D]` each."""
     head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
-    text_qkv = tuple(p(text).unflatten(-1, (-1, head_dim)) for p in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    image_qkv = tuple(p(image).unflatten(-1, (-1, head_dim)) for p in (attn.to_q, attn.to_k, attn.to_v))
+
+    def heads(linear: Any, x: Tensor) -> Tensor:
+        return linear(x).unflatten(-1, (-1, head_dim))  # [n, H, D]
+
+    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
+    image_qkv = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
     if context.parallel is not None:
-        text_qkv, image_qkv = (_all_rows(x, context, name) for x, name in ((text_qkv, "text"), (image_qkv, "image")))
+        text_qkv, image_qkv = _all_rows(text_qkv, context, "text"), _all_rows(image_qkv, context, "image")
+    return joint_qkv(attn, image_qkv, text_qkv, context)
+
+
+def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext) -> QKV:
+    """Normalise and rotate the projections of both streams into the joint q, k, v, `[N, H, D]` each.
+
+    Args:
+        attn: The diffusers `Attention` that holds the QK norms.
+        image_qkv: Projections of the image stream, `[N_image, H, D]` each.
+        text_qkv: Projections of the text stream, `[N_text, H, D]` each.
+        context: Context of the forward.
+    """
     return ops.qk_norm_rope(
         text_qkv,
         image_qkv,
-        qk_norm_weights(attn, "text"),
-        qk_norm_weights(attn, "image"),
+        _qk_norm_weights(attn, "text"),
+        _qk_norm_weights(attn, "image"),
         context.layout,
         context.rotary,
-        eps=qk_norm_eps(attn),
+        eps=_qk_norm_eps(attn),
         rounding=context.rounding,
         impl=context.impl,
     )
 
 
-def _all_rows(qkv: tuple[Tensor, ...], context: AttentionContext, stream: str) -> tuple[Tensor, ...]:
-    """q, k, v of this rank's rows and all heads -> of all rows and this rank's heads, in one exchange."""
+def _all_rows(qkv: QKV, context: ForwardContext, stream: str) -> QKV:
+    """Exchange q, k, v of this rank's rows and all heads for those of all rows and this rank's heads.
+
+    `[n, H, D]` to `[N, H / ranks, D]`, all three in one exchange.
+    """
     parallel, layout = context.parallel, context.layout
     assert parallel is not None
     bounds = parallel.bounds(layout.text_length if stream == "text" else layout.image_length)
     together = torch.stack(qkv, dim=2).flatten(2)  # [n, H, 3 D]
-    return parallel.gather_heads(together, bounds).unflatten(2, (3, -1)).unbind(2)
+    q, k, v = parallel.gather_heads(together, bounds).unflatten(2, (3, -1)).unbind(2)
+    return q, k, v
 
 
-def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
-    """The attention of one double-stream block, output projections included.
+def joint_attention(attn: Any, image: Tensor, text: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+    """Run the attention of one double-stream block, output projections included.
 
     Args:
-        attn: diffusers `Attention` with added k, v projections.
-        image: image stream `[N_image, C]`, modulated; this rank's rows of it under sequence parallelism.
-        text: text stream `[N_text, C]`, modulated; likewise.
-        context: layout, plan and rotary tables.
+        attn: The diffusers `Attention` with added k, v projections.
+        image: Modulated image stream, `[n, C]`.
+        text: Modulated text stream, `[n, C]`.
+        context: Context of the forward.
 
     Returns:
-        (image, text) stream outputs, shapes as given.
+        (image, text) stream outputs with the shapes of the inputs.
     """
     q, k, v = project_qkv(attn, image, text, context)
     del image, text
-    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl, backward=context.trained or None)
+    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl, backward=context.for_training or None)
     del q, k, v
     streams = {}
     for name in ("image", "text"):
-        part = stream_rows(out, context.layout, name)
+        part = stream_rows(out, context.layout, name)  # [N_stream, H, D]
         if context.parallel is not None:
             part = context.parallel.scatter_heads(part, context.parallel.bounds(len(part)))
         streams[name] = part.flatten(1)
@@ -165,18 +214,20 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor, context: AttentionCo
 
 
 def project_image(attn: Any, out: Tensor) -> Tensor:
-    """The image stream's output projection and (in training) dropout."""
+    """Apply the output projection of the image stream and, in training, its dropout."""
     for module in attn.to_out:
         out = module(out)
     return out
 
 
 class PackedBlock(nn.Module):
-    """A double-stream block over a pack: a module of its own, so that a pack can be sharded and recomputed by block.
+    """A double-stream block over a pack.
+
+    It is a module, so that a model can be sharded and recomputed block by block.
 
     Args:
-        block: the diffusers block whose parameters are used.
-        last: whether only the targets' rows of its output are used (the last block of a model).
+        block: The diffusers block whose parameters are used.
+        last: True for the last block of a model, of whose output only the targets' rows are used.
     """
 
     block: Any
@@ -186,71 +237,74 @@ class PackedBlock(nn.Module):
         self.block, self.last = block, last
 
     def forward(
-        self, streams: list[Tensor], pending: Pending, temb: Tensor, context: AttentionContext
-    ) -> tuple[list[Tensor], Pending]:
-        """Run the block; it empties both lists, so that each of their tensors is freed once it has been used.
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        """Run the block. It empties both lists, so that each tensor is freed as soon as it has been used.
 
         Args:
-            streams: image `[N_image, C]` and text `[N_text, C]`, this rank's rows of them.
-            pending: residuals of the block before that are still to be added (`Pending`).
-            temb: timestep embedding `[R, C]`.
-            context: of this forward.
+            streams: Image and text stream, this rank's rows of them, `[n, C]` each.
+            residuals: Residuals of both streams that the block before has left, or none.
+            temb: Timestep embedding, `[R, C]`.
+            context: Context of the forward.
 
         Returns:
-            the streams and what is pending; of the last block, the image stream's target rows alone.
+            The streams and the residuals that are left to the next block. The last block returns one stream, the
+            targets' rows of the image stream, `[n_target, C]`.
         """
         if context.checkpointing and torch.is_grad_enabled():
-            inputs = tuple(streams), tuple(pending), temb, context  # kept for the second run, in the backward
+            inputs = tuple(streams), tuple(residuals), temb, context  # kept for the second run, in the backward
             return checkpoint(
                 lambda x, y, *rest: self._run([*x], [*y], *rest), *inputs,
                 use_reentrant=False, context_fn=_keep_attention,
             )  # fmt: skip
-        return self._run(streams, pending, temb, context)
+        return self._run(streams, residuals, temb, context)
 
     def _run(
-        self, streams: list[Tensor], pending: Pending, temb: Tensor, context: AttentionContext
-    ) -> tuple[list[Tensor], Pending]:
-        block, impl, layout = self.block, context.impl, context.layout
-        mods = _modulation(block, temb, layout)
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        block, impl = self.block, context.impl
+        mods = _modulation(block, temb, context.layout)
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
-        residual, normed = [], []  # of image and text
         norms = (block.img_norm1, block.img_norm2), (block.txt_norm1, block.txt_norm2)
+        unchanged, normed = [], []  # image and text, [n, C] each
         for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
             x, eps = streams.pop(0), norms[i][0].eps
-            if pending:
-                branch, gate = pending.pop(0), pending.pop(0)
+            if residuals:
+                branch, gate = residuals.pop(0)
                 x, y = ops.gate_residual_norm_modulate(x, branch, gate, mod.shift1, mod.scale1, rows, eps, impl=impl)
                 del branch
             else:
                 y = ops.norm_modulate(x, mod.shift1, mod.scale1, rows, eps, impl=impl)
-            residual.append(x)
+            unchanged.append(x)
             normed.append(y)
             del x, y
         if self.last:
-            return [self._targets(mods[0], residual.pop(0), normed, context)], []
+            return [self._targets(mods[0], unchanged.pop(0), normed, context)], []
         branches = [*joint_attention(block.attn, normed.pop(0), normed.pop(0), context)]
         outputs, left = [], []
         for mod, mlp, rows, (_, norm) in zip(mods, (block.img_mlp, block.txt_mlp), all_rows, norms, strict=True):
             x, y = ops.gate_residual_norm_modulate(
-                residual.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps, impl=impl
+                unchanged.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps, impl=impl
             )
             y = mlp(y)
-            if context.closed:
-                x = _clipped(ops.gate_residual(x, y, mod.gate2, rows, impl=impl))
+            if context.fuse_residual:
+                left.append(DeferredResidual(y, mod.gate2))
             else:
-                left += [y, mod.gate2]
+                x = _clipped(ops.gate_residual(x, y, mod.gate2, rows, impl=impl))
             outputs.append(x)
             del x, y
         return outputs, left
 
-    def _targets(self, mod: Modulation, image: Tensor, normed: list[Tensor], context: AttentionContext) -> Tensor:
-        """Run the last block for the targets' queries only, as nothing else of its output is used."""
+    def _targets(self, mod: Modulation, image: Tensor, normed: list[Tensor], context: ForwardContext) -> Tensor:
+        """Run the last block for the targets' queries only, because no other rows of its output are used.
+
+        Keys and values need all rows, so both streams (`[n, C]`) come in; the result is `[n_target, C]`.
+        """
         block, layout, impl = self.block, context.layout, context.impl
         targets = layout.target_rows(image.device)
         q, k, v = project_qkv(block.attn, normed.pop(0), normed.pop(0), context)
-        q = q[layout.joint_index("image", image.device)[targets]]
-        mine_only = target_plan(layout, context.visibility)
-        out = ops.segment_attention(q, k, v, mine_only, impl=impl, backward=context.trained or None)
+        q = q[layout.joint_index("image", image.device)[targets]]  # [N_target, H, D]
+        out = ops.segment_attention(q, k, v, context.target_plan, impl=impl, backward=context.for_training or None)
         del q, k, v
         if context.parallel is not None:
             out = context.parallel.scatter_heads(out, context.parallel.targets(layout))
@@ -265,23 +319,24 @@ class PackedBlock(nn.Module):
 
 
 class PackedQwenImage(nn.Module):
-    """A `QwenImageTransformer2DModel` over packs of unlike samples.
+    """A `QwenImageTransformer2DModel` that runs packs of samples of different sizes.
 
     Args:
-        transformer: the diffusers model whose parameters are used; it stays usable as it is. Add adapters first.
-        visibility: policy name or rule (`uniref_fast.visibility`); anything but "full" needs a model trained for it.
-        impl: implementation forced on every op, or None to pick by device.
-        checkpointing: keep only each block's input and attention output for the backward, and recompute the rest.
-        trained: a forward without gradients must be the one with them to the bit: attention is then picked by what both
-            directions cost, always.
+        transformer: The diffusers model whose parameters are used. It is not changed. Add adapters first.
+        visibility: Policy name or rule (`uniref_fast.visibility`). Anything but "full" needs a model trained for it.
+        impl: Implementation forced on every op. None chooses by device.
+        checkpointing: Keep only the input and the attention output of each block for the backward, and recompute the
+            rest.
+        for_training: Always choose attention by the cost of forward and backward, so that a forward without gradients
+            equals one with gradients bit for bit.
 
     Attributes:
-        blocks: the `PackedBlock`s; what sharding by block wraps.
-        parallel: a `SequenceParallel` when the ranks of a group share every pack, or None.
+        blocks: The `PackedBlock`s, which sharding by block wraps.
+        parallel: A `SequenceParallel` if the ranks of a group share every pack, or None.
 
     Raises:
-        ValueError: for models whose forward differs from the packed one (guidance embeddings, extra timestep
-            conditions, layered rotary embeddings).
+        ValueError: If the model's forward differs from the packed one (guidance embeddings, extra timestep conditions,
+            layered rotary embeddings).
     """
 
     transformer: Any
@@ -293,7 +348,7 @@ class PackedQwenImage(nn.Module):
         visibility: str | Rule = "full",
         impl: str | None = None,
         checkpointing: bool = False,
-        trained: bool = False,
+        for_training: bool = False,
     ) -> None:
         super().__init__()
         rule_of(visibility)  # raises for an unknown one
@@ -305,22 +360,22 @@ class PackedQwenImage(nn.Module):
         object.__setattr__(self, "transformer", transformer)
         last = len(transformer.transformer_blocks) - 1
         self.blocks = nn.ModuleList(PackedBlock(b, i == last) for i, b in enumerate(transformer.transformer_blocks))
-        self.ends = nn.ModuleList(
+        self.embed_and_head = nn.ModuleList(
             getattr(transformer, name)
             for name in ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
         )
         self.visibility = visibility
         self.impl = impl
         self.checkpointing = checkpointing
-        self.trained = trained
+        self.for_training = for_training
         self.parallel: SequenceParallel | None = None
 
     def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
         """Return the layout of a pack for this model (`SelfLayout.qwen` with the model's `zero_cond_t`).
 
         Args:
-            samples: the pack, in order.
-            shared_references: samples of one group hold their references once, see `SelfLayout.qwen`.
+            samples: Samples of the pack, in order.
+            shared_references: Hold the references of samples of one group once, see `SelfLayout.qwen`.
         """
         zero_cond_t = bool(self.transformer.config.zero_cond_t)
         return SelfLayout.qwen(samples, zero_cond_t=zero_cond_t, shared_references=shared_references)
@@ -329,41 +384,44 @@ class PackedQwenImage(nn.Module):
         """Predict the velocity of every target.
 
         Args:
-            image: packed latents of targets and references, `[N_image, in_channels]`, model dtype
-                (`layout.image_stream`).
-            text: prompt embeddings without padding, `[N_text, joint_attention_dim]`, model dtype.
-            timestep: t in [0, 1] of each sample, `[S]`; noise is at t = 1.
-            layout: the pack, from `self.layout`.
+            image: Latents of targets and references, `[N_image, in_channels]`, model dtype (`layout.image_stream`).
+            text: Prompt embeddings without padding, `[N_text, joint_attention_dim]`, model dtype.
+            timestep: Time of each sample in [0, 1], `[S]`; noise is at 1.
+            layout: Layout of the pack, from `self.layout`.
 
         Returns:
-            `[N_target, 4 * out_channels]`: the targets' tokens by sample (`layout.split_targets`). Under sequence
-            parallelism all ranks of a group are given the same whole pack, and each returns its own part
+            Velocities of the targets' tokens by sample, `[N_target, 4 * out_channels]` (`layout.split_targets`). Under
+            sequence parallelism all ranks of a group are given the same whole pack, and each returns its own part
             (`parallel.targets(layout)`).
+
+        Raises:
+            ValueError: If shapes differ from the layout's, or the layout is not one of this model.
         """
         model = self.transformer
         self._check(image, text, timestep, layout)
-        context = AttentionContext(
-            layout,
-            plan(layout, self.visibility),
-            layout.rotary(model.config.axes_dims_rope, image.device),
-            self.impl,
+        context = ForwardContext(
+            layout=layout,
             visibility=self.visibility,
-            parallel=self.parallel,
+            rotary=layout.rotary(model.config.axes_dims_rope, image.device),
+            impl=self.impl,
+            for_training=self.for_training,
             checkpointing=self.checkpointing,
-            # float16 models: diffusers clips the residual stream to the finite range, so every block closes it
-            closed=self.checkpointing or image.dtype == torch.float16,
-            trained=self.trained,
+            # Checkpointing keeps the inputs of each block, and a deferred residual would be one more of them. In
+            # float16 diffusers clips the output of each block to the finite range, so it must be computed there.
+            fuse_residual=not self.checkpointing and image.dtype != torch.float16,
+            parallel=self.parallel,
         )
         if self.parallel is not None:
             image, text = image[self.parallel.rows(layout, "image")], text[self.parallel.rows(layout, "text")]
-        streams = [model.img_in(image), model.txt_in(model.txt_norm(text))]
+        streams = [model.img_in(image), model.txt_in(model.txt_norm(text))]  # [n, C] each
         timestep = timestep.to(streams[0].dtype)
         if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
-        temb = model.time_text_embed(timestep, streams[0])
-        pending: Pending = []
+        temb = model.time_text_embed(timestep, streams[0])  # [R, C]
+        residuals: list[DeferredResidual] = []
         for block in self.blocks:
-            streams, pending = block(streams, pending, temb, context)
+            streams, residuals = block(streams, residuals, temb, context)
+        # streams[0] now holds the targets' rows alone, [n_target, C]
         scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(streams[0].dtype)).chunk(2, dim=1)
         rows = context.modulation_rows("image")[context.target_rows()]
         return model.proj_out(
@@ -389,7 +447,7 @@ class PackedQwenImage(nn.Module):
 
 @dataclass(frozen=True)
 class Modulation:
-    """shift, scale, gate of a block's two norms in one stream, `[R, C]` each (views of one `[R, 6 C]` table)."""
+    """Shift, scale and gate of a block's two norms in one stream, `[R, C]` each (views of one `[R, 6 C]` table)."""
 
     shift1: Tensor
     scale1: Tensor
@@ -400,19 +458,19 @@ class Modulation:
 
 
 def _modulation(block: Any, temb: Tensor, layout: SelfLayout) -> tuple[Modulation, Modulation]:
-    """(image, text) modulation of a block; text always uses the sampled timestep, the first rows."""
+    """Return (image, text) modulation of a block; text always uses the sampled timesteps, the first S rows."""
     image = block.img_mod(temb).chunk(6, dim=-1)
     text = block.txt_mod(temb[: layout.num_samples]).chunk(6, dim=-1)
     return Modulation(*image), Modulation(*text)
 
 
 def _clipped(x: Tensor) -> Tensor:
-    """diffusers clips the residual stream of float16 models to the finite range."""
+    """Clip the residual stream of a float16 model to the finite range, as diffusers does."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def _keep_attention() -> Any:
-    """For checkpointing: attention costs the most to recompute and its output little to keep."""
+    """Return the contexts of a checkpoint that keeps attention's output: costly to recompute, and small."""
     kept = (torch.ops.uniref_fast.segment_attention.default, torch.ops.uniref_fast.dense_attention.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -421,18 +479,18 @@ def _keep_attention() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
-    """Weights of a stream's RMSNorms over q and over k; None where the attention has no such norm."""
+def _qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return the weights of a stream's RMSNorms of q and k; None where the attention has no such norm."""
     norms = (attn.norm_q, attn.norm_k) if stream == "image" else (attn.norm_added_q, attn.norm_added_k)
     q, k = (None if norm is None else norm.weight for norm in norms)
     return q, k
 
 
-def qk_norm_eps(attn: Any) -> float:
-    """The eps that all QK norms of an attention have; any value where it has none.
+def _qk_norm_eps(attn: Any) -> float:
+    """Return the eps of all QK norms of an attention; any value if it has none.
 
     Raises:
-        ValueError: when they differ, since the fused operator takes one.
+        ValueError: If they differ, because the fused operator takes one.
     """
     norms = {"norm_q": attn.norm_q, "norm_k": attn.norm_k}
     norms |= {"norm_added_q": attn.norm_added_q, "norm_added_k": attn.norm_added_k}
@@ -443,7 +501,13 @@ def qk_norm_eps(attn: Any) -> float:
 
 
 def stream_rows(joint: Tensor, layout: SelfLayout, stream: str) -> Tensor:
-    """Rows of one stream out of the joint sequence: a view for one sample, one gather for a pack."""
+    """Return the rows of one stream out of the joint sequence: a view for one sample, one gather for a pack.
+
+    Args:
+        joint: Values in joint order, `[N, ...]`.
+        layout: Layout of the pack.
+        stream: "text" or "image".
+    """
     segments = layout.text_segments if stream == "text" else layout.image_segments
     if not segments:
         return joint[:0]

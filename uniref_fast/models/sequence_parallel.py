@@ -1,9 +1,9 @@
 """Ulysses sequence parallelism over packs: ranks share the tokens of a pack outside attention, its heads inside.
 
-Each stream is cut into contiguous parts, one a rank, as even as they come; segments may lie across a cut. Before
-attention an all-to-all gives each rank all tokens of some heads, in stream order, after it the reverse. So the
-kernels, the plan and every mask are those of one rank, and a pack needs no padding. (DeepSpeed Ulysses, arXiv
-2309.14509.)
+Each stream is cut into contiguous parts of nearly equal length, one per rank; a segment may lie across a cut. An
+all-to-all before attention gives each rank all tokens of some heads, in stream order; another one after it does the
+reverse. So kernels, plan and visibility are the same as on one rank, and a pack needs no padding (DeepSpeed Ulysses,
+arXiv 2309.14509).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ __all__ = ["SequenceParallel"]
 
 
 class SequenceParallel:
-    """The exchange among the ranks of one group.
+    """Communication between the ranks that share packs.
 
     Args:
-        group: ranks that work on the same packs.
-        heads: attention heads of the model.
+        group: Ranks that work on the same packs.
+        heads: Attention heads of the model.
 
     Raises:
-        ValueError: when the heads cannot be shared evenly; the message lists the sizes that can.
+        ValueError: If the heads cannot be shared evenly; the message lists the sizes that can.
     """
 
     def __init__(self, group: dist.ProcessGroup, heads: int) -> None:
@@ -41,37 +41,38 @@ class SequenceParallel:
             )
 
     def bounds(self, rows: int) -> list[int]:
-        """Where a stream of that many rows is cut: `size + 1` ascending row numbers."""
+        """Return the cuts of a stream with `rows` rows: `size + 1` ascending row numbers."""
         return [rows * rank // self.size for rank in range(self.size + 1)]
 
     def rows(self, layout: SelfLayout, stream: str) -> slice:
-        """This rank's rows of a stream ("text" or "image")."""
+        """Return this rank's rows of a stream ("text" or "image")."""
         bounds = self.bounds(layout.text_length if stream == "text" else layout.image_length)
         return slice(bounds[self.rank], bounds[self.rank + 1])
 
     def targets(self, layout: SelfLayout) -> list[int]:
-        """The same cuts of the image stream, counted in target rows: `size + 1` ascending numbers."""
+        """Return the cuts of the image stream, counted in target rows: `size + 1` ascending numbers."""
         spans = [(s.stream_start, s.stream_start + s.length) for s in layout.targets]
         bounds = self.bounds(layout.image_length)
         return [sum(min(max(bound - start, 0), end - start) for start, end in spans) for bound in bounds]
 
     def gather_heads(self, x: Tensor, bounds: list[int]) -> Tensor:
-        """This rank's rows of all heads `[n, H, D]` -> all rows of this rank's heads `[N, H / size, D]`."""
+        """Exchange this rank's rows of all heads, `[n, H, D]`, for all rows of its heads, `[N, H / size, D]`."""
         n, lengths = len(x), [b - a for a, b in pairwise(bounds)]
         by_rank = x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)
         return _Exchange.apply(by_rank, lengths, [n] * self.size, self.group)
 
     def scatter_heads(self, x: Tensor, bounds: list[int]) -> Tensor:
-        """The reverse: all rows of this rank's heads `[N, H / size, D]` -> its rows of all heads `[n, H, D]`."""
+        """Exchange all rows of this rank's heads, `[N, H / size, D]`, for its rows of all heads, `[n, H, D]`."""
         lengths = [b - a for a, b in pairwise(bounds)]
         n = lengths[self.rank]
         received = _Exchange.apply(x, [n] * self.size, lengths, self.group)
         return received.unflatten(0, (self.size, n)).transpose(0, 1).flatten(1, 2)
 
     def gather_rows(self, x: Tensor, bounds: list[int]) -> Tensor:
-        """Every rank's rows `[n, ...]` -> all rows `[N, ...]` on each of them.
+        """Gather the rows of all ranks, `[n, ...]` each, to `[N, ...]` on every rank.
 
-        For losses that all ranks of the group compute alike: in the backward each keeps the gradient of its own rows.
+        It is meant for losses that all ranks of the group compute alike: in the backward each rank keeps the gradient
+        of its own rows.
         """
         return _Gather.apply(x, bounds, self.rank, self.group)
 
@@ -93,7 +94,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """all_to_all_single along the first dimension; its gradient is the exchange the other way."""
+    """Differentiable `all_to_all_single` along the first dimension; the gradient takes the reverse exchange."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:

@@ -1,7 +1,7 @@
 """Qwen-Image's video autoencoder on single frames, in a third of the operations.
 
-Before its first frame a causal 3D convolution sees two frames of zeros. So a picture passes through the last of its
-three temporal taps only, and a 2D convolution with that tap gives the same numbers, within rounding.
+A causal 3D convolution pads its first frame with two frames of zeros before it. So an image meets only the last of the
+three temporal taps, and a 2D convolution with that tap gives the same numbers within rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["single_frame"]
 
 @contextlib.contextmanager
 def single_frame(vae: Any) -> Iterator[None]:
-    """Within the block an `AutoencoderKLQwenImage` takes one frame at a time; more raise ValueError."""
+    """Run an `AutoencoderKLQwenImage` on one frame at a time within the block; more frames raise ValueError."""
     from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
 
     def bound(conv: Any) -> Any:

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.qwen_image import AttentionContext, find_transformer
+from uniref_fast.models.qwen_image import ForwardContext, find_transformer
 from uniref_fast.patch.processors import (
     SELF_CHECK_TOLERANCE,
     PatchedAttention,
@@ -36,7 +36,7 @@ from uniref_fast.patch.processors import (
     register_processor,
     stock_forward,
 )
-from uniref_fast.visibility import Rule, plan, rule_of
+from uniref_fast.visibility import Rule, rule_of
 
 __all__ = ["PatchReport", "Site", "patch", "unpatch"]
 
@@ -262,7 +262,7 @@ class _Patch:
 
     # ---- one forward of the transformer ----
 
-    def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> AttentionContext:
+    def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> ForwardContext:
         """Layout, plan and rotary tables of the running forward; built by its first block, reused by the others."""
         batch, image_length = hidden_states.shape[:2]
         # A backward that runs the blocks again may do so after other forwards, and in a thread of its own: what knows
@@ -281,7 +281,9 @@ class _Patch:
             layout = SelfLayout.qwen([Sample(text, *shapes) for text, shapes in zip(runs, grids, strict=True)])
             joint = torch.cat([freqs[1], freqs[0]]).repeat(batch, 1)  # [text | image] of every sample
             rotary = joint.real.float().contiguous(), joint.imag.float().contiguous()
-            context = AttentionContext(layout, plan(layout, self.visibility), rotary, self.impl, "eager")
+            context = ForwardContext(
+                layout=layout, visibility=self.visibility, rotary=rotary, impl=self.impl, rounding="eager"
+            )
         self.calls.context = (key, mask, *freqs, context)  # holding the tensors keeps their identity unambiguous
         return context
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast import ops
-from uniref_fast.models.qwen_image import AttentionContext, Modulation, qk_norm_eps, qk_norm_weights, stream_rows
+from uniref_fast.models.qwen_image import ForwardContext, Modulation, joint_qkv, stream_rows
 from uniref_fast.patch.guards import (
     active_mode,
     attention_change,
@@ -73,7 +73,7 @@ class Owner(Protocol):
     impl: str | None
     visibility: Any
 
-    def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> AttentionContext:
+    def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> ForwardContext:
         """Layout, plan and rotary tables of the running forward."""
 
     def modulation_rows(self, index: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
@@ -256,17 +256,7 @@ class PatchedAttention:
         context = self.owner.context(image, text.shape[1], mask, rotary)
         heads = [_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
         del qkv, out
-        q, k, v = ops.qk_norm_rope(
-            tuple(heads[3:]),
-            tuple(heads[:3]),
-            qk_norm_weights(attn, "text"),
-            qk_norm_weights(attn, "image"),
-            context.layout,
-            context.rotary,
-            eps=qk_norm_eps(attn),
-            rounding=context.rounding,
-            impl=context.impl,
-        )
+        q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
         del heads
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         # Chosen once, here: the report counts the very implementation that the operator is made to use.
