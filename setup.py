@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels: `csrc/` compiled once per instruction set into one library without torch headers.
+"""Build the native CPU kernels: compile `csrc/` once per instruction set into one library without torch headers.
 
 Metadata is in pyproject.toml. A missing or failing compiler does not stop the installation: the package then works
 with its other implementations, and `uniref_fast.native.reason()` says so.
@@ -34,7 +34,7 @@ Job = tuple[str, str, int, list[str], list]  # source, level, floats in a vector
 
 
 class BuildNative(build_ext):
-    """One object per (source, level), compiled side by side."""
+    """Compile one object per (source, level), in parallel."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -46,7 +46,7 @@ class BuildNative(build_ext):
                 "install a C++17 compiler (g++ or clang++) and reinstall.",
                 file=sys.stderr,
             )
-            raise  # setuptools goes on, because the extension is optional
+            raise  # setuptools continues, because the extension is optional
 
     def _build(self, ext: Extension) -> None:
         openmp = ["-fopenmp"] if self._compiles(["-fopenmp"]) else []
@@ -77,7 +77,7 @@ class BuildNative(build_ext):
         )
 
     def _compiles(self, flags: list[str]) -> bool:
-        """Whether the compiler knows these flags; a compiler that cannot build an empty function raises later."""
+        """Return True if the compiler accepts these flags; a compiler that cannot build an empty function raises later."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text("int probe() { return 0; }\n")

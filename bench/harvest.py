@@ -54,7 +54,7 @@ class Part:
     tiny: tuple[str, ...]
 
 
-LAYOUTS = "(one and 3) or ragged or causal or shared or 128"  # the rows of the README's table
+LAYOUTS = "(one and 3) or ragged or causal or shared or 128"  # the rows of the table in docs/performance-gpu.md
 PARTS = (
     Part("edit-20b", 210, ("bench/bench_edit_20b.py",), ("bench/bench_edit_20b.py", "-k", "1")),
     Part("kernel-tests", 120, (), ()),
