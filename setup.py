@@ -77,7 +77,7 @@ class BuildNative(build_ext):
         )
 
     def _compiles(self, flags: list[str]) -> bool:
-        """Return True if the compiler accepts these flags; a compiler that cannot build an empty function raises later."""
+        """Return True if the compiler accepts these flags; one that cannot build an empty function raises later."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text("int probe() { return 0; }\n")
