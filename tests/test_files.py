@@ -4,10 +4,11 @@ import json
 import math
 import os
 import resource
+import stat
 
 import pytest
 
-from uniref_fast.files import RecordFile, keep_records, read_records, write_whole
+from uniref_fast.files import RecordFile, keep_records, read_records, whole_folder, write_whole
 
 
 @pytest.fixture
@@ -112,3 +113,51 @@ def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, fail)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_of_a_cache_may_be_written_at_the_same_time(tmp_path):
+    """The second writer begins and ends while the first one writes; neither takes the other's temporary file."""
+    path = tmp_path / "a.txt"
+
+    def first(file):
+        file.write(b"one")
+        write_whole(path, lambda other: other.write(b"two"), cache=True)
+        assert path.read_bytes() == b"two"
+
+    write_whole(path, first, cache=True)
+    assert path.read_bytes() == b"one" and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def filled(folder, text, **options):
+    with whole_folder(folder, **options) as partial:
+        (partial / "part").mkdir()
+        (partial / "part" / "a.txt").write_text(text)
+        assert not folder.exists() or (folder / "part" / "a.txt").read_text() != text, "it appears at the end"
+
+
+def test_a_folder_appears_whole(tmp_path):
+    folder = tmp_path / "parent" / "folder"
+    filled(folder, "one")
+    assert (folder / "part" / "a.txt").read_text() == "one"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    with pytest.raises(FileExistsError, match="not empty"):
+        filled(folder, "two")
+    filled(folder, "two", replace=True)
+    assert (folder / "part" / "a.txt").read_text() == "two" and len(list(folder.parent.iterdir())) == 1
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    folder = tmp_path / "folder"
+    filled(folder, "old")
+    with pytest.raises(KeyboardInterrupt), whole_folder(folder, replace=True) as partial:
+        (partial / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert (folder / "part" / "a.txt").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_another_process_writes_meanwhile_stays(tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(FileExistsError, match="written by another process"), whole_folder(folder) as partial:
+        (partial / "a.txt").write_text("ours")
+        filled(folder, "theirs")
+    assert (folder / "part" / "a.txt").read_text() == "theirs" and [p.name for p in tmp_path.iterdir()] == ["folder"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from uniref_fast import __version__
 from uniref_fast.data.cli import add_data_commands, leave_to
+from uniref_fast.files import write_whole
 from uniref_fast.loading import LORA_HELP
 
 if TYPE_CHECKING:
@@ -326,14 +327,11 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
 
 
 def _save(image: Any, path: Path) -> None:
-    """Whole or not at all: written beside the target, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        image.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Save an image that appears whole or not at all, in the format that its name ends with."""
+    from PIL import Image
+
+    form = Image.registered_extensions().get(path.suffix.lower())
+    write_whole(path, lambda file: image.save(file, form))
 
 
 def _check_device(device: str) -> None:

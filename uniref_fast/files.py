@@ -12,11 +12,14 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["RecordFile", "keep_records", "read_records", "write_whole"]
+__all__ = ["RecordFile", "keep_records", "read_records", "whole_folder", "write_whole"]
 
 
 class RecordFile:
@@ -71,18 +74,68 @@ def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
     return len(lines) - len(kept)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file that appears whole or not at all: written beside `path`, synced, renamed."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, cache: bool = False) -> None:
+    """Write a file that appears whole or not at all: it is written beside `path`, synced to the disk, and renamed.
+
+    Args:
+        path: The file; one that exists is replaced.
+        write: Function that is called with the open file and writes the content.
+        cache: The file holds what can be computed again. Any number of processes may then write it at the same time,
+            and nothing waits for the disk, which could take longer than computing the content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex + '.' if cache else ''}partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:  # some image formats read what they have written
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if not cache:
+                file.flush()
+                os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Write a folder that appears whole or not at all.
+
+    Args:
+        folder: The folder; its parents are created.
+        replace: Replace a folder of that name, instead of refusing to.
+
+    Yields:
+        A new empty folder beside `folder`. When the block ends its files are synced to the disk, and it is renamed to
+        `folder`; when the block raises it is removed.
+
+    Raises:
+        FileExistsError: `folder` exists, is not empty, and is not to be replaced.
+    """
+
+    def refuse(problem: str) -> None:
+        if not replace and folder.is_dir() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} {problem}")
+
+    refuse("is not empty: choose another folder or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # mkdtemp and safetensors create private files
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        partial.chmod(0o755)
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            refuse("was written by another process meanwhile")
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:

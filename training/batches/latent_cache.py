@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
+
+from uniref_fast.files import write_whole
 
 __all__ = ["TensorCache"]
 
@@ -55,7 +56,8 @@ class TensorCache:
         self.misses += 1
         tensor = make()
         try:
-            _write(path, save({"tensor": tensor.detach().cpu().contiguous()}))
+            content = save({"tensor": tensor.detach().cpu().contiguous()})
+            write_whole(path, lambda file: file.write(content), cache=True)
         except OSError as error:
             warnings.warn(
                 f"the cache {self.folder} cannot be written ({error.strerror or error}); what it lacks is made each "
@@ -63,18 +65,3 @@ class TensorCache:
                 stacklevel=2,
             )
         return tensor
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all; any number of processes may write the same file.
-
-    It is not waited for on the disk: that would take longer than encoding, and what a crash of the machine damages is
-    made anew.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

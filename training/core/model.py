@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from uniref_fast.files import whole_folder
 from uniref_fast.layout import Sample
 from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.models import PackedQwenImage
@@ -159,23 +157,12 @@ class TrainedModel:
         problem, name = None, "transformer" if self.config.lora_rank is None else "lora"
         if self.ranks.rank == 0:
             try:
-                self._write(folder, name, whole)
+                with whole_folder(folder / name, replace=True) as partial:
+                    self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
             except (OSError, SafetensorError) as error:
                 problem = getattr(error, "strerror", None) or str(error)
         if problem := self.ranks.broadcast(problem):
             raise ExportError(f"the trained weights could not be written to {folder / name}: {problem}")
-
-    def _write(self, folder: Path, name: str, whole: dict[str, Tensor]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
-        try:
-            self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
-            partial.chmod(0o755)
-            if (folder / name).exists():
-                shutil.rmtree(folder / name)
-            os.rename(partial, folder / name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _write_adapter(self, folder: Path, whole: dict[str, Tensor]) -> None:
         from peft.utils import get_peft_model_state_dict

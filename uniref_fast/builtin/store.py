@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from uniref_fast.files import whole_folder
+
 STATUS_FILE = "uniref_fast.json"
 FORMAT = 1  # of the folder; a change makes old caches unused
 AREAS = ("condition_image_area", "vae_image_area", "output_area")
@@ -64,14 +66,10 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
     when it cannot be written.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty: choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as unfinished:
         with _no_progress_bars():
             pipe.save_pretrained(unfinished)
-        for path in unfinished.rglob("config.json"):  # where parts were loaded from is nobody's business
+        for path in unfinished.rglob("config.json"):  # the place that parts were loaded from is not recorded
             config = json.loads(path.read_text(encoding="utf-8"))
             if config.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -80,20 +78,6 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
             json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
         write_status(unfinished, weights=weights, **details)
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors and mkdtemp create private files
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        unfinished.chmod(0o755)
-        try:
-            os.rename(unfinished, folder)
-        except OSError as error:
-            if folder.is_dir() and any(folder.iterdir()):
-                raise FileExistsError(f"{folder} was written by another process meanwhile") from error
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

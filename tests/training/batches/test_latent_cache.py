@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import threading
 import warnings
 from pathlib import Path
@@ -149,18 +150,27 @@ def test_a_make_that_raises_leaves_nothing_and_may_be_tried_again(tmp_path):
     assert torch.equal(cache.get(KEY, lambda: VALUE), VALUE)
 
 
-@pytest.mark.parametrize("call", ["write_bytes", "replace"])
+@pytest.mark.parametrize("call", ["write", "rename"])
 def test_a_full_disk_is_a_warning_and_leaves_nothing(tmp_path, monkeypatch, call):
+    """A limit on the size of files stands for a disk that is full while the content is written."""
+
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     cache = TensorCache(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reason = "File too large" if call == "write" else "No space left on device"
     with monkeypatch.context() as patch:
-        patch.setattr(Path, call, full)
+        if call == "rename":
+            patch.setattr(Path, "replace", full)
         for _ in range(2):
             make, calls = counted()
-            with pytest.warns(UserWarning, match="cannot be written .No space left on device.; what it lacks is made"):
-                assert torch.equal(cache.get(KEY, make), VALUE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9 if call == "write" else soft, hard))
+            try:
+                with pytest.warns(UserWarning, match=f"cannot be written .{reason}"):
+                    assert torch.equal(cache.get(KEY, make), VALUE)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert calls and not files(tmp_path)
     cache.get(KEY, lambda: VALUE)
     assert files(tmp_path) == [f"{KEY}.safetensors"]
