@@ -130,7 +130,7 @@ def test_doctor(capsys):
 BAD = [
     (["--image", "missing.png"], "no such image file: missing.png"),
     (["--image", "empty"], "empty is not an image file"),
-    (["--image", "text.png"], "text.png: not a picture of a known format"),
+    (["--image", "text.png"], "text.png: not an image of a known format"),
     (["--image", "cut.png"], "cut.png: image file is truncated"),
     (["--image", "long.png"], "too elongated"),
     (["--prompt", "  "], "--prompt is empty"),

@@ -105,8 +105,8 @@ def link(name, kind, target="1.output.png"):
     [
         ([link("1.input_0.png", tarfile.SYMTYPE, "/etc/passwd")], "'1.input_0.png' is a link (to '/etc/passwd')"),
         ([link("1.input_0.png", tarfile.LNKTYPE)], "'1.input_0.png' is a link"),
-        ([link("1.input_0.png", tarfile.CHRTYPE)], "is no plain file"),
-        ([link("1.input_0.png", tarfile.FIFOTYPE)], "is no plain file"),
+        ([link("1.input_0.png", tarfile.CHRTYPE)], "is not a plain file"),
+        ([link("1.input_0.png", tarfile.FIFOTYPE)], "is not a plain file"),
         ([link("1.json", tarfile.SYMTYPE, "2.json")], "is a link"),
         ([("1.input_1.png", b"x")], "inputs must be .input_0"),
         ([("1.input_0.png", b"x"), ("1.input_0.jpg", b"x")], "once each"),
@@ -117,8 +117,8 @@ def link(name, kind, target="1.output.png"):
         ([("1.json", b'{"instruction": "do it", "prompt": "do it"}')], "several instructions"),
         ([("1.json", b"{")], "not JSON"),
         ([("1.json", b"[]")], "must hold a JSON object"),
-        ([("1.json", b'{"output_image": "/etc/passwd"}')], "does not lie in the archive"),
-        ([("1.json", b'{"output_image": "../1.output.png"}')], "does not lie in the archive"),
+        ([("1.json", b'{"output_image": "/etc/passwd"}')], "is not inside the archive"),
+        ([("1.json", b'{"output_image": "../1.output.png"}')], "is not inside the archive"),
         ([("1.json", b'{"output_image": "none.png"}')], "1.output.png is not named"),
         ([("1.json", b'{"output_image": "1.output.png", "input_images": ["none.png"]}')], "no member 'none.png'"),
         ([("1.input_0.png", b"x"), ("1.json", b'{"output_image": "1.output.png"}')], "1.input_0.png is not named"),
@@ -181,7 +181,7 @@ def test_a_tar_that_is_cut_after_it_was_indexed(tmp_path):
     )
     found = Dataset(path)[0]
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"1.output.png: .* was cut short"):
+    with pytest.raises(ValueError, match=r"1.output.png: .* is truncated"):
         found.target.read()
 
 
@@ -207,7 +207,7 @@ def test_keys_of_samples_may_have_dots(tmp_path):
 def test_a_dotted_sample_that_lacks_its_target_is_a_broken_row(tmp_path):
     good = [("good.txt", b"good"), ("good.output.png", encoded(BLUE))]
     path = write_tar(tmp_path / "s.tar", [*good, ("v1.5_002.txt", b"dotted"), ("v1.5_002.input_0.png", encoded(RED))])
-    with pytest.raises(RowError, match=r"^s.tar:v1.5_002: no target picture"):
+    with pytest.raises(RowError, match=r"^s.tar:v1.5_002: no target image"):
         Dataset(path)[1]
 
 
@@ -217,7 +217,7 @@ def test_texts_beside_a_sample_are_parts_of_it(tmp_path):
     dataset = Dataset(write_tar(tmp_path / "s.tar", members))
     assert [meaning(found) for found in dataset] == [("do it", [], BLUE)]
     ((name, reason),) = dataset.left_out
-    assert name == "s.tar" and reason.startswith("4 members are read only where a json names them: ")
+    assert name == "s.tar" and reason.startswith("4 members are read only if a JSON file names them: ")
     assert all(f"1 {kind}" in reason for kind in (".meta.json", ".caption.txt", ".png.txt", ".cls"))
 
 
@@ -228,7 +228,7 @@ def test_members_that_are_named_are_not_counted(tmp_path):
     dataset = Dataset(write_tar(tmp_path / "s.tar", members))
     assert [meaning(found) for found in dataset] == [("do it", [RED, GREEN], BLUE)]
     assert [reason for _, reason in dataset.left_out] == [
-        "1 members are read only where a json names them: 1 .mask.png"
+        "1 members are read only if a JSON file names them: 1 .mask.png"
     ]
 
 
@@ -236,4 +236,4 @@ def test_members_of_no_sample_are_counted(tmp_path):
     members = [("1.txt", b"do it"), ("1.output.png", encoded(BLUE)), ("2.jpg", b"x"), ("2.caption", b"x"),
                ("3.jpg", b"x"), ("README", b"x"), ("._1.txt", b"a file manager's")]  # fmt: skip
     ((_, reason),) = Dataset(write_tar(tmp_path / "s.tar", members)).left_out
-    assert reason.startswith("4 members") and "2 .jpg" in reason and "1 .caption" in reason and "ending" in reason
+    assert reason.startswith("4 members") and "2 .jpg" in reason and "1 .caption" in reason and "suffix" in reason

@@ -75,7 +75,7 @@ def test_check_lists_every_broken_row_and_fails(measured, capsys):
     write_jsonl(measured.parent / "b.jsonl", broken)
     status, out, _ = check(capsys, measured.parent)
     assert status == 1 and "36 in 2 file(s), 31 broken" in out
-    assert "  b.jsonl:2: bad.png: not a picture" in out and "b.jsonl:3: instruction is empty" in out
+    assert "  b.jsonl:2: bad.png: not an image" in out and "b.jsonl:3: instruction is empty" in out
     assert "b.jsonl:1:" not in out, "its header is whole"
     assert out.count("b.jsonl:") == 20 and out.rstrip().endswith("and 11 more")
     status, out, _ = check(capsys, measured.parent, "--decode", "--json", "--show", 2)

@@ -29,7 +29,7 @@ def encoded(color):
 
 @pytest.fixture
 def folder(tmp_path):
-    """r.png, g.png and b.png of one colour each, and r, a picture without an ending."""
+    """r.png, g.png and b.png of one colour each, and r, a picture without a suffix."""
     for name, color in (("r.png", RED), ("g.png", GREEN), ("b.png", BLUE), ("r", RED)):
         (tmp_path / name).write_bytes(encoded(color))
     return tmp_path
@@ -58,7 +58,7 @@ def test_references_under_an_unknown_key_are_refused_with_the_nearest_known_key(
     with pytest.raises(RowError) as error:
         Dataset(path)[1]
     message = str(error.value)
-    assert message.startswith(f"a.jsonl:2: key {name!r} holds pictures but is not known; did you mean 'input_images'?")
+    assert message.startswith(f"a.jsonl:2: key {name!r} holds images but is not known; did you mean 'input_images'?")
     assert f"references={name}" in message and f"ignore={name}" in message
     assert main(["data", "check", str(path)]) == 1
 
@@ -80,7 +80,7 @@ def test_a_target_under_an_unknown_key_is_told_from_references(folder):
 )  # fmt: skip
 def test_what_counts_as_a_picture(folder, value):
     values = {"instruction": "do it", "more": value, "output_image": "b.png"}
-    with pytest.raises(RowError, match="key 'more' holds pictures"):
+    with pytest.raises(RowError, match="key 'more' holds images"):
         Dataset(write_jsonl(folder / "a.jsonl", [values]))[0]
 
 
@@ -114,7 +114,7 @@ def test_deeply_nested_values_end_no_command(folder, depth):
     except RowError as error:  # where the JSON parser of this Python goes no deeper
         assert "nested too deeply" in error.reason
     for index in (1, 2):
-        with pytest.raises(RowError, match=r"holds pictures|nested too deeply|must be a text"):
+        with pytest.raises(RowError, match=r"holds images|nested too deeply|must be a text"):
             dataset[index]
 
 
@@ -127,7 +127,7 @@ def test_a_parquet_column_of_pictures_is_refused_too(folder, kind):
     })  # fmt: skip
     parquet.write_table(table, folder / "a.parquet")
     dataset = Dataset(folder / "a.parquet")
-    with pytest.raises(RowError, match=r"^a.parquet:1: key 'refs' holds pictures"):
+    with pytest.raises(RowError, match=r"^a.parquet:1: key 'refs' holds images"):
         dataset[0]
     assert meaning(dataset[1]) == ("do it", [], [BLUE]) and dataset.unread_columns == {"embedding": 2}
     named = Dataset(folder / "a.parquet", columns=["references=refs"])
@@ -182,7 +182,7 @@ def test_a_column_that_no_row_has_is_said(folder):
     assert Dataset(late, columns=["references=refs"]).left_out == (), "it may be in the last row only"
     for pairs in (["references=reffs"], ["ignore=mask"], ["instruction=instruction", "target=output"]):
         ((name, reason),) = Dataset(late, targets="optional", columns=pairs).left_out
-        assert name == "columns" and reason.startswith(f"no row has '{pairs[-1].partition('=')[2]}'; there are [")
+        assert name == "columns" and reason.startswith(f"no row has '{pairs[-1].partition('=')[2]}'; columns are [")
 
 
 def test_task_key_and_language_can_be_named(folder):
@@ -200,7 +200,7 @@ def test_rows_that_the_columns_do_not_fit(folder):
     with pytest.raises(RowError, match="'input_images' does not belong"):
         Dataset(write_jsonl(folder / "a.jsonl", [both]), columns=["references=refs"])[0]
     question = {"question": "x", "output_image": "b.png", "refs": ["r.png"]}
-    with pytest.raises(BrokenFileError, match=r"no column 'instruction' holds the instruction; columns found: \['out"):
+    with pytest.raises(BrokenFileError, match=r"no column 'instruction' for the instruction; columns found: \['out"):
         Dataset(write_jsonl(folder / "a.jsonl", [question]), columns=["references=refs"])
 
 
@@ -209,7 +209,7 @@ def test_rows_that_the_columns_do_not_fit(folder):
     [
         (["references"], "pairs such as references=refs, got 'references'"),
         (["references="], "pairs such as"),
-        (["reference=refs"], r"'reference' in 'reference=refs' is no role; .*did you mean references=refs"),
+        (["reference=refs"], r"'reference' in 'reference=refs' is not a role; .*did you mean references=refs"),
         (["target=a", "target=b"], "target is given twice"),
         (["target=a", "key=a"], "'a' is given two roles, target and key"),
         (["references=a", "references=a"], "'a' is given two roles"),
@@ -236,7 +236,7 @@ def test_every_run_reads_the_columns_of_its_recipe(folder, recipe):
     dataset = Dataset(config.data, columns=columns)
     assert dataset.path_lengths == (1,) and row_weights(config, dataset) == [2.0]
     assert meaning(heldout_datasets([path], config)["a"][0]) == ("do it", [RED], [BLUE])
-    with pytest.raises(ValueError, match="is no role"):
+    with pytest.raises(ValueError, match="is not a role"):
         dataclasses.replace(config, columns=("refs=references",))
 
 
@@ -258,4 +258,4 @@ def test_check_says_which_column_is_read_as_what(folder, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["columns"][1] == {"column": "refs", "read_as": "references", "rows": 2}
     assert main(["data", "check", str(path), "--columns", "refs=references"]) == 2
-    assert "is no role" in capsys.readouterr().err
+    assert "is not a role" in capsys.readouterr().err

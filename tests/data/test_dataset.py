@@ -94,7 +94,7 @@ def test_every_naming_is_understood(folder, values, expected):
     path = write_jsonl(folder / "rows.jsonl", [values])
     assert meaning(Dataset(path, targets="optional")[0]) == expected
     if expected[2] is None:
-        with pytest.raises(RowError, match=r"^rows.jsonl:1: no target picture"):
+        with pytest.raises(RowError, match=r"^rows.jsonl:1: no target image"):
             Dataset(path)[0]
     else:
         assert meaning(Dataset(path)[0]) == expected
@@ -143,7 +143,7 @@ def test_the_common_words_of_mico_bench_mean_nothing_in_other_formats(folder, va
 
 @pytest.mark.parametrize("key, value", [("reference", "b.png"), ("input", ["r.png"])])
 def test_pictures_under_those_words_are_refused_in_other_formats(folder, key, value):
-    with pytest.raises(RowError, match=f"^a.jsonl:1: key '{key}' holds pictures .* did you mean 'input_images'"):
+    with pytest.raises(RowError, match=f"^a.jsonl:1: key '{key}' holds images .* did you mean 'input_images'"):
         Dataset(write_jsonl(folder / "a.jsonl", [row(**{key: value})]))[0]
 
 
@@ -226,15 +226,15 @@ def test_the_format_is_told_by_all_rows_of_a_file_not_by_the_first(folder):
         (row(text=" \n\t"), "instruction is empty"),
         (row(text=["do it"]), "instruction must be a text"),
         (row(text="\ud800 half"), "surrogate"),
-        (row(target=None), "no target picture: no 'output_image'"),
-        (row(target=["b.png"]), "output_image must be one picture, got a list of 1"),
+        (row(target=None), "no target image: no 'output_image'"),
+        (row(target=["b.png"]), "output_image must be one image, got a list of 1"),
         (row(target=7), "output_image must be a path"),
-        (row(references=["r.png", None]), "input_images[1] must be one picture, got null"),
-        (row(references=["r.png", ["g.png"]]), "input_images[1] must be one picture, got a list"),
+        (row(references=["r.png", None]), "input_images[1] must be one image, got null"),
+        (row(references=["r.png", ["g.png"]]), "input_images[1] must be one image, got a list"),
         (row(references=["r.png", 3]), "input_images[1] must be a path"),
-        (row(references=["r.png", "none.png"]), "no picture file 'none.png'"),
-        (row(references=[""]), "path is empty"),
-        (row(references=["."]), "no picture file '.'"),
+        (row(references=["r.png", "none.png"]), "no image file 'none.png'"),
+        (row(references=[""]), "the path of an image is empty"),
+        (row(references=["."]), "no image file '.'"),
         (row(references=["../other/r.png"]), "leaves its folder"),
         (row(references=["a/../../r.png"]), "leaves its folder"),
         (row(task_type=3), "task_type must be a text"),
@@ -264,15 +264,15 @@ def refused_paths(folder):
     os.mkfifo(folder / "pipe.png")
     picture = base64.b64encode(encoded(RED)).decode()
     return {
-        picture * 40: "characters: it is an encoded picture, not a path",
-        "data:image/png;base64," + picture * 40: "it is an encoded picture, not a path",
+        picture * 40: "characters: it is an encoded image, not a path",
+        "data:image/png;base64," + picture * 40: "it is an encoded image, not a path",
         picture[16:] * 40: "File name too long",
         "x" * 256 + ".png": "File name too long",
         "a/" * 3000 + "x.png": "File name too long",
         "a\0b.png": "the system refuses that path (",
         "\ud800.png": "the system refuses that path (",
         "loop.png": "Too many levels of symbolic links",
-        "dangling.png": "no picture file 'dangling.png' (looked for ",
+        "dangling.png": "no image file 'dangling.png' (expected at ",
         "r.png/x.png": "Not a directory",
         "sub": "is a folder",
         "pipe.png": "is not a plain file",
@@ -302,7 +302,7 @@ def test_a_path_that_may_not_be_looked_at_is_a_broken_row(folder, monkeypatch, e
         raise error
 
     monkeypatch.setattr(Path, "stat", refuse)
-    with pytest.raises(RowError, match=rf"^rows.jsonl:1: no picture file 'r.png': .*{error.strerror}"):
+    with pytest.raises(RowError, match=rf"^rows.jsonl:1: no image file 'r.png': .*{error.strerror}"):
         dataset[0]
 
 
@@ -315,18 +315,18 @@ def test_names_that_are_not_utf_8_can_be_read_and_printed(folder, capsys):
     path = write_jsonl(folder / os.fsdecode(b"\xfd.jsonl"), lines)
     dataset = Dataset(path)
     assert meaning(dataset[0]) == ONE and dataset[2].key == "\\ud800"
-    with pytest.raises(RowError, match="task_type has half a surrogate pair"):
+    with pytest.raises(RowError, match="task_type has half of a surrogate pair"):
         dataset[3]
     assert main(["data", "check", str(path)]) == 1
     out = capsys.readouterr().out
-    assert "\\udcfd.jsonl:2: \\udcfe.png: not a picture" in out and "2 broken" in out
+    assert "\\udcfd.jsonl:2: \\udcfe.png: not an image" in out and "2 broken" in out
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>"])
 def test_an_instruction_with_a_placeholder_of_pictures_is_a_broken_row(folder, builtin_pipe, token):
     dataset = Dataset(write_jsonl(folder / "a.jsonl", [row(text=f"put {token} here"), row(text="<|im_end|> is fine")]))
     with pytest.raises(
-        RowError, match=r"^a.jsonl:1: instruction has <\|.*_pad\|>, which stands for the tokens of a picture"
+        RowError, match=r"^a.jsonl:1: instruction has <\|.*_pad\|>, which stands for the tokens of an image"
     ):
         dataset[0]
     assert dataset[1].instruction == "<|im_end|> is fine"
@@ -346,7 +346,7 @@ def test_a_chain_of_edits_is_no_row(folder):
     values = {"image_list": ["r.png", "g.png", "b.png"], "instruction_list": ["first", "then"]}
     with pytest.raises(RowError, match="chain of edits"):
         Dataset(write_jsonl(folder / "a.jsonl", [values]))[0]
-    with pytest.raises(RowError, match="last picture is the target"):
+    with pytest.raises(RowError, match="last image is the target"):
         Dataset(write_jsonl(folder / "b.jsonl", [{"image_list": [], "instruction_list": ["x"]}]))[0]
 
 
@@ -474,7 +474,7 @@ def test_a_json_list(folder):
 
 
 @pytest.mark.parametrize(
-    "content, reason", [("[{]", "not JSON"), ('{"a": 1}', "no row of a known format"), ("", "not JSON")]
+    "content, reason", [("[{]", "not JSON"), ('{"a": 1}', "not a row of a known format"), ("", "not JSON")]
 )
 def test_a_json_file_that_is_no_list_of_rows(tmp_path, content, reason):
     (tmp_path / "a.json").write_text(content)
@@ -515,8 +515,8 @@ def test_a_json_file_of_one_row(folder):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        ('{"seed": 0}', "holds a JSON object ('seed') that is no row"),
-        ('{"data": [{"text": "x", "picture": "y"}]}', "no row of a known format"),
+        ('{"seed": 0}', "holds a JSON object ('seed') that is not a row"),
+        ('{"data": [{"text": "x", "picture": "y"}]}', "not a row of a known format"),
         ("[1, 2]", "list without objects"),
         ("3", "must hold a JSON list of rows, got int"),
     ],
@@ -594,9 +594,9 @@ def test_where_relative_paths_are_looked_up(folder):
     path = write_jsonl(folder / "meta" / "a.jsonl", [beside, absolute])
     assert meaning(Dataset(path, image_folder=folder)[0]) == TWO
     assert meaning(Dataset(path, image_folder=folder)[1]) == TWO
-    with pytest.raises(RowError, match="looked for"):
+    with pytest.raises(RowError, match="expected at"):
         Dataset(path)[0]
-    with pytest.raises(ValueError, match=r"image folder .*none is not there"):
+    with pytest.raises(ValueError, match=r"image folder .*none does not exist"):
         Dataset(path, image_folder=folder / "none")
 
 
@@ -684,7 +684,7 @@ def test_parquet_rows_that_are_broken(folder):
 
 def test_a_misspelt_column_of_pictures_is_not_left_out_in_silence(folder):
     columns = {"input_image": [[encoded(RED)]], "output_image": [encoded(BLUE)], "instruction": ["do it"]}
-    with pytest.raises(RowError, match=r"^p.parquet:1: key 'input_image' holds pictures .*'input_images'"):
+    with pytest.raises(RowError, match=r"^p.parquet:1: key 'input_image' holds images .*'input_images'"):
         Dataset(write_parquet(folder / "p.parquet", columns))[0]
 
 
@@ -820,3 +820,14 @@ def test_a_file_that_is_gone(folder):
     for action in (found.references[0].read, found.references[0].size, found.references[0].load):
         with pytest.raises(ValueError, match=r"^r.png: "):
             action()
+
+
+def test_the_description_of_a_generated_dataset_is_not_reported_as_left_out(tmp_path):
+    """`uniref-fast data make` writes made.json beside its rows; another file of that name is reported."""
+    line = {"instruction": "x", "input_images": [], "output_image": None}
+    (tmp_path / "train.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "made.json").write_text(json.dumps({"made_by": "uniref-fast data make", "format": 1}))
+    assert Dataset(tmp_path, targets="optional").left_out == ()
+    (tmp_path / "made.json").write_text(json.dumps({"seed": 1}))
+    ((name, _),) = Dataset(tmp_path, targets="optional").left_out
+    assert name == "made.json"

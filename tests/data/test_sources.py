@@ -112,7 +112,7 @@ def test_imagefolders(tmp_path, put, columns, expected, ending):
 )
 def test_imagefolders_that_do_not_say_what_is_what(put, columns):
     folder = put({"r.png": "r", "g.png": "g", "b.png": "b", "metadata.jsonl": json.dumps(columns)})
-    with pytest.raises(BrokenFileError, match=r"^metadata.jsonl: the columns .* do not tell which is which.*--columns"):
+    with pytest.raises(BrokenFileError, match=r"^metadata.jsonl: the columns .* are ambiguous.*--columns"):
         Dataset(folder)
 
 
@@ -195,7 +195,7 @@ def test_captioned_images_and_their_folders_of_references(put, files, expected):
         ({"1.png": "b"}, "no image has a caption file"),
         ({"a/1.png": "b", "a/1.txt": "x", "b/1.png": "r", "b/1.txt": "x"}, r"several folders \(a, b\)"),
         (TARGETS | {"edges/1.png": "r"}, r"several folders \(edges, target\)"),
-        (TARGETS | {"control/1.png": "r", "source/1.png": "g"}, "do not tell targets from references"),
+        (TARGETS | {"control/1.png": "r", "source/1.png": "g"}, "do not distinguish targets from references"),
         (TARGETS | {"control/3.png": "r"}, "1 images of .*control have no target of their name: 3.png"),
         (TARGETS | {"control/1.png": "r", "control/1_1.png": "r"}, "references of 1 in .* must be 1_0, 1_1"),
         (TARGETS | {"control/1_0.png": "r", "control/1_2.png": "r"}, "references of 1 in .* must be 1_0, 1_1"),
@@ -294,10 +294,10 @@ def test_a_configuration_may_name_a_file_of_rows_and_several_folders(put):
     "name, content, reason",
     [
         ("d.toml", "[[datasets]]\nvideo_directory = 'data/t'\n", "entry 1 has video_directory, which rows"),
-        ("d.toml", "[[datasets]]\nimage_directory = 'none'\n", "entry 1 names none, which is not there"),
+        ("d.toml", "[[datasets]]\nimage_directory = 'none'\n", "entry 1 names none, which does not exist"),
         ("d.toml", "[[datasets]]\nresolution = 3\n", "neither image_directory nor image_jsonl_file"),
         ("d.toml", "x = [", "d.toml: "),
-        ("d.toml", "x = 1", "no configuration of data that is known"),
+        ("d.toml", "x = 1", "not a known configuration of data"),
         ("d.yaml", "a: [", "not YAML"),
         ("d.yaml", "config: {process: [{datasets: [{folder_path: data/t, mask_path: data/c1}]}]}", "has mask_path"),
         ("d.yaml", "config: {process: []}", "no datasets"),
@@ -388,9 +388,7 @@ def test_members_of_zips_that_are_refused(tmp_path):
 
 def test_an_archive_of_a_folder_with_rows_says_to_unpack_it(tmp_path):
     path = write_zip(tmp_path / "a.zip", {"data/metadata.jsonl": b"{}", "data/1.png": encoded(BLUE)})
-    with pytest.raises(
-        BrokenFileError, match=r"no sample.*unpack it and give the folder, in which data/metadata.jsonl"
-    ):
+    with pytest.raises(BrokenFileError, match=r"no sample.*unpack it and give the folder, so that data/metadata.jsonl"):
         Dataset(path)
 
 
@@ -404,7 +402,7 @@ def test_damaged_zips(tmp_path, monkeypatch):
     path.write_bytes(whole)
     dataset = Dataset(path)
     path.write_bytes(b"x" * len(whole))
-    with pytest.raises(RowError, match="not where the zip's directory says"):
+    with pytest.raises(RowError, match="not at the place that the directory of the zip states"):
         dataset[0]
     path.write_bytes(whole)
     monkeypatch.setattr(tars, "LARGEST", 5)

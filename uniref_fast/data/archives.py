@@ -1,14 +1,15 @@
-"""Archives of samples as webdataset writes them (.tar, .tar.gz, .tgz, .zip).
+"""Archives of samples in the layout of webdataset (.tar, .tar.gz, .tgz, .zip).
 
-Members that share their name up to the first dot are one sample. It is a row when it has `KEY.json`, `KEY.txt`,
-`KEY.input_N.*` or `KEY.output.*`. Its json either names members (of any sample, beside it or from the top of the
-archive) under the keys of a known format, or has no pictures: then they are `KEY.input_0.png`, `KEY.input_1.jpg`, ...
-and `KEY.output.png`, and the instruction is in the json or in `KEY.txt`. Keys may have dots: `v1.5_002.output.png`
-belongs to the sample `v1.5_002`.
+Members whose names are equal up to the first dot are one sample. A sample is a row if it has `KEY.json`, `KEY.txt`,
+`KEY.input_N.*` or `KEY.output.*`. Its JSON either names members (of any sample, relative to it or to the top of the
+archive) under the keys of a known format, or has no images. In the second case the images are `KEY.input_0.png`,
+`KEY.input_1.jpg`, ... and `KEY.output.png`, and the instruction is in the JSON or in `KEY.txt`. Keys may have dots:
+`v1.5_002.output.png` belongs to the sample `v1.5_002`.
 
 Nothing is extracted: a member is a range of bytes in the archive, or is decompressed in memory when it is read. A
-compressed tar is decompressed once, into a temporary file that goes with the process. Links, devices and sparse members
-are never followed. Hidden members (`._name`) are left out; others that no sample reads are counted (`unused`).
+compressed tar is decompressed once, into a temporary file that is removed at the end of the process. Links, devices and
+sparse members are never followed. Hidden members (`._name`) are skipped; other members that no sample uses are counted
+(`unused`).
 """
 
 from __future__ import annotations
@@ -31,31 +32,31 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uniref_fast.data.formats import PICTURE_SUFFIXES, TEXT_KEYS, is_picture_key
+from uniref_fast.data.formats import IMAGE_SUFFIXES, TEXT_KEYS, is_image_key
 from uniref_fast.data.images import ImageSource
-from uniref_fast.data.readers import BOM, BrokenFileError, Reader, Record, from_json, printable
+from uniref_fast.data.readers import BOM, BrokenFileError, RawRow, Reader, from_json, printable
 
 __all__ = ["TarReader", "ZipReader"]
 
-LARGEST = 1 << 30  # bytes of a member of a zip, which is decompressed in memory
+LARGEST = 1 << 30  # bytes of the largest member of a zip, which is decompressed in memory
 
 NUMBERED = re.compile(r"input_(\d+)\.\w+")
 OUTPUT = re.compile(r"output\.\w+")
-DOTTED = re.compile(r"(.+?)\.(json|txt|input_\d+\.\w+|output\.\w+)")  # the rest of a name whose key has a dot itself
+DOTTED = re.compile(r"(.+?)\.(json|txt|input_\d+\.\w+|output\.\w+)")  # rest of a name whose key contains a dot
 
 
 class _Member(NamedTuple):
     offset: int
     length: int
-    problem: str | None  # why it must not be read
+    problem: str | None  # reason why it must not be read
 
 
 class TarReader(Reader):
-    """Samples of a tar, in the order of their first members. One pass over the headers makes the index."""
+    """Reader of the samples of a tar, in the order of their first members; indexed in one pass over the headers."""
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
         super().__init__(path, name, folder)
-        self._file = path  # that members are ranges of
+        self._file = path  # file whose ranges the members are
         self._members: dict[str, _Member] = {}
         parts: dict[str, list[str]] = {}
         for member_name, member in self._index():
@@ -64,66 +65,68 @@ class TarReader(Reader):
             self._members[member_name] = member
         for key, end in _keys_and_ends(self._members):
             parts.setdefault(key, []).append(end)
-        self._parts = {key: ends for key, ends in parts.items() if any(map(_makes_a_row, ends))}
+        self._parts = {key: ends for key, ends in parts.items() if any(map(_is_row_part, ends))}
         self._samples = list(self._parts)
         if self._members and not self._samples:
             tables = [member for member in self._members if member.lower().endswith((".jsonl", ".csv", ".parquet"))]
-            advice = f"; unpack it and give the folder, in which {printable(tables[0])} is read" if tables else ""
+            advice = f"; unpack it and give the folder, so that {printable(tables[0])} is read" if tables else ""
             raise BrokenFileError(
-                name, f"has {len(self._members)} members but no sample: no .json, .txt, .input_N.* or .output.*{advice}"
+                name, f"has {len(self._members)} members but no sample (.json, .txt, .input_N.* or .output.*){advice}"
             )
         self._others = Counter(
             _kind(f"{key}.{end}" if end else key)
             for key, ends in parts.items()
             for end in ends
-            if key not in self._parts or not _makes_a_row(end)
+            if key not in self._parts or not _is_row_part(end)
         )
-        self._named: set[str] = set()  # kinds of members that the json of some sample names
+        self._named: set[str] = set()  # kinds of members that the JSON of some sample names
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def unused(self) -> tuple[str, ...]:
-        """Members of kinds that no json names, as far as the samples have been read."""
+        """Return a sentence about members of kinds that no JSON names, in the samples read so far."""
         others = Counter({kind: count for kind, count in self._others.items() if kind not in self._named})
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(6))
-        return (f"{others.total():,} members are read only where a json names them: {kinds}",) if others else ()
+        return (f"{others.total():,} members are read only if a JSON file names them: {kinds}",) if others else ()
 
-    def place(self, row: int) -> str:
-        return f"{self.name}:{printable(self._samples[row])}"
+    def place(self, number: int) -> str:
+        return f"{self.name}:{printable(self._samples[number])}"
 
-    def record(self, row: int) -> Record:
-        key = self._samples[row]
+    def read(self, number: int) -> RawRow:
+        key = self._samples[number]
         ends = self._parts[key]
         for end in ends:
-            self._member(f"{key}.{end}" if end else key)  # refuses links and the like, named by the json or not
+            self._member(
+                f"{key}.{end}" if end else key
+            )  # raises for links and similar members, also if the JSON does not name them
         values = from_json(self._source(f"{key}.json").read()) if "json" in ends else {}
         if not isinstance(values, dict):
             raise ValueError(f"{key}.json must hold a JSON object, got {type(values).__name__}")
         if "txt" in ends:
             values = _with_text(values, self._source(f"{key}.txt").read())
-        if any(is_picture_key(name) and value is not None for name, value in values.items()):
+        if any(is_image_key(name) and value is not None for name, value in values.items()):
             self._check_all_named(key, values)
-            return Record(values, functools.partial(self._find_beside, posixpath.dirname(key)))
-        return Record(_with_members(values, key, ends), self._source)  # by their whole names
+            return RawRow(values, functools.partial(self._find_beside, posixpath.dirname(key)))
+        return RawRow(_with_members(values, key, ends), self._source)  # members by their full names
 
     def _check_all_named(self, key: str, values: Mapping[str, Any]) -> None:
-        """Pictures of the sample that its json leaves out would be dropped in silence."""
+        """Raise ValueError if the JSON leaves out an image of its sample, which would be dropped silently."""
         named = set()
         for name, value in values.items():
-            if is_picture_key(name):
+            if is_image_key(name):
                 for item in value if isinstance(value, list) else [value]:
                     if isinstance(item, str):
                         named.add(self._member_named(posixpath.dirname(key), item))
         self._named |= set(map(_kind, named))
         for end in self._parts[key]:
             if (NUMBERED.fullmatch(end) or OUTPUT.fullmatch(end)) and f"{key}.{end}" not in named:
-                raise ValueError(f"member {key}.{end} is not named by {key}.json, which names others")
+                raise ValueError(f"member {key}.{end} is not named by {key}.json, which names other members")
 
     def _member_named(self, folder: str, path: str) -> str:
         inside = posixpath.normpath(path)
         if not path or posixpath.isabs(path) or inside.split("/")[0] == "..":
-            raise ValueError(f"path {path!r} does not lie in the archive; name a member")
+            raise ValueError(f"path {path!r} is not inside the archive; name a member")
         beside = posixpath.join(folder, inside)
         return beside if beside in self._members else inside
 
@@ -143,7 +146,7 @@ class TarReader(Reader):
         return ImageSource(printable(name), self._file, member.offset, member.length)
 
     def _index(self) -> list[tuple[str, _Member]]:
-        """Name and place of every member but folders and hidden files, in order."""
+        """Return name and place of every member in order, without folders and hidden files."""
         if self.path.suffix.lower() in (".gz", ".tgz"):
             self._file = _decompressed(self.path, self.name)
         try:
@@ -155,10 +158,10 @@ class TarReader(Reader):
 
 
 class ZipReader(TarReader):
-    """Samples of a zip. A member is decompressed in memory when its row is read, and its checksum compared."""
+    """Reader of the samples of a zip. A member is decompressed in memory when it is read; its checksum is compared."""
 
     def _index(self) -> list[tuple[str, _Member]]:
-        self._packed: dict[str, tuple[int, int]] = {}  # of each member: its size as it is stored, and its checksum
+        self._packed: dict[str, tuple[int, int]] = {}  # stored size and checksum of each member
         found = []
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -177,9 +180,9 @@ class ZipReader(TarReader):
         packed, checksum = self._packed[name]
         with open(self.path, "rb") as file:
             file.seek(member.offset)
-            header = file.read(30)  # ends with the lengths of the name and of the extra field that follow
+            header = file.read(30)  # its end has the lengths of the name and of the extra field, which follow
             if len(header) < 30 or header[:4] != b"PK\3\4":
-                raise ValueError(f"member {name!r} is not where the zip's directory says")
+                raise ValueError(f"member {name!r} is not at the place that the directory of the zip states")
             file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
             content = file.read(packed)
         if header[8:10] != b"\0\0":  # the method: stored or deflated, see `_zip_problem`
@@ -188,23 +191,23 @@ class ZipReader(TarReader):
             except zlib.error as error:
                 raise ValueError(f"member {name!r} is damaged: {error}") from None
         if len(content) != member.length or zlib.crc32(content) != checksum:
-            raise ValueError(f"member {name!r} is damaged: its size or checksum is not the one that the zip states")
+            raise ValueError(f"member {name!r} is damaged: its size or checksum differs from the directory of the zip")
         return ImageSource(printable(name), data=content)
 
 
 def _decompressed(path: Path, name: str) -> Path:
-    """A compressed tar as a temporary file, which is removed when the process ends."""
+    """Decompress a tar into a temporary file, which is removed when the process ends."""
     handle, temporary = tempfile.mkstemp(prefix="uniref-fast-", suffix=".tar")
     atexit.register(Path(temporary).unlink, missing_ok=True)
     try:
-        with os.fdopen(handle, "wb") as made, gzip.open(path) as file:
-            shutil.copyfileobj(file, made, 1 << 20)
+        with os.fdopen(handle, "wb") as temporary_file, gzip.open(path) as file:
+            shutil.copyfileobj(file, temporary_file, 1 << 20)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         Path(temporary).unlink()
         raise BrokenFileError(name, f"cannot be decompressed: {error}") from error
     except OSError as error:
         Path(temporary).unlink()
-        raise OSError(error.errno, f"{name} could not be decompressed into {tempfile.gettempdir()}: {error.strerror}"
+        raise OSError(error.errno, f"{name} cannot be decompressed into {tempfile.gettempdir()}: {error.strerror}"
                       ) from error  # fmt: skip
     return Path(temporary)
 
@@ -213,16 +216,16 @@ def _zip_problem(info: zipfile.ZipInfo) -> str | None:
     if posixpath.isabs(info.filename) or ".." in info.filename.split("/"):
         return "has a name that leaves the archive"
     if stat.S_ISLNK(info.external_attr >> 16):
-        return "is a link, which is not followed; pack the file itself"
+        return "is a link, which is not followed; store the file itself"
     if info.flag_bits & 1:
-        return "is encrypted; pack it without a password"
+        return "is encrypted; store it without a password"
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return f"is compressed in another way than deflate (method {info.compress_type}); pack it with deflate"
+        return f"is compressed with method {info.compress_type}; compress it with deflate"
     return f"is larger than {LARGEST:,} bytes" if info.file_size > LARGEST else None
 
 
 def _tar_index(path: Path, name: str) -> list[tuple[str, _Member]]:
-    """Name and place of every member but folders and hidden files, in order."""
+    """Return name and place of every member in order, without folders and hidden files."""
     found = []
     try:
         with tarfile.open(path, "r:") as archive:
@@ -235,18 +238,19 @@ def _tar_index(path: Path, name: str) -> list[tuple[str, _Member]]:
     except (tarfile.TarError, EOFError) as error:
         raise BrokenFileError(name, f"cannot be read as a tar without compression: {error}") from error
     with open(path, "rb") as file:
-        # tarfile takes a damaged header for the end
+        # tarfile treats a damaged header as the end
         file.seek(end)
         if file.read(512) != bytes(512):
-            raise BrokenFileError(name, f"is damaged or cut short: no end mark and no member header at byte {end}")
+            raise BrokenFileError(name, f"is damaged or truncated: no end mark and no member header at byte {end}")
         while block := file.read(2**20):
             if block.strip(b"\0"):
                 raise BrokenFileError(
-                    name, f"holds data behind its end mark at byte {end}: several tars joined? Pack them as one"
+                    name,
+                    f"has data after its end mark at byte {end}; if several tars were concatenated, pack them as one",
                 )
     size = os.path.getsize(path)
     if any(member.offset + member.length > size for _, member in found):
-        raise BrokenFileError(name, "is cut short")
+        raise BrokenFileError(name, "is truncated")
     return found
 
 
@@ -254,27 +258,27 @@ def _problem(info: tarfile.TarInfo) -> str | None:
     if posixpath.isabs(info.name) or ".." in info.name.split("/"):
         return "has a name that leaves the archive"
     if info.issym() or info.islnk():
-        return f"is a link (to {info.linkname!r}), which is not followed; pack the file itself"
+        return f"is a link (to {info.linkname!r}), which is not followed; store the file itself"
     if not info.isreg() or info.issparse():
-        return "is no plain file; pack plain files only"
+        return "is not a plain file; store plain files only"
     return None
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Member name -> (sample key, rest after the first dot of the basename)."""
+    """Split the name of a member into the sample's key and the rest after the first dot of the base name."""
     folder, base = posixpath.split(name)
     stem, _, end = base.partition(".")
     return posixpath.join(folder, stem), end
 
 
 def _keys_and_ends(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The sample's key and the rest of each name.
+    """Return the sample's key and the rest of each name.
 
-    The key ends at the first dot, unless what comes before a later dot is a sample of its own: one with pictures, or
-    one whose name up to the first dot is not a sample.
+    The key ends at the first dot, unless the part before a later dot is a sample itself: one with images, or one whose
+    name up to the first dot is not a sample.
     """
     split = [(name, *_split(name)) for name in names]
-    plain = {key for _, key, end in split if _makes_a_row(end)}
+    plain = {key for _, key, end in split if _is_row_part(end)}
     dotted = set()
     for _, key, end in split:
         if (match := DOTTED.fullmatch(end)) and (key not in plain or match[2] not in ("json", "txt")):
@@ -291,36 +295,36 @@ def _keys_and_ends(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _kind(name: str) -> str:
-    """What members are counted by: at most the last two parts of the ending, such as ".mask.png"."""
+    """Return the kind under which a member is counted: up to two last parts of its suffix, such as ".mask.png"."""
     parts = posixpath.basename(name).split(".")[1:][-2:]
-    return f".{'.'.join(parts)}" if parts else "without an ending"
+    return f".{'.'.join(parts)}" if parts else "without a suffix"
 
 
-def _makes_a_row(end: str) -> bool:
+def _is_row_part(end: str) -> bool:
     return end in ("json", "txt") or bool(NUMBERED.fullmatch(end) or OUTPUT.fullmatch(end))
 
 
 def _with_text(values: dict[str, Any], content: bytes) -> dict[str, Any]:
-    """The row with the text of its .txt; that of the json must be the same, if it has one."""
+    """Return the row with the text of its .txt; a text in the JSON must be equal."""
     try:
         text = content.removeprefix(BOM).decode("utf-8").strip()
     except UnicodeDecodeError:
         raise ValueError("its .txt is not UTF-8") from None
     given = [values[key] for key in TEXT_KEYS if values.get(key) is not None]
     if any(isinstance(other, str) and other.strip() != text for other in given):
-        raise ValueError("its .json and its .txt hold different instructions")
+        raise ValueError("its .json and its .txt have different instructions")
     return values if given else {**values, "instruction": text}
 
 
 def _with_members(values: Mapping[str, Any], key: str, ends: list[str]) -> dict[str, Any]:
-    """A canonical row whose pictures are the sample's own members."""
+    """Return a canonical row whose images are the sample's own members."""
     numbered = sorted((int(match[1]), end) for end in ends if (match := NUMBERED.fullmatch(end)))
     outputs = [end for end in ends if OUTPUT.fullmatch(end)]
     used = {end for _, end in numbered} | set(outputs)
-    others = [f".{end}" for end in ends if end not in used and f".{end}".lower().endswith(PICTURE_SUFFIXES)]
+    others = [f".{end}" for end in ends if end not in used and f".{end}".lower().endswith(IMAGE_SUFFIXES)]
     if others:
         raise ValueError(
-            f"members {others} are neither .input_0, .input_1, ... nor .output, and no json says what they are"
+            f"members {others} are neither .input_0, .input_1, ... nor .output, and no JSON states their role"
         )
     if [number for number, _ in numbered] != list(range(len(numbered))):
         raise ValueError(f"inputs must be .input_0, .input_1, ... once each, got {[f'.{end}' for _, end in numbered]}")

@@ -1,4 +1,4 @@
-"""What `uniref-fast data convert` does: any data that can be read, written as rows under the canonical names."""
+"""Conversion of any readable data to rows with the canonical keys: `uniref-fast data convert`."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["convert"]
 
 
 def convert(dataset: Dataset, out: Path) -> tuple[int, list[RowError]]:
-    """Write the rows of a data set to a .jsonl file; pictures that lie in archives or columns become files beside it.
+    """Write the rows of a dataset to a .jsonl file; images in archives or columns become files beside it.
 
-    Pictures that are files already stay where they are; paths inside the folder of `out` are written relative to it.
+    Images that are files stay in place; paths inside the folder of `out` are written relative to it.
 
     Args:
-        dataset: what is converted.
-        out: the file, which appears when all is written; its pictures go to the folder `<name>_images` beside it.
+        dataset: The dataset to convert.
+        out: The file to write. It appears when it is complete; its images go to the folder `<name>_images` beside it.
 
     Returns:
-        The number of rows written, and the rows that cannot be used, which are left out.
+        The number of rows written, and the errors of the rows that are left out because they cannot be used.
 
     Raises:
-        FileExistsError: for a file or a folder of pictures that exists already.
-        OSError: when something cannot be written; nothing is left then.
+        FileExistsError: The file or its folder of images exists already.
+        OSError: A file cannot be written; everything written so far is removed.
     """
-    pictures = out.with_name(f"{out.stem}_images")
-    for path in (out, pictures):
+    images = out.with_name(f"{out.stem}_images")
+    for path in (out, images):
         if path.exists():
             raise FileExistsError(f"{path} exists already; name another file or move it away")
     broken: list[RowError] = []
@@ -45,7 +45,7 @@ def convert(dataset: Dataset, out: Path) -> tuple[int, list[RowError]]:
             try:
                 row = dataset[index]
                 row.sizes()
-                line = json.dumps(_values(row, index, out.parent, pictures), ensure_ascii=False)
+                line = json.dumps(_values(row, index, out.parent, images), ensure_ascii=False)
             except RowError as error:
                 broken.append(error)
                 continue
@@ -55,16 +55,16 @@ def convert(dataset: Dataset, out: Path) -> tuple[int, list[RowError]]:
     try:
         write_whole(out, lambda file: file.writelines(lines()))
     except BaseException:
-        shutil.rmtree(pictures, ignore_errors=True)
+        shutil.rmtree(images, ignore_errors=True)
         raise
     return written, broken
 
 
-def _values(row: Row, index: int, folder: Path, pictures: Path) -> dict[str, Any]:
+def _values(row: Row, index: int, folder: Path, images: Path) -> dict[str, Any]:
     def path_of(source: ImageSource, number: str) -> str:
         if source.path is None or source.length is not None:
-            pictures.mkdir(parents=True, exist_ok=True)
-            path = pictures / f"{index:08}_{number}{source.suffix()}"
+            images.mkdir(parents=True, exist_ok=True)
+            path = images / f"{index:08}_{number}{source.suffix()}"
             path.write_bytes(source.read())
         else:
             path = Path(os.path.abspath(source.path))

@@ -1,8 +1,9 @@
-"""Training rows from files: an instruction, references in order, a target. `Dataset` reads them at random.
+"""Datasets for training and evaluation: rows with an instruction, references in order, and a target.
 
 The canonical row is {"input_images": [paths], "output_image": path, "instruction": text, "task_type": text}, with any
-number of references, none included; `formats` lists the other names that are understood. Files are .jsonl (.ndjson),
-.json, .csv, .parquet, .tar, .tar.gz and .zip, or folders of those; folders of captioned images are read too (`pairs`).
+number of references, also none; `formats` lists the other names of keys that are recognised. Files are .jsonl
+(.ndjson), .json, .csv, .parquet, .tar, .tar.gz and .zip, or folders of these; folders of images with captions are read
+too (`pairs`).
 
     dataset = Dataset(["data/edits.jsonl", "data/shards"])
     row = dataset[17]
@@ -19,7 +20,7 @@ import operator
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,16 +29,16 @@ import numpy as np
 
 from uniref_fast.budget import MAX_ASPECT_RATIO
 from uniref_fast.data.columns import Columns
-from uniref_fast.data.formats import Format, Parts
+from uniref_fast.data.formats import Format, RowContent
 from uniref_fast.data.images import MAX_PIXELS, ImageSource
 from uniref_fast.data.pairs import Pairs
 from uniref_fast.data.readers import (
     BrokenFileError,
     ParquetReader,
+    RawRow,
     Reader,
-    Record,
     RowGroupCache,
-    filled,
+    present_keys,
     printable,
 )
 from uniref_fast.data.sources import SAMPLE, find_sources, open_reader
@@ -48,14 +49,14 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 
 class BrokenRowsError(RuntimeError):
-    """Too many rows could not be used."""
+    """Too many rows of a dataset cannot be used."""
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message starts with its place, `where`."""
+    """A row that cannot be used; the message begins with its place, `where`."""
 
     def __init__(self, where: str, reason: object) -> None:
-        super().__init__(where, str(reason))  # both, so that it can be pickled back from a worker
+        super().__init__(where, str(reason))  # both arguments, so that a worker can send the error to its parent
 
     @property
     def where(self) -> str:
@@ -71,21 +72,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One example.
-
-    Attributes:
-        instruction: what to do, as it was written.
-        references: the pictures given, in order; may be empty.
-        target: the picture wanted; None in rows for reinforcement learning.
-        task_type: a label of the data set's own.
-        where: its place: "file.jsonl:12" (line), "part-0.parquet:7" (row, from 1), "shard-3.tar:000017" (sample).
-        scene: what the target shows, as data made by `uniref-fast data make` says it; None without. It is as it stands
-            in the file: whoever uses it checks it.
-        artworks: the pictures of the scene's objects, those of its references too, by their paths as the scene has
-            them; not those that are not there.
-        key: what the data set calls it; None without a name.
-        language: of the instruction, where a bench says it.
-    """
+    """Return the place of a row, which may be broken."""
 
     instruction: str
     references: tuple[ImageSource, ...]
@@ -98,23 +85,24 @@ class Row:
     language: str | None = None
 
     def sizes(self, decode: bool = False) -> tuple[Size | None, list[Size]]:
-        """(width, height) in pixels of the target, None without, and of each reference; of the upright pictures.
+        """Return the sizes (width, height) in pixels of the target, None without one, and of the references.
 
-        Every command asks this of a row before it uses it, so that all of them refuse the same rows.
+        Sizes are those of the upright images. Every command calls this before it uses a row, so that all of them refuse
+        the same rows.
 
         Args:
-            decode: read all pixels, not the headers only.
+            decode: Decode all pixels instead of reading the headers only.
 
         Raises:
-            RowError: when a picture cannot be read or is too elongated for the text encoder.
+            RowError: An image cannot be read, or is too elongated for the text encoder.
         """
 
         def size(source: ImageSource) -> Size:
             width, height = source.load().size if decode else source.size()
             if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
                 raise ValueError(
-                    f"{source.name}: {width} x {height} pixels are too elongated: the text encoder takes aspect ratios "
-                    f"up to {MAX_ASPECT_RATIO}"
+                    f"{source.name}: {width} x {height} pixels are too elongated: the text encoder accepts aspect "
+                    f"ratios up to {MAX_ASPECT_RATIO}"
                 )
             return width, height
 
@@ -125,16 +113,15 @@ class Row:
 
 
 class Dataset:
-    """Rows of many files in one sequence: in the order of the paths, folders by relative path, files by row.
+    """Rows of many files as one sequence: in the order of the paths, in folders by relative path, in files by row.
 
-    Making it reads the files once for an index (where each row begins); rows are read when asked for. It holds no open
-    files: it may be sent to worker processes and used by several threads.
+    The constructor reads the files once to find where each row begins; a row is read when it is indexed. A dataset
+    holds no open files: it may be sent to worker processes and used by several threads.
 
     Attributes:
-        files: names of the files, as messages call them.
-        path_lengths: Number of rows of each given path.
-        left_out: (file, reason) of everything in the given folders and archives that is not read as a row, or a part of
-            one, although it may have been meant so: descriptions in .json, files of other kinds, members of no sample.
+        files: Names of the files in messages.
+        left_out: (file, reason) of everything in the given folders and archives that is not read although it may have
+            been meant as data: descriptions in .json, files of other kinds, members of archives that no sample uses.
     """
 
     def __init__(
@@ -147,23 +134,24 @@ class Dataset:
         """Index the files.
 
         Args:
-            paths: files and folders, or one; folders are searched to any depth, hidden files left out. A folder without
-                files of rows may hold captioned images (`pairs`); the configuration files of musubi-tuner, SimpleTuner
-                and ai-toolkit stand for the folders that they name.
-            image_folder: where relative paths in rows are looked up; beside their file by default. Tars name members.
-            targets: "optional" also takes rows without a target.
-            columns: what the files' own columns hold, as "role=column" pairs; see `columns.Columns`.
+            paths: Files and folders, or one of them. Folders are searched at any depth; hidden files are skipped. A
+                folder without files of rows may hold images with captions (`pairs`). A configuration file of
+                musubi-tuner, SimpleTuner or ai-toolkit stands for the folders that it names.
+            image_folder: Folder of relative paths in rows; the folder of their file by default. Paths in archives name
+                members.
+            targets: "optional" also accepts rows without a target.
+            columns: Meaning of columns whose names are not recognised, as "role=column" pairs, see `columns.Columns`.
 
         Raises:
-            ValueError: for a path that is not there or not known, or a file that occurs twice.
-            BrokenFileError: for a file that cannot be read as a whole, or whose keys are those of no known format.
+            ValueError: A path does not exist or is of an unknown kind, or a file occurs twice.
+            BrokenFileError: A file cannot be read as a whole, or its keys are those of no known format.
         """
         if targets not in ("required", "optional"):
             raise ValueError(f'targets must be "required" or "optional", got {targets!r}')
         if isinstance(paths, (str, os.PathLike, Pairs)):
             paths = [paths]
         if image_folder is not None and not Path(image_folder).is_dir():
-            raise ValueError(f"image folder {image_folder} is not there")
+            raise ValueError(f"image folder {image_folder} does not exist")
         sources, left_out = find_sources([path if isinstance(path, Pairs) else Path(path) for path in paths])
         self._targets, self._columns = targets, Columns.of(columns)
         cache = RowGroupCache()
@@ -183,8 +171,8 @@ class Dataset:
             self._formats.append(_format_of(reader, self._columns))
             left_out += [(source.name, reason) for reason in reader.unused()]
         if not self._readers:
-            told = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
-            raise ValueError(f"no rows in {', '.join(map(str, paths))}: {told}")
+            reasons = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
+            raise ValueError(f"no rows in {', '.join(map(str, paths))}: {reasons}")
         self.left_out = (*left_out, *self._missing_columns())
         self.path_lengths = tuple(lengths)
         self.files = tuple(reader.name for reader in self._readers)
@@ -193,35 +181,31 @@ class Dataset:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __iter__(self) -> Iterator[Row]:
-        """All rows in order; stops with a RowError at the first that is broken. To go on after one, use indices."""
-        return map(self.__getitem__, range(len(self)))
-
     def __getitem__(self, index: int) -> Row:
-        """The row; raises RowError when it is broken, IndexError when there is none."""
-        reader, row, form = self._locate(index)
-        where = reader.place(row)
+        """Return a row. Raises RowError if the row is broken, IndexError if the index is out of range."""
+        reader, number, form = self._locate(index)
+        where = reader.place(number)
         try:
-            record = reader.record(row)
-            return self._row(record, form or self._columns.format(filled(record.values)), where)
+            raw = reader.read(number)
+            return self._row(raw, form or self._columns.format(present_keys(raw.values)), where)
         except (ValueError, OSError) as error:
             raise RowError(where, error) from error
         except RecursionError:
             raise RowError(where, "a value is nested too deeply") from None
 
     def roles(self, index: int) -> dict[str, str | None]:
-        """What each key of a row is read as, such as "references"; None for one that is not read.
+        """Return the role of each key of a row, such as "references"; None for a key that is not read.
 
-        Keys without a value are left out. Raises ValueError for a row that cannot be read at all.
+        Keys without a value are left out. Raises ValueError if the row cannot be read at all.
         """
-        reader, row, form = self._locate(index)
-        keys = filled(reader.record(row).values)
+        reader, number, form = self._locate(index)
+        keys = present_keys(reader.read(number).values)
         form = form or self._columns.format(keys)
         return {key: form.role(key) for key in sorted(keys)}
 
     @property
     def unread_columns(self) -> dict[str, int]:
-        """Columns of parquet files that are never read, since they can hold neither text nor pictures; with rows."""
+        """Number of rows by column, for parquet columns that are never read: they hold neither text nor images."""
         found: Counter[str] = Counter()
         for reader in self._readers:
             found.update(dict.fromkeys(reader.unread, len(reader)))
@@ -229,22 +213,21 @@ class Dataset:
 
     def where(self, index: int) -> str:
         """The place of a row, broken or not."""
-        reader, row, _ = self._locate(index)
-        return reader.place(row)
+        reader, number, _ = self._locate(index)
+        return reader.place(number)
 
     @functools.cached_property
     def contents(self) -> tuple[str, ...]:
-        """Of each file what changes when it does, and the columns given: a digest of .jsonl and .json, else size and
-        row count.
+        """Text for each file that changes when its rows or the given columns do.
 
-        Pictures beside the files are not looked at.
+        It is a digest for .jsonl, .json and .csv, otherwise size and row count. Images beside the files are not read.
         """
         read_as = f", columns {self._columns}" if self._columns else ""
         return tuple(reader.content() + read_as for reader in self._readers)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the files' names and contents: another one means that the data changed."""
+        """Hex digest of the names and contents of all files; it changes when the data changes."""
         return hashlib.sha256(json.dumps([*zip(self.files, self.contents, strict=True)]).encode()).hexdigest()
 
     def _locate(self, index: int) -> tuple[Reader, int, Format | None]:
@@ -257,45 +240,45 @@ class Dataset:
         return self._readers[file], index - first, self._formats[file]
 
     def _missing_columns(self) -> list[tuple[str, str]]:
-        """Columns that no row has, most probably slips of the pen, as for `left_out`."""
-        names = {column for _, column in self._columns.own}
+        """Return the given columns that no row has, most probably misspelt, as entries of `left_out`."""
+        names = {column for _, column in self._columns.roles}
         found: set[str] = set()
-        for most in (SAMPLE, sys.maxsize):  # all rows are read only where the first lack a column
+        for count in (SAMPLE, sys.maxsize):  # all rows are read only if the first rows lack a column
             for reader in self._readers:
                 if names - found:
-                    found |= {*reader.unread}.union(*reader.keys(most))
-        return [("columns", f"no row has {name!r}; there are {sorted(found)}") for name in sorted(names - found)]
+                    found |= {*reader.unread}.union(*reader.keys(count))
+        return [("columns", f"no row has {name!r}; columns are {sorted(found)}") for name in sorted(names - found)]
 
-    def _row(self, record: Record, form: Format, where: str) -> Row:
-        parts = Parts.of(record.values, form, functools.partial(_names_file, record))
-        references = tuple(_source(name, value, record) for name, value in parts.references)
-        target = None if parts.target is None else _source(*parts.target, record)
+    def _row(self, raw: RawRow, form: Format, where: str) -> Row:
+        content = RowContent.parse(raw.values, form, functools.partial(_names_file, raw))
+        references = tuple(_source(name, value, raw) for name, value in content.references)
+        target = None if content.target is None else _source(*content.target, raw)
         if target is None and self._targets == "required":
-            hint = f"no {form.target!r}" if form.target else f"rows of {form} have none"
+            hint = f"no {form.target!r}" if form.target else f"rows of {form} have no target"
             raise ValueError(
-                f'no target picture: {hint}; only targets="optional" (reinforcement learning) takes such rows'
+                f'no target image: {hint}; only targets="optional" (reinforcement learning) accepts such rows'
             )
-        artworks = _artworks(parts.scene, record)
-        return Row(parts.instruction, references, target, parts.task_type, where, parts.scene, artworks, parts.key,
-                   parts.language)  # fmt: skip
+        artworks = _artworks(content.scene, raw)
+        return Row(content.instruction, references, target, content.task_type, where, content.scene, artworks,
+                   content.key, content.language)  # fmt: skip
 
 
 def left_out(datasets: Iterable[Dataset], most: int = 20) -> list[tuple[str, str]]:
-    """What data sets leave out, as (file, reason), for a run to report; after `most` of them only their number."""
+    """Return what datasets leave out, as (file, reason), for the report of a run; beyond `most` only the number."""
     found = list(dict.fromkeys(one for dataset in datasets for one in dataset.left_out))
     more = [(f"{len(found) - most:,} more", "`uniref-fast data check` lists all")] if len(found) > most else []
     return [*found[:most], *more]
 
 
 def _format_of(reader: Reader, columns: Columns) -> Format | None:
-    """The format of a file; None when it has no row that can be read."""
+    """Return the format of a file; None if no row can be read."""
     rows = reader.keys(SAMPLE)
     if not rows:
         return None
     try:
         form = columns.format(frozenset().union(*rows))
     except ValueError as error:
-        alone = set()  # formats of the rows that tell theirs by themselves: one with a stray key spoils no others
+        alone = set()  # formats of single rows, so that one row with a stray key does not spoil the file
         for keys in rows:
             with contextlib.suppress(ValueError):
                 alone.add(columns.format(keys))
@@ -304,22 +287,22 @@ def _format_of(reader: Reader, columns: Columns) -> Format | None:
             raise BrokenFileError(reader.name, f"{several}{error}") from None
         (form,) = alone
     if isinstance(reader, ParquetReader):
-        # also columns that are not read, when they may hold pictures: their rows are refused, not taken without them
-        reader.select(lambda key, pictures: form.role(key) is not None or (pictures and key not in form.unread))
+        # also unknown columns that may hold images: their rows are refused, not read without these images
+        reader.select(lambda key, images: form.role(key) is not None or (images and key not in form.unread))
     return form
 
 
-def _names_file(record: Record, path: str) -> bool:
-    """Whether a text in a row is the path of a file."""
+def _names_file(raw: RawRow, path: str) -> bool:
+    """Return True if a text in a row is the path of a file."""
     try:
-        record.find(path)
+        raw.find(path)
     except (ValueError, OSError):
         return False
     return True
 
 
-def _source(name: str, value: Any, record: Record) -> ImageSource:
-    """The picture in a cell: a path, bytes, or {"bytes": ..., "path": ...} of which bytes come first."""
+def _source(name: str, value: Any, raw: RawRow) -> ImageSource:
+    """Return the image of a value: a path, bytes, or {"bytes": ..., "path": ...}, where bytes are preferred."""
     path, data = value, None
     if isinstance(value, dict):
         path, data = value.get("path"), value.get("bytes")
@@ -329,21 +312,21 @@ def _source(name: str, value: Any, record: Record) -> ImageSource:
     if isinstance(data, bytes):
         return ImageSource(name, data=data)
     if isinstance(path, str) and data is None:
-        return record.find(path)
+        return raw.find(path)
     raise ValueError(f'{name} must be a path or, in parquet, bytes or {{"bytes", "path"}}; got {value!r:.80}')
 
 
-def _artworks(scene: Mapping[str, Any] | None, record: Record) -> dict[str, ImageSource]:
-    """The pictures of a scene's objects that are there; what is wrong with a scene is for those to say who use it."""
+def _artworks(scene: Mapping[str, Any] | None, raw: RawRow) -> dict[str, ImageSource]:
+    """Return the existing images of a scene's objects by path. The scene is checked where it is used, not here."""
     if scene is None:
         return {}
     others = scene.get("references")
     found: dict[str, ImageSource] = {}
-    for picture in (scene, *(others if isinstance(others, list) else ())):
-        things = picture.get("objects") if isinstance(picture, dict) else None
-        for thing in things if isinstance(things, list) else ():
-            path = thing.get("artwork") if isinstance(thing, dict) else None
+    for image in (scene, *(others if isinstance(others, list) else ())):
+        objects = image.get("objects") if isinstance(image, dict) else None
+        for placed in objects if isinstance(objects, list) else ():
+            path = placed.get("artwork") if isinstance(placed, dict) else None
             if isinstance(path, str) and path not in found:
                 with contextlib.suppress(ValueError, OSError):
-                    found[path] = record.find(path)
+                    found[path] = raw.find(path)
     return found

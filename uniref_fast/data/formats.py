@@ -1,4 +1,4 @@
-"""Names that public data sets give their keys: one table, and how their rows become instruction, references, target."""
+"""Formats of public datasets: the names of their keys, and the conversion of a row's values to its content."""
 
 from __future__ import annotations
 
@@ -13,54 +13,55 @@ from uniref_fast.data.readers import ENCODED, from_json, printable
 
 __all__ = [
     "FORMATS",
+    "IMAGE_SUFFIXES",
     "KEYS",
-    "PICTURE_SUFFIXES",
     "TEXT_KEYS",
     "Format",
-    "Parts",
-    "explains",
-    "is_picture_key",
+    "RowContent",
+    "is_image_key",
+    "matches",
     "nearest_key",
-    "recognise",
+    "recognise_format",
 ]
 
 
 @dataclass(frozen=True)
 class Format:
-    """Which key holds what.
+    """The meaning of the keys of one format.
 
     Attributes:
-        name: data sets and programs that use it.
-        text: key of the instruction.
-        references: key of the references, a list or one; with `#` the keys `control_path_0`, `control_path_1`, ... too.
-        target: key of the target; None: rows have none (reinforcement learning); the key of the references: the last of
-            them is the target.
-        needs: keys beside `text` that some row of the file must have for the file to be of this format.
-        finer: key of a text that is taken instead where a row has it.
-        task: key of the task where a row has no `task_type`.
-        unread: keys that may hold pictures and are not read.
-        language: key of the instruction's language.
-        common: its keys are words that others use for other things: they mean something in files of this format only.
-        more: keys of further references, one picture or a list each, which follow those of `references`.
-        key: key of the row's own name; None takes the first of `KEYS` that the row has.
+        name: Datasets and programs that use the format.
+        text: Key of the instruction.
+        references: Key of the references, a list or one image; with `#` also the keys `control_path_0`,
+            `control_path_1`, ...
+        target: Key of the target; None if rows have no target (reinforcement learning). If it is the key of the
+            references, the last of them is the target.
+        required: Keys beside `text` that some row of a file must have for the file to be of this format.
+        preferred_text: Key of an instruction that replaces the one under `text` in rows that have it.
+        task: Key of the task for rows without `task_type`.
+        unread: Keys that may hold images and are not read.
+        ambiguous: True if other datasets use the keys for other things, so that another format has precedence.
+        language: Key of the language of the instruction.
+        more: Keys of further references, one image or a list each, which follow those of `references`.
+        key: Key of the row's own name; None uses the first of `KEYS` that the row has.
     """
 
     name: str
     text: str
     references: str
     target: str | None
-    needs: tuple[str, ...] = ()
-    finer: str | None = None
+    required: tuple[str, ...] = ()
+    preferred_text: str | None = None
     task: str | None = None
     unread: tuple[str, ...] = ()
-    common: bool = False
+    ambiguous: bool = False
     language: str | None = None
     more: tuple[str, ...] = ()
     key: str | None = None
 
     def owns(self, key: str) -> bool:
-        """Whether it is one of the format's keys other than the text."""
-        return key in (self.target, self.finer, self.task, *self.needs) or self._holds_references(key)
+        """Return True if the key belongs to the format and is not the text."""
+        return key in (self.target, self.preferred_text, self.task, *self.required) or self._holds_references(key)
 
     def _holds_references(self, key: str) -> bool:
         base = self.references.removesuffix("#")
@@ -68,11 +69,12 @@ class Format:
         return key in (base, *self.more) or numbered
 
     def role(self, key: str) -> str | None:
-        """What a key is read as: "instruction", "references", "target", ...; None for one that is not read."""
+        """Return the role of a key: "instruction", "references", "target", ...; None if it is not read."""
         if self.target == self.references and key == self.target:
             return "references, the last is the target"
-        names = {self.text: "instruction", self.finer: "instruction", self.target: "target", "task_type": "task type",
-                 self.task: "task type", self.language: "language", "scene": "scene"}  # fmt: skip
+        names = {self.text: "instruction", self.preferred_text: "instruction", self.target: "target",
+                 "task_type": "task type", self.task: "task type", self.language: "language",
+                 "scene": "scene"}  # fmt: skip
         names |= {key: "key" for key in ((self.key,) if self.key else KEYS)}
         return "references" if self._holds_references(key) else names.get(key)
 
@@ -81,21 +83,21 @@ class Format:
         target = {None: "no target", self.references: "the last is the target"}.get(
             self.target, f"target {self.target}"
         )
-        needs = "".join(f", {key}" for key in self.needs if key not in (references, self.target))
-        return f"{self.name} ({self.text}, references {references}{end}, {target}{needs})"
+        required = "".join(f", {key}" for key in self.required if key not in (references, self.target))
+        return f"{self.name} ({self.text}, references {references}{end}, {target}{required})"
 
 
 FORMATS = (
     Format("OmniGen2, UniPic-3, MICo, OmniContext", "instruction", "input_images", "output_image"),
-    Format("DyRef, DiffSynth", "prompt", "edit_image", "image", needs=("edit_image",)),
-    Format("Flow-Factory", "prompt", "images", None, needs=("images",)),
-    Format("Edit-R1", "prompt", "image", None, needs=("image", "requirement")),
-    Format("musubi", "caption", "control_path#", "image_path", needs=("image_path",)),
-    Format("DanceGRPO, Pref-GRPO", "instruction", "source_image", "target_image", needs=("source_image",)),
-    Format("Lumina", "prompt", "image_path", "edit_path", needs=("edit_path",)),
-    Format("Echo-4o, Bagel", "instruction_list", "image_list", "image_list", needs=("image_list",)),
-    Format("MICo for Bagel", "instruction", "image_list", "image_list", needs=("image_list",)),
-    # `reference`, the picture of a bench that people judged right, is one of many right answers, so it is no target
+    Format("DyRef, DiffSynth", "prompt", "edit_image", "image", required=("edit_image",)),
+    Format("Flow-Factory", "prompt", "images", None, required=("images",)),
+    Format("Edit-R1", "prompt", "image", None, required=("image", "requirement")),
+    Format("musubi", "caption", "control_path#", "image_path", required=("image_path",)),
+    Format("DanceGRPO, Pref-GRPO", "instruction", "source_image", "target_image", required=("source_image",)),
+    Format("Lumina", "prompt", "image_path", "edit_path", required=("edit_path",)),
+    Format("Echo-4o, Bagel", "instruction_list", "image_list", "image_list", required=("image_list",)),
+    Format("MICo for Bagel", "instruction", "image_list", "image_list", required=("image_list",)),
+    # `reference` is an image that people judged correct, one of many possible results, and so not a target
     Format(
         "MICo-Bench",
         "prompt",
@@ -105,63 +107,63 @@ FORMATS = (
         "refined_prompt",
         "Task",
         unread=("reference",),
-        common=True,
+        ambiguous=True,
     ),
     Format(
         "GEdit-Bench",
         "instruction",
         "input_image_raw",
         None,
-        needs=("input_image_raw",),
-        unread=("input_image",),  # the same picture as the raw one, resized
+        required=("input_image_raw",),
+        unread=("input_image",),  # the same image as the raw one, resized
         language="instruction_language",
     ),
 )
 
-KEYS = ("key", "case_id", "id", "idx")  # what data sets call a row's own name; the first that a row has
-PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")  # which Qwen's processors replace with a picture's tokens
+KEYS = ("key", "case_id", "id", "idx")  # keys of a row's own name; the first that a row has counts
+PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")  # Qwen's processors replace them with the tokens of an image
 TEXT_KEYS = ("instruction", "prompt", "caption")
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".avif", ".jp2", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
-def is_picture_key(key: str) -> bool:
-    """Whether a known format uses the key for something other than the text."""
-    return any(form.owns(key) for form in FORMATS if not form.common)
+def is_image_key(key: str) -> bool:
+    """Return True if a known format uses the key for something other than the text."""
+    return any(form.owns(key) for form in FORMATS if not form.ambiguous)
 
 
-def explains(form: Format, keys: Collection[str]) -> bool:
-    """Whether rows with these keys are of the format: it has all that it needs, and no key of another format."""
-    return form.text in keys and all(key in keys for key in form.needs) and all(
-        form.owns(key) for key in keys if is_picture_key(key) and key not in form.unread
+def matches(form: Format, keys: Collection[str]) -> bool:
+    """Return True if rows with these keys can be of the format: its keys are present, and no other format's keys."""
+    return form.text in keys and all(key in keys for key in form.required) and all(
+        form.owns(key) for key in keys if is_image_key(key) and key not in form.unread
     )  # fmt: skip
 
 
-def recognise(keys: Collection[str]) -> Format:
-    """The format whose keys these are; keys that no format knows do not matter.
+def recognise_format(keys: Collection[str]) -> Format:
+    """Return the format with these keys; keys that no format knows are ignored.
 
     Raises:
-        ValueError: when no format, or more than one, explains them; lists the keys and the formats.
+        ValueError: No format, or more than one, matches; the message lists the keys and the formats.
     """
     if any(key.endswith(FILE_NAMES) for key in keys):
         return _imagefolder(keys)
-    fits = [form for form in FORMATS if explains(form, keys)]
-    if len(fits) > 1:  # words that mean something else in a file that another format explains
-        fits = [form for form in fits if not form.common] or fits
+    fits = [form for form in FORMATS if matches(form, keys)]
+    if len(fits) > 1:  # prefer formats whose keys are unambiguous
+        fits = [form for form in fits if not form.ambiguous] or fits
     if len(fits) == 1:
         return fits[0]
-    problem = "ambiguous keys" if fits else "the keys are those of no known format"
+    problem = "ambiguous keys" if fits else "these keys match no known format"
     known = "\n  ".join(map(str, fits or FORMATS))
     raise ValueError(
-        f"{problem}: {sorted(keys)}; say what they hold with columns such as instruction=prompt,references=images,"
+        f"{problem}: {sorted(keys)}; give their roles with columns such as instruction=prompt,references=images,"
         f"target=image (--columns), or rename them; known formats (text, references, target):\n  {known}"
     )
 
 
 def _imagefolder(keys: Collection[str]) -> Format:
-    """The format of a Hugging Face imagefolder: columns of pictures are `file_name`, or end in `_file_name(s)`."""
+    """Return the format of a Hugging Face imagefolder: columns of images are `file_name`, or end in `_file_name(s)`."""
     texts = [key for key in IMAGEFOLDER_TEXTS if key in keys]
     files = {key: _words(re.sub(r"_?file_names?$", "", key)) for key in keys if key.endswith(FILE_NAMES)}
     targets = [key for key, words in files.items() if words & TARGET_WORDS]
@@ -172,9 +174,9 @@ def _imagefolder(keys: Collection[str]) -> Format:
     alike = {re.sub(r"\d+", "", key) for key in references}
     if len(texts) != 1 or len(targets) != 1 or len(alike) > 1 or len(targets + references) < len(files):
         raise ValueError(
-            f"the columns {sorted(keys)} of this imagefolder do not tell which is which: one of "
+            f"the columns {sorted(keys)} of this imagefolder are ambiguous: one of "
             f"{', '.join(IMAGEFOLDER_TEXTS)} must be the instruction, and file_name or output_file_name the target, "
-            "with references such as input_file_name; say it with columns such as instruction=text,"
+            "with references such as input_file_name; give the roles with columns such as instruction=text,"
             "references=input_file_name,target=file_name (--columns)"
         )
     first = references[0] if references else "input_file_name"
@@ -194,7 +196,7 @@ TARGET_WORDS = {"after", "answer", "edited", "expected", "gt", "ground", "out", 
 
 
 def nearest_key(key: str, form: Format) -> tuple[str, str]:
-    """(role, key of the format) that an unknown key of pictures most probably stands for."""
+    """Return (role, key of the format) that an unknown key of images most probably stands for."""
     words = _words(key)
     if form.target is not None and words & TARGET_WORDS:
         return "target", form.target
@@ -202,8 +204,18 @@ def nearest_key(key: str, form: Format) -> tuple[str, str]:
 
 
 @dataclass(frozen=True)
-class Parts:
-    """A row's content; pictures are paths, bytes or {"bytes", "path"} mappings, not yet looked at; so is the scene."""
+class RowContent:
+    """Content of a row: images are paths, bytes or {"bytes", "path"} mappings that have not been checked.
+
+    Attributes:
+        instruction: The instruction.
+        references: (name for messages, value) of each reference.
+        target: (name for messages, value) of the target, or None.
+        task_type: Task label, or None.
+        scene: Description of the scene, not checked, or None.
+        key: Name of the row in the dataset, or None.
+        language: Language of the instruction, or None.
+    """
 
     instruction: str
     references: tuple[tuple[str, Any], ...]
@@ -214,50 +226,52 @@ class Parts:
     language: str | None = None
 
     @staticmethod
-    def of(values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool] = lambda path: False) -> Parts:
-        """Take a row apart; pictures come with a name for messages.
+    def parse(
+        values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool] = lambda path: False
+    ) -> RowContent:
+        """Convert the values of a row to its content.
 
         Args:
-            values: the row by key.
-            form: of its file.
-            names_file: tells whether a text is the path of a file beside the row.
+            values: Values of the row by key.
+            form: Format of its file.
+            names_file: Function that returns True if a text is the path of a file beside the row.
 
         Raises:
-            ValueError: for what is missing or wrong, and for pictures under a key that is not read.
+            ValueError: A value is missing or wrong, or there are images under a key that is not read.
         """
         values = {key: value for key, value in values.items() if value is not None}
-        _refuse_strays(values, form, names_file)
+        _refuse_unread_images(values, form, names_file)
         references = _references(values, form)
         target = None
         if form.target == form.references:
             if not references:
-                raise ValueError(f"{form.references} is empty; its last picture is the target")
+                raise ValueError(f"{form.references} is empty; its last image is the target")
             references, target = references[:-1], references[-1]
         elif form.target in values:
             target = form.target, values[form.target]
             if isinstance(target[1], list):
-                raise ValueError(f"{form.target} must be one picture, got a list of {len(target[1])}")
+                raise ValueError(f"{form.target} must be one image, got a list of {len(target[1])}")
         task_type = values.get("task_type", values.get(form.task or ""))
         if task_type is not None:
             name = "task_type" if "task_type" in values else str(form.task)
             if not isinstance(task_type, str):
                 raise ValueError(f"{name} must be a text, got {task_type!r:.80}")
-            _refuse_half_characters(name, task_type)
+            _check_unicode(name, task_type)
         instruction = _instruction(values, form, len(references))
         own_names = (form.key,) if form.key else KEYS
         key, language = next((values[key] for key in own_names if key in values), None), values.get(form.language or "")
-        return Parts(
-            instruction, references, target, task_type, _object(values.get("scene")), _word(key), _word(language)
+        return RowContent(
+            instruction, references, target, task_type, _object(values.get("scene")), _label(key), _label(language)
         )
 
 
-def _word(value: Any) -> str | None:
-    """A label as a text; None for anything that is none."""
+def _label(value: Any) -> str | None:
+    """Return a label as a text; None if the value is not a text or a whole number."""
     return printable(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else None
 
 
 def _object(value: Any) -> Mapping[str, Any] | None:
-    """A JSON object, as one or as its text; None for anything else, which is another data set's own."""
+    """Return a JSON object, given as an object or as text; None for any other value, which has another meaning."""
     if isinstance(value, str):
         try:
             value = from_json(value.encode("utf-8"))
@@ -266,50 +280,50 @@ def _object(value: Any) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _refuse_strays(values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool]) -> None:
-    """Pictures under a key that is not read would otherwise be left out in silence."""
+def _refuse_unread_images(values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool]) -> None:
+    """Raise ValueError if a key that is not read holds images, which would be left out silently."""
     for key, value in values.items():
         if form.owns(key) or key in (form.text, form.key, form.language, "task_type", *form.unread, *KEYS):
             continue
         if key in TEXT_KEYS and isinstance(value, str):
             continue
-        if key == "scene" and _object(value) is not None:  # it names the files of its objects
+        if key == "scene" and _object(value) is not None:  # a scene contains the paths of its objects' files
             continue
-        if is_picture_key(key):
+        if is_image_key(key):
             raise ValueError(f"key {key!r} does not belong to the format of this file: {form}")
-        if _holds_pictures(value, names_file):
+        if _holds_images(value, names_file):
             role, near = nearest_key(key, form)
             raise ValueError(
-                f"key {key!r} holds pictures but is not known; did you mean {near!r}? Rename it, or say what it holds "
+                f"key {key!r} holds images but is not known; did you mean {near!r}? Rename it, or give its role "
                 f"with columns {role}={key}, or ignore={key} to leave it out (--columns)"
             )
 
 
-NO_PICTURES = (".jsonl", ".json", ".parquet", ".tar", ".zip", ".gz", ".tgz", ".txt", ".csv", ".tsv", ".md", ".toml",
+OTHER_SUFFIXES = (".jsonl", ".json", ".parquet", ".tar", ".zip", ".gz", ".tgz", ".txt", ".csv", ".tsv", ".md", ".toml",
                ".yaml", ".yml", ".py", ".log")  # fmt: skip
 
 
-def _holds_pictures(value: Any, names_file: Callable[[str], bool]) -> bool:
-    """Whether a value has bytes, encoded pictures, names of picture files, or of files that exist, at any depth."""
-    waiting = [value]  # not by recursion: a row may be nested deeper than that goes
+def _holds_images(value: Any, names_file: Callable[[str], bool]) -> bool:
+    """Return True if a value contains, at any depth, bytes, encoded images, or names of images or existing files."""
+    waiting = [value]  # no recursion: a row may be nested more deeply than Python's limit
     while waiting:
         item = waiting.pop()
         if isinstance(item, dict):
             waiting += item.values()
         elif isinstance(item, (list, tuple)):
             waiting += item
-        elif isinstance(item, bytes) or (isinstance(item, str) and _is_picture(item, names_file)):
+        elif isinstance(item, bytes) or (isinstance(item, str) and _is_image(item, names_file)):
             return True
     return False
 
 
-def _is_picture(text: str, names_file: Callable[[str], bool]) -> bool:
+def _is_image(text: str, names_file: Callable[[str], bool]) -> bool:
     if text.startswith(ENCODED):
         return True
     if len(text) > 4096 or "\n" in text:
         return False
     suffix = PurePath(text).suffix.lower()
-    return suffix in PICTURE_SUFFIXES or (suffix not in NO_PICTURES and names_file(text))
+    return suffix in IMAGE_SUFFIXES or (suffix not in OTHER_SUFFIXES and names_file(text))
 
 
 def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any], ...]:
@@ -330,44 +344,44 @@ def _references(values: Mapping[str, Any], form: Format) -> tuple[tuple[str, Any
             found += [(f"{key}[{i}]", item) for i, item in enumerate(items)]
     for name, item in found:
         if item is None or isinstance(item, list):
-            raise ValueError(f"{name} must be one picture, got {'null' if item is None else 'a list'}")
+            raise ValueError(f"{name} must be one image, got {'null' if item is None else 'a list'}")
     return tuple(found)
 
 
 def _without_gaps(values: Mapping[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """The keys that the row has; one that is missing before another would renumber the pictures."""
-    there = [key for key in keys if key in values]
-    if there != list(keys[: len(there)]):
-        raise ValueError(f"references must fill {', '.join(keys)} in this order without gaps; the row has {there}")
-    return there
+    """Return the keys that the row has; a missing one before another would change the numbers of the references."""
+    present = [key for key in keys if key in values]
+    if present != list(keys[: len(present)]):
+        raise ValueError(f"references must fill {', '.join(keys)} in this order without gaps; the row has {present}")
+    return present
 
 
 def _instruction(values: Mapping[str, Any], form: Format, references: int) -> str:
-    key = form.finer if form.finer and values.get(form.finer) else form.text
+    key = form.preferred_text if form.preferred_text and values.get(form.preferred_text) else form.text
     if key not in values:
         raise ValueError(f"no {form.text!r}; keys found: {sorted(values)}")
     text = values[key]
     if key == "instruction_list":
         if isinstance(text, list) and len(text) == references > 1:
-            raise ValueError(f"instruction_list has {len(text)} texts for {references + 1} pictures: a chain of edits; "
+            raise ValueError(f"instruction_list has {len(text)} texts for {references + 1} images: a chain of edits; "
                              "write each edit as a row of its own")  # fmt: skip
-        for _ in range(2):  # Bagel nests phrasings of one edit: the first is taken
+        for _ in range(2):  # Bagel nests several phrasings of one edit; take the first
             text = text[0] if isinstance(text, list) and text else text
     if not isinstance(text, str):
         raise ValueError(f"{key} must be a text, got {text!r:.80}")
     if not text.strip():
         raise ValueError(f"{key} is empty")
-    _refuse_half_characters(key, text)
+    _check_unicode(key, text)
     if tokens := [token for token in PLACEHOLDERS if token in text]:
         raise ValueError(
-            f"{key} has {tokens[0]}, which stands for the tokens of a picture; the text encoder refuses it: "
+            f"{key} has {tokens[0]}, which stands for the tokens of an image; the text encoder refuses it: "
             'write "picture 1" and so on'
         )
     return text
 
 
-def _refuse_half_characters(key: str, text: str) -> None:
+def _check_unicode(key: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{key} has half a surrogate pair, which is no text: {text!r:.80}") from None
+        raise ValueError(f"{key} has half of a surrogate pair, which is not valid text: {text!r:.80}") from None

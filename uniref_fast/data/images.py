@@ -1,7 +1,7 @@
-"""Where a picture's bytes come from, and safe decoding: size from the header, pixels as RGB, damage as an error.
+"""Sources of images, and safe decoding: the size from the header, the pixels as RGB, damage as an error.
 
-Every command opens pictures through `ImageSource`. Damaged metadata never keeps a picture from being read: without a
-readable orientation it is taken as it is stored.
+Every command opens images through `ImageSource`. Damaged metadata never prevents an image from being read: without a
+readable orientation it is used as it is stored.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["MAX_PIXELS", "ImageSource"]
 Result = TypeVar("Result")
 
 MAX_PIXELS = 178_956_970
-"""Pictures with more pixels are refused before they are decoded (Pillow's own limit for an error)."""
+"""Largest number of pixels of an image; larger ones are refused before decoding (Pillow's own limit for an error)."""
 
-# What photographs and artworks come as. Others are left out on purpose: EPS starts a program, ICO and PSD hold several
-# pictures, and nobody stores training data in them.
-FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
+# Formats of photographs and artworks. Others are excluded on purpose: EPS starts a program, ICO and PSD hold several
+# images, and they are not used for training data.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "JPEG2000", "GIF", "BMP", "TIFF", "PPM")
 
-UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
+UPRIGHT = {  # EXIF orientation -> transposition that turns the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -44,16 +44,16 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored pixels upright
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A picture that has not been read yet: a file, a part of a file (a tar member), or bytes in memory (a column).
+    """An image that has not been read yet: a file, a part of a file (a tar member), or bytes in memory (a column).
 
-    Every method raises ValueError, starting with `name`, when the bytes cannot be had or are no whole picture.
+    Every method raises ValueError, beginning with `name`, if the bytes cannot be read or are not a complete image.
 
     Attributes:
-        name: what messages call it.
-        path: the file that holds it; None for bytes in memory.
-        offset: first byte in that file.
-        length: number of bytes; None means the whole file.
-        data: the bytes themselves.
+        name: Name in messages.
+        path: File that holds the image; None for bytes in memory.
+        offset: First byte in that file.
+        length: Number of bytes; None means the whole file.
+        data: The encoded bytes in memory, or None.
     """
 
     name: str
@@ -63,39 +63,39 @@ class ImageSource:
     data: bytes | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """Return the encoded bytes."""
         try:
             with self._file() as file:
                 content = file.read()
         except OSError as error:
             raise ValueError(f"{self.name}: cannot be read: {error}") from error
         if self.length is not None and len(content) != self.length:
-            raise ValueError(f"{self.name}: {self.path} was cut short: {len(content)} bytes of {self.length} are there")
+            raise ValueError(f"{self.name}: {self.path} is truncated: it holds {len(content)} bytes of {self.length}")
         return content
 
     def digest(self) -> str:
-        """SHA-256 of the encoded bytes in hex: the same picture has the same key wherever it lies."""
+        """Return the SHA-256 of the encoded bytes in hex, which does not depend on the place of the image."""
         return hashlib.sha256(self.read()).hexdigest()
 
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels of the upright picture, from the header alone."""
+        """Return (width, height) in pixels of the upright image, from the header alone."""
         return self._with(_size)
 
     def suffix(self) -> str:
-        """The ending of a file of its format, with the dot."""
+        """Return the suffix of a file of its format, with the dot."""
         return self._with(_suffix)
 
     def load(self, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
-        """The upright picture; as RGB, in which what is transparent becomes white, or as RGBA."""
+        """Return the upright image as RGB, with transparent pixels on white, or as RGBA."""
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError(
-                f"{self.name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so damaged pictures would "
+                f"{self.name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so damaged images would "
                 "pass with grey parts; set it to False"
             )
         return self._with(functools.partial(_upright, mode=mode))
 
     def _with(self, use: Callable[[Image.Image], Result]) -> Result:
-        """What `use` gives of the opened picture; of a PNG without its metadata where those keep it from being read."""
+        """Return the result of `use` on the opened image; if that fails, on a PNG without its metadata."""
         try:
             with self._opened(self._file) as image:
                 return use(image)
@@ -108,16 +108,16 @@ class ImageSource:
 
     @contextlib.contextmanager
     def _opened(self, content: Callable[[], BinaryIO]) -> Iterator[Image.Image]:
-        """The picture with its header parsed and its size checked."""
+        """Yield the image with its header parsed and its size checked."""
         try:
             with content() as file, Image.open(file, formats=_formats()) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise ValueError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed")
+                    raise ValueError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS:,}")
                 yield image
         except UnidentifiedImageError:
             known = ", ".join(_formats())
-            raise ValueError(f"{self.name}: not a picture of a known format ({known}), or damaged") from None
+            raise ValueError(f"{self.name}: not an image of a known format ({known}), or damaged") from None
         except (MemoryError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.name}: too large to decode: {error}") from error
         except Exception as error:  # a decoder may raise anything on damaged bytes
@@ -134,7 +134,7 @@ class ImageSource:
 
 
 class _Window(io.RawIOBase):
-    """Part of a file as a file of its own, read-only."""
+    """A part of a file as a read-only file."""
 
     def __init__(self, path: Path, offset: int, length: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by close()
@@ -171,15 +171,15 @@ class _Window(io.RawIOBase):
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this Pillow was built with."""
+    """Return the formats of IMAGE_FORMATS that this Pillow was built with."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
 
 
 def _size(image: Image.Image) -> tuple[int, int]:
     turn = _orientation_in_header(image)
     if image.format == "TIFF" and turn in (5, 6, 7, 8):
-        image.load()  # Pillow turns TIFFs itself, some versions already when opening: only this is sure
+        image.load()  # Pillow turns TIFFs itself, some versions already on opening, so the size is known after loading
         return image.size
     return (image.height, image.width) if turn in (5, 6, 7, 8) else image.size
 
@@ -191,13 +191,13 @@ def _suffix(image: Image.Image) -> str:
 
 def _upright(image: Image.Image, mode: str) -> Image.Image:
     image.load()
-    turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, Pillow turns TIFFs itself
+    turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, and Pillow turns TIFFs itself
     upright = image.convert("RGBA") if mode == "RGBA" else _rgb(image)
     return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
 
 
 def _without_metadata(content: bytes) -> bytes | None:
-    """A PNG without the chunks that its pixels do not need, but for an orientation that is whole; None for others.
+    """Return a PNG with only the chunks that its pixels need and an intact orientation; None for other formats.
 
     Pillow refuses a PNG whose texts or profiles are damaged, or unpack to more than a megabyte.
     """
@@ -216,9 +216,9 @@ def _without_metadata(content: bytes) -> bytes | None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) where there is none; junk in the metadata is no reason to refuse the pixels."""
+    """Return the EXIF orientation, 1 (upright) if it is missing or the metadata cannot be read."""
     try:
-        # the base class's: PngImageFile's own decodes the picture to look behind the pixels
+        # the base class's: PngImageFile's own decodes the image to read behind the pixels
         return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
     except Exception:  # parsers of damaged metadata raise anything
         return 1
@@ -231,7 +231,7 @@ def _orientation_in_header(image: Image.Image) -> int:
 
 
 def _metadata_behind_pixels(file: BinaryIO | None) -> bool:
-    """Whether a PNG has chunks after its pixels that can hold an orientation; walks the chunk headers only."""
+    """Return True if a PNG has chunks behind its pixels that can hold an orientation; reads the chunk headers only."""
     if file is None:
         return False
     before = file.tell()

@@ -1,8 +1,8 @@
 """Folders of images with a caption file each, and folders of references whose files have the same names.
 
-This is how ai-toolkit, SimpleTuner and musubi-tuner keep their data: `target/0001.jpg` with `target/0001.txt`, and its
+ai-toolkit, SimpleTuner and musubi-tuner store their data like this: `target/0001.jpg` with `target/0001.txt`, and
 references `control_1/0001.png`, `control_2/0001.png`, ..., or `control/0001_0.png`, `control/0001_1.png`, ...
-`pairs_of` recognises such folders by their names, `configured` reads those that configuration files name.
+`pairs_of` recognises such folders by their names; `configured` reads the folders that configuration files name.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uniref_fast.data.formats import PICTURE_SUFFIXES
+from uniref_fast.data.formats import IMAGE_SUFFIXES
 from uniref_fast.data.images import ImageSource
-from uniref_fast.data.readers import BOM, BrokenFileError, Reader, Record, located, printable
+from uniref_fast.data.readers import BOM, BrokenFileError, RawRow, Reader, printable, resolve_path
 
 __all__ = ["Pairs", "PairsReader", "configured", "is_backend_list", "pairs_of"]
 
@@ -27,14 +27,14 @@ CONTROL = re.compile(r"(?:control|conditioning|condition|cond|reference|ref|sour
 
 @dataclass(frozen=True)
 class Pairs:
-    """Folders that belong together.
+    """A folder of targets with captions, and its folders of references.
 
     Attributes:
-        targets: folder of the target images and their captions.
-        controls: folders of references, in the order of the references.
-        ending: of the caption files, with its dot.
-        default: caption of images without a caption file; None makes them broken rows.
-        jsonl: file of rows instead of all that.
+        targets: Folder of the target images and their captions.
+        controls: Folders of references, in the order of the references.
+        ending: Suffix of the caption files, with its dot.
+        default: Caption of images without a caption file; if it is None, these are broken rows.
+        jsonl: File of rows that replaces all of the above.
     """
 
     targets: Path
@@ -45,15 +45,20 @@ class Pairs:
 
 
 @dataclass
-class Configured:
-    """What a configuration file says: the folders, and sentences about the settings that are not followed."""
+class ConfiguredFolders:
+    """Content of a configuration file.
+
+    Attributes:
+        pairs: Folders that it names.
+        notes: Sentences about settings that are not followed.
+    """
 
     pairs: list[Pairs] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 class PairsReader(Reader):
-    """Rows of one folder of targets, in the order of their names."""
+    """Reader of one folder of targets; the rows are in the order of the names."""
 
     def __init__(self, pairs: Pairs, name: str) -> None:
         super().__init__(pairs.targets, name, pairs.targets)
@@ -74,34 +79,34 @@ class PairsReader(Reader):
     def unused(self) -> tuple[str, ...]:
         return self._unused
 
-    def place(self, row: int) -> str:
-        return f"{self.name}:{printable(self._targets[row].name)}"
+    def place(self, number: int) -> str:
+        return f"{self.name}:{printable(self._targets[number].name)}"
 
-    def record(self, row: int) -> Record:
-        given = [bool(paths) for paths in self._references[row]]
+    def read(self, number: int) -> RawRow:
+        given = [bool(paths) for paths in self._references[number]]
         if given != sorted(given, reverse=True):
             without = self._pairs.controls[given.index(False)]
             raise ValueError(f"no reference of that name in {printable(without)}, although a later folder has one")
         values = {
-            "instruction": self._caption(row),
-            "input_images": [str(path.absolute()) for paths in self._references[row] for path in paths],
-            "output_image": str(self._targets[row].absolute()),
+            "instruction": self._caption(number),
+            "input_images": [str(path.absolute()) for paths in self._references[number] for path in paths],
+            "output_image": str(self._targets[number].absolute()),
         }
-        return Record(values, _absolute)
+        return RawRow(values, _absolute)
 
     def content(self) -> str:
         digest = hashlib.sha256()
-        for row, target in enumerate(self._targets):
-            names = [target.name, *(path.name for paths in self._references[row] for path in paths)]
+        for number, target in enumerate(self._targets):
+            names = [target.name, *(path.name for paths in self._references[number] for path in paths)]
             digest.update("\0".join(map(printable, names)).encode() + b"\n")
             try:
-                digest.update(self._caption(row).encode("utf-8", "backslashreplace"))
+                digest.update(self._caption(number).encode("utf-8", "backslashreplace"))
             except ValueError:
                 digest.update(b"broken")
         return digest.hexdigest()
 
-    def _caption(self, row: int) -> str:
-        path = self._targets[row].with_suffix(self._pairs.ending)
+    def _caption(self, number: int) -> str:
+        path = self._targets[number].with_suffix(self._pairs.ending)
         try:
             return path.read_bytes().removeprefix(BOM).decode("utf-8").strip()
         except FileNotFoundError:
@@ -115,36 +120,36 @@ class PairsReader(Reader):
 
 
 def pairs_of(folder: Path) -> Pairs:
-    """The folders of targets and references in a folder, by their names.
+    """Return the folders of targets and references inside a folder, recognised by their names.
 
-    Targets lie in the folder itself or in its only folder of captioned images that is not called like references;
-    references lie in folders such as `control`, `control_1`, `reference_2`.
+    Targets are in the folder itself or in its only folder of captioned images that is not named like references.
+    References are in folders such as `control`, `control_1`, `reference_2`.
 
     Raises:
-        ValueError: when there are no captioned images, or when it is not certain which folder holds what.
+        ValueError: There are no captioned images, or the meaning of a folder is ambiguous.
     """
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    pictured = [path for path in (folder, *inside) if any(map(_is_image, _files(path)))]
-    controls = [path for path in pictured if path != folder and CONTROL.fullmatch(path.name)]
-    targets = [path for path in pictured if path not in controls and _has_captions(path)]
-    others = [path for path in pictured if path not in controls and path not in targets]
+    with_images = [path for path in (folder, *inside) if any(map(_is_image, _files(path)))]
+    controls = [path for path in with_images if path != folder and CONTROL.fullmatch(path.name)]
+    targets = [path for path in with_images if path not in controls and _has_captions(path)]
+    others = [path for path in with_images if path not in controls and path not in targets]
     if not targets:
         raise ValueError("no image has a caption file (0001.jpg with 0001.txt), and there is no file of rows")
     numbers = [_number(path) for path in controls]
     if len(targets) > 1 or others or len(set(numbers)) < len(numbers):
-        names = ", ".join("." if path == folder else path.name for path in pictured)
+        names = ", ".join("." if path == folder else path.name for path in with_images)
         raise ValueError(
-            f"images lie in several folders ({names}), and their names do not tell targets from references; name them "
-            f"target, control_1, control_2, ... or convert them: {_command(folder)}"
+            f"images lie in several folders ({names}), and their names do not distinguish targets from references; "
+            f"name them target, control_1, control_2, ... or convert them: {_command(folder)}"
         )
     return Pairs(targets[0], tuple(path for _, path in sorted(zip(numbers, controls, strict=True))))
 
 
-def configured(path: Path, data: Any) -> Configured:
-    """The folders that a parsed configuration file of musubi-tuner, SimpleTuner or ai-toolkit names.
+def configured(path: Path, data: Any) -> ConfiguredFolders:
+    """Return the folders that a parsed configuration file of musubi-tuner, SimpleTuner or ai-toolkit names.
 
     Raises:
-        ValueError: for settings whose data cannot be read as rows; says which.
+        ValueError: A setting's data cannot be read as rows; the message names it.
     """
     if isinstance(data, dict) and isinstance(data.get("datasets"), list):
         return _musubi(path, data)
@@ -153,40 +158,40 @@ def configured(path: Path, data: Any) -> Configured:
     if isinstance(data, dict) and isinstance(data.get("config"), dict):
         return _ai_toolkit(path, data["config"])
     raise ValueError(
-        "is no configuration of data that is known: musubi-tuner (.toml with [[datasets]]), SimpleTuner "
+        "is not a known configuration of data: musubi-tuner (.toml with [[datasets]]), SimpleTuner "
         "(multidatabackend.json) or ai-toolkit (.yaml with config.process[].datasets)"
     )
 
 
 def is_backend_list(data: Any) -> bool:
-    """Whether it is a parsed multidatabackend.json of SimpleTuner."""
+    """Return True if the data is a parsed multidatabackend.json of SimpleTuner."""
     return isinstance(data, list) and bool(data) and all(
         isinstance(one, dict) and "id" in one and {"type", "dataset_type", "instance_data_dir"} & one.keys()
         for one in data
     )  # fmt: skip
 
 
-def _musubi(path: Path, data: Mapping[str, Any]) -> Configured:
-    made, general = Configured(), data.get("general") or {}
+def _musubi(path: Path, data: Mapping[str, Any]) -> ConfiguredFolders:
+    found, general = ConfiguredFolders(), data.get("general") or {}
     for number, entry in enumerate(data["datasets"], start=1):
         where = f"datasets entry {number}"
         _refuse(entry, where, ("video_directory", "video_jsonl_file", "multiple_target", "subsets"))
-        _note_repeats(made, entry, where, ("num_repeats",))
+        _note_repeats(found, entry, where, ("num_repeats",))
         if "image_jsonl_file" in entry:
             file = _resolved(entry["image_jsonl_file"], path, where)
-            made.pairs.append(Pairs(file.parent, jsonl=file))
+            found.pairs.append(Pairs(file.parent, jsonl=file))
             continue
         if "image_directory" not in entry:
             raise ValueError(f"{where} has neither image_directory nor image_jsonl_file")
         ending = entry.get("caption_extension", general.get("caption_extension", ".txt"))
         controls = [_resolved(entry["control_directory"], path, where)] if entry.get("control_directory") else []
         targets = _resolved(entry["image_directory"], path, where)
-        made.pairs.append(Pairs(targets, tuple(controls), _ending(ending)))
-    return made
+        found.pairs.append(Pairs(targets, tuple(controls), _ending(ending)))
+    return found
 
 
-def _simpletuner(path: Path, data: list[dict[str, Any]]) -> Configured:
-    made, by_id = Configured(), {entry["id"]: entry for entry in data}
+def _simpletuner(path: Path, data: list[dict[str, Any]]) -> ConfiguredFolders:
+    found, by_id = ConfiguredFolders(), {entry["id"]: entry for entry in data}
     for entry in data:
         where = f"the backend {entry['id']!r}"
         if entry.get("dataset_type", "image") != "image" or entry.get("disabled"):
@@ -195,58 +200,64 @@ def _simpletuner(path: Path, data: list[dict[str, Any]]) -> Configured:
             raise ValueError(f"{where} is of type {entry['type']!r}; only local folders can be read")
         if entry.get("caption_strategy") != "textfile":
             raise ValueError(f"{where} has caption_strategy {entry.get('caption_strategy')!r}; only textfile is read")
-        _note_repeats(made, entry, where, ("repeats",), least=0)
+        _note_repeats(found, entry, where, ("repeats",), least=0)
         names = entry.get("conditioning_data") or []
         names = [names] if isinstance(names, str) else names
         if missing := [name for name in names if name not in by_id]:
             raise ValueError(f"{where} names conditioning_data {missing[0]!r}, which is not in the file")
         controls = [_resolved(by_id[name].get("instance_data_dir"), path, f"the backend {name!r}") for name in names]
-        made.pairs.append(Pairs(_resolved(entry.get("instance_data_dir"), path, where), tuple(controls)))
-    if not made.pairs:
+        found.pairs.append(Pairs(_resolved(entry.get("instance_data_dir"), path, where), tuple(controls)))
+    if not found.pairs:
         raise ValueError("has no backend of images")
-    return made
+    return found
 
 
-def _ai_toolkit(path: Path, config: Mapping[str, Any]) -> Configured:
-    made = Configured()
+def _ai_toolkit(path: Path, config: Mapping[str, Any]) -> ConfiguredFolders:
+    found = ConfiguredFolders()
     process = config.get("process")
     for job in process if isinstance(process, list) else []:
         for number, entry in enumerate(job.get("datasets") or [], start=1):
             where = f"datasets entry {number}"
             _refuse(entry, where, ("mask_path", "unconditional_path", "inpaint_path", "clip_image_path"))
-            _note_repeats(made, entry, where, ("num_repeats",))
+            _note_repeats(found, entry, where, ("num_repeats",))
             if entry.get("trigger_word") or job.get("trigger_word"):
-                made.notes.append(f"{where}: trigger_word is not put into the captions")
+                found.notes.append(f"{where}: trigger_word is not added to the captions")
             several = [entry[f"control_path_{i}"] for i in (1, 2, 3) if entry.get(f"control_path_{i}")]
             given = entry.get("control_path") or several
             controls = [_resolved(one, path, where) for one in (given if isinstance(given, list) else [given])]
             default = entry.get("default_caption")
             targets = _resolved(entry.get("folder_path"), path, where)
-            made.pairs.append(Pairs(targets, tuple(controls), _ending(entry.get("caption_ext", "txt")), default))
-    if not made.pairs:
+            found.pairs.append(Pairs(targets, tuple(controls), _ending(entry.get("caption_ext", "txt")), default))
+    if not found.pairs:
         raise ValueError("has no datasets under config.process[].datasets")
-    return made
+    return found
 
 
 def _refuse(entry: Mapping[str, Any], where: str, keys: Iterable[str]) -> None:
     if given := [key for key in keys if entry.get(key)]:
-        raise ValueError(f"{where} has {given[0]}, which rows for image editing cannot express; take it out to go on")
+        raise ValueError(
+            f"{where} has {given[0]}, which rows for image editing cannot express; remove it to read the rest"
+        )
 
 
-def _note_repeats(made: Configured, entry: Mapping[str, Any], where: str, keys: Iterable[str], least: int = 1) -> None:
+def _note_repeats(
+    found: ConfiguredFolders, entry: Mapping[str, Any], where: str, keys: Iterable[str], least: int = 1
+) -> None:
     for key in keys:
         if entry.get(key, least) != least:
-            made.notes.append(f"{where}: {key} = {entry[key]} is not followed; give each folder alone, with --weights")
+            found.notes.append(
+                f"{where}: {key} = {entry[key]} is not followed; give each folder on its own, with --weights"
+            )
 
 
 def _resolved(given: Any, config: Path, where: str) -> Path:
-    """A folder or file that a configuration names: absolute, or from the working directory, else beside the file."""
+    """Return a folder or file that a configuration names: absolute, or relative to the working folder or the file."""
     if not isinstance(given, str) or not given:
         raise ValueError(f"{where} names no folder: {given!r}")
     candidates = [Path(given)] if os.path.isabs(given) else [Path(given), config.parent / given]
     found = list({os.path.realpath(path): path for path in candidates if path.exists()}.values())
     if len(found) != 1:
-        problem = "which is not there" if not found else f"which is there twice: {', '.join(map(str, found))}"
+        problem = "which does not exist" if not found else f"which exists twice: {', '.join(map(str, found))}"
         raise ValueError(f"{where} names {given}, {problem}")
     return found[0].absolute()
 
@@ -263,7 +274,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES
+    return path.suffix.lower() in IMAGE_SUFFIXES
 
 
 def _has_captions(folder: Path) -> bool:
@@ -273,7 +284,7 @@ def _has_captions(folder: Path) -> bool:
 
 
 def _images(folder: Path, name: str) -> dict[str, Path]:
-    """Images of a folder by their names without the ending."""
+    """Return the images of a folder by their names without the suffix."""
     if not folder.is_dir():
         raise BrokenFileError(name, f"{folder} is not a folder of images")
     found: dict[str, Path] = {}
@@ -285,7 +296,7 @@ def _images(folder: Path, name: str) -> dict[str, Path]:
 
 
 def _references(folder: Path, stems: Iterable[str], name: str) -> dict[str, list[Path]]:
-    """References of each target: the image of its name, or those of its name with _0, _1, ... or _1, _2, ..."""
+    """Return the references of each target: the image with its name, or with its name and _0, _1, ... or _1, _2, ..."""
     wanted, lonely = set(stems), []
     numbered: dict[str, dict[int | None, Path]] = {}
     for stem, path in _images(folder, name).items():
@@ -316,7 +327,7 @@ def _number(folder: Path) -> int:
 
 
 def _absolute(path: str) -> ImageSource:
-    return ImageSource(printable(Path(path).name), located(path, Path(path).parent))
+    return ImageSource(printable(Path(path).name), resolve_path(path, Path(path).parent))
 
 
 def _shown(names: list[str]) -> str:

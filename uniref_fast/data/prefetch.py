@@ -1,4 +1,4 @@
-"""Apply a function to items in a thread pool, with results in the order of the items."""
+"""Prefetching: a function is applied to items in a thread pool, and results come in the order of the items."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from typing import Any, TypeVar
 
 __all__ = ["prefetch"]
 
-
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
 
 
@@ -21,18 +18,19 @@ def prefetch(
 ) -> Iterator[tuple[Item, Result | Exception]]:
     """Apply a function to items in a thread pool; results come in the order of the items.
 
-    Decoding images and reading files release the GIL, so threads are enough and nothing is pickled. Items are drawn
-    one by one as room appears, so they may be endless. Closing the iterator (or leaving it to the garbage collector)
-    cancels what has not begun and waits for what has.
+    Threads are sufficient, since decoding images and reading files release the GIL, and nothing has to be pickled.
+    Items are drawn one by one as there is room, so they may be endless. Closing the iterator, or leaving it to the
+    garbage collector, cancels calls that have not begun and waits for the others.
 
     Args:
-        function: called with one item, in several threads at once.
-        items: drawn by the thread that iterates.
-        workers: threads, at least 1.
-        ahead: most items that are begun or done and not yet given out, at least 1; values under `workers` idle some.
+        function: Called with one item, in several threads at once.
+        items: Drawn by the thread that iterates.
+        workers: Number of threads, at least 1.
+        ahead: Largest number of items that are begun or done and not yet yielded, at least 1. If it is less than
+            `workers`, some threads are idle.
 
     Yields:
-        (item, result), or (item, exception) where the function raised one: the iteration goes on.
+        (item, result), or (item, exception) if the function raised one; the iteration continues.
     """
     if workers < 1 or ahead < 1:
         raise ValueError(f"workers and ahead must be at least 1, got {workers} and {ahead}")

@@ -1,8 +1,8 @@
-"""Files of rows, read at random: .jsonl, .json, .csv, .parquet and .tar, each as numbered records of plain values.
+"""Readers of files of rows: .jsonl, .json, .csv and .parquet, with random access to rows of plain values.
 
-A reader knows how many rows its file has and where each lies, and nothing about what the keys mean (that is `rows`). It
-holds no open files, so it can be pickled into workers and used by several threads at once. Damage to a whole file is a
-`BrokenFileError` when the reader is made, damage to a row is a ValueError when that row is read.
+A reader knows the number of rows of its file and where each begins, but not the meaning of the keys, which is in
+`formats`. It holds no open files, so it can be pickled into workers and used by several threads. If a file is damaged
+as a whole, its constructor raises `BrokenFileError`; if a row is damaged, reading this row raises ValueError.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ __all__ = [
     "JsonReader",
     "JsonlReader",
     "ParquetReader",
+    "RawRow",
     "Reader",
-    "Record",
     "RowGroupCache",
-    "filled",
     "from_json",
+    "present_keys",
     "printable",
 ]
 
@@ -46,7 +46,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 class BrokenFileError(ValueError):
-    """A file that as a whole cannot be read as rows; the message starts with its name."""
+    """A file that cannot be read as rows; the message begins with its name."""
 
     def __init__(self, name: str, reason: object) -> None:
         super().__init__(name, reason)
@@ -56,12 +56,12 @@ class BrokenFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Record:
-    """A row as it lies in the file.
+class RawRow:
+    """A row as stored in the file.
 
     Attributes:
-        values: what it holds, by key.
-        find: the picture that a path in it names; raises ValueError.
+        values: Values by key.
+        find: Function that returns the image that a path in the row names; raises ValueError.
     """
 
     values: Mapping[str, Any]
@@ -69,13 +69,13 @@ class Record:
 
 
 class Reader:
-    """Base of the readers: rows 0 to `len - 1` of one file.
+    """Base class of the readers: rows 0 to `len - 1` of one file.
 
     Attributes:
-        path: the file.
-        name: what messages call it.
-        folder: where relative paths in its rows are looked up.
-        unread: columns that are never read.
+        path: Path of the file.
+        name: Name of the file in messages.
+        folder: Folder of relative paths in its rows.
+        unread: Columns that are never read.
     """
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
@@ -85,53 +85,53 @@ class Reader:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def place(self, row: int) -> str:
-        """What messages call a row: its line or number, counted from 1."""
-        return f"{self.name}:{row + 1}"
+    def place(self, number: int) -> str:
+        """Return the place of a row for messages: file and line or number, counted from 1."""
+        return f"{self.name}:{number + 1}"
 
-    def record(self, row: int) -> Record:
-        """The row; raises ValueError when it is broken."""
+    def read(self, number: int) -> RawRow:
+        """Return a row. Raises ValueError if it is broken."""
         raise NotImplementedError
 
     def unused(self) -> tuple[str, ...]:
-        """Sentences that say how much of the file no row reads, and why; asked after `keys`."""
+        """Return sentences about the parts of the file that no row uses; call `keys` before."""
         return ()
 
     def keys(self, sample: int) -> set[frozenset[str]]:
-        """Which sets of keys occur in the first `sample` rows, of keys that hold something; not of broken rows."""
+        """Return the sets of keys with a value that occur in the first `sample` rows; broken rows are skipped."""
         found = set()
-        for row in range(min(sample, len(self))):
-            with contextlib.suppress(ValueError):  # it has its own error when it is asked for
-                found.add(filled(self.record(row).values))
+        for number in range(min(sample, len(self))):
+            with contextlib.suppress(ValueError):  # a broken row raises its error when it is indexed
+                found.add(present_keys(self.read(number).values))
         return found
 
     def content(self) -> str:
-        """What changes when the file does. Parquet files and archives hold pictures and are not read for it."""
+        """Return a text that changes when the file does; files that hold images are not read for this."""
         return f"{self.path.stat().st_size} bytes, {len(self)} rows"
 
     def find(self, path: str) -> ImageSource:
-        """The file that a path in a row names: absolute, or under `folder`."""
-        return ImageSource(printable(path), located(path, self.folder))
+        """Return the image file that a path in a row names: absolute, or relative to `folder`."""
+        return ImageSource(printable(path), resolve_path(path, self.folder))
 
 
 def printable(text: object) -> str:
-    """A text that any stream can print: bytes of a file name that are not UTF-8 are written as escapes."""
+    """Return a text that any stream can print: bytes of a file name that are not UTF-8 become escapes."""
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def filled(values: Mapping[str, Any]) -> frozenset[str]:
-    """The keys that hold something: null is as good as missing."""
+def present_keys(values: Mapping[str, Any]) -> frozenset[str]:
+    """Return the keys with a value; null is the same as a missing key."""
     return frozenset(key for key, value in values.items() if value is not None)
 
 
-def located(path: str, folder: Path) -> Path:
-    """The file at a path, relative ones under the folder.
+def resolve_path(path: str, folder: Path) -> Path:
+    """Return the file at a path; relative paths are below the folder.
 
     Raises:
-        ValueError: for a path that names no plain file, that the file system refuses, or that leaves the folder.
+        ValueError: The path names no plain file, is refused by the file system, or leaves the folder.
     """
     if not path:
-        raise ValueError("a picture's path is empty")
+        raise ValueError("the path of an image is empty")
     full = Path(path)
     if not full.is_absolute():
         inside = os.path.normpath(path)
@@ -141,19 +141,19 @@ def located(path: str, folder: Path) -> Path:
     shown = repr(path) if len(path) <= 200 else f"{path[:60]!r}... of {len(path):,} characters"
     if len(path) > 200 and path.startswith(ENCODED):
         raise ValueError(
-            f"no picture file {shown}: it is an encoded picture, not a path; write it to a file, or as bytes to parquet"
+            f"no image file {shown}: it is an encoded image, not a path; store it as a file, or as bytes in parquet"
         )
     try:
         mode = full.stat().st_mode
     except FileNotFoundError:
         where = printable(full) if len(path) <= 200 else f"it in {printable(folder)}"
-        raise ValueError(f"no picture file {shown} (looked for {where})") from None
-    except (OSError, ValueError) as error:  # too long a name, no permission, links in a circle; a NUL, half a surrogate
+        raise ValueError(f"no image file {shown} (expected at {where})") from None
+    except (OSError, ValueError) as error:  # long names, no permission, circular links, NUL bytes, half surrogates
         reason = error.strerror if isinstance(error, OSError) else printable(error)
-        raise ValueError(f"no picture file {shown}: the system refuses that path ({reason})") from None
+        raise ValueError(f"no image file {shown}: the system refuses that path ({reason})") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a plain file"
-        raise ValueError(f"no picture file {shown}: {printable(full)} is {kind}")
+        raise ValueError(f"no image file {shown}: {printable(full)} is {kind}")
     return full
 
 
@@ -166,9 +166,9 @@ def _digest(path: Path) -> str:
 
 
 def from_json(text: bytes) -> Any:
-    """A JSON value in UTF-8, with or without BOM. Raises ValueError that says what is wrong with it."""
+    """Parse a JSON value in UTF-8, with or without BOM. Raises ValueError if it is malformed."""
     try:
-        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_without_twins)
+        return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}") from None
     except json.JSONDecodeError as error:
@@ -177,7 +177,7 @@ def from_json(text: bytes) -> Any:
         raise ValueError("not a row: nested too deeply") from None
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -192,7 +192,10 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 class JsonlReader(Reader):
-    """One JSON object a line; blank lines are skipped but counted in places. Rows are found by their byte offsets."""
+    """Reader of a file with one JSON object per line; blank lines are skipped, but count as lines.
+
+    Rows are found by their byte offsets.
+    """
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
         super().__init__(path, name, folder)
@@ -209,26 +212,26 @@ class JsonlReader(Reader):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def place(self, row: int) -> str:
-        return f"{self.name}:{self._lines[row]}"
+    def place(self, number: int) -> str:
+        return f"{self.name}:{self._lines[number]}"
 
     def content(self) -> str:
         return _digest(self.path)
 
-    def record(self, row: int) -> Record:
+    def read(self, number: int) -> RawRow:
         with open(self.path, "rb") as file:
-            file.seek(int(self._starts[row]))
-            return Record(_mapping(from_json(file.readline())), self.find)
+            file.seek(int(self._starts[number]))
+            return RawRow(_mapping(from_json(file.readline())), self.find)
 
 
 class JsonReader(Reader):
-    """Objects of one JSON file: those of a list, of the list under a key of an object, or the one object itself.
+    """Reader of the objects of one JSON file: a list, the list under a key of an object, or one object.
 
-    A process that reads it keeps the parsed rows; pickles leave them behind.
+    A process keeps the parsed rows after the first access; pickles do not contain them.
     """
 
     def __init__(self, path: Path, name: str, folder: Path, key: str | None = None, content: Any = None) -> None:
-        """`content` is what the file holds, where it has been parsed already."""
+        """Index the file; `content` is its parsed content, if known."""
         super().__init__(path, name, folder)
         self._key = key
         self._parsed: list[Any] | None = None if content is None else self._rows_of(content)
@@ -240,8 +243,8 @@ class JsonReader(Reader):
     def __len__(self) -> int:
         return self._length
 
-    def record(self, row: int) -> Record:
-        return Record(_mapping(self._rows()[row]), self.find)
+    def read(self, number: int) -> RawRow:
+        return RawRow(_mapping(self._rows()[number]), self.find)
 
     def content(self) -> str:
         return _digest(self.path)
@@ -260,9 +263,9 @@ class JsonReader(Reader):
 
 
 class CsvReader(Reader):
-    """A table with one header line. Empty cells are missing values; a cell with a list of texts is a list.
+    """Reader of a table with a header line. Empty cells are missing values; a cell with a list of texts is a list.
 
-    A process that reads it keeps the rows; pickles leave them behind.
+    A process keeps the rows after the first access; pickles do not contain them.
     """
 
     def __init__(self, path: Path, name: str, folder: Path) -> None:
@@ -277,21 +280,21 @@ class CsvReader(Reader):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def place(self, row: int) -> str:
-        return f"{self.name}:{self._lines[row]}"
+    def place(self, number: int) -> str:
+        return f"{self.name}:{self._lines[number]}"
 
     def content(self) -> str:
         return _digest(self.path)
 
-    def record(self, row: int) -> Record:
+    def read(self, number: int) -> RawRow:
         header, rows = self._table()
-        cells = rows[row][1]
+        cells = rows[number][1]
         if len(cells) != len(header):
             raise ValueError(f"the row has {len(cells)} cells, the header {len(header)}")
-        return Record({key: _cell(cell) for key, cell in zip(header, cells, strict=True)}, self.find)
+        return RawRow({key: _cell(cell) for key, cell in zip(header, cells, strict=True)}, self.find)
 
     def _table(self) -> tuple[list[str], list[tuple[int, list[str]]]]:
-        """Header, and (line where it begins, cells) of each row."""
+        """Return the header, and for each row the line where it begins and its cells."""
         if self._held is None:
             rows, before = [], 0
             try:
@@ -313,14 +316,14 @@ class CsvReader(Reader):
 def _cell(text: str) -> Any:
     if text[:1] == "[" and text[-1:] == "]":
         with contextlib.suppress(ValueError, SyntaxError):
-            found = ast.literal_eval(text)  # JSON's lists of texts too
+            found = ast.literal_eval(text)  # also lists of texts in JSON
             if all(isinstance(item, str) for item in found):
                 return found
     return text or None
 
 
 class RowGroupCache:
-    """The row groups read last, shared by the parquet files of a data set; starts empty in every process."""
+    """Row groups that were read last, shared by the parquet files of a dataset; empty in a new process."""
 
     def __init__(self, groups: int = 4) -> None:
         self._groups = groups
@@ -331,7 +334,7 @@ class RowGroupCache:
         return RowGroupCache, (self._groups,)
 
     def get(self, key: Any, read: Callable[[], Any]) -> Any:
-        """What is held under the key, or what `read` gives; threads wait for one another rather than read twice."""
+        """Return the cached value of the key, or read it; other threads wait instead of reading it again."""
         with self._lock:
             if key not in self._held:
                 while len(self._held) >= self._groups:
@@ -342,13 +345,13 @@ class RowGroupCache:
 
 
 class ParquetReader(Reader):
-    """A parquet file; reads the row group that holds the row, and only the columns that `select` chose."""
+    """Reader of a parquet file; reads the row group of a row, and only the columns that `select` chose."""
 
     def __init__(self, path: Path, name: str, folder: Path, cache: RowGroupCache) -> None:
         super().__init__(path, name, folder)
         self._cache = cache
-        with _damage(lambda reason: BrokenFileError(name, reason)), self._open() as file:
-            self._columns = {field.name: _may_hold_pictures(field.type) for field in file.schema_arrow}
+        with _parquet_errors(lambda reason: BrokenFileError(name, reason)), self._open() as file:
+            self._columns = {field.name: _may_hold_images(field.type) for field in file.schema_arrow}
             groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         self._ends = np.cumsum(groups, dtype=np.int64)
 
@@ -359,16 +362,16 @@ class ParquetReader(Reader):
         return {frozenset(self._columns)}
 
     def select(self, wanted: Callable[[str, bool], bool]) -> None:
-        """Read only the columns for which `wanted(name, may hold pictures)` is true."""
-        self.unread = tuple(name for name, pictures in self._columns.items() if not wanted(name, pictures))
+        """Read only the columns for which `wanted(name, may_hold_images)` is True."""
+        self.unread = tuple(name for name, images in self._columns.items() if not wanted(name, images))
         self._columns = {name: held for name, held in self._columns.items() if name not in self.unread}
 
-    def record(self, row: int) -> Record:
-        group = int(np.searchsorted(self._ends, row, side="right"))
+    def read(self, number: int) -> RawRow:
+        group = int(np.searchsorted(self._ends, number, side="right"))
         first = int(self._ends[group - 1]) if group else 0
-        with _damage(ValueError):
+        with _parquet_errors(ValueError):
             table = self._cache.get((self.path, group), lambda: self._read(group))
-            return Record(table.slice(row - first, 1).to_pylist()[0], self.find)
+            return RawRow(table.slice(number - first, 1).to_pylist()[0], self.find)
 
     def _read(self, group: int) -> Any:
         with self._open() as file:
@@ -382,22 +385,22 @@ class ParquetReader(Reader):
         return parquet.ParquetFile(self.path)
 
 
-def _may_hold_pictures(kind: Any) -> bool:
-    """Whether values of an Arrow type may have texts or bytes in them, at any depth."""
+def _may_hold_images(kind: Any) -> bool:
+    """Return True if values of an Arrow type may contain texts or bytes at any depth."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
-        return _may_hold_pictures(kind.value_type)
+        return _may_hold_images(kind.value_type)
     if types.is_nested(kind):
-        return any(_may_hold_pictures(kind.field(i).type) for i in range(kind.num_fields))
+        return any(_may_hold_images(kind.field(i).type) for i in range(kind.num_fields))
     tests = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_string_view,
              types.is_binary_view, types.is_fixed_size_binary)  # fmt: skip
     return any(test(kind) for test in tests)
 
 
 @contextlib.contextmanager
-def _damage(make: Callable[[str], Exception]) -> Iterator[None]:
-    """What pyarrow raises on damaged files, as one kind of error."""
+def _parquet_errors(make: Callable[[str], Exception]) -> Iterator[None]:
+    """Convert the errors that pyarrow raises for damaged files to one type."""
     try:
         yield
     except ImportError:

@@ -1,4 +1,4 @@
-"""From the paths that a user names to readers: folders are searched, and each file gets the reader of its kind."""
+"""Sources of rows: the search of the given files and folders, and the choice of a reader for each file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from uniref_fast.data.archives import TarReader, ZipReader
 from uniref_fast.data.columns import Columns
-from uniref_fast.data.formats import PICTURE_SUFFIXES
+from uniref_fast.data.formats import IMAGE_SUFFIXES
 from uniref_fast.data.pairs import Pairs, PairsReader, configured, is_backend_list, pairs_of
 from uniref_fast.data.readers import (
     BOM,
@@ -24,37 +24,37 @@ from uniref_fast.data.readers import (
     ParquetReader,
     Reader,
     RowGroupCache,
-    filled,
     from_json,
+    present_keys,
     printable,
 )
 
 __all__ = ["ENDINGS", "SAMPLE", "Source", "find_sources", "open_reader"]
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".tar", ".tar.gz", ".tgz", ".zip")
-CONFIGURATIONS = (".toml", ".yaml", ".yml")  # of other programs
-# Files that may hold rows too, and what to do with them. In a folder they are named instead of passed over in silence.
+CONFIGURATIONS = (".toml", ".yaml", ".yml")  # configuration files of other programs
+# Files that may hold rows too, with advice. In a folder they are reported instead of skipped silently.
 NEAREST = (
     ((".tsv", ".xlsx"), "save the table as .csv, in UTF-8"),
     ((".arrow", ".feather"), "write it as .parquet, for example datasets.load_from_disk(FOLDER).to_parquet(FILE)"),
     ((".gz", ".bz2", ".xz", ".zst", ".7z", ".rar"), "unpack it; only .tar.gz, .tgz and .zip are read compressed"),
     ((".tfrecord", ".lmdb", ".mdb", ".h5", ".hdf5", ".npz", ".pkl", ".db", ".sqlite"),
-     "write its rows as .jsonl with the pictures as files, or as .parquet with the pictures as bytes"),
+     "write its rows as .jsonl with the images as files, or as .parquet with the images as bytes"),
 )  # fmt: skip
+DESCRIPTION = "made.json"  # description of a dataset that `uniref-fast data make` writes beside the rows
 UNREAD = (*(ending for endings, _ in NEAREST for ending in endings), ".toml")
-SAMPLE = 1000  # rows that are read to tell a file's format: some must have the key that tells it
+SAMPLE = 1000  # rows that are read to recognise a file's format: some must have its keys
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something that holds rows.
+    """A file or folder that holds rows.
 
     Attributes:
-        path: of the file; of the folder of targets for captioned images.
-        name: that messages use.
-        named: whether the user gave it by name, and not a folder around it.
-        pairs: the folders of captioned images.
-        given: Number of the given path that it was found in, from 0.
+        path: Path of the file, or of the folder of targets for captioned images.
+        name: Name in messages.
+        named: True if the user named it, not a folder around it.
+        pairs: Folders of captioned images, or None.
     """
 
     path: Path
@@ -65,11 +65,11 @@ class Source:
 
 
 def find_sources(paths: Sequence[Path | Pairs]) -> tuple[list[Source], list[tuple[str, str]]]:
-    """Everything that holds rows, in order, and (name, reason) of what is left out.
+    """Return everything that holds rows, in order, and (name, reason) of what is left out.
 
     Raises:
-        ValueError: for a path that is not there or not known, or a file that occurs twice.
-        BrokenFileError: for a configuration that cannot be followed.
+        ValueError: A path does not exist or is of an unknown kind, or a file occurs twice.
+        BrokenFileError: A configuration cannot be followed.
     """
     if not paths:
         raise ValueError("no paths given")
@@ -94,7 +94,7 @@ def find_sources(paths: Sequence[Path | Pairs]) -> tuple[list[Source], list[tupl
         given += [number] * (len(found) - len(given))
     twice = [str(file) for file, count in Counter(file.resolve() for file, *_ in found).items() if count > 1]
     if twice:
-        raise ValueError(f"given twice: {', '.join(twice)}; its rows would count double")
+        raise ValueError(f"given twice: {', '.join(twice)}; its rows would count twice")
     names = map(printable, _distinct_names([(file, short) for file, short, *_ in found]))
     sources = zip(found, names, given, strict=True)
     return [Source(file, name, asked, pairs, number) for (file, _, asked, pairs), name, number in sources], left_out
@@ -111,10 +111,11 @@ def _in_folder(folder: Path, left_out: list[tuple[str, str]]) -> list[tuple[Path
     rows: list[Path] = []
     others: list[Path] = []
     for file in inside:
-        (rows if _ends(file, ENDINGS) and not _is_configuration(file) else others).append(file)
+        if not _is_description(file):
+            (rows if _ends(file, ENDINGS) and not _is_configuration(file) else others).append(file)
     left_out += [(printable(file.relative_to(folder)), _why_unread(file)) for file in others]
     if rows:
-        why = "has captioned images, which are not read beside files of rows; give their folder by name"
+        why = "has captioned images, which are not read beside files of rows; name their folder to read them"
         left_out += [(printable(place.relative_to(folder)), why) for place in captioned]
         return [(file, file.relative_to(folder), False, None) for file in rows]
     try:
@@ -126,22 +127,22 @@ def _in_folder(folder: Path, left_out: list[tuple[str, str]]) -> list[tuple[Path
 
 def _why_unread(file: Path) -> str:
     if _ends(file, (".json", *CONFIGURATIONS)):
-        return "is a configuration of another program; give it by name to read the folders that it names"
+        return "is a configuration of another program; name the file to read the folders in it"
     return f"is not read: {next(advice for endings, advice in NEAREST if _ends(file, endings))}"
 
 
 def _in_configuration(path: Path, left_out: list[tuple[str, str]]) -> list[tuple[Path, Path, bool, Pairs | None]]:
     name = printable(path.name)
     try:
-        made = configured(path, _parsed(path))
+        found = configured(path, _parsed(path))
     except ValueError as error:
         raise BrokenFileError(name, error) from None
-    left_out += [(name, note) for note in made.notes]
-    return [_of_pairs(pairs) for pairs in made.pairs]
+    left_out += [(name, note) for note in found.notes]
+    return [_of_pairs(pairs) for pairs in found.pairs]
 
 
 def _parsed(path: Path) -> Any:
-    """A configuration file's content. Raises ValueError."""
+    """Return the parsed content of a configuration file. Raises ValueError."""
     content = path.read_bytes()
     if _ends(path, (".json",)):
         return from_json(content)
@@ -160,11 +161,21 @@ def _parsed(path: Path) -> Any:
 
 
 def _is_configuration(path: Path) -> bool:
-    """Whether a .json file is a list of SimpleTuner's backends."""
+    """Return True if a .json file is a list of SimpleTuner's backends."""
     if not _ends(path, (".json",)) or path.stat().st_size > 1 << 20:
         return False
     with contextlib.suppress(ValueError):
         return is_backend_list(from_json(path.read_bytes()))
+    return False
+
+
+def _is_description(path: Path) -> bool:
+    """Return True if a file is the description that `uniref-fast data make` writes beside its rows."""
+    if path.name != DESCRIPTION:
+        return False
+    with contextlib.suppress(ValueError):
+        values = from_json(path.read_bytes())
+        return isinstance(values, dict) and "made_by" in values
     return False
 
 
@@ -176,7 +187,7 @@ def _ends(path: Path, endings: tuple[str, ...]) -> bool:
 
 
 def open_reader(source: Source, folder: Path, cache: RowGroupCache, columns: Columns) -> Reader | str:
-    """The reader of a source, or the reason why it holds no rows."""
+    """Return the reader of a source, or the reason why it holds no rows."""
     path, name = source.path, source.name
     if source.pairs is not None:
         return PairsReader(source.pairs, name)
@@ -185,7 +196,7 @@ def open_reader(source: Source, folder: Path, cache: RowGroupCache, columns: Col
     if _ends(path, (".csv",)):
         table = CsvReader(path, name, folder)
         if not source.named and not _are_rows([dict.fromkeys(table.columns, "")], columns):
-            return f"is a table with columns of no known format: {', '.join(table.columns[:8])}"
+            return f"is a table whose columns match no known format: {', '.join(table.columns[:8])}"
         return table
     if _ends(path, (".parquet",)):
         return ParquetReader(path, name, folder, cache)
@@ -197,7 +208,7 @@ def open_reader(source: Source, folder: Path, cache: RowGroupCache, columns: Col
 
 
 def json_reader(path: Path, name: str, folder: Path, columns: Columns) -> Reader | str:
-    """The reader of a .json file: a list of rows, an object with one list of rows, one row, or a row a line."""
+    """Return the reader of a .json file: a list of rows, an object with such a list, one row, or a row per line."""
     content = path.read_bytes()
     try:
         parsed = from_json(content)
@@ -208,7 +219,7 @@ def json_reader(path: Path, name: str, folder: Path, columns: Columns) -> Reader
         raise BrokenFileError(name, error) from None
     if isinstance(parsed, list):
         if parsed and not any(isinstance(item, dict) for item in parsed):
-            return "holds a JSON list without objects; a row is an object"
+            return "holds a JSON list without objects; each row must be an object"
         return JsonReader(path, name, folder, content=parsed)
     if not isinstance(parsed, dict):
         return f"must hold a JSON list of rows, got {type(parsed).__name__}"
@@ -220,12 +231,12 @@ def json_reader(path: Path, name: str, folder: Path, columns: Columns) -> Reader
     if keys:
         return JsonReader(path, name, folder, keys[0], parsed)
     shown = ", ".join(map(repr, list(parsed)[:6])) or "empty"
-    return f"holds a JSON object ({shown}) that is no row of a known format, and none of its keys has a list of rows"
+    return f"holds a JSON object ({shown}) that is not a row of a known format, and none of its keys has a list of rows"
 
 
 def _are_rows(values: Sequence[Any], columns: Columns) -> bool:
-    """Whether the objects among the values have keys of a known format, one of pictures included."""
-    keys = frozenset[str]().union(*(filled(value) for value in values[:SAMPLE] if isinstance(value, dict)))
+    """Return True if the objects among the values have keys of a known format, at least one of them for images."""
+    keys = frozenset[str]().union(*(present_keys(value) for value in values[:SAMPLE] if isinstance(value, dict)))
     try:
         form = columns.format(keys)
     except ValueError:
@@ -237,7 +248,7 @@ def _are_rows(values: Sequence[Any], columns: Columns) -> bool:
 
 
 def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Files that hold rows or may do so, and folders of images with captions, at any depth."""
+    """Return files that hold rows or may do so, and folders of images with captions, at any depth."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -245,7 +256,7 @@ def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
     found, captioned, seen = [], [], set()
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link back up
+        if real in seen:  # a link to a parent folder
             folders.clear()
             continue
         seen.add(real)
@@ -253,13 +264,13 @@ def _files_in(folder: Path) -> tuple[list[Path], list[Path]]:
         visible = [name for name in files if not name.startswith(".")]
         found += [Path(place, name) for name in visible if name.lower().endswith(ENDINGS + UNREAD)]
         texts = {name[:-4] for name in visible if name.lower().endswith(".txt")}
-        if any(Path(name).stem in texts for name in visible if name.lower().endswith(PICTURE_SUFFIXES)):
+        if any(Path(name).stem in texts for name in visible if name.lower().endswith(IMAGE_SUFFIXES)):
             captioned.append(Path(place))
     return sorted(found, key=lambda file: file.relative_to(folder).as_posix()), captioned
 
 
 def _distinct_names(found: Sequence[tuple[Path, Path]]) -> list[str]:
-    """The shortest ends of the paths that tell all files apart, so that names do not depend on where the data lies."""
+    """Return the shortest ends of the paths that distinguish all files, so that names do not depend on the location."""
     parts = [file.absolute().parts for file, _ in found]
     least = [len(short.parts) for _, short in found]
     for more in itertools.count():

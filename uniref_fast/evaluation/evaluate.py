@@ -302,7 +302,7 @@ class _Evaluation:
             size=config.size,
         )
         if config.baseline == "vae" and request.target is None:
-            raise ValueError("no target picture, which the baseline vae needs")
+            raise ValueError("no target image, which the baseline vae needs")
         return request
 
     def _edit(self, requests: dict[int, EvalRequest], records: dict[int, dict[str, Any]]) -> dict[int, Image.Image]:

@@ -66,14 +66,14 @@ class MakeConfig:
     def _objects(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names, shipped = self.artworks.names, shipped_artworks()
         by_hash = sorted(names, key=lambda name: (split_hash(self.seed, f"object|{name}"), name))
-        # Of the shipped ones the same are held out with a font as without: a model trained on a font can be shown them.
+        # The same shipped artworks are held out with a font as without, so that a model trained with a font has not seen them.
         held = [name for name in by_hash if name in shipped][:MIN_HELD_OUT]
         others = [name for name in by_hash if name not in shipped]
         held += others[: max(MIN_HELD_OUT, len(names) // HELD_OUT_SHARE) - len(held)]
         return tuple(n for n in names if n not in held), tuple(n for n in names if n in held)
 
     def objects(self, split: str) -> tuple[str, ...]:
-        """Names that may occur in a split, in alphabetical order."""
+        """Return the names of the objects that may occur in a split, in alphabetical order."""
         return self._objects[split == "heldout_objects"]
 
     @functools.cached_property
@@ -88,12 +88,12 @@ class MakeConfig:
         return tuple(sorted({rounded_size(ratio, side) for ratio in REFERENCE_RATIOS for side in longer}))
 
     def reference_sizes(self, target: Size) -> tuple[Size, ...]:
-        """What the pictures beside a target of that size may measure; those of a sample are drawn without repeats."""
+        """Return the sizes that the references of a sample with that target may have; each is used at most once."""
         return self._reference_sizes if self.pictures == "any" else (target,) * max(self.references)
 
 
 def rounded_size(ratio: tuple[int, int], longer: int) -> Size:
-    """The size of about that aspect ratio whose sides are multiples of 16 and the longer one nearest to `longer`."""
+    """Return the size nearest to an aspect ratio, with sides that are multiples of 16 and the longer near `longer`."""
     longer = max(MULTIPLE, round(longer / MULTIPLE) * MULTIPLE)
     exact = longer * min(ratio) / max(ratio)
     lower = max(MULTIPLE, int(exact // MULTIPLE) * MULTIPLE)

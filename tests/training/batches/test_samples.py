@@ -226,8 +226,8 @@ def test_to_rgb(size, mode, value, expected):
     "change, message",
     [
         ({"target": None}, "no target image to train on"),
-        ({"references": (ImageSource("a.png", data=b"no picture"),)}, "a.png: not a picture"),
-        ({"target": ImageSource("b.png", data=b"")}, "b.png: not a picture"),
+        ({"references": (ImageSource("a.png", data=b"no picture"),)}, "a.png: not an image"),
+        ({"target": ImageSource("b.png", data=b"")}, "b.png: not an image"),
         ({"references": (source((16, 16)),) * 17}, "17 images cannot fit a budget of 4096 pixels"),
     ],
 )
