@@ -66,7 +66,8 @@ class MakeConfig:
     def _objects(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         names, shipped = self.artworks.names, shipped_artworks()
         by_hash = sorted(names, key=lambda name: (split_hash(self.seed, f"object|{name}"), name))
-        # The same shipped artworks are held out with a font as without, so that a model trained with a font has not seen them.
+        # The same shipped artworks are held out with and without a font, so that a model trained with a font has not
+        # seen them.
         held = [name for name in by_hash if name in shipped][:MIN_HELD_OUT]
         others = [name for name in by_hash if name not in shipped]
         held += others[: max(MIN_HELD_OUT, len(names) // HELD_OUT_SHARE) - len(held)]
