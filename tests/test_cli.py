@@ -120,10 +120,8 @@ def test_doctor(capsys):
         "gate_residual",
         "gate_residual_norm_modulate",
         "norm_modulate",
-        "pack",
         "qk_norm_rope",
         "segment_attention",
-        "unpack",
     }
 
 
@@ -211,8 +209,35 @@ def test_an_unknown_flag_names_the_command_that_has_the_help(args, capsys):
     command = args.partition(" -")[0].removesuffix(" out").removesuffix(" rows")
     err = capsys.readouterr().err
     assert stop.value.code == 2
-    assert f"uniref-fast {command}: unrecognized arguments: --rows 24" in err
+    assert f"uniref-fast {command}: error: unrecognized arguments: --rows 24" in err
     assert f"Try 'uniref-fast {command} --help'" in err
+
+
+def test_an_unknown_flag_suggests_the_nearest_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["edit", "--prompt", "x", "--out", "x.png", "--guidence=2"])
+    assert "unrecognized arguments: --guidence=2; did you mean --guidance?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (ValueError("steps must be at least 1"), 2, "steps must be at least 1"),
+        (OSError(28, "No space left on device", "x.png"), 1, "[Errno 28] No space left on device: 'x.png'"),
+        (RuntimeError("out of memory"), 1, "out of memory"),
+        (RuntimeError(), 1, "RuntimeError"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 1, "install it with pip install -e"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(monkeypatch, capsys, error, status, message):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert main(["doctor"]) == status
+    err = capsys.readouterr().err
+    assert err.startswith("uniref-fast doctor: error: ") and message in err and err.count("\n") == 1
 
 
 def test_as_a_program():

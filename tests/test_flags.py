@@ -305,12 +305,11 @@ def arguments(*argv, names=None):
 
 def test_fields_as_arguments():
     assert arguments() == {}  # flags that are not given leave nothing
-    given = arguments("--run-pack-tokens", "5", "--run-clip=none", "--run-data", "a,b", "--run-optimizer.lr", "1")
+    given = arguments("--run-pack-tokens", "5", "--run-clip=none", "--run-data", "a,b", "--run-data=c")
     assert given == {
         "run_pack_tokens": 5,
         "run_clip": None,
-        "run_data": (Path("a"), Path("b")),
-        "run_optimizer.lr": 1.0,
+        "run_data": [Path("a"), Path("b"), Path("c")],
     }
 
 

@@ -1,8 +1,12 @@
-"""The command line: `uniref-fast demo | edit | estimate | data | eval | doctor`."""
+"""Command line: `uniref-fast demo | edit | estimate | data | eval | plot | doctor`.
+
+Modules that load PyTorch are imported by the command that needs them, so that `--help` is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import json
 import os
@@ -14,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from uniref_fast import __version__
-from uniref_fast.data.cli import add_data_commands, leave_to
+from uniref_fast.data import cli as data
+from uniref_fast.evaluation import cli as evaluation
 from uniref_fast.files import write_whole
-from uniref_fast.loading import LORA_HELP
+from uniref_fast.scenes import make as scenes
 
 if TYPE_CHECKING:
     from uniref_fast.data.images import ImageSource
@@ -25,112 +30,153 @@ __all__ = ["main"]
 
 TRAIN_ONLY = ("fontTools", "httpx2", "matplotlib", "peft", "pyarrow", "tensorboard")
 DTYPES = ("float32", "bfloat16", "float16")
+JSON_HELP = "Print one JSON object instead of text."
 UNTRAINED = "The weights are untrained: the picture is noise shaped by the architecture."
 
 
 class UsageError(Exception):
-    """Something the user can put right; printed without a traceback, exit status 2."""
+    """An error that the user can correct; printed without a traceback, exit status 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command and return its exit status."""
     name = "uniref-fast"
     try:
         args = _parser().parse_args(argv)
         name += f" {args.command}"
         return args.run(args)
     except (UsageError, ValueError, TypeError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return _failed(name, str(error), 2)
     except ModuleNotFoundError as error:
-        extra = '; pip install -e ".[train]" brings it' if error.name in TRAIN_ONLY else ""
-        print(f"{name}: {error}{extra}", file=sys.stderr)
-        return 1
+        extra = '; install it with pip install -e ".[train]"' if error.name in TRAIN_ONLY else ""
+        return _failed(name, f"{error}{extra}", 1)
     except (OSError, ImportError, RuntimeError) as error:  # disk, broken packages, out of memory
-        print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return _failed(name, str(error) or type(error).__name__, 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _failed(name, "interrupted", 130)
+
+
+def _failed(name: str, message: str, status: int) -> int:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and refuse unknown arguments where the command is known, so that the message has its name."""
+        """Parse arguments, and refuse unknown ones here, where the message can name the command and similar flags."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\nTry '{self.prog} --help'.\n")
+        self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="uniref-fast", description="Fast multi-reference image editing.")
+    parser = _Parser(
+        prog="uniref-fast",
+        description="Fast multi-reference image editing with Qwen-Image-Edit models and the small built-in model.",
+        epilog="uniref-fast COMMAND --help describes the flags of a command.",
+    )
     parser.add_argument("--version", action="version", version=f"uniref_fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="Commands")
 
-    demo = commands.add_parser("demo", help="stock against patched pipeline on a composed scene, as a contact sheet")
-    demo.add_argument("--out", type=Path, default=Path("out/demo.png"), help="contact sheet to write (%(default)s)")
-    demo.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    demo.add_argument("--seed", type=int, default=0, help="scene and noise (%(default)s)")
-    demo.add_argument("--references", type=int, choices=(1, 2, 3), default=3, help="pictures given (%(default)s)")
-    demo.add_argument("--steps", type=int, default=8, help="denoising steps, with guidance (%(default)s)")
-    demo.add_argument("--repeats", type=int, default=3, help="timed runs of each pipeline (%(default)s)")
-    demo.add_argument("--dtype", choices=DTYPES[:2], default="float32", help="(%(default)s)")
-    demo.add_argument("--device", default="cpu", help="(%(default)s)")
-    demo.set_defaults(run=_demo)
+    def command(name: str, run: Any, summary: str, more: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=f"{summary} {more}".strip())
+        added.set_defaults(run=run)
+        return added
 
-    edit = commands.add_parser("edit", help="edit your own pictures")
+    demo = command("demo", _demo, "Compare the stock with the patched pipeline on a generated scene.",
+                   "Prints the times and the error, and writes the images as a contact sheet.")  # fmt: skip
+    _add_demo(demo)
+    edit = command("edit", _edit, "Edit your own images.")
     _add_request(edit)
-    edit.add_argument("--out", type=Path, required=True, help="picture to write (.png, .jpg, .webp, ...)")
-    edit.add_argument(
-        "--visibility", choices=("full", "reference_causal", "reference_isolated"),
-        help="other than full for models trained with it (that of the last --lora's training run, else full)",
-    )  # fmt: skip
-    edit.add_argument("--lora", action="append", default=[], metavar="PATH[:SCALE]", help=LORA_HELP)
-    edit.add_argument("--dtype", choices=DTYPES, help="float32 on a CPU, bfloat16 on a GPU by default")
-    edit.add_argument("--device", help="cuda where there is one, else cpu, by default")
-    edit.set_defaults(run=_edit)
-
-    estimate = commands.add_parser("estimate", help="tokens, operations and memory of an edit, before running it")
+    _add_edit(edit)
+    estimate = command("estimate", _estimate, "Estimate tokens, operations and memory of an edit without running it.")
     _add_request(estimate, sizes=True)
-    estimate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    estimate.set_defaults(run=_estimate)
-
-    add_data_commands(commands)
-    evaluation = commands.add_parser("eval", help="measure a model on held-out rows or a public bench")
-    leave_to(evaluation, "uniref_fast.evaluation.cli")
-
-    doctor = commands.add_parser("doctor", help="versions, devices, and which implementation serves each op and why")
-    doctor.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    doctor.set_defaults(run=_doctor)
+    estimate.add_argument("--json", action="store_true", help=JSON_HELP)
+    data_commands = data.add_data_commands(commands)
+    summary = "Generate a dataset of multi-reference edits with exact targets."
+    make = data_commands.add_parser("make", help=summary, description=summary)
+    scenes.add_arguments(make)
+    make.set_defaults(run=scenes.run)
+    evaluation.add_arguments(
+        command("eval", evaluation.run, "Evaluate a model on held-out rows or a public benchmark.")
+    )
+    plot = command("plot", _plot, "Draw the metrics of training runs.",
+                   "Each panel shows one metric or a group of metrics; several runs are overlaid.")  # fmt: skip
+    _add_plot(plot)
+    doctor = command(
+        "doctor", _doctor, "Show versions, devices, and the implementation of each operator with its reason."
+    )
+    doctor.add_argument("--json", action="store_true", help=JSON_HELP)
     return parser
 
 
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("out/demo.png"), help="Contact sheet to write. (default: %(default)s)")
+    add("--json", action="store_true", help=JSON_HELP)
+    add("--seed", type=int, default=0, help="Seed of the scene and of the noise. (default: %(default)s)")
+    add("--references", type=int, choices=(1, 2, 3), default=3, help="Number of references. (default: %(default)s)")
+    add("--steps", type=int, default=8, help="Number of denoising steps, with guidance. (default: %(default)s)")
+    add("--repeats", type=int, default=3, help="Number of timed runs of each pipeline. (default: %(default)s)")
+    add("--dtype", choices=DTYPES[:2], default="float32", help="Data type of the model. (default: %(default)s)")
+    add("--device", default="cpu", help="Device of the model: cpu, cuda or cuda:N. (default: %(default)s)")
+
+
 def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE",
-        help='a reference, repeat for more; "picture 1" in the prompt is the first',
-    )  # fmt: skip
+    """Add the flags that `edit` and `estimate` share: the request and the model."""
+    add = parser.add_argument_group("Request").add_argument
+    add("--prompt", required=True, metavar="TEXT", help="Instruction, such as 'put picture 1 on picture 2'.")
+    add("--image", action="append", default=[], metavar="FILE",
+        help='Reference image; repeat the flag for more. "picture 1" in the prompt is the first one.')  # fmt: skip
     if sizes:
-        parser.add_argument(
-            "--size", action="append", default=[], metavar="WxH", help="a reference of that size instead"
-        )
-    parser.add_argument("--prompt", required=True, help="what to do")
-    parser.add_argument("--negative-prompt", help="for guidance (a single space by default)")
-    parser.add_argument(
-        "--guidance", type=float, help="true CFG scale; 1 turns it off (1 for the built-in model, else 4)"
-    )
-    parser.add_argument("--width", type=int, help="of the result in pixels")
-    parser.add_argument("--height", type=int, help="of the result in pixels")
-    parser.add_argument("--steps", type=int, help="denoising steps (8 for the built-in model, else 50)")
-    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--budget", type=int, metavar="SIDE", help="joint pixel budget of all references: SIDE x SIDE")
-    parser.add_argument(
-        "--model", default="builtin", metavar="DIR_OR_ID", help="diffusers folder or hub id (%(default)s)"
-    )
+        add("--size", action="append", default=[], metavar="WIDTHxHEIGHT",
+            help="Size in pixels of a further reference that need not exist; repeat the flag for more.")  # fmt: skip
+    add("--negative-prompt", metavar="TEXT", help="Negative prompt for guidance. (default: a single space)")
+    add("--width", type=int, help="Width of the result in pixels. (default: as the pipeline chooses)")
+    add("--height", type=int, help="Height of the result in pixels. (default: as the pipeline chooses)")
+    add("--steps", type=int, help="Number of denoising steps. (default: 8 for the built-in model, 50 for others)")
+    add("--guidance", type=float, metavar="SCALE",
+        help="True CFG scale; 1 turns guidance off. (default: 1 for the built-in model, 4 for others)")  # fmt: skip
+    add("--budget", type=int, metavar="SIDE",
+        help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: each "
+        "reference is scaled as diffusers does)")  # fmt: skip
+    add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
+    parser.add_argument_group("Model").add_argument(
+        "--model", default="builtin", metavar="DIR_OR_ID",
+        help='Model: "builtin", a diffusers folder, or a model id of the Hugging Face hub. (default: %(default)s)',
+    )  # fmt: skip
+
+
+def _add_edit(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE", help="Image to write; its ending (.png, .jpg, .webp, ...) "
+        "chooses the format.")  # fmt: skip
+    add("--lora", action="append", default=[], metavar="PATH[:SCALE]",
+        help="LoRA adapter to load: the folder of a training run, its lora/ folder, or a .safetensors file, with a "
+        "factor on its effect; repeat the flag for more.")  # fmt: skip
+    add("--visibility", choices=("full", "reference_causal", "reference_isolated"),
+        help="Attention policy, for models that were trained with another than full. (default: that of the run of the "
+        "last --lora, else full)")  # fmt: skip
+    add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
+    add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="Folder of a training run.")
+    add("--out", type=Path, default=Path("plots.png"), metavar="FILE",
+        help="Image to write, .png, .svg or .pdf. (default: %(default)s)")  # fmt: skip
+    add("--smooth", type=float, default=0.9, metavar="WEIGHT",
+        help="Weight of earlier values in the smoothed curves, from 0 (no smoothing) to below 1. (default: "
+        "%(default)s)")  # fmt: skip
+    add("--keys", nargs="+", metavar="KEY", help="Metrics, or groups of metrics such as loss_by_k, one for each panel. "
+        "(default: the usual ones that the runs have)")  # fmt: skip
 
 
 # ---- commands ----
@@ -183,7 +229,7 @@ def _edit(args: argparse.Namespace) -> int:
     _writable(args.out)
     images = [_image(path).load() for path in args.image]
     if not args.prompt.strip():
-        raise UsageError("--prompt is empty; say what to do, for example --prompt 'put picture 1 on picture 2'")
+        raise UsageError("--prompt is empty; give an instruction, for example --prompt 'put picture 1 on picture 2'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
@@ -217,6 +263,17 @@ def _estimate(args: argparse.Namespace) -> int:
         pipe = builtin.load() if args.model == "builtin" else args.model
         result = estimate(pipe, [request], image_sizes=[sizes], budget=_budget(args))
     print(json.dumps(result.as_dict()) if args.json else result)
+    return 0
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from uniref_fast.training.core.plots import plot
+
+    try:
+        plot(args.runs, args.out, args.keys, args.smooth)
+    except OSError as error:  # a folder without metrics, or a file that cannot be written
+        raise UsageError(str(error)) from error
+    print(args.out)
     return 0
 
 
@@ -293,7 +350,7 @@ def _budget(args: argparse.Namespace) -> int | None:
 
 
 def _image(path: str) -> ImageSource:
-    """The image at a path, which is read when it is asked for. Raises UsageError without a file there."""
+    """Return the image at a path, which is read later. Raises UsageError if there is no such file."""
     from uniref_fast.data.images import ImageSource
 
     try:
@@ -306,7 +363,7 @@ def _image(path: str) -> ImageSource:
 
 
 def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
-    """Fail before the work when the result could not be written after it."""
+    """Raise UsageError, before any work, if a result could not be written to the path."""
     from PIL import Image
 
     known = {ext: fmt for ext, fmt in Image.registered_extensions().items() if fmt in Image.SAVE}
@@ -327,7 +384,7 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
 
 
 def _save(image: Any, path: Path) -> None:
-    """Save an image that appears whole or not at all, in the format that its name ends with."""
+    """Write an image completely or not at all, in the format that the ending of its name chooses."""
     from PIL import Image
 
     form = Image.registered_extensions().get(path.suffix.lower())

@@ -112,10 +112,11 @@ def parse(
     )
 
 
-def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, prefix: str = "") -> None:
-    """Add plain fields of a configuration to an argparse parser as `--PREFIX-FIELD`, in groups, with types and help.
+def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, prefix: str = "") -> dict[str, Any]:
+    """Add plain fields of a configuration to an argparse parser as `--PREFIX-FIELD`, and return their groups by title.
 
-    Flags that are not given leave no attribute in the namespace (`argparse.SUPPRESS`).
+    A flag that is not given leaves no attribute in the namespace (`argparse.SUPPRESS`). A flag of a tuple of any length
+    may be repeated; its attribute is a list.
 
     Args:
         parser: `argparse.ArgumentParser`, or a group of its arguments, which then holds all flags.
@@ -129,7 +130,11 @@ def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, pre
         if leaf.group not in groups:
             groups[leaf.group] = parser.add_argument_group(leaf.group)
         flag = _flag(f"{prefix}_{name}" if prefix else name)
-        _add_flag(groups[leaf.group], flag, leaf, _show(leaf.value), type=functools.partial(_value, leaf))
+        action = "extend" if Ellipsis in typing.get_args(leaf.kind) else "store"
+        _add_flag(
+            groups[leaf.group], flag, leaf, _show(leaf.value), type=functools.partial(_value, leaf), action=action
+        )
+    return groups
 
 
 def to_json(config: Any) -> str:
@@ -385,7 +390,7 @@ def _help(
     for name, same in flags.items():
         leaf, values = same[0], [_show(leaf.value) for leaf in same]
         if leaf.group not in groups:
-            groups[leaf.group] = parser.add_argument_group(leaf.group or "Other", leaf.group_doc)
+            groups[leaf.group] = parser.add_argument_group(leaf.group or "Other", leaf.group_doc or None)
         shown = values[0] if len({*values}) == 1 else "; ".join(values)
         _add_flag(groups[leaf.group], _flag(name), leaf, shown)
     return parser.format_help()

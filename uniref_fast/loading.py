@@ -11,12 +11,7 @@ from typing import Any
 
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
 
-__all__ = ["LORA_HELP", "defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
-
-LORA_HELP = (
-    "a LoRA to put on the model: a training run's folder, its lora/ folder, or a .safetensors file, with a factor on "
-    "its effect (1); repeat for more"
-)
+__all__ = ["defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
 
 
 def defaults(name: str) -> tuple[int, float]:

@@ -2,8 +2,6 @@
 
 import io
 import json
-import sys
-import types
 
 import pytest
 from PIL import Image
@@ -125,16 +123,3 @@ def test_check_tells_wrong_commands_from_wrong_data(measured, capsys):
         main(["data", "check"])
     with pytest.raises(SystemExit, match="2"):
         main(["data"])
-
-
-def test_a_command_may_be_left_to_a_module_that_is_imported_when_it_is_used(monkeypatch, capsys, tmp_path):
-    module = types.ModuleType("uniref_fast.scenes.make")
-    module.add_arguments = lambda parser: parser.add_argument("out", help="where to")
-    module.run = lambda args: 7 if args.out == "here" else 8
-    monkeypatch.setitem(sys.modules, "uniref_fast.scenes.make", module)
-    assert main(["data", "make", "here"]) == 7
-    with pytest.raises(SystemExit, match="0"):
-        main(["data", "make", "--help"])
-    assert "where to" in capsys.readouterr().out
-    del sys.modules["uniref_fast.scenes.make"]
-    assert main(["data", "check", str(tmp_path / "none")]) == 2, "the others do not need it"

@@ -171,7 +171,7 @@ def parts(config: BuiltinModel) -> list[Part]:
                _python(*edits, "--out", out / "eval" / name, *flags))
           for name, flags in evaluated.items()),
         Part("curves", out / "curves.png",
-             _python("-m", "uniref_fast.training.core.plots", *runs.values(),
+             _python("-m", "uniref_fast", "plot", *runs.values(),
                      "--keys", "reward", "eval", "ratio", "grad_norm", "--out", out / "curves.png")),
         Part("report", out / "report.json", lambda: report(out, list(evaluated))),
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Curves of one or several runs in one picture, from what `Monitor` kept.
 
-    python -m uniref_fast.training.core.plots RUN [RUN ...] [--out plots.png] [--smooth 0.9] [--keys loss grad_norm ...]
+    uniref-fast plot RUN [RUN ...] [--out plots.png] [--smooth 0.9] [--keys loss grad_norm ...]
 
 A panel shows one metric, or a group of them: "loss_by_k" stands for "loss_by_k/1", "loss_by_k/2", ... Several runs are
 overlaid: a run has one line style throughout. Losses are drawn smoothed over the faint raw curve, held-out losses as
@@ -9,9 +9,7 @@ the points they are. Dashed vertical lines are stage changes, ticks at the botto
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Run", "draw", "load", "main", "smoothed"]
+__all__ = ["Run", "draw", "load", "plot", "smoothed"]
 
 TITLES = {
     "loss": "Training loss",
@@ -159,37 +157,19 @@ def draw(runs: Sequence[Run], panels: Sequence[str] | None = None, smooth: float
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uniref_fast.training.core.plots",
-        description="Curves of one or several training runs in a picture.",
-    )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("plots.png"), help=".png, .svg or .pdf (%(default)s)")
-    parser.add_argument("--smooth", type=float, default=0.9, help="0 = not at all, up to under 1 (%(default)s)")
-    parser.add_argument("--keys", nargs="+", metavar="KEY", help="metrics or groups (loss_by_k), a panel each")
-    args = parser.parse_args(argv)
-    if not args.runs:
-        parser.print_help(sys.stderr)
-        return 2
-    try:
-        if args.out.suffix not in FORMATS:
-            raise ValueError(
-                f"--out {args.out}: the ending of the name decides the format and must be one of {', '.join(FORMATS)}"
-            )
-        same = len({folder.resolve().name for folder in args.runs}) < len(args.runs)
-        runs = [load(folder, str(folder) if same else None) for folder in args.runs]
-        figure = draw(runs, args.keys, args.smooth)
-        _save(figure, args.out)
-    except ImportError as error:
-        print(f"plots: {error}; the picture needs matplotlib: pip install matplotlib", file=sys.stderr)
-        return 1
-    except (OSError, ValueError) as error:
-        print(f"plots: {error}", file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
+def plot(folders: Sequence[Path], out: Path, panels: Sequence[str] | None = None, smooth: float = 0.9) -> None:
+    """Draw the metrics of runs and write the figure to a file; arguments as in `draw`.
+
+    Raises:
+        ValueError: If the ending of the file is not one of `FORMATS`, or a run has no usable metrics.
+    """
+    if out.suffix not in FORMATS:
+        raise ValueError(
+            f"--out {out}: the ending of the name decides the format and must be one of {', '.join(FORMATS)}"
+        )
+    same = len({folder.resolve().name for folder in folders}) < len(folders)
+    runs = [load(folder, str(folder) if same else None) for folder in folders]
+    _save(draw(runs, panels, smooth), out)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -368,7 +348,3 @@ def _run_legend(figure: Figure, runs: Sequence[Run]) -> None:
         for i, run in enumerate(runs)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(runs), 4), fontsize=9)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,11 +1,10 @@
-"""The commands `uniref-fast data check | convert | make`: validate training data, rewrite it, or generate some."""
+"""Commands `uniref-fast data check` and `uniref-fast data convert`: validate a dataset, or rewrite it as one file."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import functools
-import importlib
 import json
 import math
 import os
@@ -16,72 +15,72 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
     from uniref_fast.data.dataset import Dataset
 
-__all__ = ["add_data_commands", "leave_to"]
+__all__ = ["add_data_commands"]
 
 Size = tuple[int, int]  # (width, height) in pixels
 
 COLUMNS_HELP = (
-    "what columns hold whose names are not known, as ROLE=COLUMN pairs with commas between them: "
-    "instruction=prompt,references=refs; roles are instruction, references, target, task_type, key, language and "
-    "ignore; references and ignore may have several columns"
+    "Roles of columns whose names are not known, as ROLE=COLUMN pairs with commas between them, such as "
+    "instruction=prompt,references=refs. The roles are instruction, references, target, task_type, key, language and "
+    "ignore; references and ignore may have several columns."
 )
+FOLDER_HELP = "Folder that relative image paths of the rows refer to. (default: the folder of the row's file)"
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
 PERCENTILES = (5, 25, 50, 75, 95, 100)
 
 
-def add_data_commands(commands: Any) -> None:
-    """Add `data` with its own commands to the subparsers of `uniref-fast`."""
-    data = commands.add_parser("data", help="training data: check or convert it, or make a data set")
-    group = data.add_subparsers(dest="data_command", required=True, metavar="command")
+def add_data_commands(commands: Any) -> Any:
+    """Add `data` with its commands to the commands of `uniref-fast`; return its group, for further commands."""
+    summary = "Check, convert or generate training data."
+    data = commands.add_parser("data", help=summary, description=summary)
+    group = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND", title="Commands")
 
-    check = group.add_parser("check", help="count and measure rows, list broken ones; exit status 1 if there are any")
-    check.add_argument("paths", nargs="+", metavar="PATH", help="file or folder of rows, see the README")
+    summary = "Count and measure the rows of a dataset and list the broken ones."
+    check = group.add_parser("check", help=summary, description=f"{summary} The exit status is 1 if there are any.")
+    check.add_argument("paths", nargs="+", metavar="PATH", help="File or folder of dataset rows.")
     check.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
-    check.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
+    check.add_argument("--image-folder", metavar="DIR", help=FOLDER_HELP)
     check.add_argument(
         "--targets", choices=("required", "optional"), default="required",
-        help="optional: rows without a target are fine too (%(default)s)",
+        help="With optional, rows without a target are valid too. (default: %(default)s)",
     )  # fmt: skip
-    check.add_argument("--decode", action="store_true", help="decode every picture instead of reading headers only")
-    check.add_argument("--show", type=int, default=20, metavar="N", help="broken rows and files to list (%(default)s)")
-    check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    check.add_argument("--decode", action="store_true", help="Decode every image instead of reading only its header.")
+    check.add_argument(
+        "--show",
+        type=int,
+        default=20,
+        metavar="N",
+        help="Number of broken rows and files to list. (default: %(default)s)",
+    )
+    check.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     check.set_defaults(run=_check)
 
-    convert = group.add_parser("convert", help="write any data that can be read as rows in one .jsonl file")
-    convert.add_argument("paths", nargs="*", metavar="PATH", help="as for `data check`; none with --target-folder")
-    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help=".jsonl file to write")
-    convert.add_argument("--target-folder", type=Path, metavar="DIR", help="of target images with caption files")
+    summary = "Write any dataset that can be read, or folders of images, as rows of one .jsonl file."
+    convert = group.add_parser("convert", help=summary, description=summary)
+    convert.add_argument(
+        "paths", nargs="*", metavar="PATH", help="File or folder of dataset rows; leave it out with --target-folder."
+    )
+    convert.add_argument("--out", type=Path, required=True, metavar="FILE", help="The .jsonl file to write.")
+    convert.add_argument(
+        "--target-folder", type=Path, metavar="DIR", help="Folder of target images with caption files beside them."
+    )
     convert.add_argument(
         "--control-folder", type=Path, action="append", default=[], metavar="DIR",
-        help="of references with the names of the targets; repeat for more references, in their order",
+        help="Folder of references that have the names of the targets; repeat the flag for more references, in order.",
     )  # fmt: skip
-    convert.add_argument("--caption-ending", default=".txt", help="of the caption files (%(default)s)")
+    convert.add_argument(
+        "--caption-ending", default=".txt", metavar="ENDING", help="Ending of the caption files. (default: %(default)s)"
+    )
     convert.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
-    convert.add_argument("--image-folder", metavar="DIR", help="of relative paths (beside their file by default)")
-    convert.add_argument("--show", type=int, default=20, metavar="N", help="broken rows to list (%(default)s)")
+    convert.add_argument("--image-folder", metavar="DIR", help=FOLDER_HELP)
+    convert.add_argument(
+        "--show", type=int, default=20, metavar="N", help="Number of broken rows to list. (default: %(default)s)"
+    )
     convert.set_defaults(run=_convert)
-
-    make = group.add_parser("make", help="make a data set of multi-reference edits with exact targets")
-    leave_to(make, "uniref_fast.scenes.make")
-
-
-def leave_to(parser: argparse.ArgumentParser, module: str) -> None:
-    """Leave a command to a module's `add_arguments(parser)` and `run(args)`, imported when the command is used."""
-    parse = parser.parse_known_args
-
-    def parse_known_args(args: Any = None, namespace: Any = None) -> Any:
-        implementation = importlib.import_module(module)
-        parser.parse_known_args = parse  # type: ignore[method-assign]
-        implementation.add_arguments(parser)
-        parser.set_defaults(run=implementation.run)
-        return parse(args, namespace)
-
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign,assignment]
+    return group
 
 
 # ---- check ----
@@ -89,14 +88,14 @@ def leave_to(parser: argparse.ArgumentParser, module: str) -> None:
 
 @dataclass
 class _Found:
-    """What the rows hold; sizes are of upright pictures."""
+    """Counts and sizes of the rows; sizes are those of the images in upright orientation."""
 
     counts: Counter[int] = field(default_factory=Counter)  # rows by number of references
-    columns: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # rows by (column, what it is read as)
+    columns: Counter[tuple[str, str | None]] = field(default_factory=Counter)  # rows by (column, role)
     task_types: Counter[str | None] = field(default_factory=Counter)
     targets: list[Size] = field(default_factory=list)
     references: list[Size] = field(default_factory=list)
-    joint_areas: list[int] = field(default_factory=list)  # of the references of a row, for rows that have any
+    joint_areas: list[int] = field(default_factory=list)  # pixels of all references of a row that has any
     broken: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -108,8 +107,8 @@ def _check(args: argparse.Namespace) -> int:
         raise ValueError(f"--show must not be negative, got {args.show}")
     try:
         dataset = Dataset(args.paths, args.image_folder, args.targets, args.columns)
-    except BrokenFileError as error:  # not a wrong command but wrong data
-        print(f"uniref-fast data check: broken file {error}", file=sys.stderr)
+    except BrokenFileError as error:  # status 1: the data is wrong, not the command
+        print(f"uniref-fast data check: error: broken file {error}", file=sys.stderr)
         return 1
     found = _measure(dataset, args.decode)
     if args.json:
@@ -126,11 +125,13 @@ def _convert(args: argparse.Namespace) -> int:
     from uniref_fast.data.readers import BrokenFileError, printable
 
     if (args.target_folder is None) == (not args.paths):
-        raise ValueError("give paths, or --target-folder with the folders of references (--control-folder)")
+        raise ValueError(
+            "give either paths, or --target-folder and --control-folder; paths and --target-folder exclude each other"
+        )
     if args.control_folder and args.target_folder is None:
-        raise ValueError("--control-folder is for --target-folder, the folder of the images that are to be made")
+        raise ValueError("--control-folder needs --target-folder, the folder of the target images")
     if args.out.suffix.lower() != ".jsonl":
-        raise ValueError(f"--out {args.out}: rows are written to a .jsonl file")
+        raise ValueError(f"--out must be a .jsonl file, got {args.out}")
     paths: list[Any] = list(args.paths)
     if args.target_folder is not None:
         ending = "." + args.caption_ending.lower().lstrip(".")
@@ -138,7 +139,7 @@ def _convert(args: argparse.Namespace) -> int:
     try:
         dataset = Dataset(paths, args.image_folder, "optional", args.columns)
     except BrokenFileError as error:
-        print(f"uniref-fast data convert: broken file {error}", file=sys.stderr)
+        print(f"uniref-fast data convert: error: broken file {error}", file=sys.stderr)
         return 1
     written, broken = convert(dataset, args.out)
     for row in broken[: args.show]:
@@ -159,7 +160,7 @@ def _measure(dataset: Dataset, decode: bool) -> _Found:
     workers = min(os.cpu_count() or 1, 8)
     inspected = prefetch(functools.partial(_inspect, dataset, decode), range(len(dataset)), workers, ahead=4 * workers)
     for index, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
-        with contextlib.suppress(ValueError):  # of a row that cannot be read at all
+        with contextlib.suppress(ValueError):  # a row that cannot be read at all has no roles
             found.columns.update(dataset.roles(index).items())
         if isinstance(outcome, RowError):
             found.broken.append({"where": outcome.where, "reason": outcome.reason})
@@ -178,12 +179,14 @@ def _measure(dataset: Dataset, decode: bool) -> _Found:
 
 
 def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None]:
-    """Sizes of a row's target and references, and its task type; raises RowError."""
+    """Return the sizes of a row's target and references, and its task type; raise RowError if it is broken."""
     row = dataset[index]
     return *row.sizes(decode), row.task_type
 
 
 def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
+    import numpy as np
+
     def measured(sizes: Sequence[Size]) -> dict[str, Any]:
         pixels = [math.prod(size) for size in sizes]
         spread = [min(pixels), int(np.median(pixels)), max(pixels)] if pixels else [None] * 3
@@ -248,7 +251,7 @@ def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
 
 
 def _by_role(columns: Counter[tuple[str, str | None]]) -> list[tuple[tuple[str, str | None], int]]:
-    """Columns that are read first: instruction, references, target, the others, those that are not read."""
+    """Return the columns by role: instruction, references, target, others, and those that are not read."""
     order = ("instruction", "references", "references, the last is the target", "target")
 
     def rank(item: tuple[tuple[str, str | None], int]) -> tuple[int, str, str]:
@@ -263,7 +266,7 @@ def _pairs(text: str) -> tuple[str, ...]:
 
 
 def _ratio(size: Size) -> str:
-    """The nearest common aspect ratio, as width:height."""
+    """Return the nearest common aspect ratio as width:height."""
     wanted = math.log(size[0] / size[1])
     width, height = min(RATIOS, key=lambda ratio: abs(math.log(ratio[0] / ratio[1]) - wanted))
     return f"{width}:{height}"

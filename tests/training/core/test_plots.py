@@ -3,13 +3,14 @@
 import json
 import math
 import re
-import runpy
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from uniref_fast import cli
 from uniref_fast.training.core import plots
 from uniref_fast.training.core.monitor import Monitor
 
@@ -39,7 +40,7 @@ def panels(figure):
 
 
 def call(capsys, *args):
-    status = plots.main([str(a) for a in args])
+    status = cli.main(["plot", *map(str, args)])
     out, err = capsys.readouterr()
     return status, out, err
 
@@ -191,7 +192,7 @@ def test_names_of_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plots, "draw", lambda runs, *rest: seen.extend(run.name for run in runs) or 1 / 0)
     other = write(tmp_path / "y" / "run", records(2))
     with pytest.raises(ZeroDivisionError):
-        plots.main([".", str(other)])
+        plots.plot([Path("."), other], tmp_path / "x.png")
     assert seen == [".", str(other)], "equal names are told apart by their paths"
 
 
@@ -223,7 +224,7 @@ def test_errors_say_what_to_do(tmp_path, capsys, monkeypatch, args, message):
     (write(tmp_path / "damaged", []) / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n{"st\n{"step": 2}\n')
     status, out, err = call(capsys, *args)
     assert status == 2 and not out and not (tmp_path / "plots.png").exists()
-    assert err.startswith("plots: ") and err.count("\n") == 1
+    assert err.startswith("uniref-fast plot: error: ") and err.count("\n") == 1
     assert re.search(message, err), err
 
 
@@ -248,13 +249,4 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = call(capsys, write(tmp_path / "run", records(2)), "--out", tmp_path / "x.png")
-    assert status == 1 and "pip install matplotlib" in err
-
-
-def test_no_argument_prints_usage(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["plots"])
-    monkeypatch.delitem(sys.modules, "uniref_fast.training.core.plots")
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("uniref_fast.training.core.plots", run_name="__main__")
-    out, err = capsys.readouterr()
-    assert end.value.code == 2 and "usage: python -m uniref_fast.training.core.plots" in err and not out
+    assert status == 1 and "matplotlib" in err and "[train]" in err
