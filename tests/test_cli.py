@@ -179,7 +179,7 @@ def test_a_seed_the_demo_has_no_scenes_for(tmp_path, capsys, seed):
 
 @pytest.mark.parametrize("model, given, scale", [("builtin", None, 1.0), ("a/b", None, 4.0), ("builtin", 3.0, 3.0)])
 def test_guidance_is_off_for_the_built_in_model_unless_asked_for(model, given, scale):
-    """It makes its best pictures without."""
+    """The built-in model gives its best images without guidance."""
     more = [] if given is None else ["--guidance", str(given)]
     args = cli._parser().parse_args(["edit", "--prompt", "x", "--out", "a.png", "--model", model, *more])
     assert cli._request_fields(args)["true_cfg_scale"] == scale

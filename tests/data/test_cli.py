@@ -36,7 +36,7 @@ def check(capsys, *args):
 
 @pytest.fixture
 def measured(tmp_path):
-    """Four good rows with K = 0, 1, 2, 2 and sizes that can be told apart."""
+    """Four good rows with K = 0, 1, 2, 2 and sizes that can be distinguished."""
     for name, size in (("s", (64, 64)), ("w", (160, 90)), ("t", (30, 40))):
         (tmp_path / f"{name}.png").write_bytes(encoded(RED, size))
     good = [

@@ -1,6 +1,7 @@
 """`uniref-fast eval` and its API, on the untrained built-in model and a few made rows."""
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -689,7 +690,6 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
         ([file, "--baseline", "untrained", "--model", "a/b"], "for the built-in model only"),
         ([file, "--limit", 0], "limit must be at least 1, got 0"),
         ([file, "--steps", 0], "steps must be at least 1"),
-        ([file, "--guidance", "nan"], "guidance must be a finite number"),
         ([file, "--budget", 3], "budget must be at least 16"),
         ([file, "--device", "tpu9"], "unknown device"),
         ([file, "--size", "8x64"], "at least 16 pixels, got 8x64"),
@@ -710,9 +710,17 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
     status, _, err = run(capsys, file, "--out", out, "--steps", 2, "--seed", 7, "--baseline", "input", "--grid", 0)
     assert status == 0, "what went wrong before has not made the folder useless"
     assert not (out / "grid.png").exists()
-    with pytest.raises(SystemExit) as stop:
-        run(capsys, file)
-    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="guidance must be a finite number"):
+        EvalConfig((file,), out, guidance=math.nan)
+    for args, message in (
+        ([file], "required: --out"),
+        ([file, "--out", out, "--guidance", "nan"], "--guidance: expects NUMBER|none, got 'nan'"),
+        ([file, "--out", out, "--judge-timeout", "soon"], "--judge-timeout: expects NUMBER, got 'soon'"),
+        ([file, "--out", out, "--stpes", "3"], "--stpes 3; did you mean --steps?"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(capsys, *args)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_help_lists_the_judge(capsys):
