@@ -45,7 +45,7 @@ def add_data_commands(commands: Any) -> Any:
     check.add_argument("--image-folder", metavar="DIR", help=FOLDER_HELP)
     check.add_argument(
         "--targets", choices=("required", "optional"), default="required",
-        help="Rows without a target are broken if targets are required, and valid if they are optional. (default: %(default)s)",
+        help="Rows without a target are valid if targets are optional. (default: %(default)s)",
     )  # fmt: skip
     check.add_argument("--decode", action="store_true", help="Decode every image instead of reading only its header.")
     check.add_argument(
