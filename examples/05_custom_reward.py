@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import ImageStat
 
-from uniref_fast.rewards.functions import UnscoredError
+from uniref_fast.rewards import UnscoredError
 from uniref_fast.rewards.types import Candidate
 
 

@@ -441,7 +441,7 @@ def test_an_adapter_by_path_and_scale(config, tmp_path):
 
 
 OWN_REWARD = """
-from uniref_fast.rewards.functions import UnscoredError
+from uniref_fast.rewards import UnscoredError
 
 def size(candidate):
     if candidate.key[1] == 1:

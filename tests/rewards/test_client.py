@@ -18,8 +18,9 @@ from PIL import Image
 
 from uniref_fast.data.dataset import Row
 from uniref_fast.files import read_records
-from uniref_fast.rewards import client as judge_link
-from uniref_fast.rewards.client import LIMIT, Key, Link
+from uniref_fast.rewards import client
+from uniref_fast.rewards.api_key import ApiKey
+from uniref_fast.rewards.client import LIMIT, JudgeClient
 from uniref_fast.rewards.config import JudgeConfig
 from uniref_fast.rewards.judge import Judge
 from uniref_fast.rewards.types import Candidate, Failure, Scores
@@ -175,7 +176,7 @@ def test_an_endless_redirect_is_not_followed(server):
 def test_cookies_are_not_kept(server):
     with judge_of(server) as judge:
         ask(judge, status(200, FULL, Set_Cookie="a=b"), server)
-        assert "Cookie" not in server.headers[-1] and not judge._link._client.cookies
+        assert "Cookie" not in server.headers[-1] and not judge._client._client.cookies
 
 
 TOKENS = st.one_of(st.text(st.characters(exclude_characters="\r\n"), max_size=12), st.sampled_from(
@@ -297,7 +298,7 @@ def test_the_list_of_models_has_the_same_bounds(server):
 
 def test_an_answer_is_read_beside_the_loop_and_within_the_timeout(server, monkeypatch):
     """While one answer is read, however long that takes, other calls time out as they should."""
-    reading, go_on, read = threading.Event(), threading.Event(), judge_link.read_completion
+    reading, go_on, read = threading.Event(), threading.Event(), client.read_completion
 
     def stuck(*args):
         assert threading.current_thread().name.startswith("judge-read")
@@ -305,7 +306,7 @@ def test_an_answer_is_read_beside_the_loop_and_within_the_timeout(server, monkey
         go_on.wait(30)
         return read(*args)
 
-    monkeypatch.setattr(judge_link, "read_completion", stuck)
+    monkeypatch.setattr(client, "read_completion", stuck)
     with judge_of(server, timeout=2.0) as judge:
         result = ask(judge)
         assert reading.is_set() and not go_on.is_set()
@@ -341,7 +342,7 @@ def forms(key):
 
 def test_the_key_is_hidden_in_every_form(monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
-    key = Key("JUDGE_API_KEY")
+    key = ApiKey("JUDGE_API_KEY")
     for form in forms(KEY):
         hidden = key.hide(f"a{form}z")
         assert (
@@ -351,7 +352,7 @@ def test_the_key_is_hidden_in_every_form(monkeypatch):
         ), form
     assert key.hide({KEY: [KEY, {"a": (KEY, 1, None)}]}) == {"[the key]": ["[the key]", {"a": ["[the key]", 1, None]}]}
     monkeypatch.setenv("JUDGE_API_KEY", "")
-    assert Key("JUDGE_API_KEY").hide(KEY) == KEY
+    assert ApiKey("JUDGE_API_KEY").hide(KEY) == KEY
 
 
 def secrets():
@@ -384,7 +385,7 @@ def secrets():
 
 
 def test_the_key_is_written_nowhere(server, tmp_path, monkeypatch, caplog, capfd):
-    for name in judge_link.LOGGERS:
+    for name in client.LOGGERS:
         caplog.set_level(logging.DEBUG, name)
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     notes, log, seen = [], tmp_path / "a.jsonl", []
@@ -427,7 +428,7 @@ def test_what_the_http_library_logs_passes_the_same_function(server):
     try:
         with judge_of(server) as judge:
             ask(judge)
-            assert {name for name in used if "http" in name} <= {*judge_link.LOGGERS}
+            assert {name for name in used if "http" in name} <= {*client.LOGGERS}
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
@@ -449,10 +450,10 @@ def test_a_key_of_any_characters_is_hidden(monkeypatch):
         text = f"a{chr(number)}9z{chr(number)}"
         monkeypatch.setenv("JUDGE_API_KEY", text)
         for form in (*forms(text)[:4], base64.b64encode(b"").decode() + text):
-            assert "9z" not in Key("JUDGE_API_KEY").hide(form)
+            assert "9z" not in ApiKey("JUDGE_API_KEY").hide(form)
 
 
 def test_no_key_is_needed(server):
     with judge_of(server) as judge:
-        assert ask(judge) == GOOD and isinstance(judge._link, Link)
+        assert ask(judge) == GOOD and isinstance(judge._client, JudgeClient)
     assert "Authorization" not in server.headers[-1] and server.headers[-1]["Accept-Encoding"] == "identity"

@@ -308,7 +308,7 @@ def test_an_outage_is_waited_out_and_told(server):
         assert ask(judge) == [good(0, 1, 2)]
         server.stop()
         futures = [judge.submit(candidate(i), 1) for i in range(20)]
-        until(lambda: judge._link._gate._probes >= 9)  # many more than there are attempts
+        until(lambda: judge._client.breaker.probes >= 9)  # many more than there are attempts
         assert notes.kinds == ["judge down"] and not any(future.done() for future in futures)
         server.start()
         results = [future.result(20) for future in futures]
@@ -402,7 +402,7 @@ def test_who_answers_nobody_is_away(server):
     server.default = lambda handler, request: silent.wait(20) and by_colour(handler, request)
     with judge_of(server, notify=notes, attempts=2, timeout=0.5, concurrency=4) as judge:
         futures = [judge.submit(candidate(i), 0) for i in range(10)]
-        until(lambda: judge._link._gate._probes >= 2)
+        until(lambda: judge._client.breaker.probes >= 2)
         assert notes.kinds == ["judge down"] and "no answer within 0.5 s" in notes[0][1]["reason"]
         server.default = by_colour
         silent.set()
@@ -720,7 +720,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
             server.default = by_colour
             seen += map(repr, ask(judge))
             server.plan = []
-        seen += [repr(judge), repr(config), repr(judge._key), repr(judge._link._client.headers), judge.json_reason]
+        seen += [repr(judge), repr(config), repr(judge._key), repr(judge._client._client.headers), judge.json_reason]
         seen += [flags.to_json(config), repr(judge.statistics())]
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
     texts = [*seen, repr(notes), log.read_text(), caplog.text, *capfd.readouterr()]

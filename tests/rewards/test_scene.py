@@ -530,7 +530,7 @@ def test_rows_that_the_reward_cannot_use(folder):
     row, image = Dataset(path / "rows.jsonl")[0], cases[0].target
     with pytest.raises(RowError, match=r"^rows.jsonl:1: has no scene; .*uniref-fast data make"):
         scene_reward(candidate(replace(row, scene=None), image))
-    with pytest.raises(RowError, match=r"^rows.jsonl:1: has no target picture"):
+    with pytest.raises(RowError, match=r"^rows.jsonl:1: has no target image"):
         scene_reward(candidate(replace(row, target=None), image))
     with pytest.raises(RowError, match=r"^rows.jsonl:1: scene.objects must be a list"):
         scene_reward(candidate(replace(row, scene={**row.scene, "objects": 3}), image))

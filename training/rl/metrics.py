@@ -162,7 +162,7 @@ class RewardHackingDetector:
         """Add the means of a step.
 
         The second half of the compared steps is compared with the first half. A new stage has other prompts, so the
-        comparison starts anew.
+        comparison starts again.
 
         Returns:
             A warning, or an empty string.

@@ -1,4 +1,4 @@
-"""Prompts for rollouts: rows in the stream's order, those whose number of references a stage wants."""
+"""Prompts of rollouts: the rows with as many references as a stage uses, in shuffled order."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ NAMES = {"multi": "two references or more", "single": "one reference", "any": "a
 
 
 class Prompts:
-    """Gives out rows; all ranks ask alike and get the same.
+    """Rows for the rollouts of a run. All ranks take the same rows.
 
     Args:
-        dataset, encoder, config: of the run.
-        state: of `state()`, to go on from; None starts at the first row.
+        dataset: Dataset of the run.
+        encoder: Encoder of the run.
+        config: Configuration of the run.
+        state: Return value of `state()` to continue from; None starts at the first row.
 
     Raises:
-        ValueError: for a state of other data.
+        ValueError: If the state belongs to other data.
     """
 
     def __init__(
@@ -35,22 +37,22 @@ class Prompts:
         self.rows = TrainingRows(dataset, config, state)
 
     def state(self) -> dict[str, Any]:
-        """What decides the rows that come next; for JSON."""
+        """Return the state that decides the next rows, for JSON."""
         return self.rows.state()
 
     def take(
         self, count: int, stage: RLStage, check: Callable[[PackKey, Prepared], None] = lambda key, prepared: None
     ) -> tuple[list[tuple[PackKey, Prepared]], list[tuple[str, str]]]:
-        """The next rows with their sizes, and (place, reason) of rows that were passed over as broken.
+        """Return the next rows with their sizes, and (place, reason) of broken rows that were skipped.
 
         Args:
-            count: how many rows to return.
-            stage: what says which rows are wanted, and their sizes.
-            check: raises ValueError for a row that cannot be used, with the reason.
+            count: Number of rows to return.
+            stage: Stage that decides which rows are used, and their sizes.
+            check: Function that raises ValueError, with the reason, for a row that cannot be used.
 
         Raises:
-            BrokenRowsError: for more broken rows than the run allows, or all there are.
-            ValueError: when every row that comes at all was passed over, or broken.
+            BrokenRowsError: If more rows are broken than the run allows, or all of them.
+            ValueError: If no row can be used.
         """
         taken: list[tuple[PackKey, Prepared]] = []
         broken: list[tuple[str, str]] = []

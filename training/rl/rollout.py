@@ -267,7 +267,7 @@ def velocities(
         packed: Model.
         pack: Members to run.
         latents: Latents `[N, C]` of each member.
-        times: t of each member.
+        times: Time t of each member.
     """
     t = torch.tensor(
         [time for time, member in zip(times, pack.members, strict=True) for _ in member.group.texts],
@@ -323,7 +323,7 @@ def replay(
         sampler: Sampler of the rollout.
 
     Returns:
-        For each member the number of the denoising step, and its transition under the current weights.
+        Number of the denoising step and transition under the current weights, for each member.
     """
     steps = [member.group.noisy_steps[noisy_step] for member in pack.members]
     latents = [member.taken[i].before for member, i in zip(pack.members, steps, strict=True)]

@@ -1,38 +1,39 @@
-"""Reward functions by name: the reward for synthetic scenes, and functions of the user."""
+"""Reward functions by name: the reward for synthetic scenes, and functions of your own."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from uniref_fast.rewards.scene import scene_reward
-from uniref_fast.rewards.types import Candidate, Failure, Scores
+from uniref_fast.rewards.types import Candidate, Failure, Scores, UnscoredError
 
-__all__ = ["UnscoredError", "reward_function"]
-
+__all__ = ["Reward", "reward_function"]
 
 Reward = Callable[[Candidate], "Scores | Failure"]
-
-
-class UnscoredError(Exception):
-    """A candidate that a reward of your own cannot score."""
+EXAMPLE = '{"quality": 7.5}'
 
 
 def reward_function(name: str) -> Reward:
-    """The reward of that name: "scene", or a function of your own as "package.module:function".
+    """Return a reward by its name.
+
+    Args:
+        name: "scene", or "package.module:function" for a function of your own, which takes a `Candidate` and returns
+            its scores by axis.
 
     Raises:
-        ValueError: for one that is not there.
+        ValueError: If there is no such reward, or it does not take one argument.
     """
     if name == "scene":
         return scene_reward
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ValueError(f'unknown reward {name!r}; possible: scene, judge, or "package.module:function"')
-    if os.getcwd() not in sys.path:  # torchrun puts the folder of its script there alone
+    if os.getcwd() not in sys.path:  # torchrun puts only the folder of its script there
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
@@ -40,7 +41,22 @@ def reward_function(name: str) -> Reward:
         raise ValueError(f"reward {name!r}: {error}") from error
     if not callable(function):
         raise ValueError(f"reward {name!r} is not a function but {function!r:.80}")
+    _check_signature(function, name)
     return lambda candidate: _own(function, name, candidate)
+
+
+def _check_signature(function: Callable[..., Any], name: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions of C have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"reward {name!r} cannot be called with a candidate ({error}); a reward is a function with one argument, a "
+            f"uniref_fast.rewards.Candidate, that returns scores from 0 to 10 by axis, such as {EXAMPLE}"
+        ) from error
 
 
 def _own(function: Callable[[Candidate], Any], name: str, candidate: Candidate) -> Scores | Failure:
@@ -49,7 +65,9 @@ def _own(function: Callable[[Candidate], Any], name: str, candidate: Candidate) 
     except UnscoredError as error:
         return Failure("refused", str(error))
     if not isinstance(axes, Mapping) or not axes or not all(_is_score(value) for value in axes.values()):
-        raise ValueError(f"reward {name!r} must return axis -> score from 0 to 10, got {axes!r}")
+        raise ValueError(
+            f"reward {name!r} must return scores from 0 to 10 by axis, such as {EXAMPLE}; got {axes!r:.200}"
+        )
     return Scores({str(axis): float(value) for axis, value in axes.items()})
 
 

@@ -1,8 +1,8 @@
-"""A judge of made images: a vision language model behind an OpenAI-compatible endpoint (vLLM, SGLang, hosted ones).
+"""A judge of edited images: a vision-language model behind an OpenAI-compatible endpoint (vLLM, SGLang, hosted ones).
 
     with Judge(JudgeConfig(model="Qwen/Qwen3-VL-32B-Instruct"), log=folder / "judge-0.jsonl") as judge:
         print(judge.check())
-        futures = [judge.submit(candidate, step) for candidate in candidates]  # at once; rollouts go on meanwhile
+        futures = [judge.submit(candidate, step) for candidate in candidates]  # returns at once
         scores = [future.result() for future in futures]  # Scores, or a Failure: never a substitute score
 
 The judge sees every reference in order, the result, and the instruction. The API key is read from the environment and
@@ -24,36 +24,37 @@ from typing import Any
 import httpx2
 from PIL import Image
 
-from uniref_fast.rewards.client import Answer, Body, Exchange, Key, Link, Notify
+from uniref_fast.rewards.api_key import ApiKey
+from uniref_fast.rewards.circuit_breaker import Notify
+from uniref_fast.rewards.client import Answer, Body, Exchange, JudgeClient
 from uniref_fast.rewards.config import JudgeConfig
-from uniref_fast.rewards.log import Replay, RewardLog, Tally
+from uniref_fast.rewards.log import CallStatistics, Replay, RewardLog
 from uniref_fast.rewards.reply import Reply, read_scores
 from uniref_fast.rewards.request import Picture, Request, encode
 from uniref_fast.rewards.types import AXES, Candidate, Failure, Scores
 
 __all__ = ["Judge"]
 
-KEPT = 64  # encoded pictures, for the references that the members of a group share
+CACHED = 64  # encoded images that are kept, for the references that the members of a group share
 
 
 class Judge:
-    """Scores candidates; a context manager. A process of several, as each rank is, has its own judge and its own log.
+    """Scores candidates; a context manager. Each process (rank) has its own judge and its own log.
 
     Requests are made by one background thread, at most `config.concurrency` at once. When the endpoint is away, calls
     wait until it answers again, for up to `config.patience`.
 
     Args:
-        config: see `JudgeConfig`.
-        log: file that gets a record of every call, in the form of `RewardLog`; None keeps none. One that exists is
-            continued.
-        notify: called as notify(kind, **details) from the judge's thread: "judge down" (reason), "judge back"
-            (seconds), "judge format" (json_mode, reason: why a weaker one is used than configured). What it raises
-            is raised by the futures it concerns.
-        earlier: reward logs that answer as `config.replay` does, such as those of a run that is resumed; `log` may be
-            one of them.
+        config: Settings of the judge.
+        log: File that gets a record of every call, see `RewardLog`; an existing file is continued. None keeps no log.
+        notify: Function that is called as notify(kind, **details) from the judge's thread: "judge down" (reason),
+            "judge back" (seconds), "judge format" (json_mode, and the reason why it is weaker than configured). An
+            exception that it raises is raised by the futures it concerns.
+        earlier: Reward logs that answer calls as `config.replay` does, such as those of a run that is resumed; `log`
+            may be one of them.
 
     Raises:
-        ValueError: for a key that cannot be sent, or a log or replay that cannot be read.
+        ValueError: If the key cannot be sent, or a log cannot be read.
     """
 
     def __init__(
@@ -64,15 +65,15 @@ class Judge:
         earlier: Sequence[Path] = (),
     ) -> None:
         self.config = config
-        self._key = Key(config.key_variable)
+        self._key = ApiKey(config.key_variable)
         self._replay = Replay([*earlier, *([] if config.replay is None else [config.replay])])
         self._log = None if log is None else RewardLog(log, self._key.hide)
         self._logs_replays = log is not None and log.resolve() not in [path.resolve() for path in self._replay.paths]
         self._listener = notify
-        self._tally = Tally()
+        self._statistics = CallStatistics()
         self._pictures: OrderedDict[int, tuple[Image.Image, asyncio.Future[Picture]]] = OrderedDict()
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="judge-png")
-        self._open = threading.Lock()  # held while a call is handed to the loop, so that none comes after the last
+        self._submitting = threading.Lock()  # held while a call is given to the loop, so that none comes after `close`
         self._closed = False
         self._loop: asyncio.AbstractEventLoop
         ready: Future[None] = Future()
@@ -93,77 +94,78 @@ class Judge:
 
     @property
     def json_mode(self) -> str:
-        """How JSON is asked for now."""
-        return self._link.json_mode
+        """Way in which JSON is requested now."""
+        return self._client.json_mode
 
     @property
     def json_reason(self) -> str:
-        """Why that is weaker than configured; empty where it is not."""
-        return self._link.json_reason
+        """Reason why `json_mode` is weaker than configured; empty if it is not."""
+        return self._client.json_reason
 
     def submit(self, candidate: Candidate, step: int) -> Future[Scores | Failure]:
         """Ask for a candidate's scores; returns at once.
 
-        The future holds `Scores`, or the `Failure` of its first reply when no reply could be read. It raises OSError
-        when the log could not be written, and CancelledError when the judge was closed first. Kinds of failures:
+        The future holds `Scores`, or the `Failure` of its first reply if no reply could be read. It raises OSError if
+        the log could not be written, and CancelledError if the judge was closed first. Kinds of failures:
 
             "timeout", "connection", "overloaded" (408, 429, 5xx)   after all attempts, or an outage
             "status"                                                another HTTP status; the reason has the body's start
-            "oversized"                                             an answer of more than 2 MiB, unpacked
+            "oversized"                                             an answer of more than 2 MiB, decompressed
             "error", "refused", "empty", "truncated", "malformed", "schema"
                                                                     see `read_completion` and `read_scores`
             "replay"                                                not in the log to replay, and there is no url
 
         Args:
-            candidate: its pictures must be RGB.
-            step: of the training, for the log.
+            candidate: Candidate, whose images must be RGB.
+            step: Step of the training, for the log.
 
         Raises:
-            ValueError: for a picture that is not RGB.
-            RuntimeError: after `close`.
+            ValueError: If an image is not RGB.
+            RuntimeError: If the judge is closed.
         """
         for name, image in _named(candidate):
             if image.mode != "RGB":
                 raise ValueError(f"{name} of candidate {candidate.key} is {image.mode}; the judge is shown RGB")
-        with self._open:
+        with self._submitting:
             if self._closed:
                 raise RuntimeError("the judge is closed")
             return asyncio.run_coroutine_threadsafe(self._judge(candidate, step), self._loop)
 
     def check(self) -> str:
-        """Ask for the scores of a tiny picture, before a run; returns what to tell: who answered, in how many seconds.
+        """Ask for the scores of a tiny image, before a run; return a message that says who answered and how fast.
 
-        Nothing is tried again, so it does not wait for a server that is still loading.
+        The request is not repeated, so this does not wait for a server that is still loading.
 
         Raises:
-            ValueError: saying what did not work and what to do.
-            RuntimeError: after `close`.
+            ValueError: If there are no scores; the message says what to do.
+            RuntimeError: If the judge is closed.
         """
         if not self.config.url:
             return f"no judge is asked: answers come from {self.config.replay}"
-        with self._open:
+        with self._submitting:
             if self._closed:
                 raise RuntimeError("the judge is closed")
             future = asyncio.run_coroutine_threadsafe(self._check(), self._loop)
         return future.result()
 
     def statistics(self) -> dict[str, float]:
-        """Counts since the last time this was asked; a call is one reply asked for.
+        """Return the statistics of the calls since the last time that they were taken; a call asks for one reply.
 
         Returns:
-            "calls"; "retries": requests beyond the first of a call; "replayed" calls; "failed": share of the calls, and
-            "failed/<kind>"; "seconds_mean" and "seconds_p95" of a call with its retries, where any was made.
+            Number of "calls", of "retries" (requests after the first of a call) and of "replayed" calls; the share of
+            calls that "failed", and of each kind as "failed/<kind>"; "seconds_mean" and "seconds_p95" of the calls
+            that were made, with their retries.
         """
-        return self._tally.take()
+        return self._statistics.take()
 
     def void(self, step: int) -> None:
-        """Have the failures of a step asked again when its run is resumed."""
+        """Mark the failures of a step, so that they are asked again when the run is resumed."""
         if self._log is not None:
             self._log.void(step)
 
     def close(self) -> None:
-        """Cancel what waits, and end the thread. A second time does nothing."""
-        with self._open:
+        """Cancel the waiting calls, and end the thread. A second call does nothing."""
+        with self._submitting:
             if self._closed:
                 return
             self._closed = True
@@ -180,7 +182,7 @@ class Judge:
             self._loop = asyncio.get_running_loop()
             self._stop = asyncio.Event()
             self._slots = asyncio.Semaphore(self.config.concurrency)
-            self._link = Link(self.config, self._key, self._notify)
+            self._client = JudgeClient(self.config, self._key, self._notify)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -189,8 +191,8 @@ class Judge:
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
             for task in tasks:
                 task.cancel()
-            await asyncio.wait(tasks, timeout=1.0)  # again: a task may have been about to finish something else
-        await self._link.close()
+            await asyncio.wait(tasks, timeout=1.0)  # repeated: a task may have been about to start another one
+        await self._client.close()
 
     async def _judge(self, candidate: Candidate, step: int) -> Scores | Failure:
         submitted = self._loop.time()
@@ -202,7 +204,7 @@ class Judge:
         return Scores({axis: fmean(axes[axis] for axes in scores) for axis in AXES})
 
     async def _call(self, candidate: Candidate, step: int, sample: int, submitted: float) -> Scores | Failure:
-        """One reply, from the log to replay or from the server, logged and counted."""
+        """Return the result of one reply, from a replayed log or from the server; it is logged and counted."""
         async with self._slots:
             began = self._loop.time()
             pictures = [await self._picture(image) for image in candidate.references]
@@ -222,21 +224,21 @@ class Judge:
             elif not self.config.url:
                 result = Failure("replay", f"no call of this content in {self.config.replay}, and there is no url")
             else:
-                exchange = await self._link.ask(self._body(request), content, submitted)
+                exchange = await self._client.ask(self._body(request), content, submitted)
                 result = _result(exchange, record)
                 record["seconds"] = round(self._loop.time() - began, 3)
             if isinstance(result, Failure):
                 result = Failure(result.kind, self._key.hide(result.reason))
-            self._tally.add(result, record["attempts"], record["seconds"], replayed=bool(old))
+            self._statistics.add(result, record["attempts"], record["seconds"], replayed=bool(old))
             if self._log is not None and (self._logs_replays or not old):
                 self._log.append(record, result)
             return result
 
     async def _picture(self, image: Image.Image) -> Picture:
-        """A reference, encoded once for all candidates that share it, also when they ask at the same time."""
+        """Return an encoded reference; it is encoded once for all candidates that share it."""
         if id(image) not in self._pictures:
             self._pictures[id(image)] = image, asyncio.ensure_future(self._encoded(image))
-            if len(self._pictures) > KEPT:
+            if len(self._pictures) > CACHED:
                 self._pictures.popitem(last=False)
         self._pictures.move_to_end(id(image))
         return await asyncio.shield(self._pictures[id(image)][1])
@@ -245,7 +247,7 @@ class Judge:
         return await self._loop.run_in_executor(self._encoders, encode, image, self.config.max_side)
 
     def _body(self, request: Request) -> Body:
-        """Its JSON is some megabytes: written beside the loop."""
+        """Return a function that writes the JSON of a request, some megabytes, outside the loop."""
         return lambda mode: self._loop.run_in_executor(self._encoders, request.body, mode)
 
     def _notify(self, kind: str, **details: Any) -> None:
@@ -257,7 +259,7 @@ class Judge:
             return self._key.hide(await self._checked())
         except ValueError as error:
             reason = self._key.hide(str(error))
-        raise ValueError(reason)  # outside the handler, so that it does not hold the first error with its text
+        raise ValueError(reason)  # outside the handler, so that it does not keep the first error with its text
 
     async def _checked(self) -> str:
         config, began = self.config, self._loop.time()
@@ -265,7 +267,7 @@ class Judge:
         request = Request(config.options(0), "Keep the picture as it is.", (picture, picture), 0, config.max_side)
         tried = f"the judge {config.model!r} at {config.url}"
         try:
-            answer = await self._link.once(self._body(request))
+            answer = await self._client.once(self._body(request))
         except (httpx2.RequestError, asyncio.TimeoutError) as error:
             what = f"no answer within {config.timeout:g} s"
             if isinstance(error, httpx2.RequestError):
@@ -292,7 +294,7 @@ class Judge:
             if variable in os.environ:
                 return f"the key in the environment variable {variable} may be wrong or not valid for this model"
             return f"put the API key into the environment variable {variable}, which is not set"
-        models = await self._link.models()
+        models = await self._client.models()
         if models:
             listed = ", ".join(models[:20]) + (", ..." if len(models) > 20 else "")
             return f"models listed at {self.config.base}/models: {listed}"
@@ -300,7 +302,7 @@ class Judge:
 
 
 def _result(exchange: Exchange, record: dict[str, Any]) -> Scores | Failure:
-    """What a call came to; its facts go into the record."""
+    """Return the result of an exchange, and write its facts into the record."""
     record["attempts"], record["status"] = exchange.attempts, exchange.status
     reply = exchange.result
     if isinstance(reply, Failure):

@@ -1,4 +1,4 @@
-"""The reward log: every call of a judge as a line, which can answer the same call again without the judge."""
+"""Reward log of a judge: one line per call, which can answer the same call again without the judge."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from uniref_fast.files import RecordFile, keep_records, read_records
 from uniref_fast.rewards.reply import Reply, read_scores
 from uniref_fast.rewards.types import Failure, Scores
 
-__all__ = ["Replay", "RewardLog", "Tally"]
+__all__ = ["CallStatistics", "Replay", "RewardLog"]
 
-# Failures of the way to the judge, not its answer: asked again where there is a server to ask.
+# Failures of the connection, not of the answer: such calls are asked again if there is a server to ask.
 PASSING = ("timeout", "connection", "overloaded", "replay")
 
-# Fields that no server writes: a digest may hold a short key by chance, and a replay needs it as it is.
+# Fields that no server writes. They are not searched for the key: a digest may hold a short key by chance.
 OWN = ("step", "key", "content", "sample", "attempts", "seconds", "status", "scores", "replayed")
 
 
 class RewardLog:
-    """A file that gets a record for each call; one process writes to it.
+    """A JSONL file with a record for each call; one process writes to it.
 
     A record is {"step", "key", "content", "sample", "attempts", "seconds", "status", "reply", "finish_reason",
-    "refusal", "usage"} and "scores" by axis or "failure" {"kind", "reason"}; "replayed" where no server was asked. Or
-    {"step", "void": true}: failures of that step, so far, answer nothing.
+    "refusal", "usage"} and "scores" by axis or "failure" {"kind", "reason"}; "replayed" if no server was asked. The
+    record {"step", "void": true} says that the earlier failures of that step answer no call.
 
     Args:
-        path: The file; one that exists is continued.
+        path: File of the log; an existing file is continued.
         hide: Function that removes secrets from a JSON value; everything that a server sent passes it.
 
     Raises:
-        ValueError: for an existing file damaged otherwise than by a kill.
-        OSError: when it cannot be read, and from `append` and `void` when it cannot be written.
+        ValueError: If an existing file is damaged, other than by a cut last line.
+        OSError: If the file cannot be read, and from `append` and `void` if it cannot be written.
     """
 
     def __init__(self, path: Path, hide: Callable[[Any], Any]) -> None:
@@ -47,6 +47,7 @@ class RewardLog:
         self._hide = hide
 
     def append(self, record: dict[str, Any], result: Scores | Failure) -> None:
+        """Write the record of a call with its result."""
         if isinstance(result, Scores):
             record["scores"] = dict(result.axes)
         else:
@@ -54,13 +55,13 @@ class RewardLog:
         self._write({name: item if name in OWN else self._hide(item) for name, item in record.items()})
 
     def void(self, step: int) -> None:
-        """Failures of the step are not to be replayed: they ended the run, and what caused them will be put right."""
+        """Record that failures of a step are not to be replayed: they ended the run, and their cause will be fixed."""
         self._write({"step": step, "void": True})
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._file is None:  # at the first record, so that a command that is refused before it creates no file
+        if self._file is None:  # opened by the first record, so that a refused command creates no file
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            keep_records(self.path, lambda record: True)  # takes out a last line that a kill has cut
+            keep_records(self.path, lambda record: True)  # removes a last line that a kill has cut
             self._file = RecordFile(self.path)
         self._file.append(record)
 
@@ -70,16 +71,16 @@ class RewardLog:
 
 
 class Replay:
-    """Answers of reward logs, by the content of the call.
+    """Replies of reward logs, by the content of the call.
 
-    Calls of equal content may have got unequal replies; the record of the same step and key comes before any other, and
-    a later record before an earlier one.
+    Calls with equal content may have different replies. The record of the same step and key has precedence over all
+    others, and a later record over an earlier one.
 
-    Attributes:
-        paths: of the logs.
+    Args:
+        paths: Files of the logs.
 
     Raises:
-        ValueError: when a file is not there, or is no reward log.
+        ValueError: If a file does not exist, or is no reward log.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -93,7 +94,7 @@ class Replay:
             raise ValueError(f"there is no reward log {path} to replay")
         valid: list[dict[str, Any]] = []
         for record in read_records(path):
-            if record.get("void") is True:  # of what this file has so far; the other ranks' say it themselves
+            if record.get("void") is True:  # for the records of this file so far; each rank voids its own file
                 valid = [one for one in valid if one["step"] != record["step"] or "failure" not in one]
                 continue
             content = record.get("content")
@@ -107,7 +108,7 @@ class Replay:
                 self._records[(content,)] = record
 
     def find(self, content: str, step: int, key: Sequence[int], passing: bool) -> dict[str, Any] | None:
-        """The record that answers a call; one that failed on the way counts only with `passing`."""
+        """Return the record that answers a call, or None; a failed connection answers only with `passing`."""
         for place in ((content, step, tuple(key)), (content,)):
             record = self._records.get(place)
             if record is not None and (passing or not _passing(record)):
@@ -116,7 +117,7 @@ class Replay:
 
     @staticmethod
     def result(record: dict[str, Any]) -> Scores | Failure:
-        """What a record says, its reply being read anew."""
+        """Return the result of a record; its reply is parsed again."""
         if record.get("reply") is not None or record.get("refusal") is not None:
             return read_scores(Reply(record.get("reply"), record.get("finish_reason"), record.get("refusal")))
         return Failure(str(record["failure"]["kind"]), str(record["failure"]["reason"]))
@@ -126,14 +127,15 @@ def _passing(record: dict[str, Any]) -> bool:
     return record.get("failure", {}).get("kind") in PASSING
 
 
-class Tally:
-    """Counts of calls, from any thread."""
+class CallStatistics:
+    """Statistics of calls; the methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._clear()
 
     def add(self, result: Scores | Failure, attempts: int, seconds: float, replayed: bool) -> None:
+        """Count a call."""
         with self._lock:
             self._failures[result.kind if isinstance(result, Failure) else None] += 1
             self._retries += max(attempts - 1, 0)
@@ -142,7 +144,7 @@ class Tally:
                 self._seconds.append(seconds)
 
     def take(self) -> dict[str, float]:
-        """The counts since the last time; see `Judge.statistics`."""
+        """Return the statistics since the last time that they were taken; see `Judge.statistics`."""
         with self._lock:
             failures, seconds = self._failures, self._seconds
             calls = failures.total()

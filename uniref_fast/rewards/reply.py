@@ -1,8 +1,8 @@
-"""Reads a judge's reply: three scores, or the kind of failure. A score is never taken from text that the judge quotes.
+"""Parse a judge's reply: three scores, or a kind of failure. A score is never taken from text that the judge quotes.
 
-The policy that is trained paints the picture that the judge describes, so any text may come to stand inside a reply,
-JSON objects with high scores among it. For that reason a reply is never searched: it is one JSON object with the keys
-of the request and nothing else, or it is a failure.
+The policy that is trained paints the image that the judge describes, so any text may occur inside a reply, also JSON
+objects with high scores. For that reason a reply is never searched: it is one JSON object with the keys of the request
+and nothing else, or it is a failure.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Reply:
     """One choice of a chat completion.
 
     Attributes:
-        text: Text of the message; None where it has none.
-        finish_reason: Why the model stopped: "stop", "length", "content_filter", ...; None where the server gives none.
+        text: Text of the message; None if it has none.
+        finish_reason: Reason why the model stopped: "stop", "length", "content_filter", ...; None if it is not given.
         refusal: Text with which the model refused to answer.
         usage: Numbers of tokens as the server counts them, at most one level of nested objects.
     """
@@ -47,10 +47,10 @@ def parse_json(text: str, strict: bool = True) -> Any:
 
     Args:
         text: JSON, with nothing but white space around it.
-        strict: Whether control characters, line breaks included, are refused inside strings.
+        strict: If True, control characters, line breaks included, are refused inside strings.
 
     Raises:
-        ValueError: For anything else, an object that has a key twice, and nesting deeper than the interpreter allows.
+        ValueError: If the text is anything else, an object has a key twice, or the nesting is too deep for Python.
     """
     try:
         return json.loads(text, strict=strict, object_pairs_hook=_object)
@@ -66,8 +66,8 @@ def read_completion(body: bytes, hide: Hide = str) -> Reply | Failure:
         hide: Function that removes secrets from a text; everything in the result has passed it.
 
     Returns:
-        A reply, or a failure: "malformed" for a body that is not the JSON of a completion, "error" for one that has an
-        error, also beside a choice, "empty" for one without a choice.
+        Reply, or a failure: "malformed" for a body that is not the JSON of a completion, "error" for one that has an
+        error, even with a choice, "empty" for one without a choice.
     """
 
     def failure(kind: str, reason: str) -> Failure:
@@ -112,15 +112,15 @@ def read_completion(body: bytes, hide: Hide = str) -> Reply | Failure:
 def read_scores(reply: Reply) -> Scores | Failure:
     """Read the scores of a reply that is one whole JSON object with the keys that were asked for.
 
-    Two things may surround the object: thinking before it, which the reply then begins with (`<think>...</think>`),
-    and one Markdown code fence around it. No other text may. Each axis is a JSON number from 0 to 10. "reasoning" is a
+    Two things may surround the object: thinking at the beginning of the reply (`<think>...</think>`), and one Markdown
+    code fence. No other text may. Each axis is a JSON number from 0 to 10. "reasoning" is a
     string and may be missing. Any other key is refused, since unescaped quotation marks in the reasoning could add it,
     and so is a key that occurs twice.
 
     Returns:
-        Scores, or a failure: "refused"; "truncated" for a reply that the model did not end by itself, whatever its text
-        is; "empty"; "malformed" for text that is not one JSON object; "schema" for an object with other keys or with
-        something else than scores.
+        Scores, or a failure: "refused"; "truncated" for a reply that the model did not end by itself, whatever its
+        text; "empty"; "malformed" for text that is not one JSON object; "schema" for an object with other keys or with
+        other values than scores.
     """
     text, finish = (reply.text or "").strip(), (reply.finish_reason or FINISHED[0]).lower()
     if reply.refusal is not None or finish == "content_filter":

@@ -1,4 +1,4 @@
-"""What a judge is asked: every reference in order, the result, the instruction; JSON with three scores back."""
+"""Request to a judge: every reference in order, the result and the instruction; the reply is JSON with three scores."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SCHEMA = {
     "additionalProperties": False,
 }
 
-# What "response_format" says, strongest first: a server that refuses one may take the next.
+# Values of "response_format" by JSON mode, strongest first: a server that refuses one may accept the next.
 FORMATS: dict[str, dict[str, Any]] = {
     "schema": {"type": "json_schema", "json_schema": {"name": "scores", "strict": True, "schema": SCHEMA}},
     "object": {"type": "json_object"},
@@ -68,12 +68,12 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it is sent.
+    """An encoded image.
 
     Attributes:
-        digest: hex digest of its size and pixels, before any resizing: that of equal pictures is equal, whatever
+        digest: Hex digest of the size and the pixels before any resizing. Equal images have equal digests, whatever
             version of Pillow or zlib wrote the file.
-        url: the PNG file as a data URL.
+        url: PNG file as a data URL.
     """
 
     digest: str
@@ -81,7 +81,7 @@ class Picture:
 
 
 def encode(image: Image.Image, max_side: int) -> Picture:
-    """An RGB picture as PNG, whole and at its own resolution; one with a side above `max_side` is made smaller."""
+    """Encode an RGB image as PNG at its own resolution; an image with a side above `max_side` is scaled down."""
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
     if max(image.size) > max_side:
         scale = max_side / max(image.size)
@@ -96,11 +96,11 @@ class Request:
     """One question to the judge.
 
     Attributes:
-        options: of the sampling, as the endpoint names them: model, temperature, ...
-        instruction: what the editor was asked for.
-        pictures: the references in order, then the result.
-        sample: number of this reply to the same question.
-        max_side: what the pictures were limited to.
+        options: Options of the sampling as the endpoint names them: model, temperature, ...
+        instruction: Instruction that the editor was given.
+        pictures: References in order, then the result.
+        sample: Number of this reply to the same question.
+        max_side: Largest side of the images in pixels.
     """
 
     options: Mapping[str, Any]
@@ -111,20 +111,20 @@ class Request:
 
     @property
     def content(self) -> str:
-        """Hex digest of all that may change the reply, but for the way JSON is asked for."""
+        """Hex digest of everything that may change the reply, except the JSON mode."""
         messages = _messages(self.instruction, [picture.digest for picture in self.pictures])
         facts = [dict(self.options), messages, self.sample, self.max_side]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def body(self, json_mode: str) -> bytes:
-        """The JSON to post, with the `FORMATS` entry of that name."""
+        """Return the JSON to post, with the `FORMATS` entry of a JSON mode."""
         messages = _messages(self.instruction, [picture.url for picture in self.pictures])
         form = {"response_format": FORMATS[json_mode]} if FORMATS[json_mode] else {}
         return json.dumps({**self.options, "messages": messages, **form}).encode()
 
 
 def _messages(instruction: str, images: Sequence[str]) -> list[dict[str, Any]]:
-    """System and user message; `images` are the references in order, then the result."""
+    """Return the system and the user message; `images` are the references in order, then the result."""
     *references, result = images
     parts = []
     for number, image in enumerate(references, start=1):

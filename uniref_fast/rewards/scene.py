@@ -1,20 +1,20 @@
-"""Scores for made data without a judge: its answers are exact, so what a made image lacks can be measured.
+"""Scores for generated data without a judge: the targets are exact, so the faults of an image can be measured.
 
     scene_details(row, image).axes
     {"integration": 7.9, "consistency": 9.1, "quality": 8.2}
 
-- integration: each object that is asked for is looked for near its place, then anywhere; what must be gone is looked
-  for where it was; the background is compared as a whole. A geometric mean of what is new, what is kept, what is gone
-  and the background, so that one does not stand for another; divided by more for every object too many.
+- integration: each requested object is searched near its place, then anywhere; each removed object is searched where it
+  was; the background is compared as a whole. The score is the geometric mean of new, kept and removed objects and the
+  background, so that one cannot make up for another; it is divided by more for every surplus object.
 - consistency: colours, structure and details of each object at the place where it was found, and of the background.
-- quality: sharpness against the answer's, noise, and seams on the grids of the model's latents and tokens. Where the
-  image shows the same as the answer, only its details count; where it shows something else, any edges do.
+- quality: sharpness compared with the target, noise, and seams on the grids of the model's latents and tokens. Where
+  the image shows the same as the target, only its details count; where it shows something else, any edges count.
 
-All fall smoothly, so that the attempts of a model that has hardly learned anything differ too, and none is ever better
-than for the answer itself. Means over 40 samples of train, the shipped artworks, 64 pixels:
+All scores fall smoothly, so that the images of a model that has learned little differ too, and no image scores higher
+than the target itself. Means over 40 samples of train, the shipped artworks, 64 pixels:
 
-    what is made of the answer               integration  consistency  quality
-    nothing: the answer itself                      10.0         10.0     10.0
+    change of the target                     integration  consistency  quality
+    none: the target itself                         10.0         10.0     10.0
     blurred, sigma 0.5 / 1 / 2 / 4 pixels 9.7 8.3 5.8 3.4  9.2 6.1 3.3 1.8  9.5 6.6 4.0 2.9
     noise of 4 / 10 / 25 / 60 levels      9.9 9.8 8.8 6.1  9.7 8.7 6.0 2.5  9.1 7.0 3.8 1.2
     blurred by 2, noise of 8                         5.8          3.0      2.8
@@ -64,26 +64,28 @@ from uniref_fast.scenes.similarity import Edges, alike, softened, steps_on_grids
 
 __all__ = ["PRESENT", "SceneDetails", "SceneError", "SceneObject", "scene_details", "scene_reward"]
 
-SMALLEST = 16  # pixels: shorter side of an image that can be scored
-GROUND = 3 * 32.0**2  # squared distance added to a background's own spread, as FLOOR is to an object's
-EXTRA = 0.7  # integration is divided by 1 + EXTRA for an object too many
+SMALLEST = 16  # shortest side in pixels of an image that can be scored
+GROUND = 3 * 32.0**2  # squared distance that is added to the variance of a background, as FLOOR to that of an object
+EXTRA = 0.7  # integration is divided by 1 + EXTRA for one surplus object
 OBJECTS = 0.7  # share of the objects in consistency; the background has the rest
-SEAM = 16.0  # levels: how much larger steps on a grid halve quality
-# Likeness from which on an object counts as shown. Over 98 objects of held-out samples of 64 pixels that leaves all of
-# the answers, 95% blurred by 2 pixels, 47% where another sample's answer is mixed in by half, 5% in that answer alone.
+SEAM = 16.0  # levels by which steps on a grid are larger when quality is halved
+# Smallest likeness of an object that counts as present. Of 98 objects of held-out samples of 64 pixels, these are all
+# in the targets, 95% in targets blurred by 2 pixels, 47% in targets mixed half and half with the target of another
+# sample, 5% in that other target alone.
 PRESENT = 0.3
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object that is asked for, and what an image shows of it.
+    """A requested object, and how an image shows it.
 
     Attributes:
-        artwork, colour: which it is, as the scene has it.
-        kept: whether a picture shows it at that very place.
-        likeness: how well the image shows it where it shows it best, 0..1; 1 in the answer.
-        distance: of that place from the asked one, centre to centre, in pixels of the image.
-        similarity: its part of the consistency axis: colours, structure and details at that place, 0..1.
+        artwork: Path of the artwork, as in the scene.
+        colour: Colour of the object, as in the scene; None for the colours of the artwork.
+        kept: True if a reference shows the object at the same place.
+        likeness: Likeness of the image and the object at the place where it is largest, 0..1; 1 in the target.
+        distance: Distance of that place from the requested place, centre to centre, in pixels of the image.
+        similarity: Part of the object in the consistency axis: colours, structure and details at that place, 0..1.
     """
 
     artwork: str
@@ -95,62 +97,68 @@ class SceneObject:
 
     @property
     def present(self) -> bool:
+        """Return True if the image shows the object."""
         return self.likeness >= PRESENT
 
 
 @dataclass(frozen=True)
 class SceneDetails:
-    """Scores of an image by axis, and what they say about each object that is asked for, in the scene's order."""
+    """Scores of an image.
+
+    Attributes:
+        axes: Score of each axis, 0..10.
+        objects: Details of each requested object, in the scene's order.
+    """
 
     axes: Mapping[str, float]
     objects: tuple[SceneObject, ...]
 
 
 def scene_reward(candidate: Candidate) -> Scores | Failure:
-    """The scores of a candidate whose row has a scene and an exact target; deterministic.
+    """Return the scores of a candidate whose row has a scene and an exact target; deterministic.
 
-    Returns a Failure ("unreadable") when the target's or an artwork's file cannot be read.
+    Returns:
+        Scores, or a failure ("unreadable") if the file of the target or of an artwork cannot be read.
 
     Raises:
-        RowError: the row has no scene or no target, or its scene is not what the data set's card says: the run is
-            wrongly configured.
+        RowError: If the row has no scene or no target, or its scene does not follow the dataset card.
     """
     details = scene_details(candidate.row, candidate.image)
     return details if isinstance(details, Failure) else Scores(details.axes)
 
 
 def scene_details(row: Row, image: Image.Image) -> SceneDetails | Failure:
-    """The scores that `scene_reward` gives an image for a row, with the objects; returns and raises as that does."""
+    """Return the scores that `scene_reward` gives an image for a row, with the details of each object."""
     if row.scene is None or row.target is None:
-        lacking = "scene" if row.scene is None else "target picture"
+        lacking = "scene" if row.scene is None else "target image"
         raise RowError(
             row.where, f"has no {lacking}; the scene reward needs rows as `uniref-fast data make` writes them"
         )
     try:
-        return _answer(row, image.size).details(image)
+        return _target(row, image.size).details(image)
     except SceneError as error:
         raise RowError(row.where, error) from error
     except ValueError as error:
         return Failure("unreadable", str(error))
 
 
-@functools.lru_cache(maxsize=16)  # the candidates of a group share it
-def _answer(row: Row, size: tuple[int, int]) -> _Answer:
+@functools.lru_cache(maxsize=16)  # shared by the candidates of a group
+def _target(row: Row, size: tuple[int, int]) -> _Target:
     assert row.scene is not None and row.target is not None
     scene = scene_changes(Scene.from_json(row.scene))
     paths = {placed.artwork for placed in (*scene.objects, *scene.removed, *scene.unused)}
     artworks = {path: _rgba(row.artworks[path]) for path in sorted(paths & row.artworks.keys())}
-    return _Answer(row.target.load(), scene, artworks, size)
+    return _Target(row.target.load(), scene, artworks, size)
 
 
 @functools.lru_cache(maxsize=1024)
 def _rgba(source: ImageSource) -> Image.Image:
-    """The artwork with its alpha channel, which `ImageSource.load` fills with white."""
+    """Return an artwork with its alpha channel, which `ImageSource.load` fills with white by default."""
     return source.load("RGBA")
 
 
-class _Answer:
-    """What is known before an image is made: the target, and its objects as pieces of it."""
+class _Target:
+    """A target, analysed once for all candidates: its objects as pieces, its edges, its background."""
 
     def __init__(
         self, target: Image.Image, scene: SceneChanges, artworks: Mapping[str, Image.Image], size: tuple[int, int]
@@ -167,19 +175,19 @@ class _Answer:
         self.edges = Edges(self.target)
         self.seams = steps_on_grids(self.target)
         drawn = [self._drawn(placed, artworks) for placed in scene.objects]
-        self.cover = np.zeros(self.target.shape[:2], np.float32)  # of the target, by its objects
-        asked = []
+        self.cover = np.zeros(self.target.shape[:2], np.float32)  # share of each pixel of the target that objects cover
+        requested = []
         for piece in reversed(drawn):
             visible = piece.outline * (1 - self.cover[piece.box])
             self.cover[piece.box] = np.maximum(self.cover[piece.box], piece.outline)
             # the rim has the colours of both sides when it is softened
             inner = np.clip(2 * softened(visible[..., None], self.window)[..., 0] - 1, 0.05, 1)
-            asked.append(replace(piece, colours=self.soft[piece.box], alpha=visible * inner + np.float32(1e-6)))
+            requested.append(replace(piece, colours=self.soft[piece.box], alpha=visible * inner + np.float32(1e-6)))
         others = [self._drawn(placed, artworks) for placed in (*scene.removed, *scene.unused)]
-        self._measure(asked[::-1], others[: len(scene.removed)])
+        self._measure(requested[::-1], others[: len(scene.removed)])
         mean = self.target.mean((0, 1))
         others = [replace(piece, absent=piece.distance(mean) + FLOOR) for piece in others]
-        self.search = Search(self.soft, [*self.asked, *others])
+        self.search = Search(self.soft, [*self.objects, *others])
         looks = [placed.appearance for placed in scene.objects]
         self.groups = [[i for i, other in enumerate(looks) if other == look] for look in dict.fromkeys(looks)]
 
@@ -199,92 +207,94 @@ class _Answer:
         alpha = rgba[..., 3] / 255 + np.float32(1e-6)
         return Piece(rgba[..., :3], alpha, alpha, top, left)
 
-    def _measure(self, asked: Sequence[Piece], gone: Sequence[Piece]) -> None:
-        """Set `asked` and `gone` with how far an image is from them that does not have them or still has them."""
+    def _measure(self, requested: Sequence[Piece], removed: Sequence[Piece]) -> None:
+        """Set `objects` and `removed`, with the distance of an image that lacks the former or still has the latter."""
         canvas = Canvas(self.soft)
-        grounds = [canvas.around(p, range(p.top, p.top + 1), range(p.left, p.left + 1))[0, 0] for p in asked]
-        before = self.target.copy()  # nothing that is asked for, everything that should be gone
-        for piece, ground in zip(asked, grounds, strict=True):
+        grounds = [canvas.around(p, range(p.top, p.top + 1), range(p.left, p.left + 1))[0, 0] for p in requested]
+        before = self.target.copy()  # without the requested objects, with the removed ones
+        for piece, ground in zip(requested, grounds, strict=True):
             _paint(before, piece, ground)
-        for piece in gone:
+        for piece in removed:
             _paint(before, piece, piece.colours)
         before = softened(before, self.window)
-        self.asked, self.gone = [], []
-        for piece, ground in zip(asked, grounds, strict=True):
+        self.objects, self.removed = [], []
+        for piece, ground in zip(requested, grounds, strict=True):
             absent = min(piece.distance(ground), piece.distance(before[piece.box])) + FLOOR
             contrast = float(np.sqrt(((ground - piece.mean) ** 2).sum()))
-            self.asked.append(replace(piece, absent=absent, contrast=contrast))
-        for piece in gone:
+            self.objects.append(replace(piece, absent=absent, contrast=contrast))
+        for piece in removed:
             bare = piece.outline * (1 - self.cover[piece.box])
-            if bare.sum() > 0.1 * piece.outline.sum():  # else what is asked for hides it
+            if bare.sum() > 0.1 * piece.outline.sum():  # otherwise requested objects hide it
                 piece = replace(piece, colours=self.soft[piece.box], alpha=bare + np.float32(1e-6))
-                self.gone.append(replace(piece, absent=piece.distance(before[piece.box]) + FLOOR))
+                self.removed.append(replace(piece, absent=piece.distance(before[piece.box]) + FLOOR))
 
     def details(self, image: Image.Image) -> SceneDetails:
-        """What an image of the size that this is for shows."""
-        made = np.asarray(image.convert("RGB")).astype(np.float32)
-        soft = softened(made, self.window)
+        """Return the scores of an image, which has the size that this target was analysed for."""
+        pixels = np.asarray(image.convert("RGB")).astype(np.float32)
+        soft = softened(pixels, self.window)
         maps, canvas = self.search.maps(soft), Canvas(soft)
         found = [
             find(canvas, piece, self.search.likely(piece, values))
-            for piece, values in zip(self.asked, maps[: len(self.asked)], strict=True)
+            for piece, values in zip(self.objects, maps[: len(self.objects)], strict=True)
         ]
-        free = 1 - self.cover  # what should show the background, as far as no object hides it
+        free = 1 - self.cover  # share of the background in each pixel; objects that were found hide it
         for one in found:
             part = free[one.piece.box]
             np.minimum(part, 1 - one.likeness * one.piece.outline, out=part)
         free += np.float32(1e-6)
         extras = self.search.extras(maps, self.groups)
-        similar = self._similarities(made, found)
+        similar = self._similarities(pixels, found)
         scores = {
             "integration": self._integration(soft, found, free) / (1 + EXTRA * extras),
-            "consistency": self._consistency(made, similar, free),
-            "quality": self._quality(made, soft),
+            "consistency": self._consistency(pixels, similar, free),
+            "quality": self._quality(pixels, soft),
         }
         axes = {axis: 10 * min(max(score, 0.0), 1.0) for axis, score in scores.items()}
         objects = [
-            SceneObject(*placed.appearance, kept, one.likeness, math.dist(one.piece.centre, asked.centre), similarity)
-            for placed, kept, asked, one, similarity in zip(
-                self.scene.objects, self.scene.kept, self.asked, found, similar, strict=True
+            SceneObject(
+                *placed.appearance, kept, one.likeness, math.dist(one.piece.centre, requested.centre), similarity
+            )
+            for placed, kept, requested, one, similarity in zip(
+                self.scene.objects, self.scene.kept, self.objects, found, similar, strict=True
             )
         ]
         return SceneDetails(axes, tuple(objects))
 
     def _integration(self, soft: np.ndarray, found: Sequence[Found], free: np.ndarray) -> float:
-        """Geometric mean of what is to change, what is to stay, and the background."""
-        gone = [float(likeness(piece.distance(soft[piece.box]) / piece.absent)) for piece in self.gone]
+        """Return the geometric mean over new objects, kept objects, removed objects and the background."""
+        removed = [float(likeness(piece.distance(soft[piece.box]) / piece.absent)) for piece in self.removed]
         new = [one.score for one, kept in zip(found, self.scene.kept, strict=True) if not kept]
         kept = [one.score for one, kept in zip(found, self.scene.kept, strict=True) if kept]
         mean = np.tensordot(free, self.soft, 2) / free.sum()
         spread = weighted((self.soft - mean) ** 2, free) + GROUND
         ground = float(likeness(weighted((soft - self.soft) ** 2, free) / spread)) ** 0.5
-        weights = (1.0, 1.0, 0.6 if new else 1.0)  # what is gone matters less where it is to be elsewhere
-        parts = [(sum(each) / len(each), w) for each, w in zip((new, kept, gone), weights, strict=True) if each]
+        weights = (1.0, 1.0, 0.6 if new else 1.0)  # a removed object matters less if it is to be elsewhere
+        parts = [(sum(each) / len(each), w) for each, w in zip((new, kept, removed), weights, strict=True) if each]
         parts.append((ground, 1.0 if self.scene.new_background or not found else 0.4))
         whole = sum(weight for _, weight in parts)
         return math.prod(score ** (weight / whole) for score, weight in parts)
 
-    def _similarities(self, made: np.ndarray, found: Sequence[Found]) -> list[float]:
-        """Of each object, at the place where it is found."""
+    def _similarities(self, pixels: np.ndarray, found: Sequence[Found]) -> list[float]:
+        """Return the similarity of each object at the place where it was found."""
         similar = []
-        for one, asked in zip(found, self.asked, strict=True):
-            sharp, (height, width) = self.target[asked.box], one.piece.alpha.shape
+        for one, requested in zip(found, self.objects, strict=True):
+            sharp, (height, width) = self.target[requested.box], one.piece.alpha.shape
             if sharp.shape[:2] != (height, width):
-                sharp, _ = resized(sharp, asked.outline, (width, height))
-            similar.append(math.sqrt(one.likeness) * alike(made[one.piece.box], sharp, one.piece.outline))
+                sharp, _ = resized(sharp, requested.outline, (width, height))
+            similar.append(math.sqrt(one.likeness) * alike(pixels[one.piece.box], sharp, one.piece.outline))
         return similar
 
-    def _consistency(self, made: np.ndarray, similar: Sequence[float], free: np.ndarray) -> float:
-        """Mean over the objects and the background."""
-        ground = alike(made, self.target, free)
+    def _consistency(self, pixels: np.ndarray, similar: Sequence[float], free: np.ndarray) -> float:
+        """Return the weighted mean over the objects and the background."""
+        ground = alike(pixels, self.target, free)
         if not similar:
             return ground
         return OBJECTS * sum(similar) / len(similar) + (1 - OBJECTS) * ground
 
-    def _quality(self, made: np.ndarray, soft: np.ndarray) -> float:
-        sharp = Edges(made).like(self.edges, ((soft - self.soft) ** 2).mean(-1))
+    def _quality(self, pixels: np.ndarray, soft: np.ndarray) -> float:
+        sharp = Edges(pixels).like(self.edges, ((soft - self.soft) ** 2).mean(-1))
         # in the image, where a texture hides some, and in what it has beside the target, where a texture adds some
-        more = [np.maximum(steps_on_grids(made) - self.seams, 0), np.maximum(steps_on_grids(made - self.target), 0)]
+        more = [np.maximum(steps_on_grids(pixels) - self.seams, 0), np.maximum(steps_on_grids(pixels - self.target), 0)]
         return sharp / (1 + float(np.sqrt(more[0] * more[1]).sum()) / SEAM)
 
 

@@ -1,6 +1,6 @@
-"""What rewards are given and what they give back: a candidate, its scores on three axes, or a failure.
+"""Types of rewards: a candidate, its scores by axis, or a failure.
 
-A failure is no score: whoever turns scores into advantages leaves the candidate out of its group.
+A failure is no score: the candidate is left out of the mean and the standard deviation of its group.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from PIL import Image
 
 from uniref_fast.data.dataset import Row
 
-__all__ = ["AXES", "Candidate", "Failure", "Scores"]
+__all__ = ["AXES", "Candidate", "Failure", "Scores", "UnscoredError"]
 
 AXES = ("integration", "consistency", "quality")  # scores are 0..10 on every axis
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A made image that waits for its scores.
+    """An edited image to score.
 
     Attributes:
-        key: (epoch, row index, member of the group): unique in a step.
-        instruction: what was asked for.
-        references: the pictures given, RGB, in order: pictures 1 .. K; K may be 0.
-        image: what the model made, RGB.
-        row: where it comes from, with the exact target and, for made data, the scene.
+        key: (epoch, row index, member of the group), unique in a step.
+        instruction: Instruction of the edit.
+        references: Reference images in order, RGB; there may be none.
+        image: Result of the edit, RGB.
+        row: Dataset row of the candidate, with the exact target and, for generated data, the scene.
     """
 
     key: tuple[int, ...]
@@ -41,7 +41,7 @@ class Scores:
     """Scores of a candidate.
 
     Attributes:
-        axes: axis -> score, 0 (worst) to 10 (best); every axis of `AXES`.
+        axes: Score of each axis, 0 (worst) to 10 (best).
     """
 
     axes: Mapping[str, float]
@@ -49,12 +49,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class Failure:
-    """A candidate that got no scores: it leaves its group's statistics.
+    """Reason why a candidate has no scores.
 
     Attributes:
-        kind: one word to count by: "timeout", "connection", "status", "empty", "malformed", "schema", ...
-        reason: one line: what happened, with the HTTP status or the start of the reply.
+        kind: One word to count by: "timeout", "connection", "status", "empty", "malformed", "schema", ...
+        reason: Description on one line, with the HTTP status or the start of the reply.
     """
 
     kind: str
     reason: str
+
+
+class UnscoredError(Exception):
+    """A reward of your own raises it for a candidate that it cannot score."""

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from uniref_fast.data.dataset import Row
+from uniref_fast.rewards import UnscoredError
 from uniref_fast.rewards.config import JudgeConfig
-from uniref_fast.rewards.functions import UnscoredError
 from uniref_fast.rewards.types import AXES, Candidate, Failure, Scores
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.rl.rewards import RewardSet
 
 OWN = """
 import threading
-from uniref_fast.rewards.functions import UnscoredError
+from uniref_fast.rewards import UnscoredError
 
 started, going, seen = threading.Event(), threading.Event(), []
 
