@@ -1,10 +1,10 @@
-"""Norm with modulation, and GELU, straight to 8 bits with one scale a row: what a row-scaled fp8 matmul reads.
+"""Experimental: norm with modulation, and GELU, to 8 bits with one scale per row, the input of a row-scaled fp8 matmul.
 
     norm_modulate_fp8    out = n(x) * (1 + scale[r]) + shift[r]       as in `norm_modulate.py`
     gelu_fp8             out = GELU(x), its tanh approximation
     row_scale = max|out| / 448,   values = e4m3(out / row_scale),   dequantised: values * row_scale
 
-Bytes: x [N, C] read once, values written once at one byte each; `out` is never rounded to 16 bits on the way. One
+Bytes: x [N, C] read once, values written once at one byte each; `out` is not rounded to 16 bits first. One
 program holds one row in registers, so its maximum costs no second pass.
 """
 
@@ -22,7 +22,7 @@ SMALLEST_SCALE = tl.constexpr(2.0**-126)  # its inverse is still finite
 
 @triton.jit
 def _store_quantised(b_out, p_values, p_row_scale, i_n, m_c, C: tl.constexpr, BC: tl.constexpr):
-    """b_out: [BC] float32, 0 outside m_c."""
+    """Quantise and store one row: b_out is [BC] float32 and 0 outside m_c."""
     peak = tl.max(tl.abs(b_out), 0)
     row_scale = tl.where(peak == 0, 1.0, tl.maximum(tl.div_rn(peak, MAX_E4M3), SMALLEST_SCALE))
     # The product may exceed 448 by a rounding of float32, far less than the 16 that would leave the range of e4m3.
@@ -36,7 +36,7 @@ def norm_modulate_fp8_kernel(
     p_x, s_xn,  # [N, C]
     p_shift, s_shift,  # [R, C] or None
     p_scale, s_scale,  # [R, C]
-    p_rows,  # [N] or None
+    p_mod_index,  # [N] or None
     p_values,  # [N, C] contiguous, float8
     p_row_scale,  # [N] float32
     eps,
@@ -46,8 +46,8 @@ def norm_modulate_fp8_kernel(
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     i_r = tl.zeros([], tl.int64)
-    if p_rows is not None:
-        i_r = tl.load(p_rows + i_n).to(tl.int64)
+    if p_mod_index is not None:
+        i_r = tl.load(p_mod_index + i_n).to(tl.int64)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
     b_x = tl.load(p_x + i_n * s_xn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(tl.float32)  # [BC]
@@ -81,30 +81,30 @@ def norm_modulate_fp8(
     x: torch.Tensor,
     shift: torch.Tensor | None,
     scale: torch.Tensor,
-    rows: torch.Tensor | None,
+    mod_index: torch.Tensor | None,
     eps: float,
     rms: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`norm_modulate`, same arguments, as values float8_e4m3fn [N, C] and row_scale float32 [N].
+    """Compute `norm_modulate` (same arguments) as values float8_e4m3fn [N, C] and row_scale float32 [N].
 
     row_scale is 1 for a row of zeros and at least 2^-126.
     """
     num_tokens, channels = x.shape
-    check(rows, num_tokens, channels, x=x, shift=shift, scale=scale)
+    check(mod_index, num_tokens, channels, x=x, shift=shift, scale=scale)
     values, row_scale = _outputs(x)
     if x.numel() == 0:
         return values, row_scale
     block = channel_block(channels)
     with torch.cuda.device_of(x):
         norm_modulate_fp8_kernel[(num_tokens,)](
-            x, x.stride(0), shift, row_stride(shift), scale, scale.stride(0), rows, values, row_scale, eps,
+            x, x.stride(0), shift, row_stride(shift), scale, scale.stride(0), mod_index, values, row_scale, eps,
             RMS=rms, C=channels, BC=block, num_warps=_warps(block),
         )  # fmt: skip
     return values, row_scale
 
 
 def gelu_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """GELU (tanh) of x [N, C], channels contiguous, as values float8_e4m3fn [N, C] and row_scale float32 [N]."""
+    """Compute GELU (tanh) of x [N, C], channels contiguous, as float8_e4m3fn [N, C] and row_scale float32 [N]."""
     num_tokens, channels = x.shape
     check(None, num_tokens, channels, x=x)
     values, row_scale = _outputs(x)

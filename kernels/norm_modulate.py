@@ -4,15 +4,15 @@
     norm_modulate                  out = n(x) * (1 + scale[r]) + shift[r]            1 read,  1 write
     gate_residual_norm_modulate    both, n taken of x' as it was rounded             2 reads, 2 writes
 
-with r = rows[i] for token i, and over C, in float32,
+with r = mod_index[i] the modulation row of token i and, over C in float32,
 
     n(x) = (x - mean(x)) / sqrt(var(x) + eps),  or with `rms`  n(x) = x / sqrt(mean(x^2) + eps)
 
-The modulation vectors [R, C] are few and stay in L1 and L2. Use them wherever a transformer block adds a branch back
-and normalises for the next one. The gradients are in `norm_modulate_backward.py`.
+The modulation vectors [R, C] are few and stay in L1 and L2. Use these kernels wherever a transformer block adds a
+branch and normalises for the next one. The gradients are in `norm_modulate_backward.py`.
 
-One kernel: a residual when it is given y, a norm when it is given scale. One program holds one row in registers, so
-nothing is read twice.
+There is one kernel: it computes a residual if it gets y and a norm if it gets scale. One program holds one row in
+registers, so nothing is read twice.
 
 `eager_rounding` rounds to x's dtype wherever eager PyTorch would store a tensor, so that a patched model repeats the
 unpatched one. Contraction of a product and a sum into one FMA would undo that, in float32 and, because the compiler
@@ -25,21 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
-from uniref_fast.kernels.norm_modulate_backward import (
-    gate_residual_backward,
-    gate_residual_norm_modulate_backward,
-    norm_modulate_backward,
-)
 from uniref_fast.kernels.token_common import channel_block, check, new_like, normalise, row_stride, stored
 
-__all__ = [
-    "gate_residual",
-    "gate_residual_backward",
-    "gate_residual_norm_modulate",
-    "gate_residual_norm_modulate_backward",
-    "norm_modulate",
-    "norm_modulate_backward",
-]
+__all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 
 @triton.jit
@@ -49,7 +37,7 @@ def norm_modulate_kernel(
     p_gate, s_gate,  # [R, C] or None
     p_shift, s_shift,  # [R, C] or None
     p_scale, s_scale,  # [R, C] or None
-    p_rows,  # [N] or None
+    p_mod_index,  # [N] or None
     p_x_out,  # [N, C] contiguous, or None
     p_normed,  # [N, C] contiguous, or None
     eps,
@@ -60,13 +48,13 @@ def norm_modulate_kernel(
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     i_r = tl.zeros([], tl.int64)
-    if p_rows is not None:
-        i_r = tl.load(p_rows + i_n).to(tl.int64)
+    if p_mod_index is not None:
+        i_r = tl.load(p_mod_index + i_n).to(tl.int64)
     o_c = tl.arange(0, BC)
     m_c = o_c < C
     dtype: tl.constexpr = p_x.dtype.element_ty
-    # Streams pass through once; the modulation vectors are what the caches should keep. All loads come before the first
-    # store: the compiler may not move a load over a store that could alias it.
+    # Streams are read once; the caches should keep the modulation vectors. All loads come before the first store: the
+    # compiler may not move a load over a store that could alias it.
     b_x = tl.load(p_x + i_n * s_xn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(tl.float32)  # [BC]
     if p_y is not None:
         b_y = tl.load(p_y + i_n * s_yn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -91,22 +79,22 @@ def norm_modulate(
     x: torch.Tensor,
     shift: torch.Tensor | None,
     scale: torch.Tensor,
-    rows: torch.Tensor | None,
+    mod_index: torch.Tensor | None,
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
 ) -> torch.Tensor:
-    """`n(x) * (1 + scale[rows]) + shift[rows]`, in x's dtype.
+    """Compute `n(x) * (1 + scale[r]) + shift[r]` in x's dtype.
 
     Args:
         x: [N, C], channels contiguous.
-        shift, scale: [R, C], channels contiguous; no shift is added when it is None.
-        rows: int32 [N], or None for row 0.
-        rms: take the RMS norm instead of LayerNorm.
-        eager_rounding: round where eager PyTorch does: n, 1 + scale, their product, the sum.
+        shift, scale: [R, C], channels contiguous. No shift is added if it is None.
+        mod_index: Modulation row of each token, int32 [N]. None means row 0.
+        rms: Compute the RMS norm instead of LayerNorm.
+        eager_rounding: Round where eager PyTorch does: n, 1 + scale, their product, the sum.
     """
     normed = new_like(x)
-    _launch(x, None, None, shift, scale, rows, None, normed, eps, rms, eager_rounding)
+    _launch(x, None, None, shift, scale, mod_index, None, normed, eps, rms, eager_rounding)
     return normed
 
 
@@ -116,29 +104,29 @@ def gate_residual_norm_modulate(
     gate: torch.Tensor,
     shift: torch.Tensor | None,
     scale: torch.Tensor,
-    rows: torch.Tensor | None,
+    mod_index: torch.Tensor | None,
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`x_out = x + gate[rows] * y`, rounded to x's dtype, and `norm_modulate(x_out, shift, scale, rows, eps)`."""
+    """Compute `x_out = x + gate[r] * y`, rounded to x's dtype, and `norm_modulate` of x_out."""
     x_out, normed = new_like(x), new_like(x)
-    _launch(x, y, gate, shift, scale, rows, x_out, normed, eps, rms, eager_rounding)
+    _launch(x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_rounding)
     return x_out, normed
 
 
 def gate_residual(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None, eager_rounding: bool = False
+    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, mod_index: torch.Tensor | None, eager_rounding: bool = False
 ) -> torch.Tensor:
-    """`x + gate[rows] * y` for x, y [N, C] and gate [R, C], in x's dtype; the product is rounded only if asked to."""
+    """Compute `x + gate[r] * y` for x, y [N, C] and gate [R, C] in x's dtype; eager_rounding rounds the product."""
     x_out = new_like(x)
-    _launch(x, y, gate, None, None, rows, x_out, None, 0.0, False, eager_rounding)
+    _launch(x, y, gate, None, None, mod_index, x_out, None, 0.0, False, eager_rounding)
     return x_out
 
 
-def _launch(x, y, gate, shift, scale, rows, x_out, normed, eps, rms, eager_rounding) -> None:
+def _launch(x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_rounding) -> None:
     num_tokens, channels = x.shape
-    check(rows, num_tokens, channels, x=x, y=y, gate=gate, shift=shift, scale=scale)
+    check(mod_index, num_tokens, channels, x=x, y=y, gate=gate, shift=shift, scale=scale)
     if x.numel() == 0:
         return
     block = channel_block(channels)
@@ -149,7 +137,7 @@ def _launch(x, y, gate, shift, scale, rows, x_out, normed, eps, rms, eager_round
             gate, row_stride(gate),
             shift, row_stride(shift),
             scale, row_stride(scale),
-            rows, x_out, normed, eps,
+            mod_index, x_out, normed, eps,
             RMS=rms, EAGER=eager_rounding, C=channels, BC=block,
             # 32 values a thread: in a 16-bit dtype four 128-bit loads of each stream are in flight.
             num_warps=min(max(block // 1024, 1), 32),

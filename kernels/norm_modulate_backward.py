@@ -8,10 +8,10 @@
 with n and rstd recomputed from the norm's input. Bytes: every [N, C] input read once, every [N, C] output written once.
 
 Row gradients without atomics, so deterministic. The tokens of a row, in their order, are cut into tiles of TOKENS; a
-program walks the tokens of one tile and keeps its sums in registers; a second kernel adds the tiles of each row. Both
-orders depend on the row's own tokens only: a sample's gradients are the same bits alone and in any pack. The table of
-tiles is computed on the device, without a synchronisation, and kept with the `rows` tensor it was made from: a layout
-hands the same one to every block of a model.
+program goes through the tokens of one tile and keeps its sums in registers; a second kernel adds the tiles of a row.
+Both orders depend on the row's own tokens only: a sample's gradients are the same bits alone and in any pack. The table
+of tiles is computed on the device, without a synchronisation, and kept with the `mod_index` tensor that it was computed
+from: a layout gives the same one to every block of a model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BLOCK_TILES, BLOCK_CHANNELS = 128, 32  # of the second kernel: 128 bytes of a ti
 
 @triton.jit
 def mean_of_both(b_a, b_b, C: tl.constexpr):
-    """Means of two rows [BC] over their C channels, in one reduction; in parts, as an interpreter adds one by one."""
+    """Return the means of two rows [BC] over their C channels, from one reduction taken in parts."""
     PART: tl.constexpr = 32 if b_a.shape[0] >= 32 else b_a.shape[0]
     b_both = tl.reshape(tl.join(b_a, b_b), (b_a.shape[0] // PART, PART, 2))
     a, b = tl.split(tl.sum(tl.sum(b_both, 1), 0))
@@ -51,7 +51,7 @@ def norm_modulate_backward_kernel(
     p_scale, s_scale,  # [R, C] or None
     p_dx,  # [N, C] contiguous, or None
     p_dy,  # [N, C] contiguous, or None
-    p_rows,  # [N] or None; not read where tiles are given
+    p_mod_index,  # [N] or None; not read where tiles are given
     p_order,  # [N] tokens by row, or None
     p_tiles,  # [tiles, 3] (first in order, tokens, row), or None: one row
     p_sums,  # [tiles, Q, C] float32, or None: one token a program and no row gradients
@@ -70,8 +70,8 @@ def norm_modulate_backward_kernel(
     if p_sums is None:
         first = i_tile
         count: tl.constexpr = 1
-        if p_rows is not None:
-            i_r = tl.load(p_rows + i_tile).to(tl.int64)
+        if p_mod_index is not None:
+            i_r = tl.load(p_mod_index + i_tile).to(tl.int64)
     elif p_tiles is None:
         first = i_tile * BT
         count = tl.minimum(num_tokens - first, BT)
@@ -105,7 +105,7 @@ def norm_modulate_backward_kernel(
             b_grad = b_grad.to(tl.float32)
             b_x = b_x.to(tl.float32)
             b_dn = b_grad * b_scale
-            # A sum over channels is a barrier of all warps, and these are what the loop waits for: two at a time.
+            # A sum over channels is a barrier of all warps, and the loop waits for these sums: two are taken at a time.
             if not RMS:
                 mean, mean_dn = mean_of_both(b_x, b_dn, C)
                 b_x = tl.where(m_c, b_x - mean, 0.0)
@@ -170,7 +170,7 @@ def sum_tiles_kernel(
 
 
 def launch_parameters(block: int, quantities: int, row_grads: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """Warps and pipeline stages.
+    """Return the number of warps and of pipeline stages.
 
     Without row gradients 32 values of a stream a thread, as in the forward. With them the sums of the tile fill the
     registers. In 16 bits, 8 warps hold three sums of 4096 channels, the next tokens are on their way to shared memory
@@ -188,40 +188,40 @@ def launch_parameters(block: int, quantities: int, row_grads: bool, dtype: torch
 
 @dataclass(frozen=True)
 class RowTiles:
-    """Tokens by row, cut into tiles; int32, on the device of rows."""
+    """Tokens sorted by modulation row and cut into tiles; int32 tensors on the device of mod_index."""
 
-    order: torch.Tensor  # [N] tokens by row, in a row as they come
-    # [tiles, 3]: first in order, tokens, row. Only the device knows their number; the last may have no tokens.
+    order: torch.Tensor  # [N] tokens by row, ascending within a row
+    # [tiles, 3]: first in order, tokens, row. The number of tiles is an upper bound; the last ones may have no tokens.
     tiles: torch.Tensor
     ptr: torch.Tensor  # [R + 1] first tile of each row
 
 
-_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()  # rows -> (its version, R), RowTiles
+_tables: WeakIdKeyDictionary = WeakIdKeyDictionary()  # mod_index -> (its version, R), RowTiles
 
 
-def row_tiles(rows: torch.Tensor, num_rows: int) -> RowTiles:
-    """The tiles of rows, int32 [N] in any order with values below num_rows; kept as long as that tensor lives."""
-    key = (rows._version, num_rows)
-    kept, tiles = _tables.get(rows, (None, None))
+def row_tiles(mod_index: torch.Tensor, num_rows: int) -> RowTiles:
+    """Return the tiles of mod_index, int32 [N] with values below num_rows; kept as long as that tensor lives."""
+    key = (mod_index._version, num_rows)
+    kept, tiles = _tables.get(mod_index, (None, None))
     if kept != key:
-        tiles = _row_tiles(rows, num_rows)
-        # What is computed under a graph capture has no values before a replay.
-        if not (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _tables[rows] = key, tiles
+        tiles = _row_tiles(mod_index, num_rows)
+        # Tensors computed during a graph capture have no values before a replay.
+        if not (mod_index.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _tables[mod_index] = key, tiles
     return tiles
 
 
-def _row_tiles(rows: torch.Tensor, num_rows: int) -> RowTiles:
-    num_tokens = len(rows)
-    by_row, order = torch.sort(rows, stable=True)
-    numbers = torch.arange(num_rows + 1, dtype=torch.int32, device=rows.device)
+def _row_tiles(mod_index: torch.Tensor, num_rows: int) -> RowTiles:
+    num_tokens = len(mod_index)
+    by_row, order = torch.sort(mod_index, stable=True)
+    numbers = torch.arange(num_rows + 1, dtype=torch.int32, device=mod_index.device)
     starts = torch.searchsorted(by_row, numbers, out_int32=True)  # [R + 1], in order
     counts = starts.diff()
     ptr = torch.zeros_like(starts)
     torch.cumsum((counts + (TOKENS - 1)) // TOKENS, 0, dtype=torch.int32, out=ptr[1:])
     # At most TOKENS - 1 places are left empty in each row that has tokens.
     bound = (num_tokens + min(num_rows, num_tokens) * (TOKENS - 1)) // TOKENS
-    i_tile = torch.arange(bound, dtype=torch.int32, device=rows.device)
+    i_tile = torch.arange(bound, dtype=torch.int32, device=mod_index.device)
     row = torch.searchsorted(ptr[1:], i_tile, right=True).clamp_(max=num_rows - 1)
     first = starts[row] + (i_tile - ptr[row]) * TOKENS
     count = (starts[row + 1] - first).clamp_(0, TOKENS)
@@ -232,29 +232,29 @@ def norm_modulate_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     scale: torch.Tensor,
-    rows: torch.Tensor | None,
+    mod_index: torch.Tensor | None,
     eps: float,
     rms: bool = False,
     row_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients dx [N, C] and dshift, dscale [R, C] of `norm_modulate`, all contiguous, in x's dtype.
+    """Return the gradients dx [N, C] and dshift, dscale [R, C] of `norm_modulate`, contiguous, in x's dtype.
 
     Args:
-        grad: [N, C], channels contiguous, as are those of x and scale.
-        x, scale, rows, eps, rms: as given to the forward.
-        row_grads: False returns None for dshift and dscale and does not compute them.
+        grad: Gradient of the output [N, C]; its channels, those of x and those of scale are contiguous.
+        x, scale, mod_index, eps, rms: Arguments of the forward.
+        row_grads: Compute dshift and dscale; otherwise they are None.
     """
     dx = new_like(x)
-    dshift, dscale = _launch(None, grad, x, None, None, scale, rows, dx, None, eps, rms, row_grads)
+    dshift, dscale = _launch(None, grad, x, None, None, scale, mod_index, dx, None, eps, rms, row_grads)
     return dx, dshift, dscale
 
 
 def gate_residual_backward(
-    grad: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, rows: torch.Tensor | None, row_grads: bool = True
+    grad: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, mod_index: torch.Tensor | None, row_grads: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients dy [N, C] and dgate [R, C] of `gate_residual`; that of x is `grad` itself."""
+    """Return the gradients dy [N, C] and dgate [R, C] of `gate_residual`; the gradient of x is `grad` itself."""
     dy = new_like(y)
-    (dgate,) = _launch(grad, None, None, y, gate, None, rows, None, dy, 0.0, False, row_grads)
+    (dgate,) = _launch(grad, None, None, y, gate, None, mod_index, None, dy, 0.0, False, row_grads)
     return dy, dgate
 
 
@@ -265,24 +265,24 @@ def gate_residual_norm_modulate_backward(
     y: torch.Tensor,
     gate: torch.Tensor,
     scale: torch.Tensor,
-    rows: torch.Tensor | None,
+    mod_index: torch.Tensor | None,
     eps: float,
     rms: bool = False,
     row_grads: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients dx, dy [N, C] and dgate, dshift, dscale [R, C] of `gate_residual_norm_modulate`."""
+    """Return the gradients dx, dy [N, C] and dgate, dshift, dscale [R, C] of `gate_residual_norm_modulate`."""
     dx, dy = new_like(x_out), new_like(y)
-    row = _launch(grad_x_out, grad_normed, x_out, y, gate, scale, rows, dx, dy, eps, rms, row_grads)
+    row = _launch(grad_x_out, grad_normed, x_out, y, gate, scale, mod_index, dx, dy, eps, rms, row_grads)
     return dx, dy, *row
 
 
-def _launch(grad_x_out, grad_normed, x, y, gate, scale, rows, dx, dy, eps, rms, row_grads):
-    """Fill dx and dy; returns [dgate,] [dshift, dscale], or as many None."""
+def _launch(grad_x_out, grad_normed, x, y, gate, scale, mod_index, dx, dy, eps, rms, row_grads):
+    """Fill dx and dy; return [dgate,] [dshift, dscale], or as many None."""
     stream, table = (y, gate) if x is None else (x, scale)
     num_tokens, channels = stream.shape
     num_rows = table.shape[0]
     check(
-        rows, num_tokens, channels,
+        mod_index, num_tokens, channels,
         grad_x_out=grad_x_out, grad_normed=grad_normed, x=x, y=y, gate=gate, scale=scale,
     )  # fmt: skip
     quantities = (y is not None) + 2 * (x is not None)
@@ -294,7 +294,7 @@ def _launch(grad_x_out, grad_normed, x, y, gate, scale, rows, dx, dy, eps, rms, 
     if stream.numel() == 0:
         return outputs
     if row_grads:
-        tiles = None if rows is None else row_tiles(rows, num_rows)
+        tiles = None if mod_index is None else row_tiles(mod_index, num_rows)
         programs = triton.cdiv(num_tokens, TOKENS) if tiles is None else len(tiles.tiles)
         sums = torch.empty(programs, quantities, channels, dtype=torch.float32, device=stream.device)
     block = channel_block(channels)
@@ -307,7 +307,7 @@ def _launch(grad_x_out, grad_normed, x, y, gate, scale, rows, dx, dy, eps, rms, 
             y, row_stride(y),
             gate, row_stride(gate),
             scale, row_stride(scale),
-            dx, dy, rows,
+            dx, dy, mod_index,
             None if tiles is None else tiles.order,
             None if tiles is None else tiles.tiles,
             sums, num_tokens, eps,

@@ -17,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from uniref_fast.kernels.qk_norm_rope_backward import qk_norm_rope_backward
 from uniref_fast.kernels.token_common import check_heads, stored
 
-__all__ = ["qk_norm_rope", "qk_norm_rope_backward"]
+__all__ = ["qk_norm_rope"]
 
 
 @triton.jit
@@ -51,7 +50,7 @@ def _token(
     eps,
     EAGER: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Token i_n of one stream."""
+    """Process token i_n of one stream."""
     i_n = i_n.to(tl.int64)
     i_joint = tl.load(p_index + i_n).to(tl.int64)
     o_h = tl.arange(0, BH)[:, None]
@@ -72,7 +71,7 @@ def _token(
     tl.store(p_v_out + o_out, b_v, mask=m_h)
 
 
-# num_txt is not specialised: a prompt's length must not compile a new binary.
+# num_txt is not specialised: another length of the prompt must not compile a new binary.
 @triton.jit(do_not_specialize=["num_txt"])
 def qk_norm_rope_kernel(
     num_txt,
@@ -123,15 +122,15 @@ def qk_norm_rope(
     eps: float,
     eager_rounding: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Joint q, k, v [N, H, D], contiguous, of a text stream [Nt, H, D] and an image stream [Ni, H, D], N = Nt + Ni.
+    """Return joint q, k, v [N, H, D], contiguous, of a text and an image stream [Nt, H, D] and [Ni, H, D], N = Nt + Ni.
 
     Args:
-        txt_q, txt_k, txt_v, img_q, img_k, img_v: token and head strides arbitrary, last dimension contiguous; D a power
-            of two from 16; Nt or Ni may be 0.
-        txt_wq, txt_wk, img_wq, img_wk: weights of the norms [D], or None for no norm.
-        cos, sin: float32 [N, D/2], by joint row.
-        txt_index, img_index: int32 [Nt], [Ni], joint row of each stream row; together a permutation of the N rows.
-        eager_rounding: round to the streams' dtype where eager PyTorch does: after the norm and after the weight.
+        txt_q, txt_k, txt_v, img_q, img_k, img_v: Streams with any token and head strides and a contiguous last
+            dimension; D is a power of two from 16; Nt or Ni may be 0.
+        txt_wq, txt_wk, img_wq, img_wk: Weights of the norms [D], or None for no norm.
+        cos, sin: Tables by joint row, float32 [N, D/2].
+        txt_index, img_index: Joint row of each token, int32 [Nt] and [Ni]; together a permutation of the N rows.
+        eager_rounding: Round to the streams' dtype where eager PyTorch does: after the norm and after the weight.
     """
     num_txt, total, heads, head_dim = check_heads(
         (txt_q, txt_k, txt_v), (img_q, img_k, img_v), (), (txt_wq, txt_wk, img_wq, img_wk), (cos, sin),

@@ -9,8 +9,8 @@ Bytes: joint dq, dk, dv and the streams' q, k read once, their six gradients wri
 A None weight means no norm; its q or k is not read.
 
 One program takes q, k or v: all three together would fill its registers. Weight gradients without atomics, so
-deterministic: a program walks TOKENS tokens and keeps its sums in registers, and PyTorch adds those of all programs.
-Without them a program takes one token, as in the forward.
+deterministic: a program goes through TOKENS tokens and keeps its sums in registers, and PyTorch adds the sums of all
+programs. Without weight gradients a program takes one token, as in the forward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOKENS = 8  # a program's sums are then 1/300 of its traffic, at 24 heads and 16
 
 @triton.jit
 def _rotate_back(b_g, b_cos, b_sin):
-    """[BH, D] to [BH, D] in float32."""
+    """Rotate the heads of one token back, [BH, D] to [BH, D] in float32."""
     BH: tl.constexpr = b_g.shape[0]
     D: tl.constexpr = b_g.shape[1]
     b_g0, b_g1 = tl.split(tl.reshape(b_g.to(tl.float32), [BH, D // 2, 2]))  # [BH, D/2]
@@ -37,7 +37,7 @@ def _rotate_back(b_g, b_cos, b_sin):
 
 @triton.jit
 def _norm_back(b_g, b_x, p_w, eps):
-    """Gradient of the heads b_x, and what each adds to the gradient of the weight; all [BH, D] float32."""
+    """Return the gradient of the heads b_x and their terms of the weight's gradient, both [BH, D] float32."""
     D: tl.constexpr = b_x.shape[1]
     b_x = b_x.to(tl.float32)
     b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)[:, None]  # [BH, 1]
@@ -57,7 +57,7 @@ def _tokens(
     eps,
     ROTATED: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """q, k or v of the tokens of one program; i_program counts from the stream's first."""
+    """Process q, k or v of the tokens of one program; i_program counts from the first program of the stream."""
     o_h = tl.arange(0, BH)[:, None]
     o_d = tl.arange(0, D)[None, :]
     o_half = tl.arange(0, D // 2)
@@ -112,7 +112,7 @@ def _stream(
         )  # fmt: skip
 
 
-# The numbers of tokens are not specialised: a prompt's length must not compile a new binary.
+# The numbers of tokens are not specialised: another length of the prompt must not compile a new binary.
 @triton.jit(do_not_specialize=["num_txt", "num_img"])
 def qk_norm_rope_backward_kernel(
     num_txt, num_img,
@@ -155,7 +155,7 @@ def qk_norm_rope_backward_kernel(
 
 
 def launch_parameters(values: int, weight_grads: bool, dtype: torch.dtype) -> tuple[int, int]:
-    """Warps and pipeline stages for tokens of so many values; chosen from the compiler's report, not timed.
+    """Return warps and pipeline stages for tokens of so many values, chosen from the compiler's report, not timed.
 
     16 values of a tensor a thread, as in the forward. With the sums for a weight that leaves at most 128 registers, two
     programs on a multiprocessor, and the next tokens are on their way to shared memory while one is computed.
@@ -183,16 +183,16 @@ def qk_norm_rope_backward(
     eps: float,
     weight_grads: bool = True,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the streams and of the norms' weights.
+    """Return the gradients of the streams and of the weights of the norms.
 
     Args:
-        dq, dk, dv: joint [N, H, D]; token and head strides arbitrary, last dimension contiguous.
-        txt_q to eps: as given to `qk_norm_rope`.
-        weight_grads: False returns None for the weights and does not compute their gradients.
+        dq, dk, dv: Joint gradients [N, H, D] with any token and head strides and a contiguous last dimension.
+        txt_q to eps: Arguments of `qk_norm_rope`.
+        weight_grads: Compute the gradients of the weights; otherwise they are None.
 
     Returns:
-        d_txt_q, d_txt_k, d_txt_v [Nt, H, D], d_img_q, d_img_k, d_img_v [Ni, H, D], contiguous, in the streams' dtype,
-        and d_txt_wq, d_txt_wk, d_img_wq, d_img_wk [D] in the weight's dtype, None for a weight that is None.
+        Gradients d_txt_q, d_txt_k, d_txt_v [Nt, H, D], d_img_q, d_img_k, d_img_v [Ni, H, D], contiguous, in the dtype
+        of the streams, and d_txt_wq, d_txt_wk, d_img_wq, d_img_wk [D] in the dtype of the weight, None if it is None.
     """
     weights = (txt_wq, txt_wk, img_wq, img_wk)
     num_txt, total, heads, head_dim = check_heads(

@@ -1,4 +1,4 @@
-"""What the kernels over tokens share: a norm and a rounding in registers, and the asserts of their layout."""
+"""Helpers of the kernels over tokens: a norm and a rounding in registers, and assertions about layouts of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STREAMS = ("x", "y", "grad", "grad_x_out", "grad_normed", "x_out")  # [N, C]; ev
 
 @triton.jit
 def normalise(b_x, m_c, eps, C: tl.constexpr, RMS: tl.constexpr):
-    """The norm of one row, [BC] in float32 with zeros outside m_c, and the factor it was scaled by."""
+    """Return the normalised row, [BC] in float32 with zeros outside m_c, and its factor 1 / std."""
     if not RMS:
         mean = tl.sum(b_x, 0) / C
         b_x = tl.where(m_c, b_x - mean, 0.0)
@@ -21,18 +21,20 @@ def normalise(b_x, m_c, eps, C: tl.constexpr, RMS: tl.constexpr):
 
 @triton.jit
 def stored(b_x, dtype: tl.constexpr, EAGER: tl.constexpr):
-    """b_x in float32, rounded as a tensor of `dtype` would be when EAGER. Launch without contraction to FMA then."""
+    """Return b_x in float32, if EAGER rounded to `dtype`; the launch then needs `enable_fp_fusion=False`."""
     return b_x.to(dtype).to(tl.float32) if EAGER else b_x
 
 
-def check(rows: torch.Tensor | None, num_tokens: int, channels: int, **tensors: torch.Tensor | None) -> None:
-    """Assert the layout of tensors by name, and of rows: int32 [N] or None."""
+def check(mod_index: torch.Tensor | None, num_tokens: int, channels: int, **tensors: torch.Tensor | None) -> None:
+    """Assert the layout of tensors by name, and of mod_index: int32 [N] or None."""
     for name, x in tensors.items():
         if x is not None:
             assert x.ndim == 2 and x.shape[1] == channels, f"{name} {tuple(x.shape)}, C is {channels}"
             assert name not in STREAMS or x.shape[0] == num_tokens, f"{name} {tuple(x.shape)}, N is {num_tokens}"
             assert channels == 1 or x.numel() == 0 or x.stride(1) == 1, f"the channels of {name} must be contiguous"
-    assert rows is None or (rows.dtype == torch.int32 and rows.shape == (num_tokens,) and rows.is_contiguous())
+    assert mod_index is None or (
+        mod_index.dtype == torch.int32 and mod_index.shape == (num_tokens,) and mod_index.is_contiguous()
+    )
 
 
 def check_heads(
@@ -44,13 +46,13 @@ def check_heads(
     txt_index: torch.Tensor,
     img_index: torch.Tensor,
 ) -> tuple[int, int, int, int]:
-    """Assert the layout of q, k, v of two streams and of the joint sequence; returns Nt, N, H and the head dimension.
+    """Assert the layout of q, k, v of two streams and of the joint sequence; return Nt, N, H and the head dimension.
 
     Args:
         txt, img, joint: [Nt, H, D], [Ni, H, D], [N, H, D], one dtype, last dimension contiguous; N = Nt + Ni.
         weights: [D] each, or None.
-        tables: cos and sin, float32 [N, D/2].
-        txt_index, img_index: int32 [Nt], [Ni].
+        tables: The tables cos and sin, float32 [N, D/2].
+        txt_index, img_index: Joint row of each token, int32 [Nt] and [Ni].
     """
     num_txt, heads, head_dim = txt[0].shape
     num_img = len(img[0])
@@ -73,14 +75,14 @@ def check_heads(
 
 
 def channel_block(channels: int) -> int:
-    """The power of two that holds a row."""
+    """Return the smallest power of two that holds a row."""
     block = triton.next_power_of_2(channels)
     assert block <= 65536, f"{channels} channels do not fit the registers of one program"
     return block
 
 
 def new_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """New memory of x's shape, contiguous whatever x's strides are."""
+    """Return new contiguous memory of x's shape."""
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
 
 

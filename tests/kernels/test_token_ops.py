@@ -11,9 +11,11 @@ import torch.nn.functional as F
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from uniref_fast.kernels import fp8, norm_modulate_backward
+from uniref_fast.kernels import fp8
 from uniref_fast.kernels import norm_modulate as norm
+from uniref_fast.kernels import norm_modulate_backward as norm_backward
 from uniref_fast.kernels import qk_norm_rope as rope
+from uniref_fast.kernels import qk_norm_rope_backward as rope_backward
 from uniref_fast.testing import assert_within_budget
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -34,9 +36,9 @@ def device():
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Few tokens fill several tiles of a row, and several blocks of tiles."""
-    monkeypatch.setattr(norm_modulate_backward, "TOKENS", TILE)
-    monkeypatch.setattr(norm_modulate_backward, "BLOCK_TILES", 2)
-    monkeypatch.setattr(norm_modulate_backward, "BLOCK_CHANNELS", 16)
+    monkeypatch.setattr(norm_backward, "TOKENS", TILE)
+    monkeypatch.setattr(norm_backward, "BLOCK_TILES", 2)
+    monkeypatch.setattr(norm_backward, "BLOCK_CHANNELS", 16)
 
 
 def gradients(formula, inputs, grads, dtype):
@@ -125,9 +127,9 @@ def check_rope(txt, img, weights, device):
     grads = torch.randn(len(cos), *txt[0].shape[1:], 3, device=device).to(txt[0].dtype).movedim(-1, 0)
     grads = [grads[0].contiguous(), *(g.transpose(0, 1).contiguous().transpose(0, 1) for g in grads[1:])]  # any strides
     args = (*grads, txt[0], txt[1], img[0], img[1], *weights, cos, sin, *indices, EPS)
-    actual = rope.qk_norm_rope_backward(*args)
+    actual = rope_backward.qk_norm_rope_backward(*args)
     check_gradients(ROPE_INPUTS, actual, formula, inputs, grads)
-    frozen = rope.qk_norm_rope_backward(*args, weight_grads=False)
+    frozen = rope_backward.qk_norm_rope_backward(*args, weight_grads=False)
     assert frozen[6:] == (None,) * 4
     check_gradients(ROPE_INPUTS[:6], frozen[:6], lambda *x: formula(*x, *weights), inputs[:6], grads)
 
@@ -268,29 +270,29 @@ def check_backward(inputs, rows, rms=False):
 
     shift = torch.zeros_like(scale)  # it takes no part in its gradient
     args = (g_x_out, g_normed, x_out, y, gate, scale, rows, EPS, rms)
-    fused = norm.gate_residual_norm_modulate_backward(*args)
+    fused = norm_backward.gate_residual_norm_modulate_backward(*args)
     inputs = Modulated(x_out, y, gate, shift, scale)
     check_gradients(("dx", "dy", "dgate", "dshift", "dscale"), fused, both, inputs, (g_x_out, g_normed))
     args_norm = (g_normed, x_out, scale, rows, EPS, rms)
-    dx, dshift, dscale = norm.norm_modulate_backward(*args_norm)
+    dx, dshift, dscale = norm_backward.norm_modulate_backward(*args_norm)
     check_gradients(("dx", "dshift", "dscale"), (dx, dshift, dscale), normed, (x_out, shift, scale), (g_normed,))
-    dy, dgate = norm.gate_residual_backward(g_x_out, y, gate, rows)
+    dy, dgate = norm_backward.gate_residual_backward(g_x_out, y, gate, rows)
     check_gradients(("dy", "dgate"), (dy, dgate), residual, (y, gate), (g_x_out,))
     unused = torch.ones(len(gate), dtype=torch.bool, device=y.device).index_fill(0, index, False)
     for table in (*fused[2:], dshift, dscale, dgate):
         assert not table[unused].any(), "a row that no token uses"
 
     # Frozen modulation.
-    frozen = norm.gate_residual_norm_modulate_backward(*args, row_grads=False)
+    frozen = norm_backward.gate_residual_norm_modulate_backward(*args, row_grads=False)
     assert frozen[2:] == (None,) * 3
     check_gradients(
         ("dx", "dy"), frozen[:2], lambda x, y: both(x, y, *(t.to(x.dtype) for t in inputs[2:])), inputs[:2],
         (g_x_out, g_normed),
     )  # fmt: skip
-    dx, *none = norm.norm_modulate_backward(*args_norm, row_grads=False)
+    dx, *none = norm_backward.norm_modulate_backward(*args_norm, row_grads=False)
     assert none == [None, None]
     check_gradients(("dx",), (dx,), lambda x: normed(x, shift.to(x.dtype), scale.to(x.dtype)), (x_out,), (g_normed,))
-    dy, none = norm.gate_residual_backward(g_x_out, y, gate, rows, row_grads=False)
+    dy, none = norm_backward.gate_residual_backward(g_x_out, y, gate, rows, row_grads=False)
     assert none is None
     check_gradients(("dy",), (dy,), lambda y: residual(y, gate.to(y.dtype)), (y,), (g_x_out,))
 
@@ -375,10 +377,10 @@ def test_norm_modulate_without_tokens(device):
     assert norm.norm_modulate(x, table, table, None, EPS).shape == (0, 8)
     assert norm.gate_residual(x, x, table, None).shape == (0, 8)
     for given in (None, rows):
-        dx, dy, *tables = norm.gate_residual_norm_modulate_backward(x, x, x, x, table, table, given, EPS)
+        dx, dy, *tables = norm_backward.gate_residual_norm_modulate_backward(x, x, x, x, table, table, given, EPS)
         assert dx.shape == dy.shape == (0, 8)
         assert all(torch.equal(t, torch.zeros(2, 8, device=device)) for t in tables)
-        assert norm.gate_residual_backward(x, x, table, given, row_grads=False)[1] is None
+        assert norm_backward.gate_residual_backward(x, x, table, given, row_grads=False)[1] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DTYPES[-1]])
@@ -392,7 +394,7 @@ def test_row_gradients_are_bit_identical_alone_and_in_any_pack(dtype, device, sm
         """Gradients of some tokens; sample s has row place[s]."""
         gate, scale = tables.new_zeros(2, max(place) + 2, 24).index_copy(1, torch.tensor(place, device=device), tables)
         rows = torch.tensor(place, device=device, dtype=torch.int32)[whose[tokens]]
-        return norm.gate_residual_norm_modulate_backward(*streams[:, tokens], gate, scale, rows, EPS)
+        return norm_backward.gate_residual_norm_modulate_backward(*streams[:, tokens], gate, scale, rows, EPS)
 
     own = [(whose == sample).nonzero()[:, 0] for sample in range(len(lengths))]
     alone = [run(tokens, [0, 1, 2]) for tokens in own]
@@ -413,25 +415,25 @@ def test_qk_norm_rope_backward_is_deterministic(weights, device):
     txt, img, joint = (torch.randn(n, 2, 16, device=device) for n in (3, 10, 13))
     args = (joint, joint, joint, txt, txt, img, img, *torch.rand(4, 16, device=device))
     tables = rope_tables(3, 10, 16, device)
-    first, second = (rope.qk_norm_rope_backward(*args, *tables, EPS, weights) for _ in range(2))
+    first, second = (rope_backward.qk_norm_rope_backward(*args, *tables, EPS, weights) for _ in range(2))
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_the_table_of_row_tiles_lives_as_long_as_its_rows(device):
     rows = torch.tensor([1, 0, 1], dtype=torch.int32, device=device)
     gc.collect()
-    before = len(norm_modulate_backward._tables)
-    tiles = norm_modulate_backward.row_tiles(rows, 2)
-    assert norm_modulate_backward.row_tiles(rows, 2) is tiles and tiles.order.tolist() == [1, 0, 2]
+    before = len(norm_backward._tables)
+    tiles = norm_backward.row_tiles(rows, 2)
+    assert norm_backward.row_tiles(rows, 2) is tiles and tiles.order.tolist() == [1, 0, 2]
     assert tiles.tiles.tolist() == [[0, 1, 0], [1, 2, 1]] and tiles.ptr.tolist() == [0, 1, 2]
     # Other values, or another number of rows, make another table.
     rows[1] = 1
-    assert norm_modulate_backward.row_tiles(rows, 2).order.tolist() == [0, 1, 2]
-    assert norm_modulate_backward.row_tiles(rows, 3).ptr.tolist() == [0, 0, 1, 1]
-    assert len(norm_modulate_backward._tables) == before + 1
+    assert norm_backward.row_tiles(rows, 2).order.tolist() == [0, 1, 2]
+    assert norm_backward.row_tiles(rows, 3).ptr.tolist() == [0, 0, 1, 1]
+    assert len(norm_backward._tables) == before + 1
     del rows
     gc.collect()
-    assert len(norm_modulate_backward._tables) == before
+    assert len(norm_backward._tables) == before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

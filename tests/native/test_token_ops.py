@@ -274,9 +274,9 @@ def test_token_ops_threads_and_position(dtype, level, threads):
 def test_token_ops_errors():
     x, table = torch.randn(3, 8), torch.randn(2, 8)
     for rows in ([0, 1, 2], [-1, 0, 0]):
-        with pytest.raises(ValueError, match="rows must lie within"):
+        with pytest.raises(ValueError, match="mod_index must lie within"):
             native.norm_modulate(x, table, table, torch.tensor(rows, dtype=torch.int32), EPS)
-    with pytest.raises(ValueError, match="rows has shape"):
+    with pytest.raises(ValueError, match="mod_index has shape"):
         native.norm_modulate(x, table, table, torch.zeros(2, dtype=torch.int32), EPS)
     with pytest.raises(ValueError, match="scale has shape"):
         native.norm_modulate(x, table, table[:1], None, EPS)
@@ -473,11 +473,11 @@ def test_modulation_backward_errors():
     x, table = torch.randn(3, 8), torch.randn(2, 8)
     for rows in ([0, 1, 2], [-1, 0, 0]):
         rows = torch.tensor(rows, dtype=torch.int32)
-        with pytest.raises(ValueError, match="rows must lie within"):
+        with pytest.raises(ValueError, match="mod_index must lie within"):
             native.norm_modulate_backward(x, x, table, rows, EPS)
-        with pytest.raises(ValueError, match="rows must lie within"):
+        with pytest.raises(ValueError, match="mod_index must lie within"):
             native.gate_residual_backward(x, x, table, rows)
-    with pytest.raises(ValueError, match="rows must lie within"):
+    with pytest.raises(ValueError, match="mod_index must lie within"):
         native.norm_modulate_backward(x, x, table[:0], None, EPS)
     with pytest.raises(ValueError, match="x has shape"):
         native.norm_modulate_backward(x, x[:2], table, None, EPS)

@@ -301,7 +301,7 @@ LAYOUT = SelfLayout.qwen(PACK)
         (lambda: ops.norm_modulate(rand(3, 4), rand(1, 5), rand(1, 4)), "shift has shape"),
         (
             lambda: ops.norm_modulate(rand(3, 4), rand(1, 4), rand(1, 4), torch.zeros(3)),
-            "rows must be contiguous int32",
+            "mod_index must be contiguous int32",
         ),
         (lambda: ops.gate_residual(rand(3, 4), rand(2, 4), rand(1, 4)), "y has shape"),
         (lambda: ops.norm_modulate(rand(3, 4), rand(1, 4).double(), rand(1, 4)), "float64"),

@@ -18,7 +18,7 @@ _STATUS = {
     1: (MemoryError, "no memory for the kernel's work buffers"),
     3: (ValueError, "q_ranges must be disjoint [start, end) rows within q"),
     4: (ValueError, "kv_ptr must rise from 0 to len(kv_ranges), a range's kv_ranges be sorted, disjoint and within k"),
-    5: (ValueError, "rows must lie within the rows of shift, scale and gate"),
+    5: (ValueError, "mod_index must lie within the rows of shift, scale and gate"),
     6: (ValueError, "txt_index and img_index together must be a permutation of the joint rows"),
     7: (ValueError, "k_ranges, q_ptr and q_spans must be the transpose of q_ranges, kv_ptr and kv_ranges, ascending"),
 }

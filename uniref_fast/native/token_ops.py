@@ -7,39 +7,39 @@ from uniref_fast.native.library import DTYPES, check, int32, leading, pointers, 
 
 
 def _modulation_rows(modulation: dict[str, Tensor | None], dtype: torch.dtype, channels: int) -> int:
-    """The number of rows that gate, shift and scale have."""
+    """Return the number of rows of gate, shift and scale."""
     given = [(name, m) for name, m in modulation.items() if m is not None]
     for name, m in given:
         check(name, m, (len(given[0][1]), channels), dtype)
     return len(given[0][1])
 
 
-def _token_rows(
+def _token_op(
     x: Tensor,
     y: Tensor | None,
     gate: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool,
     eager_rounding: bool,
     level: str | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """x_out (with a gate) and normed (with a scale)."""
+    """Return x_out (None without a gate) and normed (None without a scale)."""
     lib, level_id = use_level(level)
     dtype, (tokens, channels) = leading("x", x, "NC")
     if y is not None:
         check("y", y, (tokens, channels), dtype)
     n_rows = _modulation_rows({"gate": gate, "shift": shift, "scale": scale}, dtype, channels)
-    if rows is not None:
-        rows = int32("rows", rows, (tokens,))
+    if mod_index is not None:
+        mod_index = int32("mod_index", mod_index, (tokens,))
     x_out = None if gate is None else torch.empty((tokens, channels), dtype=dtype, device="cpu")
     normed = None if scale is None else torch.empty((tokens, channels), dtype=dtype, device="cpu")
     views = [v for t in (x, y, gate, shift, scale) for v in ((None, 0) if t is None else (t.data_ptr(), t.stride(0)))]
     status = lib.uf_token_rows(
         level_id, torch.get_num_threads(), DTYPES[dtype], *views,
-        None if rows is None else rows.data_ptr(), n_rows, tokens, channels, eps, rms, eager_rounding,
+        None if mod_index is None else mod_index.data_ptr(), n_rows, tokens, channels, eps, rms, eager_rounding,
         None if x_out is None else x_out.data_ptr(), None if normed is None else normed.data_ptr(),
     )  # fmt: skip
     raise_for(status)
@@ -50,19 +50,19 @@ def norm_modulate(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
     *,
     level: str | None = None,
 ) -> Tensor:
-    """`norm(x) * (1 + scale[row]) + shift[row]`: x [N, C]; shift, scale [R, C]; rows int32 [N], None: row 0.
+    """Compute `norm(x) * (1 + scale[r]) + shift[r]`: x [N, C]; shift, scale [R, C]; r from mod_index int32 [N], or 0.
 
     The norm is LayerNorm, or with `rms` division by the root of the mean square; shift=None adds nothing.
     eager_rounding rounds norm, 1 + scale and product to x's dtype, as PyTorch does one operation at a time.
     """
-    normed = _token_rows(x, None, None, shift, scale, rows, eps, rms, eager_rounding, level)[1]
+    normed = _token_op(x, None, None, shift, scale, mod_index, eps, rms, eager_rounding, level)[1]
     assert normed is not None
     return normed
 
@@ -73,15 +73,15 @@ def gate_residual_norm_modulate(
     gate: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x_out = x + gate[row] * y`, rounded to x's dtype, and `norm_modulate` of that: x, y [N, C]; the rest [R, C]."""
-    x_out, normed = _token_rows(x, y, gate, shift, scale, rows, eps, rms, eager_rounding, level)
+    """Compute `x_out = x + gate[r] * y`, rounded, and `norm_modulate(x_out)`: x, y [N, C]; others [R, C]."""
+    x_out, normed = _token_op(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, level)
     assert x_out is not None and normed is not None
     return x_out, normed
 
@@ -90,31 +90,31 @@ def gate_residual(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eager_rounding: bool = False,
     *,
     level: str | None = None,
 ) -> Tensor:
-    """`x + gate[row] * y`: x, y [N, C]; gate [R, C]; rows int32 [N], None: row 0. eager_rounding rounds the product."""
-    x_out = _token_rows(x, y, gate, None, None, rows, 0.0, False, eager_rounding, level)[0]
+    """Compute `x + gate[r] * y`: x, y [N, C]; gate [R, C]. eager_rounding rounds the product."""
+    x_out = _token_op(x, y, gate, None, None, mod_index, 0.0, False, eager_rounding, level)[0]
     assert x_out is not None
     return x_out
 
 
-def _token_rows_backward(
+def _token_op_backward(
     grad_x: Tensor | None,
     grad_normed: Tensor | None,
     x: Tensor | None,
     y: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool,
     row_grads: bool,
     level: str | None,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dy, dgate, dshift, dscale: the first and the last two with a scale, the others with a gate."""
+    """Return dx, dy, dgate, dshift, dscale: dx, dshift and dscale need a scale, dy and dgate a gate."""
     lib, level_id = use_level(level)
     tensors = {"grad_x_out": grad_x, "grad_normed": grad_normed, "x": x, "y": y}
     present = [(name, t) for name, t in tensors.items() if t is not None]
@@ -122,8 +122,8 @@ def _token_rows_backward(
     for name, t in present:
         check(name, t, (tokens, channels), dtype)
     n_rows = _modulation_rows({"gate": gate, "scale": scale}, dtype, channels)
-    if rows is not None:
-        rows = int32("rows", rows, (tokens,))
+    if mod_index is not None:
+        mod_index = int32("mod_index", mod_index, (tokens,))
     shapes = ((tokens, channels), (n_rows, channels))
     wanted = (scale is not None, gate is not None)
     dx, dy = (torch.empty(shapes[0], dtype=dtype, device="cpu") if part else None for part in wanted)
@@ -134,7 +134,7 @@ def _token_rows_backward(
     outs = (dx, dy, dgate, dshift, dscale)
     status = lib.uf_token_rows_backward(
         level_id, torch.get_num_threads(), DTYPES[dtype], pointers(inputs), strides(inputs, 1),
-        None if rows is None else rows.data_ptr(), n_rows, tokens, channels, eps, rms, pointers(outs),
+        None if mod_index is None else mod_index.data_ptr(), n_rows, tokens, channels, eps, rms, pointers(outs),
     )  # fmt: skip
     raise_for(status)
     return outs
@@ -144,7 +144,7 @@ def norm_modulate_backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool = False,
     row_grads: bool = True,
@@ -156,7 +156,7 @@ def norm_modulate_backward(
     The gradients of shift and scale are summed in float32, a row's over its own tokens in their order, and 0 for a row
     that no token has; row_grads=False leaves them out.
     """
-    outs = _token_rows_backward(None, grad, x, None, None, scale, rows, eps, rms, row_grads, level)
+    outs = _token_op_backward(None, grad, x, None, None, scale, mod_index, eps, rms, row_grads, level)
     assert outs[0] is not None
     return outs[0], outs[3], outs[4]
 
@@ -165,13 +165,13 @@ def gate_residual_backward(
     grad: Tensor,
     y: Tensor,
     gate: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     row_grads: bool = True,
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `gate_residual` for y [N, C] and gate [R, C] (as in `norm_modulate_backward`); x's is `grad`."""
-    outs = _token_rows_backward(grad, None, None, y, gate, None, rows, 0.0, False, row_grads, level)
+    outs = _token_op_backward(grad, None, None, y, gate, None, mod_index, 0.0, False, row_grads, level)
     assert outs[1] is not None
     return outs[1], outs[2]
 
@@ -183,7 +183,7 @@ def gate_residual_norm_modulate_backward(
     y: Tensor,
     gate: Tensor,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool = False,
     row_grads: bool = True,
@@ -191,7 +191,7 @@ def gate_residual_norm_modulate_backward(
     level: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `gate_residual_norm_modulate`: dx, dy [N, C], dgate, dshift, dscale [R, C], as in its parts."""
-    outs = _token_rows_backward(grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads, level)
+    outs = _token_op_backward(grad_x_out, grad_normed, x_out, y, gate, scale, mod_index, eps, rms, row_grads, level)
     dx, dy, dgate, dshift, dscale = outs
     assert dx is not None and dy is not None
     return dx, dy, dgate, dshift, dscale

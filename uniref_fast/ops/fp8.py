@@ -51,7 +51,7 @@ def norm_modulate_fp8(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None = None,
+    mod_index: Tensor | None = None,
     eps: float = 1e-6,
     *,
     norm: Norm = "layer",
@@ -62,13 +62,13 @@ def norm_modulate_fp8(
     impl: "reference" (any device) or "triton" (compute capability 8.9 and up); None picks.
     Returns values and row_scale as `quantize_fp8`.
     """
-    _check(x, rows, shift=shift, scale=scale)
+    _check(x, mod_index, shift=shift, scale=scale)
     rms = one_of("norm", norm, "layer", "rms")
     if _choose(impl, x, shift, scale) == "reference":
         wide = None if shift is None else shift.to(torch.float32)
-        out = norm_modulate_reference(x.to(torch.float32), wide, scale.to(torch.float32), rows, eps, rms)
+        out = norm_modulate_reference(x.to(torch.float32), wide, scale.to(torch.float32), mod_index, eps, rms)
         return quantize_fp8(out)
-    return torch.ops.uniref_fast.norm_modulate_fp8(x, shift, scale, rows, eps, rms)
+    return torch.ops.uniref_fast.norm_modulate_fp8(x, shift, scale, mod_index, eps, rms)
 
 
 def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
@@ -139,11 +139,11 @@ def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
 
 @torch.library.custom_op("uniref_fast::norm_modulate_fp8", mutates_args=())
 def _norm_modulate_fp8(
-    x: Tensor, shift: Tensor | None, scale: Tensor, rows: Tensor | None, eps: float, rms: bool
+    x: Tensor, shift: Tensor | None, scale: Tensor, mod_index: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     from uniref_fast.kernels import fp8 as kernels
 
-    return kernels.norm_modulate_fp8(x, shift, scale, rows, eps, rms)
+    return kernels.norm_modulate_fp8(x, shift, scale, mod_index, eps, rms)
 
 
 @torch.library.custom_op("uniref_fast::gelu_fp8", mutates_args=())
@@ -154,7 +154,7 @@ def _gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_norm_modulate_fp8.register_fake
-def _(x, shift, scale, rows, eps, rms):
+def _(x, shift, scale, mod_index, eps, rms):
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 

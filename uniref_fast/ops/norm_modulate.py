@@ -1,14 +1,14 @@
-"""LayerNorm and modulation with a row per token, alone or behind a gated residual; forward and backward.
+"""LayerNorm with modulation by a row of a table per token, alone or after a gated residual; forward and backward.
 
-    norm_modulate                 out = norm(x) * (1 + scale[row]) + shift[row]
-    gate_residual                 x'  = x + gate[row] * y
-    gate_residual_norm_modulate   x'  = x + gate[row] * y,  out = norm_modulate(x')
+    norm_modulate                 out = norm(x) * (1 + scale[r]) + shift[r]
+    gate_residual                 x'  = x + gate[r] * y
+    gate_residual_norm_modulate   x'  = x + gate[r] * y,  out = norm_modulate(x')
 
-`row` is the modulation row of a token (`SelfLayout.modulation_rows`): the sampled timestep of its sample, or the clean
-t = 0 that Qwen-Image-Edit-2511 gives to references. Each op reads its inputs once and writes its outputs once: 2, 3
-and 4 passes over `[N, C]`, where eager PyTorch makes 5 to 12. The backwards make 3, 3 and 6; mean and deviation are
-computed again rather than kept. Gradients of shift, scale and gate are sums over the tokens of a row, in float32 and in
-an order that does not depend on what else is packed.
+`r = mod_index[i]` is the modulation row of token i (`SelfLayout.modulation_rows`): the sampled timestep of its sample,
+or the clean t = 0 of references in Qwen-Image-Edit-2511. Each op reads its inputs once and writes its outputs once: 2,
+3 and 4 passes over `[N, C]`, where eager PyTorch takes 5 to 12. The backward passes take 3, 3 and 6; mean and deviation
+are recomputed, not saved. Gradients of shift, scale and gate are sums over the tokens of a row, in float32 and in an
+order that does not depend on the rest of the pack.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def norm_modulate(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None = None,
+    mod_index: Tensor | None = None,
     eps: float = 1e-6,
     *,
     norm: Norm = "layer",
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> Tensor:
-    """LayerNorm without affine, then `* (1 + scale[row]) + shift[row]`; adaLN of DiT (arXiv 2212.09748).
+    """Normalise without affine parameters, then apply `* (1 + scale[r]) + shift[r]`: adaLN of DiT (arXiv 2212.09748).
 
     Args:
         x: `[N, C]`, float32, bfloat16, float16 (float64 with the reference).
         shift, scale: `[R, C]`, same dtype; rows may be strided (chunks of a wider table). shift may be None.
-        rows: int32 `[N]`, values in 0..R-1; None means row 0 for all.
-        eps: added to the variance (to the mean square).
+        mod_index: Modulation row r of each token, int32 `[N]` with values in 0..R-1. None means row 0 for all.
+        eps: Number added to the variance (to the mean square).
         norm: "layer" is `(x - mean) / sqrt(var + eps)`, "rms" is `x / sqrt(mean(x^2) + eps)`.
         rounding: "once" computes in float32 and rounds the result, "eager" rounds to x's dtype wherever eager PyTorch
             does, after each operation. The reference always does the latter.
@@ -59,33 +59,33 @@ def norm_modulate(
     Returns:
         `[N, C]`, dtype of x. Differentiable in x, shift and scale.
     """
-    _check(x, rows, shift=shift, scale=scale)
+    _check(x, mod_index, shift=shift, scale=scale)
     rms, eager = one_of("norm", norm, "layer", "rms"), one_of("rounding", rounding, "once", "eager")
     impl = choose(impl, x)
     if impl == "reference":
-        return norm_modulate_reference(x, shift, scale, rows, eps, rms)
-    return torch.ops.uniref_fast.norm_modulate(x, shift, scale, rows, eps, rms, eager, impl)
+        return norm_modulate_reference(x, shift, scale, mod_index, eps, rms)
+    return torch.ops.uniref_fast.norm_modulate(x, shift, scale, mod_index, eps, rms, eager, impl)
 
 
 def gate_residual(
     x: Tensor,
     y: Tensor,
     gate: Tensor,
-    rows: Tensor | None = None,
+    mod_index: Tensor | None = None,
     *,
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> Tensor:
-    """`x + gate[row] * y`: x, y `[N, C]`, gate `[R, C]`, rows int32 `[N]` or None; returns `[N, C]`.
+    """Compute `x + gate[r] * y` of x, y `[N, C]` and gate `[R, C]`; returns `[N, C]`.
 
-    `rounding` and `impl` as in `norm_modulate`. Differentiable in x, y and gate.
+    `mod_index`, `rounding` and `impl` mean the same as in `norm_modulate`. Differentiable in x, y and gate.
     """
-    _check(x, rows, y=y, gate=gate)
+    _check(x, mod_index, y=y, gate=gate)
     eager = one_of("rounding", rounding, "once", "eager")
     impl = choose(impl, x)
     if impl == "reference":
-        return gate_residual_reference(x, y, gate, rows)
-    return torch.ops.uniref_fast.gate_residual(x, y, gate, rows, eager, impl)
+        return gate_residual_reference(x, y, gate, mod_index)
+    return torch.ops.uniref_fast.gate_residual(x, y, gate, mod_index, eager, impl)
 
 
 def gate_residual_norm_modulate(
@@ -94,25 +94,25 @@ def gate_residual_norm_modulate(
     gate: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None = None,
+    mod_index: Tensor | None = None,
     eps: float = 1e-6,
     *,
     norm: Norm = "layer",
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x' = x + gate[row] * y` rounded to x's dtype, and `norm_modulate(x')`, in one pass.
+    """Compute `x' = x + gate[r] * y`, rounded to x's dtype, and `norm_modulate(x')` in one pass.
 
-    Args as in `norm_modulate` and `gate_residual`. Returns `(x', normed)`, both `[N, C]`; differentiable in all tensors
-    but rows.
+    The arguments are those of `norm_modulate` and `gate_residual`. Returns `(x', normed)`, both `[N, C]`, which are
+    differentiable in all tensors but mod_index.
     """
-    _check(x, rows, y=y, gate=gate, shift=shift, scale=scale)
+    _check(x, mod_index, y=y, gate=gate, shift=shift, scale=scale)
     rms, eager = one_of("norm", norm, "layer", "rms"), one_of("rounding", rounding, "once", "eager")
     impl = choose(impl, x)
     if impl == "reference":
-        return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, rows, eps, rms)
+        return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, mod_index, eps, rms)
     op = torch.ops.uniref_fast.gate_residual_norm_modulate
-    return op(x, y, gate, shift, scale, rows, eps, rms, eager, impl)
+    return op(x, y, gate, shift, scale, mod_index, eps, rms, eager, impl)
 
 
 # ---- reference: the specification, the oracle (in float64) and the baseline ----
@@ -122,17 +122,17 @@ def norm_modulate_reference(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None = None,
+    mod_index: Tensor | None = None,
     eps: float = 1e-6,
     rms: bool = False,
 ) -> Tensor:
     normed = (F.rms_norm if rms else F.layer_norm)(x, x.shape[-1:], eps=eps)
-    normed = normed * (1 + _select(scale, rows))
-    return normed if shift is None else normed + _select(shift, rows)
+    normed = normed * (1 + _select(scale, mod_index))
+    return normed if shift is None else normed + _select(shift, mod_index)
 
 
-def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
-    return x + _select(gate, rows) * y
+def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None = None) -> Tensor:
+    return x + _select(gate, mod_index) * y
 
 
 def gate_residual_norm_modulate_reference(
@@ -141,19 +141,19 @@ def gate_residual_norm_modulate_reference(
     gate: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None = None,
+    mod_index: Tensor | None = None,
     eps: float = 1e-6,
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    x = gate_residual_reference(x, y, gate, rows)
-    return x, norm_modulate_reference(x, shift, scale, rows, eps, rms)
+    x = gate_residual_reference(x, y, gate, mod_index)
+    return x, norm_modulate_reference(x, shift, scale, mod_index, eps, rms)
 
 
-def _select(table: Tensor, rows: Tensor | None) -> Tensor:
-    return table[:1] if rows is None else table[rows.long()]
+def _select(table: Tensor, mod_index: Tensor | None) -> Tensor:
+    return table[:1] if mod_index is None else table[mod_index.long()]
 
 
-def _check(x: Tensor, rows: Tensor | None, **others: Tensor | None) -> None:
+def _check(x: Tensor, mod_index: Tensor | None, **others: Tensor | None) -> None:
     if x.ndim != 2:
         raise ValueError(f"x must be [N, C], got {list(x.shape)}")
     given = {name: other for name, other in others.items() if other is not None}
@@ -170,8 +170,12 @@ def _check(x: Tensor, rows: Tensor | None, **others: Tensor | None) -> None:
     for name, other in {"x": x, **given}.items():
         if other.numel() and other.stride(-1) != 1:
             raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {other.stride()}")
-    if rows is not None and (rows.shape != x.shape[:1] or rows.dtype != torch.int32 or not rows.is_contiguous()):
-        raise ValueError(f"rows must be contiguous int32 [{x.shape[0]}], got {rows.dtype} {list(rows.shape)}")
+    if mod_index is not None and (
+        mod_index.shape != x.shape[:1] or mod_index.dtype != torch.int32 or not mod_index.is_contiguous()
+    ):
+        raise ValueError(
+            f"mod_index must be contiguous int32 [{x.shape[0]}], got {mod_index.dtype} {list(mod_index.shape)}"
+        )
 
 
 # ---- torch.library ops ----
@@ -182,33 +186,37 @@ def _norm_modulate(
     x: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool,
     eager_rounding: bool,
     impl: str,
 ) -> Tensor:
-    return module(impl, "norm_modulate").norm_modulate(x, shift, scale, rows, eps, rms, eager_rounding)
+    return module(impl, "norm_modulate").norm_modulate(x, shift, scale, mod_index, eps, rms, eager_rounding)
 
 
 @torch.library.custom_op("uniref_fast::norm_modulate_backward", mutates_args=())
 def _norm_modulate_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, rows: Tensor | None, eps: float, rms: bool, row_grads: bool, impl: str
+    grad: Tensor, x: Tensor, scale: Tensor, mod_index: Tensor | None, eps: float, rms: bool, row_grads: bool, impl: str
 ) -> list[Tensor]:
-    grads = module(impl, "norm_modulate").norm_modulate_backward(grad, x, scale, rows, eps, rms, row_grads)
+    grads = module(impl, "norm_modulate_backward").norm_modulate_backward(
+        grad, x, scale, mod_index, eps, rms, row_grads
+    )
     return [g for g in grads if g is not None]
 
 
 @torch.library.custom_op("uniref_fast::gate_residual", mutates_args=())
-def _gate_residual(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, eager_rounding: bool, impl: str) -> Tensor:
-    return module(impl, "norm_modulate").gate_residual(x, y, gate, rows, eager_rounding)
+def _gate_residual(
+    x: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None, eager_rounding: bool, impl: str
+) -> Tensor:
+    return module(impl, "norm_modulate").gate_residual(x, y, gate, mod_index, eager_rounding)
 
 
 @torch.library.custom_op("uniref_fast::gate_residual_backward", mutates_args=())
 def _gate_residual_backward(
-    grad: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None, row_grads: bool, impl: str
+    grad: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None, row_grads: bool, impl: str
 ) -> list[Tensor]:
-    grads = module(impl, "norm_modulate").gate_residual_backward(grad, y, gate, rows, row_grads)
+    grads = module(impl, "norm_modulate_backward").gate_residual_backward(grad, y, gate, mod_index, row_grads)
     return [g for g in grads if g is not None]
 
 
@@ -219,14 +227,14 @@ def _gate_residual_norm_modulate(
     gate: Tensor,
     shift: Tensor | None,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool,
     eager_rounding: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     kernels = module(impl, "norm_modulate")
-    return kernels.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, eps, rms, eager_rounding)
+    return kernels.gate_residual_norm_modulate(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding)
 
 
 @torch.library.custom_op("uniref_fast::gate_residual_norm_modulate_backward", mutates_args=())
@@ -237,45 +245,45 @@ def _gate_residual_norm_modulate_backward(
     y: Tensor,
     gate: Tensor,
     scale: Tensor,
-    rows: Tensor | None,
+    mod_index: Tensor | None,
     eps: float,
     rms: bool,
     row_grads: bool,
     impl: str,
 ) -> list[Tensor]:
-    grads = module(impl, "norm_modulate").gate_residual_norm_modulate_backward(
-        grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads
+    grads = module(impl, "norm_modulate_backward").gate_residual_norm_modulate_backward(
+        grad_x_out, grad_normed, x_out, y, gate, scale, mod_index, eps, rms, row_grads
     )
     return [g for g in grads if g is not None]
 
 
 @_norm_modulate.register_fake
-def _(x, shift, scale, rows, eps, rms, eager_rounding, impl):
+def _(x, shift, scale, mod_index, eps, rms, eager_rounding, impl):
     return x.new_empty(x.shape)
 
 
 @_gate_residual.register_fake
-def _(x, y, gate, rows, eager_rounding, impl):
+def _(x, y, gate, mod_index, eager_rounding, impl):
     return x.new_empty(x.shape)
 
 
 @_gate_residual_norm_modulate.register_fake
-def _(x, y, gate, shift, scale, rows, eps, rms, eager_rounding, impl):
+def _(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, impl):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_norm_modulate_backward.register_fake
-def _(grad, x, scale, rows, eps, rms, row_grads, impl):
+def _(grad, x, scale, mod_index, eps, rms, row_grads, impl):
     return [x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(2 * row_grads))]
 
 
 @_gate_residual_backward.register_fake
-def _(grad, y, gate, rows, row_grads, impl):
+def _(grad, y, gate, mod_index, row_grads, impl):
     return [y.new_empty(y.shape), *(gate.new_empty(gate.shape) for _ in range(row_grads))]
 
 
 @_gate_residual_norm_modulate_backward.register_fake
-def _(grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads, impl):
+def _(grad_x_out, grad_normed, x_out, y, gate, scale, mod_index, eps, rms, row_grads, impl):
     return [
         x_out.new_empty(x_out.shape),
         y.new_empty(y.shape),
@@ -287,44 +295,44 @@ def _(grad_x_out, grad_normed, x_out, y, gate, scale, rows, eps, rms, row_grads,
 
 
 def _save_norm_modulate(ctx, inputs, output) -> None:
-    x, shift, scale, rows, ctx.eps, ctx.rms, _, ctx.impl = inputs
+    x, shift, scale, mod_index, ctx.eps, ctx.rms, _, ctx.impl = inputs
     ctx.shifted = shift is not None
-    ctx.save_for_backward(x, scale, rows)
+    ctx.save_for_backward(x, scale, mod_index)
 
 
 def _differentiate_norm_modulate(ctx, grad):
-    x, scale, rows = ctx.saved_tensors
+    x, scale, mod_index = ctx.saved_tensors
     row_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     op = torch.ops.uniref_fast.norm_modulate_backward
-    dx, *tables = op(upstream(grad), x, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
+    dx, *tables = op(upstream(grad), x, scale, mod_index, ctx.eps, ctx.rms, row_grads, ctx.impl)
     dshift, dscale = tables or (None, None)
     return dx, dshift if ctx.shifted else None, dscale, None, None, None, None, None
 
 
 def _save_gate_residual(ctx, inputs, output) -> None:
-    _, y, gate, rows, _, ctx.impl = inputs
-    ctx.save_for_backward(y, gate, rows)
+    _, y, gate, mod_index, _, ctx.impl = inputs
+    ctx.save_for_backward(y, gate, mod_index)
 
 
 def _differentiate_gate_residual(ctx, grad):
-    y, gate, rows = ctx.saved_tensors
+    y, gate, mod_index = ctx.saved_tensors
     op = torch.ops.uniref_fast.gate_residual_backward
-    dy, *dgate = op(upstream(grad), y, gate, rows, ctx.needs_input_grad[2], ctx.impl)
+    dy, *dgate = op(upstream(grad), y, gate, mod_index, ctx.needs_input_grad[2], ctx.impl)
     return grad, dy, dgate[0] if dgate else None, None, None, None
 
 
 def _save_gate_residual_norm_modulate(ctx, inputs, output) -> None:
-    _, y, gate, shift, scale, rows, ctx.eps, ctx.rms, _, ctx.impl = inputs
+    _, y, gate, shift, scale, mod_index, ctx.eps, ctx.rms, _, ctx.impl = inputs
     ctx.shifted = shift is not None
-    ctx.save_for_backward(output[0], y, gate, scale, rows)
+    ctx.save_for_backward(output[0], y, gate, scale, mod_index)
 
 
 def _differentiate_gate_residual_norm_modulate(ctx, grad_x_out, grad_normed):
-    x_out, y, gate, scale, rows = ctx.saved_tensors
+    x_out, y, gate, scale, mod_index = ctx.saved_tensors
     row_grads = any(ctx.needs_input_grad[2:5])
     op = torch.ops.uniref_fast.gate_residual_norm_modulate_backward
     grads = (upstream(grad_x_out), upstream(grad_normed))
-    dx, dy, *tables = op(*grads, x_out, y, gate, scale, rows, ctx.eps, ctx.rms, row_grads, ctx.impl)
+    dx, dy, *tables = op(*grads, x_out, y, gate, scale, mod_index, ctx.eps, ctx.rms, row_grads, ctx.impl)
     dgate, dshift, dscale = tables or (None, None, None)
     return dx, dy, dgate, dshift if ctx.shifted else None, dscale, None, None, None, None, None
 

@@ -1,4 +1,4 @@
-"""QK-RMSNorm and rotary embedding of both streams, written straight into the joint packed q, k, v.
+"""RMSNorm and rotary embedding of q and k of both streams, written directly into the joint packed q, k, v.
 
     q = rope(rms_norm(q_stream) * w_q),   k = rope(rms_norm(k_stream) * w_k),   v = v_stream
 
@@ -33,20 +33,20 @@ def qk_norm_rope(
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> QKV:
-    """Normalise, rotate and pack.
+    """Normalise and rotate q and k of both streams and write them, with v, into the joint sequence.
 
     Args:
-        text: q, k, v of the text stream, `[N_text, H, D]` each, one dtype; strided tokens and heads are fine.
-        image: q, k, v of the image stream, `[N_image, H, D]` each.
+        text: The tensors q, k, v of the text stream, `[N_text, H, D]` each, one dtype. Tokens and heads may be strided.
+        image: The tensors q, k, v of the image stream, `[N_image, H, D]` each.
         text_weights, image_weights: RMSNorm weights `[D]` of q and k; None leaves that one unnormalised.
-        layout: says where each stream row goes.
-        rotary: cos, sin in joint order, float32 `[N, D / 2]` (`SelfLayout.rotary`).
-        eps: added to the mean square.
+        layout: Layout that gives the joint row of each token of a stream.
+        rotary: Tables cos and sin in joint order, float32 `[N, D / 2]` (`SelfLayout.rotary`).
+        eps: Number added to the mean square.
         rounding: "once" rounds the result, "eager" also rounds after the norm and after its weight, as diffusers does.
         impl: "reference", "native", "triton"; None picks by device.
 
     Returns:
-        joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image. Differentiable in the streams and the weights.
+        Joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image. Differentiable in the streams and the weights.
     """
     tensors = (*text, *image)
     head = image[0].shape[1:]
@@ -98,7 +98,7 @@ def qk_norm_rope_reference(
     img_index: Tensor,
     eps: float,
 ) -> QKV:
-    """The specification; float64 inputs are computed in float64."""
+    """Compute the specification in plain PyTorch; float64 inputs are computed in float64."""
     joint = torch.cat([txt_index, img_index]).long()
 
     def pack(txt: Tensor, img: Tensor) -> Tensor:
@@ -181,8 +181,8 @@ def _qk_norm_rope_backward(
     weight_grads: bool,
     impl: str,
 ) -> list[Tensor]:
-    """Six stream gradients, then the gradients of the weights that are not None, if asked for."""
-    grads = module(impl, "qk_norm_rope").qk_norm_rope_backward(
+    """Return six stream gradients, then with weight_grads the gradients of the weights that are not None."""
+    grads = module(impl, "qk_norm_rope_backward").qk_norm_rope_backward(
         dq, dk, dv, txt_q, txt_k, img_q, img_k, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
         weight_grads,
     )  # fmt: skip
