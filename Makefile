@@ -1,28 +1,31 @@
-# Each target makes what it needs: the virtual environment is built on first use and rebuilt when its inputs change.
+# Targets create the virtual environment on first use and again when its inputs change.
 VENV ?= .venv
 PYTHON ?= python3
-# The tested sets of versions: constraints.txt (the CUDA build of torch that pip installs) and constraints-cpu.txt.
+# Tested versions: constraints.txt (the CUDA build of torch that pip installs) or constraints-cpu.txt.
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,bench,lint,processor,docs
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= $(or $(OUT),bench/results)
-# Versions of Triton that `make kernels` compiles with; "newest" is the newest release.
+# Versions of Triton that `make kernels` compiles with; "newest" is the latest release.
 TRITONS ?= 3.6.0 3.7.1 3.8.0 newest
 
-.PHONY: demo test bench lint docs kernels gpu train-builtin tune clean
+.PHONY: demo test test-fast bench lint docs kernels gpu train-builtin tune clean
 
-demo: $(STAMP)  ## stock against patched pipeline on a composed scene: out/demo.png
+demo: $(STAMP)  ## compare the stock with the patched pipeline and write a contact sheet, out/demo.png
 	$(BIN)/uniref-fast demo --out out/demo.png
 
-test: $(STAMP)  ## the test suite, on two workers; TESTS="tests/test_edit.py ..." selects files
+test: $(STAMP)  ## run all tests on two workers; TESTS="tests/test_edit.py ..." selects files
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-bench: $(STAMP)  ## every benchmark on this machine, side by side: a table, and JSON in $(RESULTS)
+test-fast: $(STAMP)  ## run the tests that are not marked slow, in under two minutes on two cores
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+
+bench: $(STAMP)  ## run every benchmark on this machine, print a table and write JSON to $(RESULTS)
 	$(BIN)/python -m pytest bench --benchmark-only --results $(RESULTS) --what bench
 
-lint: $(STAMP)
+lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 docs: $(STAMP)  ## the documentation as a site: build/site
@@ -36,16 +39,16 @@ kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90 and sm_100 wi
 	    PYTHONPATH=$$folder $(BIN)/python -m uniref_fast.kernels.compile_matrix; \
 	done
 
-train-builtin: $(STAMP)  ## the built-in model from nothing, under four hours; wants the Debian package fonts-noto-color-emoji
+train-builtin: $(STAMP)  ## train the built-in model in under four hours; needs the Debian package fonts-noto-color-emoji
 	$(BIN)/python -m uniref_fast.training.builtin.make --out runs/builtin
 
-tune: $(STAMP)  ## measure this machine's attention costs: uniref_fast/assets/tuned/<device>.json
+tune: $(STAMP)  ## measure the cost of attention on this machine: uniref_fast/assets/tuned/<device>.json
 	$(BIN)/python bench/autotune.py
 
-gpu:  ## on a machine with a CUDA device: what bench/GPU_TODO.md asks for, in order, within 12 minutes
+gpu:  ## run what bench/GPU_TODO.md asks for on a machine with a CUDA device, in order, within 12 minutes
 	$(PYTHON) bench/harvest.py --out $(RESULTS)
 
-# torch first: so that no other package's dependency picks another build of it
+# torch is installed first, so that no dependency picks another build
 $(STAMP): pyproject.toml $(wildcard constraints*.txt) setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) torch

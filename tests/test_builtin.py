@@ -157,6 +157,7 @@ def other_areas(folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [unchanged, plain, fused, cast, other_areas])
 def test_a_saved_pipeline_is_the_same_model(folder, tmp_path, variant):
     before = variant(folder)
@@ -227,6 +228,7 @@ def start_load(cache):
     return subprocess.Popen([sys.executable, "-c", LOAD], env=env, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path):
     processes = [start_load(tmp_path) for _ in range(2)]
     outputs = [process.communicate(timeout=110)[0].split() for process in processes]

@@ -28,6 +28,7 @@ def run(capsys, *args):
     return status, captured.out, captured.err
 
 
+@pytest.mark.slow
 def test_demo_writes_a_contact_sheet_and_prints_one_json_object(tmp_path, capsys):
     out = tmp_path / "deep" / "sheet.png"
     status, text, _ = run(capsys, "demo", "--out", out, "--json", "--steps", 2, "--repeats", 1, "--seed", 1)

@@ -76,6 +76,7 @@ def pipe(builtin_pipe):
     return builtin_pipe
 
 
+@pytest.mark.slow
 def test_each_result_equals_its_own_run(pipe):
     """Against diffusers' pipeline where it can run (it needs an image), and against edit() of one request."""
     together = uniref_fast.edit(pipe, requests(), output_type="pt", progress=False)
@@ -478,6 +479,7 @@ def with_scheduler(pipe):
     pipe.scheduler = before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_equals_the_stock_run(with_scheduler, name):
     """Also while others ride along, under PyTorch's global generator as in stock, and after an earlier run."""
@@ -742,6 +744,7 @@ FOLLOWED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", FOLLOWED)
 def test_changes_of_what_is_called_or_read_are_followed(pipe, change):
     copy = SmallQwenImageEditPlusPipeline(**{**pipe.components, "transformer": deepcopy(pipe.transformer)})
@@ -754,6 +757,7 @@ def test_changes_of_what_is_called_or_read_are_followed(pipe, change):
         assert max_relative_error(after, before) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["encode_prompt", "prepare_latents", "_encode_vae_image", "vae.encode", "vae.decode"]
 )

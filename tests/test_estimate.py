@@ -133,6 +133,7 @@ def test_vae_memory_is_what_lives(builtin_pipe, size):
     within(stages["VAE decode"].activation_bytes, memory.peak, 0.03)  # with what the request keeps
 
 
+@pytest.mark.slow
 def test_vae_tiling_counts(builtin_pipe):
     request, given = EditRequest("x", num_inference_steps=2), {"image_sizes": [[(256, 256)]], "budget": 256 * 256}
     whole = uniref_fast.estimate(builtin_pipe, [request], **given).stages[1]
@@ -196,6 +197,7 @@ def test_transformer_memory_is_what_lives(make_transformer, samples, dtype):
     within(transformer_peak(model, layout), memory.peak, 0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [None, 700])
 def test_the_peak_of_a_whole_edit(builtin_pipe, max_tokens):
     requests = [EditRequest("x", [Image.new("RGB", (128, 128))] * 2, negative_prompt=" ", num_inference_steps=2,
@@ -281,6 +283,7 @@ def test_scales_in_attributes_count(builtin_pipe):
     assert sum(t.nbytes for t in stored_tensors(weight)) == 100 + 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, bits",
     [

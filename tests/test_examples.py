@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "01_patch_a_pipeline": ["originals run   0 calls", "8 of 8 sites compared"],

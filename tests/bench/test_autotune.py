@@ -38,6 +38,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.slow
 def test_fit_and_choice():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=BENCH, capture_output=True, text=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-@pytest.mark.slow
 def test_every_part_runs_and_writes_its_results(tmp_path):
     done = subprocess.run(
         [sys.executable, "harvest.py", "--out", tmp_path, "--tiny"], cwd=BENCH, capture_output=True, text=True

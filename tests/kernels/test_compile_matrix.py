@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
@@ -22,7 +24,6 @@ def python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_attention_compiles_without_violations(arch):
     """The kernels that fill the registers. `make kernels` compiles all, and with the newest Triton."""
@@ -34,7 +35,6 @@ def test_attention_compiles_without_violations(arch):
     assert len(lines) == 8 and all(f"sm_{arch}" in line for line in lines), result.stdout
 
 
-@pytest.mark.slow
 def test_token_kernels_compile_without_violations():
     names = ["norm_modulate", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gelu_fp8"]
     result = python(*MATRIX, "--arch", "90", "--head-dim", "128", "--only", *names, "--jobs", "1")
@@ -62,7 +62,6 @@ print(report.violations())
 """
 
 
-@pytest.mark.slow
 def test_violations_are_seen():
     """Launches that cannot pass must fail, or the checks above show nothing."""
     result = python("-c", BAD_LAUNCHES)

@@ -186,6 +186,7 @@ def test_plans(name, dtype, device):
     check(*qkv(plan.num_queries, plan.num_keys, 1, 16, dtype, device), plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_hundreds_of_one_token_segments(dtype, device):
     plan = block_diagonal([1] * 300)
@@ -261,6 +262,7 @@ def test_large_scores(sign, device):
 # --- promises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_bit_identical_alone_and_in_any_pack(dtype, device):
     # Samples with tails and without, one token, hidden keys, several intervals, other numbers of queries than keys.

@@ -136,6 +136,7 @@ def check_rope(txt, img, weights, device):
 
 # Streams without a row (no text; no image), one token, neither heads nor rows a power of two, and more tokens than the
 # backward takes in one program, or exactly as many.
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("num_txt", "num_img", "heads", "head_dim"),

@@ -109,6 +109,7 @@ def assert_same_bits_in_packs(model, impl):
         assert all(torch.equal(out, alone[i]) for i, out in zip(order, together, strict=True)), order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_in_packs_but_for_the_products_of_the_library(make_transformer, monkeypatch, dtype, impl):

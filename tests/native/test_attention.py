@@ -246,6 +246,7 @@ def check_backward(q, k, v, plan, level, scale=None):
         assert_within_budget(a, e, x, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 128])  # 8, 24, 40: no multiple of 16
 @pytest.mark.parametrize(
     ("queries", "keys"),
@@ -440,6 +441,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_out_of_memory():
     """The kernels' work buffers cannot be had: an error, not a crash and not a wrong result."""

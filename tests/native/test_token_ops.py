@@ -48,6 +48,7 @@ def rope_oracle(x, w, cos, sin, index, dtype):
     return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("texts", "images", "heads", "dim"),
     [
@@ -404,6 +405,7 @@ def check_gradients(actual, exact, eager, dtype):
             assert_within_budget(a, e, x, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "channels"),
     [

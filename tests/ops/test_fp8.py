@@ -91,6 +91,7 @@ def test_emulation_is_what_pytorch_computes():
     torch.testing.assert_close(fp8.scaled_linear(*a, *b, dtype=torch.float32), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["norm_modulate_fp8", "gelu_fp8"])
 def test_torch_library_contract(name):
     x = torch.randn(5, 32, device=DEVICE)

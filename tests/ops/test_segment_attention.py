@@ -61,6 +61,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 @each_case
 @pytest.mark.parametrize("visibility", list(POLICIES))
 def test_forward_and_backward(impl, dtype, visibility):
@@ -154,6 +155,7 @@ def test_a_launch_uses_the_configuration_of_its_tables(monkeypatch, change_befor
             assert torch.equal(got, same)
 
 
+@pytest.mark.slow
 @each_case
 def test_torch_library_contract(impl, dtype):
     """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""
@@ -170,6 +172,7 @@ def test_torch_library_contract(impl, dtype):
     torch.library.opcheck(op, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "dense", None])
 def test_under_torch_compile(impl):
     """Plans change between calls of one compiled function; one graph break, in the planning."""

@@ -70,6 +70,7 @@ def check_op(op, reference, tensors, impl, names, outputs):
         assert_within_budget(got, eager, oracle, f"{impl} gradient of {name}")
 
 
+@pytest.mark.slow
 @each_case
 def test_qk_norm_rope(impl, dtype):
     layout = SelfLayout.qwen(PACK)
@@ -127,6 +128,7 @@ def modulated(dtype, n=77, c=96, rows=4):
     return x, rand(n, c, dtype=dtype), table.chunk(6, dim=-1), index
 
 
+@pytest.mark.slow
 @each_case
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("with_rows", [True, False])
@@ -217,6 +219,7 @@ def test_eager_rounding(impl, dtype):
         assert differing[0] < 0.01 and (impl == "reference" or differing[0] < differing[1] / 4), differing
 
 
+@pytest.mark.slow
 @each_op_case
 def test_torch_library_contract(impl, dtype):
     """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""
@@ -236,6 +239,7 @@ def test_torch_library_contract(impl, dtype):
         torch.library.opcheck(getattr(torch.ops.uniref_fast, name).default, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", [None, "reference"])
 def test_under_torch_compile(impl):
     """The whole op in one graph, forward and backward."""

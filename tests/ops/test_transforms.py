@@ -136,6 +136,7 @@ def test_fused_implementations_refuse_transforms(op, impl):
         assert ops.explain_attention(rand(N, 2, 8).float(), PLAN)[0] == "reference"
 
 
+@pytest.mark.slow
 @each_op
 @pytest.mark.parametrize("impl", [*FUSED, "dense"])
 def test_fused_backwards_refuse_what_would_be_lost(op, impl):

@@ -8,6 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import uniref_fast
 from uniref_fast.testing import max_relative_error
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
@@ -38,7 +40,6 @@ def graphs(model, how, fullgraph):
     return counts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "how, fullgraph, called_before", [("model", False, False), ("blocks", True, False), ("wrapper", True, True)]
 )
@@ -74,7 +75,6 @@ def test_compiled_calls_after_the_recompile_limit(make_transformer):
         assert max_relative_error(out, run(stock, text=length)) < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compile_repeated_blocks(make_transformer, fullgraph):
     """Inside torch.compile the original block is traced, without a graph break, and the report says so."""

@@ -104,6 +104,7 @@ def test_unlike_requests_in_one_pack_equal_their_own_runs(pipe):
         assert abs(pixels(image) - pixels(stock_image(pipe, k, seed=k))).max() <= 1
 
 
+@pytest.mark.slow
 def test_estimate_counts_the_tokens_of_an_edit(pipe, folder):
     options, images = arguments(2)
     request = {"images": images, "seed": 0, **options}

@@ -206,6 +206,7 @@ COMPLETIONS = st.fixed_dictionaries(
 BODIES = st.one_of(st.binary(max_size=60), st.one_of(JSONS, COMPLETIONS).map(lambda value: json.dumps(value).encode()))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     code=st.sampled_from([200, 200, 200, 201, 302, 404, 429, 500]) | st.integers(100, 999),
@@ -284,6 +285,7 @@ def test_the_largest_answer_that_is_taken(server):
         assert ask(judge, status(200, gzip.compress(data), Content_Encoding="gzip"), server) == GOOD
 
 
+@pytest.mark.slow
 def test_the_list_of_models_has_the_same_bounds(server):
     models = server.models
     try:
@@ -296,6 +298,7 @@ def test_the_list_of_models_has_the_same_bounds(server):
         server.models = models
 
 
+@pytest.mark.slow
 def test_an_answer_is_read_beside_the_loop_and_within_the_timeout(server, monkeypatch):
     """While one answer is read, however long that takes, other calls time out as they should."""
     reading, go_on, read = threading.Event(), threading.Event(), client.read_completion
@@ -384,6 +387,7 @@ def secrets():
         yield raw(CHUNKED + form.encode())
 
 
+@pytest.mark.slow
 def test_the_key_is_written_nowhere(server, tmp_path, monkeypatch, caplog, capfd):
     for name in client.LOGGERS:
         caplog.set_level(logging.DEBUG, name)

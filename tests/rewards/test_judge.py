@@ -146,6 +146,7 @@ def test_other_modes_are_refused_before_anything_is_sent(server):
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_hundreds_of_candidates_within_the_bound(server):
     """The first six meet at the server: so many come at once, and never more."""
     together = threading.Barrier(6, timeout=20)
@@ -236,6 +237,7 @@ def test_a_code_fence_around_the_answer_is_taken_off(server):
         assert ask(judge) == [good(7, 8, 9.5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("behave, kind", [(status(500), "overloaded"), (status(429), "overloaded"),
                                           (slow(1.0, by_colour), "timeout"), (cut, "connection")])  # fmt: skip
 def test_after_all_attempts_it_is_a_failure(server, behave, kind):
@@ -317,6 +319,7 @@ def test_an_outage_is_waited_out_and_told(server):
     assert "Connect" in notes[0][1]["reason"] and 0.3 < notes[1][1]["seconds"] < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code, told", [(502, True), (503, True), (504, True), (500, False), (429, False)])
 def test_what_is_an_outage(server, code, told):
     notes = Notes()
@@ -336,6 +339,7 @@ def test_a_probe_waits_as_long_as_the_server_asks(server):
     assert server.times[3] - server.times[0] > 0.4
 
 
+@pytest.mark.slow
 def test_while_away_one_probe_at_a_time_with_growing_waits(server):
     notes = Notes()
     server.default = slow(0.03, status(503))
@@ -396,6 +400,7 @@ def test_slow_answers_and_errors_are_no_outage(server):
     assert kinds == {"timeout": 5, "scores": 1} and notes == []
 
 
+@pytest.mark.slow
 def test_who_answers_nobody_is_away(server):
     """It accepts and is silent: the calls wait, and none is lost."""
     notes, silent = Notes(), threading.Event()
@@ -696,6 +701,7 @@ def test_a_full_disk_is_an_error_and_no_score(server, tmp_path, monkeypatch):
 # ---- the key ----
 
 
+@pytest.mark.slow
 def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("JUDGE_API_KEY", f" {KEY}\n")

@@ -17,6 +17,8 @@ from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.request import EditRequest
 from uniref_fast.training.builtin import make as builtin_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ("--artworks", "shipped", "--samples", "24", "--heldout", "3", "--vae_steps", "2", "--scale", "1e-6",
          "--ranks", "1", "--dtype", "float32", "--seeds", "1")  # fmt: skip
@@ -69,7 +71,6 @@ def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "uniref_fast.training.builtin.make", "--out", str(out), *SMALL]
@@ -122,7 +123,6 @@ def test_the_shipped_folder(tmp_path):
 
 
 @shipped
-@pytest.mark.slow
 def test_the_shipped_model_composes_objects_it_never_saw():
     """A floor, far below what docs/builtin-model.md reports, but above the bare background that they are put on."""
     pipe = builtin.load()

@@ -26,7 +26,7 @@ from uniref_fast.training.builtin.vae import VAE
 from uniref_fast.training.builtin.vae_trainer import crops, psnr
 
 ROOT = Path(__file__).resolve().parents[3]
-pytestmark = pytest.mark.usefixtures("threads")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 DATA = Path(tempfile.mkdtemp(prefix="uniref_fast-test-"))
 SMALL = VAE(data=DATA / "made", steps=3, batch=2, side=16, lr=1e-2, save_every=2)
 
@@ -153,7 +153,6 @@ def whole(tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
 def test_what_a_run_writes(whole):
     assert [step for step, _ in metrics(whole)] == [0, 1, 2]
     assert [step for step, _ in metrics(whole, "eval/psnr")] == [2, 3], "every save_every steps, and at the end"
@@ -162,7 +161,6 @@ def test_what_a_run_writes(whole):
     assert len(list(whole.rglob("heldout*.png"))) == 2
 
 
-@pytest.mark.slow
 def test_the_model_is_a_pipeline_with_latents_of_unit_size(whole):
     pipe = load_pipeline(str(whole / "model"), torch.float32, "cpu")
     stats = pipe.vae.config
@@ -199,7 +197,6 @@ def flags(config):
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path):
     config = dataclasses.replace(SMALL, out=tmp_path / "run")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if not torch.cuda.is_available() else "0"}
@@ -213,7 +210,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path):
     assert metrics(config.out) == metrics(whole) and metrics(config.out, "eval/psnr") == metrics(whole, "eval/psnr")
 
 
-@pytest.mark.slow
 def test_weights_move_and_a_finished_model_is_never_half_replaced(whole, capsys):
     initial = load_pipeline("builtin", torch.bfloat16, "cpu").vae.state_dict()
     moved = [name for name, value in weights(whole).items() if not torch.equal(value, initial[name])]
@@ -231,7 +227,6 @@ def test_a_folder_that_holds_no_model(tmp_path, capsys):
     assert "holds no model; remove it" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_the_loss_falls(tmp_path):
     """By more than batches differ: means over a third of the steps, all of the first scenes."""
     config = dataclasses.replace(SMALL, out=tmp_path / "run", steps=30, batch=4, lr=2e-2, save_every=100)
@@ -275,7 +270,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("vae: ") and (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.slow
 def test_a_full_disk_at_the_end_says_what_was_kept(whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -297,7 +291,6 @@ def test_a_full_disk_at_the_end_says_what_was_kept(whole, tmp_path, monkeypatch,
     )
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(whole, out)

@@ -15,6 +15,8 @@ from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.testing import assert_within_budget
 from uniref_fast.training.supervised.flow_matching import sample_errors
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).resolve().parents[2] / "helpers" / "mesh_worker.py"
 # Where rows are cut, for two and for three ranks: even parts; uneven ones; an empty part at the beginning, in the
 # middle and at the end; one rank that has all; one row.
@@ -59,7 +61,6 @@ def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
     return {"loss": loss, "norm": norm, **gradients}
 
 
-@pytest.mark.slow
 def test_gradients_equal_one_rank(tmp_path, four_ranks):
     """Data parallel x sequence parallel in {1x1, 2x1, 1x2, 2x2}; the sharing changes within one run of the ranks."""
     runs = {
@@ -79,7 +80,6 @@ def test_gradients_equal_one_rank(tmp_path, four_ranks):
     assert [name for name in single if not torch.equal(single[name], double[name])] == [], "a sum of two packs is exact"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("bounds", BOUNDS)
 def test_gathered_rows(four_ranks, bounds):
     """All rows in their order on every rank; each keeps the gradient of its own part of them."""

@@ -72,6 +72,7 @@ def kept_bytes(model, samples, checkpointing):
     return sum(found.values()), layout.joint_length
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from uniref_fast.training.core import processes
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.processes import LOCK_FILE, locked
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -226,7 +228,6 @@ def weights(out):
     return load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_goes_on(data, tmp_path):
     out, script, waiting = tmp_path / "run", tmp_path / "slow.py", tmp_path / "waiting"
