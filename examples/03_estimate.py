@@ -14,6 +14,10 @@ pipe = builtin.load()
 scenes = heldout_scenes(0, references=3, count=4)
 requests = [EditRequest(scene.instruction, scene.references, width=64, height=64) for scene in scenes]
 
+# Sizes in pixels are enough; then the requests need no images.
+planned = [EditRequest("put the cup of picture 1 on picture 2")]
+print(uniref_fast.estimate(pipe, planned, image_sizes=[[(1024, 768), (800, 800)]]), end="\n\n")
+
 whole = uniref_fast.estimate(pipe, requests)
 print(whole)
 
