@@ -480,7 +480,7 @@ def test_own_rewards(config, whole, tmp_path, monkeypatch, capsys):
     assert status == 0 and "size.width" in text.split("minus ")[1]
     assert results(tmp_path / "b")["comparison"]["files"]["heldout_objects"]["my_rewards:size.width"]["mean"] == 0
     status, _, error = run(capsys, *args, "--rewards", "my_rewards:wrong", "--out", tmp_path / "c")
-    assert status == 2 and "must return axis -> score from 0 to 10" in error
+    assert status == 2 and "must return scores from 0 to 10 by axis" in error
     for name, message in (("my_rewards:gone", "has no attribute 'gone'"), ("judge", "functions of your own"),
                           ("my_rewards:size,my_rewards:size", "each once")):  # fmt: skip
         status, _, error = run(capsys, *args, "--rewards", name, "--out", tmp_path / "d")

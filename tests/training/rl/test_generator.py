@@ -34,7 +34,7 @@ def source(i):
 
 
 class FakeRanks:
-    """As `Ranks`, for one of several; `others` gives the answers of the others to `gather`."""
+    """Stand-in for one of several `Ranks`; `others` gives the answers of the others to `gather`."""
 
     def __init__(self, rank=0, size=1, sequence=1, others=None):
         self.rank, self.size, self.sequence, self.others = rank, size, sequence, others
@@ -318,7 +318,7 @@ def test_one_of_the_ranks_that_share_a_pack_asks(make, rows):
 
 
 def test_rolling_stops_at_a_signal(make, rows):
-    """After the pack that is under way, on all ranks, whichever was asked to stop."""
+    """All ranks stop after the current pack, whichever was asked to stop."""
     given = rows(1)
     for others, signalled in ((None, True), (lambda value: [True], False)):
         generator = make(signalled=lambda answer=signalled: answer)
@@ -380,7 +380,7 @@ def test_a_signal_of_another_rank_leaves_no_results(make):
 
 @pytest.mark.parametrize("error", [ValueError("nonsense"), KeyError("mine"), TimeoutError("no answer in 5 s")])
 def test_what_a_reward_raises_ends_the_run(make, error):
-    """A TimeoutError of its own is not a wait that goes on."""
+    """A TimeoutError of the reward itself does not prolong the wait."""
     turns = itertools.count()
 
     def signalled():

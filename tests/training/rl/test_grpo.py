@@ -91,7 +91,7 @@ def test_each_axis_on_its_own_counts_alike_whatever_its_range():
 @pytest.mark.parametrize("kind", ["sum", "per_axis"])
 @pytest.mark.parametrize("std", ["group", "batch"])
 def test_groups_whose_axes_cancel_are_dropped_and_counted(kind, std):
-    """And the spread is that of the groups that are left."""
+    """The standard deviation is that of the remaining groups."""
     values, groups = scores([1.0, 2.0], [1.0, 3.0], axis="a")
     for key, b in zip([*groups[0], *groups[1]], (5.0, 4.0, 2.0, 2.0), strict=True):
         values[key]["b"] = b

@@ -25,7 +25,7 @@ def pictures(tmp_path_factory):
 
 
 def row(references, number=0):
-    """`number` is told by the instruction."""
+    """The instruction holds `number`."""
     return {"input_images": [f"{j % 4}.png" for j in range(references)], "instruction": f"row {number}"}
 
 

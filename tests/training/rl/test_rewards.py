@@ -180,7 +180,7 @@ def test_what_cannot_be_scored_is_a_failure(make, own):
 )
 def test_nonsense_ends_the_run(make, own, name):
     (future,) = make(f"{own}:{name}").submit(candidate(), 0).values()
-    with pytest.raises(ValueError, match=rf"{own}:{name}' must return axis -> score from 0 to 10, got"):
+    with pytest.raises(ValueError, match=rf"{own}:{name}' must return scores from 0 to 10 by axis, .* got"):
         future.result(timeout=20)
 
 
@@ -201,9 +201,11 @@ def test_what_else_a_function_raises_ends_the_run(make, own):
         ("own_rewards:answers", "own_rewards:answers' is not a function but {"),
         ("own_rewards:", "unknown reward 'own_rewards:'"),
         (":good", "unknown reward ':good'"),
+        ("os:getcwd", "reward 'os:getcwd' cannot be called with a candidate (too many positional arguments)"),
+        ("builtins:divmod", "reward 'builtins:divmod' cannot be called with a candidate (missing a required argument"),
     ],
 )
-def test_rewards_that_are_not_there(make, own, name, message):
+def test_rewards_that_do_not_exist_or_take_no_candidate(make, own, name, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(name)
 
@@ -243,7 +245,7 @@ def test_without_a_judge(make, tmp_path):
 
 
 def test_with_a_judge(make, own, tmp_path):
-    """Its log is that of the rank; what was asked before is answered from the logs of all ranks."""
+    """The log has the number of the rank; earlier calls are answered from the logs of all ranks."""
     name = f"{own}:good"
     with judge_server.JudgeServer() as server:
         given = {"judge": JudgeConfig(url=server.url, model=judge_server.MODEL), "reward_weights": (1.0, 3.0)}
@@ -270,7 +272,7 @@ def test_a_module_of_the_working_directory_is_found(make, tmp_path, monkeypatch)
     assert asked(make("rewards_here:flat"), candidate())["rewards_here:flat"] == Scores({"quality": 5.0})
 
 
-def test_a_look_at_the_ratio_asks_no_judge():
+def test_the_ratio_check_asks_no_judge():
     rewards = RewardSet(MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", rewards=("judge", "scene")), None, 0)
     assert rewards.judge is None and set(rewards.submit(candidate(), 0)) == {"scene"}
     rewards.close()
@@ -280,5 +282,5 @@ def test_weights_of_axes_that_give_no_mean(make):
     for weights in ((1.0, -1.0, 0.0), (float("nan"), 1.0, 1.0), (math.inf, 1.0, 1.0)):
         with pytest.raises(ValueError, match="axis_weights must be at least 0"):
             make("scene", axis_weights=weights)
-    with pytest.raises(ValueError, match="quality weigh 0"):
+    with pytest.raises(ValueError, match="the weight 0: quality"):
         make("scene", axis_weights=(1.0, 0.0, 0.0)).total({"quality": 4.0})

@@ -85,7 +85,7 @@ def test_a_large_noise_is_fine_over_the_whole_way_and_not_in_a_window():
 
 @pytest.mark.parametrize("steps", [8, 25, 100])
 def test_the_first_step_adds_noise_of_its_own_size_however_many_steps_there_are(steps):
-    """From t = 1 the mean is (t' - a^2 / 2) x, and the noise has the standard deviation a."""
+    """The mean from t = 1 is (t' - a^2 / 2) x, and the noise has the standard deviation a."""
     a, t_next = 1.5, 1 - 1 / steps
     expected = math.sqrt((t_next - a**2 / 2) ** 2 + a**2) / math.sqrt((1 - t_next) ** 2 * DATA_STD**2 + t_next**2)
     assert expected > 1.5
