@@ -6,7 +6,7 @@ It runs the small built-in model on a CPU. For a real model, replace the line th
 
     pipe = QwenImageEditPlusPipeline.from_pretrained("Qwen/Qwen-Image-Edit-2511", torch_dtype=torch.bfloat16).to("cuda")
 
-and the pictures by your own.
+and the images by your own.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from uniref_fast import builtin
 from uniref_fast.demo import heldout_scenes
 
 pipe = builtin.load()  # a diffusers QwenImageEditPlusPipeline
-(scene,) = heldout_scenes(seed=0, references=2, count=1)  # two pictures, and an instruction about them
+(scene,) = heldout_scenes(seed=0, references=2, count=1)  # two references, and an instruction about them
 
 
 def run() -> np.ndarray:

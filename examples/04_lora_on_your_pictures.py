@@ -1,12 +1,12 @@
-"""Train a LoRA on a folder of picture pairs, then edit with it.
+"""Train a LoRA on a folder of image pairs, then edit with it.
 
     python examples/04_lora_on_your_pictures.py
 
 It runs four steps of the small built-in model on a CPU, which is enough to show every part and not enough to learn. The
-folder has the layout of ai-toolkit and musubi-tuner; put your own pictures there:
+folder has the layout of ai-toolkit and musubi-tuner; put your own images there:
 
-    pictures/0000.png  0000.txt       the edited picture and its instruction
-    pictures/control/0000.png         the picture before
+    pictures/0000.png  0000.txt       the edited image and its instruction
+    pictures/control/0000.png         the image before
 
 For a real model, leave out everything of the command below but `--recipe lora`, `--data` and `--out`, start it with
 `torchrun --nproc-per-node N`, and load the pipeline by `QwenImageEditPlusPipeline.from_pretrained(...)`.
@@ -23,7 +23,7 @@ from uniref_fast.demo import heldout_scenes
 TRAIN = Path(__file__).parent.parent / "training" / "sft.py"
 out = Path("out/lora")
 
-# A folder of pairs. Here the pictures are synthetic scenes with one reference each.
+# A folder of pairs. Here the images are synthetic scenes with one reference each.
 pictures = out / "pictures"
 (pictures / "control").mkdir(parents=True, exist_ok=True)
 scenes = heldout_scenes(0, references=1, count=8)
