@@ -255,7 +255,7 @@ def _run(part: Part, out: Path) -> int:
         status = 0
     else:
         print(f"{part.name}: {shlex.join(part.work)}", flush=True)
-        status = _call(part.work)
+        status = run_command(part.work)
     if status == 0 and not part.done.exists():
         raise ValueError(f"{part.name} ended well but did not write {part.done}")
     minutes = (time.perf_counter() - start) / 60
@@ -273,7 +273,7 @@ def _record(part: Part, out: Path, minutes: float) -> None:
     _write_made(out, made)
 
 
-def _call(command: Sequence[str]) -> int:
+def run_command(command: Sequence[str]) -> int:
     """The exit status of a command; signals to this process are passed on, and it is waited for.
 
     When this process is killed the command gets SIGTERM, so that no rank trains beside those of the next start.

@@ -1,5 +1,6 @@
 """The built-in model's making, in miniature; and the model that is shipped."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -17,10 +18,8 @@ from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.request import EditRequest
 from uniref_fast.training.builtin import make as builtin_model
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[3]
-SMALL = ("--artworks", "shipped", "--samples", "24", "--heldout", "3", "--vae_steps", "2", "--scale", "1e-6",
+SMALL = ("--artworks", "shipped", "--samples", "16", "--heldout", "3", "--vae_steps", "2", "--scale", "1e-6",
          "--ranks", "1", "--dtype", "float32", "--seeds", "1")  # fmt: skip
 
 
@@ -71,20 +70,36 @@ def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
+def run_here(command):
+    """Run the command of a part in this process, with one rank; importing PyTorch for each would take most of the time.
+
+    Returns:
+        The exit status.
+    """
+    assert command[0] == sys.executable
+    words = list(command[1:])
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        assert words[2:5] == ["--standalone", "--nproc-per-node", "1"]
+        words = words[5:]
+    if words[0] == "-m":
+        name, arguments = words[1], words[2:]
+    else:
+        script = Path(words[0])
+        assert script.is_file() and script.parent == ROOT / "training"
+        name, arguments = f"uniref_fast.training.{script.stem}", words[1:]
+    module = importlib.import_module("uniref_fast.cli" if name == "uniref_fast" else name)
+    return module.main(arguments) or 0
+
+
+@pytest.mark.slow
+def test_from_nothing_to_the_evaluated_model(tmp_path, monkeypatch, capfd):
+    """Every part runs with its real command line; a second start does nothing."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "uniref_fast.training.builtin.make", "--out", str(out), *SMALL]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (out / "data" / "made.json").exists():  # between parts or in one: any moment will do
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate()[0]
-    assert process.returncode != 0 and not (out / "model").exists(), text[-2000:]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "data: done" in done.stdout
+    monkeypatch.setattr(builtin_model, "run_command", run_here)
+    given = ["--out", str(out), *SMALL]
+    assert builtin_model.main(given) == 0, capfd.readouterr().err[-2000:]
     status = json.loads((out / "model" / store.STATUS_FILE).read_text())
-    assert status["weights"] == "trained" and status["made"]["settings"]["samples"] == 24
+    assert status["weights"] == "trained" and status["made"]["settings"]["samples"] == 16
     assert not [path for path in (out / "model").rglob("config.json") if str(tmp_path) in path.read_text()]
     assert sum(path.stat().st_size for path in (out / "model").rglob("*") if path.is_file()) < 24e6
     report = json.loads((out / "report.json").read_text())
@@ -96,8 +111,58 @@ def test_from_nothing_to_the_evaluated_model_and_stopped_on_the_way(tmp_path):
     names = {part.name for part in builtin_model.parts(builtin_model.BuiltinModel(out=out, seeds=1))}
     assert set(report["made"]["parts"]) == names - {"report"}
     assert all(part["commits"] and part["minutes"] >= 0 for part in report["made"]["parts"].values())
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and again.stdout.count(": done, ") == 17
+
+    monkeypatch.setattr(builtin_model, "run_command", lambda command: pytest.fail(f"ran again: {command}"))
+    capfd.readouterr()
+    assert builtin_model.main(given) == 0
+    assert capfd.readouterr().out.count(": done, ") == 17
+
+
+STOPPED = """
+import signal, sys, time
+from pathlib import Path
+
+from uniref_fast.training.builtin import make
+
+folder = Path(sys.argv[2])
+waiting = f'''
+import signal, sys, time
+from pathlib import Path
+folder = Path({str(folder)!r})
+def stop(number, frame):
+    (folder / "stopped").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+(folder / "started").touch()
+while not (folder / "finish").exists():
+    time.sleep(0.02)
+(folder / "done").touch()
+'''
+make.parts = lambda config: [
+    make.Part("first", folder / "first", (sys.executable, "-c", f"open({str(folder / 'first')!r}, 'x')")),
+    make.Part("waits", folder / "done", (sys.executable, "-c", waiting)),
+]
+sys.exit(make.main())
+"""
+
+
+def test_stopped_in_a_part_and_continued(tmp_path):
+    """The signal reaches the part that runs; the next start leaves alone what is done, and runs that part again."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", STOPPED, "--out", str(out), "--ranks", "1", "--dtype", "float32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "started").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and (out / "stopped").exists(), text
+    assert "waits ended with status 143; the same command goes on" in text
+    (out / "finish").touch()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "first: done" in done.stdout and "waits: done" not in done.stdout and (out / "done").exists()
+    assert set(json.loads((out / "made.json").read_text())["parts"]) == {"first", "waits"}
 
 
 # ---- what is shipped ----
@@ -123,6 +188,7 @@ def test_the_shipped_folder(tmp_path):
 
 
 @shipped
+@pytest.mark.slow
 def test_the_shipped_model_composes_objects_it_never_saw():
     """A floor, far below what docs/builtin-model.md reports, but above the bare background that they are put on."""
     pipe = builtin.load()
