@@ -28,7 +28,7 @@ bench: $(STAMP)  ## run every benchmark on this machine, print a table and write
 lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-docs: $(STAMP)  ## the documentation as a site: build/site
+docs: $(STAMP)  ## build the documentation as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90 and sm_100 with each of TRITONS and check the report

@@ -10,10 +10,8 @@ import difflib
 import io
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,7 +29,7 @@ __all__ = ["main"]
 TRAIN_ONLY = ("fontTools", "httpx2", "matplotlib", "peft", "pyarrow", "tensorboard")
 DTYPES = ("float32", "bfloat16", "float16")
 JSON_HELP = "Print one JSON object instead of text."
-UNTRAINED = "The weights are untrained: the picture is noise shaped by the architecture."
+UNTRAINED = "The weights are untrained: the image is noise shaped by the architecture."
 
 
 class UsageError(Exception):
@@ -210,7 +208,7 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"patched             {result.patched_seconds:.3f} s ({result.speedup:.2f}x)")
         print(f"packed              {result.packed_seconds:.3f} s for {MORE} more scenes")
         print(f"weights             {result.weights}")
-        print(f"PSNR                {result.psnr:.1f} dB; of the packed ones {result.packed_psnr:.1f} dB on average")
+        print(f"PSNR                {result.psnr:.1f} dB; {result.packed_psnr:.1f} dB on average for the packed scenes")
         print(f"contact sheet       {args.out}")
         if result.weights == "untrained":
             print(UNTRAINED)
@@ -278,47 +276,10 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    import torch
+    from uniref_fast.doctor import facts, report
 
-    from uniref_fast import native, ops
-
-    versions = {"python": platform.python_version(), "uniref_fast": __version__}
-    for name in ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    devices = [f"cpu: {_cpu_name()}, {torch.get_num_threads()} threads"]
-    kinds = ["cpu"]
-    if torch.cuda.is_available():
-        kinds.insert(0, "cuda")
-        for i in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(i)
-            memory = properties.total_memory / 2**30
-            devices.append(f"cuda:{i}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
-    served = {}
-    for kind in kinds:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            chosen, why = ops.explain(torch.empty(0, dtype=dtype, device=kind))
-            served[f"{kind} {str(dtype).removeprefix('torch.')}"] = {"implementation": chosen, "reason": why}
-    # Those of 8 bits have no native implementation and choose for themselves.
-    names = [n for n in ops.__all__ if hasattr(torch.ops.uniref_fast, n) and not n.endswith("_fp8")]
-    facts = {"versions": versions, "devices": devices, "native": native.reason(), "ops": names, "served": served}
-    if args.json:
-        print(json.dumps(facts))
-        return 0
-    print("versions")
-    for name, version in versions.items():
-        print(f"  {name:<14}{version}")
-    print("devices")
-    for line in devices:
-        print(f"  {line}")
-    if len(kinds) == 1:
-        print("  no CUDA device: Triton kernels are not used")
-    print(f"native CPU kernels\n  {native.reason()}")
-    print(f"implementation of each op ({', '.join(names)})")
-    for case, choice in served.items():
-        print(f"  {case:<16}{choice['implementation']:<11}{choice['reason']}")
+    found = facts()
+    print(json.dumps(found) if args.json else report(found))
     return 0
 
 
@@ -354,10 +315,10 @@ def _image(path: str) -> ImageSource:
     from uniref_fast.data.images import ImageSource
 
     try:
-        there = Path(path).is_file()
+        exists = Path(path).is_file()
     except OSError as error:
         raise UsageError(f"{path} cannot be read as an image: {error.strerror}") from None
-    if not there:
+    if not exists:
         raise UsageError(f"{path} is not an image file" if Path(path).exists() else f"no such image file: {path}")
     return ImageSource(path, Path(path))
 
@@ -374,13 +335,13 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
         Image.new("RGB", (1, 1)).save(io.BytesIO(), known[path.suffix.lower()])
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
-            f"--out {path}: that format cannot hold the picture ({error}); use .png, .jpg or .webp"
+            f"--out {path}: that format cannot hold the image ({error}); use .png, .jpg or .webp"
         ) from None
     if path.is_dir():
-        raise UsageError(f"--out {path} is a folder; name a file")
+        raise UsageError(f"--out {path} is a folder; give the name of a file")
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UsageError(f"--out {path}: {nearest} is not a folder that can be written to")
+        raise UsageError(f"--out {path}: {nearest} is not a writable folder")
 
 
 def _save(image: Any, path: Path) -> None:
@@ -401,17 +362,7 @@ def _check_device(device: str) -> None:
     if kind not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {device!r} was asked for, but PyTorch sees no CUDA device here; use cpu")
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        raise UsageError(f"device {device!r} is not available: PyTorch finds no CUDA device; use cpu")
 
 
 if __name__ == "__main__":

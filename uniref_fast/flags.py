@@ -105,11 +105,7 @@ def parse(
         print(_help(recipes, recipe, {**others, **ours}, prog, description), end="")
         raise SystemExit(0)
     changes = {name: _override(name, *given, {**ours, **others}) for name, given in flags.items()}
-    return Parsed(
-        recipe,
-        _rebuilt(config, {name: value for name, value in changes.items() if name in ours}),
-        _rebuilt(extra, {name: value for name, value in changes.items() if name in others}),
-    )
+    return Parsed(recipe, _rebuilt(config, changes), extra if extra is None else _rebuilt(extra, changes))
 
 
 def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, prefix: str = "") -> dict[str, Any]:
@@ -131,9 +127,8 @@ def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, pre
             groups[leaf.group] = parser.add_argument_group(leaf.group)
         flag = _flag(f"{prefix}_{name}" if prefix else name)
         action = "extend" if Ellipsis in typing.get_args(leaf.kind) else "store"
-        _add_flag(
-            groups[leaf.group], flag, leaf, _show(leaf.value), type=functools.partial(_value, leaf), action=action
-        )
+        convert = functools.partial(_value, leaf)
+        _add_flag(groups[leaf.group], flag, leaf, _show(leaf.value), type=convert, action=action)
     return groups
 
 
@@ -382,7 +377,7 @@ def _help(
         choice = parser.add_argument_group("Recipes")
         for name, function in recipes.items():
             first, _, _ = (inspect.getdoc(function) or "").partition("\n\n")
-            choice.add_argument(f"--recipe {name}", metavar="", help=_escaped(" ".join(first.split())))
+            choice.add_argument(f"--recipe {name}", metavar="", help=" ".join(first.split()).replace("%", "%%"))
     flags: dict[str, list[_Leaf]] = {}  # the leaves of a field, one for each element of a tuple of dataclasses
     groups: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -398,8 +393,4 @@ def _help(
 
 def _add_flag(group: Any, flag: str, leaf: _Leaf, default: str, **options: Any) -> None:
     text = f"{leaf.doc} (default: {default})".lstrip()
-    group.add_argument(flag, metavar=leaf.metavar, default=argparse.SUPPRESS, help=_escaped(text), **options)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("%", "%%")
+    group.add_argument(flag, metavar=leaf.metavar, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
