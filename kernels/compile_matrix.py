@@ -1,15 +1,15 @@
-"""Compile every kernel for GPUs that are not here, and check the compiler's own report.
+"""Compile every kernel for GPUs that this machine need not have, and check the compiler's report.
 
     python -m uniref_fast.kernels.compile_matrix [--arch 80 90 100] [--only attention ...] [--head-dim 64 128]
 
-Each launcher is called with meta tensors of real sizes. Triton's compilation hook then hands over exactly what the
-launch would compile, specialisation included, and it is compiled to a cubin for the wanted architecture. Checked:
+Each launcher is called with meta tensors of real sizes. Triton's compilation hook then receives exactly the source that
+the launch would compile, specialisation included, and it is compiled to a cubin for the chosen architecture. Checks:
 
 - no spills (no local-memory instruction, no stack), shared memory within the chip's limit for one block;
 - tensor-core instructions in attention: HMMA on sm_80, HGMMA (wgmma) on sm_90, UTC*MMA (tcgen05) on sm_100;
 - 128-bit global loads and stores in the memory-bound kernels, and no 8-bit or 16-bit ones.
 
-It says nothing about speed or results. Exit status 1 when a check fails.
+Speed and results are not checked. The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Launcher = Callable[..., object]
 
 FP8_FLOOR = 89  # conversions to e4m3
 
-# What a kernel must show: tensor-core instructions, and the width of its widest load and store in bits; none narrower
-# than 32 bits unless so little is stored that 16 are expected.
+# Requirements of a kernel: tensor-core instructions, and the widths of its widest load and store in bits. No access may
+# be narrower than 32 bits, except in a kernel that stores so little that 16 are expected.
 MATMUL = (True, 128, 128)
 STREAM = (False, 128, 128)
 EXPECTED = {
@@ -70,7 +70,7 @@ EXPECTED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile: `launch(arch)` calls a launcher, with meta tensors, that may run several kernels."""
+    """One launch to compile: `launch(arch)` calls a launcher with meta tensors, which may run several kernels."""
 
     name: str
     dtype: torch.dtype
@@ -80,7 +80,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one kernel of a case."""
+    """The compiler's report of one kernel of a case."""
 
     case: Case
     kernel: str
@@ -115,7 +115,7 @@ class Report:
 
 
 def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
-    """The matrix: attention in bf16 and fp16, the memory-bound kernels in bf16, real sizes."""
+    """Return the matrix: attention in bf16 and fp16, the memory-bound kernels in bf16, all with real sizes."""
     made: list[Case] = []
 
     def case(name: str, launch: Launcher, *args, dtype=torch.bfloat16, head_dim: int = 0) -> None:
@@ -132,7 +132,7 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
             case(name, _qk_norm_rope_backward, dim, weight_grads, head_dim=dim)
 
     x, y, rows = _meta(IMAGE, CHANNELS), _meta(IMAGE, CHANNELS), _meta(IMAGE, dtype=torch.int32)
-    # Slices of one projection, as a transformer block makes them.
+    # Slices of one projection, as in a transformer block.
     shift, scale, gate = _meta(8, 3 * CHANNELS).chunk(3, dim=1)
     backward = norm_modulate_backward
     for eager in (False, True):
@@ -157,7 +157,7 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
 
 
 def compile_case(case: Case, arch: int) -> list[Report]:
-    """Compile one case for one architecture and read the compiler's report of each of its kernels."""
+    """Compile one case for one architecture and return the compiler's report of each of its kernels."""
     with _collect(arch) as compiled:
         case.launch(arch)
     return [_report(case, arch, name, kernel) for name, kernel in compiled.items()]
@@ -207,7 +207,7 @@ def _attention_backward(head_dim: int, dtype: torch.dtype, arch: int) -> object:
 
 
 def _tables(ranges: int, intervals: int, tiles: int, config: AttentionConfig) -> AttentionTables:
-    """Tables of a plan with so many ranges, intervals and tiles."""
+    """Return tables of a plan with so many ranges, intervals and tiles."""
     shapes = (ranges, 2), (ranges + 1,), (intervals, 2), (tiles, 2)
     return AttentionTables.from_operands([_meta(*shape, dtype=torch.int32) for shape in shapes], astuple(config))
 
@@ -226,13 +226,13 @@ def _qk_norm_rope_backward(head_dim: int, weight_grads: bool, arch: int) -> obje
 
 
 def _rope_tables(head_dim: int) -> list[torch.Tensor]:
-    """Four norm weights, cos and sin, and where each stream's rows go."""
+    """Return four norm weights, cos and sin, and the joint row of each token of both streams."""
     table = _meta(TEXT + IMAGE, head_dim // 2, dtype=torch.float32)
     return [*[_meta(head_dim)] * 4, table, table, *(_meta(rows, dtype=torch.int32) for rows in (TEXT, IMAGE))]
 
 
 def _any_arch(launcher: Launcher, *args) -> object:
-    """For launchers whose parameters do not depend on the architecture, which comes last."""
+    """Call a launcher whose parameters do not depend on the architecture, which is the last argument."""
     return launcher(*args[:-1])
 
 
@@ -241,7 +241,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 class _OfflineDriver:
-    """Stands in for the CUDA driver up to the compilation of a kernel; nothing is ever launched."""
+    """Replacement of the CUDA driver up to the compilation of a kernel; nothing is launched."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -258,7 +258,7 @@ class _OfflineDriver:
 
 @contextmanager
 def _collect(arch: int) -> Iterator[dict]:
-    """Within the block, kernel launches compile for `arch` instead of running: kernel name -> what was compiled."""
+    """Compile kernel launches in the block for `arch` instead of running them; yields kernel name -> compiled."""
     compiled: dict = {}
 
     def hook(*, fn, compile, **_) -> bool:
@@ -267,7 +267,7 @@ def _collect(arch: int) -> Iterator[dict]:
         source = ASTSource(fn.jit_function, compile["signature"], compile["constants"], attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         compiled[fn.jit_function.__name__] = kernel
-        return True  # Triton takes the compilation as declined and does not launch
+        return True  # Triton then takes the compilation as declined and does not launch
 
     driver = triton.runtime.driver
     # `_active` rather than `active`: reading the latter looks for a real driver, and fails without one.
@@ -286,7 +286,7 @@ def _tool(name: str, *arguments: object) -> str:
 
 
 def _width(suffix: str) -> int:
-    """Bits a thread moves with one access, from the instruction's suffix: `E.128`, `E.U16`, `E` alone is 32."""
+    """Return the bits that a thread moves with one access, from the suffix: `E.128`, `E.U16`, `E` is 32."""
     if wide := re.search(r"\b(64|128|256)\b", suffix):
         return int(wide[1])
     if narrow := re.search(r"\b[US](8|16)\b", suffix):
@@ -299,7 +299,7 @@ COLUMNS = "launch kernel dtype D arch warps registers spills shared tensor-core 
 
 
 def _compile_named(key: tuple[int, tuple[int, ...], int]) -> list[tuple[str, list[str]]]:
-    """In a worker process: the lines and violations of one case."""
+    """Return the lines and violations of one case, in a worker process."""
     arch, head_dims, index = key
     reports = compile_case(cases(arch, head_dims)[index], arch)
     return [(_line(report), report.violations()) for report in reports]

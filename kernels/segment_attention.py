@@ -10,8 +10,8 @@
 Flops: 4 * D * H * (visible pairs). Bytes: q, out and lse once; k and v of an interval once per query tile that sees it,
 served by L2, because the tiles of one head run side by side.
 
-Use it for packs of many samples, reference-aware visibility and group-shared references. A plan of one or two big
-rectangles is better served by a dense library kernel.
+Use this kernel for packs of many samples, reference-aware visibility and group-shared references. A dense library
+kernel is better for a plan of one or two big rectangles.
 
 Query tiles start at range starts and key tiles at interval starts, and only the last key tile of an interval is
 masked. So the arithmetic of a range depends on its own lengths alone: a sample is bit-identical alone and in any pack.
@@ -32,12 +32,12 @@ __all__ = ["segment_attention"]
 
 @triton.jit
 def _attend(b_acc, b_max, b_sum, b_q, p_k, s_kn, p_v, s_vn, length, qk_scale, TAIL: tl.constexpr, BN: tl.constexpr):
-    """One key tile of the online softmax in base 2; `length` keys of it are visible when TAIL."""
+    """Add one key tile to the online softmax in base 2; if TAIL, only the first `length` keys are visible."""
     D: tl.constexpr = b_q.shape[1]
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
     if TAIL:
-        # Rows past the interval belong to somebody else: not loaded, since 0 * inf would reach the sum through v.
+        # Rows past the interval belong to other segments: not loaded, since 0 * inf would reach the sum through v.
         b_k = tl.load(p_k + o_n[:, None] * s_kn + o_d[None, :], mask=o_n[:, None] < length, other=0.0)  # [BN, D]
     else:
         b_k = tl.load(p_k + o_n[:, None] * s_kn + o_d[None, :])  # [BN, D]
@@ -115,7 +115,7 @@ def segment_attention_kernel(
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)  # [BM, D]
     b_lse = b_max * 0.6931471805599453 + tl.log(b_sum)  # [BM], from base 2 to natural
-    # Not the mask of the load: that one would live in registers throughout the loops.
+    # Not the mask of the load, which would stay in registers throughout the loops.
     m_m = first_row + o_m < last_row
     p_out += row * s_on + i_h * s_oh
     tl.store(p_out + o_m[:, None] * s_on + o_d[None, :], b_out, mask=m_m[:, None])
@@ -125,14 +125,15 @@ def segment_attention_kernel(
 def segment_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tables: AttentionTables, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `q` [Nq, H, D] over `k`, `v` [Nk, H, D], D one of 16, 32, 64, 128, last dimension contiguous.
+    """Compute attention of q [Nq, H, D] over k, v [Nk, H, D], D one of 16, 32, 64, 128, last dimension contiguous.
 
     Args:
         tables: `AttentionTables.by_query` of the plan; the kernel is launched with their `config`.
         scale: Positive factor of the scores, usually `D ** -0.5`.
 
     Returns:
-        out [Nq, H, D] in q's dtype and lse float32 [H, Nq], natural logarithm; 0 and -inf where no key is visible.
+        The output [Nq, H, D] in q's dtype and the log-sum-exp float32 [H, Nq] (natural logarithm); 0 and -inf for a
+        query without visible keys.
     """
     num_queries, heads, head_dim = q.shape
     assert head_dim in HEAD_DIMS, f"head_dim {head_dim}, supported: {HEAD_DIMS}"

@@ -10,8 +10,8 @@ Each tile of dq, dk or dv is summed by one program in a fixed order: no atomics,
 start at range starts, and the tiles that a program loops over start at interval starts: a sample's gradients are the
 same bits alone and in any pack.
 
-The loops mask the loads of every tile rather than peel the last one off an interval: by the compiler's report, two
-copies of the loop body spill registers where comparing row numbers does not.
+The loops mask the loads of every tile and do not handle the last tile of an interval apart: by the compiler's report,
+two copies of the loop body spill registers, and comparing row numbers does not.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def delta_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
-    """What both kernels need of each query: delta, and lse in base 2."""
+    """Compute the statistics of each query that both kernels need: delta, and lse in base 2."""
     row = tl.program_id(0).to(tl.int64) * BM
     i_h = tl.program_id(1).to(tl.int64)
     o_m = tl.arange(0, BM)
@@ -105,7 +105,7 @@ def dkdv_kernel(
             m_m = o_m < end - i_m
             p_q_i = p_q + query * s_qn
             p_do_i = p_do + query * s_gn
-            # A row past the span, and so of somebody else, is loaded as 0: it adds 1 * 0 to dv and to dk.
+            # A row past the span belongs to other segments and is loaded as 0: it adds 1 * 0 to dv and to dk.
             b_q = tl.load(p_q_i + o_m[:, None] * s_qn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
             b_do = tl.load(p_do_i + o_m[:, None] * s_gn + o_d[None, :], mask=m_m[:, None], other=0.0)  # [BM, D]
             # Keys down, queries across: P and dS are then the left operands of dv and dk as they lie in registers.
@@ -119,7 +119,7 @@ def dkdv_kernel(
             b_ds = b_p * (b_dp - b_delta[None, :])  # [BN, BM]
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")  # [BN, D]
 
-    # Not the mask of the loads: that one would live in registers throughout the loops.
+    # Not the mask of the loads, which would stay in registers throughout the loops.
     m_n = first_row + o_n[:, None] < last_row
     o_dk = row * s_dn + i_h * s_dh + o_n[:, None] * s_dn + o_d[None, :]
     tl.store(p_dv + o_dk, b_dv.to(p_dv.dtype.element_ty), mask=m_n)
@@ -200,7 +200,7 @@ def segment_attention_backward(
     by_key: AttentionTables,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of `segment_attention` for `grad_out` [Nq, H, D], last dimension contiguous.
+    """Return the gradients of `segment_attention` for `grad_out` [Nq, H, D], last dimension contiguous.
 
     Args:
         q, k, v, scale: Arguments of the forward.
@@ -210,7 +210,7 @@ def segment_attention_backward(
             every row of k once, and for each the query rows that see it.
 
     Returns:
-        dq [Nq, H, D], dk and dv [Nk, H, D], contiguous, in q's dtype; 0 where nothing is visible.
+        Gradients dq [Nq, H, D], dk and dv [Nk, H, D], contiguous, in q's dtype; 0 for rows without visible pairs.
     """
     num_queries, heads, head_dim = q.shape
     assert head_dim in HEAD_DIMS, f"head_dim {head_dim}, supported: {HEAD_DIMS}"

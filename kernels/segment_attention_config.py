@@ -57,7 +57,7 @@ class AttentionTables:
 
     Attributes:
         ranges: Start and end row of each range, int32 [R, 2]; together the ranges cover every row once.
-        pointers: int32 [R + 1]; range r sees `intervals[pointers[r] : pointers[r + 1]]`.
+        pointers: Range r sees `intervals[pointers[r] : pointers[r + 1]]`; int32 [R + 1].
         intervals: Half-open, sorted, disjoint and non-empty intervals of rows, int32 [M, 2].
         tiles: Range and first row of each tile in launch order, int32 [T, 2]; None for the native kernels.
         config: Launch parameters that the tiles were cut for; None for the native kernels, which cut no tiles.

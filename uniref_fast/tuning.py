@@ -1,4 +1,4 @@
-"""Measured tables: what `bench/autotune.py` found on a device, kept as data with device, versions and date.
+"""Measured tables: results of `bench/autotune.py` on a device, stored with device, versions and date.
 
 `assets/tuned/<device>.json` holds, for attention, the cost of each implementation as a linear function of a plan, and
 on GPUs the launch parameters that were fastest. A device without a table gets the rules of `ops.segment_attention` and
@@ -22,13 +22,13 @@ __all__ = ["FEATURES", "attention_config", "attention_features", "attention_seco
 
 FOLDER = Path(__file__).parent / "assets" / "tuned"
 FEATURES = ("call", "rectangle", "row", "pair")
-"""What a cost is linear in: a call; a (query range, key interval); a row of either, and a visible (query, key) pair,
-both times heads times head dimension."""
+"""Quantities that a cost is linear in: calls; rectangles of (query range, key interval); rows of both sides of the
+rectangles, and visible (query, key) pairs, the last two times heads times head dimension."""
 
 
 @functools.cache
 def device_name(device: torch.device | str) -> str:
-    """Name of a device's table: "h200" for an NVIDIA H200, "cpu-avx2" for a CPU whose best native level is avx2."""
+    """Return the name of a device's table, such as "h200", or "cpu-avx2" for a CPU whose best native level is avx2."""
     device = torch.device(device)
     if device.type == "cuda":
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower().replace("nvidia", "")).strip("-")
@@ -37,13 +37,13 @@ def device_name(device: torch.device | str) -> str:
 
 @functools.cache
 def table(name: str) -> dict[str, Any] | None:
-    """The table of a device, or None when nobody has measured it."""
+    """Return the table of a device, or None if it was not measured."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def attention_features(plan: AttentionPlan, heads: int, head_dim: int) -> tuple[float, ...]:
-    """The amounts of `FEATURES` in one attention call under a plan."""
+    """Return the amounts of `FEATURES` in one attention call under a plan."""
     pairs = zip(plan.ranges, plan.intervals, strict=True)
     sides = [(end - start, b - a) for (start, end), keys in pairs for a, b in keys]
     width = heads * head_dim
@@ -53,7 +53,7 @@ def attention_features(plan: AttentionPlan, heads: int, head_dim: int) -> tuple[
 def attention_seconds(
     name: str, impl: str, dtype: torch.dtype, plan: AttentionPlan, heads: int, head_dim: int, backward: bool
 ) -> float | None:
-    """Expected seconds of one call on the device of that name, with its backward if wanted; None without a table."""
+    """Return the expected seconds of one call on the device of that name, optionally with its backward, or None."""
     costs = ((table(name) or {}).get("attention") or {}).get(impl, {}).get(str(dtype).removeprefix("torch."))
     if costs is None:
         return None
@@ -63,7 +63,7 @@ def attention_seconds(
 
 
 def attention_config(name: str, dtype: torch.dtype, head_dim: int, direction: str) -> dict[str, Any] | None:
-    """Fastest launch parameters of the Triton kernel ("forward", "backward") on a device, or None."""
+    """Return the fastest launch parameters of the Triton kernel ("forward", "backward") on a device, or None."""
     configs = (table(name) or {}).get("attention_configs", {})
     found = configs.get(f"{str(dtype).removeprefix('torch.')}/{head_dim}/{direction}")
     return None if found is None else _without_removed(found)

@@ -7,7 +7,7 @@ from uniref_fast.native.library import DTYPES, check, int32, leading, pointers, 
 
 
 def _table(names: tuple[str, str, str], ranges: Tensor, ptr: Tensor, intervals: Tensor) -> tuple[Tensor, ...]:
-    """The three tensors of a plan, or of its transpose."""
+    """Return the three tensors of a plan, or of its transpose, after checks."""
     return (
         int32(names[0], ranges, (len(ranges), 2)),
         int32(names[1], ptr, (len(ranges) + 1,)),
@@ -31,11 +31,11 @@ def segment_attention(
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`softmax(scale * q k^T) v`, range r's queries seeing the key rows of `kv_ranges[kv_ptr[r]:kv_ptr[r + 1]]`.
+    """Compute `softmax(scale * q k^T) v`; queries of range r see the key rows of `kv_ranges[kv_ptr[r]:kv_ptr[r + 1]]`.
 
     q [Nq, H, D], k and v [Nk, H, D], D a multiple of 8; q_ranges int32 [R, 2], kv_ptr int32 [R + 1], kv_ranges int32
     [M, 2], half-open. Returns out [Nq, H, D] and lse float32 [H, Nq] (natural logarithm). Queries without keys give
-    0 and -inf. A query's bits depend on its own row and its own keys only: not on what else is packed, nor on threads.
+    0 and -inf. A query's bits depend on its own row and its own keys only: not on the rest of the pack, nor on threads.
     """
     lib, level_id = use_level(level)
     dtype, (queries, heads, dim), keys = _attention_shapes(q, k, v)
@@ -73,12 +73,12 @@ def segment_attention_backward(
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `segment_attention` for its q, k, v, from its `out` and `lse`.
+    """Return the gradients of `segment_attention` for its q, k, v, from its `out` and `lse`.
 
     grad_out [Nq, H, D] in q's dtype; k_ranges int32 [Rk, 2], q_ptr int32 [Rk + 1], q_spans int32 [Ms, 2]: the plan's
     transpose, for each range of key rows the query ranges that see it, ascending. Returns dq [Nq, H, D], dk and dv
-    [Nk, H, D], contiguous, 0 for queries without keys and for keys that nobody sees. A row's bits depend only on the
-    rows that are, directly or through others, visible to each other: not on what else is packed, nor on threads. Needs
+    [Nk, H, D], contiguous, 0 for queries without keys and for keys that no query sees. A row's bits depend only on the
+    rows that are, directly or through others, visible to each other: not on the rest of the pack, nor on threads. Needs
     `Nq * H * (D + 1)` floats of memory.
     """
     lib, level_id = use_level(level)
@@ -100,7 +100,7 @@ def segment_attention_backward(
 
 
 def _attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.dtype, torch.Size, int]:
-    """dtype, shape of q, number of keys."""
+    """Return the dtype, the shape of q and the number of keys."""
     dtype, shape = leading("q", q, "NHD")
     _, heads, dim = shape
     if dim % 8 or dim == 0:

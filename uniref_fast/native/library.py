@@ -1,4 +1,4 @@
-"""The shared library: which of its instruction-set levels can be used, and what its callers check."""
+"""The shared library: loading it, its instruction-set levels, and checks that its callers share."""
 
 import ctypes
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent.parent
 _ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-# Best first. Those on AVX2 run 16-lane code in AVX2 instructions: slow, they test the AVX-512 levels on any machine.
+# Best first. The levels "on_avx2" run 16-lane code in AVX2 instructions: slow, but they test AVX-512 code anywhere.
 _LEVELS = {"avx512bf16": 4, "avx512": 2, "avx2": 1, "generic": 0, "avx512_on_avx2": 3, "avx512bf16_on_avx2": 5}
 _STATUS = {
     1: (MemoryError, "no memory for the kernel's work buffers"),
@@ -26,7 +26,7 @@ _STATUS = {
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason."""
+    """Return the library, or None and the reason."""
     found = sorted(FOLDER.glob("_native*.so"))
     if not found:
         return None, "not built: the installation found no working C++17 compiler (reinstall with `pip install -v`)"
@@ -55,19 +55,19 @@ def _declare(library: ctypes.CDLL) -> None:
 
 @torch.compiler.assume_constant_result  # torch.compile would otherwise trace the search for the library
 def available() -> bool:
-    """Whether the kernels can be used."""
+    """Return True if the kernels can be used."""
     return _load()[0] is not None
 
 
 def reason() -> str:
-    """Why the kernels cannot be used, or which instruction set is in use and which are possible."""
+    """Return why the kernels cannot be used, or the instruction set in use and the possible ones."""
     library, why = _load()
     return why if library is None else f"level {levels()[0]} in use, supported: {', '.join(levels())}"
 
 
 @cache
 def levels() -> list[str]:
-    """Instruction-set levels that this build has and this CPU runs, best first; empty if not available."""
+    """Return the instruction-set levels that this build has and this CPU runs, best first."""
     library, _ = _load()
     return [] if library is None else [name for name, i in _LEVELS.items() if library.uf_level_supported(i)]
 
@@ -90,7 +90,7 @@ def raise_for(status: int) -> None:
 
 
 def check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """On the CPU, of this shape and dtype, last dimension contiguous."""
+    """Return x after checking its shape and dtype, that it is on the CPU, and that its last dimension is contiguous."""
     if x.is_cpu and x.dtype is dtype and x.shape == shape and (x.numel() == 0 or shape[-1] < 2 or x.stride(-1) == 1):
         return x
     if not x.is_cpu:
@@ -103,7 +103,7 @@ def check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 
 def leading(name: str, x: Tensor, letters: Sequence[str]) -> tuple[torch.dtype, torch.Size]:
-    """dtype and shape of the tensor that the others must agree with."""
+    """Return dtype and shape of the tensor that the others must agree with."""
     if x.dtype not in DTYPES:
         raise ValueError(f"{name} is {x.dtype}; native kernels take float32 and bfloat16")
     if x.ndim != len(letters):
@@ -121,6 +121,6 @@ def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def strides(tensors: Sequence[Tensor | None], dims: int) -> ctypes.Array[ctypes.c_int64]:
-    """The first `dims` strides of each, zeros for None."""
+    """Return the first `dims` strides of each tensor, zeros for None."""
     strides = [stride for x in tensors for stride in ((0,) * dims if x is None else x.stride()[:dims])]
     return (ctypes.c_int64 * len(strides))(*strides)

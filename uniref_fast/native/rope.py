@@ -29,7 +29,7 @@ def qk_norm_rope(
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm per head and interleaved rotary embedding of q and k, written with v into the joint sequence.
+    """Normalise (RMS) and rotate q and k per head, in interleaved pairs, and write them with v to the joint sequence.
 
     Streams [Nt, H, D] and [Ni, H, D]; weights [D] or None (no norm); cos and sin float32 [N, D / 2] by joint row;
     txt_index int32 [Nt] and img_index int32 [Ni]: each token's joint row, together a permutation. Returns q, k, v
@@ -73,7 +73,7 @@ def qk_norm_rope_backward(
     *,
     level: str | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `qk_norm_rope`: of txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk.
+    """Return the gradients for txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk.
 
     dq, dk, dv [N, H, D] by joint row. The streams' gradients are contiguous; a weight's is [D] in its dtype, summed in
     float32 over tokens and heads, None without that weight or with weight_grads=False.
@@ -100,7 +100,7 @@ def qk_norm_rope_backward(
 
 
 def _stream_shapes(streams: Sequence[Tensor], names: Sequence[str]) -> tuple[torch.dtype, tuple[int, int, int]]:
-    """dtype and [N, H, D] of the joint sequence, of streams in the order text, image, text, image, .."""
+    """Return dtype and [N, H, D] of the joint sequence of streams in the order text, image, text, image, ..."""
     dtype, (_, heads, dim) = leading(names[1], streams[1], "NHD")
     if dim % 2:
         raise ValueError(f"head dimension {dim} is odd; rotary embedding takes pairs")
@@ -118,7 +118,7 @@ def _rope_tables(
     tokens: tuple[int, int],
     dim: int,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
-    """Checked and contiguous: cos, sin, the two indices, the weights in float32."""
+    """Return cos, sin, the two indices and the float32 weights, checked and contiguous."""
     cos = check("cos", cos, (sum(tokens), dim // 2), torch.float32).contiguous()
     sin = check("sin", sin, (sum(tokens), dim // 2), torch.float32).contiguous()
     index = [int32("txt_index", txt_index, (tokens[0],)), int32("img_index", img_index, (tokens[1],))]

@@ -1,4 +1,4 @@
-"""Which implementation serves an op, and why; what the ops share."""
+"""Choice of the implementation of an op, and helpers that all ops share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Rounding = Literal["once", "eager"]
-"""Round the result of a fused op once, or wherever eager PyTorch rounds."""
+"""Rounding of a fused op: of the result only, or wherever eager PyTorch rounds."""
 IMPLEMENTATIONS = ("reference", "native", "triton")
 TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
@@ -49,10 +49,10 @@ def _triton_missing() -> str | None:
 
 
 def inside_transform() -> str | None:
-    """Say why no fused kernel can serve here, inside a transform of functions, or return None outside of all.
+    """Return the reason why no fused kernel can run inside an active transform of functions, or None outside of all.
 
-    PyTorch hands a kernel plain tensors. The tangents of forward-mode differentiation and the gradients and batch
-    dimensions of `torch.func` would be lost on the way, without an error.
+    PyTorch gives plain tensors to a kernel. The tangents of forward-mode differentiation and the gradients and batch
+    dimensions of `torch.func` would be lost without an error.
     """
     active = None
     if torch._C._are_functorch_transforms_active():
@@ -66,9 +66,9 @@ TRITON_MISSING = _triton_missing()  # once: torch.compile cannot trace it
 
 
 def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) -> str | None:
-    """Why `impl` cannot take this tensor, or None when it can; `head_dim` for attention, whose kernels limit it."""
+    """Return the reason why `impl` cannot take this tensor, or None; attention also gives its `head_dim`."""
     device, dtype = tensor.device.type, tensor.dtype
-    if impl == "reference" or device == "meta":  # where nothing is computed, only shapes and memory are found out
+    if impl == "reference" or device == "meta":  # nothing is computed on meta tensors
         return None
     if why := inside_transform():
         return why
@@ -98,7 +98,7 @@ def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) ->
 
 
 def choose(impl: str | None, tensor: torch.Tensor, head_dim: int | None = None) -> str:
-    """Resolve `impl`: an explicit choice is checked, None picks the fastest that can take the tensor."""
+    """Return the implementation to use: an explicit `impl` is checked, None picks the fastest for the tensor."""
     if impl is None:
         first = _first(tensor)
         return first if unavailable(first, tensor, head_dim) is None else "reference"
@@ -113,7 +113,7 @@ def _first(tensor: torch.Tensor) -> str:
 
 
 def explain(tensor: torch.Tensor, head_dim: int | None = None) -> tuple[str, str]:
-    """The implementation picked for a tensor, and the reason in words."""
+    """Return the implementation picked for a tensor, and the reason in words."""
     first = _first(tensor)
     why = unavailable(first, tensor, head_dim)
     if why is None:
@@ -122,15 +122,15 @@ def explain(tensor: torch.Tensor, head_dim: int | None = None) -> tuple[str, str
 
 
 def module(impl: str, name: str) -> ModuleType:
-    """Where `impl` ("native" or "triton") has its functions; the Triton ones are imported on first use."""
+    """Return the module with the functions of `impl` ("native" or "triton"); Triton is imported at the first use."""
     return native if impl == "native" else importlib.import_module(f"uniref_fast.kernels.{name}")
 
 
 def one_of(name: str, value: str, *known: str) -> bool:
-    """Whether `value` is the last of the known ones.
+    """Return True if `value` is the last of the known values.
 
     Raises:
-        ValueError: for a value that is none of them.
+        ValueError: The value is not known.
     """
     if value not in known:
         raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -138,14 +138,14 @@ def one_of(name: str, value: str, *known: str) -> bool:
 
 
 def first_order_only(*names: str) -> None:
-    """Have backward ops raise an error where second derivatives or batches of gradients are taken through them."""
+    """Make backward ops raise an error when second derivatives or batches of gradients are taken through them."""
     for name in names:
         torch.library.register_autograd(f"uniref_fast::{name}", lambda ctx, *grads: _refuse("second derivatives"))
     not_batched(*names)
 
 
 def not_batched(*names: str) -> None:
-    """Have ops raise an error under vmap, of `torch.func` and of `torch.autograd.grad(is_grads_batched=True)`."""
+    """Make ops raise an error under vmap, of `torch.func` and of `torch.autograd.grad(is_grads_batched=True)`."""
     what = "batches of gradients (vmap over a backward)"
     for name in names:
         torch.library.register_vmap(f"uniref_fast::{name}", lambda info, in_dims, *args: _refuse(what))
@@ -159,7 +159,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where its last dimension is not contiguous (an expanded gradient, for one)."""
+    """Return x, or a copy if its last dimension is not contiguous (an expanded gradient, for example)."""
     return x if x.stride(-1) == 1 or x.numel() == 0 else x.contiguous()
 
 
@@ -167,7 +167,7 @@ def upstream(grad: torch.Tensor) -> torch.Tensor:
     """Return an upstream gradient in the form that a fused backward takes.
 
     Raises:
-        NotImplementedError: inside a transform, which would be lost: the forward was outside of it.
+        NotImplementedError: A transform is active that the forward was not part of; it would be lost.
     """
     if inside_transform():
         _refuse("backward inside a transform of torch.func or forward mode")

@@ -3,9 +3,9 @@
     rectangle i:   out_i, lse_i = attention(q[range], k[interval_i], v[interval_i])
     merged:        lse = log sum_i exp(lse_i),   out = sum_i exp(lse_i - lse) out_i
 
-The backward gives each rectangle the merged out and lse, from which the library's own backward makes that rectangle's
-exact share of dq, dk, dv. Best where a plan is a few big rectangles: cuDNN and FlashAttention run those at the speed of
-the machine. On a GPU the library decides whether its backward is deterministic.
+The backward gives the merged out and lse to each rectangle, and the library's own backward computes from them that
+rectangle's exact share of dq, dk, dv. This is best for a plan of a few big rectangles, which cuDNN and FlashAttention
+run at the speed of the machine. On a GPU the library decides whether its backward is deterministic.
 
 The library's functional ops are called below `scaled_dot_product_attention`, because that returns no log-sum-exp.
 """
@@ -31,7 +31,7 @@ GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def rectangles_of(plan: AttentionPlan) -> list[int]:
-    """(first query, end, first key, end) of every rectangle, one after another, by query range."""
+    """Return (first query, end, first key, end) of every rectangle as one flat list, by query range."""
     return memo(plan, _plan_rectangles)
 
 
@@ -41,7 +41,7 @@ def _plan_rectangles(plan: AttentionPlan) -> list[int]:
 
 
 def backend(x: Tensor) -> str | None:
-    """The library that serves tensors like x: "cpu", "cudnn" (preferred from Hopper on), "flash"; None for none."""
+    """Return the library for tensors like x: "cpu", "cudnn" (preferred from Hopper on), "flash", or None."""
     if x.device.type == "cpu":
         return "cpu" if x.dtype in CPU_DTYPES else None
     if x.device.type != "cuda" or x.dtype not in GPU_DTYPES:
@@ -94,7 +94,7 @@ def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse
 
 
 def _no_dropout(q: Tensor) -> Tensor:
-    """Stands for the random state that dropout would need."""
+    """Return a placeholder of the random state that dropout would need."""
     return torch.zeros(2, dtype=torch.int64, device=q.device)
 
 
@@ -146,7 +146,7 @@ def _dense_attention_backward(
         dense = differentiate(*(_heads_first(x) for x in (grad, q, k, v, out)), lse[None], scale)
         dq, dk, dv = (_tokens_first(x).contiguous() for x in dense)
         return dq, dk, dv
-    # Where rows get several shares, these are added up in float32.
+    # Rows with several shares add them up in float32.
     shared_q = len({rect[:2] for rect in rects}) < len(rects)
     keys = sorted({rect[2:] for rect in rects})
     shared_k = len(keys) < len(rects) or any(a[1] > b[0] for a, b in itertools.pairwise(keys))
@@ -202,7 +202,7 @@ def _backend(x: Tensor) -> str:
 
 
 def _for_rectangle(library: str, rect: tuple[int, int, int, int]) -> str:
-    """PyTorch itself gives cuDNN no single key, and not everywhere a single query."""
+    """Return the library for one rectangle: cuDNN gets no single query and no single key, as in PyTorch itself."""
     a, b, c, d = rect
     return "flash" if library == "cudnn" and 1 in (b - a, d - c) else library
 
@@ -220,17 +220,17 @@ def _covered_once(rects: list[tuple[int, int, int, int]], queries: int) -> bool:
 
 
 def _weight(part: Tensor, whole: Tensor) -> Tensor:
-    """exp(part - whole), [H, n] to [n, H, 1]."""
+    """Return exp(part - whole), [H, n] to [n, H, 1]."""
     return (part - whole).exp().T[..., None]
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """[n, H, D] to [1, H, n, D], with a batch stride that nobody else would give the one sample.
+    """View [n, H, D] as [1, H, n, D], with a batch stride that other code is unlikely to use.
 
-    PyTorch keeps cuDNN's compiled backward by the shapes and strides of q, k and v, and not by those of out and the
-    gradient: a call from elsewhere in the process with equal q, k and v and a gradient of another layout would serve
-    ours, or ours it, with wrong results (seen on an H100, PyTorch 2.11). The odd stride keeps the two apart, and
-    between our own calls all gradients are laid out alike.
+    PyTorch caches the compiled backward of cuDNN by the shapes and strides of q, k and v, and not by those of out and
+    the gradient. Other code in the process with equal q, k and v and a gradient of another layout could then get our
+    compiled backward, or we theirs, with wrong results (seen on an H100, PyTorch 2.11). The unusual stride keeps the
+    two apart; all gradients of our own calls have the same layout.
     """
     n, heads, dim = x.shape
     return x.as_strided((1, heads, n, dim), (2 * max(n * x.stride(0), 1), x.stride(1), x.stride(0), x.stride(2)))

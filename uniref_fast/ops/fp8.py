@@ -1,11 +1,12 @@
-"""8-bit linears: quantisation fused into what comes before them, one scale a row; forward only.
+"""Experimental 8-bit linear layers: quantisation fused into the op before them, one scale per row; forward only.
 
     norm_modulate_fp8   values, row_scale = quantise(norm(x) * (1 + scale[row]) + shift[row])      1 read, half a write
     gelu_fp8            values, row_scale = quantise(gelu(x))                                       1 read, half a write
     scaled_linear       out = row_scale * weight_scale * (values @ weight^T) + bias                 torch._scaled_mm
 
-e4m3 with `row_scale = max|row| / 448` as computed, no calibration. Lossy: a value keeps 4 significant bits, and a
-linear of random rows errs by some percent. Inference only.
+The format is e4m3 with `row_scale = max|row| / 448`, without calibration. It is lossy: a value keeps 4 significant
+bits, and a linear layer of random rows is wrong by some percent. For inference only. No model or patch of this package
+uses these ops yet, and their interface may change.
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ Quantized = tuple[Tensor, Tensor]
 
 
 def quantize_fp8(x: Tensor) -> Quantized:
-    """The specification, and how a Linear's weight `[out, in]` is quantised.
+    """Quantise by row: the specification of the fused ops, and the way to quantise the weight `[out, in]` of a Linear.
 
     Args:
         x: `[N, C]`, any floating dtype.
 
     Returns:
-        values float8_e4m3fn `[N, C]` and row_scale float32 `[N]` (1 for a row of zeros), with
+        The values, float8_e4m3fn `[N, C]`, and row_scale, float32 `[N]` (1 for a row of zeros), with
         `x ~ values * row_scale[:, None]`. Neither carries a gradient.
 
     Raises:
-        ValueError: inside a transform of `torch.func` or forward-mode differentiation.
+        ValueError: A transform of `torch.func` or forward-mode differentiation is active.
     """
     if inside_transform():
         raise ValueError("8-bit ops have no derivatives: call them outside of torch.func transforms and forward mode")
@@ -57,10 +58,10 @@ def norm_modulate_fp8(
     norm: Norm = "layer",
     impl: str | None = None,
 ) -> Quantized:
-    """`norm_modulate` in float32, quantised by row; args as there.
+    """Compute `norm_modulate` (same arguments) in float32 and quantise it by row.
 
-    impl: "reference" (any device) or "triton" (compute capability 8.9 and up); None picks.
-    Returns values and row_scale as `quantize_fp8`.
+    `impl` is "reference" (any device) or "triton" (compute capability 8.9 and up); None picks by device.
+    Returns values and row_scale like `quantize_fp8`.
     """
     _check(x, mod_index, shift=shift, scale=scale)
     rms = one_of("norm", norm, "layer", "rms")
@@ -72,7 +73,7 @@ def norm_modulate_fp8(
 
 
 def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
-    """Tanh-approximated GELU of x `[N, C]` in float32, quantised by row; impl as in `norm_modulate_fp8`."""
+    """Compute the tanh-approximated GELU of x `[N, C]` in float32 and quantise it by row; see `norm_modulate_fp8`."""
     if x.ndim != 2 or (x.numel() and x.stride(-1) != 1):
         raise ValueError(f"x must be [N, C] with contiguous rows, got {list(x.shape)}, strides {x.stride()}")
     if _choose(impl, x) == "reference":
@@ -88,13 +89,14 @@ def scaled_linear(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """`row_scale[:, None] * weight_scale * (values @ weight^T) + bias`.
+    """Compute `row_scale[:, None] * weight_scale * (values @ weight^T) + bias`.
 
     Args:
-        values: float8_e4m3fn `[N, I]`, with row_scale float32 `[N]`: from `norm_modulate_fp8` or `gelu_fp8`.
-        weight: float8_e4m3fn `[O, I]`, with weight_scale float32 `[O]`: from `quantize_fp8`. I and O multiples of 16.
+        values, row_scale: Results of `norm_modulate_fp8` or `gelu_fp8`, float8_e4m3fn `[N, I]` and float32 `[N]`.
+        weight, weight_scale: Results of `quantize_fp8`, float8_e4m3fn `[O, I]` and float32 `[O]`. I and O must be
+            multiples of 16.
         bias: `[O]` or None.
-        dtype: of the result; bfloat16 on a GPU.
+        dtype: Dtype of the result; bfloat16 on a GPU.
 
     Returns:
         `[N, O]`.

@@ -1,12 +1,12 @@
 """Attention over a ragged, segmented sequence: `softmax(scale * q k^T | visible) v` without a mask tensor.
 
-An `AttentionPlan` says which key intervals each query range sees; work and memory follow the visible area only. Reads
-q, k, v once per query tile that needs them and writes `out` once. The backward makes the scores again from the saved
-log-sum-exp. Packing-invariant: a sample's rows, and their gradients, are bit-identical alone and inside any pack, under
-the same implementation.
+An `AttentionPlan` lists the key intervals that each query range sees; work and memory depend on the visible area only.
+The kernels read q, k, v once per query tile that needs them and write `out` once. The backward recomputes the scores
+from the saved log-sum-exp. Attention is packing-invariant: the output of a sample and its gradients are bit-identical
+alone and inside any pack, under the same implementation.
 
-Ragged plans run in our kernels, in one launch; a few big rectangles in PyTorch's own fused attention ("dense"). A
-measured table of the device decides (`uniref_fast.tuning`), `explain_attention` says what and why.
+Ragged plans run in our kernels, in one launch; a few big rectangles run in PyTorch's own fused attention ("dense"). A
+measured table of the device decides (`uniref_fast.tuning`); `explain_attention` returns the choice and the reason.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from uniref_fast.visibility import AttentionPlan
 __all__ = ["explain_attention", "segment_attention", "segment_attention_reference"]
 
 DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
-"""Without a table: at most so many rectangles of at least so many pairs on average go to the library. From published
-figures of fused library attention against Triton kernels, not measured here."""
+"""Largest number of rectangles, and smallest mean number of pairs, for which the library is chosen on a GPU without a
+table. From published figures of fused library attention against Triton kernels."""
 
 NUMBERS = len(dataclasses.fields(configs.AttentionConfig))
 """Integers that describe one launch in the arguments of the op."""
 
 REFERENCE_ROWS = 512
-"""Query rows that the reference computes at a time: bounds its logits to that many rows."""
+"""Number of query rows that the reference computes at a time, which limits the memory of its logits."""
 
 
 @overload
@@ -87,7 +87,7 @@ def segment_attention(
     impl: str | None = None,
     backward: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention under a plan.
+    """Compute attention under a plan.
 
     For a pack of two samples of 2 and 3 tokens the plan of `visibility="full"` computes
 
@@ -101,17 +101,17 @@ def segment_attention(
         q: `[Nq, H, D]`; float32, bfloat16, float16 (float64 with the reference).
         k, v: `[Nk, H, D]`, same dtype and device. Tokens and heads may be strided; a last dimension that is not
             contiguous is copied.
-        plan: from `uniref_fast.visibility.plan`; `plan.num_queries == Nq`, `plan.num_keys == Nk`.
-        scale: positive factor on the logits, `1 / sqrt(D)` by default.
-        return_lse: also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
-        impl: "reference", "native", "triton", "dense" (PyTorch's fused attention, one call a rectangle); None picks by
-            device, plan, size and `backward`, so for bit-equal results under different packs force one.
-        backward: whether the time of a backward counts when it picks; None: when gradients will be taken. True makes a
-            forward without gradients the one that a forward with them is, to the bit.
+        plan: Plan from `uniref_fast.visibility.plan`, with `plan.num_queries == Nq` and `plan.num_keys == Nk`.
+        scale: Positive factor on the logits, `1 / sqrt(D)` by default.
+        return_lse: Also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
+        impl: "reference", "native", "triton", "dense" (PyTorch's fused attention, one call per rectangle). None picks
+            by device, plan, size and `backward`; for bit-equal results under different packs give one explicitly.
+        backward: Count the time of a backward in the choice. None counts it if gradients will be taken. With True, a
+            forward without gradients has the same bits as a forward with gradients.
 
     Returns:
-        out `[Nq, H, D]`, dtype of q; with `return_lse`, `(out, lse)`. A query that sees no key gives 0 and -inf.
-        Differentiable in q, k and v; lse carries no gradient outside of `torch.func` and forward mode.
+        The output `[Nq, H, D]` in the dtype of q; with `return_lse`, `(out, lse)`. A query without keys gives 0 and
+        -inf. Differentiable in q, k and v; lse carries no gradient outside of `torch.func` and forward mode.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
         raise ValueError(
@@ -141,10 +141,10 @@ def segment_attention(
 def explain_attention(
     q: Tensor, plan: AttentionPlan, impl: str | None = None, *, backward: bool = False
 ) -> tuple[str, str]:
-    """The implementation that serves a plan for queries like q `[Nq, H, D]`, and the reason in words.
+    """Return the implementation that serves a plan for queries like q `[Nq, H, D]`, and the reason in words.
 
     Raises:
-        ValueError: for an `impl` that is unknown or not possible here.
+        ValueError: The given `impl` is unknown or not possible here.
     """
     if impl is not None:
         one_of("impl", impl, *IMPLEMENTATIONS, "dense")
@@ -223,7 +223,7 @@ def _operands(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> Oper
 def segment_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The specification: a dense softmax per query range, in float64 for float64 inputs and float32 otherwise."""
+    """Compute the specification, a dense softmax per query range, in float64 for float64 inputs and else in float32."""
     compute = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
     for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
@@ -235,7 +235,7 @@ def segment_attention_reference(
         for rows in q[start:end].split(REFERENCE_ROWS):
             logits = torch.einsum("qhd,khd->hqk", rows.to(compute), keys) * scale
             outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
-            # As from the other implementations, except where a missing derivative would be a silent zero.
+            # No gradient, as in the other implementations, except where a missing derivative would silently be zero.
             lses.append((logits if inside_transform() else logits.detach()).logsumexp(-1).to(torch.float32))
     return torch.cat(outs), torch.cat(lses, dim=1)
 
@@ -321,7 +321,7 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad, _):
-    q, k, v, out, lse, *rest = ctx.saved_tensors  # once: activation checkpointing makes them again at each access
+    q, k, v, out, lse, *rest = ctx.saved_tensors  # read once: activation checkpointing recomputes them at each access
     dq_tables, dkdv_tables = rest[: ctx.counts[1]], rest[ctx.counts[1] :]
     op = torch.ops.uniref_fast.segment_attention_backward
     grads = op(upstream(grad), q, k, v, out, lse, dq_tables, dkdv_tables, ctx.launches, ctx.scale, ctx.impl)
