@@ -666,7 +666,7 @@ CHANGES = {
     "swapped norm": (
         lambda t: submodule(t, "transformer_blocks.1.img_norm1", torch.nn.LayerNorm(256)), "1.img_norm1 has a weight"),
     "eps of a qk norm": (
-        lambda t: attribute(t.transformer_blocks[1].attn.norm_q, "eps", 1e-2), r"1.attn: its QK norms differ in eps"),
+        lambda t: attribute(t.transformer_blocks[1].attn.norm_q, "eps", 1e-2), "1.attn: the QK norms have diff"),
     "class of processor": (
         lambda t: wrapped(qwen.QwenDoubleStreamAttnProcessor2_0, "__call__"), "Processor2_0.__call__ was replaced"),
     "norm_out.forward": (lambda t: own_forward(t.norm_out), "norm_out.forward was replaced"),

@@ -265,7 +265,7 @@ def test_norms_that_are_offloaded(make_transformer):
     assert changed_qk_norm(attn, torch.float32, cpu) is None
     assert "torch.float32 on cpu, the streams are torch.bfloat16" in changed_qk_norm(attn, torch.bfloat16, cpu)
     attn.norm_k._hf_hook = object()
-    assert "hooks of their own" in changed_qk_norm(attn, torch.float32, cpu)
+    assert "hooks of diffusers or accelerate" in changed_qk_norm(attn, torch.float32, cpu)
     attn.norm_q.to("meta")
     assert "on meta" in changed_qk_norm(attn, torch.float32, cpu)
 
@@ -435,7 +435,7 @@ def test_a_block_with_a_forward_of_its_own_is_left_alone(make_transformer):
     own = model.transformer_blocks[1].forward
     report = uniref_fast.patch(model)
     assert_equal_from_the_first_call(stock, model)
-    assert any("transformer_blocks.1 has a forward of its own" in note for note in report.notes)
+    assert any("transformer_blocks.1 has its own forward" in note for note in report.notes)
     assert uniref_fast.unpatch(model) and model.transformer_blocks[1].forward is own
 
 

@@ -159,8 +159,8 @@ def test_a_trained_adapter_is_loaded_by_the_stock_pipeline(folder, data, pipe, t
     more = {"steps": 2, "prompts": 2, "group": 2, "rollout-steps": 3, "save-every": 1, "initial": tmp_path / "sft"}
     assert msgrpo.main(flags(folder, data, out, **more)) == 0
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    gates = [event for event in events if event["kind"] == "on-policy gate"]
-    assert gates and all(gate["worst_log_ratio"] == 0.0 for gate in gates)
+    checks = [event for event in events if event["kind"] == "on-policy check"]
+    assert checks and all(check["worst_log_ratio"] == 0.0 for check in checks)
     assert (out / "lora").is_dir()
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "find_transformer",
     "joint_attention",
     "joint_qkv",
+    "qk_norm_eps",
     "stream_rows",
 ]
 
@@ -169,7 +170,7 @@ def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext)
         _qk_norm_weights(attn, "image"),
         context.layout,
         context.rotary,
-        eps=_qk_norm_eps(attn),
+        eps=qk_norm_eps(attn),
         rounding=context.rounding,
         impl=context.impl,
     )
@@ -486,18 +487,17 @@ def _qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | No
     return q, k
 
 
-def _qk_norm_eps(attn: Any) -> float:
+def qk_norm_eps(attn: Any) -> float:
     """Return the eps of all QK norms of an attention; any value if it has none.
 
     Raises:
         ValueError: If they differ, because the fused operator takes one.
     """
-    norms = {"norm_q": attn.norm_q, "norm_k": attn.norm_k}
-    norms |= {"norm_added_q": attn.norm_added_q, "norm_added_k": attn.norm_added_k}
-    eps = {name: norm.eps for name, norm in norms.items() if norm is not None}
-    if len(set(eps.values())) > 1:
-        raise ValueError(f"the QK norms of an attention must have the same eps, got {eps}")
-    return next(iter(eps.values()), 1e-6)
+    norms = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+    eps = sorted({norm.eps for norm in norms if norm is not None})
+    if len(eps) > 1:
+        raise ValueError(f"the QK norms have different eps: {eps}")
+    return eps[0] if eps else 1e-6
 
 
 def stream_rows(joint: Tensor, layout: SelfLayout, stream: str) -> Tensor:

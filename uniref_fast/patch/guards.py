@@ -1,13 +1,15 @@
 """Reasons why a call of a patched block or attention must run the code of diffusers.
 
-The fused operators stand for the code between the Linears of a block: LayerNorms, modulation, QK norms, rotary
-embedding, attention. Whatever others have put there (hooks, modes, replaced functions or modules) only takes effect
-when that code itself runs, so each guard here names one such change. All are cheap: they run at every call.
+The fused operators replace the code between the Linears of a block: LayerNorms, modulation, QK norms, rotary embedding,
+attention. Hooks, modes, replaced functions and replaced modules at these places only take effect when that code itself
+runs, so each guard finds one kind of change. Guards are cheap, because they run at every call.
 """
 
 from __future__ import annotations
 
+import functools
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,40 +22,42 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from uniref_fast.models.qwen_image import qk_norm_eps
+
 __all__ = [
+    "active_backend",
     "active_mode",
+    "active_modes",
     "attention_change",
     "changed_norm",
     "changed_qk_norm",
     "has_hooks",
+    "innermost_forward",
     "is_plain",
     "norm_change",
     "replaced_forward",
+    "stock_forward",
+    "unlike",
 ]
 
 QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether an object is an ordinary tensor: a subclass (fake, distributed, quantised, proxy) has operators of its
-    own."""
+    """Return True if an object is an ordinary tensor.
+
+    A subclass (fake, distributed, quantised, proxy) has its own operators.
+    """
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def active_mode() -> str | None:
-    """Describe what is active in this thread and may change what an operator computes or records; None if nothing is.
+    """Describe a state of this thread that may change what an operator computes or records; None if there is none.
 
-    Fused operators are opaque to function modes, dispatch modes, `torch.func` transforms, forward-mode derivatives and
-    `torch.jit.trace`. Only the mode of `torch.device(...)` and `torch.set_default_device(...)` is harmless: it sets the
-    device of new tensors, and the fused operators name theirs.
+    Fused operators are opaque to torch modes, `torch.func` transforms, forward-mode derivatives and `torch.jit.trace`.
     """
-    if torch._C._len_torch_function_stack():
-        for function_mode in _get_current_function_mode_stack():
-            if not isinstance(function_mode, DeviceContext):
-                return f"the function mode {type(function_mode).__name__} is active"
-    if torch._C._len_torch_dispatch_stack():
-        for dispatch_mode in _get_current_dispatch_mode_stack():
-            return f"the dispatch mode {type(dispatch_mode).__name__} is active"
+    for mode in active_modes():
+        return f"the torch mode {type(mode).__name__} is active"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "inside a transform of torch.func"
     if forward_ad._current_level >= 0:
@@ -61,6 +65,18 @@ def active_mode() -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "inside torch.jit.trace"
     return None
+
+
+def active_modes() -> Iterator[Any]:
+    """Yield the torch function modes and dispatch modes of this thread.
+
+    The mode of `torch.device(...)` and `torch.set_default_device(...)` is left out. It sets the device of new tensors,
+    and the fused operators name theirs.
+    """
+    if torch._C._len_torch_function_stack():
+        yield from (mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext))
+    if torch._C._len_torch_dispatch_stack():
+        yield from _get_current_dispatch_mode_stack()
 
 
 def attention_change() -> str | None:
@@ -86,13 +102,13 @@ def norm_change() -> str | None:
 
 
 def _is_from(function: Any, module: types.ModuleType) -> bool:
-    """Whether the code of a function is in the file of a module; a wrapper may copy every other attribute."""
+    """Return True if the code of a function is in the file of a module; a wrapper may copy every other attribute."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename == module.__file__
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether PyTorch runs forward or backward hooks, of the module or global ones, when the module is called."""
+    """Return True if PyTorch runs forward or backward hooks, the module's or global ones, when the module is called."""
     own = vars(module)  # quicker than attributes of a module
     return bool(
         own["_forward_hooks"]
@@ -107,24 +123,30 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def replaced_forward(module: nn.Module) -> bool:
-    """Whether a module has a forward other than its class's; hooks of diffusers and accelerate are such forwards."""
+    """Return True if a module has another forward than its class; hooks of diffusers and accelerate set one."""
     forward = vars(module).get("forward")
     return forward is not None and forward != types.MethodType(type(module).forward, module)
 
 
 def changed_norm(norm: Any, channels: int) -> str | None:
-    """What a block's norm is other than a LayerNorm over `channels` without affine parameters; None if nothing."""
+    """Describe how a block's norm differs from a LayerNorm over `channels` without weight and bias, or return None."""
     if type(norm) is not nn.LayerNorm:
         return f"a block's norm is a {type(norm).__name__}"
     if norm.normalized_shape != (channels,) or norm.weight is not None or norm.bias is not None:
         return f"a block's norm is {norm}"
     if has_hooks(norm):
         return "the norms have hooks"
-    return "a block's norm has a forward of its own" if replaced_forward(norm) else None
+    return "a block's norm has its own forward" if replaced_forward(norm) else None
 
 
 def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What the QK norms of an attention are other than RMSNorms with one eps, or none; None if nothing."""
+    """Describe how the QK norms of an attention differ from RMSNorms with one eps, or return None.
+
+    Args:
+        attn: Attention module; any of its QK norms may be missing.
+        dtype: Dtype of the streams, which the weights of the norms must have.
+        device: Device of the streams, likewise.
+    """
     from diffusers.models import normalization
     from diffusers.models.normalization import RMSNorm
 
@@ -137,7 +159,7 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str 
         if reason := _held_elsewhere(norm):
             return reason
         if replaced_forward(norm):
-            return "a QK norm has a forward of its own"
+            return "a QK norm has its own forward"
         weight = norm.weight
         if weight is None or norm.bias is not None or len(norm.dim) != 1:
             return "a QK norm has no weight, a bias, or more than one dimension"
@@ -145,15 +167,65 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str 
             return f"the weight of a QK norm is a {type(weight).__name__}"
         if weight.dtype != dtype or weight.device != device:
             return f"the weight of a QK norm is {weight.dtype} on {weight.device}, the streams are {dtype} on {device}"
-        if norm.eps != found[0].eps:
-            return f"the QK norms have different eps: {sorted({norm.eps for norm in found})}"
+    try:
+        qk_norm_eps(attn)
+    except ValueError as error:
+        return str(error)
     return None
 
 
 def _held_elsewhere(norm: nn.Module) -> str | None:
-    """Why the weight of a QK norm must not be read instead of calling the norm; None if it may be."""
+    """Return the reason why a QK norm must be called and its weight must not be read, or None."""
     own = vars(norm)
     registry = own.get("_diffusers_hook")
     if "_hf_hook" in own or (registry is not None and registry.hooks):
-        return "the QK norms have hooks of their own (offloaded by layer)"
+        return "the QK norms have hooks of diffusers or accelerate (offloaded by layer)"
     return "the QK norms have hooks" if has_hooks(norm) else None
+
+
+def unlike(value: Any, shape: tuple[int, ...], like: Tensor, what: str) -> str | None:
+    """Return the reason why the fused operators cannot use the result of a module, or None.
+
+    Args:
+        value: Result of the module.
+        shape: Shape that it must have.
+        like: Tensor whose dtype and device it must have.
+        what: Name of the module in the reason.
+    """
+    if not is_plain(value):
+        return f"{what} returned a {type(value).__name__}"
+    if value.dtype != like.dtype or value.device != like.device:
+        return f"{what} returned {value.dtype} on {value.device}, the streams are {like.dtype} on {like.device}"
+    return f"{what} returned {list(value.shape)} instead of {list(shape)}" if tuple(value.shape) != shape else None
+
+
+def active_backend() -> str | None:
+    """Return the process-wide attention backend of diffusers, or None if it is PyTorch's own."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    name, _ = _AttentionBackendRegistry.get_active_backend()
+    return None if name == AttentionBackendName.NATIVE else name.value
+
+
+def innermost_forward(block: Any) -> tuple[Any, str]:
+    """Return (object, attribute) of a block's own forward, below hooks of diffusers and accelerate."""
+    registry = getattr(block, "_diffusers_hook", None)
+    if registry is not None and registry._fn_refs:
+        innermost = registry._fn_refs[0]
+        place = innermost, "forward" if innermost.original_forward is None else "original_forward"
+        below = hasattr(block, "_hf_hook") and isinstance(getattr(*place), functools.partial)
+        return (block, "_old_forward") if below else place  # accelerate hooked first: its hook is the inner one
+    if hasattr(block, "_hf_hook"):
+        return block, "_old_forward"
+    return block, "forward"
+
+
+def stock_forward(block: Any) -> bool:
+    """Return True if a block runs the forward of diffusers, below hooks of diffusers and accelerate."""
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock as Stock
+
+    if not isinstance(block, Stock):
+        return False
+    forward = getattr(*innermost_forward(block))
+    stock = type(block).forward is Stock.forward and type(block)._modulate is Stock._modulate
+    return stock and "_modulate" not in vars(block) and getattr(forward, "__func__", None) is Stock.forward

@@ -1,111 +1,56 @@
 """The patched places of a `QwenImageTransformer2DModel`: attention processor and block forward.
 
-Each place calls the modules that diffusers calls, once each, in its order and with its shapes, and computes what lies
-between them with fused operators. It holds the original and runs it for every call that its guards refuse.
+Each place calls the modules that diffusers calls, once each, in the same order and with the same shapes, and computes
+everything between them with fused operators. It keeps the original and runs it for every call that its guards refuse.
+
+Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from uniref_fast import ops
-from uniref_fast.models.qwen_image import ForwardContext, Modulation, joint_qkv, stream_rows
+from uniref_fast.models.qwen_image import Modulation, joint_qkv, stream_rows
 from uniref_fast.patch.guards import (
+    active_backend,
     active_mode,
     attention_change,
     changed_norm,
     changed_qk_norm,
+    innermost_forward,
     is_plain,
     norm_change,
     replaced_forward,
+    unlike,
 )
 from uniref_fast.patch.replay import Calls, StandIn
+from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, Site
+from uniref_fast.patch.state import PatchState
 
 __all__ = [
-    "SELF_CHECK_TOLERANCE",
-    "Owner",
     "PatchedAttention",
     "PatchedBlock",
-    "Site",
-    "active_backend",
     "register_processor",
-    "stock_forward",
 ]
-
-SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Largest accepted `max|patched - original| / max|original|` of what a site computes, by dtype."""
-
-
-@dataclass
-class Site:
-    """One patched place and what happened there.
-
-    Attributes:
-        name: module name within the transformer.
-        calls: accelerated calls, by the implementation that served them.
-        fallbacks: calls that ran the original, by reason.
-        reasons: accelerated attention calls, by "implementation: why it was chosen".
-        traces: how often torch.compile or torch.export traced the site; compiled code runs the original, and its calls
-            are not counted.
-        max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
-        disabled: why the site runs the original for good, if it does.
-    """
-
-    name: str
-    calls: Counter[str] = field(default_factory=Counter)
-    fallbacks: Counter[str] = field(default_factory=Counter)
-    reasons: Counter[str] = field(default_factory=Counter)
-    traces: int = 0
-    max_rel_error: float | None = None
-    disabled: str | None = None
-
-
-class Owner(Protocol):
-    """What the places of one transformer share; see `uniref_fast.patch`."""
-
-    impl: str | None
-    visibility: Any
-
-    def context(self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple) -> ForwardContext:
-        """Layout, plan and rotary tables of the running forward."""
-
-    def modulation_rows(self, index: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
-        """Row of the modulation table for every token of a stream."""
-
-    def accept(
-        self,
-        site: Site,
-        fused: tuple,
-        like: Tensor,
-        original: Callable[[], tuple],
-        check: Callable[[], float] | None,
-        choice: tuple[str, str | None],
-    ) -> tuple:
-        """Count a fused result, after comparing it with the original's by `check` if given.
-
-        `like` is an input of the site; `choice` is the implementation that computed the result, and for attention the
-        reason for it.
-        """
-
-    def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
-        """Count a refusal and run the original."""
 
 
 @functools.cache
 def _outside_compiler() -> Callable:
-    """Calls a function with torch.compile off, so that nothing below an uncompiled forward is traced on its own."""
+    """Return a function that calls another with torch.compile off.
+
+    Nothing below an uncompiled forward is then compiled by itself.
+    """
     return torch.compiler.disable(lambda function, *args: function(*args))
 
 
-def _refusal(owner: Owner, site: Site, head_dim: int, *tensors: Tensor) -> str | None:
-    """Why this call must run the original, or None."""
+def _refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> str | None:
+    """Return the reason why a call with these tensors must run the original, or None."""
     if site.disabled:
         return site.disabled
     if reason := active_mode():
@@ -122,29 +67,20 @@ def _refusal(owner: Owner, site: Site, head_dim: int, *tensors: Tensor) -> str |
         return "inside torch.autocast, where dtypes change between ops"
     if first.dtype not in SELF_CHECK_TOLERANCE:
         return f"{first.dtype} is not one of float32, float16, bfloat16"
-    if owner.impl is not None:
-        return ops.unavailable(owner.impl, first, head_dim)
+    if state.impl is not None:
+        return ops.unavailable(state.impl, first, head_dim)
     if ops.choose(None, first, head_dim) == "reference":
         return f"no fused implementation here: {ops.explain(first, head_dim)[1]}"
     return None
 
 
 def _checkable(site: Site, tensor: Tensor) -> bool:
-    """Whether the site is still to be compared with the original, and a comparison may read values on the host now."""
+    """Return True if the site was not compared with the original yet, and values can be read on the host now."""
     return site.max_rel_error is None and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _unlike(value: Any, shape: tuple[int, ...], like: Tensor, what: str) -> str | None:
-    """Why the fused operators cannot go on with what a module returned, or None."""
-    if not is_plain(value):
-        return f"{what} returned a {type(value).__name__}"
-    if value.dtype != like.dtype or value.device != like.device:
-        return f"{what} returned {value.dtype} on {value.device}, the streams are {like.dtype} on {like.device}"
-    return f"{what} returned {list(value.shape)} instead of {list(shape)}" if tuple(value.shape) != shape else None
-
-
 def _rows(x: Tensor) -> Tensor:
-    """`[B, N, C]` to `[B * N, C]`, contiguous in C."""
+    """Reshape `[B, N, C]` to `[B * N, C]`, contiguous in C."""
     x = x.flatten(0, 1)
     return x if x.stride(-1) == 1 or not x.numel() else x.contiguous()
 
@@ -153,28 +89,34 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class PatchedAttention:
-    """Joint attention of diffusers' `QwenDoubleStreamAttnProcessor2_0` on fused ops.
+    """Joint attention of diffusers' `QwenDoubleStreamAttnProcessor2_0` on fused operators.
 
-    Has the two attributes that `set_attention_backend` and `enable_parallelism` write, and that processor's explicit
-    keyword signature: diffusers filters arguments by it.
+    It has the two attributes that `set_attention_backend` and `enable_parallelism` write, and the keyword signature of
+    that processor, by which diffusers filters arguments.
+
+    Args:
+        attn: Attention module; the constructor replaces its processor.
+        state: State of the patched transformer.
+        site: Counters of this place.
     """
 
-    def __init__(self, attn: Any, owner: Owner, site: Site) -> None:
-        self.attn, self.owner, self.site, self.stock = attn, owner, site, attn.processor
+    def __init__(self, attn: Any, state: PatchState, site: Site) -> None:
+        self.attn, self.state, self.site, self.stock = attn, state, site, attn.processor
         self._attention_backend = self.stock._attention_backend
         self._parallel_config = self.stock._parallel_config
         attn.processor = self
 
     def locate(self) -> None:
-        """Nothing to find: a processor that the user has set since is theirs to keep."""
+        """Do nothing: a processor that the user has set since can stay."""
 
     def remove(self) -> None:
-        if self.attn.processor is self:  # else the user has set another one since: theirs stays
+        """Put the original processor back, unless the user has set another one since."""
+        if self.attn.processor is self:
             self._pass_on()
             self.attn.processor = self.stock
 
     def _pass_on(self) -> Any:
-        """The stock processor, with the settings that diffusers made on this one."""
+        """Return the original processor, with the settings that diffusers has written on this one."""
         for name in ("_attention_backend", "_parallel_config"):
             if getattr(self.stock, name) is not getattr(self, name):
                 setattr(self.stock, name, getattr(self, name))
@@ -200,7 +142,7 @@ class PatchedAttention:
             image_rotary_emb,
         )
         if torch.compiler.is_compiling():
-            if self.owner.visibility != "full":
+            if self.state.visibility != "full":
                 raise RuntimeError(self._impossible("inside torch.compile"))
             self.record_trace()
             return self._pass_on()(attn, *arguments)
@@ -221,7 +163,7 @@ class PatchedAttention:
         if reason := self.refusal(attn, image, text, mask, attention_mask, rotary):
             return self._refuse(reason, original)
         assert text is not None and rotary is not None  # else refused
-        comparable = self.owner.visibility == "full" and _checkable(self.site, image)
+        comparable = self.state.visibility == "full" and _checkable(self.site, image)
         calls = Calls(attn, inputs=comparable)
         fused = self._fused(calls, image, text, mask, rotary)
         if isinstance(fused, str):
@@ -233,12 +175,12 @@ class PatchedAttention:
             stand_in.compare(streams, original(stand_in))
             return stand_in.max_rel_error
 
-        return self.owner.accept(self.site, tuple(streams), image, original, check if comparable else None, choice)
+        return self.state.accept(self.site, tuple(streams), image, original, check if comparable else None, choice)
 
     def _fused(
         self, calls: Calls, image: Tensor, text: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, tuple[str, str]] | str:
-        """(image, text, what served and why), or why it cannot be."""
+        """Return (image, text, (implementation, reason of the choice)), or the reason why this is not possible."""
         attn: Any = calls.module
         head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
         streams = {"to_q": image, "to_k": image, "to_v": image}
@@ -247,19 +189,19 @@ class PatchedAttention:
         for name, stream in streams.items():
             out = calls(name, stream)
             width = out.shape[-1] if not qkv and isinstance(out, Tensor) and out.ndim else qkv[0].shape[-1]
-            if reason := _unlike(out, (*stream.shape[:2], width), stream, name):
+            if reason := unlike(out, (*stream.shape[:2], width), stream, name):
                 return reason
             qkv.append(out)
         if qkv[0].shape[-1] % head_dim:
             return f"to_q returned {qkv[0].shape[-1]} channels, heads have {head_dim}"
         calls.release()
-        context = self.owner.context(image, text.shape[1], mask, rotary)
+        context = self.state.context(image, text.shape[1], mask, rotary)
         heads = [_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
         del qkv, out
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
         del heads
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        # Chosen once, here: the report counts the very implementation that the operator is made to use.
+        # Chosen once, here, so that the report counts the implementation that the operator uses.
         choice = ops.explain_attention(q.detach(), context.plan, context.impl, backward=needs_grad)
         out = ops.segment_attention(q, k, v, context.plan, impl=choice[0])
         del q, k, v
@@ -273,24 +215,24 @@ class PatchedAttention:
         return image_out, calls("to_add_out", text_out), choice
 
     def _refuse(self, reason: str, original: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        if self.owner.visibility != "full":
+        if self.state.visibility != "full":
             raise RuntimeError(self._impossible(reason))
-        return self.owner.refuse(self.site, reason, original)
+        return self.state.refuse(self.site, reason, original)
 
     def _impossible(self, reason: str) -> str:
         return (
-            f"{self.site.name} cannot attend under visibility {self.owner.visibility!r}: {reason}. The original would "
-            "attend fully, which is another model; unpatch, or remove the cause"
+            f"{self.site.name} cannot run under visibility {self.state.visibility!r}: {reason}. The original would use "
+            "full attention, which is another model; unpatch, or remove the cause"
         )
 
     def refusal(
         self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, attention_mask: Any, rotary: Any
     ) -> str | None:
-        """Why this call must run the original, or None."""
+        """Return the reason why this call must run the original, or None."""
         if text is None or rotary is None or attention_mask is not None:
             return "called without text or rotary embedding, or with an external mask"
         head_dim = attn.inner_dim // attn.heads
-        if reason := _refusal(self.owner, self.site, head_dim, image, text):
+        if reason := _refusal(self.state, self.site, head_dim, image, text):
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text):
             return f"called with streams of shapes {list(image.shape)} and {list(text.shape)}"
@@ -302,27 +244,23 @@ class PatchedAttention:
         if active := active_backend():
             return f"attention backend {active!r} is active in this process"
         if mask is not None and not (is_plain(mask) and mask.dtype == torch.bool and mask.shape == text.shape[:2]):
-            return "the text mask is no boolean tensor of a value a token"
+            return "the text mask is not a boolean tensor with one value per token"
         lengths = image.shape[1], text.shape[1]
         if len(rotary) != 2 or any(
             not is_plain(freqs) or freqs.dtype != torch.complex64 or freqs.device != image.device
             or freqs.shape != (length, head_dim // 2)
             for freqs, length in zip(rotary, lengths, strict=True)
         ):  # fmt: skip
-            return "the rotary embedding is not a complex value a token and pair of channels"
+            return "the rotary embedding does not have one complex value per token and pair of channels"
         return attention_change() or changed_qk_norm(attn, image.dtype, image.device)
 
 
-def active_backend() -> str | None:
-    """The process-wide attention backend of diffusers, unless it is PyTorch's own."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    name, _ = _AttentionBackendRegistry.get_active_backend()
-    return None if name == AttentionBackendName.NATIVE else name.value
-
-
 def register_processor() -> None:
-    """Guiders and layer skipping look processors up by exact class; the compiler must not trace what counts traces."""
+    """Register the patched processor with diffusers and torch.compile.
+
+    Guiders and layer skipping of diffusers look processors up by their exact class. torch.compile must not trace the
+    methods that count traces.
+    """
     from diffusers.hooks._helpers import AttentionProcessorRegistry
     from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
@@ -336,17 +274,23 @@ def register_processor() -> None:
 
 
 class PatchedBlock:
-    """`QwenImageTransformerBlock.forward` with fused norms, modulation and residuals, bound to one block."""
+    """Forward of one `QwenImageTransformerBlock` with fused norms, modulation and residuals.
 
-    def __init__(self, block: Any, owner: Owner, site: Site) -> None:
-        self.block, self.owner, self.site = block, owner, site
-        holder, key = _innermost_forward(block)
+    Args:
+        block: Block whose forward the constructor replaces.
+        state: State of the patched transformer.
+        site: Counters of this place.
+    """
+
+    def __init__(self, block: Any, state: PatchState, site: Site) -> None:
+        self.block, self.state, self.site = block, state, site
+        holder, key = innermost_forward(block)
         self.original = getattr(holder, key)
         self.methods = self._methods()
         setattr(holder, key, self.forward)
 
     def _methods(self) -> tuple[Any, ...]:
-        """The code that the fused forward stands for."""
+        """Return the code that the fused forward replaces."""
         return type(self.block).forward, type(self.block)._modulate, vars(self.block).get("_modulate")
 
     def remove(self) -> None:
@@ -354,11 +298,15 @@ class PatchedBlock:
         holder, key = self.locate()
         setattr(holder, key, self.original)
         if not replaced_forward(self.block):
-            vars(self.block).pop("forward", None)  # nothing but the class's own is left
+            vars(self.block).pop("forward", None)  # only the forward of the class is left
 
     def locate(self) -> tuple[Any, str]:
-        """Where the fused forward is now; hooks may have come or gone since."""
-        holder, key = _innermost_forward(self.block)
+        """Return (object, attribute) of the fused forward; hooks may have been added or removed since.
+
+        Raises:
+            RuntimeError: If the forward was wrapped or replaced by other code.
+        """
+        holder, key = innermost_forward(self.block)
         if getattr(holder, key) != self.forward:
             raise RuntimeError(
                 f"{self.site.name}.forward was wrapped or replaced after patching by something other than hooks of "
@@ -399,7 +347,7 @@ class PatchedBlock:
 
         image = arguments[0]
         if reason := self.refusal(*arguments):
-            return self.owner.refuse(self.site, reason, original)
+            return self.state.refuse(self.site, reason, original)
         checked = _checkable(self.site, image)
         calls = Calls(self.block, inputs=checked)
 
@@ -407,24 +355,24 @@ class PatchedBlock:
             stand_in = StandIn(calls)
             return type(self.block).forward(stand_in, *arguments), stand_in
 
-        impl = self.owner.impl or ops.choose(None, image)
+        impl = self.state.impl or ops.choose(None, image)
         fused = self._fused(calls, impl, *arguments)
         if isinstance(fused, str):
-            return self.owner.refuse(self.site, fused, lambda: replay()[0])
+            return self.state.refuse(self.site, fused, lambda: replay()[0])
 
         def check() -> float:
             expected, stand_in = replay()
             stand_in.compare(fused, expected)
             return stand_in.max_rel_error
 
-        return self.owner.accept(self.site, fused, image, original, check if checked else None, (impl, None))
+        return self.state.accept(self.site, fused, image, original, check if checked else None, (impl, None))
 
     def refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
-        """Why this call must run the original, or None."""
+        """Return the reason why this call must run the original, or None."""
         block = self.block
         if self._methods() != self.methods:
             return f"forward or _modulate of {type(block).__name__} was replaced"
-        if reason := _refusal(self.owner, self.site, block.attn.inner_dim // block.attn.heads, image, text, temb):
+        if reason := _refusal(self.state, self.site, block.attn.inner_dim // block.attn.heads, image, text, temb):
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text) or image.shape[2] != text.shape[2]:
             return f"called with streams of shapes {list(image.shape)} and {list(text.shape)}"
@@ -434,7 +382,7 @@ class PatchedBlock:
         if (index is not None) != bool(block.zero_cond_t):
             return "modulate_index must be given with zero_cond_t, and only then"
         if index is not None and not (is_plain(index) and index.shape == image.shape[:2]):
-            return "modulate_index is no tensor of a value a token"
+            return "modulate_index does not have one value per token"
         for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
             if reason := changed_norm(block._modules.get(name), image.shape[2]):
                 return reason
@@ -442,19 +390,19 @@ class PatchedBlock:
 
     def _fused(self, calls: Calls, impl: str, image, text, mask, temb, rotary, attention_kwargs, index) -> tuple | str:
         """Return (text, image) computed by one implementation, or the reason why that is not possible."""
-        block, owner = self.block, self.owner
+        block, state = self.block, self.state
         batch, _, channels = image.shape
         # text always uses the sampled timestep, the first half of a doubled `temb`
         text_temb = temb.chunk(2)[0] if block.zero_cond_t else temb
         mods = []
         for name, embedding in (("img_mod", temb), ("txt_mod", text_temb)):
             table = calls(name, embedding)
-            if reason := _unlike(table, (len(embedding), 6 * channels), image, name):
+            if reason := unlike(table, (len(embedding), 6 * channels), image, name):
                 return reason
             mods.append(Modulation(*(table if table.stride(-1) == 1 else table.contiguous()).chunk(6, dim=-1)))
         rows = (
-            owner.modulation_rows(index, batch, image.shape[1], image.device),
-            owner.modulation_rows(None, batch, text.shape[1], image.device),
+            state.modulation_rows(index, batch, image.shape[1], image.device),
+            state.modulation_rows(None, batch, text.shape[1], image.device),
         )
         options: Any = {"rounding": "eager", "impl": impl}
         streams, norms = (_rows(image), _rows(text)), (block.img_norm1, block.txt_norm1)
@@ -474,7 +422,7 @@ class PatchedBlock:
         if not isinstance(branches, (tuple, list)) or len(branches) != 2:
             return "attention did not return two streams"
         for branch, like in zip(branches, (image, text), strict=True):
-            if reason := _unlike(branch, tuple(like.shape), like, "attention"):
+            if reason := unlike(branch, tuple(like.shape), like, "attention"):
                 return reason
         out = []
         parts = (
@@ -486,33 +434,9 @@ class PatchedBlock:
                 x, _rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
             )
             branch = calls(mlp, hidden.view(shape))
-            if reason := _unlike(branch, tuple(shape), x, "the feed-forward"):
+            if reason := unlike(branch, tuple(shape), x, "the feed-forward"):
                 return reason
             x = ops.gate_residual(x, _rows(branch), mod.gate2, row, **options)
-            x = torch.ops.aten._unsafe_view(x, shape)  # not a view for autograd: nobody else holds the rows
+            x = torch.ops.aten._unsafe_view(x, shape)  # for autograd not a view: nothing else refers to the rows
             out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
         return out[1], out[0]
-
-
-def _innermost_forward(block: Any) -> tuple[Any, str]:
-    """Where the block's own forward lives, below hooks of diffusers and accelerate: (object, attribute)."""
-    registry = getattr(block, "_diffusers_hook", None)
-    if registry is not None and registry._fn_refs:
-        innermost = registry._fn_refs[0]
-        place = innermost, "forward" if innermost.original_forward is None else "original_forward"
-        below = hasattr(block, "_hf_hook") and isinstance(getattr(*place), functools.partial)
-        return (block, "_old_forward") if below else place  # accelerate hooked first: its hook is the inner one
-    if hasattr(block, "_hf_hook"):
-        return block, "_old_forward"
-    return block, "forward"
-
-
-def stock_forward(block: Any) -> bool:
-    """Whether what runs a block, below hooks of diffusers and accelerate, is the forward of diffusers."""
-    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock as Stock
-
-    if not isinstance(block, Stock):
-        return False
-    forward = getattr(*_innermost_forward(block))
-    stock = type(block).forward is Stock.forward and type(block)._modulate is Stock._modulate
-    return stock and "_modulate" not in vars(block) and getattr(forward, "__func__", None) is Stock.forward

@@ -1,8 +1,8 @@
 """Run a module's original forward a second time without calling its children a second time.
 
-The patch calls every child of a block exactly once, as diffusers does, and keeps inputs and results. The original
-forward then runs on a stand-in whose children answer with those results. So the self-check compares all that the fused
-operators compute with the code of diffusers, and hooks, caches, dropout and random numbers take no notice of it.
+The patch calls every child of a block exactly once, as diffusers does, and records inputs and results. The original
+forward then runs on a stand-in whose children return the recorded results. So the self-check compares everything that
+the fused operators compute with the code of diffusers, without effect on hooks, caches, dropout and random numbers.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 __all__ = ["Calls", "StandIn"]
 
-PART = 1 << 22  # elements that are compared at a time: 128 MiB of copies in float64, and few waits for a GPU
+PART = 1 << 22  # elements compared at a time: 128 MiB of copies in float64, and few synchronisations with a GPU
 
 
 class Calls:
-    """Calls a module's children, each once, and keeps what they returned.
+    """Recorder that calls a module's children, each once, and keeps their results.
 
     Args:
-        module: the children's parent.
-        inputs: also keep what the children are given, for `StandIn.max_rel_error`.
+        module: Parent of the children.
+        inputs: Also keep the inputs of the children, for `StandIn.max_rel_error`.
     """
 
     def __init__(self, module: nn.Module, inputs: bool) -> None:
@@ -33,24 +33,26 @@ class Calls:
         self.made: dict[str, tuple[list[_Kept], Any]] = {}
 
     def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the child of that name, such as "to_out.0"."""
+        """Call the child with this name, such as "to_out.0", and record the call."""
         kept = [_Kept(x) for x in _floats((*args, *kwargs.values()))] if self.inputs else []
         result = self.module.get_submodule(name)(*args, **kwargs)
         self.made[name] = kept, result
         return result
 
     def release(self) -> None:
-        """Free the results when no self-check needs them."""
+        """Free the results if no self-check needs them."""
         if not self.inputs:
             self.made.clear()
 
 
 class StandIn:
-    """Stands for a module in a run of its original forward: recorded children answer, all else is the module's.
+    """Replacement of a module in a run of its original forward.
+
+    Recorded children return their recorded results; all other attributes are the module's.
 
     Attributes:
-        max_rel_error: largest `max|recorded - original| / max|original|` over what the recorded children were given;
-            infinite where one is finite and the other is not, or where a child is given another number of tensors.
+        max_rel_error: Largest `max|recorded - original| / max|original|` over the inputs of recorded children. It is
+            infinite if only one of the two is finite, or if a child gets another number of tensors.
     """
 
     def __init__(self, calls: Calls) -> None:
@@ -78,7 +80,7 @@ class StandIn:
 
     @torch.no_grad()
     def compare(self, recorded: Iterable[Tensor], original: Iterable[Tensor]) -> None:
-        """Add the difference of these tensors to `max_rel_error`."""
+        """Update `max_rel_error` with the differences of these tensors."""
         recorded, original = list(recorded), list(original)
         same = [a.shape for a in recorded] == [b.shape for b in original]
         errors = map(_difference, recorded, original) if same else [math.inf]
@@ -86,7 +88,7 @@ class StandIn:
 
 
 class _Kept:
-    """A child's input: a hook may change it in place, which the original's own input does not show."""
+    """Input of a child, and whether a hook has changed it in place since."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.clone() if tensor.is_inference() else tensor  # inference tensors have no version
@@ -101,9 +103,9 @@ def _floats(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _difference(fused: Tensor, expected: Tensor) -> float:
-    """Relative error where the original is finite; infinite where only one of the two is.
+    """Return the relative error where the original is finite; infinity if only one of the two is finite.
 
-    A part at a time: the comparison in float64 of whole tensors would set the peak of the memory of the first call.
+    Parts are compared one after another: float64 copies of whole tensors would raise the peak memory of the first call.
     """
     worst, largest = 0.0, 0.0
     parts = (x.flatten().split(PART) for x in (fused, expected))

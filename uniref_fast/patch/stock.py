@@ -1,7 +1,7 @@
-"""The parts of diffusers that a packed forward replaces, and a check that each of them is still diffusers' own.
+"""Parts of diffusers that a packed forward replaces, and a check that each of them is still diffusers' own.
 
 `PackedQwenImage` runs a transformer's parameters without calling its blocks, attention modules and norms. Code that
-somebody put around or in place of those modules would therefore not run. `deviations` finds such code.
+was put around or in place of these modules would therefore not run. `deviations` finds such code.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from uniref_fast.patch.guards import QK_NORMS, attention_change, norm_change
-from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, active_backend
+from uniref_fast.models.qwen_image import qk_norm_eps
+from uniref_fast.patch.guards import QK_NORMS, active_backend, active_modes, attention_change, norm_change
+from uniref_fast.patch.processors import PatchedAttention, PatchedBlock
 
-__all__ = ["REPLACED_MODULES", "Replaced", "active_modes", "deviations", "is_own_method"]
+__all__ = ["REPLACED_MODULES", "Replaced", "deviations", "is_own_method"]
 
 _QWEN = "diffusers.models.transformers.transformer_qwenimage"
 _NORMS = "diffusers.models.normalization"
@@ -33,11 +32,11 @@ class Replaced:
     """A module whose `forward` a packed forward does not call.
 
     Attributes:
-        path: name in the transformer; `*` stands for every block, the empty path for the transformer itself.
-        kind: class that the module must have exactly, as "package.module:Class".
-        methods: methods of that class whose work the packed forward does.
-        calls: submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
-        reads: attributes that the packed forward reads.
+        path: Name in the transformer; `*` stands for every block, the empty path for the transformer itself.
+        kind: Class that the module must have exactly, as "package.module:Class".
+        methods: Methods of that class whose work the packed forward does.
+        calls: Submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
+        reads: Attributes that the packed forward reads.
     """
 
     path: str
@@ -70,22 +69,22 @@ REPLACED_MODULES = (
     *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"))
       for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
 )  # fmt: skip
-"""Every module that the packed forward stands for; whatever else is inside the transformer is called."""
+"""All modules that the packed forward replaces; it calls the other modules inside the transformer."""
 
 _ROTARY_THETA = 10000.0
 _KNOWN = ("diffusers", "torch", "uniref_fast")
-"""Packages whose code is what a packed forward was written against."""
+"""Packages whose own code the packed forward is written for."""
 
 
 def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
-    """Describe everything around or inside a transformer that a packed forward would skip or get wrong.
+    """Describe every change around or inside a transformer that a packed forward would skip or compute wrongly.
 
     Args:
-        transformer: a `QwenImageTransformer2DModel`, patched or not.
-        device: that it computes on.
+        transformer: A `QwenImageTransformer2DModel`, patched or not.
+        device: Device that it computes on.
 
     Yields:
-        one phrase for each, which begins with the name of the module or function.
+        One phrase for each change, which begins with the name of the module or function.
     """
     yield from _process_wide()
     replaced: set[int] = set()
@@ -109,20 +108,11 @@ def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
                 yield f"{where} has a QK norm with its weight on {weight.device}, not {device}; offload by whole models"
 
 
-def active_modes() -> list[str]:
-    """Names of active torch function and dispatch modes that may change what an operator computes.
-
-    PyTorch's own modes (a default device, counters of operations and memory) change nothing.
-    """
-    modes = [*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]
-    return [type(mode).__name__ for mode in modes if _root(type(mode).__module__) not in _KNOWN]
-
-
 def is_own_method(owner: Any, name: str) -> bool:
-    """Whether `owner.name(...)` runs code of diffusers, PyTorch or this package.
+    """Return True if `owner.name(...)` runs code of diffusers, PyTorch or this package.
 
-    False for a method that was set on the instance or on the class, and for one of a subclass in another package.
-    What `patch` installs counts as what it replaced.
+    It returns False for a method that was set on the instance or on the class, and for one of a subclass in another
+    package. A method that `patch` installed counts as the one that it replaced.
     """
     bound = vars(owner).get(name)
     if isinstance(getattr(bound, "__self__", None), PatchedBlock):
@@ -145,13 +135,14 @@ def is_own_method(owner: Any, name: str) -> bool:
 
 
 def _process_wide() -> Iterator[str]:
-    """Describe what was replaced or switched on for every model of this process."""
+    """Describe changes that apply to every model of this process."""
     if backend := active_backend():
-        yield f"attention backend {backend!r} is active in this process, while a packed forward picks its own (impl=)"
+        yield f"attention backend {backend!r} is active in this process, and a packed forward chooses its own (impl=)"
     if reason := attention_change() or norm_change():
         yield reason
-    for name in active_modes():
-        yield f"the torch mode {name} is active"
+    for mode in active_modes():
+        if _root(type(mode).__module__) not in _KNOWN:  # PyTorch's own, such as counters of operations, change nothing
+            yield f"the torch mode {type(mode).__name__} is active"
     hooks = {**torch_module._global_forward_pre_hooks, **torch_module._global_forward_hooks}
     for hook in _foreign(hooks):
         yield f"torch.nn has the global module hook {hook}"
@@ -187,13 +178,19 @@ def _replaced_module(name: str, module: Any, part: Replaced) -> Iterator[str]:
 
 
 def _called_module(name: str, module: nn.Module) -> Iterator[str]:
-    """Modules that a packed forward calls may be of any class; hooks would see the rows of all samples as one."""
+    """Describe hooks of a module that the packed forward calls. Such a module may be of any class."""
     if hooks := _hooks(module, called=True):
         yield f"{name} has hooks ({', '.join(hooks)}), which would see the tokens of all samples as one [N, C] tensor"
 
 
 def _hooks(module: nn.Module, *, called: bool = False, whole_model: bool = False) -> list[str]:
-    """Names of the hooks of a module that matter when it is `called`, or when it is not."""
+    """Return names of the hooks of a module that a packed forward would skip or, if it is `called`, disturb.
+
+    Args:
+        module: The module.
+        called: True for a module that the packed forward calls: hooks that only move or cast weights then do no harm.
+        whole_model: True for the transformer itself: hooks that offload the whole model then do no harm.
+    """
     names: list[str] = []
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
@@ -203,7 +200,7 @@ def _hooks(module: nn.Module, *, called: bool = False, whole_model: bool = False
         if not own or not (called or (whole_model and _offloads(hook))):
             names.append(f"accelerate's {type(hook).__name__}" if own else type(hook).__name__)
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
-    patched = getattr(getattr(module, "_uniref_fast", None), "hook", None)  # of patch(), where there is one
+    patched = getattr(getattr(module, "_uniref_fast", None), "hook", None)  # the hook of `patch`, if any
     if patched is not None:
         hooks.pop(patched.id, None)
     names += _foreign(hooks) if called else [_name(hook) for hook in hooks.values()]
@@ -212,7 +209,7 @@ def _hooks(module: nn.Module, *, called: bool = False, whole_model: bool = False
 
 @functools.cache
 def _weight_hooks() -> frozenset[str]:
-    """Hooks of diffusers that only move or cast the weights of the module that they are on."""
+    """Return the hooks of diffusers that only move or cast the weights of their module."""
     from diffusers.hooks import group_offloading as offloading
     from diffusers.hooks import layerwise_casting as casting
 
@@ -229,7 +226,7 @@ def _offloads(hook: Any) -> bool:
 
 
 def _foreign(hooks: dict[int, Any]) -> list[str]:
-    """Names of PyTorch hooks that are neither PyTorch's (pruning, sharding, counters) nor peft's."""
+    """Return names of PyTorch hooks that come neither from PyTorch (pruning, sharding, counters) nor from peft."""
     return [_name(hook) for hook in hooks.values() if _root(_home(hook)) not in ("torch", "peft")]
 
 
@@ -248,7 +245,7 @@ def _root(module: str) -> str:
 
 
 def _settings(transformer: Any) -> Iterator[str]:
-    """Attributes of modules that the packed forward takes from the configuration, or takes to be equal."""
+    """Describe attributes of modules that differ from the configuration or among norms that must be equal."""
     if not len(transformer.transformer_blocks):
         yield "transformer_blocks is empty"
     rope, axes = transformer.pos_embed, tuple(transformer.config.axes_dims_rope)
@@ -265,10 +262,10 @@ def _settings(transformer: Any) -> Iterator[str]:
         if bool(getattr(module, "zero_cond_t", zero_cond_t)) != zero_cond_t:
             yield f"{name} has zero_cond_t={module.zero_cond_t}, the configuration has {zero_cond_t}"
     for name, attn in _found(transformer, _ATTN):
-        norms = (attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k)
-        eps = sorted({norm.eps for norm in norms if norm is not None})
-        if len(eps) > 1:
-            yield f"{name}: its QK norms differ in eps {eps}"
+        try:
+            qk_norm_eps(attn)
+        except ValueError as error:
+            yield f"{name}: {error}"
 
 
 @functools.lru_cache(maxsize=4)
@@ -294,4 +291,4 @@ def _processor(where: str, processor: Any) -> Iterator[str]:
     backend = getattr(processor._attention_backend, "value", processor._attention_backend)
     if backend not in (None, "native"):
         advice = "transformer.reset_attention_backend() undoes it"
-        yield f"{where} is set to attention backend {backend!r}, while a packed forward picks its own (impl=); {advice}"
+        yield f"{where} is set to attention backend {backend!r}, and a packed forward chooses its own (impl=); {advice}"

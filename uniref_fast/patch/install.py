@@ -1,0 +1,182 @@
+"""Install the patched places in a transformer, and remove them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from uniref_fast import ops
+from uniref_fast.models.qwen_image import find_transformer
+from uniref_fast.patch.guards import stock_forward
+from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, register_processor
+from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
+from uniref_fast.patch.state import PatchState
+from uniref_fast.visibility import Rule, rule_of
+
+__all__ = ["patch", "unpatch"]
+
+_INSTALLATION = "_uniref_fast"  # attribute of a patched transformer
+
+
+def patch(
+    pipe_or_transformer: Any,
+    mode: str = "exact",
+    visibility: str | Rule = "full",
+    strict: bool = True,
+    *,
+    impl: str | None = None,
+) -> PatchReport:
+    """Make a diffusers pipeline (or its transformer) faster, in place.
+
+    Args:
+        pipe_or_transformer: A `QwenImageEditPlusPipeline`, another pipeline with a `QwenImageTransformer2DModel` as
+            `transformer`, or that model.
+        mode: "exact", the only mode, computes the same as the original and rounds where the original rounds.
+        visibility: Visibility of attention. "full" is the one of diffusers; other policies (`uniref_fast.visibility`)
+            are for models trained with them.
+        strict: Raise RuntimeError when a self-check fails, in that call of the pipeline and in every later one. With
+            False the site runs the original from then on.
+        impl: Implementation forced on every op ("reference", "native", "triton"). None chooses by device.
+
+    Returns:
+        A live report of the patched sites.
+
+    Raises:
+        TypeError: If the model is not supported; the message lists the supported ones.
+        ValueError: If options are impossible, if the model is already patched with other options, or if the transformer
+            or a block is already compiled: patch first, then compile.
+    """
+    transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
+    if mode != "exact":
+        raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
+    rule_of(visibility)  # raises for an unknown one
+    options = (mode, visibility, strict, impl)
+    found: _Installation | None = getattr(transformer, _INSTALLATION, None)
+    if found is not None:
+        if found.options != options:
+            raise ValueError(f"already patched with {found.options}; call unpatch first to patch with {options}")
+        return found.state.report
+    find_transformer(pipe_or_transformer, sharded=True)  # raises for a wrapper of torch.compile
+    _refuse_compiled(transformer)
+    installation = _Installation(transformer, options)
+    object.__setattr__(transformer, _INSTALLATION, installation)  # not through nn.Module: it is no submodule
+    return installation.state.report
+
+
+def unpatch(pipe_or_transformer: Any) -> bool:
+    """Undo `patch`, and return False if the model was not patched.
+
+    The processors and forwards are then the same objects as before. A model that was compiled or sharded after `patch`
+    stays compiled or sharded.
+
+    Args:
+        pipe_or_transformer: The pipeline or transformer that was patched.
+
+    Raises:
+        TypeError: If the model is not supported.
+        RuntimeError: If other code wrapped or replaced a patched forward; nothing is undone then.
+    """
+    transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
+    found: _Installation | None = getattr(transformer, _INSTALLATION, None)
+    if found is None:
+        return False
+    found.remove()
+    object.__delattr__(transformer, _INSTALLATION)
+    return True
+
+
+class _Installation:
+    """The patched places of one transformer and the options that it was patched with."""
+
+    def __init__(self, transformer: Any, options: tuple) -> None:
+        mode, visibility, strict, impl = self.options = options
+        device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
+        probe = torch.empty(0, dtype=_compute_dtype(transformer), device=device)
+        head_dim = transformer.config.attention_head_dim
+        if impl is None:
+            implementation, reason = ops.explain(probe, head_dim)
+        else:
+            implementation, reason = ops.choose(impl, probe, head_dim), "asked for"
+        report = PatchReport(
+            model=type(transformer).__name__,
+            mode=mode,
+            visibility=visibility if isinstance(visibility, str) else getattr(visibility, "__name__", "custom"),
+            implementation=implementation,
+            reason=reason,
+            sites=[],
+        )
+        self.state = PatchState(report, visibility, strict, impl)
+        self.places: list[PatchedBlock | PatchedAttention] = []
+        self.hook = None
+        if visibility != "full":
+            _refuse_processors(transformer, visibility)  # before anything is installed
+            self.hook = transformer.register_forward_pre_hook(self.state.remember_shapes, with_kwargs=True)
+            report.notes.append(
+                f"no self-check of attention: visibility {report.visibility} differs from the original's on purpose"
+            )
+        register_processor()
+        for name, block in transformer.transformer_blocks.named_children():
+            self._install(f"transformer_blocks.{name}", block)
+
+    def _install(self, name: str, block: Any) -> None:
+        if _has_stock_processor(block):
+            self._add(PatchedAttention(block.attn, self.state, Site(f"{name}.attn")))
+        else:
+            self.state.report.notes.append(f"{name}.attn has its own {_processor(block)}, which runs unchanged")
+        if stock_forward(block):
+            self._add(PatchedBlock(block, self.state, Site(name)))
+        else:
+            self.state.report.notes.append(f"{name} has its own forward, which runs unchanged")
+
+    def _add(self, place: PatchedBlock | PatchedAttention) -> None:
+        self.state.report.sites.append(place.site)
+        self.places.append(place)
+
+    def remove(self) -> None:
+        """Undo everything, or raise RuntimeError before anything is undone."""
+        for place in self.places:
+            place.locate()
+        for place in reversed(self.places):
+            place.remove()
+        if self.hook is not None:
+            self.hook.remove()
+
+
+def _refuse_compiled(transformer: Any) -> None:
+    """Raise ValueError if a module is compiled already: compiled code would keep running the unpatched forward."""
+    places = {"transformer": transformer}
+    for name, block in transformer.transformer_blocks.named_children():
+        places |= {f"transformer_blocks.{name}": block, f"transformer_blocks.{name}.attn": getattr(block, "attn", None)}
+    for name, module in places.items():
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                f"{name} was compiled in place; patch first, then compile. To remove the compiled code, set "
+                "`_compiled_call_impl = None` on that module"
+            )
+
+
+def _has_stock_processor(block: Any) -> bool:
+    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
+
+    return type(getattr(getattr(block, "attn", None), "processor", None)) is Stock
+
+
+def _processor(block: Any) -> str:
+    return type(getattr(getattr(block, "attn", None), "processor", None)).__name__
+
+
+def _refuse_processors(transformer: Any, visibility: str | Rule) -> None:
+    """Raise ValueError if a block has another processor: it does not know the visibility."""
+    for name, block in transformer.transformer_blocks.named_children():
+        if not _has_stock_processor(block):
+            raise ValueError(
+                f"transformer_blocks.{name}.attn has its own {_processor(block)}, which does not support visibility "
+                f"{visibility!r}; set diffusers' own processor first"
+            )
+
+
+def _compute_dtype(transformer: Any) -> torch.dtype:
+    """Return the dtype that the blocks compute in: the first parameter's that is no storage dtype of quantisation."""
+    dtypes = [transformer.dtype, *(parameter.dtype for parameter in transformer.parameters())]
+    return next((dtype for dtype in dtypes if dtype in SELF_CHECK_TOLERANCE), torch.float32)

@@ -1,0 +1,108 @@
+"""Report of a patch: the patched sites, with counters that change while the pipeline runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["SELF_CHECK_TOLERANCE", "PatchReport", "Site"]
+
+SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest accepted `max|patched - original| / max|original|` of the results of a site, by dtype."""
+
+
+@dataclass
+class Site:
+    """One patched place and its counters.
+
+    Attributes:
+        name: Name of the module within the transformer.
+        calls: Accelerated calls, by the implementation that served them.
+        fallbacks: Calls that ran the original, by reason.
+        reasons: Accelerated attention calls, by "implementation: reason of the choice".
+        traces: Number of times that torch.compile or torch.export traced the site. Compiled code runs the original,
+            and its calls are not counted.
+        max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
+        disabled: Reason why the site runs the original from now on, or None.
+    """
+
+    name: str
+    calls: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    traces: int = 0
+    max_rel_error: float | None = None
+    disabled: str | None = None
+
+
+@dataclass
+class PatchReport:
+    """Result of `patch`. It is live: its counters change while the pipeline runs. `str(report)` is for reading.
+
+    Attributes:
+        model: Class of the transformer.
+        mode: Mode of the patch.
+        visibility: Visibility of the patch.
+        implementation: Implementation chosen for the model when it was patched; `calls` counts those that served calls.
+        reason: Reason of that choice.
+        sites: The patched places, each with its counters.
+        notes: Places that were not patched, and why.
+    """
+
+    model: str
+    mode: str
+    visibility: str
+    implementation: str
+    reason: str
+    sites: list[Site]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def max_rel_error(self) -> float | None:
+        """Largest error of a self-check over all sites; None before the first call."""
+        return max((s.max_rel_error for s in self.sites if s.max_rel_error is not None), default=None)
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Accelerated calls, by the implementation that served them."""
+        return sum((s.calls for s in self.sites), Counter())
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Calls that ran the original, by reason."""
+        return sum((s.fallbacks for s in self.sites), Counter())
+
+    @property
+    def traces(self) -> int:
+        """Number of times that torch.compile or torch.export traced a site; compiled code runs the original."""
+        return sum(s.traces for s in self.sites)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Accelerated attention calls, by implementation and why it was chosen."""
+        return sum((s.reasons for s in self.sites), Counter())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model}: {len(self.sites)} sites patched, mode={self.mode}, visibility={self.visibility}",
+            f"  implementation  {self.implementation} when patched ({self.reason})",
+            f"  accelerated     {self.calls.total()} calls"
+            + "".join(f", {count} {name}" for name, count in self.calls.most_common()),
+            f"  originals run   {sum(self.fallbacks.values())} calls",
+        ]
+        lines += [f"    {count:6d} x  {reason}" for reason, count in self.fallbacks.most_common()]
+        if self.traces:
+            lines.append(
+                f"  compiled        {self.traces} traces of sites by torch.compile; compiled code runs the original, "
+                "and its calls are not counted"
+            )
+        lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
+        lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
+        error = self.max_rel_error
+        checked = sum(s.max_rel_error is not None for s in self.sites)
+        result = "not run yet" if error is None else f"max relative error {error:.2e}"
+        lines.append(f"  self-check      {result}, {checked} of {len(self.sites)} sites compared with the original")
+        lines += [f"  note            {note}" for note in self.notes]
+        return "\n".join(lines)
