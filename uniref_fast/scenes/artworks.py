@@ -1,10 +1,11 @@
-"""Artworks of the training data: which emoji there are, what they are called, and their pixels.
+"""Artworks of the synthetic data: the available emoji, their names and their pixels.
 
     pool = artworks("auto")
-    pool.names, pool.image("owl"), pool.slug("owl")
+    pool.names, pool.image("owl")
 
-Two sources. "font": every artwork of an installed Noto Color Emoji font that stands for a single code point, under its
-Unicode name, except those that `usable` leaves out. "shipped": the sixteen PNG files of `uniref_fast/assets/emoji`.
+There are two sources. "font": every artwork of an installed Noto Color Emoji font that stands for a single code point,
+under its Unicode name, except those that `usable` excludes. "shipped": the sixteen PNG files of
+`uniref_fast/assets/emoji` (cut from the same font, SIL Open Font License 1.1, see NOTICE.md there).
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ FONT_PATHS = (
     "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
 )
 
-# Where pictographs are, private use and the digits of keycaps aside.
+# Ranges of pictographs, without private use and the digits of keycaps.
 BLOCKS = (range(0x2000, 0x3300), range(0x1F000, 0x1FB00))
 
-# Words with which instructions say place, size, count or what a picture is; "black" and "white" mean filled and
-# outlined in the older names ("black telephone" is drawn red), so they would be colours that are wrong.
+# Words that instructions use for places, sizes, counts and pictures. "black" and "white" mean filled and outlined in
+# older names ("black telephone" is drawn red), so they would be wrong as colours.
 INSTRUCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -59,7 +60,7 @@ INSTRUCTION_WORDS = frozenset(
         black white picture background put""",
     )
 )
-# Signs that are writing in a box: their names say how they are encoded, not what they look like.
+# Signs with writing in a box: their names describe the encoding, not the appearance.
 WRITING = ("squared", "ideograph", "katakana", "keycap", "capital letter", "input symbol")
 PREFIXES = ("regional indicator", "emoji modifier", "emoji component", "combining", "zero width", "clock face")
 RUDE = 0x1F595  # the middle finger
@@ -87,7 +88,7 @@ LATER_NAMES = {
         if line.strip()
     )
 }
-# What Unicode 13 had assigned in the blocks that still grow.
+# Code points that Unicode 13 had assigned in blocks that still grow.
 GROWING = (range(0x1F6D8, 0x1F6E0), range(0x1F7F0, 0x1F800), range(0x1FA70, 0x1FB00))
 ASSIGNED_13 = tuple(
     range(first, last + 1)
@@ -104,7 +105,7 @@ ASSIGNED_13 = tuple(
 
 
 def unicode_name(code: int) -> str | None:
-    """Lower-case Unicode name up to Unicode 16, the same under every Python; None where there is none."""
+    """Return the lower-case Unicode name up to Unicode 16, the same for every Python version; None without a name."""
     if code in LATER_NAMES:
         return LATER_NAMES[code]
     if any(code in block for block in GROWING) and not any(code in block for block in ASSIGNED_13):
@@ -114,14 +115,14 @@ def unicode_name(code: int) -> str | None:
 
 
 def usable(code: int) -> bool:
-    """Whether an artwork's name can stand in an instruction. Left out, and nothing else:
+    """Return True if an artwork's name can be used in an instruction. Excluded are only:
 
-    - what is no picture of its own: regional indicators (halves of flags), skin-tone and hair modifiers, combining
-      marks, joiners and selectors, and characters without a name;
-    - names with a word that instructions use themselves for places, sizes, counts and pictures, or with "black" or
-      "white" (`INSTRUCTION_WORDS`): "put the back of left-pointing magnifying glass left of" cannot be read;
+    - code points that are not images of their own: regional indicators (halves of flags), skin-tone and hair modifiers,
+      combining marks, joiners and selectors, and characters without a name;
+    - names with a word that instructions use for places, sizes, counts and pictures, or with "black" or "white"
+      (`INSTRUCTION_WORDS`): "put the back of left-pointing magnifying glass left of" is unreadable;
     - writing in a box (`WRITING`), such as "squared cool";
-    - the 24 clock faces, which differ by their hands only, and the middle finger.
+    - the 24 clock faces, which differ only in their hands, and the middle finger.
     """
     name = unicode_name(code)
     if name is None or name.startswith(PREFIXES) or code == RUDE:
@@ -131,13 +132,13 @@ def usable(code: int) -> bool:
 
 @dataclass(frozen=True)
 class Artworks:
-    """A pool of named RGBA artworks; cheap to send to another process, pixels are made where they are asked for.
+    """A pool of named RGBA artworks. It is cheap to send to another process; images are read or drawn when requested.
 
     Attributes:
         source: "font" or "shipped".
-        codes: code point by name, in alphabetical order of the names.
-        font: file name, version and SHA-256 of the font, or None.
-        font_path: where the font is; not part of what the pool is.
+        codes: Code points by name, in alphabetical order of the names.
+        font: File name, version and SHA-256 of the font, or None.
+        font_path: Path of the font; pools with different paths may be equal.
     """
 
     source: str
@@ -150,9 +151,9 @@ class Artworks:
         return tuple(self.codes)
 
     def image(self, name: str) -> Image.Image:
-        """The RGBA artwork, square; shared, so not to be drawn on. Raises KeyError for a name outside the pool."""
+        """Return the square RGBA artwork, which is shared: do not modify it. Raises KeyError for unknown names."""
         if name not in self.codes:
-            raise KeyError(f"no artwork {name!r} among the {len(self.codes)} of {self.source}")
+            raise KeyError(f"no artwork {name!r} among the {len(self.codes)} artworks of source {self.source!r}")
         if self.font_path is None:
             return shipped_artwork(name)
         return _drawn(self.font_path, self.codes[name])
@@ -174,14 +175,14 @@ def shipped_artwork(name: str) -> Image.Image:
 
 
 def artworks(source: str = "auto") -> Artworks:
-    """The pool of a source; "auto" is the font where it is installed, else what is shipped.
+    """Return the pool of a source; "auto" uses the font if it is installed, otherwise the shipped artworks.
 
     Raises:
-        ValueError: for an unknown source, or a font without colour bitmaps.
-        FileNotFoundError: "font" without the font; says how to get it.
+        ValueError: The source is unknown, or the font has no colour bitmaps.
+        FileNotFoundError: The source is "font" and the font is missing; the message says how to install it.
     """
     if source not in SOURCES:
-        raise ValueError(f"unknown artworks {source!r}; there are: {', '.join(SOURCES)}")
+        raise ValueError(f"unknown artworks {source!r}; sources are: {', '.join(SOURCES)}")
     if source != "shipped":
         try:
             return _font_pool(find_font().path)
@@ -216,7 +217,7 @@ def _font_pool(path: Any) -> Artworks:
 
 @functools.lru_cache(maxsize=4)
 def _open_font(path: str) -> ImageFont.FreeTypeFont:
-    # The basic layout is always there; the other depends on how Pillow was built.
+    # The basic layout is always available; the other depends on how Pillow was built.
     return ImageFont.truetype(path, NATIVE_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -229,18 +230,18 @@ def _drawn(path: str, code: int) -> Image.Image:
 
 
 def find_font() -> ImageFont.FreeTypeFont:
-    """The font at its native size. Raises FileNotFoundError that says how to get it."""
+    """Return the font at its native size. Raises FileNotFoundError with advice if it is not installed."""
     for path in filter(None, (os.environ.get("NOTO_COLOR_EMOJI"), *FONT_PATHS)):
         if Path(path).is_file():
             return ImageFont.truetype(path, NATIVE_SIZE)
     raise FileNotFoundError(
         "NotoColorEmoji.ttf was not found. Install it (Debian, Ubuntu: apt-get install fonts-noto-color-emoji), or set"
-        f" NOTO_COLOR_EMOJI to its path. Looked at: {', '.join(FONT_PATHS)}"
+        f" NOTO_COLOR_EMOJI to its path. Paths that were searched: {', '.join(FONT_PATHS)}"
     )
 
 
 def render_emoji(character: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image:
-    """One emoji as RGBA `size` x `size`, cropped to its ink and centred with its aspect ratio kept."""
+    """Return an emoji as RGBA, `size` x `size` pixels, cropped to its ink and centred, with its aspect ratio kept."""
     canvas = Image.new("RGBA", (160, 160), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((10, 10), character, font=font, embedded_color=True)
     box = canvas.getchannel("A").getbbox()

@@ -1,12 +1,12 @@
-"""Backgrounds of the training data: textures, generated landscapes, and textures that can be asked for in words.
+"""Backgrounds of the synthetic data: textures, generated landscapes, and textures that words can describe.
 
     background("landscape", (160, 128), seed=3)
     named_background("checker", "blue", (128, 128))
 
-The first follows a seed: the kinds of `uniref_fast.scenes.TEXTURES`, and `PHOTOS`, which have the colours and the depth
-of photographs. The second follows its words alone, so that an instruction that says them has one right answer.
-Sizes are (width, height) in pixels; images are RGB. Transcendental functions run in float64, whose last bits, in which
-processors differ, do not reach a pixel; the rest is float32 and exact everywhere.
+`background` follows from a seed; its kinds are those of `TEXTURES`, and `PHOTOS`, which have the colours and the depth
+of photographs. `named_background` follows from its words alone, so that an instruction with these words has exactly one
+correct result. Sizes are (width, height) in pixels; images are RGB. Transcendental functions are computed in float64,
+because their last bits differ between processors and must not reach a pixel; the rest is float32 and exact.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (240, 120, 175),
     "brown": (130, 80, 45),
 }
-# Textures that instructions name, with the adjective that does it. Noise has no pattern that words could fix.
+# Textures that instructions can describe, with their adjectives. Words cannot determine a pattern of noise.
 NAMED: dict[str, str] = {
     "plain": "plain",
     "checker": "checker",
@@ -44,12 +44,12 @@ NAMED: dict[str, str] = {
 
 
 def _mix(a: np.ndarray, b: np.ndarray, t: np.ndarray | np.floating) -> np.ndarray:
-    """Colours `[3, 1, 1]` or images `[3, H, W]` mixed by t (`[H, W]`, `[H, 1]` or one) in 0..1: `a` where it is 0."""
+    """Mix colours `[3, 1, 1]` or images `[3, H, W]` by t (`[H, W]`, `[H, 1]` or a number) in 0..1: `a` where t is 0."""
     return a + (b - a) * t
 
 
 def _noise(rng: np.random.Generator, size: Size, cells: tuple[int, int], octaves: int = 4) -> np.ndarray:
-    """Fractal value noise in 0..1, float32 [H, W]; `cells` are the coarsest octave's cells along width and height."""
+    """Return fractal value noise in 0..1, float32 [H, W]; `cells` are the coarsest cells along width and height."""
     total = np.zeros((size[1], size[0]), np.float32)
     for octave in range(octaves):
         coarse = rng.random((cells[1] * 2**octave + 1, cells[0] * 2**octave + 1), np.float32)
@@ -59,7 +59,7 @@ def _noise(rng: np.random.Generator, size: Size, cells: tuple[int, int], octaves
 
 
 def _axes(size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """x `[1, W]` and y `[H, 1]` of the pixel centres, float32 in 0..1."""
+    """Return x `[1, W]` and y `[H, 1]` of the pixel centres, float32 in 0..1."""
     x, y = ((np.arange(n, dtype=np.float32) + np.float32(0.5)) / np.float32(n) for n in size)
     return x[None], y[:, None]
 
@@ -77,14 +77,14 @@ def _one_of(rng: np.random.Generator, *colours: tuple[float, float, float]) -> t
 
 
 def _sky(size: Size, zenith: np.ndarray, horizon: np.ndarray, at: float) -> np.ndarray:
-    """Vertical gradient that reaches the horizon's colour at height `at` (0 top, 1 bottom), [3, H, 1]."""
+    """Return a vertical gradient [3, H, 1] that reaches the horizon's colour at height `at` (0 top, 1 bottom)."""
     t = np.clip(_axes(size)[1] / np.float32(at), 0, 1)
     return _mix(zenith, horizon, t * np.sqrt(t))
 
 
 def _glow(size: Size, centre: tuple[float, float], radius: float) -> np.ndarray:
-    """1 at a point, falling off over `radius` in units of the shorter side, float32 [H, W]."""
-    # a product of two profiles: the exponential is taken of a row and of a column only
+    """Return a glow [H, W], float32: 1 at its centre, decreasing over `radius` in units of the shorter side."""
+    # a product of two profiles needs the exponential of one row and one column only
     profiles = [
         np.exp(-((((np.arange(n) + 0.5) / n - c) * n / (radius * min(size))) ** 2)).astype(np.float32)
         for n, c in zip(size, centre, strict=True)
@@ -93,7 +93,7 @@ def _glow(size: Size, centre: tuple[float, float], radius: float) -> np.ndarray:
 
 
 def _landscape(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Ridges, hazier with distance, under a sky."""
+    """Draw ridges under a sky, hazier with distance."""
     _, y = _axes(size)
     zenith, haze = _jitter(rng, (92, 140, 200)), _jitter(rng, (226, 222, 210))
     near = _jitter(rng, _one_of(rng, (44, 84, 48), (70, 62, 52), (38, 66, 96)))
@@ -112,7 +112,7 @@ def _landscape(rng: np.random.Generator, size: Size) -> np.ndarray:
 
 
 def _sunset(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """A sky with a low sun behind streaks of cloud."""
+    """Draw a sky with a low sun behind streaks of cloud."""
     sun = float(rng.uniform(0.2, 0.8)), float(rng.uniform(0.35, 0.75))
     zenith = _jitter(rng, _one_of(rng, (58, 52, 110), (70, 110, 180), (96, 60, 110)))
     horizon = _jitter(rng, _one_of(rng, (250, 150, 84), (252, 196, 120), (244, 130, 120)))
@@ -124,7 +124,7 @@ def _sunset(rng: np.random.Generator, size: Size) -> np.ndarray:
 
 
 def _bokeh(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Discs of light out of focus, before a dark blurred ground."""
+    """Draw discs of light, out of focus, on a dark blurred ground."""
     dark, less = _jitter(rng, (28, 30, 44)), _jitter(rng, (70, 58, 66), 24)
     image = _mix(dark, less, _axes(size)[1]) * (np.float32(0.8) + np.float32(0.5) * _noise(rng, size, (2, 2), 2))
     unit = min(size)
@@ -133,7 +133,9 @@ def _bokeh(rng: np.random.Generator, size: Size) -> np.ndarray:
         x, y, radius, strength = rng.random(4)
         x, y, radius, strength = x * size[0], y * size[1], (0.04 + 0.09 * radius) * unit, 0.15 + 0.4 * strength
         left, top = max(0, int(x - radius - 2)), max(0, int(y - radius - 2))
-        box = image[:, top : int(y + radius + 3), left : int(x + radius + 3)]  # drawn in place, slicing cuts it off
+        box = image[
+            :, top : int(y + radius + 3), left : int(x + radius + 3)
+        ]  # a view: discs are drawn in place, and slicing clips them
         rows, columns = (np.arange(n) + 0.5 + start for n, start in zip(box.shape[1:], (top, left), strict=True))
         distance = np.sqrt((columns - x)[None] ** 2 + (rows - y)[:, None] ** 2)
         inside = np.clip(distance / radius, 0, 1)
@@ -143,7 +145,7 @@ def _bokeh(rng: np.random.Generator, size: Size) -> np.ndarray:
 
 
 def _sea(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """Water up to a horizon, waves finer with distance, and the light of a sun on them."""
+    """Draw water up to a horizon, with waves that become finer with distance and reflect a sun."""
     x, y = _axes(size)
     at, sun = float(rng.uniform(0.3, 0.55)), float(rng.uniform(0.2, 0.8))
     zenith, horizon = _jitter(rng, (110, 165, 220)), _jitter(rng, (232, 230, 220))
@@ -170,26 +172,28 @@ KINDS: tuple[str, ...] = (*TEXTURES, *PHOTOS)
 
 
 def background(kind: str, size: Size, seed: int) -> Image.Image:
-    """A background of one of `KINDS`. Raises ValueError for an unknown kind or an empty size."""
+    """Return a background of one of `KINDS`. Raises ValueError for an unknown kind or an empty size."""
     if kind in TEXTURES:
         return texture(kind, size, seed)
     if kind not in PHOTOS:
-        raise ValueError(f"unknown background {kind!r}; there are: {', '.join(KINDS)}")
+        raise ValueError(f"unknown background {kind!r}; kinds are: {', '.join(KINDS)}")
     if min(size) < 1:
-        raise ValueError(f"a background's width and height are at least 1, got {size}")
+        raise ValueError(f"a background's width and height must be at least 1, got {size}")
     rng = np.random.default_rng([seed, len(TEXTURES) + list(PHOTOS).index(kind)])
     return _to_image(PHOTOS[kind](rng, size))
 
 
 def named_background(kind: str, colour: str, size: Size) -> Image.Image:
-    """The one background of a kind of `NAMED` in one of `COLOURS`; the same kind and colour are always the same image.
+    """Return the background of a kind of `NAMED` in one of `COLOURS`; equal kinds and colours give equal images.
 
     Raises ValueError for an unknown kind or colour, or an empty size.
     """
     if kind not in NAMED or colour not in COLOURS:
-        raise ValueError(f"no {colour!r} {kind!r} background; there are: {', '.join(NAMED)}; in: {', '.join(COLOURS)}")
+        raise ValueError(
+            f"no {colour!r} {kind!r} background; kinds are: {', '.join(NAMED)}; colours are: {', '.join(COLOURS)}"
+        )
     if min(size) < 1:
-        raise ValueError(f"a background's width and height are at least 1, got {size}")
+        raise ValueError(f"a background's width and height must be at least 1, got {size}")
     pure = _colour(*COLOURS[colour])
     deep, pale = (
         _mix(pure, _colour(255, 255, 255), np.float32(0.2)),
@@ -202,5 +206,5 @@ def named_background(kind: str, colour: str, size: Size) -> Image.Image:
 
 
 def _to_image(values: np.ndarray) -> Image.Image:
-    """`[3, H, W]` in 0..255 -> RGB."""
+    """Convert `[3, H, W]` in 0..255 to an RGB image."""
     return Image.fromarray(np.ascontiguousarray(np.clip(np.rint(values), 0, 255).astype(np.uint8).transpose(1, 2, 0)))

@@ -1,4 +1,4 @@
-"""The changes that an edit makes, read from a scene: objects that are new, kept, removed, or not used at all."""
+"""Changes that an edit makes, derived from a scene: objects that are new, kept, removed, or not used."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["SceneChanges", "scene_changes"]
 
 @dataclass(frozen=True)
 class SceneChanges:
-    """Objects of the target and of the references, by what the edit does with them; places are in the target's pixels.
+    """Objects of the target and of the references, grouped by the change; places are in pixels of the target.
 
     Attributes:
         size: (width, height) of the target in pixels.
         objects: Objects of the target; later ones are drawn over earlier ones.
-        kept: For each of `objects`, True if a reference shows it at the same place.
+        kept: True for each of `objects` that a reference shows at the same place.
         removed: Objects of the reference that gives the background, which the target does not show at that place.
         unused: Objects of the references that the target does not show anywhere; they have the mean side of `objects`.
         new_background: True if objects are kept, but the background of their reference is not.

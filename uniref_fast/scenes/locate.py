@@ -1,8 +1,8 @@
-"""Known objects found in an image: how much each looks as it should, at its place, near it, and anywhere else.
+"""Location of known objects in an image: how well each is shown at its place, near it, and anywhere else.
 
-Arrays are float32, colours 0..255 RGB. How far an image is from an object is a mean squared distance over the object's
-pixels, in units of what it is where the object is not (1 is "as good as absent"), so that a blob of about the right
-colour, a faded object and a noisy one all count in part.
+Arrays are float32, colours RGB in 0..255. The distance of an image from an object is a mean squared distance over the
+object's pixels, in units of the same distance for an image without the object: 1 is as bad as absent. A blob of about
+the right colour, a faded object and a noisy object therefore all count in part.
 """
 
 from __future__ import annotations
@@ -18,21 +18,25 @@ from PIL import Image
 
 __all__ = ["FLOOR", "Canvas", "Found", "Piece", "Search", "find", "likeness", "reduction", "resized", "weighted"]
 
-SEARCHED = 48  # pixels: longer side, at most, of the reduced image in which objects are looked for everywhere
-SCALES = (0.8, 1.25)  # of its side, at which an object is also looked for where it is found
-NEAR = {1.0: 2, **dict.fromkeys(SCALES, 1)}  # pixels around a likely place that are tried, by scale
-REACH = 0.35  # of an object's side: so far from its place it counts 0.71
-FLOOR = 3 * 16.0**2  # squared distance added to that of an absent object: what is allowed for where hardly any shows
+SEARCHED = 48  # pixels: largest longer side of the reduced image in which objects are searched everywhere
+SCALES = (0.8, 1.25)  # scales of its side at which an object is also searched around its best place
+NEAR = {1.0: 2, **dict.fromkeys(SCALES, 1)}  # pixels around a likely place that are searched, by scale
+REACH = 0.35  # distance from its place, in sides of the object, at which the score is multiplied by 0.71
+FLOOR = 3 * 16.0**2  # squared distance added to that of an absent object, so that small contrasts do not decide
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """An object in an image: `colours` [h, w, 3], their weights `alpha` [h, w], upper left corner (top, left).
+    """An object in an image.
 
     Attributes:
-        outline: the object's own alpha channel, [h, w]; the surroundings are what it leaves.
-        absent: mean squared distance of an image that does not show it, FLOOR included.
-        contrast: distance of its mean colour from its surroundings'.
+        colours: Its colours, [h, w, 3].
+        alpha: Weights of its pixels, [h, w].
+        outline: Its own alpha channel, [h, w]; the rest of its square belongs to the surroundings.
+        top: Row of its upper left corner, in pixels.
+        left: Column of its upper left corner, in pixels.
+        absent: Mean squared distance of an image that does not show it, FLOOR included.
+        contrast: Distance of its mean colour from that of its surroundings.
     """
 
     colours: np.ndarray
@@ -59,7 +63,7 @@ class Piece:
 
     @functools.cached_property
     def ring(self) -> np.ndarray:
-        """Weights of the surroundings [h + 2 pad, w + 2 pad]: what its square and a margin show beside it."""
+        """Weights of the surroundings, [h + 2 pad, w + 2 pad]: its square and a margin without the object itself."""
         height, width = self.outline.shape
         pad = max(2, round(0.12 * min(height, width)))
         weights = np.ones((height + 2 * pad, width + 2 * pad), np.float32)
@@ -68,7 +72,7 @@ class Piece:
 
     @functools.cached_property
     def scaled(self) -> dict[float, Piece]:
-        """The piece by scale, itself among them; their corners mean nothing."""
+        """The piece at each scale, 1 included; the corners of the others have no meaning."""
         height, width = self.alpha.shape
         pieces = {1.0: self}
         for scale in SCALES:
@@ -78,41 +82,41 @@ class Piece:
         return pieces
 
     def distance(self, other: np.ndarray) -> float:
-        """Mean squared distance of other colours, [h, w, 3] or [3]."""
+        """Return the mean squared distance of other colours, [h, w, 3] or [3]."""
         return weighted((other - self.colours) ** 2, self.alpha)
 
 
 def reduction(size: Sequence[int]) -> int:
-    """By how many an image of that size is reduced for searching."""
+    """Return the factor by which an image of that size is reduced for the search."""
     return max(1, math.ceil(max(size) / SEARCHED))
 
 
 def weighted(values: np.ndarray, weights: np.ndarray) -> float:
-    """The mean by weights [h, w] of the sum over the last axis of values [h, w, n]."""
+    """Return the mean, weighted by weights [h, w], of the sum over the last axis of values [h, w, n]."""
     return float(np.tensordot(weights, values, 2).sum() / weights.sum())
 
 
 def resized(colours: np.ndarray, alpha: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Colours and weights at another size (width, height); averaged where it is smaller."""
+    """Return colours and weights resized to (width, height), with averaging if it is smaller."""
     rgba = np.empty((*alpha.shape, 4), np.uint8)
     rgba[..., :3], rgba[..., 3] = colours + 0.5, 255 * alpha + 0.5
     how = Image.Resampling.BOX if size[0] < alpha.shape[1] else Image.Resampling.BILINEAR
-    made = np.asarray(Image.fromarray(rgba).resize(size, how)).astype(np.float32)
-    return made[..., :3], made[..., 3] / 255 + np.float32(1e-6)
+    image = np.asarray(Image.fromarray(rgba).resize(size, how)).astype(np.float32)
+    return image[..., :3], image[..., 3] / 255 + np.float32(1e-6)
 
 
 def likeness(ratio: float | np.ndarray) -> np.ndarray:
-    """1 for no squared distance, 0.4 for a quarter of an absent object's, 0.06 for all of it, and on down."""
+    """Return the likeness for a relative squared distance: 1 for 0, 0.4 for 1/4, 0.06 for 1 (absent), then less."""
     return (1 + 1.5 * np.maximum(ratio, 0)) ** -3.0
 
 
 def nearness(off: np.ndarray) -> np.ndarray:
-    """What a distance from the asked place, in sides of the object, leaves of its score: never nothing."""
+    """Return the factor of the score for a distance from the expected place, in sides of the object; never 0."""
     return 1 / np.sqrt(1 + (off / REACH) ** 2)
 
 
 class Canvas:
-    """An image [H, W, 3] over which pieces are slid."""
+    """An image [H, W, 3] at whose places pieces are compared."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.shape = pixels.shape[:2]
@@ -120,7 +124,7 @@ class Canvas:
         self._padded: dict[int, np.ndarray] = {}
 
     def around(self, piece: Piece, tops: range, lefts: range) -> np.ndarray:
-        """Mean colour of the surroundings of a piece at these corners, [tops, lefts, 3]."""
+        """Return the mean colour of the surroundings of a piece at these corners, [tops, lefts, 3]."""
         pad = (piece.ring.shape[0] - piece.alpha.shape[0]) // 2
         if pad not in self._padded:
             height, width = self.shape
@@ -130,10 +134,10 @@ class Canvas:
         return sums[..., :3] / np.maximum(sums[..., 3:], 1e-6)
 
     def ratios(self, piece: Piece, tops: range, lefts: range) -> np.ndarray:
-        """Squared distance of the image from a piece at these corners, [tops, lefts], 1 for an absent one.
+        """Return the relative squared distance of the image from a piece at these corners, [tops, lefts]; 1 if absent.
 
-        Where its surroundings have its own colour it does not stand out, and what is lacking counts too: an image in
-        one colour shows nothing.
+        If the surroundings have the piece's colour, it does not stand out, and the missing contrast is added: an image
+        of a single colour shows no object.
         """
         windows = _windows(self._layers, piece.alpha.shape, tops, lefts)[..., :3, :]
         colours = piece.colours.transpose(2, 0, 1).reshape(3, -1)
@@ -143,7 +147,7 @@ class Canvas:
 
 
 def _windows(layers: np.ndarray, shape: Sequence[int], tops: range, lefts: range) -> np.ndarray:
-    """[tops, lefts, channels, pixels]"""
+    """Return the windows at these corners, [tops, lefts, channels, pixels]."""
     part = layers[tops[0] : tops[-1] + shape[0], lefts[0] : lefts[-1] + shape[1]]
     windows: np.ndarray = sliding_window_view(part, tuple(shape), (0, 1))  # type: ignore[call-overload]
     return windows.reshape(len(tops), len(lefts), layers.shape[-1], -1)
@@ -151,12 +155,12 @@ def _windows(layers: np.ndarray, shape: Sequence[int], tops: range, lefts: range
 
 @dataclass(frozen=True)
 class Found:
-    """Where an image shows a piece best.
+    """The place at which an image shows a piece best.
 
     Attributes:
-        piece: at that place and scale.
-        likeness: how well it shows it there, 0..1.
-        score: the same, less for another place or scale than asked for.
+        piece: The piece at that place and scale.
+        likeness: Likeness of the image to the piece there, 0..1.
+        score: The likeness, reduced if place or scale differ from the expected ones.
     """
 
     piece: Piece
@@ -165,9 +169,9 @@ class Found:
 
 
 def find(canvas: Canvas, piece: Piece, likely: tuple[float, float]) -> Found:
-    """Look for a piece where it is asked for and around another likely centre (y, x); then at other scales."""
+    """Search a piece at its expected place and around another likely centre (y, x), then at other scales."""
     centres = [piece.centre]
-    if max(abs(likely[0] - piece.centre[0]), abs(likely[1] - piece.centre[1])) > 1:  # else tried already
+    if max(abs(likely[0] - piece.centre[0]), abs(likely[1] - piece.centre[1])) > 1:  # otherwise it is the same place
         centres.append(likely)
     best: Found | None = None
     for scale, scaled in piece.scaled.items():
@@ -186,7 +190,7 @@ def find(canvas: Canvas, piece: Piece, likely: tuple[float, float]) -> Found:
             if best is None or score[i, j] > best.score:
                 placed = replace(scaled, top=tops[i], left=lefts[j])
                 best = Found(placed, float(like[i, j]), float(score[i, j]))
-    assert best is not None  # the piece itself fits into its canvas
+    assert best is not None  # at scale 1 the piece fits into its canvas
     return best
 
 
@@ -196,10 +200,10 @@ def _around(at: float, last: int, reach: int) -> range:
 
 
 class Search:
-    """Looks for pieces everywhere at once, on images reduced to at most SEARCHED pixels."""
+    """Search for all pieces at all places at once, in images reduced to at most SEARCHED pixels."""
 
     def __init__(self, target: np.ndarray, pieces: Sequence[Piece]) -> None:
-        """With how the target [H, W, 3] looks, against which others are counted."""
+        """Prepare the search; the maps of the target [H, W, 3] are the reference for counting objects."""
         self._step = reduction(target.shape[:2])
         self._shape = target.shape[0] // self._step, target.shape[1] // self._step
         self._fast = tuple(extent + -extent % 8 for extent in self._shape)
@@ -219,13 +223,13 @@ class Search:
         self.known = self.maps(target)
 
     def maps(self, pixels: np.ndarray) -> list[np.ndarray]:
-        """Likeness of an image [H, W, 3] to each piece by the corner it may have, in reduced pixels."""
+        """Return a map of the likeness of an image [H, W, 3] to each piece, by the piece's corner in reduced pixels."""
         if not self._pieces:
             return []
         (height, width), step = self._shape, self._step
         small = pixels[: height * step, : width * step].reshape(height, step, width, step, 3).mean((1, 3))
         layers = np.concatenate([small.transpose(2, 0, 1), np.einsum("hwn,hwn->hw", small, small)[None]])
-        # the squared distance of every part: sum of a (I - T)^2 = a * I^2 - 2 a T * I + const, correlated by FFT
+        # squared distance at every place: sum of a (I - T)^2 = a * I^2 - 2 a T * I + const, correlated by FFT
         both = np.fft.irfft2((np.fft.rfft2(layers, self._fast) * self._kernels).sum(1), self._fast)
         return [
             likeness((distance[: height - h + 1, : width - w + 1] + own) / piece.absent)
@@ -233,7 +237,7 @@ class Search:
         ]
 
     def likely(self, piece: Piece, values: np.ndarray) -> tuple[float, float]:
-        """The centre (y, x), in pixels, at which a piece has the best score by its map."""
+        """Return the centre (y, x), in pixels, at which a piece has the best score according to its map."""
         height, width = piece.alpha.shape
         down = np.arange(values.shape[0]) * self._step - piece.top
         across = np.arange(values.shape[1]) * self._step - piece.left
@@ -242,18 +246,18 @@ class Search:
         return float(y * self._step + height / 2), float(x * self._step + width / 2)
 
     def extras(self, maps: Sequence[np.ndarray], groups: Sequence[Sequence[int]]) -> float:
-        """About how many objects an image shows beyond those of the target, by its maps.
+        """Return about how many objects an image shows in addition to those of the target.
 
         Args:
-            groups: indices of pieces that are copies of one another; pieces of no group should not be seen at all.
+            maps: Maps of the image, see `maps`.
+            groups: Indices of pieces that are copies of one another; pieces in no group should not be visible at all.
         """
         total = 0.0
         for group in groups:
-            made, known = (float((values[group[0]] ** 3).sum()) for values in (maps, self.known))
-            more = max(0.0, made / known - 1)
-            total += (
-                len(group) * more * more / (more + 0.3)
-            )  # less than a third may come of how pixels fall on the grid
+            shown, known = (float((values[group[0]] ** 3).sum()) for values in (maps, self.known))
+            more = max(0.0, shown / known - 1)
+            # Differences below a third may come from the position of the pixels on the reduced grid.
+            total += len(group) * more * more / (more + 0.3)
         grouped = {i for group in groups for i in group}
         for i in set(range(len(maps))) - grouped:
             total += max(0.0, float(maps[i].max()) ** 3 - float(self.known[i].max()) ** 3)

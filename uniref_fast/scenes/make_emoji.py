@@ -1,8 +1,9 @@
-"""Cut the demo's artworks out of the Noto Color Emoji font: `python -m uniref_fast.scenes.make_emoji [folder]`.
+"""Script that cuts the shipped artworks out of the Noto Color Emoji font: `python -m uniref_fast.scenes.make_emoji`.
 
-The PNG files are part of the repository; this script is how they were made and how to make others. The font is not
-shipped: `apt-get install fonts-noto-color-emoji` on Debian and Ubuntu, or set `NOTO_COLOR_EMOJI` to the path of a
-NotoColorEmoji.ttf with bitmap glyphs (CBDT; the COLRv1 build cannot be drawn by Pillow).
+An argument names another folder. The PNG files are part of the repository; this script documents how they were created
+and can create others. The font is not shipped: run `apt-get install fonts-noto-color-emoji` on Debian and Ubuntu, or
+set `NOTO_COLOR_EMOJI` to the path of a NotoColorEmoji.ttf with bitmap glyphs (CBDT; Pillow cannot draw the COLRv1
+build).
 """
 
 import sys

@@ -77,7 +77,7 @@ def render(spec: SceneSpec, artworks: Artworks) -> SyntheticSample:
 def recolour(artwork: Image.Image, colour: str) -> Image.Image:
     """Return an RGBA artwork in shades of one of `COLOURS`, with the same outline.
 
-    The artwork's mean brightness becomes the colour; darker parts become shades of it and lighter parts tints.
+    The artwork's mean brightness becomes the colour; darker parts become shades, lighter parts become tints.
     """
     pixels = np.asarray(artwork).astype(np.float32)
     rgb, alpha = pixels[..., :3], pixels[..., 3:]

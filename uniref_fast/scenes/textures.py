@@ -18,7 +18,7 @@ Size = tuple[int, int]
 
 
 def _palette(rng: np.random.Generator) -> np.ndarray:
-    """Two muted colours that differ in lightness, [2, 3] in 0..255: backgrounds that artworks stand out from."""
+    """Return two muted colours [2, 3] in 0..255 of different lightness, from which artworks stand out."""
     hue = rng.uniform(0, 1)
     hues = np.array([hue, hue + rng.uniform(-0.12, 0.12)])
     lightness = rng.permutation([rng.uniform(0.42, 0.55), rng.uniform(0.72, 0.86)])
@@ -28,14 +28,14 @@ def _palette(rng: np.random.Generator) -> np.ndarray:
 
 
 def _grid(size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates x, y of the pixel centres in units of the shorter side, [H, W] each."""
+    """Return coordinates x, y of the pixel centres in units of the shorter side, [H, W] each."""
     width, height = size
     y, x = np.mgrid[0:height, 0:width] + 0.5
     return x / min(size), y / min(size)
 
 
 def _noise(rng: np.random.Generator, size: Size, cells: tuple[int, int], octaves: int = 4) -> np.ndarray:
-    """Fractal value noise in 0..1, [H, W]; `cells` are the coarsest octave's cells along width and height."""
+    """Return fractal value noise in 0..1, [H, W]; `cells` are the coarsest cells along width and height."""
     total = np.zeros((size[1], size[0]))
     for octave in range(octaves):
         shape = (cells[1] * 2**octave + 1, cells[0] * 2**octave + 1)
@@ -106,11 +106,11 @@ TEXTURES: dict[str, Callable[[np.random.Generator, Size], np.ndarray]] = {
 
 
 def texture(kind: str, size: Size, seed: int) -> Image.Image:
-    """A background of that kind, `size` = (width, height). Raises ValueError for an unknown kind or an empty size."""
+    """Return a texture of a kind and size. Raises ValueError for an unknown kind or an empty size."""
     if kind not in TEXTURES:
-        raise ValueError(f"unknown texture {kind!r}; there are: {', '.join(TEXTURES)}")
+        raise ValueError(f"unknown texture {kind!r}; kinds are: {', '.join(TEXTURES)}")
     if min(size) < 1:
-        raise ValueError(f"a texture's width and height are at least 1, got {size}")
+        raise ValueError(f"a texture's width and height must be at least 1, got {size}")
     rng = np.random.default_rng([seed, list(TEXTURES).index(kind)])
     colours = _palette(rng)
     t = TEXTURES[kind](rng, size)
