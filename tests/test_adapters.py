@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
-from uniref_fast.adapters import Adapter, adapter_visibility, check_adapters, put_adapters
+from uniref_fast.adapters import Adapter, adapter_visibility, apply_adapters, check_adapters
 from uniref_fast.cli import main
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 def edited(adapters, **options):
     pipe = builtin.load()
     pipe.set_progress_bar_config(disable=True)
-    put_adapters(pipe, adapters, None, (), torch.float32)
+    apply_adapters(pipe, adapters, None, (), torch.float32)
     request = EditRequest("x", [Image.new("RGB", (64, 64), "red")], true_cfg_scale=1.0, seed=0, num_inference_steps=2)
     return uniref_fast.edit(pipe, [request], output_type="latent", progress=False, **options)[0]
 
@@ -75,7 +75,7 @@ def test_what_a_run_says_is_respected(run, tmp_path):
     with pytest.raises(ValueError, match=r"not of .*; a model has one"):
         check_adapters([adapter], "builtin", [run])
     fresh = builtin.load()
-    put_adapters(fresh, [adapter], below, (), torch.float32)
+    apply_adapters(fresh, [adapter], below, (), torch.float32)
     assert torch.equal(fresh.transformer.proj_out.weight, pipe.transformer.proj_out.weight)
 
 
@@ -89,7 +89,7 @@ def test_what_is_no_adapter(run, tmp_path):
         (f"{run}:much", "scale after the colon must be a finite number, got 'much'"),
         (f"{run}:nan", "must be a finite number"),
         (tmp_path / "empty", "has no .safetensors file; give"),
-        (tmp_path / "full", "it holds transformer/, all weights of a model"),
+        (tmp_path / "full", "it holds transformer/, which has all weights of a model"),
         (tmp_path / "note.txt", "an adapter is a .safetensors file, got note.txt"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -106,12 +106,15 @@ def test_what_is_no_adapter(run, tmp_path):
     }
     save_file(tensors, deeper)
     with pytest.raises(
-        ValueError, match="4 of its 20 tensors belong to no layer of this model; it was made for another"
+        ValueError, match="4 of its 20 tensors belong to no layer of this model; it was trained for another"
     ):
-        put_adapters(builtin.load(), [Adapter.parse(str(deeper))], None, (), torch.float32)
-    for path, message in ((damaged, "could not be put on the model"), (foreign, "foreign.safetensors")):
+        apply_adapters(builtin.load(), [Adapter.parse(str(deeper))], None, (), torch.float32)
+    for path, message in (
+        (damaged, "damaged.safetensors is truncated or not a safetensors file .*again"),
+        (foreign, "foreign.safetensors"),
+    ):
         with pytest.raises(ValueError, match=message):
-            put_adapters(builtin.load(), [Adapter.parse(str(path))], None, (), torch.float32)
+            apply_adapters(builtin.load(), [Adapter.parse(str(path))], None, (), torch.float32)
 
 
 def test_the_command(run, tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_a_damaged_line_is_named_and_nothing_is_touched(path, line):
     path.write_bytes(path.read_bytes().replace(b"\n", b"\n" + line.encode("latin-1") + b"\n", 1))
     before = path.read_bytes()
     for use in (read_records, lambda path: keep_records(path, lambda record: False)):
-        with pytest.raises(ValueError, match=r"line 2 is damaged.*mend or remove"):
+        with pytest.raises(ValueError, match=r"line 2 is damaged.*repair or remove"):
             use(path)
     assert path.read_bytes() == before
 

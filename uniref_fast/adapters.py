@@ -1,4 +1,4 @@
-"""LoRA adapters that `uniref-fast edit` and `eval` put on a model, by path and scale. Imports no PyTorch by itself."""
+"""LoRA adapters that `uniref-fast edit` and `eval` apply to a model, by path and scale; imports no PyTorch itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from uniref_fast.runs import base_run, read_field, trained_visibility
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "adapter_visibility", "check_adapters", "put_adapters"]
+__all__ = ["Adapter", "adapter_visibility", "apply_adapters", "check_adapters"]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA in a safetensors file.
+    """A LoRA adapter in a safetensors file.
 
     Attributes:
-        given: path as it was given.
-        file: the safetensors file.
-        scale: factor on its contribution; 1 as trained.
-        run: folder of the training run that it lies in, or None.
+        given: Path as the user gave it.
+        file: The safetensors file.
+        scale: Factor of its contribution; 1 is the scale of its training.
+        run: Folder of the training run that it belongs to, or None.
     """
 
     given: Path
@@ -37,10 +37,10 @@ class Adapter:
 
     @classmethod
     def parse(cls, text: str) -> Adapter:
-        """Read "PATH" or "PATH:SCALE": a run's folder, its lora/ folder, another folder with one file, or a file.
+        """Parse "PATH" or "PATH:SCALE": the folder of a run, its lora/ folder, another folder with one file, or a file.
 
         Raises:
-            ValueError: for a path that is not there or holds no adapter, or a scale that is no number.
+            ValueError: The path does not exist or holds no adapter, or the scale is not a finite number.
         """
         path, scale = Path(text), "1"
         if not path.exists() and ":" in text:
@@ -72,22 +72,25 @@ def _file(path: Path, text: str) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
-        whole = "; it holds transformer/, all weights of a model" if (path / "transformer").is_dir() else ""
+        whole = "; it holds transformer/, which has all weights of a model" if (path / "transformer").is_dir() else ""
         raise ValueError(f"--lora {text}: {folder} has {found}{whole}; give the folder or the file of one adapter")
     return files[0]
 
 
 def check_adapters(adapters: Sequence[Adapter], model: str, initial: Sequence[Path] = ()) -> Path | None:
-    """Refuse adapters of another model, and those of runs whose transformers are different ones.
+    """Check that adapters fit the model and that they were trained on the same transformer.
 
     Args:
-        adapters: to put on the model.
+        adapters: Adapters to apply.
         model: "builtin", a folder or a hub id.
-        initial: runs that are put on the model before.
+        initial: Runs that are applied to the model before.
 
     Returns:
-        the run whose `transformer/` the adapters were trained on, where `initial` does not bring it; None for the
-        model's own.
+        The run whose `transformer/` the adapters were trained on, if `initial` does not include it; None for the
+        model's own transformer.
+
+    Raises:
+        ValueError: An adapter was trained on another model, or the transformers differ.
     """
     bases: dict[Path, Path] = {}
     for adapter in adapters:
@@ -110,20 +113,20 @@ def check_adapters(adapters: Sequence[Adapter], model: str, initial: Sequence[Pa
     return next(iter(bases.values()), None)
 
 
-def put_adapters(
+def apply_adapters(
     pipe: Any, adapters: Sequence[Adapter], below: Path | None, active: Sequence[str], dtype: torch.dtype
 ) -> None:
-    """Put adapters on a pipeline, unfused: in 16 bits fusing would round what was trained away.
+    """Apply adapters to a pipeline without fusing them: in 16 bits, rounding would remove small updates.
 
     Args:
-        pipe: the pipeline.
-        adapters: in order.
-        below: see `check_adapters`.
-        active: names of adapters that are on it already, at scale 1.
-        dtype: of the transformer of `below`.
+        pipe: The pipeline.
+        adapters: Adapters in order.
+        below: Run whose transformer replaces that of the pipeline, see `check_adapters`; None keeps it.
+        active: Names of adapters that are applied already, at scale 1.
+        dtype: Data type of the transformer of `below`.
 
     Raises:
-        ValueError: for a file that cannot be read or does not fit the model.
+        ValueError: A file cannot be read or does not fit the model.
     """
     if below is not None:
         load_transformer(pipe, below, dtype, given=str(below))
@@ -133,16 +136,21 @@ def put_adapters(
         where = {"weight_name": adapter.file.name, "use_safetensors": True}
         try:
             pipe.load_lora_weights(str(adapter.file.parent), adapter_name=name, **where)
-        except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise ValueError(
+                f"--lora {adapter.given}: {adapter.file.name} is truncated or not a safetensors file ({error}); copy "
+                "or download it again"
+            ) from error
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"--lora {adapter.given} could not be put on the model: {first}") from error
-        if name not in pipe.get_list_adapters().get("transformer", []):  # diffusers passes over other models' keys
+            raise ValueError(f"--lora {adapter.given} could not be applied to the model: {first}") from error
+        if name not in pipe.get_list_adapters().get("transformer", []):  # diffusers ignores the keys of other models
             raise ValueError(f"--lora {adapter.given} holds no weights for {type(pipe.transformer).__name__}")
         fitting = sum(f".{name}." in key for key, _ in pipe.transformer.named_parameters())
-        if fitting < (held := _lora_tensors(adapter.file)):  # diffusers passes over those of layers that are not there
+        if fitting < (held := _lora_tensors(adapter.file)):  # diffusers ignores tensors of missing layers
             raise ValueError(
                 f"--lora {adapter.given}: {held - fitting} of its {held} tensors belong to no layer of this model; it "
-                "was made for another one"
+                "was trained for another one"
             )
         names.append(name)
         scales.append(adapter.scale)
@@ -151,7 +159,7 @@ def put_adapters(
 
 
 def _lora_tensors(file: Path) -> int:
-    """Number of LoRA matrices in a file, under the names of diffusers, peft and kohya, without text encoders'."""
+    """Return the number of LoRA matrices in a file (names of diffusers, peft or kohya), without text encoders."""
     parts = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
     with safe_open(file, "pt") as found:
         keys = [key for key in found.keys() if not key.startswith(("text_encoder", "lora_te"))]  # noqa: SIM118
@@ -159,5 +167,5 @@ def _lora_tensors(file: Path) -> int:
 
 
 def adapter_visibility(adapters: Sequence[Adapter]) -> str | None:
-    """The visibility that the last adapter's run was trained with; None where no run says it."""
+    """Return the visibility that the last adapter's run was trained with; None if it is not known."""
     return trained_visibility(adapters[-1].run) if adapters else None

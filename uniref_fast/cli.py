@@ -240,7 +240,7 @@ def _edit(args: argparse.Namespace) -> int:
         visibility = visibility or loras.adapter_visibility(adapters)
     pipe = load_pipeline(args.model, dtype, device)
     if adapters:
-        loras.put_adapters(pipe, adapters, below, (), dtype)
+        loras.apply_adapters(pipe, adapters, below, (), dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
     (image,) = edit(pipe, [request], budget=_budget(args), visibility=visibility or "full")
     _save(image, args.out)

@@ -1,4 +1,4 @@
-"""The demonstration: scenes of objects that no training data shows; stock against patched, and many in one loop."""
+"""Demonstration of the library on synthetic scenes with held-out objects: stock against patched, and a packed loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from uniref_fast.testing import error_budget, max_relative_error
 __all__ = ["DemoResult", "heldout_scenes", "run_demo"]
 
 MAX_REL_ERROR_FLOAT32 = 1e-4
-SIDE = 64  # pixels: what the built-in model was trained at
+SIDE = 64  # pixels: side of the targets that the built-in model was trained on
 GUIDANCE = 2.0  # true CFG scale
 MORE = 5  # scenes that are edited in one packed loop
 
@@ -37,19 +37,29 @@ class DemoResult:
     """Figures of one demonstration.
 
     Attributes:
-        max_rel_error: float32: `max|patched - stock| / max|stock|`, the larger of final latents and image; at most
-            1e-4 is accepted. bfloat16: of the first prediction against float64 on the same weights and inputs; the
-            error budget is accepted (twice what stock errs by, plus one rounding band). Later steps of an untrained
-            model amplify any rounding, stock's own too, and would show nothing.
-        tolerance: largest error accepted, also relative.
-        equal: whether the error is within the tolerance.
-        stock_seconds, patched_seconds: the faster of the interleaved runs of each, seconds on this machine.
-        speedup: stock over patched.
+        max_rel_error: Largest error relative to the largest value. In float32 it is `max|patched - stock| /
+            max|stock|` of the final latents or the image, whichever is larger. In bfloat16 it is the error of the first
+            prediction against float64 with the same weights and inputs, because later steps of an untrained model
+            amplify any rounding, also that of the stock pipeline.
+        tolerance: Largest accepted `max_rel_error`: 1e-4 in float32; in bfloat16 the error budget, which is twice the
+            error of the stock pipeline plus one rounding band.
+        equal: True if the error is within the tolerance.
+        stock_seconds: Time of the fastest stock run, in seconds.
+        patched_seconds: Time of the fastest patched run, in seconds; the runs alternate with the stock runs.
+        speedup: Stock time divided by patched time.
         weights: "untrained" or "trained".
-        psnr: of the first scene's edit to what was asked for, dB; `packed_psnr` the mean of the scenes edited at once.
-        packed_seconds: for all of those together.
-        implementation: what served the ops.
-        accelerated_calls, original_calls: of the patched sites, in all patched runs.
+        psnr: PSNR of the first scene's edit against its target, in dB.
+        packed_psnr: Mean PSNR of the scenes that were edited in one packed loop, in dB.
+        packed_seconds: Time of the packed loop, in seconds.
+        implementation: Implementation that served the operations, with its reason.
+        accelerated_calls: Number of calls of patched sites that were accelerated, in all patched runs.
+        original_calls: Number of calls of patched sites that ran the original code.
+        instruction: Instruction of the first scene.
+        dtype: Data type of the pipeline.
+        device: Device of the pipeline.
+        steps: Number of denoising steps.
+        references: Number of references of the first scene.
+        seed: Seed of the scenes and the noise.
     """
 
     max_rel_error: float
@@ -89,42 +99,34 @@ def run_demo(
     """Edit one scene with the stock and the patched pipeline, and more with `uniref_fast.edit` in one packed loop.
 
     Args:
-        seed: of the scenes and the noise.
-        references: 1, 2 or 3 pictures of the first scene; the others have 1 to 3.
-        steps: denoising steps, at least 2; each with classifier-free guidance.
-        repeats: timed runs of each pipeline, taken in turns.
-        dtype: torch.float32 or torch.bfloat16.
-        device: where to run.
-        log: called with a line of progress now and then.
+        seed: Seed of the scenes and the noise.
+        references: Number of references of the first scene, 1 to 3; the other scenes have 1 to 3.
+        steps: Number of denoising steps, at least 2, each with classifier-free guidance.
+        repeats: Number of timed runs of each pipeline, which alternate.
+        dtype: Data type, torch.float32 or torch.bfloat16.
+        device: Device to run on.
+        log: Function that is called with lines about the progress.
 
     Returns:
-        figures, contact sheet, and the patch's report.
+        The figures, a contact sheet, and the report of the patch.
     """
     if steps < 2 or repeats < 1:
         raise ValueError(f"the demo needs at least 2 steps and 1 repeat, got {steps} and {repeats}")
     log("loading the built-in pipeline")
-    pipe = _load(dtype, device)
+    pipe = builtin.load(dtype, device)
+    pipe.set_progress_bar_config(disable=True)
     (scene,) = heldout_scenes(seed, references, 1)
     log(f'editing {references} picture(s): "{scene.instruction}"')
     stock, _ = _edit(pipe, scene, seed, steps)  # also warms up
     report = patch(pipe)
     patched, _ = _edit(pipe, scene, seed, steps)  # also runs the self-check
     unpatch(pipe)
-    seconds: dict[str, list[float]] = {"stock": [], "patched": []}
-    for turn in range(repeats):
-        log(f"timing stock and patched in turns, {turn + 1} of {repeats}")
-        seconds["stock"].append(_edit(pipe, scene, seed, steps)[1])
-        timed = patch(pipe)
-        for site, checked in zip(timed.sites, report.sites, strict=True):
-            site.max_rel_error = checked.max_rel_error  # checked above: no second self-check in a timed run
-        seconds["patched"].append(_edit(pipe, scene, seed, steps)[1])
-        unpatch(pipe)
+    stock_seconds, patched_seconds = _timed(pipe, scene, seed, steps, repeats, report, log)
     log(f"editing {MORE} more scenes in one packed loop")
-    others = [
-        found for k, count in ((3, 2), (2, 2), (1, 1)) for found in heldout_scenes(seed + (k == references), k, count)
-    ]
+    counts = ((3, 2), (2, 2), (1, 1))  # (number of references, number of scenes)
+    others = [one for k, count in counts for one in heldout_scenes(seed + (k == references), k, count)]
     start = time.perf_counter()
-    made = edit(pipe, [_request(other, seed + i, steps) for i, other in enumerate(others, start=1)])
+    packed = edit(pipe, [_request(other, seed + i, steps) for i, other in enumerate(others, start=1)])
     packed_seconds = time.perf_counter() - start
     error = max(max_relative_error(a, b) for a, b in zip(patched, stock, strict=True))
     tolerance = MAX_REL_ERROR_FLOAT32
@@ -136,12 +138,12 @@ def run_demo(
         max_rel_error=error,
         tolerance=tolerance,
         equal=error <= tolerance,
-        stock_seconds=min(seconds["stock"]),
-        patched_seconds=min(seconds["patched"]),
-        speedup=min(seconds["stock"]) / min(seconds["patched"]),
+        stock_seconds=stock_seconds,
+        patched_seconds=patched_seconds,
+        speedup=stock_seconds / patched_seconds,
         weights=builtin.weights_status(pipe),
         psnr=psnr(images[1], scene.target),
-        packed_psnr=sum(psnr(image, other.target) for image, other in zip(made, others, strict=True)) / len(others),
+        packed_psnr=sum(psnr(image, other.target) for image, other in zip(packed, others, strict=True)) / len(others),
         packed_seconds=packed_seconds,
         implementation=f"{report.implementation}: {report.reason}",
         accelerated_calls=report.calls.total(),
@@ -153,11 +155,28 @@ def run_demo(
         references=references,
         seed=seed,
     )
-    return result, _sheet(scene, images, list(zip(others, made, strict=True)), result), report
+    return result, _sheet(scene, images, list(zip(others, packed, strict=True)), result), report
+
+
+def _timed(
+    pipe: Any, scene: SyntheticSample, seed: int, steps: int, repeats: int, report: PatchReport,
+    log: Callable[[str], None],
+) -> tuple[float, float]:  # fmt: skip
+    """Return the fastest times of the stock and of the patched pipeline in seconds; the runs alternate."""
+    seconds: dict[str, list[float]] = {"stock": [], "patched": []}
+    for turn in range(repeats):
+        log(f"timing stock and patched in turns, {turn + 1} of {repeats}")
+        seconds["stock"].append(_edit(pipe, scene, seed, steps)[1])
+        timed = patch(pipe)
+        for site, checked in zip(timed.sites, report.sites, strict=True):
+            site.max_rel_error = checked.max_rel_error  # known already, so that the timed run has no self-check
+        seconds["patched"].append(_edit(pipe, scene, seed, steps)[1])
+        unpatch(pipe)
+    return min(seconds["stock"]), min(seconds["patched"])
 
 
 def heldout_scenes(seed: int, references: int, count: int) -> list[SyntheticSample]:
-    """Scenes of SIDE x SIDE pixels with exact answers, of the shipped objects that no training data shows."""
+    """Return scenes of SIDE x SIDE pixels with exact targets, of shipped objects that no training data shows."""
     config = MakeConfig(artworks("shipped"), size=SIDE, references=(references,), pictures="simple")
     specs = (scene_spec("heldout_objects", index, config) for index in itertools.count(1000 * seed))
     square = (spec for spec in specs if spec.scene.size == (SIDE, SIDE))
@@ -171,14 +190,8 @@ def _request(scene: SyntheticSample, seed: int, steps: int) -> EditRequest:
     )  # fmt: skip
 
 
-def _load(dtype: torch.dtype, device: str) -> Any:
-    pipe = builtin.load(dtype, device)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def _edit(pipe: Any, scene: SyntheticSample, seed: int, steps: int) -> tuple[tuple[torch.Tensor, torch.Tensor], float]:
-    """((final latents, image in -1..1), seconds) of one guided edit."""
+    """Run one guided edit; return ((final latents, image in -1..1), seconds)."""
     latents: list[torch.Tensor] = []
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
@@ -204,7 +217,7 @@ def _edit(pipe: Any, scene: SyntheticSample, seed: int, steps: int) -> tuple[tup
 
 
 def _first_prediction(pipe: Any, scene: SyntheticSample, seed: int, steps: int) -> tuple[float, float]:
-    """(error, budget) of the patched transformer's first prediction against float64, relative to its maximum."""
+    """Return error and budget of the patched first prediction against float64, relative to its maximum."""
     calls: list[dict[str, Any]] = []
     hook = pipe.transformer.register_forward_pre_hook(lambda m, a, kwargs: calls.append(kwargs), with_kwargs=True)
     _edit(pipe, scene, seed, steps)
@@ -230,7 +243,7 @@ def _sheet(
         ("stock diffusers", stock),
         ("uniref_fast.patch", patched),
         ("difference x 1000", difference(stock, patched, 1000)),
-        ("what was asked for", scene.target),
+        ("target", scene.target),
     ]
     verdict = "equal" if result.equal else "NOT equal"
     caption = [
@@ -241,14 +254,14 @@ def _sheet(
         *(f"{i}. {other.instruction}" for i, (other, _) in enumerate(others, start=1)),
     ]
     if result.weights == "untrained":
-        caption.append("The built-in weights are untrained: outputs show that both pipelines agree, nothing else.")
-    rows = [_given(scene), outputs]
-    rows += [
-        [(f"{i}. uniref_fast.edit", image), ("asked for", other.target), *_given(other)]
+        caption.append("The built-in weights are untrained: the outputs only show that both pipelines agree.")
+    lines = [_references(scene), outputs]
+    lines += [
+        [(f"{i}. uniref_fast.edit", image), ("target", other.target), *_references(other)]
         for i, (other, image) in enumerate(others, start=1)
     ]
-    return contact_sheet(rows, f'"{scene.instruction}"', "\n".join(caption), cell=192)
+    return contact_sheet(lines, f'"{scene.instruction}"', "\n".join(caption), cell=192)
 
 
-def _given(scene: SyntheticSample) -> list[tuple[str, Image.Image]]:
+def _references(scene: SyntheticSample) -> list[tuple[str, Image.Image]]:
     return [(f"picture {i}", picture) for i, picture in enumerate(scene.references, start=1)]

@@ -1,7 +1,7 @@
-"""Files of records, one JSON object a line, and files that appear whole or not at all.
+"""Files and folders that appear whole or not at all, and files of records with one JSON object per line.
 
-A record has a whole number "step". Lines are appended whole, so that a kill costs at most the line it hits, which then
-lacks its end and is left out by every reader. JSON knows no numbers that are not finite: they are the strings "nan",
+A record has an integer "step". Lines are appended whole, so that a kill damages at most the last line, which then lacks
+its end and is skipped by every reader. JSON has no numbers that are not finite: they are stored as the strings "nan",
 "inf" and "-inf".
 """
 
@@ -23,10 +23,10 @@ __all__ = ["RecordFile", "keep_records", "read_records", "whole_folder", "write_
 
 
 class RecordFile:
-    """Appends records; each is on its way to the disk when `append` returns.
+    """File to which records are appended; a record is passed to the operating system before `append` returns.
 
     Raises:
-        OSError: when a record cannot be written, the disk being full for one; nothing of it is then in the file.
+        OSError: A record cannot be written, for example because the disk is full; no part of it stays in the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,20 +50,20 @@ class RecordFile:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All records; a last line without its end, cut by a kill, is left out.
+    """Return all records; a last line without its end, left by a kill, is skipped.
 
     Raises:
-        FileNotFoundError: without the file.
-        ValueError: for a whole line that is no JSON object with a whole number "step", with file and line.
+        FileNotFoundError: The file does not exist.
+        ValueError: A complete line is not a JSON object with an integer "step"; the message names file and line.
     """
     return [record for _, record in _lines(path)]
 
 
 def keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Take out the records that are not to be kept, and an unfinished last line; returns how many records went.
+    """Remove the records for which `keep` returns False, and an incomplete last line; return the number removed.
 
-    The file is replaced in one step; one that needs no change, or does not exist, is left alone. Raises as
-    `read_records` does.
+    The file is replaced in one step; a file that needs no change, or does not exist, is not touched. Raises the errors
+    of `read_records`.
     """
     if not path.exists():
         return 0
@@ -143,19 +143,19 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):  # no JSON, or nested without end
+        except (ValueError, RecursionError):  # not JSON, or nested too deeply
             record = None
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             raise ValueError(
                 f'{path}, line {number} is damaged: expected a JSON object with a "step", got {line[:60]!r}; '
-                "mend or remove that line"
+                "repair or remove that line"
             )
         found.append((line + b"\n", record))
     return found
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are not finite and anything unknown as text."""
+    """Convert a value to JSON values; numbers that are not finite and values of other types become texts."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

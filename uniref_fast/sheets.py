@@ -8,9 +8,13 @@ __all__ = ["contact_sheet", "difference"]
 
 
 def difference(a: Image.Image, b: Image.Image, gain: float = 8.0) -> Image.Image:
-    """`gain * |a - b|` per channel, clipped to 0..255: black where two images of one size agree."""
+    """Return `gain * |a - b|` per channel, clipped to 0..255; it is black where the images agree.
+
+    Raises:
+        ValueError: The images have different sizes.
+    """
     if a.size != b.size:
-        raise ValueError(f"images of different sizes have no difference: {a.size} and {b.size}")
+        raise ValueError(f"the images have different sizes: {a.size} and {b.size}")
     return ImageChops.difference(a.convert("RGB"), b.convert("RGB")).point(lambda value: min(255, round(value * gain)))
 
 
@@ -20,11 +24,20 @@ def contact_sheet(
     caption: str = "",
     cell: int = 224,
 ) -> Image.Image:
-    """A labelled grid: rows of (title, image), a wrapped heading above (the instruction), a caption line below.
+    """Return a labelled grid of images with a wrapped heading above and a wrapped caption below.
 
-    Every image is fitted into a `cell` x `cell` pixel square with its aspect ratio kept, whole-number nearest-neighbour
-    enlargement when it is small; rows may have different lengths. RGBA images are shown on white. The sheet is
-    `24 + columns * (cell + 24)` pixels wide. Raises ValueError without any image.
+    Args:
+        rows: Lines of the grid, which may have different lengths, with (title, image) for each cell.
+        heading: Text above the grid, such as the instruction.
+        caption: Text below the grid.
+        cell: Side of a cell in pixels. Images are fitted into it with their aspect ratio; small images are enlarged by
+            a whole number without smoothing. RGBA images are shown on white.
+
+    Returns:
+        An RGB image that is `24 + columns * (cell + 24)` pixels wide.
+
+    Raises:
+        ValueError: There is no image.
     """
     columns = max((len(row) for row in rows), default=0)
     if not columns:
@@ -71,13 +84,13 @@ def _fit(image: Image.Image, cell: int) -> Image.Image:
         factor = cell // longest
         return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     scale = cell / longest
-    # between 1x and 2x a whole factor would leave half of the cell empty
+    # between 1x and 2x, a whole-number factor would leave half of the cell empty
     filter_ = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), filter_)
 
 
 def _wrap(text: str, font, width: int) -> list[str]:
-    """Lines of at most `width` pixels; words longer than a line are cut."""
+    """Return lines of at most `width` pixels; words that are longer than a line are split."""
     lines: list[str] = []
     for paragraph in text.splitlines():
         line = ""

@@ -1,6 +1,8 @@
 """Picture sources: sizes from headers, upright RGB pixels, and an error for every kind of damage."""
 
 import io
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from random import Random
@@ -312,3 +314,15 @@ def test_nothing_else_opens_pictures():
     files = [*(root / "training").rglob("*.py"), *(root / "uniref_fast").rglob("*.py")]
     found = {path.name for path in files if "Image.open(" in path.read_text()}
     assert found == {"images.py", "artworks.py"}, "textures.py opens the artworks of the package"
+
+
+def test_damaged_metadata_is_no_reason_for_a_warning(tmp_path):
+    """Run in a process of its own, since pytest sets the filters of warnings itself."""
+    whole = Image.Exif()
+    whole[0x0112], whole[0x010E], whole[0x8825] = 6, "a text", {1: "N", 2: (1.0, 2.0, 3.0)}
+    (tmp_path / "a.jpg").write_bytes(encoded(RED, (8, 6), form="JPEG", exif=whole.tobytes()[:26]))
+    code = "import sys; from uniref_fast.data.images import ImageSource; from pathlib import Path\n"
+    code += "print(ImageSource('a', Path(sys.argv[1])).load().size)"
+    command = [sys.executable, "-W", "always", "-c", code, str(tmp_path / "a.jpg")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() in ("(8, 6)", "(6, 8)") and not shown.stderr, shown.stderr

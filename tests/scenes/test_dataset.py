@@ -220,3 +220,13 @@ def test_killed_and_run_again(tmp_path):
     whole = MakeConfig(artworks("shipped"), 64, 0, (0, 1))
     generated(tmp_path / "other", {"train": 320, "heldout_objects": 0, "heldout_combinations": 0}, whole)
     assert tree(tmp_path / "data") == tree(tmp_path / "other")
+
+
+@pytest.mark.parametrize("place", ["x", "folder/x"])
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, monkeypatch, place):
+    def refuse(*args, **options):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path if "/" in place else os, "mkdir" if "/" in place else "open", refuse)
+    with pytest.raises(OSError, match=rf"the folder cannot be created .*name another: .*{place}"):
+        generated(tmp_path / place)

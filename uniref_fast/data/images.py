@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,10 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 __all__ = ["MAX_PIXELS", "ImageSource"]
 
 Result = TypeVar("Result")
+
+# Pillow warns about damaged EXIF data and TIFF tags, which `_orientation` handles. The filter is global, because
+# `warnings.catch_warnings` may not be used while several threads decode.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 MAX_PIXELS = 178_956_970
 """Largest number of pixels of an image; larger ones are refused before decoding (Pillow's own limit for an error)."""

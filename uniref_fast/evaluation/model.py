@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from uniref_fast.adapters import Adapter, check_adapters, put_adapters
+from uniref_fast.adapters import Adapter, apply_adapters, check_adapters
 from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
@@ -69,7 +69,7 @@ def load(
             active.append(name)
             pipe.set_adapters(active)
     if adapters:
-        put_adapters(pipe, adapters, check_adapters(adapters, model, runs), active, kind)
+        apply_adapters(pipe, adapters, check_adapters(adapters, model, runs), active, kind)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -13,7 +13,6 @@ arguments continues with the first part that is missing.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -94,7 +93,8 @@ def write_dataset(
     if old.exists() and not out.exists():
         old.rename(out)  # an earlier run was stopped between its last two steps
     _check_replaceable(out, force)
-    _make_parent(out)
+    with _creating(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     arguments = {
         "size": config.size,
         "seed": config.seed,
@@ -104,7 +104,7 @@ def write_dataset(
         "artworks": config.artworks.source,
         **{split: counts[split] for split in SPLITS},
     }
-    with _locked(partial, arguments, config) as lock:
+    with _locked(out, partial, arguments, config) as lock:
         summary = _write_parts(partial, config, counts, workers, generate, lock)
         _join_parts(partial, config, counts, summary, arguments)
         os.sync()  # the images must be on the disk before the folder gets its name
@@ -133,14 +133,15 @@ def writable_file(path: Path, suffix: str) -> None:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _make_parent(out: Path) -> None:
+@contextlib.contextmanager
+def _creating(out: Path) -> Iterator[None]:
+    """Add the name of the dataset's folder and advice to an error of the file system."""
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out.parent, os.W_OK)
+        yield
     except OSError as error:
-        raise OSError(error.errno, f"the folder cannot be created: {error.strerror}; name another", str(out)) from error
-    if not writable:
-        raise PermissionError(errno.EACCES, "the folder cannot be created there; name another", str(out))
+        raise OSError(
+            error.errno, f"the folder cannot be created ({error.strerror}); name another", str(out)
+        ) from error
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -167,11 +168,12 @@ def _check_replaceable(out: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def _locked(partial: Path, arguments: dict[str, Any], config: MakeConfig) -> Iterator[int]:
+def _locked(out: Path, partial: Path, arguments: dict[str, Any], config: MakeConfig) -> Iterator[int]:
     """Reserve the partial folder for this run; empty it if an earlier run had other arguments."""
     wanted = {**_versions(config), "arguments": arguments}
     lock_path = partial.with_name(f"{partial.name}.lock")
-    lock = os.open(lock_path, os.O_CREAT | os.O_RDWR, 0o644)
+    with _creating(out):
+        lock = os.open(lock_path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

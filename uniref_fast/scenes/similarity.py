@@ -58,7 +58,7 @@ def _slopes(pixels: np.ndarray) -> np.ndarray:
 
 
 class Edges:
-    """Steps between the pixels of an image, [h, w, 6], and for each block their energy and the share that is in edges."""
+    """Steps between the pixels of an image, [h, w, 6], and for each block their energy and the share in edges."""
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.steps = _slopes(pixels)
