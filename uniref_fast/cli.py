@@ -91,8 +91,7 @@ def _parser() -> argparse.ArgumentParser:
                    "Prints the times and the error, and writes the images as a contact sheet.")  # fmt: skip
     _add_demo(demo)
     edit = command("edit", _edit, "Edit your own images.")
-    _add_request(edit)
-    _add_edit(edit)
+    _add_edit(edit, _add_request(edit))
     estimate = command("estimate", _estimate, "Estimate tokens, operations and memory of an edit without running it.")
     _add_request(estimate, sizes=True)
     estimate.add_argument("--json", action="store_true", help=JSON_HELP)
@@ -126,8 +125,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="Device of the model: cpu, cuda or cuda:N. (default: %(default)s)")
 
 
-def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
-    """Add the flags that `edit` and `estimate` share: the request and the model."""
+def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
+    """Add the flags that `edit` and `estimate` share, and return the group of those of the model."""
     add = parser.add_argument_group("Request").add_argument
     add("--prompt", required=True, metavar="TEXT", help="Instruction, such as 'put picture 1 on picture 2'.")
     add("--image", action="append", default=[], metavar="FILE",
@@ -145,16 +144,18 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> None:
         help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: each "
         "reference is scaled as diffusers does)")  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
-    parser.add_argument_group("Model").add_argument(
+    model = parser.add_argument_group("Model")
+    model.add_argument(
         "--model", default="builtin", metavar="DIR_OR_ID",
         help='Model: "builtin", a diffusers folder, or a model id of the Hugging Face hub. (default: %(default)s)',
     )  # fmt: skip
+    return model
 
 
-def _add_edit(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="FILE", help="Image to write; its ending (.png, .jpg, .webp, ...) "
-        "chooses the format.")  # fmt: skip
+def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+        help="Image to write; its ending (.png, .jpg, .webp, ...) chooses the format.")  # fmt: skip
+    add = model.add_argument
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]",
         help="LoRA adapter to load: the folder of a training run, its lora/ folder, or a .safetensors file, with a "
         "factor on its effect; repeat the flag for more.")  # fmt: skip

@@ -66,34 +66,29 @@ def preview(config: MakeConfig, count: int = PREVIEWED) -> Image.Image:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `uniref-fast data make`."""
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; it must be new or empty")
-    parser.add_argument("--train", type=_count, default=2000, metavar="N", help="training samples (%(default)s)")
-    parser.add_argument(
-        "--heldout", type=_count, default=200, metavar="N", help="samples of each held-out split (%(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=128, help="longer side of the targets in pixels (%(default)s)")
-    parser.add_argument("--seed", type=_count, default=0, help="seed of the samples and of the splits (%(default)s)")
-    parser.add_argument(
-        "--artworks", choices=SOURCES, default="auto",
-        help="objects: `font` takes the emoji of an installed Noto Color Emoji font, `shipped` the 16 emoji of this"
-        " package, `auto` the font if it is installed (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--workers", type=_positive, default=2, metavar="N", help="processes (%(default)s)")
-    parser.add_argument(
-        "--references", type=_references, default="0,1,2,3,4,5,6", metavar="K,K,...",
-        help="numbers of references that samples may have (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pictures", choices=PICTURES, default="any",
-        help="`any`: many sizes and arrangements; `simple`: what a very small model can learn (%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tasks", type=lambda text: tuple(text.split(",")), metavar="TASK,TASK,...",
-        help=f"tasks of the samples: {', '.join(NAMES)}; a task that is listed twice is drawn twice as often"
-        " (default: all tasks that the number of references allows)",
-    )  # fmt: skip
-    parser.add_argument("--preview", type=Path, metavar="FILE.png", help=f"also draw {PREVIEWED} samples on a sheet")
-    parser.add_argument("--force", action="store_true", help="replace a folder that this command wrote")
+    add = parser.add_argument
+    add("out", type=Path, metavar="OUT", help="Folder to write; it must be new or empty.")
+    add("--train", type=_count, default=2000, metavar="N", help="Number of training samples. (default: %(default)s)")
+    add("--heldout", type=_count, default=200, metavar="N",
+        help="Number of samples in each held-out split. (default: %(default)s)")  # fmt: skip
+    add("--size", type=int, default=128, metavar="SIDE",
+        help="Longer side of the targets in pixels, a multiple of 16, at least 64. (default: %(default)s)")  # fmt: skip
+    add("--references", type=_references, default="0,1,2,3,4,5,6", metavar="K,K,...",
+        help="Numbers of references that samples may have, each from 0 to 6. (default: %(default)s)")  # fmt: skip
+    add("--tasks", type=lambda text: tuple(text.split(",")), metavar="TASK,TASK,...",
+        help=f"Tasks of the samples: {', '.join(NAMES)}. A task that is listed twice is drawn twice as often. "
+        "(default: all tasks that the number of references allows)")  # fmt: skip
+    add("--pictures", choices=PICTURES, default="any",
+        help="Kind of references: any has many sizes and arrangements; simple has what a very small model can learn. "
+        "(default: %(default)s)")  # fmt: skip
+    add("--artworks", choices=SOURCES, default="auto",
+        help="Objects of the scenes: font takes the emoji of an installed Noto Color Emoji font, shipped the 16 emoji "
+        "of this package, auto the font if it is installed. (default: %(default)s)")  # fmt: skip
+    add("--seed", type=_count, default=0, metavar="N",
+        help="Seed of the samples and of the splits. (default: %(default)s)")  # fmt: skip
+    add("--workers", type=_positive, default=2, metavar="N", help="Number of processes. (default: %(default)s)")
+    add("--preview", type=Path, metavar="FILE.png", help=f"Contact sheet to write with {PREVIEWED} samples.")
+    add("--force", action="store_true", help="Replace a folder that this command wrote.")
 
 
 def run(args: argparse.Namespace) -> int:
