@@ -1,5 +1,6 @@
 """The built-in model's making, in miniature; and the model that is shipped."""
 
+import dataclasses
 import importlib
 import json
 import signal
@@ -17,6 +18,8 @@ from uniref_fast.edit import edit
 from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.request import EditRequest
 from uniref_fast.training.builtin import make as builtin_model
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
+from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = ("--artworks", "shipped", "--samples", "16", "--heldout", "3", "--vae_steps", "2", "--scale", "1e-6",
@@ -70,6 +73,19 @@ def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
         assert message in capsys.readouterr().err
 
 
+def shorten(monkeypatch):
+    """Give the recipes that the parts name fewer rollouts and samples."""
+    rl = dataclasses.replace(
+        MSGRPO_RECIPES["tiny"](), prompts=2, group=2, rollout_steps=2, eval_samples=2, sample_steps=2
+    )
+    monkeypatch.setitem(MSGRPO_RECIPES, "tiny", lambda: rl)
+    for name in ("builtin", "builtin_more"):
+        recipe = SFT_RECIPES[name]()
+        stages = tuple(dataclasses.replace(stage, pack_tokens=512) for stage in recipe.stages)
+        short = dataclasses.replace(recipe, stages=stages, eval_samples=2, sample_count=1, sample_steps=2)
+        monkeypatch.setitem(SFT_RECIPES, name, lambda short=short: short)
+
+
 def run_here(command):
     """Run the command of a part in this process, with one rank; importing PyTorch for each would take most of the time.
 
@@ -95,6 +111,7 @@ def run_here(command):
 def test_from_nothing_to_the_evaluated_model(tmp_path, monkeypatch, capfd):
     """Every part runs with its real command line; a second start does nothing."""
     out = tmp_path / "run"
+    shorten(monkeypatch)
     monkeypatch.setattr(builtin_model, "run_command", run_here)
     given = ["--out", str(out), *SMALL]
     assert builtin_model.main(given) == 0, capfd.readouterr().err[-2000:]
