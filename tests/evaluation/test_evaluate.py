@@ -692,7 +692,7 @@ def test_wrong_commands(data, bench, whole, tmp_path, capsys, monkeypatch):
         ([file, "--steps", 0], "steps must be at least 1"),
         ([file, "--budget", 3], "budget must be at least 16"),
         ([file, "--device", "tpu9"], "unknown device"),
-        ([file, "--size", "8x64"], "at least 16 pixels, got 8x64"),
+        ([file, "--size", "8x64"], "at least 16 pixels wide and high, got 8x64"),
         ([data, "--out", data / "results"], "its files would be read as rows"),
         ([bench, "--reward", "scene"], "mico_bench_hoi.jsonl:1 has no scene; the scene reward needs"),
         ([file, "--judge-model", "x"], "--judge-model is for --reward judge"),

@@ -840,11 +840,11 @@ def test_the_configuration_becomes_flags(tmp_path, capsys):
     [
         ({"url": ""}, "needs a url, or a reward log"),
         ({"url": "localhost:8000/v1"}, "must be like"),
-        ({"url": "http://"}, "names no host"),
+        ({"url": "http://"}, "or no host"),
         ({"url": "http://[::1/v1"}, "must be like"),
         ({"url": "http://me:pw@host/v1"}, "keys go into key_variable"),
         ({"url": "http://host/v1?key=pw"}, "keys go into key_variable"),
-        ({"url": "http://host/v1/chat/completions"}, "the rest is added: http://host/v1"),
+        ({"url": "http://host/v1/chat/completions"}, "without the path of a request: http://host/v1"),
         ({"model": ""}, "name of its model"),
         ({"key_variable": "sk-pw"}, "name of an environment variable"),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
@@ -852,7 +852,7 @@ def test_the_configuration_becomes_flags(tmp_path, capsys):
         ({"timeout": 0.0}, "timeout must be above 0 seconds"),
         ({"patience": float("nan")}, "patience must"),
         ({"temperature": -1.0}, "temperature must"),
-        ({"samples": 3}, "one reply repeated"),
+        ({"samples": 3}, "the same reply"),
         ({"max_side": 8}, "max_side must be at least 16"),
     ],
 )

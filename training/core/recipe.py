@@ -45,7 +45,7 @@ class BudgetStage:
         for name in ("pack_tokens", "sequence_parallel"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"a stage's {name} must be at least 1, or none to have it planned; got {value}")
+                raise ValueError(f"a stage's {name} must be at least 1, or none to plan it; got {value}")
         if not self.lr > 0:
             raise ValueError(f"a stage's lr must be above 0, got {self.lr}")
 
@@ -166,17 +166,17 @@ class Recipe:
         self._at_least(least)
         Columns.of(self.columns)
         if self.weights and len(self.weights) != len(self.data):
-            raise ValueError(f"weights: one for each path of data, {len(self.data)}; got {len(self.weights)}")
+            raise ValueError(f"weights: one number for each of {len(self.data)} paths of data, got {len(self.weights)}")
         if self.steps is not None and self.steps < len(self.stages):
             raise ValueError(f"{len(self.stages)} stages need at least as many steps, got steps = {self.steps}")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, or none to train all weights; got {self.lora_rank}")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise ValueError(f"ema is a decay between 0 and 1, or none; got {self.ema}")
+            raise ValueError(f"ema must be between 0 and 1, or none; got {self.ema}")
 
     def _at_least(self, least: Mapping[str, float]) -> None:
         for name, smallest in least.items():
-            if not getattr(self, name) >= smallest:  # nor NaN
+            if not getattr(self, name) >= smallest:  # true for NaN too
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
 
     @property

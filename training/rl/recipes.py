@@ -157,7 +157,7 @@ class MSGRPO(Recipe):
         )
         yield 0 < self.timesteps <= 1, f"timesteps must be above 0 and at most 1, got {self.timesteps}"
         yield self.advantage_clip > 0, f"advantage_clip must be above 0, got {self.advantage_clip}"
-        yield 0 <= self.max_failures <= 1, f"max_failures is a share from 0 to 1, got {self.max_failures}"
+        yield 0 <= self.max_failures <= 1, f"max_failures must be a share from 0 to 1, got {self.max_failures}"
         yield (
             self.window is None or 1 <= self.window <= self.window_stop,
             f"a window of {self.window} noisy steps does not fit before step {self.window_stop} (window_end) of "

@@ -43,7 +43,7 @@ class SFT(Recipe):
         super().__post_init__()
         for name in ("drop_text", "drop_references"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share from 0 to 1, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
         self._at_least({"t_std": 0})
 
 

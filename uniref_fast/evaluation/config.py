@@ -99,18 +99,18 @@ class EvalConfig:
             if given is not None and given < value:
                 raise ValueError(f"{name} must be at least {value}, got {given}")
         if self.size is not None and min(self.size) < 16:
-            raise ValueError(f"size is width and height of at least 16 pixels, got {self.size[0]}x{self.size[1]}")
+            raise ValueError(f"size must be at least 16 pixels wide and high, got {self.size[0]}x{self.size[1]}")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ValueError(f"guidance must be a finite number, got {self.guidance}")
         if self.baseline == "untrained" and self.model != "builtin":
-            raise ValueError(f"baseline untrained is there for the built-in model only, not for {self.model}")
+            raise ValueError(f"baseline untrained is for the built-in model only, got model = {self.model}")
         if self.baseline is not None and (self.initial or self.lora):
             raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial and lora")
         for name in self.rewards:
             if ":" not in name or self.rewards.count(name) > 1:
                 raise ValueError(
-                    f'rewards are functions of your own as "package.module:function", each once, got {name!r}; reward '
-                    "takes scene or judge"
+                    f'rewards must be functions of your own as "package.module:function", each once, got {name!r}; '
+                    "scene and judge are values of reward"
                 )
 
     @property

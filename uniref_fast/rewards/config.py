@@ -65,8 +65,8 @@ class JudgeConfig:
         if not self.model:
             raise ValueError("a judge needs the name of its model, as the endpoint lists it at /models")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.key_variable):
-            # not shown: it may be the key itself
-            raise ValueError("key_variable is the name of an environment variable: letters, digits and underscores")
+            # the value is not shown, since it may be the key itself
+            raise ValueError("key_variable must be the name of an environment variable (letters, digits, underscores)")
         for name, least in dict(concurrency=1, attempts=1, max_tokens=1, samples=1, max_side=16).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -76,7 +76,7 @@ class JudgeConfig:
         if self.temperature is not None and self.temperature < 0:
             raise ValueError(f"temperature must be at least 0, or none; got {self.temperature}")
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"{self.samples} samples at temperature 0 are one reply repeated; set temperature to 0.7")
+            raise ValueError(f"{self.samples} samples at temperature 0 are the same reply; set temperature to 0.7")
 
     @property
     def base(self) -> str:
@@ -103,8 +103,8 @@ def _check_url(url: str) -> None:
     with contextlib.suppress(ValueError):
         parts = urllib.parse.urlsplit(url)
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError('url must be like "http://localhost:8000/v1"; it begins otherwise, or names no host')
+        raise ValueError('url must be like "http://localhost:8000/v1"; this one has another scheme or no host')
     if parts.username or parts.password or parts.query:
         raise ValueError("url must hold no user, password or query: it is shown and logged; keys go into key_variable")
     if parts.path.rstrip("/").endswith(("/chat/completions", "/models")):
-        raise ValueError(f"url ends with its /v1; the rest is added: {url.partition('/chat/')[0]}")
+        raise ValueError(f"url must end with /v1, without the path of a request: {url.partition('/chat/')[0]}")

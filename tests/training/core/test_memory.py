@@ -301,9 +301,9 @@ def test_wrong_values_of_a_stage(field, value, message):
     "field, value, message",
     [
         ("stages", (), "at least one stage"),
-        ("drop_text", 1.01, "drop_text is a share from 0 to 1, got 1.01"),
+        ("drop_text", 1.01, "drop_text must be a share from 0 to 1, got 1.01"),
         ("drop_references", -0.1, "drop_references is a share"),
-        ("drop_text", math.nan, "drop_text is a share"),
+        ("drop_text", math.nan, "drop_text must be a share"),
         ("packs", 0, "packs must be at least 1"),
         ("save_every", 0, "save_every must be at least 1"),
         ("keep", 0, "keep must be at least 1"),
@@ -320,9 +320,9 @@ def test_wrong_values_of_a_stage(field, value, message):
         ("weight_decay", -1e-9, "weight_decay must be at least 0"),
         ("steps", 1, "2 stages need at least as many steps, got steps = 1"),
         ("lora_rank", 0, "lora_rank must be at least 1, or none"),
-        ("ema", 1.0, "ema is a decay between 0 and 1, or none"),
-        ("ema", 0.0, "ema is a decay"),
-        ("ema", math.nan, "ema is a decay"),
+        ("ema", 1.0, "ema must be between 0 and 1, or none"),
+        ("ema", 0.0, "ema must be"),
+        ("ema", math.nan, "ema must be"),
     ],
 )
 def test_wrong_values_of_a_run(field, value, message):
