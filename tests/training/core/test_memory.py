@@ -302,7 +302,7 @@ def test_wrong_values_of_a_stage(field, value, message):
     [
         ("stages", (), "at least one stage"),
         ("drop_text", 1.01, "drop_text must be a share from 0 to 1, got 1.01"),
-        ("drop_references", -0.1, "drop_references is a share"),
+        ("drop_references", -0.1, "drop_references must be a share"),
         ("drop_text", math.nan, "drop_text must be a share"),
         ("packs", 0, "packs must be at least 1"),
         ("save_every", 0, "save_every must be at least 1"),
