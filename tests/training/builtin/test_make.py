@@ -171,8 +171,12 @@ def test_stopped_in_a_part_and_continued(tmp_path):
     while not (out / "started").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
+    assert "waits" in json.loads((out / "made.json").read_text())["parts"], "recorded before it ends"
     process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=60)[0]
+    try:
+        text = process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
     assert process.returncode == 143 and (out / "stopped").exists(), text
     assert "waits ended with status 143; the same command goes on" in text
     (out / "finish").touch()
