@@ -168,18 +168,18 @@ def test_stopped_in_a_part_and_continued(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-c", STOPPED, "--out", str(out), "--ranks", "1", "--dtype", "float32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while not (out / "started").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    assert "waits" in json.loads((out / "made.json").read_text())["parts"], "recorded before it ends"
-    process.send_signal(signal.SIGTERM)
     try:
+        while not (out / "started").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        assert "waits" in json.loads((out / "made.json").read_text())["parts"], "recorded before it ends"
+        process.send_signal(signal.SIGTERM)
         text = process.communicate(timeout=30)[0]
     finally:
+        (out / "finish").touch()
         process.kill()
     assert process.returncode == 143 and (out / "stopped").exists(), text
     assert "waits ended with status 143; the same command goes on" in text
-    (out / "finish").touch()
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "first: done" in done.stdout and "waits: done" not in done.stdout and (out / "done").exists()
