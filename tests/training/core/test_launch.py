@@ -64,7 +64,6 @@ def test_the_configuration_of_an_older_run_names_no_visibility(tmp_path):
     second.mkdir()
     (second / "config.json").write_text(configs.to_json(old))
     assert json.loads((second / "config.json").read_text())["visibility"] is None
-    assert configs.from_json(SFT, (second / "config.json").read_text()) == old
     third = launch.with_visibility(dataclasses.replace(SFT_CONFIG, initial=second))
     assert third.visibility == "reference_causal"
 
