@@ -98,6 +98,7 @@ def test_the_package_loads_nothing():
     assert done.stdout.splitlines() == ["['uniref_fast']", "[]"]
 
 
+@pytest.mark.slow
 def test_functions_stay_functions_after_any_first_import():
     """`patch`, `edit` and `estimate` are modules too, and the import system binds a module to its package."""
     code = """

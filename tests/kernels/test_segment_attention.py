@@ -179,6 +179,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PLANS)
 def test_plans(name, dtype, device):

@@ -346,6 +346,7 @@ ROWS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rms", [False, True])
 @pytest.mark.parametrize("name", ROWS)
 def test_backward_rows(name, rms, device, small_tiles):

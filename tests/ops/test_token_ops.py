@@ -205,6 +205,7 @@ def test_gate_residual_norm_modulate(impl, dtype):
         assert_within_budget(normed, norm_modulate_reference(out, shift, scale, rows), oracle, f"{impl} of the rounded")
 
 
+@pytest.mark.slow
 @each_case
 def test_eager_rounding(impl, dtype):
     """Bit-equal to eager where nothing is summed, closer to it than one rounding where something is."""

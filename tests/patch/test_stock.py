@@ -84,6 +84,7 @@ def test_the_classes_are_those_of_diffusers_and_transformers(pipe):
     assert pipe.vae_scale_factor == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("references", [1, 3])
 def test_patched_and_edit_equal_stock(pipe, references):
     expected = pixels(stock_image(pipe, references))

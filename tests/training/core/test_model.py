@@ -209,12 +209,13 @@ def distance(first, second):
     return ((first.double() - second.double()).norm() / second.double().norm().clamp_min(1e-12)).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "rank", "checkpointing"),
     [
         ("aot_eager", None, False),
         ("aot_eager", 4, True),
-        pytest.param("inductor", None, False, marks=pytest.mark.slow),
+        ("inductor", None, False),
     ],
 )
 def test_compiled_blocks_share_few_graphs_and_compute_the_same(trained, monkeypatch, backend, rank, checkpointing):
