@@ -102,19 +102,27 @@ def test_kernels_and_training_are_linked_folders_without_init():
         assert not (ROOT / name / "__init__.py").exists()
 
 
+TOP_LEVEL_KERNELS = """
+import importlib.metadata
+import kernels
+from diffusers.utils import is_kernels_available
+try:
+    importlib.metadata.version("kernels")
+except importlib.metadata.PackageNotFoundError:
+    assert kernels.__spec__.origin is None and kernels.__file__ is None, f"{kernels} is a package with code of its own"
+    names = [name for name in vars(kernels) if not name.startswith("__")]
+    assert not names, f"the folder offers {names} at top level"
+    assert not is_kernels_available(), "diffusers takes our folder for the package of Hugging Face"
+else:
+    assert "site-packages" in kernels.__file__, f"{kernels} has taken the place of the package of Hugging Face"
+"""
+
+
 @pytest.mark.parametrize("how", ["-c", "-m"])
-def test_top_level_kernels_is_never_ours(how, tmp_path):
-    """Hugging Face's `kernels` is imported by diffusers; from the root of the checkout ours must not take its place."""
-    code = (
-        "import importlib.util, sys\n"
-        "spec = importlib.util.find_spec('kernels')\n"
-        "assert spec is None or spec.origin is not None or spec.loader is None, spec\n"
-        "try:\n    import kernels\nexcept ImportError:\n    sys.exit(0)\n"
-        "assert getattr(kernels, '__file__', None) is None or 'site-packages' in kernels.__file__, kernels\n"
-        "assert not hasattr(kernels, 'segment_attention'), kernels\n"
-    )
-    (tmp_path / "probe_kernels.py").write_text(code)
-    command = [sys.executable, "-c", code] if how == "-c" else [sys.executable, "-m", "probe_kernels"]
+def test_our_kernels_folder_is_not_taken_for_a_package(how, tmp_path):
+    """From the root of the checkout our folder has the name of Hugging Face's `kernels`, which diffusers imports."""
+    (tmp_path / "probe_kernels.py").write_text(TOP_LEVEL_KERNELS)
+    command = [sys.executable, "-c", TOP_LEVEL_KERNELS] if how == "-c" else [sys.executable, "-m", "probe_kernels"]
     env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
