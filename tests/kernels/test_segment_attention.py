@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from oracles import assert_attention_within_budget, visible_keys
+from oracles import attention as attention_oracle
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -51,45 +53,26 @@ def run_backward(grad_out, q, k, v, out, lse, plan, config=SMALL_BACKWARD):
     return segment_attention_backward(grad_out, q, k, v, out, lse, *tables, q.shape[2] ** -0.5)
 
 
-def attention_formula(q, k, v, plan):
-    """Out in q's dtype and lse, range by range, in plain PyTorch."""
-    out = torch.zeros_like(q)
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=q.dtype, device=q.device)
-    for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
-        rows = [row for interval in intervals for row in range(*interval)]
-        if rows:
-            scores = torch.einsum("mhd,nhd->hmn", q[start:end], k[rows]) * q.shape[2] ** -0.5
-            out[start:end] = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v[rows])
-            lse[:, start:end] = scores.logsumexp(-1)
-    return out, lse
-
-
 def gradient_formula(grad_out, q, k, v, out, lse, plan):
-    """dq, dk and dv in plain PyTorch in q's dtype, P recomputed from lse as the kernels do."""
+    """Return dq, dk and dv in plain PyTorch in q's dtype, with P recomputed from lse as in the kernels."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     scale, delta = q.shape[2] ** -0.5, (grad_out * out).sum(-1).T
-    for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
-        rows = [row for interval in intervals for row in range(*interval)]
-        if rows:
-            scores = torch.einsum("mhd,nhd->hmn", q[start:end], k[rows]) * scale
-            p = (scores - lse[:, start:end, None]).exp()
-            ds = p * (torch.einsum("mhd,nhd->hmn", grad_out[start:end], v[rows]) - delta[:, start:end, None])
-            dq[start:end] = scale * torch.einsum("hmn,nhd->mhd", ds, k[rows])
-            dk[rows] += scale * torch.einsum("hmn,mhd->nhd", ds, q[start:end])
-            dv[rows] += torch.einsum("hmn,mhd->nhd", p, grad_out[start:end])
+    for (start, end), rows in visible_keys(plan):
+        scores = torch.einsum("mhd,nhd->hmn", q[start:end], k[rows]) * scale
+        p = (scores - lse[:, start:end, None]).exp()
+        ds = p * (torch.einsum("mhd,nhd->hmn", grad_out[start:end], v[rows]) - delta[:, start:end, None])
+        dq[start:end] = scale * torch.einsum("hmn,nhd->mhd", ds, k[rows])
+        dk[rows] += scale * torch.einsum("hmn,mhd->nhd", ds, q[start:end])
+        dv[rows] += torch.einsum("hmn,mhd->nhd", p, grad_out[start:end])
     return dq, dk, dv
 
 
 def check_forward(q, k, v, plan, config):
     out, lse = run_attention(q, k, v, plan, config)
-    oracle, lse_oracle = attention_formula(q.double(), k.double(), v.double(), plan)
-    # The eager result computes in float32 and rounds its output: a tighter budget than low-precision scores would give.
-    eager, lse_eager = attention_formula(q.float(), k.float(), v.float(), plan)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
-    assert_within_budget(out, eager.to(q.dtype), oracle, "out")
-    empty = lse_oracle == float("-inf")
-    assert torch.equal(lse == float("-inf"), empty)
-    assert_within_budget(lse[~empty], lse_eager[~empty], lse_oracle[~empty], "lse")
+    # The eager result computes in float32 and rounds its output: a tighter budget than low-precision scores would give.
+    eager, oracle = (attention_oracle(q.to(t), k.to(t), v.to(t), plan) for t in (torch.float32, torch.float64))
+    assert_attention_within_budget((out, lse), eager, oracle)
     return out, lse
 
 
@@ -98,7 +81,7 @@ def check_backward(q, k, v, out, lse, plan, config=SMALL_BACKWARD, grad_out=None
         grad_out = torch.randn(q.shape, device=q.device).to(q.dtype)
     gradients = run_backward(grad_out, q, k, v, out, lse, plan, config)
     inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    result, _ = attention_formula(*inputs, plan)
+    result, _ = attention_oracle(*inputs, plan)
     if plan.area == 0:
         assert all(not gradient.any() for gradient in gradients)
         return
@@ -189,9 +172,9 @@ def test_plans(name, dtype, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_hundreds_of_one_token_segments(dtype, device):
-    plan = block_diagonal([1] * 300)
-    q, k, v = qkv(300, 300, 1, 16, dtype, device)
+def test_many_one_token_segments(dtype, device):
+    plan = block_diagonal([1] * 100)
+    q, k, v = qkv(100, 100, 1, 16, dtype, device)
     out, lse = run_attention(q, k, v, plan)
     assert torch.equal(out, v)
     check_backward(q, k, v, out, lse, plan)

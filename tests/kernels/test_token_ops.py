@@ -4,6 +4,7 @@ import gc
 import importlib.util
 from typing import NamedTuple
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -41,20 +42,11 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(norm_backward, "BLOCK_CHANNELS", 16)
 
 
-def gradients(formula, inputs, grads, dtype):
-    """Gradients of `formula(*inputs)`, computed in dtype, of every input; None for an input that is None."""
-    leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
-    wanted = [x for x in leaves if x is not None]
-    outs = formula(*leaves)
-    found = iter(torch.autograd.grad(outs, wanted, [g.to(dtype) for g in grads], materialize_grads=True))
-    return [None if x is None else next(found) for x in leaves]
-
-
 def check_gradients(names, actual, formula, inputs, grads):
     """actual within the budget, in the dtype of its input, contiguous."""
-    oracle = gradients(formula, inputs, grads, torch.float64)
+    oracle = oracles.gradients(formula, inputs, grads, torch.float64)
     # Eager computes in float32 and rounds once: a tighter budget than low-precision arithmetic would give.
-    eager = gradients(formula, inputs, grads, torch.float32)
+    eager = oracles.gradients(formula, inputs, grads, torch.float32)
     for name, result, x, rounded, exact in zip(names, actual, inputs, eager, oracle, strict=True):
         assert (result is None) == (x is None), name
         if result is not None:
@@ -79,21 +71,16 @@ def rounding_share(actual, eager, term):
 
 def rope_formula(streams, weights, cos, sin, indices):
     """Joint q, k, v of both streams, computed in their dtype; q or k without a weight is not normalised."""
-    (txt, img), order = streams, torch.cat(indices).long()
-    joint = []
+    order, joint = torch.cat(indices).long(), []
     for i in range(3):
-        parts = []
-        for x, weight in ((txt[i], weights[i] if i < 2 else None), (img[i], weights[2 + i] if i < 2 else None)):
-            if weight is not None:
-                x = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.to(x.dtype)
-            parts.append(x)
-        result = torch.zeros(len(order), *txt[i].shape[1:], dtype=txt[i].dtype, device=cos.device)
-        result = result.index_copy(0, order, torch.cat(parts))
+        parts = [stream[i] for stream in streams]
         if i < 2:
-            x0, x1 = result.unflatten(-1, (-1, 2)).unbind(-1)
-            c, s = cos.to(x0.dtype)[:, None], sin.to(x0.dtype)[:, None]
-            result = torch.stack([x0 * c - x1 * s, x0 * s + x1 * c], -1).flatten(-2)
-        joint.append(result)
+            parts = [
+                oracles.rms_norm_rope(x, weight, cos[index.long()], sin[index.long()], EPS)
+                for x, weight, index in zip(parts, weights[i::2], indices, strict=True)
+            ]
+        both = torch.cat(parts)
+        joint.append(torch.zeros_like(both).index_copy(0, order, both))
     return joint
 
 
@@ -214,13 +201,7 @@ class Modulated(NamedTuple):
         """x_out and normed in plain PyTorch, in the dtype of the inputs; rows int64."""
         x, y, gate, shift, scale = self
         x_out = x + gate[rows] * y if residual else x
-        if rms:
-            n = (x_out.float() if x.element_size() < 4 else x_out).square().mean(-1, keepdim=True)
-            n = (x_out * (n + EPS).rsqrt()).to(x.dtype)
-        else:
-            n = F.layer_norm(x_out, x.shape[1:], eps=EPS)
-        out = n * (1 + scale[rows])
-        return x_out, out if shift is None else out + shift[rows]
+        return x_out, oracles.norm_modulate(x_out, shift, scale, rows, EPS, rms)
 
     def to(self, dtype):
         return Modulated(*(None if t is None else t.to(dtype) for t in self))

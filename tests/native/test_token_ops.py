@@ -2,6 +2,7 @@
 
 import math
 
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,13 +40,8 @@ def strided(*shape, dtype):
 
 
 def rope_oracle(x, w, cos, sin, index, dtype):
-    """One stream of q or k: norm, weight, rotation, at the stream's joint rows."""
-    x = x.to(dtype)
-    if w is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * w.to(dtype)
-    c, s = (t[index.long()][:, None].to(dtype) for t in (cos, sin))
-    a, b = x[..., 0::2], x[..., 1::2]
-    return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2)
+    """One stream of q or k, normalised and rotated by the angles of its joint rows."""
+    return oracles.rms_norm_rope(x.to(dtype), w, cos[index.long()], sin[index.long()], EPS)
 
 
 @pytest.mark.slow
@@ -197,11 +193,7 @@ def modulation_oracle(x, y, gate, shift, scale, rows, dtype):
 
 
 def norm_oracle(x, shift, scale, row, dtype, rms=False):
-    x = x.to(dtype)
-    inverse_rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-    normed = x * inverse_rms if rms else F.layer_norm(x, x.shape[1:], eps=EPS)
-    modulated = normed * (1 + scale.to(dtype)[row])
-    return modulated if shift is None else modulated + shift.to(dtype)[row]
+    return oracles.norm_modulate(x.to(dtype), shift, scale, row, EPS, rms)
 
 
 @pytest.mark.parametrize(
