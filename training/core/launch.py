@@ -1,6 +1,7 @@
-"""What the training commands do before and after their loop: flags, ranks, built-in data, the run's folder, errors.
+"""The frame around a training command: flags, ranks, built-in data, the folder of the run, and errors.
 
-PyTorch and what needs it are imported after the flags are parsed, so that help and errors of flags come at once.
+PyTorch and the modules that need it are imported after the flags are parsed, so that `--help` and errors in flags are
+printed at once.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ BUILTIN_SIZE = 64
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Folder of a run.
+    """Options of a training command that are not part of the configuration of the run.
 
-    Attributes: Folder
+    Attributes:
         out: Folder of the run, for its configuration, metrics, checkpoints, sample grids and trained weights.
         resume: Continue the run in the folder: "auto" resumes from its newest complete checkpoint, or starts if there
             is none; "never" refuses a folder that holds a run.
@@ -52,7 +53,7 @@ class RunOptions:
 
     @property
     def read_only(self) -> bool:
-        """Whether nothing is written into the folder, but data that the command makes."""
+        """Return True if the command writes nothing into the folder except the data that it generates."""
         return False
 
 
@@ -65,16 +66,21 @@ def launch(
     description: str,
     failures: Callable[[], tuple[type[Exception], ...]] = tuple,
 ) -> int:
-    """Run a training command; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors.
+    """Run a training command.
 
     Args:
-        name: of the command, `training/<name>.py`.
-        recipes: by name.
+        name: Name of the command, `training/<name>.py`.
+        recipes: Functions that return configurations, by name.
         options: A `RunOptions`, with the defaults of its flags.
-        make: makes the run of a configuration, the ranks, the options, and the step to go on from.
-        argv: arguments of the command.
-        description: for its help.
-        failures: gives the errors of the run, beside those that every run has; exit status 1.
+        make: Function that builds the trainer from the configuration, the ranks, the options, and the step to resume
+            from.
+        argv: Arguments of the command.
+        description: Description for `--help`.
+        failures: Function that returns the errors of this kind of run, in addition to those that every run may raise.
+
+    Returns:
+        The exit status: 0 for a finished run, 143 for a run that a signal ended and that was saved, 1 for an error
+        during the run, 2 for an error that the user can correct.
     """
     try:
         parsed = configs.parse(recipes, argv, extra=options, prog=f"training/{name}.py", description=description)
@@ -117,7 +123,7 @@ def _launch(
                 run.close()
                 raise
             finished = run.run()
-    except (ValueError, FileNotFoundError) as error:  # what the user can put right
+    except (ValueError, FileNotFoundError) as error:  # the user can correct these
         return _failed(name, error, 2)
     except (BrokenRowsError, CheckpointError, DivergedError, ExportError, OSError, ImportError) as error:
         return _failed(name, error, 1)
@@ -142,9 +148,9 @@ def with_visibility(config: C) -> C:
 
 
 def with_data(config: C, out: Path, ranks: Ranks) -> C:
-    """The configuration with "builtin" data made and named. All ranks."""
+    """Return the configuration with "builtin" data generated and replaced by paths. All ranks."""
     if not config.data:
-        raise ValueError("no training data: give --data FILE_OR_FOLDER, or --data builtin for small made-up scenes")
+        raise ValueError("no training data: give --data FILE_OR_FOLDER, or --data builtin for small generated scenes")
     if "builtin" not in config.data:
         return config
     from uniref_fast.scenes.dataset import write_dataset
@@ -161,19 +167,19 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
         except (OSError, ValueError, RuntimeError) as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):
-        raise ValueError(f"the built-in data could not be made: {problem}")
+        raise ValueError(f"the built-in data could not be generated: {problem}")
     data = tuple(str(folder / "train.jsonl") if path == "builtin" else path for path in config.data)
     heldout = config.heldout or tuple(str(path) for path in sorted(folder.glob("heldout_*.jsonl")))
     return dataclasses.replace(config, data=data, heldout=heldout)
 
 
 def find(options: RunOptions, ranks: Ranks, keep: int) -> Newest:
-    """The checkpoint to resume from. All ranks; nothing is written.
+    """Find the checkpoint to resume from. All ranks; nothing is written.
 
     Raises:
-        ValueError: when the folder holds a run and the command does not say that it resumes, or it holds trained
-            weights alone, which would be replaced.
-        CheckpointError: when none of the run's checkpoints can be used.
+        ValueError: The folder holds a run and `resume` is "never", or it holds trained weights alone, which the run
+            would replace.
+        CheckpointError: None of the run's checkpoints can be used.
     """
     from uniref_fast.training.core.checkpoint import Checkpoints, Newest
 
@@ -181,12 +187,12 @@ def find(options: RunOptions, ranks: Ranks, keep: int) -> Newest:
     newest = checkpoints.newest() if options.resume == "auto" else Newest(None, {}, [])
     if newest.step is not None or options.read_only:
         return newest
-    # a command that failed before its first record leaves no run behind
+    # a command that failed before its first record has not started a run
     begun = (options.out / "metrics.jsonl").exists() and (options.out / CONFIG_FILE).exists()
     held = bool(checkpoints.steps() or begun), [name for name in EXPORTS if (options.out / name).is_dir()]
     holds_run, exports = ranks.broadcast(held)
     if holds_run and options.resume == "never":
-        raise ValueError(f"{options.out} holds a run; go on with --resume auto, or give another --out")
+        raise ValueError(f"{options.out} holds a run; resume it with --resume auto, or give another --out")
     if exports:
         raise ValueError(
             f"{options.out} holds trained weights ({exports[0]}/) and no checkpoint to resume from: training would "
@@ -196,10 +202,13 @@ def find(options: RunOptions, ranks: Ranks, keep: int) -> Newest:
 
 
 def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str, tuple[Any, Any]]:
-    """The settings that differ from those of the checkpoint, or of the run where it has none. All ranks.
+    """Return the settings that differ from those of the checkpoint, or of `config.json` if it has none. All ranks.
+
+    Returns:
+        (before, now) of each changed setting, by name.
 
     Raises:
-        ValueError: for a change of a setting that is fixed, or fewer steps than are done.
+        ValueError: A setting that is fixed has changed, or fewer steps are given than are done.
     """
     now = json.loads(configs.to_json(config))
     before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
@@ -218,24 +227,24 @@ def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str,
         if config.total_steps < newest.step:
             raise ValueError(
                 f"the run in {out} has done {newest.step} steps, and {config.total_steps} are given; give at least "
-                f"--steps {newest.step}, or begin another run with another --out"
+                f"--steps {newest.step}, or start another run with another --out"
             )
     return changed
 
 
 def _kept(out: Path) -> dict[str, Any]:
-    """The configuration in the folder of a run, as JSON data; empty where there is none."""
+    """Return the content of `config.json` in the folder of a run; empty if there is none."""
     try:
         found = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{out / CONFIG_FILE} is damaged ({error}); put it right, or give another --out") from None
+        raise ValueError(f"{out / CONFIG_FILE} is damaged ({error}); repair it, or give another --out") from None
     return found if isinstance(found, dict) else {}
 
 
 def begin(run: Trainer, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:
-    """Keep the configuration of a run that was accepted, with events for what its resuming met. All ranks."""
+    """Write the configuration of a run that was accepted, and record what resuming has found. All ranks."""
     if newest.unverified:
         run.announce("unverified checkpoint", reason="it was written without checksums; only file sizes were verified")
     for name, reason in newest.damaged:
@@ -251,7 +260,15 @@ def begin(run: Trainer, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) 
 def _failed(name: str, error: BaseException, status: int) -> int:
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        time.sleep(3)  # where rank 0 says the same, torchrun ends the others meanwhile
+        time.sleep(3)  # if rank 0 has the same error, torchrun ends the other ranks meanwhile
         name = f"{name}, rank {rank}"
-    print(f"{name}: {type(error).__name__ + ': ' if status == 1 else ''}{error}", file=sys.stderr)
+    print(f"{name}: {_described(error)}", file=sys.stderr)
     return status
+
+
+def _described(error: BaseException) -> str:
+    """Return the message of an error; the class name comes first only where the message alone may be too short."""
+    own = type(error).__module__.startswith("uniref_fast.")
+    return (
+        str(error) if own or isinstance(error, ValueError | FileNotFoundError) else f"{type(error).__name__}: {error}"
+    )

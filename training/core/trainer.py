@@ -1,4 +1,4 @@
-"""What every training run does around its steps: plan the stages, look, save, resume, export, survive signals."""
+"""The base of every trainer: planning, validation, checkpoints, export and signals around the steps."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ __all__ = ["DivergedError", "Trainer"]
 
 
 class DivergedError(RuntimeError):
-    """Too many steps in a row had a NaN or infinite loss or gradient."""
+    """The loss or the gradient was NaN or infinite for too many steps in a row."""
 
 
 class Trainer:
-    """One process of a run; a subclass says what a step is.
+    """One process of a run. A subclass defines the step, the validation, and what a checkpoint holds besides weights.
 
     Args:
-        config: of the run; data and heldout are paths by now.
-        ranks: of the run.
-        out: folder of the run.
-        resume: step of the checkpoint to resume from, which `Checkpoints.newest` has verified, or None.
+        config: Configuration of the run, as `launch` has resolved it: `data` and `heldout` are paths, and `visibility`
+            is set.
+        ranks: Ranks of the run.
+        out: Folder of the run.
+        resume: Step of the checkpoint to resume from, which `Checkpoints.newest` has verified; None starts a run.
 
     Attributes:
-        saved: what the checkpoint kept of a subclass's `state()`; empty at the start of a run.
+        saved: State of the checkpoint, with what the subclass's `state()` returned; empty at the start of a run.
 
     Raises:
-        ValueError: for a stage that does not fit.
+        ValueError: A stage does not fit the memory, or the checkpoint belongs to other weights.
     """
 
     def __init__(self, config: Recipe, ranks: Ranks, out: Path, resume: int | None = None) -> None:
@@ -59,11 +60,11 @@ class Trainer:
         self.checkpoints = Checkpoints(out / "checkpoints", ranks, config.keep)
         self.stage = -1
         self.step = 0
-        self.skipped = 0  # in a row
-        self.signalled = False  # this process was asked to stop
-        self.stopping = False  # all agreed to
+        self.skipped = 0  # steps in a row
+        self.signalled = False  # this process received a signal
+        self.stopping = False  # all ranks have agreed to stop
         self.saved_at = resume  # step of the last checkpoint
-        self._announced: list[tuple[str, dict[str, Any]]] = []  # events of before the monitor was opened
+        self._announced: list[tuple[str, dict[str, Any]]] = []  # events from before the monitor was opened
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
         self.plans = self._plans({(side, target): tokens for side, target, tokens in self.saved.get("packs", ())})
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
@@ -77,30 +78,42 @@ class Trainer:
             flops_per_second=peak and peak * ranks.size,
         )
 
-    # ---- what a subclass says ----
+    # ---- defined by a subclass ----
 
     def train_step(self) -> bool:
-        """Do step `self.step`; False when a signal came before it had any effect. All ranks agree."""
+        """Run step `self.step` on all ranks.
+
+        Returns:
+            False if a signal ended the step before it had any effect; all ranks return the same.
+        """
         raise NotImplementedError
 
     def validate(self, figures: bool, grid: bool) -> bool:
-        """Held-out figures and sample grids, at the averaged weights; False when a signal ended it. All ranks agree."""
+        """Evaluate on held-out rows, on all ranks. The model holds the averaged weights.
+
+        Args:
+            figures: Log the held-out loss or rewards.
+            grid: Log a picture of samples.
+
+        Returns:
+            False if a signal ended the evaluation; all ranks return the same.
+        """
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimizer, for JSON."""
+        """Return what a checkpoint holds besides weights and optimizer, for JSON."""
         raise NotImplementedError
 
     def preflight(self) -> None:
-        """Refuse what shows only once everything is built; nothing is written yet. All ranks.
+        """Check, on all ranks, what can only be checked once everything is built. Nothing has been written yet.
 
         Raises:
-            ValueError: saying what is wrong.
+            ValueError: The run cannot start.
         """
         self.agreed(self.monitor.validate)
 
     def agreed(self, check: Callable[[], None]) -> None:
-        """Run a check that may raise ValueError on some ranks, and raise it on all."""
+        """Run a check on all ranks; if it raises ValueError on some of them, raise it on all."""
         problem = None
         try:
             check()
@@ -111,32 +124,39 @@ class Trainer:
                 raise ValueError(found)
 
     def begin(self) -> None:
-        """Before the first step of this process, with the monitor open."""
+        """Run before the first step of this process, when the monitor is open."""
 
     def finished(self) -> None:
-        """After the last, with the monitor open."""
+        """Run after the last step of this process, while the monitor is open."""
 
     def close(self) -> None:
-        """Whatever happened."""
+        """Release threads and connections, also after an error."""
 
     # ---- the loop ----
 
     def run(self) -> bool:
-        """Train to the last step; False when a signal ended it before. A checkpoint then holds what was done."""
+        """Train to the last step and export the weights.
+
+        Returns:
+            False if a signal ended the run before; a checkpoint then holds the steps that are done.
+        """
         try:
             with self.monitor, self._signals():
                 for kind, details in self._announced:
                     self.monitor.event(self.step, kind, **details)
                 self.begin()
+                # A run that was killed during an evaluation has the checkpoint of that step, but not its figures.
                 self._validate(self.step == self.config.total_steps, resumed=True)
                 while self.step < self.config.total_steps and not self.stopping:
                     self._enter_stage()
-                    if not self.train_step():
+                    if not self.train_step():  # nothing of the step has happened: the checkpoint is that of before
                         self.stopping = True
                         self._save()
                         break
                     self.step += 1
                     done = self.step == self.config.total_steps
+                    # The checkpoint is written before the evaluation, which may take long or be killed. After a signal
+                    # there is no time for an evaluation: the resumed run does it first.
                     if self.step % self.config.save_every == 0 or done or self.stopping:
                         self._save()
                     if not self.stopping:
@@ -154,12 +174,12 @@ class Trainer:
                 self.model.export(self.out)
         except ExportError as error:
             raise ExportError(
-                f"{error}. All steps are done and {self.checkpoints.path(self.step)} holds them: make room, then give "
+                f"{error}. All steps are done and {self.checkpoints.path(self.step)} holds them: make room, then run "
                 "the same command with --resume auto, which writes the weights"
             ) from error
 
     def _enter_stage(self) -> None:
-        number, stage = stage_at(self.config, self.step)  # of the last step once all are done
+        number, stage = stage_at(self.config, self.step)  # after the last step: the last stage
         if number != self.stage:
             self.stage, plan = number, self.plans[number]
             self.ranks.share_sequences(self.model.packed, plan.sequence_parallel)
@@ -173,9 +193,11 @@ class Trainer:
         self._announced.append((kind, details))
 
     def _validate(self, done: bool = False, resumed: bool = False) -> None:
-        """Evaluate on held-out rows where it is due at this step.
+        """Evaluate on held-out rows if it is due at this step.
 
-        A resumed run makes what the folder lacks for its step: the run may have ended during the evaluation.
+        Args:
+            done: All steps are done.
+            resumed: The run resumes at this step; only what the folder lacks is evaluated.
         """
         config = self.config
         figures = config.eval_every and (self.step % config.eval_every == 0 or done)
@@ -199,7 +221,7 @@ class Trainer:
         return self.average.applied() if self.average and self.step else contextlib.nullcontext()
 
     def take_step(self, norm: float) -> None:
-        """Clip the gradients and let the optimizer step."""
+        """Clip the gradients, set the learning rate, and step the optimizer."""
         if norm > self.config.max_grad_norm > 0:
             scale_gradients(self.parameters, self.config.max_grad_norm / norm)
         for group in self.optimizer.param_groups:
@@ -207,17 +229,19 @@ class Trainer:
         self.optimizer.step()
 
     def norm(self) -> float:
+        """Return the norm of all gradients over all ranks."""
         return global_norm(self.parameters)
 
     def finite(self, norm: float, loss: float, rows: Callable[[], list[str]]) -> bool:
-        """Whether the step may be taken; otherwise it is skipped, counted and named.
+        """Return True if the step may be taken; otherwise count it as skipped and record an event.
 
         Args:
-            norm, loss: of the step.
-            rows: names what it was taken on.
+            norm: Gradient norm of the step.
+            loss: Loss of the step.
+            rows: Function that returns the places of the rows of the step.
 
         Raises:
-            DivergedError: after `max_skipped` in a row.
+            DivergedError: `max_skipped` steps in a row were skipped.
         """
         if math.isfinite(norm) and math.isfinite(loss):
             self.skipped = 0
@@ -236,7 +260,7 @@ class Trainer:
     # ---- saving ----
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Everything that training changes, by name; makes the optimizer's state where there is none yet."""
+        """Return every tensor that training changes, by name; create the optimizer's state where there is none yet."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.parameters.items():
             state = self.optimizer.state[parameter]
@@ -250,7 +274,7 @@ class Trainer:
         return tensors
 
     def _save(self) -> None:
-        """Write a checkpoint of this step, unless it is the one that was written or resumed from last."""
+        """Write a checkpoint of this step, unless the last checkpoint written or loaded is of this step."""
         if self.saved_at == self.step:
             return
         updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
@@ -271,11 +295,11 @@ class Trainer:
 
     def _load(self, step: int) -> dict[str, Any]:
         state = self.checkpoints.load(step, self._tensors(), verify=False)
-        if state.get("frozen", self.model.frozen) != self.model.frozen:  # older checkpoints do not have it
+        if state.get("frozen", self.model.frozen) != self.model.frozen:  # checkpoints of older versions lack it
             raise ValueError(
                 f"the run in {self.out} was trained on top of other weights than those of model = {self.config.model}"
-                f"{f' with initial = {self.config.initial}' if self.config.initial else ''}; give the model that it "
-                "began with, or begin another run with another --out"
+                f"{f' with initial = {self.config.initial}' if self.config.initial else ''}; give the model that the "
+                "run started with, or start another run with another --out"
             )
         for parameter, updates in zip(self.parameters, state["updates"], strict=True):
             self.optimizer.state[parameter]["step"].fill_(updates)
@@ -285,8 +309,12 @@ class Trainer:
     # ---- planning ----
 
     def _plans(self, kept: Mapping[tuple[int, int], int]) -> list[MemoryPlan]:
-        """Of each stage; a run that is gone on with keeps the packs that it had for the same sizes, however much memory
-        there is now."""
+        """Plan the memory of each stage, on all ranks.
+
+        Args:
+            kept: Tokens of a pack by (side, target_side), of the run that is resumed. It keeps them, however much
+                memory there is now, so that its batches do not change.
+        """
         ranks, config = self.ranks, self.config
         memory = device_memory(ranks.device, config.memory_gib)
         if ranks.device.type == "cpu" and config.memory_gib is None:
@@ -314,15 +342,17 @@ class Trainer:
         return self.ranks.broadcast(plans)
 
     def wait(self) -> None:
+        """Wait until the device has finished, so that the time can be taken."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
     def flops(self, samples: tuple[Sample, ...]) -> int:
+        """Return the floating-point operations of one forward of a pack."""
         return sum(transformer_flops(self.model.pipe.transformer.config, self.model.packed.layout(samples)))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step, with a checkpoint; a second one ends it at once."""
+        """Let SIGTERM and SIGINT end the run after this step, with a checkpoint; a second signal ends it at once."""
 
         def stop(number: int, frame: Any) -> None:
             self.signalled = True

@@ -759,7 +759,7 @@ def test_too_many_failures_end_the_run_and_keep_nothing_of_the_step(data, tmp_pa
         server.default = judge_server.say("nothing to say")
         assert msgrpo.main(judged(data, out, server, "--save-every", 1)) == 1
     message = capsys.readouterr().err
-    assert "RewardError: 16 of 16 rollouts of step 1 got no scores" in message and "malformed" in message
+    assert "msgrpo: 16 of 16 rollouts of step 1 got no scores" in message and "malformed" in message
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
     with judge_server.JudgeServer() as mended:  # what ended the run is asked again
         mended.plan, mended.default = [judge_server.by_colour], by_content
