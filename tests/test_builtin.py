@@ -168,8 +168,11 @@ def test_a_saved_pipeline_is_the_same_model(folder, tmp_path, variant):
     assert torch.equal(small_edit(after), expected)
     again = plain(tmp_path / "saved")  # through a pipeline that knows nothing of image areas
     assert torch.equal(small_edit(again), expected)
-    request = [EditRequest("a crown", [(90, 60)], num_inference_steps=2)]
-    tokens = [uniref_fast.estimate(model, request).tokens for model in (before, after, again, tmp_path / "saved")]
+    given = [EditRequest("a crown", num_inference_steps=2)], [[(90, 60)]]
+    tokens = [
+        uniref_fast.estimate(model, given[0], image_sizes=given[1]).tokens
+        for model in (before, after, again, tmp_path / "saved")
+    ]
     assert all(counts == tokens[0] for counts in tokens) and tokens[0]["together"] < 500
     assert defaults(str(tmp_path / "saved")) == defaults("builtin")
     if variant is not plain:  # the stock class keeps nothing of its own in model_index.json

@@ -191,7 +191,7 @@ def test_a_hub_id_that_cannot_be_had(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = ["edit", "--model", "nobody/nothing-here", "--prompt", "x", "--out", tmp_path / "x.png"]
     status, _, err = run(capsys, *args)
-    assert status == 2 and "nobody/nothing-here could not be had from the hub" in err
+    assert status == 2 and "nobody/nothing-here could not be loaded from the hub" in err
 
 
 @pytest.mark.parametrize("args", [[], ["edit"], ["paint"], ["edit", "--prompt", "x"], ["demo", "--references", "9"]])

@@ -1,7 +1,7 @@
 """uniref_fast: fast multi-reference image editing.
 
 report = uniref_fast.patch(pipe)                    # the same diffusers pipeline, faster
-images = uniref_fast.edit(pipe, [request, ...])     # many unlike requests in one packed loop
+images = uniref_fast.edit(pipe, [request, ...])     # many different requests in one packed loop
 print(uniref_fast.estimate(pipe, [request, ...]))   # tokens, flops, memory before running
 
 Importing the package imports nothing else, PyTorch included: each name is imported when it is first used.
@@ -65,7 +65,7 @@ _MODULES = (
 
 
 class _Package(types.ModuleType):
-    """The package; `patch`, `edit` and `estimate` are functions, also after modules of these names were imported."""
+    """Package whose attributes `patch`, `edit` and `estimate` are always the functions, never the modules."""
 
     def __getattr__(self, name: str) -> Any:
         if name in _MODULE_OF:

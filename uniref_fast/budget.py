@@ -1,4 +1,4 @@
-"""The joint pixel budget: all references of a sample share one number of pixels."""
+"""Joint pixel budget: one number of pixels for all references of a sample together."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Sequence
 __all__ = ["MAX_ASPECT_RATIO", "SIDE_MULTIPLE", "fit_to_budget"]
 
 SIDE_MULTIPLE = 16
-"""Pixels a side is a multiple of: 8x VAE times 2x2 patches."""
+"""Sides in pixels are multiples of this: 8x VAE times 2x2 patches."""
 
 MAX_ASPECT_RATIO = 200
-"""Largest ratio of an image's sides that the text encoder takes."""
+"""Largest ratio of the sides of an image that the text encoder accepts."""
 
 
 def fit_to_budget(sizes: Sequence[tuple[int, int]], budget: int, *, upscale: bool = False) -> list[tuple[int, int]]:
     """Resize images jointly so that the sum of their areas fits a pixel budget.
 
-    One scale factor for all images, the largest that fits, so that their relative sizes stay as they are; each side is
-    then the nearest multiple of 16. So a side differs from exact scaling, and with it the aspect ratio, by less than
-    one 16-pixel step. No side goes under 16: an image that is tiny, or more elongated than the budget can hold, keeps
-    a short side of 16 and loses its exact ratio.
+    All images are scaled by one factor, the largest that fits, so that their relative sizes do not change. Each side
+    is then rounded to the nearest multiple of 16, so it differs from exact scaling by less than one step of 16 pixels.
+    No side is smaller than 16: an image that is tiny, or more elongated than the budget allows, gets a short side of 16
+    and another aspect ratio.
 
     Args:
-        sizes: (width, height) of each image in pixels; may be empty.
-        budget: pixels for all images together, e.g. ``1024**2``.
-        upscale: also enlarge images until the budget is used; by default images are only ever made smaller (but for
-            rounding to a multiple of 16).
+        sizes: Width and height of each image in pixels; may be empty.
+        budget: Pixels for all images together, such as ``1024**2``.
+        upscale: Also enlarge images until the budget is used. By default images are only made smaller, apart from
+            rounding to a multiple of 16.
 
     Returns:
-        (width, height) of each image, in order.
+        Width and height of each image, in order.
 
     Raises:
-        ValueError: for a size below 1, or a budget under 256 pixels (16 x 16) an image.
+        ValueError: If a side is below 1, or the budget is under 256 pixels (16 x 16) per image.
     """
     for i, (width, height) in enumerate(sizes):
         if not (width >= 1 and height >= 1):

@@ -1,7 +1,7 @@
-"""`edit(pipe, requests)`: many unlike requests in one packed denoising loop.
+"""`edit(pipe, requests)` runs many requests in one packed denoising loop.
 
-Every request keeps its own prompt, references, size, seed, guidance and number of steps; both predictions of guidance
-ride in the same pack. A request's result does not depend on what it is packed with.
+Each request has its own prompt, references, size, seed, guidance and number of steps; the two predictions of guidance
+are two sequences of a pack. The result of a request does not depend on the other requests.
 """
 
 from __future__ import annotations
@@ -46,24 +46,26 @@ def edit(
     """Run several edit requests together.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`; it need not be patched, and is left as it is.
-        requests: `EditRequest`s or mappings of its fields; any number of references of any sizes, each its own.
-        budget: joint pixel budget of each request's references, an area such as `1024**2`; None sizes each reference as
+        pipe: A `QwenImageEditPlusPipeline`, patched or not. It is not changed.
+        requests: `EditRequest`s, or mappings of its fields.
+        budget: Joint pixel budget of each request's references, an area such as `1024**2`. None sizes each reference as
             diffusers does.
-        max_tokens: most tokens in one pack; a step then runs as several packs. None puts all in one.
-        visibility: policy or rule; anything but "full" needs a model trained for it.
-        impl: implementation forced on every op; None picks by device.
+        max_tokens: Largest number of tokens in one pack; a step then runs as several packs. None puts all sequences
+            into one pack.
+        visibility: Policy or rule of attention. Anything but "full" needs a model trained for it.
+        impl: Implementation forced on every op. None chooses by device.
         output_type: "pil", "np" (float32 `[H, W, 3]`, 0 to 1), "pt" (`[3, H, W]`, 0 to 1, the pipeline's dtype), or
             "latent" (packed latents `[1, N, C]`).
-        progress: show the pipeline's progress bar, one step a tick.
-        model: the packed model to run instead of one made of the pipeline's transformer, such as a sharded one;
-            it brings its own visibility and impl.
+        progress: Show the pipeline's progress bar.
+        model: Packed model to run, such as a sharded one, with its own visibility and impl. None builds one from the
+            pipeline's transformer.
 
     Returns:
-        one result a request, in order.
+        One result per request, in order.
 
     Raises:
-        ValueError, TypeError: for requests or pipelines that cannot run, before any work is done.
+        ValueError: If a request or the pipeline cannot run, before any work is done.
+        TypeError: If a request or the pipeline has the wrong type, likewise.
     """
     _check_options(output_type, max_tokens, budget)
     check_pipeline(pipe)
@@ -75,7 +77,7 @@ def edit(
     requests = validated(requests, pipe)
     _warn_of_guidance(requests)
     geometries = [request_geometry(pipe, request, budget) for request in requests]
-    schedulers = []  # all of them before any model runs, as a scheduler may refuse its schedule
+    schedulers = []  # all of them before any model runs, because a scheduler may refuse its schedule
     for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
         _check_latents(pipe, request, sizes, f"request {i + 1}")
         tokens = math.prod(sizes.grid(sizes.size))
@@ -101,21 +103,33 @@ def _check_options(output_type: Any, max_tokens: Any, budget: Any) -> None:
 
 @dataclass
 class _Job:
-    """A request on its way: what the loop needs, `[tokens, channels]` tensors."""
+    """A request in the denoising loop.
+
+    Attributes:
+        request: The request.
+        geometry: Sizes of the request.
+        prompts: Embeddings `[l, D]` of the prompt and, with guidance, of the negative prompt.
+        samples: Sample of the layout for each of these prompts.
+        references: Latents of all references, `[m, C]`.
+        latents: Latents of the result after the steps so far, `[1, n, C]`, as the scheduler and the VAE expect.
+        scheduler: Scheduler of the request.
+        timesteps: Timesteps of the scheduler.
+        step_options: Options of `scheduler.step`: the generator, if it has that argument.
+    """
 
     request: EditRequest
     geometry: Geometry
-    prompts: list[Tensor]  # the prompt's embeddings and, when guided, the negative prompt's
-    samples: list[Sample]  # of the layout, for each of these
+    prompts: list[Tensor]
+    samples: list[Sample]
     references: Tensor
-    latents: Tensor  # [1, N, C], as the scheduler and the VAE expect
+    latents: Tensor
     scheduler: Any
     timesteps: Tensor
-    step_options: dict[str, Any]  # of `scheduler.step`: the generator, where it takes one
+    step_options: dict[str, Any]
 
 
 def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> _Job:
-    """Encode prompt and references with the pipeline's own methods, draw the noise."""
+    """Encode prompt and references with the pipeline's own methods, and draw the noise."""
     images = [to_rgb(image) for image in request.images]
     prompts, texts = zip(*(
         encoded_prompt(pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask)
@@ -125,7 +139,7 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -
     if request.seed is not None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
     latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
-    # The pipeline leaves the noise of stochastic schedulers to the global generator; here a request's seed covers it.
+    # In the pipeline, stochastic schedulers draw from the global generator; here they use the request's seed.
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     samples = [sizes.sample(text) for text in texts]
     return _Job(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options)
@@ -134,10 +148,10 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -
 def _latents(
     pipe: Any, request: EditRequest, sizes: Geometry, images: list[Any], dtype: torch.dtype, generator: Any
 ) -> tuple[Tensor, Tensor]:
-    """Starting noise `[1, N, C]` and packed latents of the references `[N_references, C]`."""
+    """Return the starting noise `[1, n, C]` and the packed latents of the references `[m, C]`."""
     pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
     own = is_own_method(pipe, "prepare_latents")
-    if pairs and not own:  # somebody's method is given all that the pipeline would give it
+    if pairs and not own:  # a replaced method gets the same arguments as in the pipeline
         pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
     width, height = sizes.size
     channels = pipe.transformer.config.in_channels // 4
@@ -146,13 +160,13 @@ def _latents(
     )
     if not own:
         return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-    # diffusers' own would give the pictures to the VAE in the transformer's dtype; it may have another
+    # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
     parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in pairs]
     return latents, torch.cat([latents[0, :0], *parts])
 
 
 def _warn_of_guidance(requests: Sequence[EditRequest]) -> None:
-    """Warn of scales and negative prompts that have no effect, where the pipeline warns."""
+    """Warn about scales and negative prompts that have no effect, as the pipeline does."""
     for i, request in enumerate(requests, start=1):
         if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
             reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
@@ -179,13 +193,13 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
 
 @dataclass(frozen=True)
 class _Pack:
-    """Sequences that run as one forward of the model: one per job, or two where the job is guided.
+    """Sequences that run as one forward of the model: one per job, or two for a job with guidance.
 
     Attributes:
-        jobs: job of each sequence.
-        prompts: prompt embeddings of each sequence.
-        layout: the packed sequence.
-        image: image stream `[N_image, C]`; its references are written once, its targets before each step.
+        jobs: Job of each sequence.
+        prompts: Prompt embeddings of each sequence, `[l, D]`.
+        layout: Layout of the pack.
+        image: Image stream, `[N_image, C]`. References are written once, targets before each step.
     """
 
     jobs: tuple[_Job, ...]
@@ -196,7 +210,7 @@ class _Pack:
 
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None, progress: bool) -> None:
     hook = getattr(model.transformer, "_hf_hook", None)
-    if hook is not None:  # model offloading: bring the weights in, as a call of the model itself would
+    if hook is not None:  # model offloading: load the weights, as a call of the model itself would
         hook.pre_forward(model.transformer)
     steps = max(len(job.timesteps) for job in jobs)
     active: list[_Job] = []
@@ -204,7 +218,7 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
     bar = pipe.progress_bar(total=steps) if progress else None
     for step in range(steps):
         running = [job for job in jobs if step < len(job.timesteps)]
-        if len(running) != len(active):  # jobs only leave
+        if len(running) != len(active):  # jobs end, and none is added
             active, packs = running, _packs(model, running, max_tokens)
         for job, velocities in zip(active, _predict(model, active, packs, step), strict=True):
             velocity = velocities[0]
@@ -233,7 +247,7 @@ def _packs(model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None) -> 
 
 
 def _predict(model: PackedQwenImage, jobs: list[_Job], packs: list[_Pack], step: int) -> list[list[Tensor]]:
-    """Velocities `[N_target, C]` of each job: one, or two when guided."""
+    """Return the velocities `[n, C]` of each job: one, or two with guidance."""
     velocities: list[Tensor] = []
     for pack in packs:
         pack.layout.write_targets(pack.image, [job.latents[0] for job in pack.jobs])
@@ -251,7 +265,7 @@ def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
 
 
 def _refuse_changes(pipe: Any, transformer: Any, device: torch.device) -> None:
-    """The packed loop replaces the pipeline's call and the forwards of blocks: changes of those would be skipped."""
+    """Raise ValueError if the pipeline's call or code in its transformer was changed: the packed loop would skip it."""
     found = next(deviations(transformer, device), None)
     if found is None and not is_own_method(pipe, "__call__"):
         found = f"{type(pipe).__name__}.__call__ is not diffusers' own"

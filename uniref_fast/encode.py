@@ -1,4 +1,4 @@
-"""Prompt embeddings and image latents for the transformer, and its result decoded; by a pipeline's own parts."""
+"""Encode prompts and images for the transformer, and decode its result, with the pipeline's own components."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ __all__ = [
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Three channels; what is transparent becomes white.
+    """Convert an image to RGB; transparent pixels become white.
 
     Raises:
-        ValueError: for an image that was opened but whose pixels cannot be decoded; with its file's name.
+        ValueError: If the pixels of an opened file cannot be decoded; the message names the file.
     """
     try:
         image.load()
-    except Exception as error:  # decoders raise anything on damaged bytes
+    except Exception as error:  # decoders raise any kind of error for damaged bytes
         name = getattr(image, "filename", "") or "an image"
         raise ValueError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
     if image.mode.startswith("I;16"):  # 16 bit grey: PIL's own conversion would clip it to white
@@ -47,19 +47,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def prompt_embeddings(
     pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], device: Any = None
 ) -> Tensor:
-    """Embeddings of a prompt and the pictures it speaks of, `[n, joint_attention_dim]`, without padding.
+    """Encode a prompt and its references, `[n, joint_attention_dim]` without padding.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`.
-        prompt: the instruction.
+        pipe: A `QwenImageEditPlusPipeline`.
+        prompt: The instruction.
         images: RGB references, in order.
-        sizes: (width, height) in pixels that the text encoder sees each at.
-        device: that the pipeline runs on; None asks it, which takes a look at each of its modules.
+        sizes: Width and height in pixels at which the text encoder sees each reference.
+        device: Device of the pipeline. None finds it, which visits each of the pipeline's modules.
+
+    Raises:
+        ValueError: If the pipeline masks tokens inside a prompt.
     """
     embeds, text = encoded_prompt(pipe, prompt, images, sizes, device=device)
     if not isinstance(text, int):
         raise ValueError(
-            "encode_prompt of this pipeline masks tokens inside of a prompt; only padding at its end can be"
+            "encode_prompt of this pipeline masks tokens inside a prompt; only padding at its end is supported here"
         )
     return embeds
 
@@ -73,14 +76,20 @@ def encoded_prompt(
     mask: Tensor | None = None,
     device: Any = None,
 ) -> tuple[Tensor, int | tuple[tuple[int, bool], ...]]:
-    """Embeddings of a prompt, by the pipeline's `encode_prompt`, without the padding at their end.
+    """Encode a prompt with the pipeline's `encode_prompt`, or pass given embeddings through it.
 
     Args:
-        pipe, prompt, images, sizes, device: as for `prompt_embeddings`.
-        embeds, mask: given embeddings `[L, C]` or `[1, L, C]` and the mask of their valid rows, instead of a prompt.
+        pipe: A `QwenImageEditPlusPipeline`.
+        prompt: The instruction; None with `embeds`.
+        images: RGB references, in order.
+        sizes: Width and height in pixels at which the text encoder sees each reference.
+        embeds: Embeddings `[L, C]` or `[1, L, C]` instead of a prompt.
+        mask: Valid rows of `embeds`, `[L]` or `[1, L]`; None for all.
+        device: Device of the pipeline; None finds it.
 
     Returns:
-        embeddings `[n, joint_attention_dim]`, and n or, where some of these are masked, their (length, valid) runs.
+        Embeddings `[n, joint_attention_dim]` without the padding at their end, and n or, if some of the rows are
+        masked, their (length, valid) runs.
     """
     device = device or pipe._execution_device
     if embeds is None:
@@ -100,7 +109,7 @@ def encoded_prompt(
 
 
 def text_runs(length: int, mask: Tensor | None) -> int | tuple[tuple[int, bool], ...]:
-    """Rows of embeddings up to the last valid one: their number, or (length, valid) runs where some are masked."""
+    """Return the number of rows up to the last valid one, or (length, valid) runs if some of these rows are masked."""
     if mask is None:
         return length
     valid = mask.reshape(-1).bool().tolist()
@@ -111,7 +120,14 @@ def text_runs(length: int, mask: Tensor | None) -> int | tuple[tuple[int, bool],
 
 
 def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
-    """Packed latents of an RGB image at (width, height) pixels, `[tokens, channels]`, normalised; `device` as above."""
+    """Encode an RGB image to normalised, packed latents, `[tokens, channels]`.
+
+    Args:
+        pipe: A `QwenImageEditPlusPipeline`.
+        image: RGB image, which is resized to `size`.
+        size: Width and height in pixels.
+        device: Device of the pipeline; None finds it.
+    """
     width, height = size
     pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
     latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
@@ -120,9 +136,13 @@ def image_latents(pipe: Any, image: Image.Image, size: tuple[int, int], device: 
 
 
 def decode_image(pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-    """The image of packed latents `[1, tokens, channels]` at (width, height) pixels; the reverse of `image_latents`.
+    """Decode packed latents to an image; the reverse of `image_latents`.
 
-    `output_type` is "pil", "np" or "pt", as the pipeline's.
+    Args:
+        pipe: A `QwenImageEditPlusPipeline`.
+        latents: Packed latents, `[1, tokens, channels]`.
+        size: Width and height in pixels.
+        output_type: "pil", "np" or "pt", as for the pipeline.
     """
     vae = pipe.vae
     width, height = size
@@ -136,7 +156,7 @@ def decode_image(pipe: Any, latents: Tensor, size: tuple[int, int], output_type:
 
 
 def prompt_tokens(pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
-    """Length of `prompt_embeddings`, without running the encoder."""
+    """Return the length of `prompt_embeddings` without running the encoder."""
     pictures = "".join(f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes)))
     tokens = pipe.tokenizer(pipe.prompt_template_encode.format(pictures + prompt))["input_ids"]
     seen = sum(condition_tokens(pipe, size) for size in sizes)
@@ -144,6 +164,6 @@ def prompt_tokens(pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> i
 
 
 def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
-    """Tokens of a picture of (width, height) pixels in the text encoder."""
+    """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
     processor = pipe.processor.image_processor
     return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2

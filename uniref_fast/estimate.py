@@ -1,14 +1,14 @@
-"""`estimate(pipe, requests)`: tokens, floating point operations and memory of an edit, before it runs.
+"""`estimate(pipe, requests)` computes tokens, floating point operations and memory of an edit before it runs.
 
-Operations count multiply and add as two; they are exact for the transformer and the VAE (run on the meta device) and
-leave out what is not a matrix product or convolution. Activation memory is the peak of the stage's living tensors in
-such a run, on the meta device too (of the text encoder by a formula), without workspaces of convolution and matmul
-libraries and without what the allocator keeps back. Attention counts as fused everywhere, also the VAE's one head of
-384 dimensions: PyTorch's flash attention ends at 256 and cuDNN's below, so a GPU takes the memory-efficient kernel,
-which has no limit and adds up its output in float32 beside it.
+Operations count multiply and add as two. Only matrix products and convolutions are counted; the numbers are exact for
+the transformer and for the VAE, which runs on the meta device. Activation memory is the peak of the living tensors of a
+stage, from a run on the meta device (for the text encoder from a formula). Workspaces of convolution and matmul
+libraries and memory that the allocator holds in reserve are not included. Attention is counted as fused everywhere,
+also for the VAE's one head of 384 dimensions: PyTorch's flash attention supports at most 256 and cuDNN's fewer, so a
+GPU uses the memory-efficient kernel, which has no limit and accumulates its output in a float32 buffer.
 
-The first call of a *patched* pipeline also runs the code of diffusers between the Linears of each block, for its
-self-check, and so holds what diffusers holds there beside what the Linears were given; `edit` does not.
+The first call of a *patched* pipeline needs more memory than the estimate: for its self-check it also runs the code of
+diffusers between the Linears of each block. `edit` has no such check.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Stage:
     """One stage of an edit.
 
     Attributes:
-        name: "text encoder", "VAE encode", "transformer", "VAE decode".
-        flops: floating point operations over the whole edit.
-        weight_bytes: memory of its weights.
-        activation_bytes: estimated peak of its activations.
+        name: "text encoder", "VAE encode", "transformer" or "VAE decode".
+        flops: Floating point operations over the whole edit.
+        weight_bytes: Memory of the weights in bytes.
+        activation_bytes: Estimated peak of the activations in bytes.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What an edit will take.
+    """Tokens, operations and memory of an edit. `str(estimate)` is a table.
 
     Attributes:
-        stages: in the order they run.
-        layout: the pack of the first step.
-        tokens: tokens of that pack, by kind.
-        attention_share: share of the transformer's operations that is attention.
+        stages: Stages in the order in which they run.
+        layout: Layout of all sequences of the first step in one pack.
+        tokens: Number of tokens of that layout, by kind.
+        attention_share: Share of attention in the transformer's operations.
     """
 
     stages: tuple[Stage, ...]
@@ -74,20 +74,21 @@ class Estimate:
 
     @property
     def flops(self) -> int:
+        """Floating point operations of all stages."""
         return sum(stage.flops for stage in self.stages)
 
     @property
     def weight_bytes(self) -> int:
-        """All weights together; text encoder, VAE and transformer each counted once."""
+        """Bytes of all weights; text encoder, VAE and transformer are each counted once."""
         return sum(stage.weight_bytes for stage in self.stages if stage.name != "VAE decode")
 
     @property
     def peak_bytes(self) -> int:
-        """Weights and the largest stage's activations, all components resident."""
+        """Bytes of all weights and of the activations of the largest stage."""
         return self.weight_bytes + max(stage.activation_bytes for stage in self.stages)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Return plain numbers for JSON."""
         return {
             "tokens": self.tokens,
             "flops": self.flops,
@@ -137,15 +138,18 @@ def estimate(
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`, or the folder or hub id of one, of which only configurations, tokenizer
-            and processor are then read (weights counted as bfloat16).
-        requests: as for `edit`.
-        image_sizes: (width, height) in pixels of the references of each request, which then need no images.
-        budget, max_tokens, visibility: as for `edit`.
+        pipe: A `QwenImageEditPlusPipeline`, or the folder or hub id of one. Of a folder or hub id only configurations,
+            tokenizer and processor are read, and weights count as bfloat16.
+        requests: Requests, as for `edit`.
+        image_sizes: Width and height in pixels of the references of each request, whose `images` are then empty.
+        budget: Joint pixel budget of each request's references, as for `edit`.
+        max_tokens: Largest number of tokens in one pack, as for `edit`.
+        visibility: Policy or rule of attention, as for `edit`.
 
     Raises:
-        ValueError, TypeError: as `edit` would, before any work is done.
-        OSError: when a configuration of a folder or hub id cannot be read.
+        ValueError: If `edit` would raise one before any work is done.
+        TypeError: Likewise.
+        OSError: If a configuration of a folder or hub id cannot be read.
     """
     if isinstance(pipe, (str, os.PathLike)):
         pipe = skeleton(pipe)
@@ -175,7 +179,7 @@ def estimate(
         for request, lengths in zip(requests, texts, strict=True)
     ]
     text_flops, text_peak = _text_encoder(pipe, sizes, encoded)
-    # what every request keeps from its encoding to its decoding: embeddings, latents of references and of the target
+    # every request keeps embeddings, and latents of references and target, from its encoding to its decoding
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
     held = (embeddings + latents) * compute_dtype(transformer).itemsize
@@ -221,15 +225,15 @@ def _geometries(
 
 
 def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A pipeline without weights: its models on the meta device, tokenizer, processor and scheduler real.
+    """Return a pipeline without weights: models on the meta device; tokenizer, processor and scheduler loaded.
 
     Args:
-        name: diffusers pipeline folder or hub id.
-        dtype: dtype that the models pretend to have.
+        name: A diffusers pipeline folder or hub id.
+        dtype: Dtype of the parameters on the meta device.
 
     Raises:
-        OSError: when a configuration is missing or cannot be had.
-        ValueError: for a model of another kind.
+        OSError: If a configuration is missing or cannot be loaded.
+        ValueError: If the model is of another kind.
     """
     import diffusers
 
@@ -264,7 +268,13 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
 
 
 def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = "full") -> tuple[int, int]:
-    """(linear, attention) floating point operations of one packed forward of a `QwenImageTransformer2DModel`."""
+    """Return (linear, attention) floating point operations of one packed forward.
+
+    Args:
+        config: Configuration of the `QwenImageTransformer2DModel`.
+        layout: Layout of the pack.
+        visibility: Policy or rule of attention.
+    """
     width = config.num_attention_heads * config.attention_head_dim
     text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
     rows, samples = layout.num_modulation_rows, layout.num_samples
@@ -281,7 +291,7 @@ def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = 
 
 
 def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
-    """Prompt tokens that reach the transformer, for the prompt and, when guided, the negative prompt."""
+    """Return the numbers of text tokens of the prompt and, with guidance, of the negative prompt."""
     lengths = []
     for text, embeds, mask in request.texts:
         runs = prompt_tokens(pipe, text or "", sizes.condition_sizes) if embeds is None else (
@@ -291,7 +301,7 @@ def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]
 
 
 def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-    """Operations of the vision-language encoder, each prompt run by itself, and the peak of its largest run."""
+    """Return the operations of the text encoder, which runs once per prompt, and the peak of its largest run."""
     if not any(texts):
         return 0, 0
     config = pipe.text_encoder.config
@@ -316,7 +326,7 @@ def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> t
 
 
 def _vae(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tuple[int, int]:
-    """Operations of all images together, and the peak of the largest."""
+    """Return the operations for all images, and the peak of the largest one."""
     vae, vae_class = pipe.vae, cast(Any, type(pipe.vae))
     config = tuple(sorted((k, _hashable(v)) for k, v in vae.config.items() if not k.startswith("_")))
     settings = tuple(
@@ -331,7 +341,7 @@ def _vae(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tuple[i
 def _vae_image(
     vae_class: Any, config: tuple, settings: tuple, dtype: torch.dtype, size: tuple[int, int], direction: str
 ) -> tuple[int, int]:
-    """Operations and peak of living tensors, on a copy without memory: same architecture, meta device."""
+    """Return operations and peak memory for one image, from a run of the same architecture on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad():
@@ -349,7 +359,7 @@ def _vae_image(
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Counts `scaled_dot_product_attention` of meta tensors as a GPU's fused kernel does it: no matrix of scores."""
+    """Mode that counts `scaled_dot_product_attention` of meta tensors as a fused kernel, without a matrix of scores."""
 
     flops = 0
 
@@ -365,7 +375,12 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class LivingTensors(TorchDispatchMode):
-    """Counts the bytes of tensors made within it that are alive at once; `peak` is the most. Works on meta tensors."""
+    """Mode that counts the bytes of living tensors that were created within it, also on the meta device.
+
+    Attributes:
+        living: Bytes of the tensors that are alive now.
+        peak: Largest value of `living` so far.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -376,7 +391,7 @@ class LivingTensors(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(out):
-            # A view of something from outside, a weight for example, is nothing new.
+            # A view of a tensor from outside, such as a weight, needs no memory.
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
                 self._add(tensor.untyped_storage())
         return out
@@ -396,17 +411,17 @@ class LivingTensors(TorchDispatchMode):
 
 
 def transformer_peak(transformer: Any, layout: SelfLayout) -> int:
-    """Peak of the living tensors of one packed forward in bytes, what it is given included.
+    """Return the peak bytes of living tensors of one packed forward, its inputs included.
 
     Args:
-        transformer: a `QwenImageTransformer2DModel`, loaded or on the meta device, quantised or not.
-        layout: the pack.
+        transformer: A `QwenImageTransformer2DModel`, loaded or on the meta device, quantised or not.
+        layout: Layout of the pack.
     """
     config = transformer.config
     sizes = {
         name: value for name, value in config.items() if not name.startswith("_") and name != "quantization_config"
     }
-    sizes["num_layers"] = min(config.num_layers, 3)  # those between the first and the last are alike
+    sizes["num_layers"] = min(config.num_layers, 3)  # all blocks between the first and the last are equal
     shape = tuple(sorted((k, _hashable(v)) for k, v in sizes.items()))
     return _packed_peak(shape, compute_dtype(transformer), layout) + largest_cast(transformer)
 
@@ -426,7 +441,7 @@ def _packed_peak(config: tuple, dtype: torch.dtype, layout: SelfLayout) -> int:
 
 
 def _weight_bytes(module: torch.nn.Module | None) -> int:
-    """Bytes that a model's parameters and buffers take, as they are stored."""
+    """Return the bytes of a model's parameters and buffers as they are stored."""
     if module is None:
         return 0
     planned = planned_bytes(module)

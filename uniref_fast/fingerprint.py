@@ -13,12 +13,12 @@ __all__ = ["content_key", "fingerprint"]
 
 
 def content_key(*parts: Any) -> str:
-    """Hex digest of texts and numbers; the order counts."""
+    """Return a hex digest of texts and numbers, which depends on their order."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hex digest of a model's configuration, and of dtype, shape, first and last values of each of its weights."""
+    """Return a hex digest of a model's configuration and of dtype, shape, first and last values of each weight."""
     config: Any = model.config
     text = config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
     digest = hashlib.sha256(text.encode())

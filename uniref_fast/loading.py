@@ -1,4 +1,4 @@
-"""Pipelines by name: the built-in one, a diffusers folder, or a hub id; safetensors only."""
+"""Load pipelines by name: "builtin", a diffusers folder, or a hub id; weights in safetensors files only."""
 
 from __future__ import annotations
 
@@ -15,18 +15,26 @@ __all__ = ["defaults", "load_pipeline", "load_run", "load_transformer", "model_e
 
 
 def defaults(name: str) -> tuple[int, float]:
-    """Denoising steps and true CFG scale that commands use where none are given. 1 is no guidance: the built-in model
-    makes better pictures without."""
+    """Return the denoising steps and the true CFG scale that commands use by default.
+
+    A scale of 1 turns guidance off: the built-in model makes better images without it.
+    """
     from uniref_fast.builtin import is_builtin_folder
 
     return (8, 1.0) if name == "builtin" or is_builtin_folder(name) else (50, 4.0)
 
 
 def load_pipeline(name: str, dtype: Any, device: str) -> Any:
-    """The built-in pipeline, a diffusers folder, or a hub id, on a device.
+    """Load a pipeline onto a device.
+
+    Args:
+        name: "builtin", a diffusers folder, or a hub id.
+        dtype: Dtype of the weights.
+        device: Device of the pipeline.
 
     Raises:
-        ValueError: for a name that is no model, one that cannot be had, or a model of another kind; in one line.
+        ValueError: If the name is not a model, cannot be loaded, or is a model of another kind; the message has one
+            line.
     """
     from uniref_fast import builtin
 
@@ -42,7 +50,7 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
 
 @contextlib.contextmanager
 def model_errors(name: str) -> Iterator[None]:
-    """Refuse names that can be no model; say in one line why a model could not be had."""
+    """Raise ValueError with one line for a name that cannot be a model, and for a model that cannot be loaded."""
     folder = Path(name)
     if name != "builtin":
         if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
@@ -57,13 +65,13 @@ def model_errors(name: str) -> Iterator[None]:
         if folder.is_dir() or name == "builtin":
             raise ValueError(f"--model {name} could not be loaded: {error}") from None
         first = str(error).strip().splitlines()[0]
-        raise ValueError(f"--model {name} could not be had from the hub: {first}") from None
+        raise ValueError(f"--model {name} could not be loaded from the hub: {first}") from None
 
 
 def load_run(
     pipe: Any, run: Path, dtype: Any, *, base: Path | None, adapter: str, given: str, model: str = "the model"
 ) -> bool:
-    """Put on a pipeline what a training run exported: a whole transformer, then the run's own adapter.
+    """Load the export of a training run into a pipeline: a whole transformer, then the run's own adapter.
 
     The adapter is not fused: in 16 bits, fusing would round away what was trained.
 
@@ -106,7 +114,7 @@ def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: 
 
 @contextlib.contextmanager
 def _named(given: str, model: str) -> Iterator[None]:
-    """State in one line which files could not be put on which model."""
+    """Raise ValueError with one line that names the files and the model that they could not be loaded into."""
     from safetensors import SafetensorError
 
     try:
@@ -117,17 +125,17 @@ def _named(given: str, model: str) -> Iterator[None]:
 
 
 def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
-    """safetensors only: weights of a stranger are never unpickled."""
+    """Load a pipeline from safetensors files only: pickled weights of other people could run code."""
     from diffusers import QwenImageTransformer2DModel
 
     from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, recorded_areas
 
-    # first, so that a name that cannot be had is an error about the whole model
+    # first, so that the error for a name that cannot be loaded is about the whole model
     index = pipeline_class.load_config(name)
     check_configuration(f"--model {name}", index)  # before anything else is read
     config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
     check_configuration(f"--model {name}", index, config)
-    if recorded_areas(index, config):  # a built-in model, saved by whatever pipeline
+    if recorded_areas(index, config):  # a built-in model, saved by any pipeline class
         pipeline_class = SmallQwenImageEditPlusPipeline
     options, kind = {"dtype": dtype, "use_safetensors": True}, (index.get("processor") or [None, None])[1]
     # transformers' own processor needs torchvision, for its videos
@@ -147,7 +155,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
 
 
 def missing_weights(module: Any) -> list[str]:
-    """Names of the parameters of a loaded component that no file held; none for a component without parameters."""
+    """Return the names of the parameters of a loaded component that were in no file."""
     from uniref_fast.quantised import stored_tensors
 
     named: Any = getattr(module, "named_parameters", list)()

@@ -1,4 +1,4 @@
-"""Which models `edit`, `estimate`, training and evaluation take: one check of a pipeline's kind, and its message."""
+"""Check that a pipeline is of the kind that `edit`, `estimate`, training and evaluation support."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ OTHERS = {
     "QwenImageInpaintPipeline": "a text-to-image model for inpainting, which takes no references",
     "QwenImageControlNetPipeline": "a text-to-image model with a ControlNet, which takes no references",
     "QwenImageControlNetInpaintPipeline": "a text-to-image model with a ControlNet, which takes no references",
-    "QwenImageLayeredPipeline": "a model that takes one image apart into layers",
+    "QwenImageLayeredPipeline": "a model that splits one image into layers",
 }
-# Options of the transformer that change its layout or its inputs, with the values that the packed model has code for.
+# Options of the transformer that change its layout or its inputs, with the values that the packed model supports.
 LAYOUT = {
     "patch_size": 2,
     "guidance_embeds": False,
@@ -34,15 +34,15 @@ LAYOUT = {
 
 
 def check_configuration(given: str, index: Mapping[str, Any], transformer: Mapping[str, Any] | None = None) -> None:
-    """Refuse a pipeline of another kind by its configuration files.
+    """Check the configuration files of a pipeline.
 
     Args:
-        given: what messages call it, such as "--model NAME".
-        index: content of `model_index.json`.
-        transformer: content of `transformer/config.json`; None looks at the index only.
+        given: Name of the pipeline in messages, such as "--model NAME".
+        index: Content of `model_index.json`.
+        transformer: Content of `transformer/config.json`; None checks the index only.
 
     Raises:
-        ValueError: saying what was given, what is possible, and what to use instead.
+        ValueError: If the pipeline is of another kind; the message says what is supported and what to use instead.
     """
     kind = str(index.get("_class_name"))
     if kind not in PIPELINES:
@@ -54,7 +54,7 @@ def check_configuration(given: str, index: Mapping[str, Any], transformer: Mappi
 
 
 def check_transformer(given: str, config: Mapping[str, Any]) -> None:
-    """Refuse a transformer of another kind by its configuration, the content of its `config.json`; as above."""
+    """Check the configuration of a transformer, the content of its `config.json`; as `check_configuration`."""
     found = config.get("_class_name", TRANSFORMER)
     if found != TRANSFORMER:
         raise ValueError(f"{given} has a transformer of the class {found}, not {TRANSFORMER}; {INSTEAD}")
@@ -62,15 +62,15 @@ def check_transformer(given: str, config: Mapping[str, Any]) -> None:
 
 
 def check_pipeline(pipe: Any, given: str | None = None) -> None:
-    """Refuse a pipeline of another kind, or one whose parts do not belong together.
+    """Check a loaded pipeline.
 
     Args:
-        pipe: what was loaded.
-        given: what messages call it; None names its class.
+        pipe: The pipeline.
+        given: Name of the pipeline in messages; None uses its class.
 
     Raises:
-        TypeError: for something of another class.
-        ValueError: for options of its transformer that cannot be run, or parts of different models.
+        TypeError: If it is of another class.
+        ValueError: If its transformer has options that are not supported, or its parts belong to different models.
     """
     from diffusers import QwenImageEditPlusPipeline
 

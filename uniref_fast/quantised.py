@@ -1,4 +1,4 @@
-"""Bytes that weights take when they are stored in fewer bits than they compute in."""
+"""Sizes of weights that are stored in fewer bits than the computation uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ __all__ = ["compute_dtype", "largest_cast", "planned_bytes", "stored_tensors"]
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """What a model computes in: the dtype of its first vector of 16 or 32 bits, as norms stay unquantised."""
+    """Return the dtype that a model computes in.
+
+    It is the dtype of the first vector of 16 or 32 bits among the parameters, because norms are not quantised.
+    """
     for parameter in module.parameters():
         if parameter.ndim == 1 and parameter.dtype in (torch.float32, torch.float16, torch.bfloat16):
             return parameter.dtype
@@ -21,7 +24,7 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
 
 
 def stored_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that hold a parameter: itself, or those inside of a quantised one.
+    """Yield the plain tensors that hold a parameter: the parameter itself, or those inside a quantised one.
 
     Wrapper subclasses (torchao, quanto) list theirs by `__tensor_flatten__`; bitsandbytes and GGUF keep packed bytes in
     the tensor itself and the scales in attributes.
@@ -44,7 +47,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def largest_cast(module: nn.Module) -> int:
-    """Bytes of the largest weight that is turned into the dtype of the computation while it is used; 0 for none."""
+    """Return the bytes of the largest weight that is cast to the computation's dtype while it is used; 0 for none."""
     itemsize, largest = compute_dtype(module).itemsize, 0
     planned = _bits(module) is not None
     part: Any
@@ -59,10 +62,12 @@ def largest_cast(module: nn.Module) -> int:
 
 
 def planned_bytes(module: nn.Module) -> int | None:
-    """Bytes of a model without memory whose configuration says how it will be quantised; None for any other.
+    """Return the bytes of a model on the meta device whose configuration says how it will be quantised.
+
+    It returns None for any other model.
 
     Raises:
-        ValueError: for a method whose bits per weight are not known here.
+        ValueError: If the bits per weight of the quantisation method are not known.
     """
     bits = _bits(module)
     if bits is None:
@@ -93,7 +98,7 @@ def _unquantised(config: Mapping[str, Any]) -> list[str]:
 
 
 def _bits(module: nn.Module) -> Fraction | None:
-    """Bits per weight of the quantised Linears of a model on the meta device, their scales included."""
+    """Return the bits per weight of the quantised Linears of a model on the meta device, scales included, or None."""
     config = _config(module)
     if not config or not all(parameter.is_meta for parameter in module.parameters()):
         return None
@@ -112,5 +117,5 @@ def _bits(module: nn.Module) -> Fraction | None:
             return Fraction(bits) + (Fraction(32, 128) if bits < 8 else 0)
     raise ValueError(
         f"estimate() does not know the bits per weight of quantization_config {dict(config)}: it knows bitsandbytes, "
-        "quanto and torchao of 8, 4 and 2 bits. Load the pipeline and give that"
+        "quanto and torchao of 8, 4 and 2 bits. Load the pipeline and pass it instead of its name"
     )

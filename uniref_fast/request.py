@@ -1,4 +1,4 @@
-"""What a user asks for: one edit request, and its sizes in pixels and tokens."""
+"""Edit requests, and their sizes in pixels and tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
-MAX_SIDE = 16384  # of a result: far over what the models were trained for, far under what overflows
+MAX_SIDE = 16384  # of a result in pixels: far above the sizes of training, far below an overflow
 MAX_STEPS = 10000
 FIELD_KINDS: dict[str, tuple[type, str]] = {
     "true_cfg_scale": (numbers.Real, "a number"),
@@ -39,33 +39,36 @@ FIELD_KINDS: dict[str, tuple[type, str]] = {
     "prompt_embeds_mask": (torch.Tensor, "a tensor"),
     "negative_prompt_embeds_mask": (torch.Tensor, "a tensor"),
 }
-"""The class of a field, where it is given, and its name in messages."""
+"""Class of the values of optional fields, and its name in messages."""
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One edit: a prompt, any number of reference images of any sizes, one image out.
+    """A prompt and any number of reference images of any sizes, which give one image.
 
     The defaults are those of diffusers' `QwenImageEditPlusPipeline.__call__`.
 
     Attributes:
-        prompt: the instruction; references are "picture 1", "picture 2", ... in it. None with `prompt_embeds`.
-        images: the references, in order; may be empty. What is transparent becomes white.
-        negative_prompt: turns classifier-free guidance on; None leaves it off. (The command line gives " ".)
-        true_cfg_scale: guidance scale; guidance needs a value over 1 and a negative prompt.
-        height, width: size of the result in pixels, rounded down to multiples of 16 (8 for the built-in model); by
-            default the aspect ratio of the last image at the pipeline's output area (1024 x 1024 pixels), a square
-            without images.
-        num_inference_steps: denoising steps.
-        seed: seed of all noise (drawn on the CPU): the starting noise, and what a stochastic scheduler draws in its
-            steps. None draws from PyTorch's global generator.
-        generator: a torch.Generator instead of a seed.
-        prompt_embeds: embeddings of prompt and references instead of the prompt, `[L, joint_attention_dim]` or with a
-            batch dimension of 1, as `pipe.encode_prompt` returns them; the pipeline may then have no text encoder.
-        prompt_embeds_mask: which of their rows are valid, `[L]` or `[1, L]`; None for all.
-        negative_prompt_embeds, negative_prompt_embeds_mask: likewise, instead of the negative prompt.
-        latents: packed starting noise `[1, height/16 * width/16, channels]` (8 for the built-in model), moved to the
-            pipeline's device and dtype; seed or generator then serve the scheduler's noise alone.
+        prompt: The instruction. It names the references "picture 1", "picture 2", and so on. None with
+            `prompt_embeds`.
+        images: The references, in order; may be empty. Transparent pixels become white.
+        negative_prompt: Negative prompt; None turns classifier-free guidance off. The command line uses " ".
+        true_cfg_scale: Guidance scale. Guidance needs a value over 1 and a negative prompt.
+        height: Height of the result in pixels, rounded down to a multiple of 16 (8 for the built-in model). By default
+            the result has the pipeline's output area (1024 x 1024 pixels) and the aspect ratio of the last image, or
+            is square if there are no images.
+        width: Width of the result in pixels, likewise.
+        num_inference_steps: Number of denoising steps.
+        seed: Seed of the starting noise and of the noise that a stochastic scheduler draws in its steps, both drawn on
+            the CPU. None uses PyTorch's global generator.
+        generator: Generator to use instead of a seed.
+        latents: Packed starting noise, `[1, height/16 * width/16, channels]` (8 for the built-in model). It is moved to
+            the pipeline's device and dtype. Seed and generator are then used for the scheduler's noise only.
+        prompt_embeds: Embeddings of prompt and references instead of the prompt, `[L, joint_attention_dim]` or with a
+            batch dimension of 1, as `pipe.encode_prompt` returns them. The pipeline then needs no text encoder.
+        prompt_embeds_mask: Valid rows of `prompt_embeds`, `[L]` or `[1, L]`; None for all.
+        negative_prompt_embeds: Embeddings instead of the negative prompt.
+        negative_prompt_embeds_mask: Valid rows of `negative_prompt_embeds`.
     """
 
     prompt: str | None = None
@@ -85,29 +88,30 @@ class EditRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance runs: two predictions a step."""
+        """True if classifier-free guidance runs, with two predictions per step."""
         return is_guided(self.true_cfg_scale) and self.has_negative_prompt
 
     @property
     def has_negative_prompt(self) -> bool:
+        """True if the request has a negative prompt or embeddings of one."""
         return self.negative_prompt is not None or self.negative_prompt_embeds is not None
 
     @property
     def texts(self) -> list[tuple[str | None, torch.Tensor | None, torch.Tensor | None]]:
-        """(text, embeddings, their mask) of the prompt and, when guided, of the negative prompt."""
+        """(text, embeddings, mask) of the prompt and, with guidance, of the negative prompt."""
         negative = (self.negative_prompt, self.negative_prompt_embeds, self.negative_prompt_embeds_mask)
         return [(self.prompt, self.prompt_embeds, self.prompt_embeds_mask), *[negative] * self.guided]
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a request under a pipeline; (width, height) in pixels, grids in tokens.
+    """Sizes of a request for a pipeline: (width, height) in pixels, grids in tokens.
 
     Attributes:
-        size: of the result.
-        condition_sizes: of the references as the text encoder sees them.
-        reference_sizes: of the references as the VAE encodes them.
-        patch: pixels a token covers per side.
+        size: Size of the result.
+        condition_sizes: Sizes of the references for the text encoder.
+        reference_sizes: Sizes of the references for the VAE.
+        patch: Side of a token in pixels.
     """
 
     size: tuple[int, int]
@@ -116,22 +120,24 @@ class Geometry:
     patch: int
 
     def grid(self, size: tuple[int, int]) -> Grid:
+        """Return the token grid of an image of (width, height) pixels."""
         return 1, size[1] // self.patch, size[0] // self.patch
 
     def sample(self, text: int | tuple[tuple[int, bool], ...]) -> Sample:
-        """The layout's sample for this request with `text` text tokens, or (length, valid) runs of them."""
+        """Return the sample of a layout for this request with `text` text tokens, or (length, valid) runs of them."""
         return Sample(text, self.grid(self.size), tuple(self.grid(size) for size in self.reference_sizes))
 
 
 def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = None) -> list[EditRequest]:
-    """Check every request before any work is done.
+    """Check requests and return them as `EditRequest`s.
 
     Args:
         requests: `EditRequest`s, or mappings of its fields.
-        pipe: the pipeline they are for, whose scheduler limits the number of steps; None checks the requests alone.
+        pipe: Pipeline of the requests, whose embeddings and scheduler are checked too; None checks the requests only.
 
     Raises:
-        ValueError, TypeError: naming the request and what is wrong with it.
+        ValueError: If a request has an impossible value; the message names the request and the problem.
+        TypeError: If a request or a field has the wrong type, likewise.
     """
     if isinstance(requests, (EditRequest, Mapping)):
         requests = [requests]
@@ -161,7 +167,7 @@ def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = N
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height of "768x1024". Raises ValueError."""
+    """Return width and height of a text such as "768x1024", or raise ValueError."""
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ValueError(f"--size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
@@ -251,10 +257,10 @@ def check_size(size: tuple[int, int], where: str) -> None:
 
 
 def image_areas(pipe: Any) -> tuple[int, int, int]:
-    """Areas in pixels of a reference in the text encoder, of a reference in the VAE, and of the result by default.
+    """Return three areas in pixels: of a reference for the text encoder, of one for the VAE, and of the result.
 
-    They are the pipeline's attributes (`condition_image_area`, `vae_image_area`, `output_area`) where it has them, else
-    what its transformer's configuration records, else diffusers' constants.
+    They come from the pipeline's attributes (`condition_image_area`, `vae_image_area`, `output_area`), else from its
+    transformer's configuration, else from diffusers' constants.
     """
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
 

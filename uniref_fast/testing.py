@@ -1,8 +1,8 @@
-"""The one error budget that every numerical test of this project uses.
+"""Error budget of numerical tests.
 
-An implementation in a low precision is measured with a float64 oracle computed from the *same* low-precision inputs,
-so that quantisation of the inputs drops out. It may err at most twice as much as plain PyTorch does in the same
-dtype, plus one rounding band. The budget never loosens.
+A result in low precision is compared with a float64 oracle that is computed from the *same* low-precision inputs, so
+that the rounding of the inputs does not count. Its error may be at most twice the error of plain PyTorch in the same
+dtype, plus one rounding band.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ __all__ = ["assert_within_budget", "error_budget", "max_relative_error"]
 
 
 def error_budget(eager: torch.Tensor, oracle: torch.Tensor, dtype: torch.dtype | None = None) -> float:
-    """Largest absolute error allowed: ``2 * max|eager - oracle| + eps(dtype) * max|oracle|``.
+    """Return the largest absolute error allowed: ``2 * max|eager - oracle| + eps(dtype) * max|oracle|``.
 
     Args:
-        eager: the plain PyTorch result, in the dtype under test.
-        oracle: the same formula in float64, any device, the same shape.
-        dtype: dtype whose rounding band is added; ``eager.dtype`` by default.
+        eager: Plain PyTorch result, in the dtype under test.
+        oracle: Result of the same formula in float64, any device, the same shape.
+        dtype: Dtype whose rounding band is added; ``eager.dtype`` by default.
     """
     oracle = oracle.double().cpu()
     if oracle.numel() == 0:
@@ -32,10 +32,10 @@ def assert_within_budget(actual: torch.Tensor, eager: torch.Tensor, oracle: torc
     """Raise AssertionError with the failing coordinates unless ``actual`` is finite and within the error budget.
 
     Args:
-        actual: the result under test, any shape.
-        eager: plain PyTorch in the same dtype, the same shape.
-        oracle: float64 reference, the same shape.
-        what: a name printed in front of a failure.
+        actual: Result under test, any shape.
+        eager: Plain PyTorch result in the same dtype and shape.
+        oracle: Float64 result of the same shape.
+        what: Name that begins the message of a failure.
     """
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if actual.numel() == 0:
@@ -57,7 +57,7 @@ def assert_within_budget(actual: torch.Tensor, eager: torch.Tensor, oracle: torc
 
 
 def max_relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """``max|actual - expected| / max|expected|`` in float64; 0 when both are empty."""
+    """Return ``max|actual - expected| / max|expected|`` in float64; 0 if both are empty."""
     if expected.numel() == 0:
         return 0.0
     expected = expected.detach().double()

@@ -1,4 +1,4 @@
-"""The embedded default: a small but real QwenImageEditPlusPipeline that runs in seconds on a CPU.
+"""The built-in model: a small QwenImageEditPlusPipeline that runs in seconds on a CPU.
 
     pipe = uniref_fast.builtin.load()
     pipe([first, second], "put the owl of picture 1 left of the rocket of picture 2", num_inference_steps=8).images[0]

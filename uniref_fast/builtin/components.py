@@ -1,8 +1,8 @@
 """Configurations and initial weights of the built-in pipeline.
 
-Sizes are chosen so that all weights in bfloat16 stay below 24 MB. The transformer keeps what kernels and parallel
-layouts care about: a head dimension of 64, a head count divisible by 2 and 4, rotary over three axes, and the clean
-timestep of references (`zero_cond_t`) of Qwen-Image-Edit-2511.
+All weights in bfloat16 take less than 24 MB. The transformer has the properties that kernels and parallelism depend
+on: a head dimension of 64, a head count divisible by 2 and 4, rotary embedding over three axes, and t = 0 for
+references (`zero_cond_t`) as in Qwen-Image-Edit-2511.
 """
 
 import math
@@ -38,8 +38,8 @@ TRANSFORMER: dict[str, Any] = dict(
     axes_dims_rope=(8, 28, 28),
     zero_cond_t=True,
 )
-# A quarter of the sides, not an eighth as in the large models: a token then covers 8 x 8 pixels, and pictures of 64 to
-# 128 pixels have as many tokens as a model of this size needs to tell their objects apart.
+# The VAE scales sides by 1/4, not by 1/8 as in the large models: a token then covers 8 x 8 pixels, and images of 64 to
+# 128 pixels have enough tokens for a model of this size to distinguish their objects.
 VAE = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True])
 TEXT = dict(
     vocab_size=VOCAB_SIZE,
@@ -67,7 +67,7 @@ VISION = dict(
     out_hidden_size=TEXT_DIM,
     fullatt_block_indexes=[1],
 )
-IMAGE_PIXELS = dict(min_pixels=28 * 28, max_pixels=56 * 56)  # at most 4 text tokens a reference
+IMAGE_PIXELS = dict(min_pixels=28 * 28, max_pixels=56 * 56)  # at most 4 text tokens per reference
 SCHEDULER = dict(  # Qwen/Qwen-Image-Edit-2511
     num_train_timesteps=1000,
     shift=1.0,
@@ -82,7 +82,7 @@ SCHEDULER = dict(  # Qwen/Qwen-Image-Edit-2511
 
 
 def tokenizer():
-    """Qwen2Tokenizer with the byte-level BPE of `assets/tokenizer`; the pipeline's prompt prefix is 64 tokens."""
+    """Return a Qwen2Tokenizer with the byte-level BPE of `assets/tokenizer`; the prompt prefix has 64 tokens."""
     from transformers import Qwen2Tokenizer
 
     folder = ASSETS / "tokenizer"
@@ -100,18 +100,19 @@ def tokenizer():
 
 
 def processor(tokenizer):
-    """BuiltinProcessor with this model's pixel limits."""
+    """Return a BuiltinProcessor with this model's pixel limits."""
     from .processor import BuiltinProcessor, Qwen2VLImageProcessorPil
 
     return BuiltinProcessor(Qwen2VLImageProcessorPil(**IMAGE_PIXELS), tokenizer)
 
 
 def initialise(module, seed: int, name: str) -> None:
-    """Fill all parameters of a torch module in place, in their dtype, the same values on every machine.
+    """Fill all parameters of a torch module in place with values that are the same on every machine.
 
-    Matrices and convolutions N(0, 1 / fan_in), embeddings N(0, 0.25), norm weights N(1, 0.01), biases N(0, 0.0004), as
-    (mean, variance). Nothing is zero, so that an untrained model already depends on every input. Each parameter has its
-    own NumPy stream, keyed by seed and name: torch's generators may differ between versions and instruction sets.
+    Mean and variance are N(0, 1 / fan_in) for matrices and convolutions, N(0, 0.25) for embeddings, N(1, 0.01) for norm
+    weights and N(0, 0.0004) for biases. No parameter is zero, so that an untrained model depends on every input. Each
+    parameter has its own NumPy stream, keyed by seed and name, because torch's generators may differ between versions
+    and instruction sets.
     """
     import torch
 
@@ -134,32 +135,32 @@ def initialise(module, seed: int, name: str) -> None:
 
 
 def attend_in_place(transformer) -> None:
-    """Let two heads of every block start out by looking, in all pictures, where the token itself is.
+    """Initialise two heads of every block to attend, in all images, to the token's own position.
 
     A constant in the highest rotary frequencies of the image stream's q and k makes their product largest at distance
-    0, whatever the tokens hold. A small model finds out late by itself that what a target shows is mostly what a
-    reference shows at the same place: after 2000 samples of training, the loss was 0.56 with this and 0.73 without.
+    0 for any content. A small model learns late that a target mostly shows the content of a reference at the same
+    position: after 2000 samples of training, the loss was 0.56 with this initialisation and 0.73 without it.
     """
     import torch
 
     size, (frame, *sides) = TRANSFORMER["attention_head_dim"], TRANSFORMER["axes_dims_rope"]
     starts = [frame + sum(sides[:axis]) for axis in range(len(sides))]
-    dims = [head * size + start + i for head in (0, 1) for start in starts for i in range(6)]  # 3 pairs an axis
+    dims = [head * size + start + i for head in (0, 1) for start in starts for i in range(6)]  # 3 pairs per axis
     with torch.no_grad():
         for block in transformer.transformer_blocks:
             attn = block.attn
-            attn.to_q.bias[dims] = attn.to_k.bias[dims] = 6.0  # against a standard deviation of 1 of what tokens hold
+            attn.to_q.bias[dims] = attn.to_k.bias[dims] = 6.0  # the content of tokens has a standard deviation of 1
             attn.norm_q.weight.fill_(1.5)
             attn.norm_k.weight.fill_(1.5)
 
 
 def compress_linearly(vae) -> None:
-    """Let the autoencoder start out as nearly linear, its encoder as a map that keeps what matters of 4 x 4 pixels.
+    """Initialise the autoencoder as nearly linear, with an encoder that keeps the lowest frequencies of 4 x 4 pixels.
 
-    Left to itself a small autoencoder spends most of a short training on finding a code that loses little. This one,
-    the 10 lowest coefficients of the cosine transform for the sum of the colours and 3 each for two differences, keeps
-    16 of 48 numbers at an error of 32 dB. After 600 steps of training the decoder read it at 25.9 dB; from random
-    weights it took 1500 steps to get as far.
+    From random weights a small autoencoder spends most of a short training on finding a good code. This code has the 10
+    lowest coefficients of the cosine transform for the sum of the colours, and 3 for each of two differences of
+    colours: 16 of 48 numbers, with an error of 32 dB. After 600 steps of training the decoder reached 25.9 dB; from
+    random weights that took 1500 steps.
     """
     import torch
 
@@ -192,8 +193,8 @@ def compress_linearly(vae) -> None:
         for channel in range(12):
             widen.weight[channel, channel, -1] = 1
         second.weight[:16, :12, :2, :2] = code
-        # A constant far above what the coefficients are makes the last norm and SiLU all but linear. Half of the
-        # channels have it, so the norm divides them by above / sqrt(2).
+        # A constant far above the coefficients makes the last norm and SiLU almost linear. Half of the channels have
+        # it, so the norm divides them by above / sqrt(2).
         above, gain = 24.0, 4.0
         height = gain * math.sqrt(2)
         second.bias[:16] = above
@@ -211,7 +212,7 @@ _KEPT = [(c, u, v) for c, most in enumerate((3, 1, 1)) for u in range(4) for v i
 
 
 def _cosines() -> np.ndarray:
-    """The 16 patterns of 3 x 4 x 4 numbers that `compress_linearly` keeps, orthonormal, float32 `[16, 3, 4, 4]`."""
+    """Return the 16 orthonormal patterns of 3 x 4 x 4 numbers of `compress_linearly`, float32 `[16, 3, 4, 4]`."""
     at = np.arange(4)
     waves = np.cos(np.pi * (at + 0.5) * at[:, None] / 4) * np.where(at == 0, 0.5, math.sqrt(0.5))[:, None]
     colours = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
@@ -219,7 +220,7 @@ def _cosines() -> np.ndarray:
 
 
 def models(seed: int, dtype):
-    """(transformer, vae, text_encoder) with initial weights in `dtype`, in eval mode, on the CPU."""
+    """Return (transformer, vae, text_encoder) with initial weights in `dtype`, in eval mode, on the CPU."""
     import torch
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -251,7 +252,7 @@ def models(seed: int, dtype):
 
 
 def pipeline(seed: int, dtype):
-    """The complete pipeline with initial weights, never on disk."""
+    """Return the complete pipeline with initial weights."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from .pipeline import SmallQwenImageEditPlusPipeline

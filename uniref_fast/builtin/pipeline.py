@@ -1,8 +1,8 @@
-"""QwenImageEditPlusPipeline at a small model's image sizes.
+"""QwenImageEditPlusPipeline with the image sizes of a small model.
 
-diffusers fixes the sizes as constants: references at 384^2 pixels for the text encoder and 1024^2 for the VAE, the
-result at 1024^2. Here they belong to the pipeline; the denoising code is diffusers' own, unchanged, and no module of
-diffusers is written to.
+In diffusers the sizes are constants: references have 384^2 pixels for the text encoder and 1024^2 for the VAE, the
+result has 1024^2. Here they are attributes of the pipeline. The denoising code is diffusers' own, unchanged, and no
+module of diffusers is modified.
 """
 
 import inspect
@@ -23,7 +23,7 @@ _stock_call = inspect.unwrap(QwenImageEditPlusPipeline.__call__)  # without torc
 
 
 def small_dimensions(area: int, ratio: float) -> tuple[int, int]:
-    """`calculate_dimensions` of diffusers, (width, height) in multiples of 32, but never 0 for long thin images."""
+    """Return `calculate_dimensions` of diffusers, (width, height) in multiples of 32, but at least 32 each."""
     width, height = calculate_dimensions(area, ratio)
     return max(width, 32), max(height, 32)
 
@@ -31,16 +31,22 @@ def small_dimensions(area: int, ratio: float) -> tuple[int, int]:
 class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
     """The stock pipeline with its three image areas (in pixels) as arguments.
 
-    Args:
-        condition_image_area: each reference's area as the text encoder sees it.
-        vae_image_area: each reference's area as the VAE sees it: its tokens in the transformer are `area / 64`.
-        output_area: the area of the result when `height` and `width` are not given.
+    An area that is None comes from the transformer's configuration, else from the built-in model. `save_pretrained`
+    writes the areas to `model_index.json` and to the transformer's configuration, so that they are also known when a
+    pipeline of the stock class holds the transformer: `uniref_fast.edit`, `estimate` and `--model` use them.
+    `DiffusionPipeline.from_pretrained` refuses the folder, because the stock class always uses the sizes of the large
+    models.
 
-    An area that is not given is the one that the transformer's configuration records, else the built-in model's.
-    `save_pretrained` writes them to `model_index.json`, and to the transformer's configuration, which also keeps them
-    when a pipeline of the stock class holds the transformer: `uniref_fast.edit`, `estimate` and `--model` go by them.
-    `DiffusionPipeline.from_pretrained` refuses the folder, as the call of the stock class always works at the sizes of
-    the large models.
+    Args:
+        scheduler: Scheduler, as for the stock pipeline.
+        vae: Autoencoder, likewise.
+        text_encoder: Text encoder, likewise.
+        tokenizer: Tokenizer, likewise.
+        processor: Processor of the text encoder, likewise.
+        transformer: Transformer, likewise.
+        condition_image_area: Area of each reference for the text encoder.
+        vae_image_area: Area of each reference for the VAE; the reference has `area / 64` tokens in the transformer.
+        output_area: Area of the result if `height` and `width` are not given.
     """
 
     condition_image_area: int
@@ -89,10 +95,11 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
         *args,
         **kwargs,
     ):
-        """Arguments and result of `QwenImageEditPlusPipeline.__call__`; sizes come from this pipeline's areas.
+        """Run `QwenImageEditPlusPipeline.__call__` with the sizes of this pipeline's areas.
 
-        `height` and `width` (pixels, rounded down to multiples of 16) default to `output_area` in the last reference's
-        aspect ratio. Raises ValueError without references: the stock loop needs one (`uniref_fast.edit` does not).
+        `height` and `width` (pixels, rounded down to multiples of 16) default to `output_area` with the aspect ratio of
+        the last reference. Without references it raises ValueError: the stock loop needs one (`uniref_fast.edit` does
+        not).
         """
         if image is None or (isinstance(image, list) and not image):
             raise ValueError(
@@ -121,7 +128,7 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As in diffusers, with the processor that needs no torchvision unless `processor` is given."""
+        """Load a pipeline as diffusers does, with a processor that needs no torchvision unless `processor` is given."""
         if "processor" in kwargs:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe = super().from_pretrained(pretrained_model_name_or_path, processor=None, **kwargs)
@@ -129,11 +136,14 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
         processor = BuiltinProcessor.from_pretrained(
             pretrained_model_name_or_path, **where | {"subfolder": "processor"}
         )
-        pipe.register_modules(processor=processor)  # not passed on: diffusers checks the class by its package
+        pipe.register_modules(processor=processor)  # not an argument: diffusers checks the class by its package
         return pipe
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As in diffusers. Raises ValueError for adapters in place, whose names no `from_pretrained` knows."""
+        """Save a pipeline as diffusers does, or raise ValueError if it holds adapters.
+
+        `from_pretrained` does not know the names of weights below an adapter.
+        """
         transformer = self.components["transformer"]
         if transformer is not None and any(".base_layer." in key for key in transformer.state_dict()):
             raise ValueError(

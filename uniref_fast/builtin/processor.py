@@ -31,7 +31,7 @@ class BuiltinProcessor(Qwen2VLProcessor):
         self.video_token = "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        # past Qwen2VLProcessor.__init__, which insists on a video processor
+        # not Qwen2VLProcessor.__init__, which requires a video processor
         super(Qwen2VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(self, images=None, text=None, **kwargs):
@@ -43,7 +43,7 @@ class BuiltinProcessor(Qwen2VLProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """From a folder or hub id; of the keywords, those that say where to look are used."""
+        """Load a processor from a folder or hub id; of the keywords only those of the location are used."""
         where = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         return cls(
             image_processor=Qwen2VLImageProcessorPil.from_pretrained(pretrained_model_name_or_path, **where),

@@ -1,4 +1,4 @@
-"""Where the built-in pipeline lives on disk: built once, found again, loaded with `from_pretrained`."""
+"""Folders of the built-in pipeline: build one, find it again, load it with `from_pretrained`."""
 
 import contextlib
 import hashlib
@@ -14,21 +14,21 @@ from typing import Any
 from uniref_fast.files import whole_folder
 
 STATUS_FILE = "uniref_fast.json"
-FORMAT = 1  # of the folder; a change makes old caches unused
+FORMAT = 1  # of the folder; with another number old caches are not used
 AREAS = ("condition_image_area", "vae_image_area", "output_area")
 AREAS_KEY = "_image_areas"
-"""Where the transformer's configuration holds the three areas. diffusers keeps entries with an underscore that it does
-not know, through every `from_pretrained` and `save_pretrained` of a model or of any pipeline that holds it."""
+"""Entry of the transformer's configuration that holds the three areas. diffusers keeps unknown entries that begin with
+an underscore through every `from_pretrained` and `save_pretrained` of a model or of any pipeline that holds it."""
 
-WEIGHTS_KEY = "_weights"  # of `model_index.json`: what `weights_status` says, where `uniref_fast.json` is not beside it
+WEIGHTS_KEY = "_weights"  # entry of `model_index.json`: the status of the weights if there is no `uniref_fast.json`
 
 
 def recorded_areas(index: Mapping[str, Any], transformer_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The image areas that a pipeline was saved with; empty for a model at the sizes of stock diffusers.
+    """Return the image areas that a pipeline was saved with; none for a model with the sizes of stock diffusers.
 
     Args:
-        index: content of `model_index.json`, or {}.
-        transformer_config: content of `transformer/config.json`, or {}.
+        index: Content of `model_index.json`, or {}.
+        transformer_config: Content of `transformer/config.json`, or {}.
     """
     areas = transformer_config.get(AREAS_KEY)
     found = dict(areas) if isinstance(areas, Mapping) else {}
@@ -36,7 +36,7 @@ def recorded_areas(index: Mapping[str, Any], transformer_config: Mapping[str, An
 
 
 def is_builtin_folder(folder: str | os.PathLike) -> bool:
-    """Whether a local folder holds a pipeline with image areas of its own, whoever saved it."""
+    """Return True if a local folder holds a pipeline with its own image areas."""
     contents = []
     for name in ("model_index.json", "transformer/config.json"):
         try:
@@ -50,7 +50,7 @@ def is_builtin_folder(folder: str | os.PathLike) -> bool:
 def build(folder: str | os.PathLike, seed: int = 0) -> Path:
     """Write the complete diffusers folder of the untrained built-in pipeline (safetensors, bfloat16, below 24 MB).
 
-    The same seed gives the same bytes. Raises as `write` does.
+    The same seed gives the same bytes. It raises the errors of `write`.
     """
     import torch
 
@@ -60,10 +60,13 @@ def build(folder: str | os.PathLike, seed: int = 0) -> Path:
 
 
 def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
-    """Write a built-in pipeline's folder with its status; it appears complete or not at all.
+    """Write a built-in pipeline's folder with its status, completely or not at all.
 
-    It is written beside `folder` and renamed. Raises FileExistsError when `folder` exists and is not empty; OSError
-    when it cannot be written.
+    The files are written to another folder, which is then renamed.
+
+    Raises:
+        FileExistsError: If `folder` exists and is not empty.
+        OSError: If it cannot be written.
     """
     folder = Path(folder)
     with whole_folder(folder) as unfinished:
@@ -82,11 +85,15 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
 
 
 def load(dtype=None, device: str = "cpu"):
-    """The built-in pipeline (a SmallQwenImageEditPlusPipeline), without any network access.
+    """Load the built-in pipeline (a SmallQwenImageEditPlusPipeline) without any network access.
 
-    Trained weights that came with the package (`assets/model`) are used where present. Otherwise the untrained folder
-    is built once into the user's cache (`$XDG_CACHE_HOME` or `~/.cache`, then `uniref_fast/`), or into the temporary
-    directory when the cache cannot be written. `dtype` is a torch dtype, float32 unless given.
+    It uses the trained weights of the package (`assets/model`) if they are present. Otherwise it builds the untrained
+    folder once in the user's cache (`$XDG_CACHE_HOME` or `~/.cache`, then `uniref_fast/`), or in the temporary
+    directory if the cache cannot be written.
+
+    Args:
+        dtype: Dtype of the weights; None for float32.
+        device: Device of the pipeline.
     """
     import torch
 
@@ -111,9 +118,9 @@ def write_status(folder: Path, weights: str, **details) -> None:
 
 
 def weights_status(pipe=None) -> str:
-    """`"untrained"` or `"trained"`: of the folder that `pipe` came from, or of what `load()` would give.
+    """Return "untrained" or "trained" for the folder of `pipe`, or for the weights that `load()` would use.
 
-    A pipeline that this package did not write is somebody's own model and counts as trained.
+    A pipeline that this package did not write counts as trained.
     """
     if pipe is None:
         shipped = shipped_folder()
@@ -122,13 +129,13 @@ def weights_status(pipe=None) -> str:
 
 
 def shipped_folder() -> Path | None:
-    """The folder of trained weights inside the package, if they are there."""
+    """Return the folder of trained weights inside the package, or None."""
     folder = Path(__file__).resolve().parent.parent / "assets" / "model"
     return folder if (folder / "model_index.json").is_file() else None
 
 
 def model_folder() -> Path:
-    """The folder that `load` reads, built first if need be. Any number of processes may ask at once."""
+    """Return the folder that `load` reads; build it if it does not exist. Several processes may call it at once."""
     if folder := shipped_folder():
         return folder
     name = f"builtin-{fingerprint()}"
@@ -138,7 +145,7 @@ def model_folder() -> Path:
         if _complete(folder):
             return folder
         try:
-            if folder.exists():  # damaged from outside: a folder is renamed into place only when it is complete
+            if folder.exists():  # damaged by others: a folder is renamed to this name only when it is complete
                 _remove(folder)
             return build(folder)
         except OSError as error:
@@ -151,7 +158,10 @@ def model_folder() -> Path:
 
 
 def fingerprint() -> str:
-    """16 hex digits over all that decides the folder's content: configurations, tokenizer, code, library versions."""
+    """Return 16 hex digits over everything that decides the folder's content.
+
+    These are configurations, tokenizer, code and versions of libraries.
+    """
     digest = hashlib.sha256(f"format {FORMAT}".encode())
     for library in ("diffusers", "transformers", "tokenizers"):
         digest.update(f"{library} {metadata.version(library)}".encode())
@@ -164,7 +174,7 @@ def fingerprint() -> str:
 
 
 def _complete(folder: Path) -> bool:
-    """Whether all files that the status file lists are there in their full size."""
+    """Return True if all files that the status file lists exist in their full size."""
     try:
         files = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
@@ -173,7 +183,7 @@ def _complete(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Take the folder away in one step, then delete it."""
+    """Move the folder away in one step, then delete it."""
     grave = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         os.rename(folder, grave / folder.name)
@@ -185,7 +195,7 @@ def _status(folder: Path) -> str:
     for name, key in ((STATUS_FILE, "weights"), ("model_index.json", WEIGHTS_KEY)):
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # somebody's own file of that name, perhaps
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # perhaps another program's file of that name
             continue
         if isinstance(content, dict) and content.get(key) in ("untrained", "trained"):
             return content[key]
@@ -194,7 +204,7 @@ def _status(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _no_progress_bars():
-    """Half a second of work needs no bars from diffusers and transformers; their settings come back afterwards."""
+    """Turn the progress bars of diffusers and transformers off within the block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -215,7 +225,7 @@ def _user_cache() -> Path:
 
 
 def _temporary_cache() -> Path:
-    """A folder of ours in the temporary directory that nobody else can have prepared."""
+    """Return a folder in the temporary directory that no other user can have prepared."""
     if not hasattr(os, "getuid"):
         return Path(tempfile.gettempdir()) / "uniref_fast"
     folder = Path(tempfile.gettempdir()) / f"uniref_fast-{os.getuid()}"
