@@ -831,3 +831,12 @@ def test_the_description_of_a_generated_dataset_is_not_reported_as_left_out(tmp_
     (tmp_path / "made.json").write_text(json.dumps({"seed": 1}))
     ((name, _),) = Dataset(tmp_path, targets="optional").left_out
     assert name == "made.json"
+
+
+def test_lists_without_objects_in_a_folder_are_left_out(tmp_path):
+    """Benchmarks store captions beside the images."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"instruction": "x", "input_images": []}) + "\n")
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "captions.json").write_text('["a cat", "a mat"]')
+    dataset = Dataset(tmp_path, targets="optional")
+    assert dataset.files == ("rows.jsonl",) and dataset.left_out[0][0] == "0/captions.json"

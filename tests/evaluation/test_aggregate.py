@@ -29,9 +29,7 @@ ROWS = [
 
 def test_aggregates():
     found = aggregate.aggregates(ROWS)
-    assert list(found) == ["a", "b"] and list(found["b"]["references"]) == ["2", "10"], (
-        "sorted as numbers"
-    )
+    assert list(found) == ["a", "b"] and list(found["b"]["references"]) == ["2", "10"], "sorted as numbers"
     whole = found["a"]["all"]
     assert (whole["rows"], whole["broken"], whole["failures"]) == (4, 1, {"timeout": 1})
     assert whole["scores"]["mean"] == {"n": 2, "mean": 3.0, "sem": pytest.approx(1.0)}

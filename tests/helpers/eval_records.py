@@ -1,4 +1,8 @@
-"""Records of an evaluation, written by hand."""
+"""Records of an evaluation, written by hand, and helpers that run and read one."""
+
+import json
+
+from uniref_fast.cli import main
 
 
 def record(file="a", index=0, score=5.0, references=1, task="add", **more):
@@ -19,3 +23,20 @@ def placed(present, distance=None, kept=False, similarity=0.5):
 
 def broken(file="a", index=9):
     return {"file": file, "index": index, "where": f"{file}.jsonl:{index + 1}", "error": "cut short"}
+
+
+def results(out):
+    """Return the content of results.json."""
+    return json.loads((out / "results.json").read_text())
+
+
+def images(out):
+    """Return the bytes of all images by their path in the folder of the results."""
+    return {path.relative_to(out): path.read_bytes() for path in sorted((out / "images").rglob("*.png"))}
+
+
+def run_eval(capsys, *args):
+    """Run `uniref-fast eval`; return its exit status and what it wrote to stdout and stderr."""
+    status = main(["eval", *map(str, args)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
