@@ -198,7 +198,7 @@ def test_a_judge_scores_rows_without_target(benchmark_rows, tmp_path, capsys):
             server.default,
             server.default,
             judge_server.say("no JSON"),
-        ]  # the first reply is for the check of the judge
+        ]  # first: the check
         status, text, _ = run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge-concurrency", 1)
         asked = len(server.requests)
         assert status == 0 and asked == 4

@@ -90,7 +90,7 @@ def test_adapters_are_applied_by_path_and_scale(config, tmp_path):
 
 
 def test_the_untrained_baseline_has_the_transformer_of_seed_0(builtin_pipe):
-    """It keeps the autoencoder of the model, so that the bound is the same."""
+    """The autoencoder is that of the model, so that the bound is the same."""
     loaded = models.load("builtin", (), True, "cpu", "float32")
     expected = builtin.components.pipeline(0, torch.float32)
     expected.vae, expected.text_encoder = builtin_pipe.vae, builtin_pipe.text_encoder
