@@ -1,6 +1,7 @@
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Optional
@@ -9,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uniref_fast import flags
+from uniref_fast.evaluation.config import EvalConfig
 from uniref_fast.flags import ConfigError, Parsed, add_fields, parse, to_json
+from uniref_fast.rewards.config import JudgeConfig
+from uniref_fast.training.builtin.make import BuiltinModel
+from uniref_fast.training.builtin.vae import VAE
+from uniref_fast.training.msgrpo import RLRunOptions
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
+from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 
 @dataclass(frozen=True)
@@ -292,6 +301,20 @@ def test_help_of_one_recipe_lists_no_recipes(capsys):
         parse({"run": Run}, ["--help"], prog="train")
     text = capsys.readouterr().out
     assert text.startswith("usage: train [--FLAG VALUE ...]\n") and "ecipe" not in text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(recipe() for recipe in (*SFT_RECIPES.values(), *MSGRPO_RECIPES.values())),
+        RLRunOptions(Path("out")), EvalConfig((), Path()), JudgeConfig(), VAE(), BuiltinModel(),
+    ],
+    ids=lambda config: type(config).__name__,
+)  # fmt: skip
+def test_every_flag_of_the_commands_has_a_sentence_and_a_group(config):
+    for name, leaf in flags._leaves(config).items():
+        assert re.fullmatch(r"[A-Z].*\.", leaf.doc), f"{type(config).__name__}.{name}: {leaf.doc!r}"
+        assert leaf.group or isinstance(config, JudgeConfig), f"{type(config).__name__}.{name} is in no group"
 
 
 # ---- arguments of argparse ----
