@@ -1,4 +1,4 @@
-"""Measure this machine's attention and write its table: costs of each implementation, and on a GPU the best launches.
+"""Measure attention on this machine and write its table: costs of each implementation and, on a GPU, the best launches.
 
     python bench/autotune.py [--out uniref_fast/assets/tuned]
 
@@ -37,13 +37,13 @@ from uniref_fast.visibility import AttentionPlan, plan
 DEVICE = "cuda" if CUDA else "cpu"
 OURS = "triton" if CUDA else "native"
 DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
-SAME = {torch.bfloat16: (torch.float16,)} if CUDA else {}  # dtypes that get another's figures
+SAME = {torch.bfloat16: (torch.float16,)} if CUDA else {}  # dtypes that take the figures of another dtype
 HEADS, DIMS, SIDE = (24, (64, 128), 64) if CUDA else (4, (64, 128), 16)
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
 def plans() -> list[AttentionPlan]:
-    """From one big rectangle to hundreds of tiny ones."""
+    """Return plans from one big rectangle to hundreds of tiny ones."""
     u = SIDE
     samples = [
         ([Sample(u, (1, u, u), ((1, u, u),) * k)], visibility)
@@ -60,7 +60,7 @@ def plans() -> list[AttentionPlan]:
 
 
 def calls(compiled: AttentionPlan, impl: str, dtype: torch.dtype, dim: int):
-    """Forward and backward of one implementation, as calls without arguments."""
+    """Return forward and backward of one implementation as calls without arguments."""
     x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(dtype) for _ in range(3)]
     leaves = [t.clone().requires_grad_() for t in x]
     out = ops.segment_attention(*leaves, compiled, impl=impl)
@@ -69,14 +69,14 @@ def calls(compiled: AttentionPlan, impl: str, dtype: torch.dtype, dim: int):
 
 
 def seconds_of(call, rounds: int = 15) -> float:
-    """The fastest round: what other processes take away from a round is not a cost of the call."""
+    """Return the time of the fastest round, which other processes disturb least."""
     call()
     watch = stopwatch(captured(call) or call)
     return min(watch() for _ in range(rounds))
 
 
 def fit(features: torch.Tensor, seconds: torch.Tensor) -> list[float]:
-    """Least squares of relative errors over non-negative coefficients: the best of all subsets of features."""
+    """Fit non-negative coefficients by least squares of relative errors: the best of all subsets of features."""
     best, answer = float("inf"), [0.0] * features.shape[1]
     a = features / seconds[:, None]
     b = torch.ones_like(seconds)
@@ -92,7 +92,7 @@ def fit(features: torch.Tensor, seconds: torch.Tensor) -> list[float]:
 
 
 def costs() -> dict:
-    """Coefficients by implementation, dtype and direction, one fit over all head dimensions."""
+    """Return coefficients by implementation, dtype and direction, from one fit over all head dimensions."""
     made: dict = {OURS: {}, "dense": {}}
     for dtype in DTYPES:
         rows: dict = {(impl, way): [] for impl in made for way in ("forward", "backward")}
@@ -127,7 +127,7 @@ def check(compiled: AttentionPlan, dtype: torch.dtype, dim: int) -> None:
 
 
 def check_against_dense(compiled: AttentionPlan, dtype: torch.dtype, dim: int) -> None:
-    """Results and gradients of the launch under test."""
+    """Raise ArithmeticError if results or gradients of the launch under test are wrong."""
     x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(dtype).requires_grad_() for _ in range(3)]
     results = []
     for impl in ("triton", "dense"):
@@ -147,12 +147,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def using(configs: dict):
-    """Within the block, the ops launch with these parameters instead of those of a table."""
+    """Make the ops launch with these parameters instead of those of a table within a `with` block."""
     return mock.patch.object(tuning, "attention_config", lambda _, *what: configs.get(launch_key(*what)))
 
 
 def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
-    """Launches worth trying, what would be picked without a table among them; what does not fit the GPU is said."""
+    """Return launches to try; the first is the one that is picked without a table."""
     capability = torch.cuda.get_device_capability()
 
     def grid(rows, keys, warps, stages):
@@ -178,7 +178,7 @@ def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
 
 
 def fastest(timings: list[tuple[float, dict]], default: dict) -> dict:
-    """Of the backward, the best of each kernel, as found beside the default of the other."""
+    """Return the fastest launch; of a backward, the best of each kernel beside the default of the other."""
     if "dq" not in default:
         return min(timings, key=lambda timing: timing[0])[1]
     best = {}
@@ -193,7 +193,7 @@ def long_sequence() -> AttentionPlan:
 
 
 def trial(dtype: torch.dtype, dim: int, way: str, parameters: dict, answer: Connection) -> None:
-    """Send why a launch cannot be used, or None."""
+    """Send the reason why a launch cannot be used, or None."""
     try:
         with using({launch_key(dtype, dim, way): parameters}):
             check_against_dense(long_sequence(), dtype, dim)
@@ -203,7 +203,7 @@ def trial(dtype: torch.dtype, dim: int, way: str, parameters: dict, answer: Conn
 
 
 def tried(*what) -> str | None:
-    """What a `trial` in a process of its own says: a bad launch leaves its process unusable, or ends it."""
+    """Return the answer of a `trial` in a process of its own: a bad launch makes its process unusable, or ends it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=trial, args=(*what, theirs))
@@ -218,7 +218,7 @@ def tried(*what) -> str | None:
 
 
 def launches() -> dict:
-    """The fastest launch parameters of the Triton kernels, by "dtype/head_dim/direction"."""
+    """Return the fastest launch parameters of the Triton kernels by "dtype/head_dim/direction"."""
     compiled = long_sequence()
     torch.manual_seed(0)
     jobs = {

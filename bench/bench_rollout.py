@@ -47,7 +47,7 @@ def group(pipe):
 
 @torch.no_grad()
 def stock(pipe, group):
-    """What the pipeline's loop does, from its latents on."""
+    """Denoise as the loop of the pipeline does, one rollout after another."""
     sample, made = group.prepared.sample, []
     shapes = [[sample.target, *sample.references]]
     for number in range(MEMBERS):

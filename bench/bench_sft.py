@@ -1,4 +1,4 @@
-"""A training step on samples with unlike references: packed, against what trainers that pad or loop must do.
+"""A training step on samples with different references: packed, against padding and against a loop over samples.
 
     pytest bench/bench_sft.py --benchmark-only
 
@@ -10,7 +10,7 @@ error over a sample's target tokens. Members:
   sample is padded with zeros to the most references that one has, and each image to the largest in its place; only
   text has a mask. That pads as little as this forward allows;
 - packed: `PackedQwenImage` over all samples, no padding;
-- one by one, packed code: the same with one sample a call, to tell what packing gives from what the kernels give.
+- one by one, packed code: the same with one sample per call, to separate the gain of packing from that of the kernels.
 
 Gradients of the packed members are checked against one by one first. Those of the padded batch cannot agree, as
 padding moves the images' centres and is attended to; it is checked on samples of equal sizes, where nothing but text is
@@ -115,7 +115,7 @@ def packed(model, batch, pack=None):
 
 
 def padded_grids(batch):
-    """Of the target and of each reference by its place: the largest height and width in the batch."""
+    """Return the largest height and width in the batch, for the target and for each place of a reference."""
     places = max(len(one.grids) for one in batch)
     images = [[one.grids[place] for one in batch if place < len(one.grids)] for place in range(places)]
     return [(1, max(h for _, h, _ in grids), max(w for _, _, w in grids)) for grids in images]
@@ -156,7 +156,7 @@ def pad_images(one, grids):
 
 
 def step(model, member, batch):
-    """A function of no arguments: gradients from nothing."""
+    """Return a function without arguments that computes the gradients of a batch."""
     calls = {
         "one by one": stock_one_by_one,
         "padded batch": padded,

@@ -54,7 +54,7 @@ def measure(timed, benchmark, name, whose, calls, tensors, direction, dtype, mov
 
 
 def call(function, tensors, direction):
-    """Without arguments: the op itself, or the gradients of all its tensors."""
+    """Return a call without arguments: the op itself, or the gradients of all its tensors."""
     if direction == "forward":
         return torch.no_grad()(lambda: function(*tensors))
     leaves = [t.detach().clone().requires_grad_() for t in tensors]

@@ -42,10 +42,10 @@ class Part:
     """A part of the harvest.
 
     Attributes:
-        name: last part of the name of its results file.
-        seconds: time limit; unused time of earlier parts is added.
-        arguments: arguments of pytest.
-        tiny: selection of tests for `--tiny`, instead of the one in `arguments`.
+        name: Last part of the name of the results file.
+        seconds: Time limit; unused time of earlier parts is added.
+        arguments: Arguments of pytest.
+        tiny: Selection of tests for `--tiny`, instead of the one in `arguments`.
     """
 
     name: str
@@ -154,7 +154,7 @@ def run_kernel_tests(folder: Path, seconds: float, tiny: bool, committed: Path) 
 
 def run(arguments: list[str], seconds: float, on_line=None) -> int | None:
     """Run Python with these arguments in a process group of its own; its exit status, None at the time limit."""
-    # without the variables of a pytest that runs the harvest: pytest-benchmark measures nothing in a worker of it
+    # without the variables of a pytest that runs the harvest: its workers would measure nothing
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     process = subprocess.Popen(
         [sys.executable, *arguments],

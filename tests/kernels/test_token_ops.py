@@ -307,7 +307,7 @@ def test_norm_modulate_and_gate_residual(num_tokens, channels, with_rows, dtype,
 def test_backward(num_tokens, channels, dtype, device):
     if channels == 1 and device == "cuda" and dtype == torch.float32:
         # The compiler fuses a product into the subtraction of the mean: the difference is a rounding instead of 0, and
-        # 1 / sqrt(eps) of it reaches dx.
+        # 1 / sqrt(eps) times that rounding reaches dx.
         pytest.skip("without variance, dx is a rounding error times 1 / sqrt(eps)")
     inputs = modulated(num_tokens, channels, 3, dtype, device)
     check_backward(inputs, torch.randint(3, (num_tokens,), device=device).int())
@@ -474,7 +474,7 @@ def right_cast(monkeypatch):
 
 
 def check_quantised(values, row_scale, oracle):
-    """Against the output before quantisation in float64."""
+    """Compare with the output before quantisation in float64."""
     assert values.dtype == torch.float8_e4m3fn and values.is_contiguous() and row_scale.dtype == torch.float32
     largest = oracle.abs().amax(1)
     torch.testing.assert_close(row_scale.double(), torch.where(largest > 0, largest / 448, 1), rtol=1e-5, atol=0)

@@ -135,7 +135,7 @@ def test_attention_packing_invariance(dtype, level):
     single = make_plan((0, alone, [(0, 29), (32, alone)]))
     out1, lse1 = native.segment_attention(q[mine], k[mine], v[mine], *single, 0.1, level=level)
     assert torch.equal(out[mine], out1) and torch.equal(lse[:, mine], lse1)
-    # and a single query of it, which lands in another lane of another vector width
+    # A single query of the sample lands in another lane of another vector width.
     one = make_plan((0, 1, [(0, 29), (32, alone)]))
     for row in (301, 327, 450):
         single_row, _ = native.segment_attention(q[row : row + 1], k[mine], v[mine], *one, 0.1, level=level)

@@ -44,7 +44,7 @@ def test_one_openmp_runtime():
 
 
 def test_missing_library(monkeypatch, tmp_path):
-    """Without a compiler at install time: no library, a reason, and a clear error on use."""
+    """An installation without a compiler has no library, a reason for it, and a clear error on use."""
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     for cached in (library._load, native.levels):
         cached.cache_clear()

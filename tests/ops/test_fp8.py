@@ -69,7 +69,7 @@ def test_gelu_fp8(impl):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_scaled_linear(dtype, with_bias):
-    """Against float64 of the same 8-bit values; and the whole 8-bit linear against the exact one, its stated error."""
+    """The product equals float64 of the same 8-bit values; the whole 8-bit linear has its stated error."""
     if CUDA and dtype == torch.float32:
         pytest.skip("row-wise scaling on a GPU gives bfloat16")
     x, w = torch.randn(37, 128, device=DEVICE), torch.randn(48, 128, device=DEVICE)

@@ -187,7 +187,7 @@ def test_under_torch_compile(impl):
 
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
 def test_gpu_libraries_take_our_calls(name):
-    """Without a GPU: the calls fit the schemas and the shapes are what the merging expects (fake tensors)."""
+    """The calls fit the schemas of PyTorch and return the shapes that the merging expects (fake tensors, no GPU)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -223,7 +223,7 @@ ONE_BIG, MANY_SMALL = [Sample(64, (1, 32, 32))], [Sample(2, (1, 2, 2))] * 40
 
 
 def fresh_plan(samples):
-    """Without a choice made earlier."""
+    """A plan without a stored choice."""
     return dataclasses.replace(plan(SelfLayout.qwen(samples)))
 
 

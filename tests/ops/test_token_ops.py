@@ -51,7 +51,7 @@ def qk_inputs(layout, dtype, heads=3, dim=32):
 
 
 def gradients(outputs, inputs, upstream):
-    """Of sum(outputs * upstream), for tuples of outputs; in the dtype of the inputs."""
+    """Return the gradients of sum(outputs * upstream), for tuples of outputs, in the dtype of the inputs."""
     pairs = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True)]
     return torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs])
 
@@ -160,7 +160,7 @@ def test_norm_modulate_without_shift(impl, dtype):
 
 @each_case
 def test_frozen_modulation_gets_no_gradient(impl, dtype):
-    """What LoRA training does: only the streams carry gradients."""
+    """Only the streams carry gradients, as in LoRA training."""
     x, y, (shift, scale, gate, *_), rows = modulated(dtype)
     x.requires_grad_(), y.requires_grad_()
     out, normed = ops.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, impl=impl)
