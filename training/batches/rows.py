@@ -78,7 +78,7 @@ def check_same_rows(planned: Sequence[tuple[Sequence[PackKey], Sequence[tuple[st
     """Check that all ranks have planned the same rows: one rank may fail to read a file that others can read.
 
     Args:
-        planned: For each rank the keys of its rows, and (place, reason) of the rows that it left out.
+        planned: One entry per rank: the keys of its rows, and (place, reason) of the rows that it left out.
 
     Raises:
         BrokenRowsError: The ranks have planned different rows.

@@ -23,7 +23,7 @@ def run_folder(path, **config):
 
 
 def test_a_configuration_is_built_and_written_without_reading_files(monkeypatch, tmp_path):
-    """Also when `initial` names a run; the launcher reads its folder later."""
+    """A path in `initial` is kept as it is; the launcher reads the folder of that run later."""
     run = run_folder(tmp_path / "run", visibility="reference_causal")
     (run / "lora").mkdir()
 
