@@ -16,11 +16,7 @@ class SceneChanges:
     Attributes:
         size: (width, height) of the target in pixels.
         objects: Objects of the target; later ones are drawn over earlier ones.
-<<<<<<< HEAD
         kept: True for each of `objects` that a reference shows at the same place.
-=======
-        kept: One flag per object: True if a reference shows it at the same place.
->>>>>>> ea1354e (docs: four descriptions that began with a preposition or a type)
         removed: Objects of the reference that gives the background, which the target does not show at that place.
         unused: Objects of the references that the target does not show anywhere; they have the mean side of `objects`.
         new_background: True if objects are kept, but the background of their reference is not.
