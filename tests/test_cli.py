@@ -1,4 +1,4 @@
-"""The command line as a user types it: results, JSON, and errors that say what to do."""
+"""Tests of the command line: results, JSON, and errors that say what is possible."""
 
 import json
 import os
@@ -95,10 +95,10 @@ def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
     args = ["edit", "--image", pictures[0], "--prompt", "x", "--out", out, "--steps", 2, "--model", folder]
     status, text, _ = run(capsys, *args)
     assert status == 0 and out.is_file() and "untrained" in text
-    made = out.read_bytes()
+    before = out.read_bytes()
     (folder / "uniref_fast.json").unlink()  # as `save_pretrained` leaves it: known by its areas, and by its weights
     status, text, _ = run(capsys, *args)
-    assert status == 0 and out.read_bytes() == made and "untrained" in text
+    assert status == 0 and out.read_bytes() == before and "untrained" in text
 
 
 def test_estimate(pictures, capsys):
@@ -173,7 +173,7 @@ def test_bad_input_is_explained(tmp_path, monkeypatch, capsys, args, message):
 
 
 @pytest.mark.parametrize("seed", [-1, 10**20])
-def test_a_seed_the_demo_has_no_scenes_for(tmp_path, capsys, seed):
+def test_the_demo_refuses_a_seed_out_of_range(tmp_path, capsys, seed):
     status, out, err = run(capsys, "demo", "--out", tmp_path / "a.png", "--seed", seed)
     assert status == 2 and "--seed is a number from 0 to 999999999" in err and out == ""
 
@@ -186,7 +186,7 @@ def test_guidance_is_off_for_the_built_in_model_unless_asked_for(model, given, s
     assert cli._request_fields(args)["true_cfg_scale"] == scale
 
 
-def test_a_hub_id_that_cannot_be_had(tmp_path, monkeypatch, capsys):
+def test_a_hub_id_that_cannot_be_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     args = ["edit", "--model", "nobody/nothing-here", "--prompt", "x", "--out", tmp_path / "x.png"]

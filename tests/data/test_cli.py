@@ -1,4 +1,4 @@
-"""`uniref-fast data` as a user types it."""
+"""Tests of the command `uniref-fast data check`."""
 
 import io
 import json
@@ -91,7 +91,7 @@ def test_check_of_rows_without_targets(measured, capsys):
     assert status == 0 and "targets           none" in out
 
 
-def test_check_says_what_is_left_out(measured, capsys):
+def test_check_lists_the_files_left_out(measured, capsys):
     folder = measured.parent
     (folder / "about.json").write_text('{"seed": 0}')
     (folder / "more.tsv").write_text("x")
@@ -108,7 +108,7 @@ def test_check_of_no_rows(tmp_path, capsys):
     assert json.loads(check(capsys, tmp_path / "a.jsonl", "--json")[1])["joint_reference_area"] == {}
 
 
-def test_check_tells_wrong_commands_from_wrong_data(measured, capsys):
+def test_check_distinguishes_wrong_commands_from_wrong_data(measured, capsys):
     folder = measured.parent
     status, _, err = check(capsys, folder / "none.jsonl")
     assert status == 2 and "no such file or folder" in err

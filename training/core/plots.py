@@ -1,10 +1,10 @@
-"""Curves of one or several runs in one picture, from what `Monitor` kept.
+"""Plots of the metrics and events that `Monitor` recorded, of one or several runs in one figure.
 
     uniref-fast plot RUN [RUN ...] [--out plots.png] [--smooth 0.9] [--keys loss grad_norm ...]
 
-A panel shows one metric, or a group of them: "loss_by_k" stands for "loss_by_k/1", "loss_by_k/2", ... Several runs are
-overlaid: a run has one line style throughout. Losses are drawn smoothed over the faint raw curve, held-out losses as
-the points they are. Dashed vertical lines are stage changes, ticks at the bottom skipped steps.
+A panel shows one metric or a group of metrics: "loss_by_k" stands for "loss_by_k/1", "loss_by_k/2", ... Several runs
+are overlaid; a run has the same line style in all panels. Losses are drawn as a smoothed curve over the faint raw
+values, held-out losses as points. Dashed vertical lines mark stage changes, ticks at the bottom skipped steps.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ TITLES = {
     "lr": "Learning rate",
     "tokens_per_second": "Tokens per second",
 }
-"""The panels drawn unless others are asked for, those that the runs have."""
+"""Titles of the panels that are drawn by default, as far as the runs have their metrics."""
 FORMATS: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-"""Endings of the picture, with the metadata left out so that the same runs give the same bytes."""
-STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # of the runs
+"""Endings of the file, with the metadata to leave out, so that the same runs give the same bytes."""
+STYLES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))  # one for each run
 COLORS = ("#1f6fb4", "#d95f02", "#1b9e77", "#c2378b", "#7a5195", "#8c6d1f", "#d62728", "#3f4b5a")
 INK, FAINT = "#333333", "#777777"
 STYLE: Any = {
@@ -61,13 +61,13 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a picture needs of a run.
+    """Metrics and events of a run.
 
     Attributes:
-        name: in the legend.
-        curves: (steps, values) by metric, `[n]` each, float64, in the order they were recorded.
-        stages: (step, label) of stage changes.
-        skips: steps that were skipped.
+        name: Name in the legend.
+        curves: Arrays (steps, values) of each metric, `[n]` each, float64, in the order in which they were recorded.
+        stages: Pairs (step, label) of the stage changes.
+        skips: Steps that were skipped.
     """
 
     name: str
@@ -80,8 +80,8 @@ def load(folder: Path, name: str | None = None) -> Run:
     """Read a run's metrics and events.
 
     Raises:
-        FileNotFoundError: without the folder or its metrics.jsonl.
-        ValueError: for damaged or empty files.
+        FileNotFoundError: If the folder or its metrics.jsonl does not exist.
+        ValueError: If a file is damaged or empty.
     """
     metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
     if not metrics.is_file():
@@ -107,11 +107,11 @@ def load(folder: Path, name: str | None = None) -> Run:
 
 
 def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
-    """Exponential moving average without a bias to the start; values that are not finite leave a gap.
+    """Return the exponential moving average, without bias to the first value; values that are not finite leave a gap.
 
     Args:
-        values: `[n]`.
-        weight: of what came before, 0 (no smoothing) up to but not including 1.
+        values: Array `[n]`.
+        weight: Weight of the earlier values, from 0 (no smoothing) up to but not including 1.
     """
     result = np.full(len(values), np.nan)
     total = norm = 0.0
@@ -124,15 +124,15 @@ def smoothed(values: np.ndarray, weight: float) -> np.ndarray:
 
 
 def draw(runs: Sequence[Run], panels: Sequence[str] | None = None, smooth: float = 0.9) -> Figure:
-    """The picture.
+    """Return the figure.
 
     Args:
-        runs: at least one.
-        panels: metrics or groups, a panel each; None: those of `TITLES` that the runs have.
-        smooth: see `smoothed`; held-out losses and learning rates are never smoothed.
+        runs: One or more runs.
+        panels: Metrics or groups of metrics, one for each panel; None draws those of `TITLES` that the runs have.
+        smooth: Weight as in `smoothed`; held-out losses and learning rates are never smoothed.
 
     Raises:
-        ValueError: for a panel that no run has anything for, listing what there is.
+        ValueError: If no run has the metric of a panel; the message lists the metrics that the runs have.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -177,15 +177,15 @@ def _save(figure: Figure, path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"format": path.suffix[1:], "metadata": FORMATS[path.suffix]}
-    with matplotlib.rc_context(STYLE):  # the names inside an SVG are made from it
+    with matplotlib.rc_context(STYLE):  # it seeds the names inside an SVG
         write_whole(path, lambda file: figure.savefig(file, **options))
 
 
-# ---- what to draw ----
+# ---- selection ----
 
 
 def _marks(events: list[dict[str, Any]]) -> tuple[tuple[tuple[int, str], ...], tuple[int, ...]]:
-    """Stage changes and skips of the run as it went on: a resume takes back what lies at or after its step."""
+    """Return stage changes and skipped steps; a resume removes those at or after its step."""
     stages: list[tuple[int, str]] = []
     skips: list[int] = []
     for event in events:
@@ -195,7 +195,7 @@ def _marks(events: list[dict[str, Any]]) -> tuple[tuple[tuple[int, str], ...], t
             skips = [skip for skip in skips if skip < step]
         elif kind == "stage":
             label = f"stage {event.get('number', '?')}" + (f", {event['side']}²" if "side" in event else "")
-            if not stages or stages[-1][1] != label:  # a resumed run says again which stage it is in
+            if not stages or stages[-1][1] != label:  # a resumed run records its stage again
                 stages.append((step, label))
         elif kind == "skipped":
             skips.append(step)
@@ -203,7 +203,7 @@ def _marks(events: list[dict[str, Any]]) -> tuple[tuple[tuple[int, str], ...], t
 
 
 def _members(runs: Sequence[Run], panel: str) -> list[str]:
-    """Metrics of a panel: the metric of that name, or a group's members, those with numbers in numeric order."""
+    """Return the metrics of a panel: the metric of that name, or the members of the group, numbers in numeric order."""
     names = {key for run in runs for key in run.curves if key == panel or key.startswith(f"{panel}/")}
 
     def order(key: str) -> tuple[bool, int, str]:
@@ -234,7 +234,7 @@ def _notes(runs: Sequence[Run], smooth: float) -> str:
     return "    ".join(notes)
 
 
-# ---- how to draw it ----
+# ---- drawing ----
 
 
 def _panel(axes: Axes, runs: Sequence[Run], panel: str, smooth: float) -> None:
@@ -272,7 +272,7 @@ def _first_with(runs: Sequence[Run], member: str) -> int:
 
 
 def _group_colors(panel: str, members: Sequence[str]) -> dict[str, Any]:
-    """Numbers shade from light to dark, names get colours that differ."""
+    """Return the colours of the members of a group: from light to dark for numbers, distinct for names."""
     if all(member.removeprefix(f"{panel}/").isdecimal() for member in members):
         import matplotlib
 
@@ -282,7 +282,7 @@ def _group_colors(panel: str, members: Sequence[str]) -> dict[str, Any]:
 
 
 def _scales(axes: Axes, runs: Sequence[Run], shown: list[np.ndarray], raw: list[np.ndarray], panel: str) -> None:
-    """All panels on the same steps; heights by the lines and the bulk of the raw values, logarithmic over decades."""
+    """Set the limits: the same steps in all panels, heights that hold the lines, a logarithmic scale over decades."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
     first, last = _extent(runs)
@@ -320,7 +320,7 @@ def _extent(runs: Sequence[Run]) -> tuple[float, float]:
 
 
 def _draw_marks(axes: Axes, runs: Sequence[Run]) -> None:
-    """Stage changes across the panel, labelled above it where there is room; skips as ticks at the bottom."""
+    """Mark stage changes, with labels above the panel where they fit, and skipped steps as ticks at the bottom."""
     first, last = _extent(runs)
     to_axes = axes.get_xaxis_transform()
     labelled = -math.inf
@@ -337,7 +337,7 @@ def _draw_marks(axes: Axes, runs: Sequence[Run]) -> None:
 
 
 def _run_legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """Above all panels: each run's colour (where a panel has one metric) and line style."""
+    """Draw the legend above all panels: the line style of each run, and its colour where a panel has one metric."""
     from matplotlib.lines import Line2D
 
     if len(runs) == 1:

@@ -1,4 +1,4 @@
-"""The picture of a run: what is read, what is drawn, and what is said when there is nothing to draw."""
+"""Tests of the plots of runs: reading, drawing, and errors if there is nothing to draw."""
 
 import json
 import math
@@ -193,7 +193,7 @@ def test_names_of_runs(tmp_path, capsys, monkeypatch):
     other = write(tmp_path / "y" / "run", records(2))
     with pytest.raises(ZeroDivisionError):
         plots.plot([Path("."), other], tmp_path / "x.png")
-    assert seen == [".", str(other)], "equal names are told apart by their paths"
+    assert seen == [".", str(other)], "runs with equal names are shown with their paths"
 
 
 @pytest.mark.parametrize(
