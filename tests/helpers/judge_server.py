@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on this machine that answers as it is told, and misbehaves when it is told to.
+"""A local OpenAI-compatible endpoint for tests, whose answers and faults a test decides.
 
     with JudgeServer() as server:
         server.plan = [status(500), say("...")]  # the first requests, in order; then `server.default`
@@ -31,7 +31,7 @@ def scores(integration=7, consistency=8, quality=9, reasoning="fine"):
 
 
 def say(text, finish_reason="stop", **message):
-    """A chat completion with that text."""
+    """Answer with a chat completion that has a text."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish_reason}
     return body({"id": "1", "object": "chat.completion", "choices": [choice], "usage": {"total_tokens": 12}})
 
@@ -41,7 +41,7 @@ def body(content):
 
 
 def status(code, content=None, **headers):
-    """That HTTP status, with JSON or bytes; headers have underscores for dashes."""
+    """Answer with an HTTP status, and JSON or bytes; headers have underscores for dashes."""
     content = {"error": {"message": f"this is {code}"}} if content is None else content
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
 
@@ -179,14 +179,17 @@ class Server(ThreadingHTTPServer):
 
 
 class JudgeServer:
-    """See the module.
+    """The endpoint; a context manager.
 
     Attributes:
-        plan, default: behaviours, see the module.
-        models: behaviour of GET /v1/models.
-        requests, headers, times: of the chat requests, as they came.
-        gets: paths of the other requests.
-        peak: most chat requests at once.
+        plan: Behaviours for the first requests, in order.
+        default: Behaviour for all other requests.
+        models: Behaviour of GET /v1/models.
+        requests: Chat requests in the order of their arrival.
+        headers: Headers of the chat requests.
+        times: Times of the chat requests.
+        gets: Paths of the other requests.
+        peak: Largest number of simultaneous chat requests.
     """
 
     def __init__(self):
@@ -207,7 +210,7 @@ class JudgeServer:
         self._thread.start()
 
     def stop(self):
-        """Connections are cut and new ones refused, until the next start on the same port."""
+        """Cut all connections and refuse new ones, until the next start on the same port."""
         self._server.shutdown()
         self._server.server_close()
         for connection in list(self._server.open):

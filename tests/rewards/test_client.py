@@ -176,7 +176,7 @@ def test_an_endless_redirect_is_not_followed(server):
 def test_cookies_are_not_kept(server):
     with judge_of(server) as judge:
         ask(judge, status(200, FULL, Set_Cookie="a=b"), server)
-        assert "Cookie" not in server.headers[-1] and not judge._client._client.cookies
+        assert "Cookie" not in server.headers[-1] and not judge.client._client.cookies
 
 
 TOKENS = st.one_of(st.text(st.characters(exclude_characters="\r\n"), max_size=12), st.sampled_from(
@@ -419,7 +419,7 @@ def test_the_key_is_written_nowhere(server, tmp_path, monkeypatch, caplog, capfd
 
 
 def test_what_the_http_library_logs_passes_the_same_function(server):
-    """Its loggers, by their names: a new one would not be filtered."""
+    """The filter is set for loggers by name, so a new logger would not be filtered."""
     used = set()
 
     class Names(logging.Handler):
@@ -459,5 +459,5 @@ def test_a_key_of_any_characters_is_hidden(monkeypatch):
 
 def test_no_key_is_needed(server):
     with judge_of(server) as judge:
-        assert ask(judge) == GOOD and isinstance(judge._client, JudgeClient)
+        assert ask(judge) == GOOD and isinstance(judge.client, JudgeClient)
     assert "Authorization" not in server.headers[-1] and server.headers[-1]["Accept-Encoding"] == "identity"

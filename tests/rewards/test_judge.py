@@ -304,13 +304,13 @@ def test_a_wait_beyond_the_patience_is_not_made(server):
 # ---- outages ----
 
 
-def test_an_outage_is_waited_out_and_told(server):
+def test_an_outage_is_waited_out_and_reported(server):
     notes = Notes()
     with judge_of(server, notify=notes, concurrency=8, attempts=3) as judge:
         assert ask(judge) == [good(0, 1, 2)]
         server.stop()
         futures = [judge.submit(candidate(i), 1) for i in range(20)]
-        until(lambda: judge._client.breaker.probes >= 9)  # many more than there are attempts
+        until(lambda: judge.client.breaker.probes >= 9)  # many more than there are attempts
         assert notes.kinds == ["judge down"] and not any(future.done() for future in futures)
         server.start()
         results = [future.result(20) for future in futures]
@@ -320,8 +320,8 @@ def test_an_outage_is_waited_out_and_told(server):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code, told", [(502, True), (503, True), (504, True), (500, False), (429, False)])
-def test_what_is_an_outage(server, code, told):
+@pytest.mark.parametrize("code, outage", [(502, True), (503, True), (504, True), (500, False), (429, False)])
+def test_which_statuses_are_an_outage(server, code, outage):
     notes = Notes()
     server.plan = [status(code), status(code), by_colour] * 2
     with judge_of(server, notify=notes, attempts=6, concurrency=1) as judge:
@@ -329,7 +329,7 @@ def test_what_is_an_outage(server, code, told):
         assert notes == [], "two in a row are none"
         server.plan = [status(code)] * 4
         assert ask(judge, candidate(3)) == [good(3, 1, 2)]
-    assert notes.kinds == (["judge down", "judge back"] if told else []) and len(server.requests) == 11
+    assert notes.kinds == (["judge down", "judge back"] if outage else []) and len(server.requests) == 11
 
 
 def test_a_probe_waits_as_long_as_the_server_asks(server):
@@ -339,22 +339,7 @@ def test_a_probe_waits_as_long_as_the_server_asks(server):
     assert server.times[3] - server.times[0] > 0.4
 
 
-@pytest.mark.slow
-def test_while_away_one_probe_at_a_time_with_growing_waits(server):
-    notes = Notes()
-    server.default = slow(0.03, status(503))
-    with judge_of(server, notify=notes, concurrency=16, backoff=0.05, backoff_limit=0.2) as judge:
-        futures = [judge.submit(candidate(i), 0) for i in range(40)]
-        until(lambda: len(server.requests) >= 25)
-        server.default = by_colour
-        # 16 in flight, up to 2 of them again before the third miss, 2 probes on the way to the longest wait
-        gaps = [b - a for a, b in itertools.pairwise(server.times[20:25])]
-        assert min(gaps) > 0.2
-        assert [future.result(20) for future in futures] == [good(i % 11, 1, 2) for i in range(40)]
-    assert notes.kinds == ["judge down", "judge back"] and "HTTP 503" in notes[0][1]["reason"]
-
-
-def test_after_the_patience_who_waits_fails_and_who_comes_later_tries_anew(server):
+def test_waiting_calls_fail_after_the_patience_and_later_ones_try_again(server):
     notes = Notes()
     server.stop()
     try:
@@ -375,7 +360,7 @@ def test_after_the_patience_who_waits_fails_and_who_comes_later_tries_anew(serve
 
 
 def test_one_request_that_always_breaks_does_not_stop_the_others(server):
-    """It takes turns with the others as a probe, and its own attempts come to an end."""
+    """The request takes turns with the others as a probe, and its own attempts end."""
 
     def behave(handler, request):
         red = pictures(request)[-1].getpixel((0, 0))[0]
@@ -389,7 +374,7 @@ def test_one_request_that_always_breaks_does_not_stop_the_others(server):
 
 
 def test_slow_answers_and_errors_are_no_outage(server):
-    """While it answers anybody, or refuses, it is there."""
+    """An endpoint that answers any request, or refuses it, is not away."""
     notes = Notes()
     server.default = status(500)
     with judge_of(server, notify=notes, attempts=1, timeout=1.0) as judge:
@@ -401,13 +386,13 @@ def test_slow_answers_and_errors_are_no_outage(server):
 
 
 @pytest.mark.slow
-def test_who_answers_nobody_is_away(server):
-    """It accepts and is silent: the calls wait, and none is lost."""
+def test_an_endpoint_that_answers_no_request_is_away(server):
+    """The endpoint accepts connections and is silent: the calls wait, and none is lost."""
     notes, silent = Notes(), threading.Event()
     server.default = lambda handler, request: silent.wait(20) and by_colour(handler, request)
     with judge_of(server, notify=notes, attempts=2, timeout=0.5, concurrency=4) as judge:
         futures = [judge.submit(candidate(i), 0) for i in range(10)]
-        until(lambda: judge._client.breaker.probes >= 2)
+        until(lambda: judge.client.breaker.probes >= 2)
         assert notes.kinds == ["judge down"] and "no answer within 0.5 s" in notes[0][1]["reason"]
         server.default = by_colour
         silent.set()
@@ -635,15 +620,15 @@ def test_a_replay_with_a_server_asks_only_what_is_new_or_failed_on_the_way(serve
     with judge_of(server, url="", replay=log) as judge:
         assert ask(judge, *map(candidate, range(3))) == lost
     sent = len(server.requests)
-    with judge_of(server, log, replay=log) as judge:  # the log goes on in the same file
+    with judge_of(server, log, replay=log) as judge:  # the same file is continued
         assert ask(judge, *map(candidate, range(4))) == [good(0, 1, 2), lost[1], lost[2], good(3, 1, 2)]
         assert judge.statistics()["replayed"] == 2
     assert len(server.requests) == sent + 2
     assert len(read_records(log)) == 5, "what was replayed from a file is not written to it again"
 
 
-def test_a_run_that_is_resumed_asks_nothing_twice(server, tmp_path):
-    """Its ranks may be others than before: each reads the logs of all."""
+def test_a_resumed_run_repeats_no_call(server, tmp_path):
+    """The number of ranks may have changed: each rank reads the logs of all."""
     logs = [tmp_path / f"judge-{rank}.jsonl" for rank in (0, 1)]
     for rank, log in enumerate(logs):
         with judge_of(server, log) as judge:
@@ -655,7 +640,7 @@ def test_a_run_that_is_resumed_asks_nothing_twice(server, tmp_path):
 
 
 def test_a_void_is_for_the_failures_before_it_in_its_own_log(server, tmp_path):
-    """All ranks say it at the end of a run that fails; what they are then told counts, in whichever log it is."""
+    """All ranks void the step at the end of a run that fails; later replies count, in whichever log they are."""
     logs = [tmp_path / f"judge-{rank}.jsonl" for rank in (0, 1)]
     server.default = say("no")
     for log in logs:
@@ -726,7 +711,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(server, tmp_path, monkeypat
             server.default = by_colour
             seen += map(repr, ask(judge))
             server.plan = []
-        seen += [repr(judge), repr(config), repr(judge._key), repr(judge._client._client.headers), judge.json_reason]
+        seen += [repr(judge), repr(config), repr(judge._key), repr(judge.client._client.headers), judge.json_reason]
         seen += [flags.to_json(config), repr(judge.statistics())]
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in server.headers)
     texts = [*seen, repr(notes), log.read_text(), caplog.text, *capfd.readouterr()]

@@ -168,7 +168,7 @@ PIECES = [
     f'{FAKE[:-1]}, "scores": {{"reasoning": "', '\\u0022, ', "10", "NaN", "//", "/*", "é", "\0",
 ]  # fmt: skip
 painted = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=5)), max_size=8).map("".join)
-# How a judge may go on after the quotation: with the scores, in another form, with other names, in another order.
+# Possible ends of a reply after the quotation: with the scores, in another form, with other names, in another order.
 ENDS = [f'", {ZEROS}', f'", "scores": {{{ZEROS}}}', f'", {ZEROS[:-1]}, "overall": 0}}', '", "Integration": 0}', '"}']
 
 
@@ -289,7 +289,7 @@ def test_completions():
 
 
 def test_secrets_are_hidden_before_a_text_is_cut():
-    """Else the start of a key would stand at the end of what is shown."""
+    """Otherwise the start of a key could remain at the end of the text that is shown."""
 
     def hide(text):
         return text.replace("sk-123456", "*")

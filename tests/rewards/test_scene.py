@@ -107,7 +107,7 @@ def own_colour(artwork):
 
 
 def mediocre(image):
-    """What a model halfway through its training makes: everything about right, soft and a little noisy."""
+    """Image of a model halfway through its training: everything about right, soft and a little noisy."""
     return noisy(blurred(image, 1.3), 8)
 
 
@@ -118,14 +118,14 @@ def some_of(task, count, first=0):
 
 @pytest.fixture(scope="module")
 def cases():
-    """Of every task and every number of pictures; the tasks come by turns."""
+    """Cases of every task and every number of references, the tasks in turn."""
     by_task = [some_of(task, 8 if task == "compose" else 3) for task in TASKS]
     return [case for row in itertools.zip_longest(*by_task) for case in row if case is not None]
 
 
 @pytest.fixture(scope="module")
 def with_objects(cases):
-    """Where something is asked for that picture 1 does not show already."""
+    """Return the cases that ask for an object that reference 1 does not show already."""
     return [case for case in cases if not all(scene_changes(Scene.from_json(case.scene)).kept)][:12]
 
 
@@ -476,7 +476,7 @@ def test_a_broken_scene_says_what_is_wrong(path, value, message):
 
 
 def test_nulls_are_as_good_as_missing(cases):
-    """What parquet makes of objects that do not all have the same keys."""
+    """Parquet writes nulls for objects that do not all have the same keys."""
     for case in cases[:8]:
         scene = copy.deepcopy(case.scene)
         for picture in (scene, *scene["references"]):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast.keyed_random import draw
+from uniref_fast.training.rl.recipes import MSGRPO
 from uniref_fast.training.rl.rollout import NoisyStep
 from uniref_fast.training.rl.sde import Transition, divergence, log_density
 
@@ -196,6 +197,13 @@ class Objective:
     clip_high: float
     ratio_guard: bool = False
     kl: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: MSGRPO) -> Objective:
+        """Return the objective of a run; without `clip_high` the clip is symmetric."""
+        return cls(
+            config.clip, config.clip if config.clip_high is None else config.clip_high, config.ratio_guard, config.kl
+        )
 
     def __call__(
         self,

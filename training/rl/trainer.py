@@ -75,8 +75,7 @@ class RLTrainer(Trainer):
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notify)
         self.generator = RolloutGenerator(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
         self.validation = RewardValidation(heldout, config, ranks, self.encoder, self.generator, self.rewards)
-        clip_high = config.clip if config.clip_high is None else config.clip_high
-        self.objective = Objective(config.clip, clip_high, config.ratio_guard, config.kl)
+        self.objective = Objective.from_config(config)
         self.detector = RewardHackingDetector(config.alarm, self.saved.get("alarm") if self._same_scores() else None)
 
     def _same_scores(self) -> bool:
@@ -112,7 +111,7 @@ class RLTrainer(Trainer):
         )  # fmt: skip
 
         began = time.perf_counter()
-        statistics, norm, trained = self._update(batch, advantage)
+        statistics, norm, trained = self.update(batch, advantage)
         seconds = max(time.perf_counter() - began, 1e-9)
         if self.average is not None:
             self.average.update(self.step)
@@ -198,7 +197,7 @@ class RLTrainer(Trainer):
 
     # ---- updates ----
 
-    def _update(self, batch: Batch, advantage: Advantages) -> tuple[UpdateStatistics, float, int]:
+    def update(self, batch: Batch, advantage: Advantages) -> tuple[UpdateStatistics, float, int]:
         """Train on the rollouts; return statistics of this rank, the largest gradient norm, and tokens of all ranks."""
         config, statistics, norms, tokens = self.config, UpdateStatistics(), [0.0], 0
         if not advantage.values:

@@ -95,12 +95,12 @@ class Judge:
     @property
     def json_mode(self) -> str:
         """Way in which JSON is requested now."""
-        return self._client.json_mode
+        return self.client.json_mode
 
     @property
     def json_reason(self) -> str:
         """Reason why `json_mode` is weaker than configured; empty if it is not."""
-        return self._client.json_reason
+        return self.client.json_reason
 
     def submit(self, candidate: Candidate, step: int) -> Future[Scores | Failure]:
         """Ask for a candidate's scores; returns at once.
@@ -182,7 +182,7 @@ class Judge:
             self._loop = asyncio.get_running_loop()
             self._stop = asyncio.Event()
             self._slots = asyncio.Semaphore(self.config.concurrency)
-            self._client = JudgeClient(self.config, self._key, self._notify)
+            self.client = JudgeClient(self.config, self._key, self._notify)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -192,7 +192,7 @@ class Judge:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=1.0)  # repeated: a task may have been about to start another one
-        await self._client.close()
+        await self.client.close()
 
     async def _judge(self, candidate: Candidate, step: int) -> Scores | Failure:
         submitted = self._loop.time()
@@ -224,7 +224,7 @@ class Judge:
             elif not self.config.url:
                 result = Failure("replay", f"no call of this content in {self.config.replay}, and there is no url")
             else:
-                exchange = await self._client.ask(self._body(request), content, submitted)
+                exchange = await self.client.ask(self._body(request), content, submitted)
                 result = _result(exchange, record)
                 record["seconds"] = round(self._loop.time() - began, 3)
             if isinstance(result, Failure):
@@ -267,7 +267,7 @@ class Judge:
         request = Request(config.options(0), "Keep the picture as it is.", (picture, picture), 0, config.max_side)
         tried = f"the judge {config.model!r} at {config.url}"
         try:
-            answer = await self._client.once(self._body(request))
+            answer = await self.client.once(self._body(request))
         except (httpx2.RequestError, asyncio.TimeoutError) as error:
             what = f"no answer within {config.timeout:g} s"
             if isinstance(error, httpx2.RequestError):
@@ -294,7 +294,7 @@ class Judge:
             if variable in os.environ:
                 return f"the key in the environment variable {variable} may be wrong or not valid for this model"
             return f"put the API key into the environment variable {variable}, which is not set"
-        models = await self._client.models()
+        models = await self.client.models()
         if models:
             listed = ", ".join(models[:20]) + (", ..." if len(models) > 20 else "")
             return f"models listed at {self.config.base}/models: {listed}"

@@ -1,94 +1,20 @@
 """Tests of the rollout generator: the shares of ranks, the contents of packs, scores, signals."""
 
-import io
 import itertools
 from concurrent.futures import Future
-from types import SimpleNamespace
 
 import pytest
 import torch
-from PIL import Image
+from rollouts import PLAN, STEPS, FakeRanks
 
-from uniref_fast.data.dataset import Row
-from uniref_fast.data.images import ImageSource
 from uniref_fast.layout import Kind
-from uniref_fast.models import PackedQwenImage
 from uniref_fast.rewards.types import Failure, Scores
-from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.memory import MemoryPlan
-from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.rl.generator import Batch, RolloutGenerator
-from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.rl.rollout import draw_noisy_steps
 
 pytestmark = pytest.mark.usefixtures("threads")
-STEPS = 4
-PLAN = MemoryPlan(400, 1, False, 0, "")
-
-
-def source(i):
-    content = io.BytesIO()
-    Image.new("RGB", (32 + 8 * i, 48), (50 * i, 90, 0)).save(content, "PNG")
-    return ImageSource(f"{i}.png", data=content.getvalue())
-
-
-class FakeRanks:
-    """Stand-in for one of several `Ranks`; `others` gives the answers of the others to `gather`."""
-
-    def __init__(self, rank=0, size=1, sequence=1, others=None):
-        self.rank, self.size, self.sequence, self.others = rank, size, sequence, others
-        self.replica, self.replicas, self.device = rank // sequence, size // sequence, torch.device("cpu")
-
-    def gather(self, value):
-        return [value] if self.others is None else [value, *self.others(value)]
-
-
-class FakeRewards:
-    def __init__(self):
-        self.asked = []
-        self.shares = {}
-
-    def submit(self, candidate, step):
-        self.asked.append((candidate, step))
-        future = Future()
-        future.set_result(Scores({"quality": float(candidate.key[2])}))
-        return {"mine": future}
-
-    def combined(self, results):
-        (result,) = results.values()
-        return result if isinstance(result, Failure) else dict(result.axes)
-
-
-@pytest.fixture
-def make(builtin_pipe):
-    def build(ranks=None, signalled=lambda: False, **fields):
-        fields = {"packs": 2, "group": 2, "dtype": "float32", "rollout_steps": STEPS, "sample_steps": STEPS,
-                  "rewards": ("scene",), **fields}  # fmt: skip
-        config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", **fields)
-        packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.visibility or "full")
-        model = SimpleNamespace(pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks())
-        model.idle_forward = lambda: TrainedModel.idle_forward(model)
-        encoder = Encoder(builtin_pipe, TensorCache(None))
-        return RolloutGenerator(config, model.ranks, model, encoder, FakeRewards(), signalled)
-
-    return build
-
-
-@pytest.fixture
-def rows(builtin_pipe):
-    """Rows of so many references each, prepared."""
-    encoder = Encoder(builtin_pipe, TensorCache(None))
-
-    def build(*counts):
-        made = []
-        for i, count in enumerate(counts):
-            sources = tuple(source(j) for j in range(count))
-            row = Row("word " * (1 + i), sources, source(i % 3), None, f"rows.jsonl:{i + 1}")
-            made.append(((2, 10 + i), encoder.prepare(row, (2, 10 + i), 48, 32, rollout=True)))
-        return made
-
-    return build
 
 
 def members_of(batch):
@@ -100,11 +26,13 @@ def members_of(batch):
 
 @pytest.mark.parametrize(("size", "least", "pack_tokens"), [(2, 4, 400), (3, 4, 120), (5, 4, 10000), (2, 12, 400)])
 @pytest.mark.parametrize(("count", "sequence"), [(1, 1), (2, 1), (4, 1), (4, 2)])
-def test_every_member_once_over_packs_and_ranks(make, rows, size, least, pack_tokens, count, sequence):
+def test_every_member_once_over_packs_and_ranks(
+    make_generator, prepared_rows, size, least, pack_tokens, count, sequence
+):
     """Few and many packs, more packs than members; no pack too large, all ranks as many of them."""
-    given = rows(2, 0, 3)
+    given = prepared_rows(2, 0, 3)
     plan = MemoryPlan(pack_tokens, sequence, False, 0, "")
-    batches = [make(FakeRanks(rank, count, sequence), packs=least, group=size).training_batch(given, plan)
+    batches = [make_generator(FakeRanks(rank, count, sequence), packs=least, group=size).training_batch(given, plan)
                for rank in range(count)]  # fmt: skip
     keys = [(2, 10 + row, member) for row in range(3) for member in range(size)]
     assert all(list(itertools.chain(*batch.keys)) == keys for batch in batches), "all of them, on every rank"
@@ -120,69 +48,71 @@ def test_every_member_once_over_packs_and_ranks(make, rows, size, least, pack_to
     assert total % least == 0 and total >= least
 
 
-def test_members_are_the_same_whoever_runs_them(make, rows):
-    given = rows(2, 1)
-    (one,) = [{m.key: m for m in members_of(make(group=3).training_batch(given, PLAN))}]
+def test_members_are_the_same_whoever_runs_them(make_generator, prepared_rows):
+    given = prepared_rows(2, 1)
+    (one,) = [{m.key: m for m in members_of(make_generator(group=3).training_batch(given, PLAN))}]
     for rank in range(2):
-        batch = make(FakeRanks(rank, 2), packs=6, group=3).training_batch(given, PLAN)
+        batch = make_generator(FakeRanks(rank, 2), packs=6, group=3).training_batch(given, PLAN)
         for member in members_of(batch):
             assert torch.equal(member.latents, one[member.key].latents)
             assert torch.equal(member.group.references, one[member.key].group.references)
     assert len({tuple(member.latents.flatten().tolist()) for member in one.values()}) == 6, "noises of their own"
 
 
-def test_only_groups_with_members_on_this_rank_are_encoded(make, rows, monkeypatch):
+def test_only_groups_with_members_on_this_rank_are_encoded(make_generator, prepared_rows, monkeypatch):
     encoded, real = [], Encoder.encode_conditions
     monkeypatch.setattr(
         Encoder, "encode_conditions", lambda self, row, *rest: (encoded.append(row), real(self, row, *rest))[1]
     )
-    batch = make(FakeRanks(1, 2)).training_batch(rows(2, 1, 3, 2), PLAN)
+    batch = make_generator(FakeRanks(1, 2)).training_batch(prepared_rows(2, 1, 3, 2), PLAN)
     here = {member.group.number: member.group.prepared for member in members_of(batch)}
     assert encoded == list(here.values()) and 0 < len(here) < 4
     assert [group.number for group in batch.groups] == [0, 1, 2, 3], "sizes of all groups are known to every rank"
 
 
-def test_times_and_noisy_steps(make, rows):
-    batch = make(window=1, window_end=2).training_batch(rows(2, 0), PLAN)
+def test_times_and_noisy_steps(make_generator, prepared_rows):
+    batch = make_generator(window=1, window_end=2).training_batch(prepared_rows(2, 0), PLAN)
     for group in batch.groups:
         assert len(group.sigmas) == STEPS + 1 and group.sigmas[0] == 1 and group.sigmas[-1] == 0
         assert list(group.sigmas) == sorted(group.sigmas, reverse=True) and group.noisy_steps in {(0,), (1,)}
-    again = make(window=1, window_end=2).training_batch(rows(2, 0), PLAN)
+    again = make_generator(window=1, window_end=2).training_batch(prepared_rows(2, 0), PLAN)
     assert [group.noisy_steps for group in again.groups] == [group.noisy_steps for group in batch.groups]
-    assert all(group.noisy_steps == (0, 1, 2) for group in make().training_batch(rows(2), PLAN).groups)
+    assert all(
+        group.noisy_steps == (0, 1, 2) for group in make_generator().training_batch(prepared_rows(2), PLAN).groups
+    )
     windows = {draw_noisy_steps(25, 3, 12, 0, (0, row)) for row in range(200)}
     assert windows == {(first, first + 1, first + 2) for first in range(10)}, "drawn for each row, up to the end"
 
 
-def test_held_out_rows_may_be_larger_than_a_pack(make, rows):
+def test_held_out_rows_may_be_larger_than_a_pack(make_generator, prepared_rows):
     """Validation keeps nothing for a backward; rows that are trained on must fit."""
     small = MemoryPlan(100, 1, False, 0, "")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: a rollout has 1\d\d tokens, over the 100 of a pack"):
-        make(guidance=4.0).training_batch(rows(2), small)
-    batch = make(sample_guidance=4.0).heldout_batch(rows(2, 0), small)
+        make_generator(guidance=4.0).training_batch(prepared_rows(2), small)
+    batch = make_generator(sample_guidance=4.0).heldout_batch(prepared_rows(2, 0), small)
     assert [member.key for member in members_of(batch)] == [(2, 10, 0), (2, 11, 0)]
 
 
-def test_held_out_rows_start_from_the_same_noise_in_every_run(make, rows):
+def test_held_out_rows_start_from_the_same_noise_in_every_run(make_generator, prepared_rows):
     """One member each, without noisy steps; the noise of training members depends on the seed of the run."""
-    given = rows(1)
-    heldout = [make(seed=seed).heldout_batch(given, PLAN) for seed in (0, 5)]
-    training = [make(seed=seed).training_batch(given, PLAN) for seed in (0, 5)]
+    given = prepared_rows(1)
+    heldout = [make_generator(seed=seed).heldout_batch(given, PLAN) for seed in (0, 5)]
+    training = [make_generator(seed=seed).training_batch(given, PLAN) for seed in (0, 5)]
     (one,), (two,) = map(members_of, heldout)
     assert torch.equal(one.latents, two.latents) and one.group.noisy_steps == () and heldout[0].sampler is None
     assert not torch.equal(members_of(training[0])[0].latents, members_of(training[1])[0].latents)
     assert training[0].sampler is not None and training[1].seed == 5
 
 
-def test_held_out_rows_have_steps_and_guidance_of_their_own(make, rows):
-    generator = make(rollout_steps=4, guidance=1.0, sample_steps=3, sample_guidance=2.0)
-    (member,) = members_of(generator.heldout_batch(rows(1), PLAN))
+def test_held_out_rows_have_steps_and_guidance_of_their_own(make_generator, prepared_rows):
+    generator = make_generator(rollout_steps=4, guidance=1.0, sample_steps=3, sample_guidance=2.0)
+    (member,) = members_of(generator.heldout_batch(prepared_rows(1), PLAN))
     assert len(member.group.sigmas) == 4 and len(member.group.texts) == 2
 
 
-def test_guidance_gives_every_member_two_sequences(make, rows):
-    given = rows(2, 0)
-    plain, guided = (make(guidance=guidance).training_batch(given, PLAN) for guidance in (1.0, 2.5))
+def test_guidance_gives_every_member_two_sequences(make_generator, prepared_rows):
+    given = prepared_rows(2, 0)
+    plain, guided = (make_generator(guidance=guidance).training_batch(given, PLAN) for guidance in (1.0, 2.5))
     assert [pack.guidance for pack in guided.packs if pack] == [2.5] * len([pack for pack in guided.packs if pack])
     for one, two in zip(members_of(plain), members_of(guided), strict=True):
         one, two = one.group, two.group
@@ -198,11 +128,11 @@ def references_in(pack):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_shared_group_has_one_copy_of_its_references(make, rows, guidance):
-    given = rows(2, 3)
+def test_a_shared_group_has_one_copy_of_its_references(make_generator, prepared_rows, guidance):
+    given = prepared_rows(2, 3)
     tokens = {}
     for visibility, copies in (("group_shared", 1), ("full", 3 if guidance == 1 else 6)):
-        generator = make(visibility=visibility, packs=1, group=3, guidance=guidance)
+        generator = make_generator(visibility=visibility, packs=1, group=3, guidance=guidance)
         batch = generator.training_batch(given, MemoryPlan(10**4, 1, False, 0, ""))
         (pack,) = batch.packs
         assert len(references_in(pack)) == copies * 5
@@ -214,15 +144,15 @@ def test_a_shared_group_has_one_copy_of_its_references(make, rows, guidance):
     assert tokens["group_shared"] < tokens["full"]
 
 
-def test_a_group_in_two_packs_has_its_references_in_both(make, rows):
-    generator = make(visibility="group_shared", packs=2, group=4)
-    first, second = generator.training_batch(rows(2), PLAN).packs
+def test_a_group_in_two_packs_has_its_references_in_both(make_generator, prepared_rows):
+    generator = make_generator(visibility="group_shared", packs=2, group=4)
+    first, second = generator.training_batch(prepared_rows(2), PLAN).packs
     assert len(first.members) == len(second.members) == 2
     assert len(references_in(first)) == len(references_in(second)) == 2
 
 
-def test_rows_that_any_rank_cannot_encode_are_named_to_all(make, rows, monkeypatch):
-    given = rows(2, 1, 3)
+def test_rows_that_any_rank_cannot_encode_are_named_to_all(make_generator, prepared_rows, monkeypatch):
+    given = prepared_rows(2, 1, 3)
     key, prepared = given[1]
     encode = Encoder.encode_conditions
 
@@ -232,24 +162,24 @@ def test_rows_that_any_rank_cannot_encode_are_named_to_all(make, rows, monkeypat
         return encode(self, row, *rest)
 
     monkeypatch.setattr(Encoder, "encode_conditions", refusing)
-    batch = make().training_batch(given, PLAN)
+    batch = make_generator().training_batch(given, PLAN)
     assert batch.unencodable == {key: (prepared.row.where, "no such words")} and batch.packs == []
     other = {given[0][0]: ("elsewhere", "damaged")}
-    batch = make(FakeRanks(1, 2, others=lambda value: [other])).training_batch(given, PLAN)
+    batch = make_generator(FakeRanks(1, 2, others=lambda value: [other])).training_batch(given, PLAN)
     assert other.items() <= batch.unencodable.items() and batch.packs == []
 
 
-def test_a_member_larger_than_a_pack(make, rows):
+def test_a_member_larger_than_a_pack(make_generator, prepared_rows):
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: a rollout has \d+ tokens, over the 60 of a pack"):
-        make().training_batch(rows(0, 3), MemoryPlan(60, 1, False, 0, ""))
+        make_generator().training_batch(prepared_rows(0, 3), MemoryPlan(60, 1, False, 0, ""))
 
 
 # ---- rolling ----
 
 
-def test_rolling_asks_for_every_member_once(make, rows):
-    generator = make()
-    batch = generator.training_batch(rows(2, 0), PLAN)
+def test_rolling_asks_for_every_member_once(make_generator, prepared_rows):
+    generator = make_generator()
+    batch = generator.training_batch(prepared_rows(2, 0), PLAN)
     starts = {member.key: member.latents for member in members_of(batch)}
     assert generator.generate_and_score(batch, step=7)
     assert [(candidate.key, step) for candidate, step in generator.rewards.asked] == [(key, 7) for key in starts]
@@ -266,18 +196,18 @@ def test_rolling_asks_for_every_member_once(make, rows):
     assert generator.results(batch) == {key: {"quality": float(key[2])} for key in starts}
 
 
-def test_rolling_without_a_step_asks_for_nothing(make, rows):
-    generator = make()
-    batch = generator.training_batch(rows(1), PLAN)
+def test_rolling_without_a_step_asks_for_nothing(make_generator, prepared_rows):
+    generator = make_generator()
+    batch = generator.training_batch(prepared_rows(1), PLAN)
     assert generator.generate(batch)
     assert (generator.rewards.asked, batch.pending, batch.images) == ([], {}, {}) and batch.tokens > 0
     assert generator.results(batch) == {}
 
 
-def test_the_result_does_not_depend_on_packs(make, rows):
-    given, latents = rows(2, 1), []
+def test_the_result_does_not_depend_on_packs(make_generator, prepared_rows):
+    given, latents = prepared_rows(2, 1), []
     for packs in (1, 4):
-        generator = make(packs=packs)
+        generator = make_generator(packs=packs)
         batch = generator.training_batch(given, MemoryPlan(10**4, 1, False, 0, ""))
         assert len(batch.packs) == packs and generator.generate(batch)
         latents.append({member.key: member.latents for member in members_of(batch)})
@@ -285,14 +215,14 @@ def test_the_result_does_not_depend_on_packs(make, rows):
         torch.testing.assert_close(latents[1][key], value, rtol=1e-3, atol=1e-3)
 
 
-def test_a_rank_without_a_pack_keeps_step(make, rows, monkeypatch):
+def test_a_rank_without_a_pack_keeps_step(make_generator, prepared_rows, monkeypatch):
     """The model is run as often as elsewhere: its weights are gathered by all ranks together."""
     calls = []
     monkeypatch.setattr(RolloutGenerator, "idle", lambda self: calls.append(torch.is_grad_enabled()))
-    given, idle = rows(1), []
+    given, idle = prepared_rows(1), []
     for rank in range(4):
         calls.clear()
-        generator = make(FakeRanks(rank, 4), packs=4)
+        generator = make_generator(FakeRanks(rank, 4), packs=4)
         batch = generator.training_batch(given, PLAN)
         assert len(batch.packs) == 1 and generator.generate_and_score(batch, step=0)
         idle.append(batch.packs == [None])
@@ -301,15 +231,15 @@ def test_a_rank_without_a_pack_keeps_step(make, rows, monkeypatch):
     assert idle.count(True) == 2
 
 
-def test_idle_runs_the_model(make):
-    generator = make()
+def test_idle_runs_the_model(make_generator):
+    generator = make_generator()
     assert torch.isfinite(generator.idle()).all()
 
 
-def test_one_of_the_ranks_that_share_a_pack_asks(make, rows):
-    given = rows(1)
+def test_one_of_the_ranks_that_share_a_pack_asks(make_generator, prepared_rows):
+    given = prepared_rows(1)
     for rank, asks in ((0, 2), (1, 0)):
-        generator = make(FakeRanks(rank, 2, sequence=2, others=lambda value: [value]), packs=1)
+        generator = make_generator(FakeRanks(rank, 2, sequence=2, others=lambda value: [value]), packs=1)
         batch = generator.training_batch(given, PLAN)
         assert (
             generator.generate_and_score(batch, step=0) and len(batch.pending) == len(generator.rewards.asked) == asks
@@ -317,11 +247,11 @@ def test_one_of_the_ranks_that_share_a_pack_asks(make, rows):
         assert batch.tokens == STEPS * batch.packs[0].layout.joint_length, "of a pack, not of each that shares it"
 
 
-def test_rolling_stops_at_a_signal(make, rows):
+def test_rolling_stops_at_a_signal(make_generator, prepared_rows):
     """All ranks stop after the current pack, whichever was asked to stop."""
-    given = rows(1)
+    given = prepared_rows(1)
     for others, signalled in ((None, True), (lambda value: [True], False)):
-        generator = make(signalled=lambda answer=signalled: answer)
+        generator = make_generator(signalled=lambda answer=signalled: answer)
         batch = generator.training_batch(given, PLAN)
         generator.ranks.others = others
         assert len(batch.packs) == 2 and not generator.generate_and_score(batch, step=0)
@@ -342,16 +272,16 @@ def done(result=None, error=None):
     return future
 
 
-def test_results_of_all_ranks(make):
+def test_results_of_all_ranks(make_generator):
     theirs = {(0, 1, 0): {"quality": 4.0}}
     said = {bool: (True, False), dict: (theirs, {"quality": 1.0})}  # how far they are, then what they found
-    generator = make(FakeRanks(0, 2, others=lambda value: [said[type(value[0])]]))
+    generator = make_generator(FakeRanks(0, 2, others=lambda value: [said[type(value[0])]]))
     failure = Failure("timeout", "60 seconds")
     found = generator.results(batch_of(a=done(Scores({"quality": 3.0})), b=done(failure)))
     assert found == {(0, 0, 0): {"quality": 3.0}, (0, 0, 1): failure, (0, 1, 0): {"quality": 4.0}}
 
 
-def test_results_wait_until_they_are_there(make):
+def test_results_wait_until_they_are_there(make_generator):
     late, asked = Future(), []
 
     def signalled():
@@ -360,26 +290,26 @@ def test_results_wait_until_they_are_there(make):
             late.set_result(Scores({"quality": 1.0}))
         return False
 
-    assert make(signalled=signalled).results(batch_of(a=late)) == {(0, 0, 0): {"quality": 1.0}}
+    assert make_generator(signalled=signalled).results(batch_of(a=late)) == {(0, 0, 0): {"quality": 1.0}}
 
 
-def test_waiting_ends_at_a_signal(make):
+def test_waiting_ends_at_a_signal(make_generator):
     asked = []
 
     def signalled():
         asked.append(1)
         return len(asked) > 2
 
-    assert make(signalled=signalled).results(batch_of(a=done(Scores({"quality": 1.0})), b=Future())) is None
+    assert make_generator(signalled=signalled).results(batch_of(a=done(Scores({"quality": 1.0})), b=Future())) is None
 
 
-def test_a_signal_of_another_rank_leaves_no_results(make):
-    generator = make(FakeRanks(0, 2, others=lambda value: [({}, True)]))
+def test_a_signal_of_another_rank_leaves_no_results(make_generator):
+    generator = make_generator(FakeRanks(0, 2, others=lambda value: [({}, True)]))
     assert generator.results(batch_of(a=done(Scores({"quality": 1.0})))) is None
 
 
 @pytest.mark.parametrize("error", [ValueError("nonsense"), KeyError("mine"), TimeoutError("no answer in 5 s")])
-def test_what_a_reward_raises_ends_the_run(make, error):
+def test_what_a_reward_raises_ends_the_run(make_generator, error):
     """A TimeoutError of the reward itself does not prolong the wait."""
     turns = itertools.count()
 
@@ -388,4 +318,4 @@ def test_what_a_reward_raises_ends_the_run(make, error):
         return False
 
     with pytest.raises(type(error), match=error.args[0]):
-        make(signalled=signalled).results(batch_of(a=done(error=error)))
+        make_generator(signalled=signalled).results(batch_of(a=done(error=error)))

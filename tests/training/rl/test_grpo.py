@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from uniref_fast.training.rl.grpo import FLOOR, advantages, clipped_loss, guarded_log_ratio
+from uniref_fast.training.rl.grpo import FLOOR, Objective, advantages, clipped_loss, guarded_log_ratio, minibatches
+from uniref_fast.training.rl.recipes import MSGRPO, RLStage
+from uniref_fast.training.rl.rollout import NoisyStep
+from uniref_fast.training.rl.sde import Transition, divergence, log_density
 
 W = {"a": 1.0, "b": 1.0}
 
@@ -151,3 +154,84 @@ def test_the_guarded_ratio_has_no_bias():
         assert guarded.item() == pytest.approx((z * (new - old)).mean().item(), rel=1e-9, abs=1e-12)
         total += guarded.item()
     assert abs(total / 300) < 0.1
+
+
+# ---- the objective of a step ----
+
+
+def noisy_step(shift=0.0, std=0.3, seed=0):
+    """A step as the rollout took it, with its noise; and its transition under a policy whose mean has moved."""
+    generator = torch.Generator().manual_seed(seed)
+    mean, noise, direction = torch.randn(3, 4, 3, generator=generator, dtype=torch.float64)
+    after = mean + std * noise
+    taken = NoisyStep(mean - 0.1, after, log_density(after, Transition(mean, std)).item())
+    now = Transition((mean + shift * direction).requires_grad_(), std)
+    return taken, now, noise, Transition(mean, std)
+
+
+def test_the_loss_is_the_clipped_ratio_times_the_advantage():
+    taken, now, _, _ = noisy_step(shift=0.2)
+    one = Objective(0.5, 0.5)(now, taken, 1.7)
+    ratio = math.exp(log_density(taken.after, now).item() - taken.log_prob)
+    assert one.ratio == pytest.approx(ratio) and abs(ratio - 1) > 1e-3 and not one.clipped and one.kl is None
+    assert one.loss.item() == pytest.approx(-1.7 * ratio)
+
+
+@pytest.mark.parametrize(("sign", "bound"), [(1.0, 1 + 3e-4), (-1.0, 1 - 1e-4)])
+def test_clip_and_clip_high_bound_the_ratio_on_their_own_sides(sign, bound):
+    """The noise is pushed so that the ratio goes the way that the advantage wants."""
+    for seed in range(20):
+        taken, now, _, _ = noisy_step(shift=0.2, seed=seed)
+        one = Objective(1e-4, 3e-4)(now, taken, sign)
+        if one.clipped:
+            assert one.loss.item() == pytest.approx(-sign * bound, rel=1e-9) and (one.ratio - bound) * sign > 0
+            assert torch.autograd.grad(one.loss, now.mean)[0].abs().max() == 0
+            return
+    raise AssertionError("no ratio was clipped")
+
+
+def test_without_a_clip_of_its_own_the_upper_side_has_that_of_the_lower():
+    stages = (RLStage(64, 1, 1e-3),)
+    assert Objective.from_config(MSGRPO(stages, clip=0.2)) == Objective(0.2, 0.2, False, 0.0)
+    given = MSGRPO(stages, clip=0.2, clip_high=0.0, ratio_guard=True, kl=0.3, lora_rank=4)
+    assert Objective.from_config(given) == Objective(0.2, 0.0, True, 0.3)
+
+
+def test_the_ratio_guard_uses_the_guarded_ratio_and_weighs_by_the_length_of_the_step():
+    taken, now, noise, rollout = noisy_step(shift=0.2)
+    one = Objective(10.0, 10.0, ratio_guard=True)(now, taken, 1.3, noise=noise, dt=0.05)
+    plain = Objective(10.0, 10.0)(now, taken, 1.3)
+    log_ratio = log_density(taken.after, now) - taken.log_prob
+    guarded = guarded_log_ratio(log_ratio, now.mean, rollout.mean, now.std)
+    assert one.loss.item() == pytest.approx(-1.3 * guarded.exp().item() / 0.05)
+    assert one.ratio == plain.ratio, "the ratio that is reported is the plain one"
+
+
+def test_the_divergence_is_added_with_its_weight():
+    taken, now, _, reference = noisy_step(shift=0.2)
+    plain = Objective(10.0, 10.0, kl=3.0)(now, taken, 1.0)
+    one = Objective(10.0, 10.0, kl=3.0)(now, taken, 1.0, reference=reference)
+    kl = divergence(now, reference).item()
+    assert one.kl == pytest.approx(kl) and kl > 0
+    assert (one.loss - plain.loss).item() == pytest.approx(3.0 * kl)
+    pull = torch.autograd.grad(one.loss - plain.loss, now.mean)[0]
+    assert (pull * (now.mean - reference.mean)).sum() > 0, "a step against the gradient goes towards the reference"
+
+
+# ---- minibatches ----
+
+
+def test_each_update_has_its_share_of_the_noisy_steps_in_a_new_order():
+    """All epochs of a step train on the same noisy steps, and other steps of the run on others."""
+    drawn = {}
+    for step in range(6):
+        epochs = [minibatches(8, 4, 2, seed=0, step=step, epoch=epoch) for epoch in range(3)]
+        assert all([len(part) for part in parts] == [2, 2] for parts in epochs)
+        (drawn[step],) = {tuple(sorted(parts[0] + parts[1])) for parts in epochs}
+        assert len(set(drawn[step])) == 4 and len({str(parts) for parts in epochs}) > 1
+    assert len(set(drawn.values())) > 1 and set().union(*drawn.values()) == set(range(8))
+
+
+def test_all_noisy_steps_are_trained_on_once_an_epoch():
+    parts = minibatches(7, 7, 3, seed=1, step=0, epoch=0)
+    assert sorted(i for part in parts for i in part) == list(range(7)) and sorted(map(len, parts)) == [2, 2, 3]

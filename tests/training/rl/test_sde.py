@@ -2,15 +2,18 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
 
+from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.rl.sde import (
     FINAL_LIMIT,
     STEP_LIMIT,
     Sampler,
     Transition,
+    check_noise,
     deviations,
     divergence,
     largest_noise,
@@ -194,3 +197,35 @@ def test_gradients_reach_the_velocity_and_low_precision_is_raised():
     log_density(point.float(), step).backward()
     assert v.grad is not None and v.grad.abs().sum() > 0
     assert isinstance(step, Transition)
+
+
+# ---- the check of the noise ----
+
+
+def test_noise_that_is_too_large_is_named_with_what_to_set_instead():
+    """The paper's noise ends right, after latents that no model was trained on."""
+    found = check_noise(Sampler("sde", 1.5), grid(25))
+    assert found.final < FINAL_LIMIT and found.largest > 1.5 and found.after_step <= 2 and found.without_noise < 1
+    assert f"{found.largest:.2f} times the standard deviation" in found.warning
+    sound = float(re.search(r"set noise to ([\d.]+) or less", found.warning)[1])
+    assert sound >= 0.7 and check_noise(Sampler("sde", sound), grid(25)).warning == ""
+    assert check_noise(Sampler("sde", sound + 0.1), grid(25)).warning != ""
+
+
+def test_noise_is_judged_at_the_worst_place_of_the_window():
+    places = [[0, 1], [1, 2], [2, 3]]
+    found = check_noise(Sampler("sde", 1.5), grid(10), window=2, stop=4)
+    assert (found.largest, found.after_step, found.final) == worst(Sampler("sde", 1.5), grid(10), places)
+    assert found.warning and check_noise(Sampler("sde", 0.2), grid(10), window=2, stop=2).warning == ""
+
+
+def test_a_window_that_no_noise_fits_should_be_left_out():
+    found = check_noise(Sampler("sde", 5.0), grid(2), window=1, stop=1)
+    assert "window = none" in found.warning or "set noise to" in found.warning
+
+
+@pytest.mark.parametrize("name", ["tiny", "lora"])
+def test_the_noise_of_the_recipes_is_sound(name):
+    recipe = MSGRPO_RECIPES[name]()
+    sampler = Sampler(recipe.sampler, recipe.noise)
+    assert check_noise(sampler, grid(recipe.rollout_steps), recipe.window, recipe.window_stop).warning == ""
