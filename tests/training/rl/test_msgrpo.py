@@ -185,7 +185,8 @@ def test_a_run_that_is_off_policy_ends_before_it_trains(data, tmp_path, monkeypa
     monkeypatch.setattr(generation, "denoise", dropout_in_the_rollout)
     assert msgrpo.main(flags(data, tmp_path / "run")) == 1
     message = capsys.readouterr().err
-    assert "OffPolicyError" in message and "dropout is on" in message and "First at timestep 0 (t = 1.0000)" in message
+    assert "msgrpo: the replay does not repeat the rollout" in message and "dropout is on" in message
+    assert "First at timestep 0 (t = 1.0000)" in message
     assert not list((tmp_path / "run").glob("checkpoints/*")) and not steps_of(tmp_path / "run")
 
 
