@@ -1,9 +1,9 @@
-"""Ranks: FSDP2 over all of them, and Ulysses sequence parallelism within groups of neighbours.
+"""The ranks of a run: FSDP2 over all of them, and Ulysses sequence parallelism within groups of neighbours.
 
 Parameters, gradients and optimizer state are sharded over every rank, whatever the size of the sequence-parallel
 groups, so that this size can change between the stages of a run. Gradients are summed, not averaged: the loss is
-divided by the number of samples of the step, which every rank knows. torchrun launches; one process without it is a
-group of one.
+divided by the number of samples of the step, which every rank knows. torchrun starts the ranks; one process
+without it is a group of one rank.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Ranks:
     """The processes of a run.
 
     Attributes:
-        rank, size: of this process, and of all.
-        device: that this process computes on.
-        mesh: all ranks, one dimension.
-        sequence: ranks that share a pack.
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        device: Device of this process.
+        mesh: One-dimensional mesh of all ranks.
+        sequence: Number of ranks that share a pack.
     """
 
     rank: int
@@ -62,7 +63,7 @@ class Ranks:
 
     @property
     def replicas(self) -> int:
-        """Groups that work on packs of their own."""
+        """Number of groups that each work on a pack of their own."""
         return self.size // self.sequence
 
     @property
@@ -71,10 +72,10 @@ class Ranks:
         return self.rank // self.sequence
 
     def share_sequences(self, model: PackedQwenImage, size: int) -> None:
-        """From now on `size` neighbouring ranks share each pack. All ranks must call.
+        """Let groups of `size` neighbouring ranks share each pack from now on. All ranks.
 
         Raises:
-            ValueError: when the ranks cannot be grouped so, or the heads not be shared.
+            ValueError: The ranks cannot be divided into such groups, or the heads cannot be divided among a group.
         """
         if self.size % size:
             possible = [n for n in range(1, self.size + 1) if self.size % n == 0]
@@ -89,13 +90,13 @@ class Ranks:
             model.parallel = SequenceParallel(mesh["sequence"].get_group(), heads)
 
     def gather(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, in the order of the ranks. All ranks must call."""
+        """Return a small picklable value of every rank, in the order of the ranks. All ranks."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value. All ranks must call."""
+        """Return rank 0's value. All ranks."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
@@ -103,10 +104,10 @@ class Ranks:
 
 def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
     """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32."""
-    # Inputs come in the right dtype: casting them would round the rotary tables, which are float32 always.
+    # Inputs have the right dtype already: casting them would round the rotary tables, which are always float32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
-        # The outermost part too: weights that stay gathered after a look would be those of the average.
+        # The outermost module too: weights that stay gathered after a validation would be the averaged ones.
         fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
@@ -115,14 +116,14 @@ def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing its memory."""
+    """Return this rank's part of a sharded tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def global_norm(parameters: Iterable[Tensor]) -> float:
-    """Euclidean norm of all gradients over all ranks.
+    """Return the Euclidean norm of all gradients over all ranks.
 
-    Summed in float64 and rounded to float32, so that it is the same for any number of ranks.
+    It is summed in float64 and rounded to float32, so that it is the same for any number of ranks.
     """
     squares = [local(p.grad).double().square().sum() for p in parameters if p.grad is not None]
     total = torch.stack(squares).sum()
@@ -131,4 +132,5 @@ def global_norm(parameters: Iterable[Tensor]) -> float:
 
 
 def scale_gradients(parameters: Iterable[Tensor], factor: float) -> None:
+    """Multiply all gradients by a factor, in place."""
     torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], factor)

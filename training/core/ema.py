@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, sharded as they are."""
+"""An exponential moving average of the trained weights, sharded like the weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["MovingAverage"]
 
 
 class MovingAverage:
-    """Averages in float32.
+    """The average of each trained parameter, in float32.
 
     Args:
-        parameters: the trained parameters by name.
-        decay: share of the old average that a step keeps; less in the first steps, as (1 + step) / (10 + step).
+        parameters: Trained parameters by name.
+        decay: Share of the old average that a step keeps; smaller in the first steps, at most (1 + step) / (10 + step).
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
@@ -28,14 +28,18 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 0."""
+        """Add the weights after a step to the average.
+
+        Args:
+            step: Number of the step, from 0.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = [local(self.average[name]) for name in self.parameters]
         torch._foreach_lerp_(averages, [local(p.detach()).float() for p in self.parameters.values()], 1 - decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the model has the averaged weights; afterwards its own again, bit for bit."""
+        """Give the model the averaged weights within the block, and its own weights, bit for bit, after it."""
         own = {name: local(p.detach()).clone() for name, p in self.parameters.items()}
         try:
             self._write({name: local(average) for name, average in self.average.items()})

@@ -1,4 +1,4 @@
-"""The model that is trained: loaded, given an adapter, packed, sharded; and written out again for diffusers."""
+"""The model that is trained: it is loaded, gets an adapter, is packed and sharded, and is exported for diffusers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ class ExportError(RuntimeError):
 
 
 class TrainedModel:
-    """A pipeline whose transformer is trained, over packs, on all ranks.
+    """A pipeline whose transformer is trained on packs, by all ranks.
 
     Args:
-        config: which model, what of it is trained, in which dtypes.
-        ranks: of the run.
+        config: Configuration of the run: the model, its trained part, and dtypes.
+        ranks: Ranks of the run.
 
     Attributes:
-        pipe: the pipeline; its encoders are frozen and whole on every rank.
-        packed: the packed transformer, sharded.
-        parameters: what is trained, by name in the transformer.
-        frozen: digest of the weights that are not trained, of transformer and encoders.
+        pipe: The pipeline; its encoders are frozen and whole on every rank.
+        packed: The packed transformer, sharded.
+        parameters: Trained parameters by their names in the transformer.
+        frozen: Digest of the weights that are not trained, of transformer and encoders.
+
+    Raises:
+        ValueError: The model or the initial run cannot be loaded, or does not fit the configuration.
     """
 
     def __init__(self, config: Recipe, ranks: Ranks) -> None:
@@ -50,7 +53,7 @@ class TrainedModel:
         self.pipe.set_progress_bar_config(disable=True)
         for part in (self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(ranks.device)
-        self._frames = contextlib.ExitStack()  # pictures, never videos, for as long as the model lives
+        self._frames = contextlib.ExitStack()  # images, never videos, as long as the model lives
         self._frames.enter_context(single_frame(self.pipe.vae))
         if config.initial is not None:
             self._load_initial(config.initial, compute)
@@ -86,14 +89,14 @@ class TrainedModel:
             print(f"training continues the adapter of {run}, which keeps its {' and '.join(kept)}", file=sys.stderr)
 
     def _unrounded(self, folder: Path) -> None:
-        """Factors as the file has them: peft casts them to the base's dtype on the way."""
+        """Load the adapter's weights without rounding: peft has cast them to the dtype of the base weights."""
         from peft.utils import get_peft_model_state_dict
 
         mine = get_peft_model_state_dict(self.pipe.transformer)
         for file in sorted(folder.glob("*.safetensors")):
             for name, tensor in load_file(file).items():
                 name = name.removeprefix("transformer.")
-                if name in mine:  # else of another program, with other names
+                if name in mine:  # a file of another program may have other names
                     mine[name].copy_(tensor)
 
     def _add_adapter(self) -> None:
@@ -101,16 +104,16 @@ class TrainedModel:
 
         config, transformer = self.config, self.pipe.transformer
         assert config.lora_rank is not None
-        if hasattr(transformer, "peft_config"):  # gone on with
+        if hasattr(transformer, "peft_config"):  # the adapter of the initial run
             for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_("lora_" in name)
             return
-        torch.manual_seed(config.seed)  # the same weights on all ranks
+        torch.manual_seed(config.seed)  # all ranks draw the same weights
         try:
             transformer.add_adapter(
                 LoraConfig(
                     r=config.lora_rank,
-                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float does as well
+                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float works too
                     init_lora_weights="gaussian",
                     target_modules=list(config.lora_targets),
                 )
@@ -131,28 +134,28 @@ class TrainedModel:
         return self.packed(image, text, torch.full((1,), 0.5, device=device), layout)
 
     def sharded_bytes(self) -> int:
-        """Bytes that the ranks share in training: weights, float32 gradients, two moments and the average."""
+        """Return the bytes that the ranks share: weights, float32 gradients, two moments and the average."""
         extra = 3 if self.config.ema is None else 4
         weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters())
         return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
 
     def fixed_bytes(self) -> int:
-        """Bytes that every rank holds: text encoder and VAE."""
+        """Return the bytes that every rank holds: text encoder and VAE."""
         parts = (self.pipe.vae, self.pipe.text_encoder)
         return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
     def export(self, folder: Path) -> None:
-        """Write what was trained as diffusers reads it: `lora/` for `load_lora_weights`, or `transformer/`. All ranks.
+        """Write the trained weights in the format of diffusers: `lora/`, for `load_lora_weights`, or `transformer/`.
 
-        The folder appears whole or not at all, in place of an older one.
+        All ranks. The folder appears whole or not at all, and replaces an older one.
 
         Raises:
-            ExportError: on all ranks, when it cannot be written, the disk being full for one.
+            ExportError: The folder cannot be written, for example because the disk is full; on all ranks.
         """
         whole = {}
         for name, parameter in self.parameters.items():
             tensor = _whole(parameter)
-            if self.ranks.rank == 0:  # one copy of all weights on a machine, not one a rank
+            if self.ranks.rank == 0:  # one copy of all weights per machine, not one per rank
                 whole[name] = tensor.cpu()
         problem, name = None, "transformer" if self.config.lora_rank is None else "lora"
         if self.ranks.rank == 0:
@@ -187,8 +190,8 @@ class TrainedModel:
 def _compile_blocks(transformer: Any) -> None:
     """Compile the parts of every block that take tensors alone: MLPs, and attention projections with an adapter.
 
-    All blocks share the compiled code, in which numbers of tokens are dynamic. What lies between these parts are single
-    fused operators, whose layouts and plans differ from pack to pack: traced, each of them would be compiled for.
+    All blocks share the compiled code, in which the number of tokens is dynamic. The code between these parts is single
+    fused operators with layouts and plans that differ from pack to pack: traced, every layout would be compiled again.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -199,9 +202,9 @@ def _compile_blocks(transformer: Any) -> None:
 
 
 def _digest(*modules: torch.nn.Module) -> str:
-    """Hex digest of dtype, shape, first and last values of each frozen parameter.
+    """Return a hex digest of dtype, shape, first and last values of each frozen parameter.
 
-    It is independent of the parameters' names and order, which newer versions of a library change.
+    It does not depend on the parameters' names and order, which newer versions of a library may change.
     """
     digests = []
     for parameter in (parameter for module in modules for parameter in module.parameters()):
@@ -213,6 +216,6 @@ def _digest(*modules: torch.nn.Module) -> str:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """The whole of a sharded parameter; a collective."""
+    """Return the whole of a sharded parameter. All ranks."""
     tensor = parameter.detach()
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

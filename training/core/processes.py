@@ -1,4 +1,4 @@
-"""One run for a folder, and no rank without its launcher.
+"""Locks and signals: at most one run per folder, and no rank without its launcher.
 
 Every rank of a run holds a shared `flock` on `run.lock` in the folder of the run. Rank 0 takes the lock exclusively
 first, which fails while a process of another run is alive, on this node or, where the file system passes locks on, on
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["end_with_launcher", "leave", "locked", "signal_at_parent_end"]
 
 LOCK_FILE = "run.lock"
-PATIENCE = 10.0  # seconds in which the processes of a run that was just killed are let end
+PATIENCE = 10.0  # seconds to wait for the processes of a run that was just killed
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PARENT = os.getppid()  # when this module was imported
@@ -38,13 +38,13 @@ PARENT = os.getppid()  # when this module was imported
 
 @contextlib.contextmanager
 def locked(out: Path, ranks: Ranks) -> Iterator[None]:
-    """Hold the folder of a run for these ranks; it is created if missing. All ranks.
+    """Lock the folder of a run for these ranks within the block; create it if it is missing. All ranks.
 
-    A folder that holds nothing but the lock in the end, as after a refused command, is removed again if it is new.
+    A new folder that holds only the lock in the end, as after a refused command, is removed again.
 
     Raises:
-        ValueError: on all ranks, while a process of another run holds the folder; says which one.
-        OSError: when the folder or the file cannot be created.
+        ValueError: A process of another run holds the folder; on all ranks. The message names the process.
+        OSError: The folder or the lock file cannot be created.
     """
     new = ranks.rank == 0 and not out.exists()
     file, problem = -1, None
@@ -68,7 +68,11 @@ def locked(out: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def _claimed(out: Path, ranks: Ranks) -> tuple[int, Exception | None]:
-    """Take the lock for a new run: exclusively, then shared with the other ranks. (file descriptor or -1, error)"""
+    """Take the lock for a new run: exclusively, then shared with the other ranks.
+
+    Returns:
+        A file descriptor or -1, and the error if there is one.
+    """
     path, end, file = out / LOCK_FILE, time.monotonic() + PATIENCE, -1
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,10 +80,12 @@ def _claimed(out: Path, ranks: Ranks) -> tuple[int, Exception | None]:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is(path, file):  # not one that a refused command has removed meanwhile
+                if _is(path, file):  # a refused command may have removed the file meanwhile
                     os.ftruncate(file, 0)
                     _sign(file, ranks)
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # not atomic: another may have come in between
+                    fcntl.flock(
+                        file, fcntl.LOCK_SH | fcntl.LOCK_NB
+                    )  # not atomic: another process may take it in between
                     return file, None
             except BlockingIOError:
                 if time.monotonic() > end:
@@ -106,7 +112,7 @@ def _claimed(out: Path, ranks: Ranks) -> tuple[int, Exception | None]:
 
 
 def _shared(out: Path, ranks: Ranks) -> tuple[int, Exception | None]:
-    """Join the lock that rank 0 has taken. (file descriptor or -1, error)"""
+    """Join the lock that rank 0 has taken; returns as `_claimed` does."""
     file = -1
     try:
         out.mkdir(parents=True, exist_ok=True)  # on a node with a file system of its own
@@ -117,7 +123,7 @@ def _shared(out: Path, ranks: Ranks) -> tuple[int, Exception | None]:
         os.close(file)
         return -1, ValueError(f"{out} is in use by {_holder(out / LOCK_FILE)}; another run started at the same moment")
     except OSError as error:
-        if error.errno not in UNSUPPORTED or file < 0:  # without locks, rank 0 says so
+        if error.errno not in UNSUPPORTED or file < 0:  # rank 0 reports a file system without locks
             return -1, error
     return file, None
 
@@ -130,14 +136,14 @@ def _is(path: Path, file: int) -> bool:
 
 
 def _sign(file: int, ranks: Ranks) -> None:
-    """Say who holds the lock."""
+    """Write into the lock file who holds it."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(sep=" ", timespec="seconds")
     line = {"rank": ranks.rank, "ranks": ranks.size, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
     os.write(file, json.dumps(line).encode() + b"\n")
 
 
 def _holder(path: Path) -> str:
-    """The process that holds a lock, in words: the first of those that are not known to have ended."""
+    """Describe the process that holds a lock: the first of those that are not known to have ended."""
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         holder = next(line for line in lines if _may_live(line))
@@ -145,7 +151,7 @@ def _holder(path: Path) -> str:
             f"process {holder['pid']} (rank {holder['rank']} of {holder['ranks']}) on {holder['host']} since "
             f"{holder['since']}"
         )
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):  # it is being written
+    except (OSError, ValueError, LookupError, TypeError, StopIteration):  # the file is being written
         return "another process"
 
 
@@ -162,22 +168,22 @@ def _may_live(line: dict[str, Any]) -> bool:
 
 
 def end_with_launcher() -> None:
-    """Let this process end when torchrun does, also when torchrun is killed: ranks that go on alone would train beside
-    those of the next start.
+    """End this process when torchrun ends, also if torchrun is killed.
 
-    On Linux the kernel sends SIGKILL when the parent ends; elsewhere a thread looks for the parent every second.
-    Without torchrun nothing happens: ranks that a shell started may outlive it.
+    Ranks that continue alone would train at the same time as the ranks of the next start. On Linux the kernel sends
+    SIGKILL when the parent ends; elsewhere a thread checks every second whether the parent lives. Without torchrun this
+    does nothing: ranks that a shell started may outlive it.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     if not signal_at_parent_end(signal.SIGKILL):
         threading.Thread(target=_watch, name="launcher watchdog", daemon=True).start()
-    if os.getppid() != PARENT:  # it ended before the kernel was asked
+    if os.getppid() != PARENT:  # the parent ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def signal_at_parent_end(number: signal.Signals) -> bool:
-    """Ask the kernel to send this process a signal when its parent ends; returns whether it will, as on Linux."""
+    """Ask the kernel to send this process a signal when its parent ends; return True if it will, as on Linux."""
     try:
         return ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) == 0
     except (OSError, AttributeError, TypeError):  # no such function here
@@ -192,10 +198,10 @@ def _watch(pause: float = 1.0) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End the process at once, with what was written flushed, once all is closed.
+    """Flush the output and end the process at once, without tearing down the interpreter.
 
-    Tearing the interpreter down is left out: the threads of a process group outlive `destroy_process_group` while
-    anything refers to it, and one that lets go of a tensor after Python is gone aborts the process, and so the job.
+    The threads of a process group outlive `destroy_process_group` as long as anything refers to it. A thread that frees
+    a tensor after the interpreter is gone aborts the process, and with it the job.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
