@@ -66,7 +66,9 @@ class Trainer:
         self.saved_at = resume  # step of the last checkpoint
         self._announced: list[tuple[str, dict[str, Any]]] = []  # events from before the monitor was opened
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
-        self.plans = self._plans({(side, target): tokens for side, target, tokens in self.saved.get("packs", ())})
+        # (side, target_side) of a stage -> tokens of its packs, of the run that is resumed
+        kept = {(side, target): tokens for side, target, tokens in self.saved.get("packs", ())}
+        self.plans = self._plans(kept)
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
             out,
@@ -151,14 +153,14 @@ class Trainer:
                     self._enter_stage()
                     if not self.train_step():  # nothing of the step has happened: the checkpoint is that of before
                         self.stopping = True
-                        self._save()
+                        self.save()
                         break
                     self.step += 1
                     done = self.step == self.config.total_steps
                     # The checkpoint is written before the evaluation, which may take long or be killed. After a signal
                     # there is no time for an evaluation: the resumed run does it first.
                     if self.step % self.config.save_every == 0 or done or self.stopping:
-                        self._save()
+                        self.save()
                     if not self.stopping:
                         self._validate(done)
                 if not self.stopping:
@@ -215,7 +217,7 @@ class Trainer:
             self.model.packed.train()
             if not complete:
                 self.stopping = True
-                self._save()
+                self.save()
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.average.applied() if self.average and self.step else contextlib.nullcontext()
@@ -273,7 +275,7 @@ class Trainer:
                 tensors[f"average.{name}"] = self.average.average[name]
         return tensors
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Write a checkpoint of this step, unless the last checkpoint written or loaded is of this step."""
         if self.saved_at == self.step:
             return

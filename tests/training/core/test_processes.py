@@ -130,7 +130,7 @@ def test_without_prctl_a_watchdog_ends_the_rank(tmp_path):
     """A launcher that is killed, with a rank that waits in a call that never returns to Python."""
     rank = (
         "import os, signal, threading\n"
-        "from uniref_fast.training import processes\n"
+        "from uniref_fast.training.core import processes\n"
         "processes.signal_at_parent_end = lambda number: False\n"
         "processes.end_with_launcher()\n"
         "print(os.getpid(), flush=True)\n"
@@ -149,9 +149,8 @@ def test_without_prctl_a_watchdog_ends_the_rank(tmp_path):
 def test_a_command_of_the_built_in_model_ends_with_it():
     """torchrun, which gets SIGTERM, ends its ranks; here any process stands for it."""
     child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    code = (
-        f"import sys; from uniref_fast.training import builtin_model as b; b._call((sys.executable, '-c', {child!r}))"
-    )
+    imports = "import sys; from uniref_fast.training.builtin import make"
+    code = f"{imports}; make.run_command((sys.executable, '-c', {child!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(process.stdout.readline())
     process.kill()

@@ -15,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
 
 from uniref_fast import builtin
+from uniref_fast import flags as configs
 from uniref_fast import runs as lineage
 from uniref_fast.training import sft
 from uniref_fast.training.core import checkpoint, launch, model
+from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.recipe import BudgetStage
-from uniref_fast.training.supervised import trainer
-from uniref_fast.training.supervised.recipes import SFT
+from uniref_fast.training.supervised import trainer, validation
+from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
@@ -186,8 +188,9 @@ def test_kill_while_saving(data, whole, tmp_path):
     assert not list(kept.glob(".*"))
 
 
-def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
+def test_sigterm_saves_and_exits_and_the_evaluation_of_that_step_comes_later(data, whole, tmp_path, monkeypatch):
     out, step = tmp_path / "run", trainer.SFTTrainer.train_step
+    every = ("--eval-every", 1, "--eval-samples", 2, "--heldout", data / "heldout.jsonl")
 
     def interrupted(self):
         if self.step == 0:
@@ -195,61 +198,42 @@ def test_sigterm_saves_and_exits(data, whole, tmp_path, monkeypatch):
         return step(self)
 
     monkeypatch.setattr(trainer.SFTTrainer, "train_step", interrupted)
-    assert sft.main(flags(data, out)) == 143
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"] and sorted(losses(out)) == [0]
-    monkeypatch.undo()
-    assert sft.main(flags(data, out, "--resume", "auto")) == 0
-    equal_to(whole, out)
-
-
-def test_figures_of_a_step_that_a_signal_ended_come_later(data, tmp_path, monkeypatch):
-    out, step = tmp_path / "run", trainer.SFTTrainer.train_step
-    every = ("--eval-every", 1, "--heldout", data / "heldout.jsonl")
-
-    def interrupted(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return step(self)
-
-    monkeypatch.setattr(trainer.SFTTrainer, "train_step", interrupted)
     assert sft.main(flags(data, out, *every)) == 143
-    assert looked(out) == [0]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"] and sorted(losses(out)) == [0]
+    assert validated(out) == [0]
     monkeypatch.undo()
     assert sft.main(flags(data, out, *every, "--resume", "auto")) == 0
-    assert looked(out) == list(range(max(losses(out)) + 2))
+    equal_to(whole, out)
+    assert validated(out) == [0, 1, 2, 3, 4]
 
 
-KILLED_WHILE_EVALUATING = """
-import os, signal, sys
-from uniref_fast.training import sft
-from uniref_fast.training.supervised import validation as evaluate
-import torch
-torch.set_num_threads(1)
-name, real = sys.argv.pop(1), {name: getattr(evaluate.Validation, name) for name in ("losses", "grid")}
-def dying(self, *args):
-    os.kill(os.getpid(), signal.SIGKILL)
-def armed(self, *args):
-    setattr(evaluate.Validation, name, dying)
-    return real["losses"](self, *args)
-evaluate.Validation.losses = armed  # of step 0; the next evaluation is that of step 2
-sft.main(sys.argv[1:])
-"""
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the run catches it."""
 
 
 @pytest.mark.parametrize("name", ["losses", "grid"])
-def test_figures_of_an_evaluation_that_was_killed_come_later(data, tmp_path, name):
-    """After the checkpoint of its step, before or after the figures were recorded; never twice."""
-    out = tmp_path / "run"
+def test_figures_of_an_evaluation_that_was_killed_come_later(data, tmp_path, monkeypatch, name):
+    """The evaluation ends after the checkpoint of its step, before or after the figures were recorded; never twice."""
+    out, real = tmp_path / "run", getattr(validation.Validation, name)
     more = ("--heldout", data / "heldout.jsonl", "--eval-every", 2, "--eval-samples", 2, "--sample-every", 2)
     given = flags(data, out, *more, "--sample-count", 1, "--sample-steps", 2)
-    command = [sys.executable, "-c", KILLED_WHILE_EVALUATING, name, *given]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+
+    def dying(self, *arguments):
+        if (out / "checkpoints" / "step-000002").exists():
+            raise Killed
+        return real(self, *arguments)
+
+    monkeypatch.setattr(validation.Validation, name, dying)
+    with pytest.raises(Killed):
+        sft.main(given)
+    monkeypatch.undo()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
     grid = out / "samples" / "heldout-000002.png"
-    assert looked(out) == ([0] if name == "losses" else [0, 2]) and not grid.exists()
+    assert validated(out) == ([0] if name == "losses" else [0, 2]) and not grid.exists()
     assert sft.main([*given, "--resume", "auto"]) == 0
-    assert looked(out) == [0, 2, 4] and grid.exists()
+    assert validated(out) == [0, 2, 4] and grid.exists()
     assert sft.main([*given, "--resume", "auto"]) == 0
-    assert looked(out) == [0, 2, 4], "all is there"
+    assert validated(out) == [0, 2, 4], "nothing is missing"
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data, whole, tmp_path, capsys):
@@ -289,29 +273,42 @@ def contents(folder):
 def test_another_visibility_is_trained(data, whole, tmp_path):
     """References see themselves alone: other losses, and the run says so for those who load it."""
     out = tmp_path / "run"
-    assert sft.main(flags(data, out, "--visibility", "reference_causal")) == 0
-    assert losses(out).keys() == losses(whole).keys() and losses(out) != losses(whole)
+    assert sft.main(flags(data, out, "--visibility", "reference_causal", steps=2)) == 0
+    assert losses(out)[0] != losses(whole)[0], "the same packs"
     assert json.loads((out / "config.json").read_text())["visibility"] == "reference_causal"
     after = launch.with_visibility(SFT((BudgetStage(64, 1, 1.0),), initial=out))
     assert after.visibility == "reference_causal", "a run that starts from it"
 
 
-def looked(out):
+def validated(out):
     return sorted(record["step"] for record in records(out) if any(name.startswith("eval/") for name in record))
 
 
 def test_a_resumed_run_keeps_its_packs_whatever_memory_there_is(data, tmp_path):
-    """Where pack_tokens is planned, more memory makes larger packs; a run that is gone on with keeps its own."""
+    """If pack_tokens is planned, more memory makes larger packs; a resumed run keeps its own."""
 
-    def packs(out, steps, gib, *more):
+    def packs(out, gib, *more, resume=None):
+        """Return the planned tokens of the packs of both stages; write a checkpoint of step 0 if there is none."""
         planned = [text for i in (0, 1) for text in (f"--stages.{i}.pack-tokens", "none")]
-        assert sft.main(flags(data, out, *planned, "--memory-gib", gib, *more, steps=steps)) == 0
-        return [event["pack_tokens"] for event in events(out, "stage") if event["number"] == 1]
+        given = flags(data, out, *planned, "--memory-gib", gib, *more)
+        config = launch.with_visibility(configs.parse(SFT_RECIPES, given, extra=launch.RunOptions(out)).config)
+        run = trainer.SFTTrainer(config, ranks, out, resume)
+        try:
+            with run.monitor:
+                run.save()
+        finally:
+            run.close()
+        return [plan.pack_tokens for plan in run.plans]
 
-    (few,), (many,) = packs(tmp_path / "run", 2, 0.5), packs(tmp_path / "other", 2, 8)
-    assert few < many
-    assert set(packs(tmp_path / "run", 4, 8, "--resume", "auto")) == {few}
-    assert packs(tmp_path / "run", 6, 8, "--resume", "auto", "--stages.1.side", 112)[-1] > few, "of other sizes"
+    ranks, out = Ranks.start(), tmp_path / "run"
+    try:
+        few, many = packs(out, 0.5), packs(tmp_path / "other", 8)
+        assert few[0] < many[0] and few[1] < many[1]
+        assert packs(out, 8, resume=0) == few
+        other_side = packs(out, 8, "--stages.1.side", 112, resume=0)
+        assert other_side[0] == few[0] and other_side[1] > few[1], "a stage of other sizes is planned for the memory"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def not_finite(monkeypatch, steps):
@@ -328,7 +325,7 @@ def not_finite(monkeypatch, steps):
 
 def test_a_loss_that_is_not_finite_is_skipped(data, tmp_path, monkeypatch, capsys):
     not_finite(monkeypatch, {1})
-    assert sft.main(flags(data, tmp_path / "run")) == 0
+    assert sft.main(flags(data, tmp_path / "run", steps=2)) == 0
     (event,) = events(tmp_path / "run", "skipped")
     assert event["step"] == 1 and all("train.jsonl:" in row for row in event["rows"])
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
@@ -345,14 +342,14 @@ def test_disk_full(data, tmp_path, monkeypatch, capsys):
     out, write = tmp_path / "run", checkpoint._write
 
     def full(folder, tensors):
-        if "step-000004" in folder.name:
+        if "step-000002" in folder.name:
             raise OSError(28, "No space left on device")
         write(folder, tensors)
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    assert sft.main(flags(data, out)) == 1
+    assert sft.main(flags(data, out, "--save-every", 1, steps=2)) == 1
     assert "No space left" in capsys.readouterr().err
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"], (
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"], (
         "the last good one, and nothing else"
     )
 
@@ -375,13 +372,13 @@ def test_disk_full_at_the_export(data, half, whole, monkeypatch, capsys):
 def test_broken_rows_are_named_and_passed_over(data, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(data, folder)
-    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines = (folder / "train.jsonl").read_text().splitlines()[:12]
     (folder / "1-0.png").write_bytes((folder / "1-0.png").read_bytes()[:300])  # the header is whole
     lines[2] = "{"
     (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "heldout.jsonl").unlink()
     (folder / "about.json").write_text('{"version": 1}')
-    assert sft.main(flags(folder, tmp_path / "run", "--data", folder, steps=8)) == 0
+    assert sft.main(flags(folder, tmp_path / "run", "--data", folder, "--packs", 1)) == 0
     assert [event["where"] for event in events(tmp_path / "run", "left out")] == ["about.json"]
     found = {event["where"].rsplit("/")[-1] for event in events(tmp_path / "run", "broken row")}
     assert {"train.jsonl:3"} <= found <= {"train.jsonl:2", "train.jsonl:3"}, "line 2 is named when its images are read"
