@@ -7,24 +7,12 @@ import json
 import tarfile
 
 import pytest
-from PIL import Image
+from data_rows import BLUE, GREEN, RED, encoded, meaning, row
 
 from uniref_fast.data.dataset import BrokenFileError, Dataset, RowError
 
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 TWO = ("do it", [RED, GREEN], BLUE)
 ONE = ("do it", [RED], BLUE)
-
-
-def encoded(color, size=(8, 6), form="PNG", **options):
-    """Bytes of a one-coloured picture."""
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, form, **options)
-    return file.getvalue()
-
-
-def color_of(source):
-    return source.load().getpixel((0, 0))
 
 
 def write_tar(path, members):
@@ -39,15 +27,6 @@ def write_tar(path, members):
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return path
-
-
-def row(references=("r.png", "g.png"), target="b.png", text="do it", **more):
-    return {"input_images": list(references), "output_image": target, "instruction": text, **more}
-
-
-def meaning(found):
-    """What a row says, with colours for pictures."""
-    return found.instruction, [color_of(s) for s in found.references], found.target and color_of(found.target)
 
 
 def test_tar_with_members_of_the_sample(tmp_path):

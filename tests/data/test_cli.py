@@ -1,31 +1,12 @@
 """Tests of the command `uniref-fast data check`."""
 
-import io
 import json
 
 import pytest
-from PIL import Image
+from data_rows import RED, encoded, row, write_jsonl
 
 from uniref_fast.cli import main
 from uniref_fast.data.dataset import Dataset
-
-RED = (255, 0, 0)
-
-
-def encoded(color, size=(8, 6), form="PNG", **options):
-    """Bytes of a one-coloured picture."""
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, form, **options)
-    return file.getvalue()
-
-
-def write_jsonl(path, values, newline="\n"):
-    path.write_text("".join(json.dumps(value) + newline for value in values), encoding="utf-8")
-    return path
-
-
-def row(references=("r.png", "g.png"), target="b.png", text="do it", **more):
-    return {"input_images": list(references), "output_image": target, "instruction": text, **more}
 
 
 def check(capsys, *args):

@@ -78,7 +78,7 @@ def test_a_target_under_an_unknown_key_is_told_from_references(folder):
         ["a text", "r.png"],
     ],
 )  # fmt: skip
-def test_what_counts_as_a_picture(folder, value):
+def test_values_that_count_as_images(folder, value):
     values = {"instruction": "do it", "more": value, "output_image": "b.png"}
     with pytest.raises(RowError, match="key 'more' holds images"):
         Dataset(write_jsonl(folder / "a.jsonl", [values]))[0]
@@ -119,7 +119,7 @@ def test_deeply_nested_values_end_no_command(folder, depth):
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})])
-def test_a_parquet_column_of_pictures_is_refused_too(folder, kind):
+def test_a_parquet_column_of_images_is_refused_too(folder, kind):
     picture = encoded(RED) if pa.types.is_binary(kind) else {"bytes": encoded(RED), "path": None}
     table = pa.table({
         "instruction": ["do it", "do it"], "output_image": [encoded(BLUE)] * 2, "embedding": [[0.5] * 4] * 2,
@@ -176,7 +176,7 @@ def test_columns_apply_to_the_files_that_have_them(folder):
     assert [meaning(found) for found in dataset] == [("do it", [RED], [BLUE]), ("x", [GREEN], [BLUE])]
 
 
-def test_a_column_that_no_row_has_is_said(folder):
+def test_a_column_that_no_row_has_is_reported(folder):
     lines = [{"instruction": "do it", "output_image": "b.png"}] * 1001
     late = write_jsonl(folder / "a.jsonl", [*lines, {"instruction": "x", "refs": "r.png", "output_image": "b.png"}])
     assert Dataset(late, columns=["references=refs"]).left_out == (), "it may be in the last row only"

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from data_rows import RED, encoded
 from PIL import Image, ImageFile, PngImagePlugin
 
 from uniref_fast import cli
@@ -16,14 +17,7 @@ from uniref_fast.data import images
 from uniref_fast.data.images import ImageSource
 from uniref_fast.encode import to_rgb
 
-RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
-
-
-def encoded(color, size=(8, 6), form="PNG", **options):
-    """Bytes of a one-coloured picture."""
-    file = io.BytesIO()
-    Image.new("RGB", size, color).save(file, form, **options)
-    return file.getvalue()
+WHITE = (255, 255, 255)
 
 
 def source(content, name="x"):
@@ -244,7 +238,7 @@ def chunks(png):
 
 @pytest.mark.parametrize("checked", [False, True])
 def test_damaged_metadata_of_a_png_keep_it_from_nothing(checked):
-    """Whether or not the checksum of the damaged chunk is that of its content; the orientation is not damaged."""
+    """The result does not depend on whether the checksum of the damaged chunk is that of its content; the orientation is not damaged."""
     info, exif, random = PngImagePlugin.PngInfo(), Image.Exif(), Random(2)
     info.add_text("a", "b" * 50)
     info.add_text("c", "d" * 500, zip=True)
@@ -308,7 +302,7 @@ def test_an_image_that_edit_is_given_and_cannot_decode_is_named(tmp_path):
         to_rgb(image)
 
 
-def test_nothing_else_opens_pictures():
+def test_nothing_else_opens_images():
     """Pillow's own open gives errors without the file's name, and fails on damaged metadata."""
     root = Path(__file__).resolve().parents[2]
     files = [*(root / "training").rglob("*.py"), *(root / "uniref_fast").rglob("*.py")]

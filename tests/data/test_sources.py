@@ -110,7 +110,7 @@ def test_imagefolders(tmp_path, put, columns, expected, ending):
         {"images_file_names": ["r.png"], "text": "x"},
     ],
 )
-def test_imagefolders_that_do_not_say_what_is_what(put, columns):
+def test_ambiguous_imagefolders(put, columns):
     folder = put({"r.png": "r", "g.png": "g", "b.png": "b", "metadata.jsonl": json.dumps(columns)})
     with pytest.raises(BrokenFileError, match=r"^metadata.jsonl: the columns .* are ambiguous.*--columns"):
         Dataset(folder)
@@ -202,7 +202,7 @@ def test_captioned_images_and_their_folders_of_references(put, files, expected):
         (TARGETS | {"control/1.png": "r", "control/1.jpg": "r"}, "two images of one name: 1.jpg and 1.png"),
     ],
 )
-def test_folders_that_are_not_certain_are_refused(put, files, reason):
+def test_ambiguous_folders_are_refused(put, files, reason):
     with pytest.raises(ValueError, match=reason):
         Dataset(put(files))
 
