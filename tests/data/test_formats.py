@@ -48,7 +48,7 @@ MICO = {
 
 
 def test_mico_bench(folder):
-    """The column `reference` is one of many possible results, so it is not the target. De&Re has better prompts under another name."""
+    """The column `reference` is one of many results, so not the target. De&Re has better prompts."""
     dere = {**{k: v for k, v in MICO.items() if k not in ("idx", "editing_type")}, "ed_idx": 9, "Task": "DeRe"}
     lines = [MICO, {**dere, "refined_prompt": "do it well"}, {**dere, "refined_prompt": ""}, {**MICO, "task_type": "x"}]
     dataset = Dataset(write_jsonl(folder / "mico_bench_hoi.jsonl", lines), targets="optional")
