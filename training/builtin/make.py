@@ -1,9 +1,9 @@
-"""The built-in model, from nothing: data, autoencoder, SFT with growing budgets, MSGRPO, the folder, its evaluation.
+"""Train the built-in model from scratch: data, autoencoder, SFT with growing budgets, MSGRPO, export, evaluation.
 
     python -m uniref_fast.training.builtin.make --out runs/builtin
 
-Every part is a command of this repository, printed before it runs. What is done is left alone, so a run that was
-stopped goes on with the same command. `runs/builtin/model` is the pipeline that `uniref_fast/assets/model` holds.
+Every part is a command of this repository, which is printed before it runs. Parts that are done are skipped, so the
+same command continues a run that was stopped. `uniref_fast/assets/model` is a copy of `runs/builtin/model`.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ def for_machine(config: BuiltinModel) -> BuiltinModel:
 
 @dataclass(frozen=True)
 class Part:
-    """A step on the way.
+    """One part of the training.
 
     Attributes:
-        name: of it.
-        done: exists when it is done.
-        work: a command line, or a function of this process.
+        name: Name of the part, such as "vae".
+        done: File or folder that exists once the part is done.
+        work: Command line to run, or a function to call in this process.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Part:
 
 
 def parts(config: BuiltinModel) -> list[Part]:
-    """All parts, in order."""
+    """Return all parts in order."""
     out, ranks, dtype = config.out, config.ranks or 2, config.dtype or "bfloat16"
     heldout = [str(out / "data" / f"{name}.jsonl") for name in HELDOUT]
     more = [str(out / "data-more" / f"{name}.jsonl") for name in HELDOUT]
@@ -122,7 +122,8 @@ def parts(config: BuiltinModel) -> list[Part]:
             "--workers", ranks)  # fmt: skip
     train, train_one = (str(out / name / "train.jsonl") for name in ("data", "data-one"))
     data = ("--data", train)
-    both = ("--data", f"{train},{train_one}", "--weights", "1,0.6")  # a quarter is "move", two in five have several
+    # With these weights a quarter of the rows is "move", and two in five have several references.
+    both = ("--data", f"{train},{train_one}", "--weights", "1,0.6")
     common = ("--model", str(out / "vae" / "model"), "--heldout", ",".join(heldout), "--cache", str(out / "cache"),
               "--dtype", dtype, "--resume", "auto")  # fmt: skip
     edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
@@ -140,7 +141,7 @@ def parts(config: BuiltinModel) -> list[Part]:
     runs = {config.seed + i: out / (f"msgrpo-{i}" if i else "msgrpo") for i in range(config.seeds)}
     against = ("--against", str(out / "eval" / sft.name))
     evaluated |= {run.name: (*after_sft, "--initial", str(run), *against) for run in runs.values()}
-    evaluated["shipped"] = ("--model", str(out / "model"), *against)  # the first of these, rounded to bfloat16
+    evaluated["shipped"] = ("--model", str(out / "model"), *against)  # the result of the first run, rounded to bfloat16
     made = [
         Part("data", out / "data" / "made.json",
              _python("-m", "uniref_fast", "data", "make", out / "data", *make, "--references", "1,2,3",
@@ -179,12 +180,12 @@ def parts(config: BuiltinModel) -> list[Part]:
 
 
 def _sft(config: BuiltinModel) -> Path:
-    """The run that MSGRPO goes on from."""
+    """Return the folder of the run that MSGRPO continues."""
     return config.out / ("sft-more" if config.more else "sft")
 
 
 def ship(config: BuiltinModel) -> None:
-    """Put the trained parts together as one bfloat16 pipeline folder, with what it was made from."""
+    """Write the trained parts as one bfloat16 pipeline folder, with the record of their training."""
     import torch
 
     from uniref_fast import builtin
@@ -203,9 +204,9 @@ def ship(config: BuiltinModel) -> None:
 
 
 def report(out: Path, names: Sequence[str]) -> None:
-    """Put what the evaluations came to in one file, without their rows: `report.json`; and print it as a table."""
+    """Write the results of the evaluations, without their rows, to `report.json`, and print them as tables."""
     found: dict[str, Any] = {"made": json.loads((out / MADE).read_text()), "evaluations": {}}
-    found["made"]["parts"].pop("report", None)  # this very part, which is recorded when it begins
+    found["made"]["parts"].pop("report", None)  # the part that runs now, which is recorded when it begins
     lines = []
     for name in names:
         results = json.loads((out / "eval" / name / "results.json").read_text())
@@ -219,25 +220,23 @@ def report(out: Path, names: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the model; returns the exit status: that of the part that failed, or 0."""
+    """Train the model and return the exit status: that of the part that failed, or 0."""
     try:
         given = sys.argv[1:] if argv is None else argv
         config = configs.parse(
             {"default": BuiltinModel},
             given,
             prog="python -m uniref_fast.training.builtin.make",
-            description="Make the built-in model.",
+            description="Train the built-in model from scratch, and evaluate it.",
         ).config
         config = for_machine(config)
         _keep(config)
         for part in parts(config):
             if status := _run(part, config.out):
-                print(
-                    f"builtin_model: {part.name} ended with status {status}; the same command goes on", file=sys.stderr
-                )
+                print(f"error: {part.name} ended with status {status}; the same command continues", file=sys.stderr)
                 return status
     except (ValueError, OSError) as error:
-        print(f"builtin_model: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     print(config.out / "model")
     return 0
@@ -247,7 +246,7 @@ def _run(part: Part, out: Path) -> int:
     if part.done.exists():
         print(f"{part.name}: done, {part.done}", flush=True)
         return 0
-    _record(part, out, 0.0)  # before the work, so that a part that is killed when it is done is recorded too
+    _record(part, out, 0.0)  # before the work, so that a part that is killed at its end is recorded too
     start = time.perf_counter()
     if callable(part.work):
         print(f"{part.name}: {part.done}", flush=True)
@@ -257,7 +256,7 @@ def _run(part: Part, out: Path) -> int:
         print(f"{part.name}: {shlex.join(part.work)}", flush=True)
         status = run_command(part.work)
     if status == 0 and not part.done.exists():
-        raise ValueError(f"{part.name} ended well but did not write {part.done}")
+        raise ValueError(f"{part.name} ended with status 0 but did not write {part.done}")
     minutes = (time.perf_counter() - start) / 60
     print(f"{part.name}: {minutes:.1f} min", flush=True)
     _record(part, out, minutes)
@@ -265,18 +264,18 @@ def _run(part: Part, out: Path) -> int:
 
 
 def _record(part: Part, out: Path, minutes: float) -> None:
-    """Add the minutes of a try of a part, and the commit that it ran, to the record of the folder."""
+    """Add the minutes of an attempt at a part, and the commit of the sources, to the record of the folder."""
     made = json.loads((out / MADE).read_text())
-    done = made["parts"].setdefault(part.name, {"commits": [], "minutes": 0.0})  # of all tries
+    done = made["parts"].setdefault(part.name, {"commits": [], "minutes": 0.0})  # over all attempts
     done["commits"] = list(dict.fromkeys([*done["commits"], _commit()]))
     done["minutes"] = round(done["minutes"] + minutes, 1)
     _write_made(out, made)
 
 
 def run_command(command: Sequence[str]) -> int:
-    """The exit status of a command; signals to this process are passed on, and it is waited for.
+    """Run a command and return its exit status; signals to this process are passed on to it.
 
-    When this process is killed the command gets SIGTERM, so that no rank trains beside those of the next start.
+    If this process is killed, the command gets SIGTERM, so that its ranks do not train beside those of the next start.
     """
     follow = functools.partial(signal_at_parent_end, signal.SIGTERM)
     with subprocess.Popen(command, preexec_fn=follow) as process, _passed_on(process):
@@ -297,14 +296,14 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _keep(config: BuiltinModel) -> None:
-    """Write down what the model is made from; refuse a folder that was begun otherwise."""
+    """Record the settings of the training; raise ValueError for a folder with other settings."""
     path = config.out / MADE
     settings = {key: value for key, value in asdict(config).items() if key != "out"}
     if path.exists():
         before = json.loads(path.read_text())["settings"]
         odd = [f"{key} {before.get(key)} -> {value}" for key, value in settings.items() if before.get(key) != value]
         if odd:
-            raise ValueError(f"{config.out} was begun with other settings ({', '.join(odd)}); give another --out")
+            raise ValueError(f"{config.out} was started with other settings ({', '.join(odd)}); give another --out")
         return
     config.out.mkdir(parents=True, exist_ok=True)
     _write_made(config.out, {"settings": settings, "version": __version__, "parts": {}})
@@ -315,7 +314,7 @@ def _write_made(out: Path, made: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """Commit of the sources, marked when they differ from it; None without git."""
+    """Return the commit of the sources, marked if they differ from it; None without git."""
     here = Path(__file__).resolve().parent
     try:
         run = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -1,10 +1,10 @@
-"""Train the small byte-level BPE of the built-in pipeline.
+"""Train the small byte-level BPE tokenizer of the built-in pipeline.
 
     python -m uniref_fast.training.builtin.make_tokenizer [folder]
 
-Writes `tokenizer/vocab.json` and `tokenizer/merges.txt`, the two files a `Qwen2Tokenizer` is made of. The corpus is the
-text below and Python's own `unicodedata`, so anyone can regenerate it. The system prompt of QwenImageEditPlusPipeline
-dominates the corpus on purpose: the pipeline drops the first 64 hidden states, so every word of it must be one token.
+Writes `tokenizer/vocab.json` and `tokenizer/merges.txt`, the two files of a `Qwen2Tokenizer`. The corpus is the text
+below and Python's own `unicodedata`, so anyone can reproduce it. The system prompt of QwenImageEditPlusPipeline
+dominates it on purpose: the pipeline drops the first 64 hidden states, so each word of the prompt must be one token.
 """
 
 import itertools
@@ -40,14 +40,14 @@ same different only also very more less please high low quality blurry distorted
 
 
 def emoji_names() -> list[str]:
-    """Lower-case Unicode names of the pictographs, from the blocks that emoji live in."""
+    """Return the lower-case Unicode names of the pictographs, from the blocks that hold emoji."""
     blocks = ((0x2600, 0x27C0), (0x1F300, 0x1F650), (0x1F680, 0x1F700), (0x1F900, 0x1FB00))
     names = (unicodedata.name(chr(c), "") for c in itertools.chain.from_iterable(range(*block) for block in blocks))
     return [name.lower() for name in names if name]
 
 
 def corpus() -> list[str]:
-    """All lines the merges are counted on; repetition is the weight of a line."""
+    """Return all lines whose merges are counted; a line that is repeated weighs more."""
     lines = [SYSTEM_PROMPT, *TURNS] * 2000
     verbs = VERBS.split()
     words = verbs + WORDS.split()
@@ -64,7 +64,7 @@ def corpus() -> list[str]:
 
 
 def train(folder: Path) -> None:
-    """Train and write `vocab.json` and `merges.txt` into `folder`."""
+    """Train the tokenizer and write `vocab.json` and `merges.txt` into a folder."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 

@@ -1,4 +1,4 @@
-"""How the autoencoder of the built-in model is trained; `vae.py` is the command."""
+"""Training of the autoencoder of the built-in model; `vae.py` is the command."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ __all__ = ["crops", "psnr", "run"]
 
 
 def run(config: VAE) -> None:
-    """Train, or go on with what the folder holds, and write the model.
+    """Train, or resume the run in the folder, and write the model.
 
     Raises:
-        ValueError: for settings or data that cannot be used, or a folder that another run uses.
-        CheckpointError: when a checkpoint cannot be written, or there are some and none is whole.
+        ValueError: If settings or data cannot be used, or another run uses the folder.
+        CheckpointError: If a checkpoint cannot be written, or all existing checkpoints are damaged.
     """
     ranks = Ranks.start()
     with locked(config.out, ranks):
@@ -52,7 +52,7 @@ def _run(config: VAE, ranks: Ranks) -> None:
     if made.is_dir() and not (made / "model_index.json").is_file():
         raise ValueError(f"{made} holds no model; remove it, or give another --out")
     if config.batch % ranks.size:
-        raise ValueError(f"{config.batch} crops a step cannot be shared out to {ranks.size} ranks evenly")
+        raise ValueError(f"{config.batch} crops per step cannot be divided evenly among {ranks.size} ranks")
     torch.manual_seed(config.seed)
     pipe = components.pipeline(0, torch.float32)
     vae = pipe.vae.to(ranks.device).train()
@@ -68,7 +68,7 @@ def _run(config: VAE, ranks: Ranks) -> None:
         for state in optimizer.state.values():
             state["step"].fill_(done)
     if made.is_dir():
-        print(f"{made} is there already")
+        print(f"{made} exists; nothing to do")
         return
     checkpoints.set_aside([name for name, _ in newest.damaged])
     held = torch.stack([crops(config, -1 - i, split="heldout_objects") for i in range(4)]).flatten(0, 1)
@@ -99,7 +99,7 @@ def _run(config: VAE, ranks: Ranks) -> None:
             seconds = time.perf_counter() - start
             values = {name: value.item() for name, value in losses.items()}
             if not math.isfinite(values["loss"]):
-                raise ValueError(f"the loss is {values['loss']} at step {step}; lower lr, or go on from a checkpoint")
+                raise ValueError(f"the loss is {values['loss']} at step {step}; lower lr, or resume from a checkpoint")
             monitor.step(step, values, tokens=pixels[:, 0].numel(), samples=len(pixels), flops=0.0, seconds=seconds)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 with torch.no_grad():
@@ -116,26 +116,26 @@ def _run(config: VAE, ranks: Ranks) -> None:
             builtin.write(pipe, made, weights="untrained", seed=0)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"the model could not be written to {made}: {error}. All steps are done and kept in "
-                f"{checkpoints.path(config.steps)}: make room, then give the same command again"
+                f"the model could not be written to {made}: {error}. All steps are done and saved in "
+                f"{checkpoints.path(config.steps)}: free some space, then run the same command again"
             ) from error
         print(made)
 
 
 def crops(config: VAE, step: int, split: str = "train") -> Tensor:
-    """The crops of a step, float32 `[batch, 3, 1, side, side]` in -1..1, each of another picture of the split.
+    """Return the crops of a step, float32 `[batch, 3, 1, side, side]` in -1..1, each from another image of the split.
 
-    Smaller pictures are enlarged. Negative steps give crops of their own.
+    Smaller images are enlarged. Negative steps give other crops than positive ones.
 
     Raises:
-        ValueError: when the data has too few pictures.
+        ValueError: If the data has too few images.
     """
     random = np.random.Generator(np.random.PCG64([config.seed, abs(step), step < 0]))
     files = _pictures(config.data, split)
     if len(files) < config.batch:
         raise ValueError(
-            f"{config.data} has {len(files)} pictures of {split}, fewer than the {config.batch} of a step; make data "
-            f"with: uniref-fast data make {config.data} --size 64"
+            f"{config.data} has {len(files)} images of {split}, fewer than the {config.batch} of a step; generate "
+            f"more with: uniref-fast data make {config.data} --size 64"
         )
     found: list[np.ndarray] = []
     for number in random.choice(len(files), config.batch, replace=False):
@@ -150,7 +150,7 @@ def crops(config: VAE, step: int, split: str = "train") -> Tensor:
 
 
 def psnr(made: Tensor, wanted: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image, dB, for values in -1..1; made values are clamped to that. `[B]`"""
+    """Return the peak signal-to-noise ratio `[B]` of images in dB, for values in -1..1, to which `made` is clamped."""
     error = (made.float().clamp(-1, 1) - wanted.float()).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / error.clamp_min(1e-10))
 
@@ -161,7 +161,7 @@ def _pictures(data: Path, split: str) -> list[Path]:
 
 
 def _losses(vae: Any, pixels: Tensor, config: VAE, step: int, ranks: Ranks) -> dict[str, Tensor]:
-    """Of this rank's share of the crops."""
+    """Return the losses of this rank's share of the crops."""
     pixels = pixels.chunk(ranks.size)[ranks.rank]
     posterior = vae.encode(pixels).latent_dist
     shape = (config.batch, *posterior.mean.shape[1:])
@@ -190,7 +190,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _normalise(vae: Any, config: VAE) -> None:
-    """Mean and standard deviation of each latent channel over crops, into the autoencoder's configuration."""
+    """Write mean and standard deviation of each latent channel over crops into the autoencoder's configuration."""
     device = next(vae.parameters()).device
     with torch.no_grad():
         parts = [vae.encode(crops(config, -100 - i).to(device)).latent_dist.mode() for i in range(32)]

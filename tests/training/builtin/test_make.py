@@ -179,7 +179,7 @@ def test_stopped_in_a_part_and_continued(tmp_path):
         (out / "finish").touch()
         process.kill()
     assert process.returncode == 143 and (out / "stopped").exists(), text
-    assert "waits ended with status 143; the same command goes on" in text
+    assert "waits ended with status 143; the same command continues" in text
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "first: done" in done.stdout and "waits: done" not in done.stdout and (out / "done").exists()

@@ -1,4 +1,4 @@
-"""Training the built-in autoencoder: its crops, its measure, a run that learns, is killed, goes on and is loaded."""
+"""Tests of the training of the built-in autoencoder: crops, PSNR, and runs that learn, are killed, and resume."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_crops_span_the_range():
 
 
 def test_crops_are_keyed_by_seed_step_and_split():
-    """Drawn in threads ahead, and anew when a run goes on: nothing but these may count."""
+    """Crops are drawn ahead in threads, and again by a resumed run, so they depend on seed, step and split alone."""
     keys = [(SMALL, 0, "train"), (SMALL, 1, "train"), (SMALL, 7, "train"), (SMALL, -1, "train"), (SMALL, -7, "train"),
             (SMALL, 1, "heldout_objects"), (SMALL, -1, "heldout_objects"),
             (dataclasses.replace(SMALL, seed=1), 1, "train")]  # fmt: skip
@@ -91,7 +91,7 @@ def test_crops_are_of_different_pictures_of_the_split(tmp_path):
 
 
 def test_too_few_pictures(tmp_path):
-    with pytest.raises(ValueError, match="0 pictures of train, fewer than the 2"):
+    with pytest.raises(ValueError, match="0 images of train, fewer than the 2"):
         crops(dataclasses.replace(SMALL, data=tmp_path), 0)
 
 
@@ -105,7 +105,7 @@ def test_crops_leave_the_global_generators_alone():
 
 
 def test_psnr():
-    """Of a peak of 2: an error of 0.2 everywhere is 20 log10(2 / 0.2) = 20 dB, of 0.02 it is 40 dB."""
+    """Check values for a peak of 2: an error of 0.2 everywhere is 20 log10(2 / 0.2) = 20 dB, of 0.02 it is 40 dB."""
     wanted = torch.zeros(3, 3, 1, 4, 4)
     made = wanted + torch.tensor([0.2, -0.02, 0.0]).view(3, 1, 1, 1, 1)
     found = psnr(made, wanted)
@@ -216,7 +216,7 @@ def test_weights_move_and_a_finished_model_is_never_half_replaced(whole, capsys)
     assert len(moved) > len(initial) / 2
     before = contents(whole / "model")
     assert vae.main(flags(dataclasses.replace(SMALL, out=whole))) == 0
-    assert contents(whole / "model") == before and "is there already" in capsys.readouterr().out
+    assert contents(whole / "model") == before and "exists; nothing to do" in capsys.readouterr().out
     assert vae.main(flags(dataclasses.replace(SMALL, out=whole, lr=0.1))) == 2
     assert "the peak learning rate is fixed: lr is " in capsys.readouterr().err
 
@@ -228,7 +228,7 @@ def test_a_folder_that_holds_no_model(tmp_path, capsys):
 
 
 def test_the_loss_falls(tmp_path):
-    """By more than batches differ: means over a third of the steps, all of the first scenes."""
+    """The loss falls by more than batches differ: means over a third of the steps, all of the first scenes."""
     config = dataclasses.replace(SMALL, out=tmp_path / "run", steps=30, batch=4, lr=2e-2, save_every=100)
     vae_trainer.run(config)
     losses = [loss for _, loss in metrics(config.out)]
@@ -249,7 +249,7 @@ def test_the_loss_falls(tmp_path):
         (["--lr", "nan"], "lr"),
         (["--kl", "-1"], "kl at least 0"),
         (["--steps", "many"], "many"),
-        (["--data", "nowhere"], "nowhere has 0 pictures"),
+        (["--data", "nowhere"], "nowhere has 0 images"),
         (["--stepps", "3"], "steps"),
         (["--steps"], "steps"),
         (["--recipe", "large"], "large"),
@@ -282,7 +282,7 @@ def test_a_full_disk_at_the_end_says_what_was_kept(whole, tmp_path, monkeypatch,
         patch.setattr(vae_trainer.builtin, "write", full)
         assert vae.main(flags(dataclasses.replace(SMALL, out=out))) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vae: ")]
-    assert "No space left" in line and "step-000003: make room" in line
+    assert "No space left" in line and "step-000003: free some space" in line
     assert vae.main(flags(dataclasses.replace(SMALL, out=out, save_every=1))) == 0
     assert contents(out / "model") == contents(whole / "model")
     changed = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
