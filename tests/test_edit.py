@@ -35,6 +35,9 @@ from uniref_fast.patch.stock import REPLACED_MODULES
 from uniref_fast.request import request_geometry, validated
 from uniref_fast.testing import max_relative_error
 
+LOOP_ROUNDING = 1e-4
+"""Largest relative error, in float32, between two ways to run a denoising loop and to decode its result."""
+
 STEPS = 3
 
 
@@ -82,9 +85,9 @@ def test_each_result_equals_its_own_run(pipe):
     together = uniref_fast.edit(pipe, requests(), output_type="pt", progress=False)
     for request, image in zip(requests(), together, strict=True):
         alone = uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0]
-        assert image.shape == alone.shape and max_relative_error(image, alone) < 1e-4
+        assert image.shape == alone.shape and max_relative_error(image, alone) < LOOP_ROUNDING
         if request.images:
-            assert max_relative_error(image, stock_image(pipe, request)) < 1e-4
+            assert max_relative_error(image, stock_image(pipe, request)) < LOOP_ROUNDING
         if request.height:
             assert image.shape[-2:] == (request.height, request.width)
 
@@ -115,7 +118,7 @@ def test_without_references_equals_a_loop_over_diffusers_transformer(pipe):
                 return_dict=False,
             )[0]
         latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-    assert max_relative_error(out, latents) < 1e-4
+    assert max_relative_error(out, latents) < LOOP_ROUNDING
 
 
 @pytest.fixture
@@ -138,7 +141,7 @@ def test_splitting_into_packs_changes_nothing(pipe, layouts):
     layouts.clear()
     split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, max_tokens=500)
     assert len(layouts) > STEPS and all(x.joint_length <= 500 or x.num_samples == 1 for x in layouts)
-    assert all(max_relative_error(a, b) < 1e-5 for a, b in zip(split, whole, strict=True))
+    assert all(max_relative_error(a, b) < LOOP_ROUNDING for a, b in zip(split, whole, strict=True))
 
 
 def test_patched_or_not_is_the_same(pipe):
@@ -394,8 +397,10 @@ def test_prompt_embeddings_equal_the_stock_run(pipe, mask):
     }
     stock = bare(image=list(request.images), true_cfg_scale=2.5, num_inference_steps=STEPS, output_type="pt", **fields,
                  generator=torch.Generator().manual_seed(request.seed)).images[0]  # fmt: skip
-    assert max_relative_error(made, stock) < 1e-4
-    assert (max_relative_error(made, before) < 1e-4) == (mask != "hole"), "a hole moves the rotary positions behind it"
+    assert max_relative_error(made, stock) < LOOP_ROUNDING
+    assert (max_relative_error(made, before) < LOOP_ROUNDING) == (mask != "hole"), (
+        "a hole moves the rotary positions behind it"
+    )
     tokens = uniref_fast.estimate(bare, [request]).tokens["text"]
     rows = [request.prompt_embeds.shape[1] - (3 if mask == "padding" else 0), request.negative_prompt_embeds.shape[1]]
     assert tokens == sum(rows)
@@ -493,18 +498,18 @@ def test_every_scheduler_equals_the_stock_run(with_scheduler, name):
         pipe, [request, requests()[3], request], output_type="pt", progress=False, max_tokens=500
     )
     assert pipe.scheduler.__dict__ == before, "the pipeline's scheduler is left as it is"
-    assert max_relative_error(again, first) < 1e-4  # float32 sums go by the place in a pack
+    assert max_relative_error(again, first) < LOOP_ROUNDING  # float32 sums go by the place in a pack
     torch.manual_seed(5)
     fields = {"image": list(request.images), "prompt": request.prompt, "negative_prompt": " ", "true_cfg_scale": 2.5,
               "num_inference_steps": 4, "output_type": "pt"}  # fmt: skip
-    assert max_relative_error(drawn, pipe(**fields).images[0]) < 1e-4
+    assert max_relative_error(drawn, pipe(**fields).images[0]) < LOOP_ROUNDING
     generator, step = torch.Generator().manual_seed(request.seed), pipe.scheduler.step
     if "generator" in inspect.signature(step).parameters:  # which stock does not pass on
         pipe.scheduler.step = functools.partial(step, generator=generator)
-    assert max_relative_error(first, pipe(**fields, generator=generator).images[0]) < 1e-4
+    assert max_relative_error(first, pipe(**fields, generator=generator).images[0]) < LOOP_ROUNDING
     vars(pipe.scheduler).pop("step", None)
     after = uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0]
-    assert max_relative_error(after, first) < 1e-4, "a stock run leaves its state in the scheduler"
+    assert max_relative_error(after, first) < LOOP_ROUNDING, "a stock run leaves its state in the scheduler"
 
 
 def test_given_latents_and_a_seed_for_the_noise_of_the_steps(with_scheduler):
@@ -515,7 +520,7 @@ def test_given_latents_and_a_seed_for_the_noise_of_the_steps(with_scheduler):
     one, same, other = uniref_fast.edit(
         pipe, [request, request, dataclasses.replace(request, seed=3)], output_type="latent", progress=False
     )
-    assert max_relative_error(same, one) < 1e-4 and max_relative_error(other, one) > 1e-2
+    assert max_relative_error(same, one) < LOOP_ROUNDING and max_relative_error(other, one) > 1e-2
 
 
 def test_schedulers_that_stock_refuses_are_refused_before_any_work(pipe, monkeypatch):
@@ -752,7 +757,7 @@ def test_changes_of_what_is_called_or_read_are_followed(pipe, change):
     before = uniref_fast.edit(copy, requests()[1:2], output_type="pt", progress=False)[0]
     FOLLOWED[change](copy.transformer)
     after = uniref_fast.edit(copy, requests()[1:2], output_type="pt", progress=False)[0]
-    assert max_relative_error(after, stock_image(copy, requests()[1])) < 1e-4
+    assert max_relative_error(after, stock_image(copy, requests()[1])) < LOOP_ROUNDING
     if change not in ("longer rotary tables", "a compiled forward", "a backend of PyTorch"):
         assert max_relative_error(after, before) > 1e-3
 
@@ -778,5 +783,5 @@ def test_replaced_methods_of_the_pipeline_are_followed(pipe, method):
     before = uniref_fast.edit(pipe, requests()[1:2], output_type="pt", progress=False)[0]
     with attribute(owner, name, changed):
         after = uniref_fast.edit(pipe, requests()[1:2], output_type="pt", progress=False)[0]
-        assert max_relative_error(after, stock_image(pipe, requests()[1])) < 1e-4
+        assert max_relative_error(after, stock_image(pipe, requests()[1])) < LOOP_ROUNDING
     assert max_relative_error(after, before) > 1e-3

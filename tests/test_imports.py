@@ -91,9 +91,9 @@ def test_help_and_wrong_flags_of_training_programs_load_nothing_heavy(program):
     assert wrong[:2] == (2, [])
 
 
-def test_the_package_loads_nothing():
+def test_the_package_loads_nothing_and_the_built_in_model_nothing_heavy():
     code = "import sys, uniref_fast; print([name for name in sys.modules if name.startswith('uniref_fast')])"
-    code += f"; print([name for name in {HEAVY} if name in sys.modules])"
+    code += f"; from uniref_fast import builtin; print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["['uniref_fast']", "[]"]
 
