@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.launch_metadata import moved_bytes
 from uniref_fast.kernels.token_common import channel_block, check, new_like, normalise, row_stride
 
 MAX_E4M3 = tl.constexpr(448.0)
@@ -31,7 +32,7 @@ def _store_quantised(b_out, p_values, p_row_scale, i_n, m_c, C: tl.constexpr, BC
     tl.store(p_row_scale + i_n, row_scale)
 
 
-@triton.jit
+@triton.jit(launch_metadata=moved_bytes)
 def norm_modulate_fp8_kernel(
     p_x, s_xn,  # [N, C]
     p_shift, s_shift,  # [R, C] or None
@@ -60,7 +61,7 @@ def norm_modulate_fp8_kernel(
     _store_quantised(b_out, p_values, p_row_scale, i_n, m_c, C, BC)
 
 
-@triton.jit
+@triton.jit(launch_metadata=moved_bytes)
 def gelu_fp8_kernel(
     p_x, s_xn,  # [N, C]
     p_values,  # [N, C] contiguous, float8

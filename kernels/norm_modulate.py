@@ -25,12 +25,13 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.launch_metadata import moved_bytes
 from uniref_fast.kernels.token_common import channel_block, check, new_like, normalise, row_stride, stored
 
 __all__ = ["gate_residual", "gate_residual_norm_modulate", "norm_modulate"]
 
 
-@triton.jit
+@triton.jit(launch_metadata=moved_bytes)
 def norm_modulate_kernel(
     p_x, s_xn,  # [N, C]
     p_y, s_yn,  # [N, C] or None

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakIdKeyDictionary
 
+from uniref_fast.kernels.launch_metadata import moved_bytes
 from uniref_fast.kernels.token_common import channel_block, check, new_like, row_stride
 
 # The sums of a tile cost 4 bytes a channel twice, written and read, for each of up to three quantities: at 16 tokens
@@ -41,7 +42,7 @@ def mean_of_both(b_a, b_b, C: tl.constexpr):
     return a / C, b / C
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], launch_metadata=moved_bytes)
 def norm_modulate_backward_kernel(
     p_grad_x_out, s_gxn,  # [N, C] or None
     p_grad_normed, s_gnn,  # [N, C], or None without a norm
@@ -134,7 +135,7 @@ def norm_modulate_backward_kernel(
             tl.store(p_sums + (GATED + 1) * C + o_c, b_dscale, mask=m_c)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles"], launch_metadata=moved_bytes)
 def sum_tiles_kernel(
     p_sums,  # [tiles, Q, C] float32
     p_ptr,  # [R + 1] first tile of each row, or None: row 0 has all tiles

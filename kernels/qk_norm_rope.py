@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.launch_metadata import moved_bytes
 from uniref_fast.kernels.token_common import check_heads, stored
 
 __all__ = ["qk_norm_rope"]
@@ -72,7 +73,7 @@ def _token(
 
 
 # num_txt is not specialised: another length of the prompt must not compile a new binary.
-@triton.jit(do_not_specialize=["num_txt"])
+@triton.jit(do_not_specialize=["num_txt"], launch_metadata=moved_bytes)
 def qk_norm_rope_kernel(
     num_txt,
     p_txt_q, s_tqn, s_tqh, p_txt_wq,  # [Nt, H, D], [D] or None

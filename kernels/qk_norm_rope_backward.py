@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.launch_metadata import moved_bytes
 from uniref_fast.kernels.token_common import check_heads
 
 TOKENS = 8  # a program's sums are then 1/300 of its traffic, at 24 heads and 16 bits
@@ -113,7 +114,7 @@ def _stream(
 
 
 # The numbers of tokens are not specialised: another length of the prompt must not compile a new binary.
-@triton.jit(do_not_specialize=["num_txt", "num_img"])
+@triton.jit(do_not_specialize=["num_txt", "num_img"], launch_metadata=moved_bytes)
 def qk_norm_rope_backward_kernel(
     num_txt, num_img,
     p_txt_q, s_tqn, s_tqh, p_txt_wq,  # [Nt, H, D], [D] or None

@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.launch_metadata import attention_products
 from uniref_fast.kernels.segment_attention_config import HEAD_DIMS, AttentionTables
 
 __all__ = ["segment_attention"]
@@ -58,7 +59,10 @@ def _attend(b_acc, b_max, b_sum, b_q, p_k, s_kn, p_v, s_vn, length, qk_scale, TA
 
 
 # s_lse is the number of queries: not specialised, so that one binary serves every pack.
-@triton.jit(do_not_specialize=["s_lse"])
+@triton.jit(
+    do_not_specialize=["s_lse"],
+    launch_metadata=attention_products(2, "p_q_ranges", "p_kv_ptr", "p_kv_ranges"),
+)
 def segment_attention_kernel(
     p_q, s_qn, s_qh,  # [Nq, H, D]
     p_k, s_kn, s_kh,  # [Nk, H, D]

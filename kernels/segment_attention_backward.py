@@ -22,13 +22,14 @@ import torch
 import triton
 import triton.language as tl
 
+from uniref_fast.kernels.launch_metadata import attention_products, moved_bytes
 from uniref_fast.kernels.segment_attention_config import HEAD_DIMS, AttentionTables
 
 DELTA_ROWS = 32
 
 
 # Like s_lse below: not specialised, so that one binary serves every pack.
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries"], launch_metadata=moved_bytes)
 def delta_kernel(
     p_out, s_on, s_oh,  # [Nq, H, D]
     p_do, s_gn, s_gh,  # [Nq, H, D]
@@ -56,7 +57,10 @@ def delta_kernel(
     tl.store(p_delta + o_stat, b_delta, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["s_lse"])
+@triton.jit(
+    do_not_specialize=["s_lse"],
+    launch_metadata=attention_products(4, "p_k_ranges", "p_q_ptr", "p_q_spans"),
+)
 def dkdv_kernel(
     p_q, s_qn, s_qh,  # [Nq, H, D]
     p_k, s_kn, s_kh,  # [Nk, H, D]
@@ -126,7 +130,10 @@ def dkdv_kernel(
     tl.store(p_dk + o_dk, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["s_lse"])
+@triton.jit(
+    do_not_specialize=["s_lse"],
+    launch_metadata=attention_products(3, "p_q_ranges", "p_kv_ptr", "p_kv_ranges"),
+)
 def dq_kernel(
     p_q, s_qn, s_qh,  # [Nq, H, D]
     p_k, s_kn, s_kh,  # [Nk, H, D]
