@@ -1,4 +1,4 @@
-"""Packs of ragged samples: full, of equal cost, and the same on every rank without a word between the ranks.
+"""Packs of ragged samples: full, of equal cost, and the same on every rank without communication.
 
 An optimizer step takes `packs` packs of at most `pack_tokens` tokens each from a buffer of pending samples, a few steps
 deep:
@@ -9,11 +9,12 @@ deep:
     packs = packer.pack()
     mine = [packs[i] for i in assign(packs, ranks)[rank]]
 
-Each pack begins with the oldest sample that is left, so nothing starves. It goes on with the next oldest that fit, and
-ends with the two of the buffer that bring it closest to both its tokens and its cost: the step's packs all aim at the
-same cost, that of a full pack of average pending samples, which also keeps the buffer's mix of sizes as it is.
+Each pack begins with the oldest sample that is left, so that no sample waits forever. The next oldest samples that fit
+follow, and at most two samples of the buffer end the pack: those that bring it closest to both its goals, of tokens and
+of cost. All packs of a step aim at the same cost, that of a full pack of average pending samples, which also keeps the
+mix of sizes in the buffer constant.
 
-What is packed depends on the samples alone, not on the number of ranks. Ranks agree bit for bit because every number is
+The packs depend on the samples alone, not on the number of ranks. Ranks agree bit for bit because every number is
 an integer, an exactly rounded sum, or the result of single IEEE operations.
 """
 
@@ -35,17 +36,17 @@ __all__ = ["CostModel", "Pack", "PackKey", "PackReport", "Packer", "Pending", "a
 PackKey = tuple[int, int]
 """(epoch, index of the sample in the data)."""
 
-CANDIDATES = 128  # oldest samples considered for the end of a pack: their pairs are all tried
+CANDIDATES = 128  # oldest samples considered for the end of a pack; all pairs of them are tried
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a sample costs, in seconds or floating point operations; only ratios matter for packing.
+    """The cost of a sample, in seconds or floating-point operations; only ratios matter for packing.
 
     Attributes:
-        linear: cost per token.
-        quadratic: cost per visible (query, key) pair; the "full" policy sees length^2 of them.
-        constant: cost per sample.
+        linear: Cost per token.
+        quadratic: Cost per visible (query, key) pair; under the "full" visibility a sample has length^2 pairs.
+        constant: Cost per sample.
     """
 
     linear: float
@@ -58,21 +59,25 @@ class CostModel:
             raise ValueError(f"costs must be finite, at least 0 and not all 0, got {self}")
 
     def of(self, sample: Sample) -> float:
-        """Cost of one sample under the "full" policy."""
+        """Return the cost of one sample under the "full" visibility."""
         length = sample.length
         return self.linear * length + self.quadratic * length**2 + self.constant
 
     def as_dict(self) -> dict[str, float]:
-        """Plain numbers, for JSON; `CostModel(**d)` reads them."""
+        """Return plain numbers for JSON; `CostModel(**d)` reads them."""
         return asdict(self)
 
     @classmethod
     def from_config(cls, config: Any) -> CostModel:
-        """Floating point operations of a forward pass of a `QwenImageTransformer2DModel` with this configuration.
+        """Return the costs in floating-point operations of a forward of a `QwenImageTransformer2DModel`.
 
-        A backward pass multiplies all of them alike. Exact for samples that are half target and half references.
+        A backward multiplies all costs by the same factor. The result is exact for samples that are half target and
+        half references.
+
+        Args:
+            config: Configuration of the transformer.
         """
-        from uniref_fast.estimate import transformer_flops  # here, because it imports the models
+        from uniref_fast.estimate import transformer_flops  # it imports the models
 
         small = Sample(128, (1, 64, 64), ((1, 64, 64),))
         large = Sample(256, (1, 128, 64), ((1, 128, 64),))
@@ -82,16 +87,16 @@ class CostModel:
 
     @classmethod
     def fit(cls, samples: Sequence[Sample], seconds: Sequence[float]) -> CostModel:
-        """Least squares of relative errors over non-negative costs.
+        """Fit non-negative costs to measured times by least squares of the relative errors.
 
-        Fit on one rank and hand the result to the others: times measured by each would make their packs differ.
+        One rank must fit and broadcast the result: packs would differ if each rank used the times that it measured.
 
         Args:
-            samples: of at least three different lengths.
-            seconds: how long each took alone; all above 0.
+            samples: Samples of at least three different lengths.
+            seconds: Time of each sample alone, above 0.
 
         Raises:
-            ValueError: for too few samples, or times that are missing or not above 0.
+            ValueError: There are too few samples, or times are missing or not above 0.
         """
         if len(samples) != len(seconds):
             raise ValueError(f"each sample needs its time: got {len(samples)} samples and {len(seconds)} times")
@@ -105,8 +110,13 @@ class CostModel:
 
 
 def _non_negative_least_squares(features: np.ndarray, values: np.ndarray) -> list[float]:
-    """Coefficients of the best of all subsets of columns, by relative error."""
-    scale = features.max(axis=0)  # columns of like size solve accurately
+    """Return the coefficients of the best of all subsets of columns, by relative error.
+
+    Args:
+        features: Float64 `[N, F]`.
+        values: Float64 `[N]`.
+    """
+    scale = features.max(axis=0)  # columns of similar size are solved accurately
     relative = features / scale / values[:, None]
     best, answer = math.inf, np.zeros(features.shape[1])
     for size in range(1, features.shape[1] + 1):
@@ -124,9 +134,9 @@ class Pending:
     """A sample that waits to be packed.
 
     Attributes:
-        key: where it comes from.
-        sample: its sizes.
-        cost: what it costs, above 0.
+        key: Epoch and index of the row.
+        sample: Sizes of the sample.
+        cost: Cost of the sample, above 0.
     """
 
     key: PackKey
@@ -150,8 +160,8 @@ class Pack:
     """Samples that run as one sequence.
 
     Attributes:
-        items: in the order they came; at least one.
-        capacity: most tokens it may hold.
+        items: Samples in the order in which they were pushed; at least one.
+        capacity: Largest number of tokens that the pack may hold.
     """
 
     items: tuple[Pending, ...]
@@ -167,25 +177,25 @@ class Pack:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """What `SelfLayout.qwen` takes."""
+        """Return the samples that the layout is made of."""
         return tuple(item.sample for item in self.items)
 
 
 class Packer:
-    """Takes samples in any order of sizes and gives out full packs of equal cost, step by step.
+    """A buffer of samples of any sizes that gives out full packs of equal cost, step by step.
 
-    A pack holds whole samples: where most are about as long as each other, choose `pack_tokens` a little over a
-    multiple of their length.
+    A pack holds whole samples: if most samples have a similar length, choose `pack_tokens` a little over a multiple of
+    that length.
     """
 
     def __init__(self, pack_tokens: int, packs: int, cost_model: CostModel, lookahead: float = 3.0) -> None:
-        """Start with no samples.
+        """Create an empty buffer.
 
         Args:
-            pack_tokens: most tokens of a pack.
-            packs: packs of a step, over all ranks.
-            cost_model: prices samples.
-            lookahead: steps' worth of tokens to hold before packing, at least 1. More fills packs better.
+            pack_tokens: Largest number of tokens in a pack.
+            packs: Packs of a step, over all ranks.
+            cost_model: Costs of the samples.
+            lookahead: Tokens to hold before packing, in steps, at least 1. A larger value fills packs better.
         """
         for name, value in (("pack_tokens", pack_tokens), ("packs", packs), ("lookahead", lookahead)):
             if not 1 <= value < math.inf:
@@ -194,18 +204,18 @@ class Packer:
         self._pending: list[Pending] = []
 
     def __len__(self) -> int:
-        """Samples pending."""
+        """Return the number of pending samples."""
         return len(self._pending)
 
     def pending(self, key: PackKey, sample: Sample) -> Pending:
-        """The sample with its price, to push."""
+        """Return a sample with its cost, to be pushed."""
         return Pending(key, sample, self.cost_model.of(sample))
 
     def push(self, *items: Pending) -> None:
-        """Add samples behind those that wait; all or, on an error, none.
+        """Add samples after those that wait; on an error, none is added.
 
         Raises:
-            ValueError: for a sample that is larger than a pack, or whose key waits already.
+            ValueError: A sample is larger than a pack, or its key is pending already.
         """
         known = {item.key for item in self._pending}
         for item in items:
@@ -223,7 +233,7 @@ class Packer:
         self._pending += items
 
     def need(self) -> int:
-        """How many more samples it wants before `pack`, guessed from the lengths so far; 0 when it has enough."""
+        """Estimate, from the lengths so far, how many samples to push before `pack`; 0 if there are enough."""
         count, tokens = len(self._pending), sum(item.tokens for item in self._pending)
         if count < self.packs:
             return self.packs - count
@@ -231,12 +241,13 @@ class Packer:
         return max(math.ceil(missing * count / tokens), 0)
 
     def pack(self) -> list[Pack]:
-        """The packs of a step, exactly `packs`, none empty. The `packs` oldest samples are always among them.
+        """Return the packs of a step: exactly `packs`, none of them empty. They always hold the `packs` oldest samples.
 
-        Works with fewer samples than `need` asks for, down to one a pack: packs are then less full, but still balanced.
+        Fewer samples than `need` asks for are enough, down to one per pack: the packs are then less full, but still
+        balanced.
 
         Raises:
-            ValueError: with fewer samples than packs.
+            ValueError: There are fewer samples than packs.
         """
         pending = self._pending
         if len(pending) < self.packs:
@@ -257,45 +268,18 @@ class Packer:
         self._pending = [pending[i] for i in rest]
         return [Pack(tuple(pending[i] for i in group), self.pack_tokens) for group in groups]
 
-    def state(self) -> dict[str, Any]:
-        """What waits, in order, for JSON. `from_state` with the same settings packs the same packs from it."""
-        return {"pending": [{"key": p.key, "cost": p.cost, **asdict(p.sample)} for p in self._pending]}
-
-    @classmethod
-    def from_state(
-        cls,
-        state: dict[str, Any],
-        pack_tokens: int,
-        packs: int,
-        cost_model: CostModel,
-        lookahead: float = 3.0,
-    ) -> Packer:
-        """A packer that goes on where `state` was taken; costs are those of the state.
-
-        Raises:
-            ValueError: for something else than a state, or a sample that is larger than a pack.
-        """
-        packer = cls(pack_tokens, packs, cost_model, lookahead)
-        try:
-            items = [
-                Pending(e["key"], Sample(e["text"], e["target"], e["references"], e["group"]), e["cost"])
-                for e in state["pending"]
-            ]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a state of a Packer: {type(error).__name__} {error}") from error
-        packer.push(*items)
-        return packer
-
 
 @dataclass(frozen=True)
 class _Fill:
-    """One pack to fill from samples in order of age; the first of them is always in it.
+    """One pack to fill from samples in order of age; it always takes the first sample.
 
     Attributes:
-        tokens, costs: of the samples, int64 and float64 `[N]`.
-        capacity: most tokens.
-        goal_tokens, goal_cost: what to come close to.
-        most: samples it may take, at least 1.
+        tokens: Tokens of each sample, int64 `[N]`.
+        costs: Cost of each sample, float64 `[N]`.
+        capacity: Largest number of tokens.
+        goal_tokens: Tokens to come close to.
+        goal_cost: Cost to come close to.
+        most: Largest number of samples, at least 1.
     """
 
     tokens: np.ndarray
@@ -306,7 +290,7 @@ class _Fill:
     most: int
 
     def best(self) -> list[int]:
-        """Indices of the samples to take, ascending."""
+        """Return the indices of the samples to take, ascending."""
         prefix = self._oldest_that_fit()
         reach = int(np.sort(self.tokens)[-2:].sum())  # the most that two samples can add
         best, answer = math.inf, prefix
@@ -331,9 +315,9 @@ class _Fill:
         return taken
 
     def _ending(self, taken: list[int], used: int, cost: float) -> tuple[float, list[int]]:
-        """How far off the goals the pack is with its best ending of at most two samples, and that ending."""
+        """Return the distance from the goals with the best ending of at most two samples, and that ending."""
         free = np.delete(np.arange(len(self.tokens)), taken)[:CANDIDATES]
-        tokens = np.concatenate(([0], self.tokens[free]))  # candidate 0 is no sample
+        tokens = np.concatenate(([0], self.tokens[free]))  # candidate 0 stands for no sample
         costs = np.concatenate(([0.0], self.costs[free]))
         room = self.most - len(taken)
         rows, columns = len(tokens) if room > 1 else 1, len(tokens) if room > 0 else 1
@@ -342,20 +326,23 @@ class _Fill:
         off += np.abs(cost + costs[:rows, None] + costs[None, :columns] - self.goal_cost) / self.goal_cost
         off[together > self.capacity] = math.inf
         nothing = off[0, 0]
-        np.fill_diagonal(off, math.inf)  # no sample twice
+        np.fill_diagonal(off, math.inf)  # a sample is taken once
         off[0, 0] = nothing
         first, second = divmod(int(off.argmin()), columns)
         return float(off[first, second]), [int(free[i - 1]) for i in (first, second) if i]
 
 
 def assign(packs: Sequence[Pack], ranks: int) -> list[list[int]]:
-    """Numbers of the packs that each rank runs: equally many for each, of costs as equal as can be.
+    """Assign packs to ranks: the same number to each, of total costs that are as equal as possible.
 
-    The costliest pack goes first, each to the rank with the least cost that has room. A rank's packs are in order of
-    falling cost, so that packs which run at the same time cost alike.
+    In order of falling cost, each pack goes to the rank with the least total cost that has room. A rank runs its packs
+    in that order, so that packs which run at the same time have similar costs.
+
+    Returns:
+        Numbers of the packs of each rank.
 
     Raises:
-        ValueError: when the packs cannot be shared out equally.
+        ValueError: The packs cannot be divided equally among the ranks.
     """
     if ranks < 1 or len(packs) % ranks:
         possible = ", ".join(str(n) for n in range(1, len(packs) + 1) if len(packs) % n == 0)
@@ -373,13 +360,13 @@ def assign(packs: Sequence[Pack], ranks: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackReport:
-    """How good a step's packs are.
+    """The quality of a step's packs.
 
     Attributes:
-        utilisation: tokens over what the packs could hold, 0 to 1.
-        imbalance: cost of the costliest rank over the mean of the ranks, less 1; 0 is perfect.
-        samples: in all packs.
-        tokens: in all packs.
+        utilisation: Tokens divided by the capacity of the packs, 0 to 1.
+        imbalance: Cost of the rank with the highest cost, divided by the mean of the ranks, minus 1; 0 is perfect.
+        samples: Number of samples in all packs.
+        tokens: Number of tokens in all packs.
     """
 
     utilisation: float
@@ -389,7 +376,7 @@ class PackReport:
 
 
 def report(packs: Sequence[Pack], ranks: int) -> PackReport:
-    """Utilisation of the packs and balance over the ranks that `assign` gives them to."""
+    """Report the utilisation of packs, and their balance over the ranks that `assign` gives them to."""
     if not packs:
         raise ValueError("no packs to report on")
     loads = [math.fsum(packs[i].cost for i in share) for share in assign(packs, ranks)]

@@ -1,13 +1,13 @@
-"""What a trainer shows and keeps while it runs.
+"""Metrics, events, sample images and the progress bar of a run.
 
     with Monitor(folder, total_steps=1000, start_step=resumed_at, enabled=rank == 0) as monitor:
         monitor.step(step, {"loss": 0.12, "lr": 1e-4}, tokens=32768, samples=9, flops=3e15, seconds=1.2)
         monitor.event(step, "checkpoint", path="checkpoints/000100")
 
-A run's folder then holds, beside what the trainer itself writes:
+The folder of the run then holds, in addition to the trainer's own files:
 
-    metrics.jsonl                  a line a step: {"step": 100, "loss": 0.12, ..., "tokens_per_second": 27306.7}
-    events.jsonl                   a line an event: {"step": 100, "kind": "checkpoint", "path": ...}
+    metrics.jsonl                  a line per step: {"step": 100, "loss": 0.12, ..., "tokens_per_second": 27306.7}
+    events.jsonl                   a line per event: {"step": 100, "kind": "checkpoint", "path": ...}
     samples/<name>-<step>.png
     tensorboard/
 """
@@ -20,7 +20,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -45,23 +45,24 @@ class Monitor:
 
     A folder that holds an earlier part of the run is continued. Metrics written after the checkpoint that training
     resumes from are cut off first, so that a curve has no step twice; an event "resume" says how many. These are the
-    training steps at or after `start_step`; what was logged at `start_step` itself describes the very state that is
-    resumed and stays, except at step 0, where the run begins anew. Images of later steps are removed as well. Events
-    stay, as the history of the run.
+    training steps at or after `start_step`; what was logged at `start_step` itself describes the state that is
+    resumed and stays, except at step 0, where the run starts from the beginning. Images of later steps are removed as
+    well. Events stay, as the history of the run.
 
     Args:
-        folder: of the run; made if missing.
-        total_steps: training steps of the whole run; they are numbered from 0.
-        start_step: first step of this process, 0 or what a checkpoint says.
+        folder: Folder of the run; it is created if it is missing.
+        total_steps: Training steps of the whole run; they are numbered from 0.
+        start_step: First step of this process: 0, or the step of the checkpoint.
         enabled: False on ranks other than 0: every method then does nothing.
-        tensorboard: write `tensorboard/` too; without the package a line says so and training goes on.
-        wandb: log to Weights & Biases too, project "uniref_fast"; a continued folder continues its run there.
-        flops_per_second: peak of the devices that do the `flops` given to `step`, see `peak_flops`; None: no MFU.
-        print_every: steps between two lines where stderr is no terminal, which gets a progress bar.
+        tensorboard: Also write `tensorboard/`; if the package is missing, a line reports it and training continues.
+        wandb: Also log to Weights & Biases, project "uniref_fast"; a continued folder continues its run there.
+        flops_per_second: Peak of the devices that compute the `flops` given to `step`, see `peak_flops`; None logs no
+            MFU.
+        print_every: Steps between two printed lines if stderr is not a terminal; a terminal gets a progress bar.
 
     Raises:
-        ValueError: for impossible steps; on entry, for a metrics or events file damaged otherwise than by a kill.
-        ImportError: for `wandb=True` without the package.
+        ValueError: Steps are impossible; on entry, a metrics or events file is damaged in a way that no kill explains.
+        ImportError: `wandb` is True and the package is missing.
     """
 
     def __init__(
@@ -149,17 +150,17 @@ class Monitor:
         """Record one training step and move the progress bar past it.
 
         Args:
-            step: its number, above every one recorded before.
-            metrics: values by name, numbers or tensors of one element; a slash groups: "loss_by_k/3".
-            tokens: that were trained on, padding not counted.
-            samples: that were trained on.
-            flops: floating point operations of forward and backward (no recomputation), by the devices whose peak is
-                `flops_per_second`; for MFU.
-            seconds: that the step took.
+            step: Number of the step, above every number recorded before.
+            metrics: Values by name, numbers or tensors of one element; a slash groups values: "loss_by_k/3".
+            tokens: Number of tokens trained on, without padding.
+            samples: Number of samples trained on.
+            flops: Floating-point operations of forward and backward, without recomputation, by the devices whose peak
+                is `flops_per_second`; for MFU.
+            seconds: Duration of the step.
 
         Raises:
-            ValueError: for a step out of turn, no time, or a metric with the name of one that this method adds
-                (tokens_per_second, samples_per_second, mfu and what it is given by name).
+            ValueError: The step is out of order, its duration is not positive, or a metric has a name that this method
+                adds itself (tokens_per_second, samples_per_second, mfu, and the names of its arguments).
         """
         if not self.enabled:
             return
@@ -206,23 +207,23 @@ class Monitor:
             sink.image(step, name, image.convert("RGB"))
 
     def logged(self, step: int, prefix: str) -> bool:
-        """Whether a value whose name begins with `prefix` is recorded for a step."""
+        """Return True if a value whose name begins with `prefix` is recorded for a step."""
         if not self.enabled:
             return False
         records = read_records(self.folder / "metrics.jsonl")
         return any(record["step"] == step and any(name.startswith(prefix) for name in record) for record in records)
 
     def has_image(self, step: int, name: str) -> bool:
-        """Whether `samples/<name>-<step>.png` was written in this part of the run or an earlier one."""
+        """Return True if `samples/<name>-<step>.png` was written, in this part of the run or an earlier one."""
         return self.enabled and self._image_path(step, name).exists()
 
-    # ---- how ----
+    # ---- implementation ----
 
     def _image_path(self, step: int, name: str) -> Path:
         return self.folder / "samples" / f"{name}-{step:06d}.png"
 
     def _before_start(self, record: dict[str, Any]) -> bool:
-        """Whether the state at `start_step` has this record behind it."""
+        """Return True if the record belongs to the history of the state at `start_step`."""
         logged = "seconds" not in record
         return record["step"] < self.start_step or (logged and record["step"] == self.start_step > 0)
 
@@ -272,10 +273,10 @@ class Monitor:
 
 
 class GroupedMean:
-    """Means by group, such as the loss by number of references, over what was added since the last `reduce`.
+    """Means by group, such as the loss by number of references, over the values added since the last `reduce`.
 
     Args:
-        name: in front of the groups in the result: "loss_by_k" gives "loss_by_k/1", "loss_by_k/2", ...
+        name: Prefix of the groups in the result: "loss_by_k" gives "loss_by_k/1", "loss_by_k/2", ... .
     """
 
     def __init__(self, name: str) -> None:
@@ -283,29 +284,16 @@ class GroupedMean:
         self._totals: dict[str, tuple[float, float]] = {}
 
     def add(self, group: object, value: float, weight: float = 1.0) -> None:
-        """Count a value of a group, `weight` times; a weight must be positive."""
+        """Add a value of a group, with a weight above 0."""
         if not weight > 0:
             raise ValueError(f"a weight must be positive, got {weight} for {self.name}/{group}")
         total, count = self._totals.get(str(group), (0.0, 0.0))
         self._totals[str(group)] = total + float(value) * weight, count + weight
 
-    def reduce(
-        self, gather: Callable[[dict[str, tuple[float, float]]], Iterable[dict[str, tuple[float, float]]]] | None = None
-    ) -> dict[str, float]:
-        """The means, in the order of the groups' names; counting then starts anew.
-
-        Args:
-            gather: takes this rank's {group: (sum, weight)} and returns those of all ranks, in the order of the ranks
-                (`torch.distributed.all_gather_object`); every rank must call, also one that has seen no group. None: of
-                this rank alone.
-        """
-        merged: dict[str, tuple[float, float]] = {}
-        for totals in [self._totals] if gather is None else gather(self._totals):
-            for group, (total, weight) in totals.items():
-                before = merged.get(group, (0.0, 0.0))
-                merged[group] = before[0] + total, before[1] + weight
-        self._totals = {}
-        return {f"{self.name}/{group}": merged[group][0] / merged[group][1] for group in sorted(merged)}
+    def reduce(self) -> dict[str, float]:
+        """Return the means in the order of the groups' names, and forget all values."""
+        totals, self._totals = self._totals, {}
+        return {f"{self.name}/{group}": total / weight for group, (total, weight) in sorted(totals.items())}
 
 
 # Dense (no sparsity) bf16 peaks with fp32 accumulation, FLOP/s. A line serves names that hold all its words, so
@@ -331,7 +319,7 @@ PARTIAL = {"MIG", "Laptop", "D", "Ti"}  # a slice of the chip, or another chip o
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float | None:
-    """Dense matrix-product peak of a device in bf16 or fp16, FLOP/s; None where it is not known, as on a CPU."""
+    """Return the dense matrix-product peak of a device in bf16 or fp16, in FLOP/s; None if it is not known."""
     import torch
 
     device = torch.device(device)

@@ -125,26 +125,6 @@ def test_every_sample_leaves_once_and_the_oldest_first(lengths, packs, lookahead
     assert len(arrived) - len(gone) == len(packer) < packs
 
 
-@settings(max_examples=100, deadline=None)
-@given(lengths, st.integers(1, 4))
-def test_resumes_from_json(lengths, packs):
-    """The same packs as without the interruption, also with text runs and groups, and when costs are refitted."""
-    packer = Packer(200, packs, CostModel(1.1, 0.013, 0.7))
-    items = [
-        packer.pending((1, i), Sample(((n // 3, True), (n // 9, False)), (1, 2, n // 4 + 1), ((1, 1, 3),) * (n % 3), n))
-        for i, n in enumerate(lengths)
-    ]
-    packer.push(*items)
-    if len(packer) >= 2 * packs:
-        packer.pack()
-    state = json.loads(json.dumps(packer.state()))
-    resumed = Packer.from_state(state, 200, packs, PLAIN)
-    assert resumed.state() == packer.state() and resumed.need() == packer.need()
-    while len(packer) >= packs:
-        assert resumed.pack() == packer.pack()
-    assert len(resumed) == len(packer)
-
-
 def test_a_sample_that_fits_badly_does_not_starve():
     """Alone in its pack, passed over by every better fit, it goes in the step in which it is the oldest."""
     packer = pushed([60, 40, 50, 50, 99, 60, 40, 30, 70], packs=1)
@@ -287,7 +267,7 @@ def test_a_sample_larger_than_a_pack_is_named_and_nothing_is_pushed():
         packer.push(good, good)
     assert len(packer) == 1
     with pytest.raises(ValueError, match="over the 9 of a pack"):
-        Packer.from_state(packer.state(), 9, 2, PLAIN)
+        Packer(9, 2, PLAIN).push(packer.pending((0, 0), of_length(10)))
 
 
 @pytest.mark.parametrize(
@@ -307,8 +287,6 @@ def test_a_sample_larger_than_a_pack_is_named_and_nothing_is_pushed():
         (lambda: CostModel.fit([of_length(1)], [1.0, 2.0]), "1 samples and 2 times"),
         (lambda: CostModel.fit([of_length(n) for n in (1, 2, 2)], [1.0] * 3), r"three different lengths, got \[1, 2\]"),
         (lambda: CostModel.fit([of_length(n) for n in (1, 2, 3)], [1.0, 0.0, 1.0]), "above 0 seconds"),
-        (lambda: Packer.from_state({}, 10, 1, PLAIN), "not a state of a Packer: KeyError 'pending'"),
-        (lambda: Packer.from_state({"pending": [{"key": None}]}, 10, 1, PLAIN), "not a state of a Packer"),
         (lambda: assign(of_costs([1] * 12), 5), "12 packs .* 5 ranks; possible: 1, 2, 3, 4, 6, 12"),
         (lambda: assign(of_costs([1] * 2), 0), "by 0 ranks; possible: 1, 2"),
         (lambda: report([], 1), "no packs"),

@@ -392,7 +392,7 @@ def test_wandb_asked_for_but_missing(tmp_path, monkeypatch):
 # ---- means by group ----
 
 
-def test_grouped_mean_by_weight_and_anew_after_reduce():
+def test_grouped_mean_by_weight_and_again_after_reduce():
     means = GroupedMean("loss_by_k")
     means.add(3, 1.0)
     means.add(3, 4.0, weight=2)
@@ -407,18 +407,6 @@ def test_grouped_mean_by_weight_and_anew_after_reduce():
             means.add(3, 1.0, weight=weight)
     means.add(3, math.nan)
     assert math.isnan(means.reduce()["loss_by_k/3"]), "a loss that is no number is not hidden"
-
-
-def test_grouped_mean_over_ranks_that_saw_unlike_groups():
-    ranks = [GroupedMean("loss_by_task") for _ in range(3)]
-    ranks[0].add("move", 1.0)
-    ranks[0].add("compose", 2.0, weight=3)
-    ranks[2].add("compose", 6.0)
-    everything = [dict(rank._totals) for rank in ranks]
-    for rank in ranks:
-        assert rank.reduce(lambda mine: everything) == {"loss_by_task/compose": 3.0, "loss_by_task/move": 1.0}
-        assert rank.reduce() == {}
-    assert ranks[1].reduce(lambda mine: [mine, {}, {}]) == {}
 
 
 # ---- peaks ----
