@@ -16,10 +16,11 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["RecordFile", "keep_records", "read_records", "whole_folder", "write_whole"]
+__all__ = ["RecordFile", "append_line", "keep_records", "read_records", "whole_folder", "write_whole"]
 
 
 class RecordFile:
@@ -34,19 +35,35 @@ class RecordFile:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), end)
-            what = f"step {record['step']} could not be written: {error.strerror}"
-            raise OSError(error.errno, what, str(self.path)) from error
+        append_line(self._file, _plain(record), f"step {record['step']}")
 
     def close(self) -> None:
         self._file.close()
+
+
+def append_line(file: FileIO, value: Any, name: str, *, sync: bool = False) -> None:
+    """Append a JSON value as one line.
+
+    Args:
+        file: Unbuffered file, opened for appending.
+        value: The JSON value.
+        name: Name of the value in an error.
+        sync: Wait until the line is on the disk.
+
+    Raises:
+        OSError: The line cannot be written, for example because the disk is full; no part of it stays in the file.
+    """
+    line = json.dumps(value, allow_nan=False).encode() + b"\n"
+    end = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sync:
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), end)
+        raise OSError(error.errno, f"{name} could not be written: {error.strerror}", str(file.name)) from error
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

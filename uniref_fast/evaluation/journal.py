@@ -5,13 +5,14 @@ Each line is on the disk before the next row is evaluated, so that an interrupte
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from uniref_fast.files import append_line
 
 __all__ = ["Journal", "differing"]
 
@@ -33,7 +34,7 @@ class Journal:
         self._weights: str | None = None
         if not self.path.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no evaluation; name a new or an empty folder")
-        self._file = open(self.path, "ab")  # noqa: SIM115 - closed by close()
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         try:
             self._begin(folder, settings)
         except BaseException:
@@ -60,7 +61,7 @@ class Journal:
                     self._take(line["row"])
         if not begun:  # no row was evaluated, for example after a wrong --model
             self._file.truncate(0)
-            self._append({"settings": settings})
+            self._append({"settings": settings}, "the settings of the evaluation")
 
     def check_weights(self, digest: str) -> None:
         """Raise ValueError if the evaluation was begun with other weights."""
@@ -69,12 +70,12 @@ class Journal:
                 f"the weights of the model have changed since {self.path.parent} was begun; name another folder"
             )
         if self._weights is None:
-            self._append({"weights": digest})
+            self._append({"weights": digest}, "the digest of the weights")
             self._weights = digest
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a row's record; it is on the disk when this returns."""
-        self._append({"row": record})
+        self._append({"row": record}, "the record of a row")
         self._take(record)
 
     def close(self) -> None:
@@ -83,18 +84,8 @@ class Journal:
     def _take(self, record: dict[str, Any]) -> None:
         self.rows[record["file"], record["index"]] = record
 
-    def _append(self, line: Mapping[str, Any]) -> None:
-        end = os.fstat(self._file.fileno()).st_size
-        try:
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), end)
-            raise OSError(
-                error.errno, f"the record of a row could not be written: {error.strerror}", str(self.path)
-            ) from error
+    def _append(self, line: Mapping[str, Any], name: str) -> None:
+        append_line(self._file, line, name, sync=True)
 
     def _lines(self) -> list[dict[str, Any]]:
         content = self.path.read_bytes()
