@@ -213,9 +213,10 @@ def test_noise_that_is_too_large_is_named_with_what_to_set_instead():
 
 
 def test_noise_is_judged_at_the_worst_place_of_the_window():
-    places = [[0, 1], [1, 2], [2, 3]]
-    found = check_noise(Sampler("sde", 1.5), grid(10), window=2, stop=4)
-    assert (found.largest, found.after_step, found.final) == worst(Sampler("sde", 1.5), grid(10), places)
+    places = [[0], [1], [2], [3]]
+    found = check_noise(Sampler("sde", 1.0), grid(10), window=1, stop=4)
+    assert (found.largest, found.after_step, found.final) == worst(Sampler("sde", 1.0), grid(10), places)
+    assert found.after_step == 2 and found.largest > worst(Sampler("sde", 1.0), grid(10), places[:1])[0]
     assert found.warning and check_noise(Sampler("sde", 0.2), grid(10), window=2, stop=2).warning == ""
 
 

@@ -143,11 +143,14 @@ def test_optimizer_steps_and_the_noisy_steps_of_each(data, tmp_path, monkeypatch
     more = ("--inner-epochs", 2, "--updates", 2, "--timesteps", 0.7, "--clip", 0, "--clip-high", 0.0)
     with trainer_of(data, tmp_path / "run", *more) as trainer:
         batch, advantage = generated(trainer)
+        drawn, draw, trainer.step = [], rl_trainer.minibatches, 1
+        monkeypatch.setattr(rl_trainer, "minibatches", lambda *a, **k: (drawn.append((a, k)), draw(*a, **k))[1])
         trained, steps, real = [], [], rl_trainer.replay
         monkeypatch.setattr(rl_trainer, "replay", lambda *a: (trained.append(a[2]), real(*a))[1])
         take_step = trainer.take_step
         monkeypatch.setattr(trainer, "take_step", lambda norm: (steps.append(len(trained)), take_step(norm)))
         statistics, _, tokens = trainer.update(batch, advantage)
+        assert drawn == [((3, 2, 2), {"seed": 0, "step": 1, "epoch": epoch}) for epoch in (0, 1)]
         packs = len(batch.packs)
         assert [steps[0], *(b - a for a, b in itertools.pairwise(steps))] == [packs] * 4
         assert len(set(trained)) == 2 and trained[: 2 * packs] != [0] * 2 * packs
