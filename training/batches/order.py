@@ -1,4 +1,4 @@
-"""The order in which samples are seen, and an ordered prefetch: both the same for any number of ranks and workers."""
+"""The shuffled order of samples: the same for any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ __all__ = ["ShuffledOrder"]
 
 
 class ShuffledOrder:
-    """Endless (epoch, index) pairs: every epoch is a new permutation of the indices, fixed by the seed and the epoch.
+    """An endless sequence of (epoch, index) pairs: each epoch is a permutation of the indices, fixed by seed and epoch.
 
-    No pair comes twice, so that what is drawn for one is its own. Where an index may occur w times per epoch, epoch e
-    has the numbers from e w on, one for each occurrence.
+    No pair comes twice, so that random numbers keyed by a pair belong to one sample. If an index may occur w times per
+    epoch, epoch e has the numbers from e * w, one for each occurrence.
 
-    One stream feeds the whole run; ranks and workers take their parts of what it gives, so the order does not depend on
-    how many there are. It draws raw PCG64 words, whose values NumPy guarantees, so an upgrade does not reorder a run.
+    One order serves the whole run. Ranks and workers take parts of this order, so that it does not depend on their
+    number. It draws raw PCG64 words, whose values NumPy guarantees, so that an upgrade does not reorder a run.
     """
 
     def __init__(self, length: int, seed: int, weights: Sequence[float] | None = None) -> None:
         """Start at the first sample of epoch 0.
 
         Args:
-            length: number of samples, at least 1.
-            seed: not negative.
-            weights: how often each index occurs per epoch, `[length]`: 2 is twice, 0.5 every other epoch, 0 never.
-                After any number of epochs e an index has come `e * weight` times, to within one. None is all once.
+            length: Number of samples, at least 1.
+            seed: Seed of the order, at least 0.
+            weights: Occurrences of each index per epoch, `[length]`: 2 is twice, 0.5 every other epoch, 0 never. After
+                any number of epochs e an index has come `e * weight` times, to within one. None: each index once.
 
         Raises:
-            ValueError: for a wrong length, seed or weights; weights must add up to at least 1.
+            ValueError: The length, the seed or the weights are not valid; weights must add up to at least 1.
         """
         if length < 1:
-            raise ValueError(f"a stream needs at least one sample, got length {length}")
+            raise ValueError(f"an order needs at least one sample, got length {length}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.length, self.seed = int(length), int(seed)
@@ -45,7 +45,7 @@ class ShuffledOrder:
         self._order = self._order_of(0)
 
     def take(self, count: int) -> list[tuple[int, int]]:
-        """The next `count` pairs (epoch, index)."""
+        """Return the next `count` pairs (epoch, index)."""
         if count < 0:
             raise ValueError(f"cannot take {count} samples")
         taken: list[tuple[int, int]] = []
@@ -59,7 +59,7 @@ class ShuffledOrder:
         return taken
 
     def _numbers(self, count: int) -> list[int]:
-        """First halves of the next pairs, all of this epoch."""
+        """Return the first numbers of the next pairs, all of this epoch."""
         first = self._epoch * self._repeats
         if self._repeats == 1:
             return [first] * count
@@ -72,7 +72,7 @@ class ShuffledOrder:
         return numbers
 
     def state(self) -> dict[str, int]:
-        """What `from_state` needs to go on with the next pair: plain ints, fit for JSON."""
+        """Return the state from which `from_state` continues with the next pair: plain integers, for JSON."""
         return {
             "length": self.length,
             "seed": self.seed,
@@ -85,22 +85,22 @@ class ShuffledOrder:
     def from_state(
         cls, length: int, seed: int, state: Mapping[str, int], weights: Sequence[float] | None = None
     ) -> ShuffledOrder:
-        """A stream that goes on where `state` was taken.
+        """Return an order that continues where `state` was taken.
 
         Raises:
-            ValueError: when length, seed or weights are not those of the state (the data or the run changed), or the
-                state is not one.
+            ValueError: The length, the seed or the weights differ from the state's, because the data or the run
+                changed, or the state is not valid.
         """
         stream = cls(length, seed, weights)
         expected = stream.state()
         if set(state) != set(expected) or not all(type(value) is int for value in state.values()):
-            raise ValueError(f"a stream's state has whole numbers {sorted(expected)}, got {dict(state)}")
+            raise ValueError(f"the state of an order has whole numbers {sorted(expected)}, got {dict(state)}")
         if state["length"] != length:
             raise ValueError(f"the data changed: the saved order has {state['length']} samples, now there are {length}")
         if state["seed"] != seed:
             raise ValueError(f"the saved order has seed {state['seed']}, this run has {seed}")
         if state["weights"] != expected["weights"]:
-            raise ValueError("the saved order was made with other weights")
+            raise ValueError("the saved order has other weights")
         if state["epoch"] < 0:
             raise ValueError(f"epoch must not be negative, got {state['epoch']}")
         stream._epoch = state["epoch"]
@@ -135,6 +135,6 @@ def _checked_weights(weights: Sequence[float], length: int) -> np.ndarray:
 
 
 def _words(entropy: tuple[int, ...], count: int, stream: int) -> np.ndarray:
-    """Random 64-bit words `[count]`; `stream` keeps uses apart that share their entropy."""
+    """Return random 64-bit words `[count]`; `stream` separates uses that share their entropy."""
     seeds = np.random.SeedSequence(entropy, spawn_key=(stream,))
     return np.random.PCG64(seeds).random_raw(count)

@@ -1,14 +1,15 @@
-"""Checkpoints that are whole or absent: sharded safetensors files and a JSON file with the state of the run.
+"""Checkpoints that are complete or absent: sharded safetensors files, and a JSON file with the state of the run.
 
-A checkpoint is the folder `checkpoints/step-000100`. It is written beside its name, synced to the disk and then
-renamed, so that a folder with the name of a checkpoint was complete when it was written. Tensors go through torch's
-distributed checkpointing in safetensors files (no pickle), each rank writes its shards, and any number of ranks can
-read them back.
+A checkpoint is the folder `checkpoints/step-000100`. It is written under another name, synced to the disk and
+then renamed, so that a folder with the name of a checkpoint was complete when it was written. PyTorch's
+distributed checkpointing writes the tensors into safetensors files (no pickle): each rank writes its shards, and any
+number of ranks can read them back.
 
 `state.json` holds the size of every tensor file and its CRC-32 for each 256 MiB, and a CRC-32 of its own content; they
 are verified before anything is loaded. CRC-32 finds every flipped bit and every damaged stretch of up to 32 bits, and
 misses other accidental damage once in four billion times. zlib computes it several times faster than hashlib computes
-SHA-256, and without Python's lock, so that threads and ranks share the work; protection against intent is not needed.
+SHA-256, and without Python's lock, so that threads and ranks share the work. Protection against deliberate changes is
+not needed.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ __all__ = ["CheckpointError", "Checkpoints", "Newest", "read_state"]
 STATE_FILE = "state.json"
 TENSOR_SUFFIX = ".safetensors"
 NAME = re.compile(r"step-(\d{6,})")
-PART = 256 * 2**20  # bytes of a tensor file that have a checksum of their own
-READ = 8 * 2**20  # bytes that are read at once
-THREADS = 4  # of a rank, for checksums
+PART = 256 * 2**20  # bytes of a tensor file per checksum
+READ = 8 * 2**20  # bytes per read
+THREADS = 4  # threads of a rank that compute checksums
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; earlier ones are untouched.
 
     Attributes:
-        reason: the part of the message that says what was found.
+        reason: Part of the message that states the problem.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -60,10 +61,10 @@ class Newest:
     """The newest whole checkpoint of a run.
 
     Attributes:
-        step: its step; None when the run has no checkpoint.
-        state: what `Checkpoints.save` was given as state.
+        step: Number of steps done; None if the run has no checkpoint.
+        state: State of the run, as it was given to `Checkpoints.save`.
         damaged: (name, reason) of each newer checkpoint, which cannot be used.
-        unverified: whether it was written without checksums, so that only the sizes of its files were verified.
+        unverified: The checkpoint was written without checksums, so that only the sizes of its files were verified.
     """
 
     step: int | None
@@ -76,34 +77,40 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: folder that holds them.
-        ranks: ranks of the run; all must make the same calls.
-        keep: number of checkpoints to keep.
+        folder: Folder that holds the checkpoints.
+        ranks: Ranks of the run; all of them must make the same calls.
+        keep: Number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
         self.folder, self.ranks, self.keep = folder, ranks, keep
 
     def steps(self) -> list[int]:
-        """Steps of the folders that have the name of a checkpoint, ascending; whole or damaged."""
+        """Return the steps of all folders with the name of a checkpoint, ascending, complete or damaged."""
         if not self.folder.is_dir():
             return []
         found = [NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
         return self.folder / f"step-{step:06d}"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step, then delete the oldest over `keep`. An existing one of the step is replaced.
+        """Write the checkpoint of a step, then delete the oldest ones over `keep`.
+
+        A checkpoint of the same step is replaced.
 
         Args:
-            step: number of steps done.
-            tensors: tensors by name; sharded ones are written in parts by the ranks that hold them.
-            state: state of the run, for JSON.
+            step: Number of steps done.
+            tensors: Tensors by name; each rank writes its parts of the sharded ones.
+            state: State of the run, for JSON.
+
+        Returns:
+            Folder of the checkpoint.
 
         Raises:
-            CheckpointError: on all ranks, when any of them failed; nothing is left behind.
+            CheckpointError: A rank failed; all ranks raise it, and nothing is left behind.
         """
         final = self.path(step)
         partial = final.with_name(f".{final.name}.partial")
@@ -122,10 +129,10 @@ class Checkpoints:
         return final
 
     def newest(self) -> Newest:
-        """Find the newest checkpoint whose every file is as it was written. All ranks; reads the checkpoint once.
+        """Find the newest checkpoint whose files are all as they were written. All ranks; reads the checkpoint once.
 
         Raises:
-            CheckpointError: when there are checkpoints and none of them is whole.
+            CheckpointError: There are checkpoints, and all of them are damaged.
         """
         damaged: list[tuple[str, str]] = []
         for step in reversed(self.ranks.broadcast(self.steps())):
@@ -145,7 +152,7 @@ class Checkpoints:
         return Newest(None, {}, [])
 
     def set_aside(self, names: list[str]) -> None:
-        """Rename damaged checkpoints to `<name>.damaged`, so that they count neither as checkpoints nor for `keep`."""
+        """Rename damaged checkpoints to `<name>.damaged`, so that they no longer count as checkpoints."""
 
         def rename() -> None:
             for name in names:
@@ -157,15 +164,15 @@ class Checkpoints:
         self._together("set aside", rename, first_only=True)
 
     def load(self, step: int, tensors: Mapping[str, Tensor], verify: bool = True) -> dict[str, Any]:
-        """Fill the tensors in place, sharded as they are now; returns the state.
+        """Fill tensors in place, however they are sharded now, and return the state of the run.
 
         Args:
-            step: step of the checkpoint.
-            tensors: tensors by name.
-            verify: verify the files first; False where `newest` has just done it.
+            step: Step of the checkpoint.
+            tensors: Tensors by name.
+            verify: Verify the files first; False if `newest` has just done it.
 
         Raises:
-            CheckpointError: for a checkpoint that is damaged, or has other tensors.
+            CheckpointError: The checkpoint is damaged, or has other tensors.
         """
         path = self.path(step)
         found: dict[str, Any] = self._verified(path) if verify else {}
@@ -180,7 +187,7 @@ class Checkpoints:
         return found["state"]
 
     def _verified(self, path: Path) -> dict[str, Any]:
-        """The content of a checkpoint's state file, once all files are known to be as they were written."""
+        """Verify all files of a checkpoint, and return the content of its state file."""
         found: dict[str, Any] = {}
 
         def files() -> None:
@@ -202,7 +209,7 @@ class Checkpoints:
         return found
 
     def _checksums(self, folder: Path) -> dict[str, list[int]]:
-        """CRC-32 of each part of each tensor file, by file name; the ranks share the parts."""
+        """Return the CRC-32 of each part of each tensor file, by file name; the ranks share the work."""
         parts: list[tuple[str, int]] = []
         mine: dict[tuple[str, int], int] = {}
 
@@ -225,14 +232,14 @@ class Checkpoints:
         return files
 
     def _together(self, what: str, action: Any, first_only: bool = False) -> None:
-        """Run on every rank, or on rank 0; when it fails on one, it fails on all."""
+        """Run an action on every rank, or on rank 0 only; if it fails on one rank, raise CheckpointError on all."""
         problem = None
         if not first_only or self.ranks.rank == 0:
             try:
                 action()
             except CheckpointException as error:  # derives from BaseException
                 problem = "; ".join(sorted({_reason(e[0]) for e in error.failures.values()}))
-            except Exception as error:  # whatever the disk and the libraries between come up with
+            except Exception as error:  # the disk and the libraries between raise errors of many classes
                 problem = _reason(error)
         problems = sorted({p for p in self.ranks.gather(problem) if p})
         if problems:
@@ -241,19 +248,19 @@ class Checkpoints:
 
 
 def _reason(error: BaseException) -> str:
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # ValueErrors here are whole sentences
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # own ones are sentences
     return f"{kind}{error}".splitlines()[0]
 
 
 def _fresh(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(".step-*.partial"):  # of a run that was killed while saving
+    for left in folder.parent.glob(".step-*.partial"):  # left by a run that was killed while saving
         shutil.rmtree(left)
     folder.mkdir()
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint; it is renamed first, so that an interruption leaves no part of it under its name."""
+    """Delete a checkpoint; rename it first, so that an interruption leaves no incomplete folder under its name."""
     doomed = folder.with_name(f".{folder.name}.removed.partial")
     if doomed.exists():
         shutil.rmtree(doomed, ignore_errors=True)
@@ -286,10 +293,10 @@ def _finish(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The content of the state file of a checkpoint: its "files", "tensors" and "state".
+    """Return the content of the state file of a checkpoint: "files", "tensors" and "state".
 
     Raises:
-        ValueError: when the file is missing or damaged.
+        ValueError: The file is missing or damaged.
     """
     file = path / STATE_FILE
     try:
@@ -312,12 +319,12 @@ def _content_crc32(content: Mapping[str, Any]) -> int:
 
 
 def _has_checksums(found: Mapping[str, Any]) -> bool:
-    """Whether a state file has checksums; older ones have sizes alone."""
+    """Return True if a state file has checksums; those of older versions have only sizes."""
     return any(isinstance(file, dict) for file in found["files"].values())
 
 
 def _crc32(path: Path, start: int) -> int:
-    """CRC-32 of a part of a file, streamed."""
+    """Return the CRC-32 of a part of a file, reading it in blocks."""
     crc, end = 0, start + PART
     with open(path, "rb", buffering=0) as file:
         file.seek(start)

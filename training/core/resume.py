@@ -1,9 +1,9 @@
-"""Which settings of a run may change when it is resumed, and how the others are refused.
+"""The settings of a run that may change when it is resumed; changes of all others are refused.
 
-The settings that a checkpoint was made with are in its state. A setting is *fixed* where another value would give the
-trained weights, the order of rows or the packs another meaning; it *may change* where it only decides what the next
-steps do. `model`, `initial` and `data` may name other places with the same content, which is compared where it is read
-(`TrainedModel.frozen`, `Dataset.fingerprint`). What has changed is an event of the run.
+The state of a checkpoint holds the settings that it was written with. A setting is *fixed* if another value would give
+the trained weights, the order of rows or the packs another meaning; it *may change* if it only affects later steps.
+`model`, `initial` and `data` may name other places with the same content, which is compared where it is read
+(`TrainedModel.frozen`, `Dataset.fingerprint`). Each change is recorded as an event of the run.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["FIXED", "MAY_CHANGE", "Fixed", "changes", "refuse"]
 
 @dataclass(frozen=True)
 class Fixed:
-    """A setting that stays as it is.
+    """A setting that cannot change.
 
     Attributes:
-        words: what it is, for errors.
-        part: takes the value and returns the part that is fixed.
+        words: Description for messages.
+        part: Function that returns the fixed part of a value.
     """
 
     words: str
@@ -32,7 +32,7 @@ class Fixed:
 
 
 FIXED = {
-    # what the trained tensors are and compute
+    # the trained tensors and their meaning
     "lora_rank": Fixed("the rank of the adapter"),
     "lora_alpha": Fixed("the scale of the adapter"),
     "lora_targets": Fixed("the choice of layers that have an adapter"),
@@ -40,12 +40,12 @@ FIXED = {
     "weight_dtype": Fixed("the dtype of the trained weights"),
     "ema": Fixed("whether averaged weights are kept", lambda value: value is not None),
     "visibility": Fixed("the attention of the model", lambda v: "reference_causal" if v == "group_shared" else v),
-    # which rows come when, in which packs
+    # the order of rows and the packs
     "seed": Fixed("the seed of rows, times and noise"),
     "weights": Fixed("the share of the rows of each path of data"),
     "columns": Fixed("the reading of the columns of rows"),
     "cost": Fixed("the way in which packs are priced"),
-    # the autoencoder of the built-in model, whose steps are all drawn ahead
+    # the autoencoder of the built-in model: the random numbers of all its steps depend on these
     "vae.seed": Fixed("the seed of crops and noise"),
     "vae.steps": Fixed("the number of steps"),
     "vae.batch": Fixed("the number of crops of a step"),
@@ -61,14 +61,14 @@ MAY_CHANGE = frozenset({
     "stages.side", "stages.steps", "stages.lr", "stages.target_side", "stages.pack_tokens", "stages.sequence_parallel",
     "stages.checkpointing", "stages.references", "steps", "packs", "betas", "weight_decay", "warmup", "schedule",
     "max_grad_norm", "t_mean", "t_std", "drop_text", "drop_references",
-    # what is evaluated, kept and shown
+    # evaluation, checkpoints and logs
     "heldout", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count", "sample_steps",
     "sample_guidance", "tensorboard", "wandb", "alarm", "vae.save_every",
-    # how the machine is used
+    # the use of the machine
     "cache", "workers", "memory_gib", "compile",
-    # when the run gives up
+    # the limits at which the run ends
     "max_skipped", "max_broken", "max_failures",
-    # a step of MSGRPO: its rollouts and its updates use the same settings, and nothing of it is left for the next one
+    # a step of MSGRPO: its rollouts and updates use the same settings, and no later step uses its results
     "prompts", "group", "rollout_steps", "sampler", "noise", "window", "window_end", "guidance", "timesteps", "updates",
     "inner_epochs", "clip", "clip_high", "advantage_clip", "advantage", "advantage_std", "ratio_guard", "kl",
     "min_members", "rewards", "reward_weights", "axis_weights",
@@ -80,12 +80,13 @@ MAY_CHANGE = frozenset({
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings with other values, as name -> (before, now); None stands for a stage that is not there.
+    """Return the settings with other values, as name -> (before, now); None stands for a stage that does not exist.
 
-    Settings that one of them does not have, as that of another version, count as unchanged.
+    A setting that one of the configurations lacks, because another version wrote it, counts as unchanged.
 
     Args:
-        before, now: configurations as JSON data.
+        before: Earlier configuration, as JSON data.
+        now: New configuration, as JSON data.
     """
     old, new = _leaves(before), _leaves(now)
     names = [name for name in dict.fromkeys((*new, *old)) if (name in old and name in new) or name != _setting(name)]
@@ -93,12 +94,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
 
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], out: Path, prefix: str = "") -> None:
-    """Raise ValueError where a fixed setting has changed.
+    """Raise ValueError if a fixed setting has changed.
 
     Args:
-        changed: of `changes`.
-        out: folder of the run, for the message.
-        prefix: of the names in the table.
+        changed: Result of `changes`.
+        out: Folder of the run, for the message.
+        prefix: Prefix of the names in the table.
     """
     found = []
     for name, (old, new) in changed.items():
@@ -107,13 +108,13 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], out: Path, prefix: str = "") 
             found.append(f"{fixed.words} is fixed: {name} is {_shown(old)}, not {_shown(new)}")
     if found:
         raise ValueError(
-            f"the run in {out} cannot be resumed with other settings of what it has trained: {'; '.join(found)}. Give "
-            "the same, or begin another run with another --out"
+            f"the run in {out} cannot be resumed with these settings: {'; '.join(found)}. Give the same values, or "
+            "start another run with another --out"
         )
 
 
 def _leaves(value: Any, name: str = "") -> dict[str, Any]:
-    """Plain values by dotted name; a list of objects has its indices as names."""
+    """Return plain values by dotted name; the items of a list of objects are named by their indices."""
     if isinstance(value, Mapping):
         parts = [_leaves(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()]
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
@@ -124,7 +125,7 @@ def _leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _setting(name: str) -> str:
-    """Name in the tables: without the numbers of stages."""
+    """Return the name of a setting in the tables: without the numbers of stages."""
     return re.sub(r"\.\d+(?=\.|$)", "", name)
 
 

@@ -1,7 +1,7 @@
 """Flow matching: noise at t = 1, `x_t = (1 - t) x0 + t e`, velocity `v = e - x0`; randomness keyed by sample.
 
-Every draw comes from a generator seeded by (seed, what, sample), never from a running one: a sample gets the same noise
-on any rank, in any pack, and after any interruption.
+Every random number comes from a generator that is seeded by (seed, purpose, sample), never from one generator that all
+samples share: a sample gets the same noise on any rank, in any pack, and after any interruption.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def sample_t(generator: torch.Generator, mean: float, std: float, shift: float) 
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """A pack as the model takes it, and what it should answer.
+    """The inputs of the model for a pack, and the velocities that it should predict.
 
     Attributes:
-        image: noisy targets and clean references in stream order, `[N_image, C]`.
-        text: prompt embeddings, `[N_text, D]`.
-        t: of each sample, float32 `[S]`.
-        velocity: of the targets' tokens by sample, float32 `[N_target, C]`.
-        layout: of the pack.
+        image: Noisy targets and clean references in the order of the image stream, `[N_image, C]`.
+        text: Prompt embeddings, `[N_text, D]`.
+        t: Time of each sample, float32 `[S]`.
+        velocity: Velocities of the targets' tokens, by sample, float32 `[N_target, C]`.
+        layout: Layout of the pack.
     """
 
     image: Tensor
@@ -55,16 +55,16 @@ def flow_batch(
     layout: SelfLayout,
     dtype: torch.dtype,
 ) -> FlowBatch:
-    """Mix each target with its noise and put the pack together.
+    """Mix each target with its noise at its time, and concatenate the samples of a pack.
 
     Args:
-        targets: clean latents `[n, C]` of each sample.
-        references: latents of all references of each sample, `[m, C]`; m may be 0.
-        texts: prompt embeddings `[l, D]` of each sample.
-        times: t of each sample, in [0, 1].
-        noises: as the targets.
-        layout: of the samples in this order.
-        dtype: of what the model is given.
+        targets: Clean latents of each sample, `[n, C]`.
+        references: Latents of all references of each sample, `[m, C]`; m may be 0.
+        texts: Prompt embeddings of each sample, `[l, D]`.
+        times: Time t of each sample, in [0, 1].
+        noises: Noise of each target, `[n, C]`.
+        layout: Layout of the samples in this order.
+        dtype: Dtype of the model's inputs.
     """
     noisy, velocity = [], []
     for x0, t, noise in zip(targets, times, noises, strict=True):
@@ -92,7 +92,7 @@ def assemble_batch(
     Args:
         model: The model that the batch is for; it decides the layout's modulation and the dtype.
         samples: Sizes and tensors of each sample.
-        times: t of each sample, in [0, 1].
+        times: Time t of each sample, in [0, 1].
         noises: Noise of each target, `[n, C]`.
     """
     return flow_batch(
@@ -115,7 +115,7 @@ def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
         packed: A `PackedQwenImage`.
         batch: The pack to predict.
     """
-    prediction = packed(batch.image, batch.text, batch.t, batch.layout)  # [N_target, C], or this rank's rows of it
+    prediction = packed(batch.image, batch.text, batch.t, batch.layout)  # [N_target, C], or this rank's rows
     if packed.parallel is None:
         return sample_errors(prediction, batch)
     cuts, rank = packed.parallel.targets(batch.layout), packed.parallel.rank
@@ -123,16 +123,16 @@ def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
 
 
 def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] | None = None) -> Tensor:
-    """Mean squared error of each sample, float32 `[S]`.
+    """Return the mean squared error of each sample, float32 `[S]`.
 
     Args:
-        prediction: velocities of the targets' tokens, `[N_target, C]`, or the part of them from row bounds[0] to
-            bounds[1]; each sample then gets its part of the mean, so that parts add up.
-        batch: what was predicted.
-        bounds: of the part.
+        prediction: Velocities of the targets' tokens, `[N_target, C]`, or its rows from bounds[0] to bounds[1]; each
+            sample then gets its part of the mean, so that the parts of all ranks add up.
+        batch: Batch that the prediction is for.
+        bounds: First row of the part, and the row after its last.
     """
     first, last = bounds or (0, len(batch.velocity))
     squares = (prediction.float() - batch.velocity[first:last]).square().mean(1)
-    # a sum a sample rather than an index_add, which has no fixed order on a GPU
+    # one sum per sample: the order of additions in index_add is not fixed on a GPU
     parts = zip(batch.layout.split_targets(squares, first), batch.layout.targets, strict=True)
     return torch.stack([part.sum() / target.length for part, target in parts])

@@ -1,4 +1,4 @@
-"""Held-out loss and sample grids: the same rows, times and noise every time, so only the weights make a difference."""
+"""Held-out loss and sample grids: rows, times and noise are always the same, so that only the weights matter."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ class Validation:
     """Rows that are never trained on.
 
     Args:
-        files: of rows; each is reported by its name.
-        config, model, ranks: of the run.
-        encoder: one that drops nothing.
+        files: Files of held-out rows; each is reported by its name.
+        config: Configuration of the run.
+        model: Model of the run.
+        encoder: Encoder that drops neither texts nor references.
+        ranks: Ranks of the run.
 
     Raises:
-        ValueError: for files that cannot be read, have the same name, or no rows.
+        ValueError: A file cannot be read, has no rows, or has the same name as another one.
     """
 
     def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
@@ -48,7 +50,10 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, stage: BudgetStage, pack_tokens: int) -> dict[str, float]:
-        """Mean loss of each file, as "eval/<file>"; sample i of n is at the i-th of n quantiles of t. All ranks."""
+        """Return the mean loss of each file, as "eval/<file>". All ranks.
+
+        Sample i of n is taken at the i-th of n quantiles of t, so that few samples cover all times evenly.
+        """
         return {f"eval/{name}": self._loss(name, stage, pack_tokens) for name in self.datasets}
 
     def _loss(self, name: str, stage: BudgetStage, pack_tokens: int) -> float:
@@ -56,7 +61,9 @@ class Validation:
         rows = self._rows(name, stage, count)
         packs = next_fit([prepared.sample.length for prepared, _ in rows], pack_tokens)
         total = 0.0
-        for first in range(0, len(packs), ranks.replicas):  # all replicas run equally often: weights are gathered
+        for first in range(
+            0, len(packs), ranks.replicas
+        ):  # all replicas run equally often, since they gather the weights together
             number = first + ranks.replica
             if number < len(packs):
                 batch = self._batch(name, stage, packs[number])
@@ -66,7 +73,7 @@ class Validation:
         return sum(ranks.gather(total)) / count
 
     def _rows(self, name: str, stage: BudgetStage, count: int) -> list[tuple[Prepared, Encoded | None]]:
-        """Prepared rows, with the tensors of those that this rank has run."""
+        """Return prepared rows, with the tensors of those that this rank has encoded; free rows of other stages."""
         if (name, stage) not in self._encoded:
             self._encoded = {key: rows for key, rows in self._encoded.items() if key[1] == stage}
             dataset = self.datasets[name]
@@ -92,8 +99,15 @@ class Validation:
         return assemble_batch(self.model, chosen, times, noises)
 
     def grid(self, stage: BudgetStage, max_tokens: int) -> Image.Image | None:
-        """References, target and result of some rows of each file, as a labelled picture. All ranks, in packs of
-        `max_tokens`."""
+        """Draw references, target and result of some rows of each file as a labelled image. All ranks.
+
+        Args:
+            stage: Stage that decides the sizes.
+            max_tokens: Largest number of tokens in a pack.
+
+        Returns:
+            The image; None if there are no held-out rows.
+        """
         requests, pictures = [], []
         for name, dataset in self.datasets.items():
             for i in range(min(self.config.sample_count, len(dataset))):
