@@ -42,6 +42,19 @@ def mean_of_both(b_a, b_b, C: tl.constexpr):
     return a / C, b / C
 
 
+@triton.jit
+def _norm_and_means(b_x, b_dn, m_c, eps, RMS: tl.constexpr, C: tl.constexpr):
+    """Return the norm of a row b_x [BC] and its rstd, and for its gradient b_dn the means of b_dn and of b_dn * x."""
+    # A sum over channels is a barrier of all warps, and the loop waits for these sums: two are taken at a time.
+    mean_dn = 0.0
+    if not RMS:
+        mean, mean_dn = mean_of_both(b_x, b_dn, C)
+        b_x = tl.where(m_c, b_x - mean, 0.0)
+    var, mean_dn_x = mean_of_both(b_x * b_x, b_dn * b_x, C)
+    rstd = tl.rsqrt(var + eps)
+    return b_x * rstd, rstd, mean_dn, mean_dn_x
+
+
 @triton.jit(do_not_specialize=["num_tokens"], launch_metadata=moved_bytes)
 def norm_modulate_backward_kernel(
     p_grad_x_out, s_gxn,  # [N, C] or None
@@ -102,17 +115,12 @@ def norm_modulate_backward_kernel(
             b_y = tl.load(p_y + i_n * s_yn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
         if NORM:
             b_x = tl.load(p_x + i_n * s_xn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
-            b_grad = tl.load(p_grad_normed + i_n * s_gnn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
-            b_grad = b_grad.to(tl.float32)
+            b_grad = tl.load(p_grad_normed + i_n * s_gnn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
             b_x = b_x.to(tl.float32)
             b_dn = b_grad * b_scale
-            # A sum over channels is a barrier of all warps, and the loop waits for these sums: two are taken at a time.
-            if not RMS:
-                mean, mean_dn = mean_of_both(b_x, b_dn, C)
-                b_x = tl.where(m_c, b_x - mean, 0.0)
-            var, mean_dn_x = mean_of_both(b_x * b_x, b_dn * b_x, C)
-            rstd = tl.rsqrt(var + eps)
-            b_n = b_x * rstd  # [BC]
+            b_n, rstd, mean_dn, mean_dn_x = _norm_and_means(b_x, b_dn, m_c, eps, RMS, C)
             b_dshift += b_grad
             b_dscale += b_grad * b_n
             b_dx = b_dn - b_n * (rstd * mean_dn_x)
