@@ -174,10 +174,10 @@ def test_own_rewards(config, whole, tmp_path, monkeypatch, capsys):
         assert status == 2 and message in error, error
 
 
-def judged(benchmark_rows, out, server, *more):
+def judged(rows, out, server, *more):
     flags = ["--reward", "judge", "--judge-url", server.url, "--judge-model", judge_server.MODEL]
     return [
-        benchmark_rows,
+        rows,
         "--out",
         out,
         "--baseline",

@@ -25,7 +25,7 @@ def test_shipped_artworks_are_small_rgba_with_unicode_names():
         shipped_artwork("unicorn of steel")
 
 
-def test_usable_names_what_instructions_can_say():
+def test_usable_names_are_unambiguous_in_instructions():
     for code in (0x1F989, 0x1F451, 0x1F335, 0x2615, 0x1FABC, 0x1F600, 0x1F34E):
         assert usable(code), hex(code)
     left_out = {
@@ -39,7 +39,7 @@ def test_usable_names_what_instructions_can_say():
     assert unicode_name(0x1FACD) is None  # Unicode 17: not named by every Python that is supported
 
 
-def test_later_names_are_those_of_unicode():
+def test_names_of_later_characters_follow_unicode():
     known = {code: unicodedata.name(chr(code), "").lower() for code in LATER_NAMES}
     assert all(name in ("", LATER_NAMES[code]) for code, name in known.items())
     assert len(LATER_NAMES) > 60 and len(set(LATER_NAMES.values())) == len(LATER_NAMES)

@@ -61,7 +61,7 @@ def test_rows_are_canonical_and_equal_the_samples_in_memory(folder):
                     assert read_image.mode == "RGB" and read_image.tobytes() == image.tobytes()
 
 
-def test_everything_that_belongs_to_the_data_is_there(folder):
+def test_a_dataset_has_all_its_files(folder):
     assert {path.name for path in folder.iterdir()} == DATASET_FILES
     everything = [row for split in SPLITS for row in rows(folder, split)]
     objects = [t for row in everything for s in (row["scene"], *row["scene"]["references"]) for t in s["objects"]]
@@ -87,10 +87,10 @@ def test_everything_that_belongs_to_the_data_is_there(folder):
     chosen = {**facts, "arguments": {**facts["arguments"], "tasks": ["move", "move", "recolour"]}}
     assert "--tasks move,move,recolour\n" in dataset_card(chosen)
     siblings = {path.name for path in folder.parent.iterdir()}
-    assert siblings == {folder.name}  # nothing temporary stays
+    assert siblings == {folder.name}  # no temporary file remains
 
 
-def test_more_samples_have_the_fewer_as_their_beginning(folder, tmp_path):
+def test_a_larger_dataset_begins_with_the_smaller_one(folder, tmp_path):
     generated(tmp_path / "more", {"train": 100, "heldout_objects": 0, "heldout_combinations": 0})
     text = (folder / "train.jsonl").read_text()
     assert (tmp_path / "more/train.jsonl").read_text().startswith(text)
@@ -118,7 +118,7 @@ def stops_at(index: int):
     return generate
 
 
-def test_an_interrupted_run_is_gone_on_with(folder, tmp_path):
+def test_an_interrupted_run_is_continued(folder, tmp_path):
     out, partial = tmp_path / "data", tmp_path / ".data.making"
     with pytest.raises(StoppedError):
         generated(out, generate=stops_at(66))
@@ -137,21 +137,21 @@ def test_an_interrupted_run_is_gone_on_with(folder, tmp_path):
     assert tree(out) == tree(folder) and {path.name for path in tmp_path.iterdir()} == {"data"}
 
 
-def test_an_interrupted_run_with_other_arguments_is_not(folder, tmp_path):
+def test_an_interrupted_run_with_other_arguments_is_discarded(folder, tmp_path):
     with pytest.raises(StoppedError):
         generated(tmp_path / "data", config=MakeConfig(SMALL.artworks, 64, 9, SMALL.references), generate=stops_at(66))
     result = generated(tmp_path / "data")
     assert result.resumed == 0 and tree(tmp_path / "data") == tree(folder)
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_existing_files_are_not_overwritten(tmp_path):
     few = {"train": 2, "heldout_objects": 0, "heldout_combinations": 0}
     out = tmp_path / "data"
     (tmp_path / "file").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
         generated(tmp_path / "file", few)
     out.mkdir()
-    generated(out, few)  # empty: fine
+    generated(out, few)  # an empty folder is allowed
     before = tree(out)
     with pytest.raises(FileExistsError, match="--force"):
         generated(out, few)
@@ -162,7 +162,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
     (out / "notes.txt").unlink()
     with pytest.raises(StoppedError):
         generated(out, few, other, force=True, generate=stops_at(1))
-    assert tree(out) == before  # the old one stays until the new one is whole
+    assert tree(out) == before  # the old dataset stays until the new one is complete
     generated(out, few, other, force=True)
     assert tree(out) != before and {path.name for path in tmp_path.iterdir()} == {"data", "file"}
     (out / "made.json").write_text('{"made_by": "me"}')
@@ -170,7 +170,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         generated(out, few, force=True)
 
 
-def test_a_folder_caught_between_two_names_is_found_again(tmp_path):
+def test_a_run_stopped_between_the_two_renames_loses_nothing(tmp_path):
     few = {"train": 1, "heldout_objects": 0, "heldout_combinations": 0}
     generated(tmp_path / "data", few)
     (tmp_path / "data").rename(tmp_path / ".data.old")
@@ -191,7 +191,7 @@ def dies(split, index, config):
     os._exit(9)
 
 
-def test_a_process_that_dies_is_an_error_that_says_what_to_do(tmp_path):
+def test_a_process_that_dies_is_an_error_with_advice(tmp_path):
     with pytest.raises(RuntimeError, match="same command again"):
         generated(tmp_path / "data", workers=2, generate=dies)
     assert not (tmp_path / "data").exists()
@@ -199,7 +199,7 @@ def test_a_process_that_dies_is_an_error_that_says_what_to_do(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
-    """Kill -9 in the middle; its processes end too, and the same command completes the same bytes."""
+    """After kill -9 the worker processes end, and the same command completes the same bytes."""
     code = (
         "import sys, argparse; from uniref_fast.scenes import make as m\n"
         "p = argparse.ArgumentParser(); m.add_arguments(p); sys.exit(m.run(p.parse_args()))"

@@ -36,7 +36,7 @@ def boxes(scene: dict, scale: float = 1) -> list[tuple[int, int, int, int]]:
 
 
 def test_targets_follow_from_the_scene_alone(samples):
-    """The answer is recomputed from what a row has: its scene, its pictures' sizes and the artworks' files."""
+    """The target is computed again from the values of a row: its scene, sizes of images, and files of artworks."""
     for sample in samples:
         scene, ground = sample.scene, sample.scene["background"]
         size = tuple(scene["size"])
@@ -58,7 +58,7 @@ def test_targets_follow_from_the_scene_alone(samples):
         json.dumps(scene)
 
 
-def test_edits_leave_the_rest_of_picture_1_alone(samples):
+def test_edits_do_not_change_the_rest_of_picture_1(samples):
     seen = Counter()
     for sample in samples:
         first = sample.references[0] if sample.references else None
@@ -76,7 +76,7 @@ def test_edits_leave_the_rest_of_picture_1_alone(samples):
     assert len(seen) == 4, seen
 
 
-def test_backgrounds_come_from_the_picture_that_is_named(samples):
+def test_backgrounds_come_from_the_named_picture(samples):
     seen = 0
     for sample in samples:
         if sample.task_type != "compose":

@@ -21,7 +21,7 @@ def specs():
     return {split: [scene_spec(split, i, CONFIG) for i in range(700 if split == "train" else 400)] for split in SPLITS}
 
 
-def test_tasks_that_are_asked_for():
+def test_tasks_of_the_configuration():
     config = MakeConfig(artworks("shipped"), 64, references=(1, 2), tasks=("move", "move", "compose", "recolour"))
     tasks = Counter(
         (len(spec.scene.references), spec.task_type) for spec in (scene_spec("train", i, config) for i in range(300))
@@ -111,7 +111,7 @@ def test_objects_are_inside_and_apart(specs):
             assert len({image.size for image in spec.scene.references}) == len(spec.scene.references)
 
 
-def test_places_sizes_and_counts_are_those_said(specs):
+def test_places_sizes_and_counts_follow_the_instruction(specs):
     numbers = {"two": 2, "three": 3, "four": 4}
     checked = Counter()
     for spec in specs["train"]:
@@ -138,7 +138,7 @@ def test_places_sizes_and_counts_are_those_said(specs):
     assert min(checked[k] for k in ("count", "count small", "place", "large")) >= 8, checked
 
 
-def test_relations_are_those_said(specs):
+def test_relations_follow_the_instruction(specs):
     axes = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "over": (1, -1), "below": (1, 1), "under": (1, 1)}
     pattern = re.compile(
         r"the ([a-z ]+?) (?:of|from) picture \d (?:to the )?(left of|right of|above|over|below|under)"
