@@ -159,11 +159,11 @@ def other_areas(folder):
 def test_a_saved_pipeline_is_the_same_model(folder, tmp_path, variant):
     before = variant(folder)
     before.save_pretrained(tmp_path / "saved")
-    (tmp_path / "saved" / "uniref_fast.json").write_text("{}")  # somebody's own file tells nothing
+    (tmp_path / "saved" / "uniref_fast.json").write_text("{}")  # another program's file
     after = load_pipeline(str(tmp_path / "saved"), torch.float32, "cpu")
     expected = small_edit(before)
     assert torch.equal(small_edit(after), expected)
-    again = plain(tmp_path / "saved")  # through a pipeline that knows nothing of image areas
+    again = plain(tmp_path / "saved")  # through a pipeline that does not have image areas
     assert torch.equal(small_edit(again), expected)
     given = [EditRequest("a crown", num_inference_steps=2)], [[(90, 60)]]
     tokens = [
@@ -233,7 +233,7 @@ def test_cache_is_reused_and_repaired(empty_cache, monkeypatch):
 
 
 def test_another_process_builds_the_same_folder_first(empty_cache, monkeypatch):
-    """Its folder appears between the look for one and the rename of this process's own."""
+    """The folder of the other process appears before this process renames its own."""
     build = store.build
 
     def late(folder):

@@ -1,4 +1,4 @@
-"""edit(): many unlike requests in one packed loop, each equal to its own single run."""
+"""edit(): many different requests in one packed loop, each equal to its own single run."""
 
 import contextlib
 import dataclasses
@@ -81,7 +81,7 @@ def pipe(builtin_pipe):
 
 @pytest.mark.slow
 def test_each_result_equals_its_own_run(pipe):
-    """Against diffusers' pipeline where it can run (it needs an image), and against edit() of one request."""
+    """Results equal edit() of one request, and diffusers' pipeline where it can run (it needs an image)."""
     together = uniref_fast.edit(pipe, requests(), output_type="pt", progress=False)
     for request, image in zip(requests(), together, strict=True):
         alone = uniref_fast.edit(pipe, [request], output_type="pt", progress=False)[0]
@@ -381,7 +381,7 @@ def embedded(pipe, request, **changes):
 
 @pytest.mark.parametrize("mask", [None, "padding", "hole"])
 def test_prompt_embeddings_equal_the_stock_run(pipe, mask):
-    """Without a text encoder; rows that a mask switches off change nothing, wherever they are."""
+    """The pipeline has no text encoder; rows that a mask switches off change nothing, wherever they are."""
     request = embedded(pipe, requests()[1])
     before = uniref_fast.edit(pipe, [requests()[1]], output_type="pt", progress=False)[0]
     if mask is not None:
@@ -487,7 +487,7 @@ def with_scheduler(pipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler_equals_the_stock_run(with_scheduler, name):
-    """Also while others ride along, under PyTorch's global generator as in stock, and after an earlier run."""
+    """A request has the same result in a pack with others, with the global generator, and after an earlier run."""
     pipe = with_scheduler(name)
     request = dataclasses.replace(requests()[1], num_inference_steps=4)
     unseeded = dataclasses.replace(request, seed=None)

@@ -73,7 +73,7 @@ def test_vae_operations_match_a_real_run(builtin_pipe):
 
 
 def test_text_encoder_operations_match_a_real_run(builtin_pipe):
-    """Within a fifth: biases, windowed vision attention and patch merging are not modelled."""
+    """The estimate is within a fifth: biases, windowed vision attention and patch merging are not modelled."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         builtin_pipe.encode_prompt(prompt="put the owl left of the rocket", image=None, device="cpu")
     request = EditRequest("put the owl left of the rocket", num_inference_steps=2)
@@ -120,7 +120,7 @@ def within(part, whole, tolerance):
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
 def test_vae_memory_is_what_lives(builtin_pipe, size):
-    """Against tensors alive at once in a real run on the CPU, whose attention is fused too."""
+    """The estimate is the peak of living tensors in a real run on the CPU, whose attention is fused too."""
     vae, (width, height) = builtin_pipe.vae, size
     request = EditRequest("x", num_inference_steps=2, width=width, height=height)
     estimate = uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[size]], budget=width * height)
@@ -171,7 +171,7 @@ def test_vae_attention_has_no_matrix_of_scores():
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformer_memory_is_what_lives(make_transformer, samples, dtype):
-    """Against PyTorch's memory tracker, which follows storages by another way."""
+    """The count agrees with PyTorch's memory tracker, which follows storages by another way."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
     model = make_transformer(True, dtype=dtype)
@@ -210,8 +210,11 @@ def test_the_peak_of_a_whole_edit(builtin_pipe, max_tokens):
 
 
 def test_a_block_frees_what_it_has_used(make_transformer):
-    """Its input streams and residuals are gone once they are added up: in the feed-forward of the image stream live
-    that stream, its norm and twice the fourfold hidden layer, and two of the text's."""
+    """A block's input streams and residuals are freed once they are added up.
+
+    In the feed-forward of the image stream that stream, its norm, two hidden layers of four times the width, and two
+    tensors of the text stream are alive.
+    """
     if torch._dynamo.utils.counters["frames"]["total"]:
         pytest.skip("an earlier test of this process has used torch.compile, after which calls hold their arguments")
     model = make_transformer(False, layers=4)

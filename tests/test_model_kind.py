@@ -1,4 +1,4 @@
-"""Models of another kind: one check, one message, whoever loads them."""
+"""Check of models of another kind: one check and one message for all functions that load them."""
 
 import json
 import shutil

@@ -183,6 +183,9 @@ def estimate(
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
     held = (embeddings + latents) * compute_dtype(transformer).itemsize
+    # the image streams of all packs; the one of the largest pack is in `transformer_peak`
+    streams = (layout.image_length - largest.image_length) * transformer.config.in_channels
+    streams *= compute_dtype(transformer).itemsize
     vae_bytes = _weight_bytes(pipe.vae)
     encode_flops, encode_peak = _vae(pipe, pixels, "encode")
     decode_flops, decode_peak = _vae(pipe, results, "decode")
@@ -193,7 +196,7 @@ def estimate(
             "transformer",
             linear + attention,
             _weight_bytes(transformer),
-            held + transformer_peak(transformer, largest),
+            held + streams + transformer_peak(transformer, largest),
         ),
         Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),
     )

@@ -114,7 +114,7 @@ def assert_same_bits_in_packs(model, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_in_packs_but_for_the_products_of_the_library(make_transformer, monkeypatch, dtype, impl):
-    """With Linears that compute each row by itself, a model gives a sample the same bits alone and in any pack."""
+    """A model whose Linears compute each row by itself gives a sample the same bits alone and in any pack."""
     linear = torch.nn.functional.linear
 
     def by_row(x, weight, bias=None):
@@ -127,7 +127,7 @@ def test_same_bits_in_packs_but_for_the_products_of_the_library(make_transformer
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_same_bits_in_packs_in_bfloat16(make_transformer, impl):
-    """With PyTorch's own Linears; in float32 these depend on the number of rows, by rounding."""
+    """PyTorch's own Linears are used; in float32 these depend on the number of rows, by rounding."""
     assert_same_bits_in_packs(make_transformer(True, dtype=torch.bfloat16), impl)
 
 
@@ -144,7 +144,7 @@ def test_parameters_are_shared_not_copied(make_transformer):
 
 
 def test_reference_causal_makes_references_independent_of_the_target(make_transformer):
-    """Under the policy the references' K/V do not change with the noise: replacing it changes no reference row."""
+    """The references' K/V do not change with the noise: replacing it changes no reference row."""
     model = make_transformer(True)
     seen = []
     hook = model.transformer_blocks[-1].attn.to_k.register_forward_hook(lambda m, a, out: seen.append(out))
@@ -188,7 +188,7 @@ def test_refusals(make_transformer):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_of_a_pack_are_the_sum_of_single_ones(make_transformer, impl):
-    """Of every parameter and of the inputs, against diffusers one by one; K = 2, 0 and 1 references."""
+    """Gradients of every parameter and of the inputs equal those of diffusers one by one; K = 2, 0 and 1 references."""
     model = make_transformer(True)
     cases = [(SIZES[:3], 7), (SIZES[:1], 1), (SIZES[1:3], 5)]
     data = [inputs(model, grids, text, seed=i) for i, (grids, text) in enumerate(cases)]

@@ -1,4 +1,4 @@
-"""The autoencoder on single frames: the numbers and gradients of the stock one, and nothing of it left afterwards."""
+"""The autoencoder on single frames: values and gradients of the stock one, which is unchanged afterwards."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def results(vae, picture):
 @pytest.mark.parametrize("temporal", SHAPES, ids=str)
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 24), (3, 8, 4)])  # wide; smaller than a kernel inside
 def test_values_and_gradients_are_those_of_the_stock_model(temporal, batch, height, width):
-    """In float64 to its last digits; in float32 within what rounding makes of that many layers."""
+    """Results agree in float64 to the last digits, in float32 within what rounding makes of that many layers."""
     oracle = results(build(temporal, torch.float64), pixels(batch, height, width, torch.float64))
     for dtype, most in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
         vae = build(temporal, dtype)
@@ -111,7 +111,7 @@ def test_everything_is_as_before_after_an_exception():
 
 
 def test_blocks_within_blocks_and_forwards_of_others():
-    """What somebody else set as a module's forward (hooks do) comes back, and an inner block does not end the outer."""
+    """A forward that hooks have set on a module is restored, and an inner block does not end the outer one."""
     vae = build()
     calls = []
 

@@ -19,7 +19,7 @@ def _fresh_compiler():
 
 
 def compiled(model, how, backend, **options):
-    """What to call after compiling a model in place, its blocks, or a wrapper around it."""
+    """Compile a model in place, its blocks, or a wrapper around it, and return the callable."""
     if how == "wrapper":
         return torch.compile(model, backend=backend, **options)
     (model.compile if how == "model" else model.compile_repeated_blocks)(backend=backend, **options)
@@ -27,13 +27,11 @@ def compiled(model, how, backend, **options):
 
 
 def graphs(model, how, fullgraph):
-    """How many graphs there are after equal calls, after another text length and after another dtype."""
+    """Return the number of graphs after equal calls, and after calls with another text length."""
     counter = CompileCounterWithBackend("eager")
     call, counts = compiled(model, how, counter, fullgraph=fullgraph), []
-    for times, given in ((12, {}), (2, {"text": 9}), (2, {"dtype": torch.bfloat16})):
-        if "dtype" in given:
-            model.to(given["dtype"])
-        for _ in range(times):
+    for given in ({}, {"text": 9}):
+        for _ in range(3):
             run(call, **given)
         counts.append(counter.frame_count)
     torch._dynamo.reset()
@@ -44,7 +42,7 @@ def graphs(model, how, fullgraph):
     "how, fullgraph, called_before", [("model", False, False), ("blocks", True, False), ("wrapper", True, True)]
 )
 def test_as_many_graphs_as_stock(make_transformer, how, fullgraph, called_before):
-    """The counters of the report must not be guarded on: equal calls compile once."""
+    """Equal calls compile once, so the compiler has no guard on the counters of the report."""
     layers = 2 if how == "blocks" else 1
     stock, model = make_transformer(True, layers=layers), make_transformer(True, layers=layers)
     report = uniref_fast.patch(model)

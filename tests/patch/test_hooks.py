@@ -197,7 +197,7 @@ def test_modules_with_a_state(make_transformer):
 
 @pytest.mark.parametrize("place", ["attn.to_v", "attn.to_out.0", "img_mod", "img_mlp"])
 def test_a_late_change_of_dtype_calls_no_module_twice(make_transformer, place):
-    """What only shows in the middle of a block: the original goes on from there."""
+    """A change that shows only in the middle of a block: the original continues from there."""
     stock, model, report = pair(make_transformer)
     for each in (stock, model):
         each.transformer_blocks[1].get_submodule(place).register_forward_hook(lambda m, args, out: out.double())
@@ -260,7 +260,7 @@ def test_global_module_hooks_see_every_module(make_transformer, kind):
 
 
 def test_norms_that_are_offloaded(make_transformer):
-    """By hooks, which hold the weights elsewhere between calls, or without any."""
+    """Offloading uses hooks, which hold the weights elsewhere between calls, or without any."""
     attn, cpu = make_transformer(layers=1).transformer_blocks[0].attn, torch.device("cpu")
     assert changed_qk_norm(attn, torch.float32, cpu) is None
     assert "torch.float32 on cpu, the streams are torch.bfloat16" in changed_qk_norm(attn, torch.bfloat16, cpu)
@@ -316,7 +316,7 @@ def test_flops_are_counted_as_for_the_original(make_transformer):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_default_device_changes_nothing(make_transformer, device):
-    """Also one that is not the model's: new tensors of the fused path name their device."""
+    """The default device may also be another than the model's: new tensors of the fused path name their device."""
     stock, model, report = pair(make_transformer)
     text = {"cpu": 13, "meta": 17}[device]  # lengths of which no other test leaves a plan behind
     mask = torch.ones(2, text, dtype=torch.int64)
@@ -359,7 +359,7 @@ def test_meta_tensors(make_transformer):
     ids=["scores", "feed-forward"],
 )
 def test_layer_skipping_of_diffusers(make_transformer, skip, called_before):
-    """What perturbed-attention guidance and skip-layer guidance do around a call.
+    """Perturbed-attention guidance and skip-layer guidance change the model like this during a call.
 
     Skipping the attention or the whole of a block of this model fails in diffusers itself.
     """

@@ -146,7 +146,7 @@ def test_a_model_on_the_meta_device_is_patched_before_its_weights_come(make_tran
     "absent", [QK_NORMS, ("norm_q",), ("norm_q", "norm_added_k"), ("norm_added_q", "norm_added_k")]
 )
 def test_without_qk_norms(make_transformer, absent):
-    """What is left is still normalised, with its own eps."""
+    """The remaining norms keep their own eps."""
 
     def change(model):
         for block in model.transformer_blocks:
@@ -250,7 +250,7 @@ def test_a_norm_with_a_replaced_forward_runs_the_original(make_transformer):
 
 
 def test_strided_streams_and_modulation(make_transformer):
-    """What hooks return may be of any layout."""
+    """Hooks may return tensors of any layout."""
 
     def transposed(module, args, out):
         return out.transpose(-1, -2).contiguous().transpose(-1, -2)
@@ -264,7 +264,7 @@ def test_strided_streams_and_modulation(make_transformer):
 
 
 def test_outputs_may_be_changed_in_place(make_transformer):
-    """As the original's, a block's outputs are no views, which autograd and FSDP warn about."""
+    """A block's outputs are, like the original's, no views, which autograd and FSDP warn about."""
     _, model, _ = pair(make_transformer, lambda each: None, layers=1)
     outputs = []
     model.transformer_blocks[0].register_forward_hook(lambda module, args, out: outputs.extend(out))

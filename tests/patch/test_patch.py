@@ -21,7 +21,7 @@ from uniref_fast.testing import assert_within_budget, max_relative_error
 
 
 def forwards(model):
-    """What unpatch must leave exactly as it was."""
+    """Return everything that unpatch must restore exactly."""
     return [
         (name, vars(block).get("forward"), block.attn.processor, block.attn.processor.__dict__.copy())
         for name, block in model.transformer_blocks.named_children()
@@ -549,7 +549,7 @@ def test_block_level_group_offload(make_transformer, patch_first):
 
 @order
 def test_accelerate_hooks(make_transformer, patch_first):
-    """What enable_model_cpu_offload and device maps install: hooks that replace `forward` on the instance."""
+    """Hooks as of enable_model_cpu_offload and device maps, which replace `forward` on the instance."""
     from accelerate.hooks import ModelHook, add_hook_to_module
 
     def prepare(model):
