@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
+    """Train, and return the exit status: 0 for a finished run, 143 for a saved run that a signal ended, else 1 or 2."""
 
-    def made(config: SFT, ranks: Ranks, options: RunOptions, resume: int | None) -> SFTTrainer:
+    def build(config: SFT, ranks: Ranks, options: RunOptions, resume: int | None) -> SFTTrainer:
         from uniref_fast.training.supervised.trainer import SFTTrainer
 
         return SFTTrainer(config, ranks, options.out, resume)
 
-    return launch("sft", SFT_RECIPES, RunOptions(Path("runs/sft")), made, sys.argv[1:] if argv is None else argv,
+    return launch("sft", SFT_RECIPES, RunOptions(Path("runs/sft")), build, sys.argv[1:] if argv is None else argv,
                   "Supervised fine-tuning on multi-reference editing rows.")  # fmt: skip
 
 

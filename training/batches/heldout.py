@@ -15,10 +15,18 @@ __all__ = ["heldout_datasets"]
 def heldout_datasets(
     files: Iterable[Path], config: Recipe, targets: Literal["required", "optional"] = "required"
 ) -> dict[str, Dataset]:
-    """Files of held-out rows by name.
+    """Open files of held-out rows, and read the images of all rows that a validation uses.
+
+    Args:
+        files: Files of rows.
+        config: Configuration of the run.
+        targets: "optional" also takes rows without a target.
+
+    Returns:
+        Datasets by the name of their file.
 
     Raises:
-        ValueError: for those that have the same name, no rows, or a broken one among those that are looked at.
+        ValueError: Two files have the same name, a file has no rows, or a row that a validation uses is broken.
     """
     found: dict[str, Dataset] = {}
     for path in files:
@@ -27,14 +35,12 @@ def heldout_datasets(
         found[path.stem] = dataset = Dataset(path, config.image_folder, targets, config.columns)
         if not len(dataset):
             raise ValueError(f"{path} has no held-out rows; leave it out")
-        looked_at = max(
-            config.eval_samples if config.eval_every else 0, config.sample_count if config.sample_every else 0
-        )
-        for i in range(min(looked_at, len(dataset))):
+        used = max(config.eval_samples if config.eval_every else 0, config.sample_count if config.sample_every else 0)
+        for i in range(min(used, len(dataset))):
             row = dataset[i]
             for picture in (*row.references, *([row.target] if row.target else ())):
                 try:
                     picture.load()
-                except (ValueError, OSError) as error:  # now, not in the middle of the run
-                    raise ValueError(f"{row.where}: {error}; mend or leave out this held-out row") from error
+                except (ValueError, OSError) as error:  # report it now, not in the middle of the run
+                    raise ValueError(f"{row.where}: {error}; repair or remove this held-out row") from error
     return found

@@ -1,4 +1,4 @@
-"""A folder of tensors keyed by what they were made from: latents of images, embeddings of prompts."""
+"""A folder of tensors keyed by the content that they are computed from: latents of images, embeddings of prompts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["TensorCache"]
 
 
 class TensorCache:
-    """Makes a tensor once and reads it afterwards. Any number of processes may share the folder.
+    """A cache that computes a tensor once and reads it afterwards. Any number of processes may share the folder.
 
     Args:
-        folder: of safetensors files; None keeps nothing.
+        folder: Folder of the safetensors files; None keeps nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -29,15 +29,15 @@ class TensorCache:
     def get(
         self, key: str, make: Callable[[], Tensor], shape: tuple[int, ...] | None = None, where: str = ""
     ) -> Tensor:
-        """The tensor of that key; `make()` is called, and its result kept, when there is none that can be read.
+        """Return the tensor of a key; if it cannot be read, compute it and keep it.
+
+        A damaged file and a folder that cannot be written are warnings: the tensor is computed in either case.
 
         Args:
-            key: from `content_key`.
-            make: computes the tensor.
-            shape: that the tensor must have, where it is known; a kept one of another shape is computed anew.
-            where: the place of the row that it is for, for warnings.
-
-        A damaged file, or a folder that cannot be written, is a warning: what is wanted is made in any case.
+            key: Key from `content_key`.
+            make: Function that computes the tensor.
+            shape: Shape that the tensor must have, if it is known; a file with another shape is replaced.
+            where: Place of the row that the tensor belongs to, for warnings.
         """
         if self.folder is None:
             return make()
@@ -52,7 +52,7 @@ class TensorCache:
             pass
         except (SafetensorError, KeyError, OSError, ValueError) as error:
             row = f"{where}: " if where else ""
-            warnings.warn(f"{row}the cached {path} cannot be used ({error}); it is computed anew", stacklevel=2)
+            warnings.warn(f"{row}the cached {path} cannot be used ({error}); it is computed again", stacklevel=2)
         self.misses += 1
         tensor = make()
         try:
@@ -60,8 +60,8 @@ class TensorCache:
             write_whole(path, lambda file: file.write(content), cache=True)
         except OSError as error:
             warnings.warn(
-                f"the cache {self.folder} cannot be written ({error.strerror or error}); what it lacks is made each "
-                "time",
+                f"the cache {self.folder} cannot be written ({error.strerror or error}); tensors that it lacks are "
+                "computed each time",
                 stacklevel=2,
             )
         return tensor

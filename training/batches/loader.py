@@ -1,7 +1,7 @@
-"""Step after step of packs: rows in the stream's order, prepared, packed, their images read ahead.
+"""The data loader: it prepares and packs the rows of each step in their shuffled order, and reads their images ahead.
 
-All ranks plan the same packs from the same rows, so they need not speak. What decides the packs of all later steps is
-where the stream stands and which samples wait: a state of a few hundred integers.
+All ranks plan the same packs from the same rows, without communication. The position in the order and the waiting
+samples, a few hundred integers, determine the packs of all later steps.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class StepPacks:
     """The packs of one step.
 
     Attributes:
-        packs: of all ranks.
-        mine: numbers of those that this rank runs, in order.
-        prepared: rows of this rank's packs, by key.
-        images: their images, being read, by key.
-        broken: (place, reason) of rows that were passed over while planning.
+        packs: Packs of all ranks.
+        mine: Numbers of the packs that this rank runs, in order.
+        prepared: Rows of this rank's packs, by key.
+        images: Futures of the images of these rows, by key.
+        broken: (place, reason) of rows that were left out while planning.
     """
 
     packs: list[Pack]
@@ -41,18 +41,19 @@ class StepPacks:
 
 
 class PackLoader:
-    """Plans steps one ahead of their use.
+    """A data loader that yields the packs of each step, planned one step ahead.
 
     Args:
-        dataset, encoder: of the run.
-        config: of the run.
-        plans: of each stage.
-        cost_model: prices samples; the same on all ranks.
-        assign: takes the packs and the stage's number, gives the numbers of this rank's packs.
-        state: of `state()`, to go on from; None starts at the first row.
+        dataset: Dataset of the run.
+        encoder: Encoder of the run.
+        config: Configuration of the run.
+        plans: Memory plan of each stage.
+        cost_model: Costs of the samples; the same on all ranks.
+        assign: Function that takes the packs and the number of the stage, and returns the numbers of this rank's packs.
+        state: Result of `state()`, to continue from there; None starts at the first row.
 
     Raises:
-        ValueError: for a state of other data.
+        ValueError: The state belongs to other data.
     """
 
     def __init__(
@@ -82,7 +83,11 @@ class PackLoader:
         return {**self._ahead[0], "broken": sorted(self.rows.broken)}
 
     def next(self, step: int) -> StepPacks:
-        """The packs of a step; steps must be asked for in order. Images of the step after it start to be read."""
+        """Return the packs of a step, and start to read the images of the next one. Steps come in order.
+
+        Raises:
+            BrokenRowsError: There are more broken rows than the run allows, or no other rows.
+        """
         ready = self._ahead
         packs = ready[2] if ready and ready[1] == step else self._plan(step)
         self._ahead = None
@@ -91,6 +96,7 @@ class PackLoader:
         return packs
 
     def close(self) -> None:
+        """Stop reading images."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _state(self) -> dict[str, Any]:
@@ -99,7 +105,7 @@ class PackLoader:
     def _plan(self, step: int) -> StepPacks:
         number, _ = stage_at(self.config, step)
         broken: list[tuple[str, str]] = []
-        if number != self._stage:  # other sizes: what waits is prepared anew, in the same order
+        if number != self._stage:  # samples that wait are prepared again, with the new sizes and in the same order
             self._stage, waiting = number, self._waiting
             self._waiting, self._prepared = [], {}
             self._packer = Packer(self.plans[number].pack_tokens, self.config.packs, self.cost_model)
@@ -122,7 +128,7 @@ class PackLoader:
         return StepPacks(packs, mine, prepared, images, broken)
 
     def _add(self, key: PackKey, broken: list[tuple[str, str]]) -> None:
-        """Prepare and queue a row; one that cannot be used is counted and named."""
+        """Prepare a row and give it to the packer; if it cannot be used, count it and add it to `broken`."""
         stage = self.config.stages[self._stage]
         assert self._packer is not None
         where = self.dataset.where(key[1])

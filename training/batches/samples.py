@@ -1,4 +1,4 @@
-"""From a row to what a pack is made of: its sizes before anything is encoded, its tensors afterwards."""
+"""The samples of packs: sizes of a row before anything is encoded, and tensors afterwards."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["Encoded", "Encoder", "Prepared"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row with its sizes, not yet read.
+    """A row and its sizes; its images are not read yet.
 
     Attributes:
-        row: where the images are.
-        instruction: the row's, or the empty one.
-        dropped: whether the references are left out.
-        geometry: sizes in pixels and tokens.
-        sample: for the layout.
+        row: Row with the images.
+        instruction: Instruction of the row, or the empty prompt if it is dropped.
+        dropped: The references are left out.
+        geometry: Sizes in pixels and tokens.
+        sample: Sizes for the layout.
     """
 
     row: Row
@@ -42,21 +42,28 @@ class Prepared:
 
     @property
     def task(self) -> str:
+        """Task type of the row, for metrics."""
         return self.row.task_type or "none"
 
     def load(self) -> tuple[Image.Image, list[Image.Image]]:
-        """Target and references, decoded; RGB."""
-        assert self.row.target is not None  # `Encoder.prepare` refuses rows without
+        """Return target and references, decoded, in RGB."""
+        assert self.row.target is not None  # `Encoder.prepare` refuses rows without a target
         return self.row.target.load(), self.load_references()
 
     def load_references(self) -> list[Image.Image]:
-        """References, decoded; RGB."""
+        """Return the references, decoded, in RGB."""
         return [] if self.dropped else [image.load() for image in self.row.references]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A sample's tensors on the device: clean target `[n, C]`, references `[m, C]`, prompt embeddings `[l, D]`."""
+    """Tensors of a sample, on the device.
+
+    Attributes:
+        target: Latents of the clean target, `[n, C]`.
+        references: Latents of all references, `[m, C]`; m may be 0.
+        text: Prompt embeddings, `[l, D]`.
+    """
 
     target: Tensor
     references: Tensor
@@ -64,37 +71,38 @@ class Encoded:
 
 
 class Encoder:
-    """Sizes, latents and embeddings by a pipeline's own tokenizer, processor, VAE and text encoder.
+    """An encoder of rows that uses the tokenizer, processor, VAE and text encoder of a pipeline.
 
     Args:
-        pipe: a `QwenImageEditPlusPipeline`.
-        cache: what was encoded once is read from it.
-        seed: of what is dropped.
-        drop_text, drop_references: shares of samples without instruction, and without references.
+        pipe: A `QwenImageEditPlusPipeline`.
+        cache: Cache of latents and embeddings.
+        seed: Seed of the choice of dropped texts and references.
+        drop_text: Share of samples whose instruction is replaced by the empty prompt.
+        drop_references: Share of samples whose references are left out.
     """
 
     def __init__(
         self, pipe: Any, cache: TensorCache, seed: int = 0, drop_text: float = 0.0, drop_references: float = 0.0
     ) -> None:
         self.pipe, self.cache, self.seed = pipe, cache, seed
-        self.device, self._dtype = pipe._execution_device, pipe.vae.dtype  # asked for once: they look through modules
+        self.device, self._dtype = pipe._execution_device, pipe.vae.dtype  # these properties search all modules
         self.drop_text, self.drop_references = drop_text, drop_references
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
         self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
 
     def prepare(self, row: Row, key: Sequence[int], side: int, target_side: int, rollout: bool = False) -> Prepared:
-        """Sizes and tokens of a row; reads the images' headers only.
+        """Return a row with its sizes and numbers of tokens; only the headers of its images are read.
 
         Args:
-            row: from a `Dataset`.
-            key: (epoch, index), which decides what is dropped.
-            side: joint pixel budget of the references, side x side.
-            target_side: largest target, target_side x target_side pixels.
-            rollout: the row needs no target; without one the result gets the last reference's aspect ratio (a square
-                without references) at target_side x target_side pixels.
+            row: Row of a `Dataset`.
+            key: (epoch, index), which decides whether text and references are dropped.
+            side: Joint pixel budget of the references: side x side.
+            target_side: Largest area of the target: target_side x target_side pixels.
+            rollout: The row needs no target. Without a target the result has the last reference's aspect ratio, or is a
+                square without references, and target_side x target_side pixels.
 
         Raises:
-            RowError: for a row that cannot be trained on; with its place.
+            RowError: The row cannot be trained on; the message names its place.
         """
         if row.target is None and not rollout:
             raise RowError(row.where, "no target image to train on")
@@ -112,7 +120,12 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image]]) -> Encoded:
-        """The tensors of a prepared row, whose `load()` gave the images."""
+        """Return the tensors of a prepared row.
+
+        Args:
+            prepared: Row with its sizes.
+            images: Result of `prepared.load()`.
+        """
         row, (target, references) = prepared.row, images
         assert row.target is not None
         latents = self._latents(row.where, row.target, target, prepared.geometry.size)
@@ -123,12 +136,15 @@ class Encoder:
     def encode_conditions(
         self, prepared: Prepared, references: list[Image.Image], instruction: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        """References `[m, C]` and prompt embeddings `[l, D]` of a prepared row; `load_references()` gave the images.
+        """Return the latents of the references, `[m, C]`, and the prompt embeddings, `[l, D]`, of a prepared row.
 
-        `instruction` stands in for the row's, such as the empty one that guidance needs.
+        Args:
+            prepared: Row with its sizes.
+            references: Result of `prepared.load_references()`.
+            instruction: Text that replaces the instruction of the row, such as the empty prompt for guidance.
 
         Raises:
-            RowError: for a row that the text encoder refuses; with its place.
+            RowError: The text encoder cannot process the row; the message names its place.
         """
         made, device = prepared.geometry, self.device
         sources = [] if prepared.dropped else list(prepared.row.references)

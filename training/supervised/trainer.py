@@ -31,7 +31,7 @@ __all__ = ["SFTTrainer"]
 
 
 class SFTTrainer(Trainer):
-    """Trains on rows with targets (supervised fine-tuning).
+    """A trainer on rows with targets (supervised fine-tuning).
 
     Arguments and errors are those of `Trainer`; also raises ValueError for data that the checkpoint was not trained on.
     """
@@ -205,11 +205,12 @@ class SFTTrainer(Trainer):
         return packing.assign(packs, self.ranks.size // sequence)[self.ranks.rank // sequence]
 
     def _costs(self) -> packing.CostModel:
-        """Prices of samples: operations, or seconds of forward and backward on this machine. All ranks."""
+        """Return the costs of samples: operations, or seconds of forward and backward on this machine. All ranks."""
         config = self.model.pipe.transformer.config
         if self.config.cost == "flops":
             return packing.CostModel.from_config(config)
-        # A rank has so many of a pack's tokens in the stage that gives it least, and may have to recompute.
+        # Times are measured up to the tokens that a rank has of a pack in the stage with the smallest packs, which fit
+        # the memory of every stage, and with recomputation if any stage needs it.
         most = min(plan.pack_tokens // plan.sequence_parallel for plan in self.plans)
         self.model.packed.checkpointing = any(plan.checkpointing for plan in self.plans)
         self.ranks.share_sequences(self.model.packed, 1)

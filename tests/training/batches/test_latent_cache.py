@@ -118,7 +118,7 @@ def test_a_damaged_file_is_made_anew_with_a_warning(tmp_path, damage):
     cache.get(KEY, lambda: VALUE)
     damage(path_of(tmp_path))
     make, calls = counted()
-    with pytest.warns(UserWarning, match=rf"{KEY}.safetensors cannot be used \(.*\); it is computed anew"):
+    with pytest.warns(UserWarning, match=rf"{KEY}.safetensors cannot be used \(.*\); it is computed again"):
         assert torch.equal(cache.get(KEY, make), VALUE)
     assert calls
     with warnings.catch_warnings():
