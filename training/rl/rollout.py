@@ -180,9 +180,15 @@ class RolloutPack:
 
     def image(self, latents: Sequence[Tensor]) -> Tensor:
         """Return the image stream `[N_image, C]` for the latents `[N, C]` of each member."""
-        pairs = zip(latents, self.members, strict=True)
-        targets = [x.to(self.text.dtype) for x, member in pairs for _ in member.group.texts]
+        targets = [x.to(self.text.dtype) for x in self._by_sequence(latents)]
         return self.layout.image_stream(targets, self.references)
+
+    def write_latents(self, image: Tensor, latents: Sequence[Tensor]) -> None:
+        """Overwrite the targets' rows of an image stream with the latents `[N, C]` of each member."""
+        self.layout.write_targets(image, self._by_sequence(latents))
+
+    def _by_sequence(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        return [x for x, member in zip(latents, self.members, strict=True) for _ in member.group.texts]
 
 
 # ---- schedules ----
@@ -259,7 +265,11 @@ def _cut(costs: Sequence[int], count: int) -> list[int]:
 
 
 def velocities(
-    packed: PackedQwenImage, pack: RolloutPack, latents: Sequence[Tensor], times: Sequence[float]
+    packed: PackedQwenImage,
+    pack: RolloutPack,
+    latents: Sequence[Tensor],
+    times: Sequence[float],
+    image: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the model's velocity `[N, C]`, float32, for each member; all of them on every rank that shares the pack.
 
@@ -268,13 +278,19 @@ def velocities(
         pack: Members to run.
         latents: Latents `[N, C]` of each member.
         times: Time t of each member.
+        image: Image stream of the pack, `[N_image, C]`, whose targets are overwritten; None allocates a new one, which
+            a backward needs.
     """
+    if image is None:
+        image = pack.image(latents)
+    else:
+        pack.write_latents(image, latents)
     t = torch.tensor(
         [time for time, member in zip(times, pack.members, strict=True) for _ in member.group.texts],
         dtype=torch.float32,
         device=pack.text.device,
     )  # [S], one for each sequence
-    out = packed(pack.image(latents), pack.text, t, pack.layout)  # [N_target, C]
+    out = packed(image, pack.text, t, pack.layout)  # [N_target, C]
     if packed.parallel is not None:
         out = packed.parallel.gather_rows(out, packed.parallel.targets(pack.layout))
     parts = iter(pack.layout.split_targets(out))
@@ -294,9 +310,10 @@ def denoise(packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None,
         sampler: Sampler of the noisy steps; None denoises without noise.
         seed: Seed of the noise.
     """
+    image = pack.image([member.latents for member in pack.members])  # a step changes only the rows of the targets
     for i in range(len(pack.members[0].group.sigmas) - 1):
         times = [member.group.sigmas[i] for member in pack.members]
-        predicted = velocities(packed, pack, [member.latents for member in pack.members], times)
+        predicted = velocities(packed, pack, [member.latents for member in pack.members], times, image)
         for member, v in zip(pack.members, predicted, strict=True):
             _advance(member, i, v, sampler, seed)
 
