@@ -6,13 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_shift
 
-from uniref_fast.builtin.components import SCHEDULER
 from uniref_fast.keyed_random import draw, uniform
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.schedule import resolution_shift
 from uniref_fast.training.supervised.flow_matching import flow_batch, sample_errors, sample_t
 
 # one with references, one token alone, none, and two of unlike sizes: the targets' rows are not consecutive
@@ -165,27 +161,6 @@ def test_t_is_logit_normal_and_the_shift_adds_its_logarithm(mean, std, shift):
 def test_without_spread_t_is_the_shifted_middle():
     assert sample_t(draw(0, "t", (0,)), 0.0, 0.0, 1.0) == 0.5
     assert sample_t(draw(0, "t", (0,)), 0.0, 0.0, 3.0) == pytest.approx(0.75)
-
-
-@pytest.mark.parametrize("tokens", [1, 64, 256, 1024, 4096, 8192, 20000])
-@pytest.mark.parametrize("kind", ["exponential", "linear"])
-def test_the_shift_is_the_schedulers(tokens, kind):
-    scheduler = FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, "time_shift_type": kind, "shift_terminal": None})
-    config = scheduler.config
-    mu = calculate_shift(
-        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
-    )
-    sigmas = np.linspace(0.9, 0.1, 9)
-    scheduler.set_timesteps(sigmas=sigmas, mu=mu, device="cpu")
-    shift = resolution_shift(config, tokens)
-    expected = shift * sigmas / (1 + (shift - 1) * sigmas)
-    np.testing.assert_allclose(scheduler.sigmas[:-1].numpy(), expected, rtol=2e-6)
-
-
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_fixed_shift_does_not_depend_on_the_size(shift):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    assert resolution_shift(scheduler.config, 16) == resolution_shift(scheduler.config, 4096) == shift
 
 
 # ---- keyed draws ----
