@@ -115,9 +115,8 @@ def norm_modulate_backward_kernel(
             b_y = tl.load(p_y + i_n * s_yn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
         if NORM:
             b_x = tl.load(p_x + i_n * s_xn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
-            b_grad = tl.load(p_grad_normed + i_n * s_gnn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
+            b_grad = tl.load(p_grad_normed + i_n * s_gnn + o_c, mask=m_c, other=0.0, eviction_policy="evict_first")
+            b_grad = b_grad.to(tl.float32)
             b_x = b_x.to(tl.float32)
             b_dn = b_grad * b_scale
             b_n, rstd, mean_dn, mean_dn_x = _norm_and_means(b_x, b_dn, m_c, eps, RMS, C)
