@@ -1,4 +1,4 @@
-"""What the folder of an earlier run tells: its configuration, the transformer below it, how its model attends."""
+"""Readers of the folder of an earlier training run: its configuration, its base transformer, its visibility."""
 
 from __future__ import annotations
 
@@ -10,44 +10,47 @@ __all__ = ["base_run", "read_field", "trained_visibility"]
 
 
 def read_field(run: Path, name: str) -> str | None:
-    """A text of a run's configuration, such as the run that it went on from."""
+    """Return a text of a run's configuration, such as the run that it started from; None if it is missing."""
     try:
         value = json.loads((run / "config.json").read_text(encoding="utf-8")).get(name)
     except (OSError, ValueError, AttributeError):
-        return None  # exported by another program, or copied without it
+        return None  # the folder was exported by another program, or copied without its configuration
     return value if isinstance(value, str) else None
 
 
 def base_run(run: Path) -> Path | None:
-    """The run whose transformer a run's export belongs to: itself, or one that its adapter went on from, or none.
+    """Return the run whose transformer the weights of a run belong to, or None for the model's own transformer.
+
+    It is the run itself if it has a `transformer/`, otherwise the nearest one among the runs that its adapter started
+    from.
 
     Raises:
-        ValueError: when one on the way is not there.
+        ValueError: One of these runs is missing.
     """
     seen: list[Path] = []
     while not (run / "transformer").is_dir():
         seen.append(run.resolve())
         before = read_field(run, "initial")
-        if before is None or Path(before).resolve() in seen:  # a run that was told to go on from itself
+        if before is None or Path(before).resolve() in seen:  # the configuration names the run itself
             return None
         if not Path(before).is_dir():
             raise ValueError(
-                f"the adapter of {run} was trained on top of {before}, which is not there; put it back, or, where it "
-                f"held an adapter alone, take `initial` out of {run / 'config.json'}"
+                f"the adapter of {run} was trained on top of {before}, which does not exist; restore it, or, if it "
+                f"held only an adapter, remove `initial` from {run / 'config.json'}"
             )
         run = Path(before)
     return run
 
 
 def trained_visibility(run: Path | None) -> str | None:
-    """The visibility that a run's model was trained with: the run's own, or that of the one it went on from.
+    """Return the visibility that a run's model was trained with: the run's own, or that of the run it started from.
 
-    None where no run says it.
+    None if no run records it.
     """
     seen: list[Path] = []
     while run is not None and run.resolve() not in seen:
         if visibility := _checkpoint_visibility(run) or read_field(run, "visibility"):
-            return "reference_causal" if visibility == "group_shared" else visibility  # alike for a sample alone
+            return "reference_causal" if visibility == "group_shared" else visibility  # equal for a single sample
         seen.append(run.resolve())
         before = read_field(run, "initial")
         run = None if before is None else Path(before)
@@ -55,10 +58,10 @@ def trained_visibility(run: Path | None) -> str | None:
 
 
 def _checkpoint_visibility(run: Path) -> str | None:
-    """The visibility in the newest checkpoint of a run; None for a folder without checkpoints, or with older ones."""
+    """Return the visibility in the newest readable checkpoint of a run; None if no checkpoint records it."""
     steps = sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
     for path in steps:
-        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # one that is damaged
+        with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # a damaged checkpoint
             found = json.loads((path / "state.json").read_text(encoding="utf-8"))["state"].get("visibility")
             if isinstance(found, str) and path.name.removeprefix("step-").isdecimal():
                 return found

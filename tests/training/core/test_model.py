@@ -365,7 +365,7 @@ def test_an_adapter_comes_with_the_weights_that_it_was_trained_on(trained, tmp_p
     (third / "config.json").write_text(json.dumps({"initial": str(third)}))
     assert base_run(third) is None, "a run that was told to go on from itself ends the search"
     shutil.rmtree(first)
-    with pytest.raises(ValueError, match=f"{second} was trained on top of {first}, which is not there"):
+    with pytest.raises(ValueError, match=f"{second} was trained on top of {first}, which does not exist"):
         trained(moved=False, initial=second, lora_rank=2)
 
 
