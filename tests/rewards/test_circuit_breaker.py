@@ -36,7 +36,7 @@ async def pass_through(breaker, succeed, log=None, submitted=None):
         return probe
 
 
-def test_it_opens_after_consecutive_failures_only():
+def test_the_breaker_opens_after_consecutive_failures_only():
     async def run():
         breaker, events = breaker_of()
         for _ in range(3):

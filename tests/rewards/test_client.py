@@ -152,7 +152,7 @@ def test_the_charset_that_a_server_names_is_not_used(server, tmp_path, charset):
             "ftp://x", "http://a:99999999", "http://user:pw@x", "", "%", "http://١/")),
     ],
 )  # fmt: skip
-def test_whatever_is_answered_is_a_failure_of_a_kind_or_an_answer(server, tmp_path, behave, kind):
+def test_every_answer_is_a_reply_or_a_failure_of_a_kind(server, tmp_path, behave, kind):
     with judge_of(server, tmp_path / "a.jsonl") as judge:
         result = ask(judge, behave, server)
     assert (result.kind if isinstance(result, Failure) else None) == kind, result
@@ -299,7 +299,7 @@ def test_the_list_of_models_has_the_same_bounds(server):
 
 
 @pytest.mark.slow
-def test_an_answer_is_read_beside_the_loop_and_within_the_timeout(server, monkeypatch):
+def test_an_answer_is_parsed_outside_the_loop_and_within_the_timeout(server, monkeypatch):
     """While one answer is read, however long that takes, other calls time out as they should."""
     reading, go_on, read = threading.Event(), threading.Event(), client.read_completion
 
@@ -418,7 +418,7 @@ def test_the_key_is_written_nowhere(server, tmp_path, monkeypatch, caplog, capfd
     assert min(texts[where].count("[the key]") for where in ("results", "notes", "log", "logging")) > 1
 
 
-def test_what_the_http_library_logs_passes_the_same_function(server):
+def test_the_key_is_hidden_in_the_logs_of_the_http_library(server):
     """The filter is set for loggers by name, so a new logger would not be filtered."""
     used = set()
 

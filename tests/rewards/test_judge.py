@@ -121,7 +121,7 @@ def test_all_references_are_sent_in_order_then_the_result_then_the_instruction(s
     assert "Authorization" not in server.headers[0]
 
 
-def test_what_is_none_is_not_sent(server):
+def test_options_that_are_none_are_not_sent(server):
     with judge_of(server, temperature=None, seed=None, token_field="max_completion_tokens", json_mode="off") as judge:
         ask(judge)
     assert {*server.requests[0]} == {"model", "max_completion_tokens", "messages"}
@@ -213,7 +213,7 @@ def test_samples_are_averaged_and_those_that_fail_left_out(server):
         (status(307, Location="/v1/x"), "status", "HTTP 307"),
     ],
 )
-def test_what_is_not_tried_again(server, behave, kind, reason):
+def test_failures_that_are_not_repeated(server, behave, kind, reason):
     with judge_of(server, json_mode="off") as judge:
         server.default = behave
         (lost,) = ask(judge)
@@ -224,7 +224,7 @@ def test_what_is_not_tried_again(server, behave, kind, reason):
 
 
 @pytest.mark.parametrize("behave", [status(408), status(429), status(500), status(503), status(529), cut, drop])
-def test_what_is_tried_again_until_it_works(server, behave):
+def test_failures_that_are_repeated_until_they_work(server, behave):
     server.plan = [behave, behave]
     with judge_of(server) as judge:
         assert ask(judge) == [good(0, 1, 2)] and len(server.requests) == 3
@@ -434,7 +434,7 @@ def test_a_refused_format_gives_way_to_a_weaker_one_with_the_reason(server, refu
         assert notes == [] and judge.json_reason == ""
 
 
-def test_a_call_refused_after_another_found_the_way_goes_that_way(server):
+def test_a_refused_call_uses_the_json_mode_that_another_call_found(server):
     refuse = without("json_schema")
     server.plan = [slow(1.0, refuse)]  # comes back when the other call is done
     server.default = refuse

@@ -146,7 +146,7 @@ def assert_falls(cases, degrade, amounts, slack=0.25, **least):
 # ---- the answer ----
 
 
-def test_the_exact_answer_has_every_point(cases):
+def test_the_target_has_the_best_scores(cases):
     more = [Case(i, split) for split in SPLITS[1:] for i in range(12)] + [
         Case(i, config=MakeConfig(POOL, size=128, seed=3)) for i in range(12)
     ]
@@ -157,7 +157,7 @@ def test_the_exact_answer_has_every_point(cases):
         assert tuple(scores) == AXES and all(9.8 <= score <= 10 for score in scores.values()), (scores, case.scene)
 
 
-def test_what_does_not_show_the_objects_has_little_integration(cases):
+def test_images_without_the_objects_have_little_integration(cases):
     sums = collections.Counter()
     for case in cases:
         size = case.target.size
@@ -257,7 +257,7 @@ def test_blending_with_another_image_lowers_every_axis(cases):
     assert_falls(cases[:14], degrade, amounts, slack=0.5, integration=7, consistency=7, quality=2)
 
 
-def test_mistakes_cost_what_they_should(with_objects):
+def test_each_mistake_lowers_its_axis(with_objects):
     names = [name for name in CONFIG.objects("train")]
 
     def wrong(case):

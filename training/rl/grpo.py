@@ -184,7 +184,7 @@ class StepLoss:
 
 @dataclass(frozen=True)
 class Objective:
-    """The clipped objective against the policy that made the rollouts.
+    """The clipped objective against the policy of the rollouts.
 
     Attributes:
         clip: The ratio counts down to 1 - clip.

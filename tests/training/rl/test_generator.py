@@ -309,7 +309,7 @@ def test_a_signal_of_another_rank_leaves_no_results(make_generator):
 
 
 @pytest.mark.parametrize("error", [ValueError("nonsense"), KeyError("mine"), TimeoutError("no answer in 5 s")])
-def test_what_a_reward_raises_ends_the_run(make_generator, error):
+def test_an_exception_of_a_reward_ends_the_run(make_generator, error):
     """A TimeoutError of the reward itself does not prolong the wait."""
     turns = itertools.count()
 

@@ -61,7 +61,7 @@ def taken(prompts, count, kind="any"):
 # ---- order and kinds ----
 
 
-def test_the_order_is_that_of_the_stream_however_it_is_taken(make):
+def test_rows_come_in_shuffled_order_for_any_sizes_of_batches(make):
     expected = ShuffledOrder(ROWS, 0).take(30)
     assert taken(make(), 30) == expected
     prompts = make()
@@ -70,8 +70,8 @@ def test_the_order_is_that_of_the_stream_however_it_is_taken(make):
 
 
 @pytest.mark.parametrize(("kind", "wanted"), [("multi", {2, 3}), ("single", {1}), ("any", {0, 1, 2, 3})])
-def test_kinds(make, kind, wanted):
-    """The rows of a kind in the stream's order, every one of them once an epoch, with the right contents."""
+def test_rows_of_each_kind(make, kind, wanted):
+    """The rows of a kind in shuffled order, every one of them once an epoch, with the right contents."""
     each = 3 * len(wanted)
     expected = [key for key in ShuffledOrder(ROWS, 0).take(2 * ROWS) if key[1] % 4 in wanted]
     rows, _ = make().take(2 * each, STAGES[kind])
@@ -80,7 +80,7 @@ def test_kinds(make, kind, wanted):
         assert prepared.instruction == f"row {index}" and len(prepared.sample.references) == index % 4
 
 
-def test_what_a_stage_of_one_kind_passes_over_does_not_come_again(make):
+def test_rows_that_a_stage_skips_do_not_come_again(make):
     prompts = make()
     first = taken(prompts, 2, "multi")
     rest = taken(prompts, 5)
@@ -90,7 +90,7 @@ def test_what_a_stage_of_one_kind_passes_over_does_not_come_again(make):
 
 
 def test_sizes_are_those_of_the_stage(make):
-    """`side` for the references, `target_side` for what is made."""
+    """`side` for the references, `target_side` for the result."""
 
     def tokens(side, target_side):
         ((_, prepared),), _ = make([2]).take(1, RLStage(side, 1, 1e-3, target_side=target_side))
@@ -145,7 +145,7 @@ def test_rows_that_never_come_are_not_waited_for(make, tmp_path):
 
 
 @pytest.mark.parametrize("before", [0, 1, ROWS, 17])
-def test_goes_on_from_a_state(make, before):
+def test_prompts_continue_from_a_state(make, before):
     prompts = make(max_broken=9)
     taken(prompts, before, "multi")
     state = json.loads(json.dumps(prompts.state()))
@@ -154,7 +154,7 @@ def test_goes_on_from_a_state(make, before):
     assert state == json.loads(json.dumps(make(state=state).state())), "taken or not, the same state"
 
 
-def test_the_state_knows_what_was_broken(make):
+def test_the_state_holds_the_broken_rows(make):
     counts = [None, None, 1, 2, 3]
     prompts = make(counts, max_broken=2)
     _, broken = prompts.take(4, STAGES["any"])  # into the second epoch

@@ -88,7 +88,7 @@ def asked(rewards, given=None, step=0):
 # ---- weights ----
 
 
-def test_rewards_weigh_one_unless_said_otherwise(make, own):
+def test_rewards_weigh_one_by_default(make, own):
     names = ("scene", f"{own}:good")
     assert make(*names).weights == {"scene": 1.0, f"{own}:good": 1.0}
     assert make(*names, reward_weights=(0.5, 2.0)).weights == {"scene": 0.5, f"{own}:good": 2.0}
@@ -133,7 +133,7 @@ def test_the_total_is_the_weighted_mean_of_the_axes(make):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 0.0), (1.0, -1.0), (1.0, float("nan")), (float("inf"), 1.0)])
-def test_weights_that_no_mean_can_be_taken_with(make, own, weights):
+def test_weights_without_a_mean_are_refused(make, own, weights):
     with pytest.raises(ValueError, match=r"reward_weights must be above 0"):
         make("scene", f"{own}:good", reward_weights=weights)
 
@@ -146,14 +146,14 @@ def test_a_reward_given_twice(make):
 # ---- functions of one's own ----
 
 
-def test_a_function_of_ones_own(make, own):
+def test_a_function_of_your_own(make, own):
     name = f"{own}:good"
     found = asked(make(name), candidate(red=51))
     assert found == {name: Scores({"quality": 2.0, "mood": 3.0})}
     assert asked(make(f"{own}:edge"))[f"{own}:edge"] == Scores({"low": 0.0, "high": 10.0, "whole": 1.0})
 
 
-def test_what_cannot_be_scored_is_a_failure(make, own):
+def test_a_candidate_that_cannot_be_scored_is_a_failure(make, own):
     name = f"{own}:unscored"
     rewards = make(name)
     found = asked(rewards)
@@ -184,7 +184,7 @@ def test_nonsense_ends_the_run(make, own, name):
         future.result(timeout=20)
 
 
-def test_what_else_a_function_raises_ends_the_run(make, own):
+def test_any_other_exception_ends_the_run(make, own):
     (future,) = make(f"{own}:raising").submit(candidate(), 0).values()
     with pytest.raises(KeyError, match="mine"):
         future.result(timeout=20)
@@ -213,7 +213,7 @@ def test_rewards_that_do_not_exist_or_take_no_candidate(make, own, name, message
 # ---- asking ----
 
 
-def test_submit_returns_at_once_and_close_drops_what_has_not_begun(make, own):
+def test_submit_returns_at_once_and_close_drops_waiting_candidates(make, own):
     name = f"{own}:slow"
     rewards = make(name)
     first = rewards.submit(candidate(member=0), 0)[name]
