@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path):
 
 
 def test_a_killed_writer_leaves_no_file_with_the_name(tmp_path, monkeypatch):
-    """What is written has another name until it is whole."""
+    """A file has a temporary name until it is complete."""
     seen = []
     replace = Path.replace
 

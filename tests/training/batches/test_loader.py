@@ -180,7 +180,7 @@ def _prepared(loader, last):
 
 @pytest.mark.parametrize("done", range(1, STEPS))
 def test_a_state_goes_on_with_exactly_the_same_packs(dataset, feed, done):
-    """At every step: also right before and right after the change of stages, and with other ranks than before."""
+    """Interrupt at every step, also right before and after the change of stages, and resume with other ranks."""
     whole = given(feed(dataset))
     first = feed(dataset, rank=1, ranks=2)
     assert given(first, range(done)) == whole[:done]
@@ -275,7 +275,7 @@ def test_broken_rows_are_the_same_on_all_ranks(damaged, feed):
 
 @pytest.mark.parametrize("done", range(1, STEPS))
 def test_the_count_is_neither_lost_nor_doubled_by_an_interruption(damaged, feed, done):
-    """What a step ahead has met is met again after it; what the trainer alone has met is not."""
+    """A resumed run plans the step ahead again, with its broken rows; rows that the trainer counted are kept."""
     first = feed(damaged)
     for step in range(done):
         packs = first.next(step)

@@ -182,4 +182,4 @@ def test_no_pair_comes_twice_however_often_an_index_does():
     again = ShuffledOrder(4, 7, [3.0, 1.0, 0.5, 2.0])
     first = again.take(5)
     resumed = ShuffledOrder.from_state(4, 7, again.state(), [3.0, 1.0, 0.5, 2.0])
-    assert first + resumed.take(60) == pairs, "also when taken, and gone on with, in the middle of an epoch"
+    assert first + resumed.take(60) == pairs, "also when the state is taken and used in the middle of an epoch"

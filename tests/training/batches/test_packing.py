@@ -225,7 +225,7 @@ def test_reports():
 
 
 def test_costs_follow_the_transformer():
-    """Within 2% of the count of operations, whatever share of a sample is text, target and references."""
+    """The model is within 2% of the counted operations, for any shares of text, target and references."""
     model = CostModel.from_config(QWEN)
     for sample in (
         Sample(60, (1, 64, 64)),

@@ -77,7 +77,7 @@ def test_a_row_that_the_text_encoder_refuses_is_named(builtin_pipe, monkeypatch)
     "instruction", ["x", "put {picture 1} left of “picture 2”", " ", "ünï 猫\n\n" * 200, "<|im_end|> is a token"]
 )
 def test_the_length_of_a_text_is_known_before_it_is_encoded(builtin_pipe, references, instruction):
-    """Also of one longer than encode_prompt's max_sequence_length, which cuts nothing."""
+    """A prompt longer than encode_prompt's max_sequence_length counts whole too: nothing is cut."""
     encoder = encoder_of(builtin_pipe)
     prepared = encoder.prepare(row(references, instruction), (0, 0), 48, 16)
     sizes = prepared.geometry.condition_sizes
@@ -263,7 +263,7 @@ def test_cached_and_encoded_are_the_same(builtin_pipe, tmp_path, references):
 
 
 def test_cached_tensors_of_another_shape_are_computed_anew_and_named_by_row(builtin_pipe, tmp_path):
-    """As files of another key that were copied to the place."""
+    """Files of another key may have been copied to the place."""
     _, plain = encoded_by(encoder_of(builtin_pipe), row(2))
     encoded_by(encoder_of(builtin_pipe, tmp_path), row(2))
     files = list(tmp_path.rglob("*.safetensors"))

@@ -36,7 +36,7 @@ def parameters(make_transformer, ranks):
 
 
 def tensors_of(parameters, seed):
-    """What a trainer saves: sharded weights and moments, in two dtypes, and a tensor that is not sharded."""
+    """Return tensors like those of a trainer: sharded weights and moments, in two dtypes, and one that is whole."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, parameter in parameters.items():
@@ -220,7 +220,7 @@ def test_a_full_disk_is_an_error_and_older_checkpoints_stay(checkpoints, paramet
     checkpoints.load(100, read)
     assert same(all_bits(read), all_bits(first))
     checkpoints.save(200, first, STATE)
-    assert checkpoints.steps() == [100, 200], "and it goes on when there is room again"
+    assert checkpoints.steps() == [100, 200], "and saving works once there is room again"
 
 
 def test_what_torch_wrote_is_synced_with_the_rest_before_it_gets_its_name(checkpoints, parameters, monkeypatch):
@@ -286,7 +286,7 @@ def test_a_damaged_shard_is_named(checkpoints, parameters, damage):
 
 
 def test_a_shard_of_zeros_is_an_error(checkpoints, parameters):
-    """Of the right length: what a file system may leave after a power cut."""
+    """A file of zeros has the right length, as a file system may leave it after a power cut."""
     path = checkpoints.save(100, tensors_of(parameters, 1), STATE)
     (file,) = path.glob("*.safetensors")
     file.write_bytes(bytes(file.stat().st_size))
@@ -385,7 +385,7 @@ def test_no_whole_checkpoint_is_an_error_that_says_what_to_do(checkpoints, param
 
 
 def test_a_checkpoint_without_checksums_loads_and_is_marked(checkpoints, parameters):
-    """As they were written before there were checksums: sizes alone."""
+    """Older versions wrote the sizes of the files and no checksums."""
     tensors = tensors_of(parameters, 1)
     path = checkpoints.save(100, tensors, STATE)
     content = json.loads((path / "state.json").read_text())

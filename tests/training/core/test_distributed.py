@@ -34,7 +34,7 @@ def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torc
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    """A folder and what four ranks came to: starting them takes longer than what they do."""
+    """Return a folder and the results of four ranks, which are shared: starting ranks takes longest."""
     folder = tmp_path_factory.mktemp("four")
     return folder, run_ranks(4, folder, "2-kept-full", "2-recomputed-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
 

@@ -1,4 +1,4 @@
-"""What a stage needs in memory, measured; the least sharing that fits; recipes, their stages and learning rates."""
+"""Memory of a stage, compared with measurements; the least sharing that fits; stages and learning rates of recipes."""
 
 import dataclasses
 import functools
@@ -331,8 +331,12 @@ def test_wrong_values_of_a_run(field, value, message):
 
 
 def test_values_at_the_limits_are_taken():
-    run(1, 1, steps=2, drop_text=0.0, drop_references=1.0, eval_every=0, sample_every=0, warmup=0, t_std=0.0,
-        max_grad_norm=0.0, max_broken=0, lora_rank=1, ema=None)  # fmt: skip
+    given = {"steps": 2, "drop_text": 0.0, "drop_references": 1.0, "eval_every": 0, "sample_every": 0, "warmup": 0,
+             "t_std": 0.0, "max_grad_norm": 0.0, "max_broken": 0, "lora_rank": 1, "ema": None}  # fmt: skip
+    config = run(1, 1, **given)
+    assert {name: getattr(config, name) for name in given} == given
+    assert config.total_steps == 2 and config.ends() == [1, 2], "each stage has one step"
+    assert config.lr(0) == config.stages[0].lr, "without warm-up the first step has the full rate"
 
 
 def test_recipes_are_complete_and_named_after_themselves():

@@ -69,7 +69,7 @@ def predicted(packed, dtype=torch.float32):
 
 @pytest.fixture
 def untrained(threads):
-    """What the model predicts before training; another number of threads would round differently."""
+    """Return the predictions before training; another number of threads would round differently."""
     return predicted(PackedQwenImage(builtin.load(torch.float32).transformer))
 
 
@@ -144,7 +144,7 @@ def test_bytes(trained):
 
 @pytest.mark.parametrize("alpha", [8.0, 1.0])
 def test_an_adapter_loads_into_a_fresh_pipeline_and_predicts_the_same(trained, untrained, tmp_path, alpha):
-    """Also its scale, alpha / rank, which is not in the weights."""
+    """The scale, alpha / rank, is kept too, although it is not in the weights."""
     model = trained(lora_rank=4, lora_alpha=alpha)
     model.export(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
@@ -347,7 +347,7 @@ def test_files_of_one_name_or_no_rows_are_refused(trained, ranks, rows, tmp_path
 
 
 def test_an_adapter_comes_with_the_weights_that_it_was_trained_on(trained, tmp_path):
-    """SFT of all weights, then an adapter on top, then a third run that is only told of the second."""
+    """SFT of all weights, then an adapter on top, then a third run that names only the second one."""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     trained().export(first)
     model = trained(initial=first, lora_rank=2)
@@ -363,7 +363,7 @@ def test_an_adapter_comes_with_the_weights_that_it_was_trained_on(trained, tmp_p
         check_runs((third,), "builtin")
     check_runs((first, third), "builtin")
     (third / "config.json").write_text(json.dumps({"initial": str(third)}))
-    assert base_run(third) is None, "a run that was told to go on from itself ends the search"
+    assert base_run(third) is None, "a run that names itself as its initial run ends the search"
     shutil.rmtree(first)
     with pytest.raises(ValueError, match=f"{second} was trained on top of {first}, which does not exist"):
         trained(moved=False, initial=second, lora_rank=2)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk and shows, and that a resume, a kill or a full disk harms neither."""
+"""Files and output of the monitor; a resume, a kill or a full disk damages neither."""
 
 import io
 import json
@@ -185,7 +185,7 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path, cut):
 
 @pytest.mark.slow
 def test_killed_while_writing(tmp_path):
-    """kill -9 at a random moment: what is there reads whole, and the run goes on."""
+    """Kill the process at a random moment: every complete record can be read, and the run continues."""
     script = (
         "import sys, itertools; from pathlib import Path; from uniref_fast.training.core.monitor import Monitor\n"
         "with Monitor(Path(sys.argv[1]), 10**9, tensorboard=False) as m:\n"

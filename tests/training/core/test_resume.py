@@ -1,4 +1,4 @@
-"""Which settings may change when a run is resumed: every field of every recipe has a decision."""
+"""Settings that may change when a run is resumed: there is a decision for every field of every recipe."""
 
 import dataclasses
 import json
@@ -112,7 +112,7 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
 
 
 def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
-    """As older versions wrote them."""
+    """Older versions wrote such checkpoints."""
     before = dataclasses.replace(SFT_RECIPES["lora"](), visibility="reference_causal")
     (tmp_path / "config.json").write_text(configs.to_json(before))
     ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})

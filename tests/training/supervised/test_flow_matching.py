@@ -11,7 +11,7 @@ from uniref_fast.keyed_random import draw, uniform
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training.supervised.flow_matching import flow_batch, sample_errors, sample_t
 
-# one with references, one token alone, none, and two of unlike sizes: the targets' rows are not consecutive
+# one with references, one token alone, none, and two of different sizes: the targets' rows are not consecutive
 SAMPLES = [
     Sample(3, (1, 2, 3), ((1, 2, 2),)),
     Sample(1, (1, 1, 1)),

@@ -266,7 +266,7 @@ def test_a_run_whose_only_checkpoint_is_damaged_says_what_to_do(data, half, cont
 
 
 def contents(folder):
-    """Of all files but the lock, by path."""
+    """Return the content of all files except the lock, by path."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
 
 
@@ -427,7 +427,7 @@ def test_a_folder_that_holds_a_run(data, whole, capsys):
 
 
 def test_weights_without_a_checkpoint_are_not_replaced(data, half, whole, capsys):
-    """Training would begin anew."""
+    """Training would start from the beginning."""
     shutil.rmtree(half / "checkpoints")
     shutil.copytree(whole / "transformer", half / "transformer")
     before = contents(half)
@@ -450,7 +450,7 @@ def test_a_damaged_file_of_weights_is_one_line(data, whole, tmp_path, name, caps
 
 
 def test_other_data(data, half, tmp_path, capsys):
-    """Beside a setting that may change: a refused command changes nothing."""
+    """A refused command changes nothing, even with another setting that may change."""
     other = tmp_path / "other"
     shutil.copytree(data, other)
     (other / "train.jsonl").write_text("".join((other / "train.jsonl").read_text().splitlines(keepends=True)[:-1]))
@@ -487,7 +487,7 @@ def test_settings_that_change_are_recorded(data, whole, half):
 
 
 def test_a_checkpoint_of_an_older_version_goes_on(data, whole, half, capsys):
-    """It has neither checksums nor settings; those that `config.json` has are not changed either."""
+    """Such a checkpoint has neither checksums nor settings; the settings in `config.json` are fixed instead."""
     path = half / "checkpoints" / "step-000002" / "state.json"
     content = json.loads(path.read_text())
     files = {name: file["bytes"] for name, file in content["files"].items()}
