@@ -55,7 +55,7 @@ def test_an_unfinished_last_line_is_left_out(path, cut):
 
 
 def test_a_tail_of_zeros_is_an_unfinished_line(path):
-    """What a file system may leave after a power cut."""
+    """A file system may leave such lines after a power cut."""
     with open(path, "ab") as file:
         file.write(bytes(4096))
     assert steps(path) == [0, 1, 2, 3, 4]

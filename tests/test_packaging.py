@@ -120,7 +120,7 @@ else:
 
 @pytest.mark.parametrize("how", ["-c", "-m"])
 def test_our_kernels_folder_is_not_taken_for_a_package(how, tmp_path):
-    """From the root of the checkout our folder has the name of Hugging Face's `kernels`, which diffusers imports."""
+    """Our folder has, from the root of the checkout, the name of Hugging Face's `kernels`, which diffusers imports."""
     (tmp_path / "probe_kernels.py").write_text(TOP_LEVEL_KERNELS)
     command = [sys.executable, "-c", TOP_LEVEL_KERNELS] if how == "-c" else [sys.executable, "-m", "probe_kernels"]
     env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}

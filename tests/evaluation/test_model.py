@@ -44,7 +44,7 @@ def test_runs_are_applied_in_order(config, builtin_pipe, whole, tmp_path):
     models.check_runs((sft, rl), "a/b")
     (tmp_path / "rl2" / "lora").mkdir(parents=True)
     (tmp_path / "rl2" / "config.json").write_text(json.dumps({"initial": str(rl)}))
-    with pytest.raises(ValueError, match=r"went on from that of .*leave .*rl out"):
+    with pytest.raises(ValueError, match=r"continues that of .*leave .*rl out"):
         models.check_runs((sft, rl, tmp_path / "rl2"), "a/b")
 
     few = replace(config, data=config.data[:1], limit=1)

@@ -88,15 +88,16 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
         if model == "builtin" and trained not in (None, model):
             raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")
         given = [before.resolve() for before in runs[:number]]
-        below, started = base_run(run), read_field(run, "initial")  # whose transformer, and what the run began with
+        below, started = (
+            base_run(run),
+            read_field(run, "initial"),
+        )  # the transformer it uses, and the run it started from
         if below not in (None, run) and below.resolve() not in given:
             raise ValueError(
                 f"the adapter of {run} was trained on top of {below}/transformer; give --initial {below} before it"
             )
         if started is not None and below not in (run, Path(started)) and Path(started).resolve() in given:
-            raise ValueError(
-                f"the adapter of {run} went on from that of {started}, which it holds; leave {started} out"
-            )
+            raise ValueError(f"the adapter of {run} continues that of {started} and contains it; leave {started} out")
 
 
 def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter] = ()) -> str:
