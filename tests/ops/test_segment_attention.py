@@ -12,7 +12,7 @@ from uniref_fast import native, ops, tuning
 from uniref_fast.kernels.segment_attention_config import AttentionConfig
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops import _dispatch, dense_attention
-from uniref_fast.ops.segment_attention import _operands, segment_attention_reference
+from uniref_fast.ops.segment_attention import _operands
 from uniref_fast.testing import assert_within_budget, max_relative_error
 from uniref_fast.visibility import POLICIES, AttentionPlan, plan
 
@@ -95,10 +95,13 @@ def test_strided_and_expanded_gradients(impl, dtype):
     compiled = plan(SelfLayout.qwen(PACK))
     qkv = rand(compiled.num_queries, 3, 2, 32, dtype=dtype).requires_grad_()
     ops.segment_attention(*qkv.unbind(1), compiled, impl=impl).sum().backward()
-    got, qkv.grad = qkv.grad, None
-    segment_attention_reference(*qkv.double().unbind(1), compiled, 32**-0.5)[0].sum().backward()
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-2}.get(dtype, 5e-2)
-    torch.testing.assert_close(got, qkv.grad, rtol=tolerance, atol=tolerance)
+    inputs, ones = qkv.detach().unbind(1), torch.ones_like(qkv[:, 0])
+    eager, oracle = (
+        oracles.gradients(lambda q, k, v, by=formula: by(q, k, v, compiled)[0], inputs, [ones], each)
+        for formula, each in ((oracles.library_attention, dtype), (oracles.attention, torch.float64))
+    )
+    for name, got, theirs, exact in zip("qkv", qkv.grad.unbind(1), eager, oracle, strict=True):
+        assert_within_budget(got, theirs, exact, f"{impl} gradient of {name}")
 
 
 @each_case

@@ -1,5 +1,6 @@
 """The public operations: each implementation within the budget, torch.library contracts, clear refusals."""
 
+import oracles
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -90,22 +91,31 @@ def test_qk_norm_rope(impl, dtype):
     assert torch.equal(v, reference(*text, *image, *text_w, *image_w)[2]), "v is copied, not computed"
 
 
+def check_gradients(fused, formula, inputs, upstream):
+    """Compare the gradients of a fused op with those of its formula, in float64 and in the dtype of the inputs."""
+    dtype = inputs[0].dtype
+    got = oracles.gradients(fused, inputs, upstream, dtype)
+    eager, oracle = (oracles.gradients(formula, inputs, upstream, each) for each in (dtype, torch.float64))
+    for i, (ours, theirs, exact) in enumerate(zip(got, eager, oracle, strict=True)):
+        assert_within_budget(ours, theirs, exact, f"gradient of input {i}")
+
+
 @each_case
 def test_qk_norm_rope_with_frozen_or_absent_weights(impl, dtype):
     layout = SelfLayout.qwen(PACK)
     text, image, text_w, _, rotary = qk_inputs(layout, dtype)
     index = (layout.joint_index("text", DEVICE), layout.joint_index("image", DEVICE))
     weights = (text_w[0], None, None, None)  # one stays frozen, three are not there
-    grads = []
-    for call in (
-        lambda t: ops.qk_norm_rope(t[:3], t[3:], weights[:2], weights[2:], layout, rotary, impl=impl),
-        lambda t: qk_norm_rope_reference(*t, *weights, *rotary, *index, 1e-6),
-    ):
-        streams = [t.detach().requires_grad_() for t in (*text, *image)]
-        grads.append(torch.autograd.grad(sum(x.float().square().sum() for x in call(streams)), streams))
-    tolerance = {torch.float32: 1e-5}.get(dtype, 5e-2)
-    for ours, eager in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)
+    upstream = [rand(layout.joint_length, *text[0].shape[1:], dtype=dtype) for _ in range(3)]
+    streams = (*text, *image)
+
+    def fused(*t):
+        return ops.qk_norm_rope(t[:3], t[3:], weights[:2], weights[2:], layout, rotary, impl=impl)
+
+    def formula(*t):
+        return qk_norm_rope_reference(*t, *weights, *rotary, *index, 1e-6)
+
+    check_gradients(fused, formula, streams, upstream)
 
 
 def test_qk_norm_rope_reference_is_what_diffusers_computes():
@@ -162,14 +172,14 @@ def test_norm_modulate_without_shift(impl, dtype):
 def test_frozen_modulation_gets_no_gradient(impl, dtype):
     """Only the streams carry gradients, as in LoRA training."""
     x, y, (shift, scale, gate, *_), rows = modulated(dtype)
-    x.requires_grad_(), y.requires_grad_()
-    out, normed = ops.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, impl=impl)
-    got = torch.autograd.grad((out.float() + normed.float() + 1).square().sum(), (x, y))
-    out, normed = gate_residual_norm_modulate_reference(x, y, gate, shift, scale, rows)
-    expected = torch.autograd.grad((out.float() + normed.float() + 1).square().sum(), (x, y))
-    tolerance = {torch.float32: 1e-4}.get(dtype, 0.15)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * b.abs().max().item() / 10)
+
+    def fused(x, y):
+        return ops.gate_residual_norm_modulate(x, y, gate, shift, scale, rows, impl=impl)
+
+    def formula(x, y):
+        return gate_residual_norm_modulate_reference(x, y, *(t.to(x.dtype) for t in (gate, shift, scale)), rows)
+
+    check_gradients(fused, formula, (x, y), [rand(*x.shape, dtype=dtype) for _ in range(2)])
 
 
 @each_case
