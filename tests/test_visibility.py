@@ -113,7 +113,7 @@ def test_plan_of_a_group_does_not_depend_on_its_pack(visibility):
 
 
 def test_dense_plans_are_few_rectangles():
-    """What makes dense execution possible: one sample is one rectangle, reference_causal two."""
+    """One sample is one rectangle, or two under reference_causal; this makes dense execution possible."""
     layout = SelfLayout.qwen([Sample(5, (1, 4, 4), ((1, 3, 3), (1, 2, 2)))])
     assert len(plan(layout, "full").ranges) == 1 and plan(layout, "full").area == layout.joint_length**2
     assert [len(keys) for keys in plan(layout, "reference_causal").intervals] == [1, 1]

@@ -199,7 +199,7 @@ def test_a_process_that_dies_is_an_error_with_advice(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_run_again(tmp_path):
-    """After kill -9 the worker processes end, and the same command completes the same bytes."""
+    """Worker processes end after kill -9, and the same command completes the same bytes."""
     code = (
         "import sys, argparse; from uniref_fast.scenes import make as m\n"
         "p = argparse.ArgumentParser(); m.add_arguments(p); sys.exit(m.run(p.parse_args()))"
