@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from uniref_fast.models.single_frame import single_frame
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.builtin.vae import VAE
 from uniref_fast.training.core import resume
-from uniref_fast.training.core.checkpoint import Checkpoints
+from uniref_fast.training.core.checkpoint import Checkpoints, Newest
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.monitor import Monitor
 from uniref_fast.training.core.processes import locked
@@ -78,12 +78,7 @@ def _run(config: VAE, ranks: Ranks) -> None:
         single_frame(vae),
         ThreadPoolExecutor(1) as pool,
     ):
-        if newest.unverified:
-            monitor.event(done, "unverified checkpoint", reason="it was written without checksums")
-        for name, reason in newest.damaged:
-            monitor.event(done, "damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
-        for name, (before, now) in changed.items():
-            monitor.event(done, "changed", setting=name, before=before, now=now)
+        _record_resuming(monitor, done, newest, changed)
         ahead = [pool.submit(crops, config, step) for step in range(done, min(done + 4, config.steps))]
         for step in range(done, config.steps):
             start, pixels = time.perf_counter(), ahead.pop(0).result().to(ranks.device)
@@ -102,13 +97,33 @@ def _run(config: VAE, ranks: Ranks) -> None:
                 raise ValueError(f"the loss is {values['loss']} at step {step}; lower lr, or resume from a checkpoint")
             monitor.step(step, values, tokens=pixels[:, 0].numel(), samples=len(pixels), flops=0.0, seconds=seconds)
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                with torch.no_grad():
-                    decoded = vae.decode(vae.encode(held).latent_dist.mode()).sample
-                monitor.log(step + 1, {"eval/psnr": psnr(decoded, held).mean().item()})
-                monitor.image(step + 1, "heldout", _sheet(held, decoded))
+                _validate(vae, held, monitor, step + 1)
                 checkpoints.save(step + 1, _tensors(parameters, optimizer), settings)
         _normalise(vae, config)
-    for part in (vae, pipe.transformer, pipe.text_encoder):
+    _write_model(pipe, made, ranks, checkpoints.path(config.steps))
+
+
+def _record_resuming(monitor: Monitor, step: int, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Record what resuming at a step has found: checkpoints that cannot be used or verified, and changed settings."""
+    if newest.unverified:
+        monitor.event(step, "unverified checkpoint", reason="it was written without checksums")
+    for name, reason in newest.damaged:
+        monitor.event(step, "damaged checkpoint", name=name, reason=reason, renamed=f"{name}.damaged")
+    for name, (before, now) in changed.items():
+        monitor.event(step, "changed", setting=name, before=before, now=now)
+
+
+@torch.no_grad()
+def _validate(vae: Any, held: Tensor, monitor: Monitor, step: int) -> None:
+    """Log how well held-out crops, `[N, 3, 1, side, side]`, are reconstructed."""
+    decoded = vae.decode(vae.encode(held).latent_dist.mode()).sample
+    monitor.log(step, {"eval/psnr": psnr(decoded, held).mean().item()})
+    monitor.image(step, "heldout", _sheet(held, decoded))
+
+
+def _write_model(pipe: Any, made: Path, ranks: Ranks, checkpoint: Path) -> None:
+    """Write the pipeline with the trained autoencoder, in bfloat16, from rank 0."""
+    for part in (pipe.vae, pipe.transformer, pipe.text_encoder):
         for parameter in part.parameters():  # not part.to(dtype): rotary tables stay float32
             parameter.data = parameter.data.to("cpu", torch.bfloat16)
     if ranks.rank == 0:
@@ -117,7 +132,7 @@ def _run(config: VAE, ranks: Ranks) -> None:
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"the model could not be written to {made}: {error}. All steps are done and saved in "
-                f"{checkpoints.path(config.steps)}: free some space, then run the same command again"
+                f"{checkpoint}: free some space, then run the same command again"
             ) from error
         print(made)
 
