@@ -557,7 +557,7 @@ def test_pictures_that_cannot_be_read_are_a_failure_not_a_score(folder):
 def test_a_group_shares_what_its_row_gives(folder, monkeypatch):
     path, cases, _ = folder
     row = Dataset(path / "rows.jsonl")[1]
-    module._answer.cache_clear()
+    module._target.cache_clear()
     loads, original = [], ImageSource.load
     monkeypatch.setattr(
         ImageSource, "load", lambda self, *mode: loads.append((self.name, *mode)) or original(self, *mode)
@@ -584,7 +584,7 @@ def test_an_artwork_without_transparency_is_a_square():
     scores = scene_reward(Candidate((0,), "x", (), flat((64, 64), (40, 90, 60)), row)).axes
     assert scores["integration"] < 2 and scores["consistency"] < 3.2, "the background is right, and only that"
 
-    answer = module._answer(row, (64, 64))
+    answer = module._target(row, (64, 64))
 
     def found(image):
         pixels = softened(np.asarray(image).astype(np.float32), answer.window)
