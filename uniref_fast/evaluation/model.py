@@ -88,10 +88,7 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
         if model == "builtin" and trained not in (None, model):
             raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")
         given = [before.resolve() for before in runs[:number]]
-        below, started = (
-            base_run(run),
-            read_field(run, "initial"),
-        )  # the transformer it uses, and the run it started from
+        below, started = base_run(run), read_field(run, "initial")  # run of the transformer; run it started from
         if below not in (None, run) and below.resolve() not in given:
             raise ValueError(
                 f"the adapter of {run} was trained on top of {below}/transformer; give --initial {below} before it"
