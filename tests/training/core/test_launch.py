@@ -30,11 +30,12 @@ def test_a_configuration_is_built_and_written_without_reading_files(monkeypatch,
     def refuse(self, *arguments, **options):
         raise AssertionError(f"{self} is read")
 
-    for name in ("open", "read_text", "read_bytes", "stat", "is_dir", "is_file", "exists", "iterdir", "glob"):
-        monkeypatch.setattr(Path, name, refuse)
-    configurations = [dataclasses.replace(recipe(), initial=run) for recipe in SFT_RECIPES.values()]
-    for recipe in MSGRPO_RECIPES.values():
-        configurations.append(dataclasses.replace(recipe(), initial=run, kl=0.1, lora_rank=4))
+    with monkeypatch.context() as patch:  # undone before pytest reports a failure, which reads files
+        for name in ("open", "read_text", "read_bytes", "stat", "is_dir", "is_file", "exists", "iterdir", "glob"):
+            patch.setattr(Path, name, refuse)
+        configurations = [dataclasses.replace(recipe(), initial=run) for recipe in SFT_RECIPES.values()]
+        for recipe in MSGRPO_RECIPES.values():
+            configurations.append(dataclasses.replace(recipe(), initial=run, kl=0.1, lora_rank=4))
     texts = [repr(config) + configs.to_json(config) for config in configurations]
     assert all("initial" in text for text in texts)
 
