@@ -588,7 +588,7 @@ def test_an_artwork_without_transparency_is_a_square():
 
     def found(image):
         pixels = softened(np.asarray(image).astype(np.float32), answer.window)
-        return find(Canvas(pixels), answer.asked[0], answer.asked[0].centre)
+        return find(Canvas(pixels), answer.objects[0], answer.objects[0].centre)
 
     assert found(target).score == found(target).likeness == pytest.approx(1)
     assert found(flat((64, 64), (200, 30, 30))).likeness < 0.1, "its own colour everywhere: nothing stands out"
