@@ -6,10 +6,7 @@
   their first word.
 - Phrases that readers did not understand (`UNCLEAR`) are not used.
 
-Files that do not follow these rules yet are listed in `language_pending.txt`. A file that follows them leaves the list.
-
     python tests/test_language.py FILE ...    # print the violations in some files
-    python tests/test_language.py             # print the number of violations by file, and update the list
 """
 
 import ast
@@ -20,8 +17,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LIST = Path(__file__).with_name("language_pending.txt")
-PENDING = LIST.read_text().split() if LIST.exists() else []
 
 PREPOSITIONS = (
     "about above across after against along among around as at before below beside between by during for from in into "
@@ -83,17 +78,9 @@ def documents() -> list[Path]:
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_wording(path):
     found = [f"{path.relative_to(ROOT)}:{line}: {text}" for line, text in violations(path)]
-    if str(path.relative_to(ROOT)) in PENDING:
-        assert found, "this file follows the rules: run python tests/test_language.py, which takes it off the list"
-    else:
-        assert not found, "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        for name in sys.argv[1:]:
-            print(*(f"{name}:{line}: {text}\n" for line, text in violations(Path(name))), sep="", end="")
-    else:
-        counts = {str(path.relative_to(ROOT)): len(violations(path)) for path in documents()}
-        print(*(f"{count:4} {name}" for name, count in counts.items() if count), sep="\n")
-        LIST.write_text("".join(f"{name}\n" for name in PENDING if counts.get(name)))
+    for name in sys.argv[1:]:
+        print(*(f"{name}:{line}: {text}\n" for line, text in violations(Path(name))), sep="", end="")
