@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RLRunOptions(RunOptions):
-    """Folder of a run of MSGRPO.
+    """Options of `training/msgrpo.py` that are not part of the configuration of the run.
 
     Attributes: Folder
         check_ratio: Check that rollouts are on-policy instead of training: generate the rollouts of one step, replay

@@ -42,7 +42,7 @@ BUILTIN_SIZE = 64
 class RunOptions:
     """Options of a training command that are not part of the configuration of the run.
 
-    Attributes:
+    Attributes: Folder
         out: Folder of the run, for its configuration, metrics, checkpoints, sample grids and trained weights.
         resume: Continue the run in the folder: "auto" resumes from its newest complete checkpoint, or starts if there
             is none; "never" refuses a folder that holds a run.
