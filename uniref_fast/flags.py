@@ -76,6 +76,7 @@ def parse(
     extra: E = None,  # type: ignore[assignment]
     prog: str | None = None,
     description: str | None = None,
+    renamed: Mapping[str, str] | None = None,
 ) -> Parsed[C, E]:
     """Pick a recipe and override fields: `--recipe NAME --field value --group.field=value --list.0.field value`.
 
@@ -89,6 +90,7 @@ def parse(
         extra: Instance of a dataclass whose fields are flags as well, such as the folder of a run.
         prog: Name of the program in the help.
         description: Description of the program in the help.
+        renamed: New names of fields by their former names, for the message of the error.
 
     Raises:
         ConfigError: If a flag is wrong; the message has the flag, the value and what is possible.
@@ -104,6 +106,9 @@ def parse(
     if "help" in flags:
         print(_help(recipes, recipe, {**others, **ours}, prog, description), end="")
         raise SystemExit(0)
+    for name, (flag, _) in flags.items():
+        if renamed and name in renamed:
+            raise ConfigError(f"{flag} is now called {_flag(renamed[name])}")
     changes = {name: _override(name, *given, {**ours, **others}) for name, given in flags.items()}
     return Parsed(recipe, _rebuilt(config, changes), extra if extra is None else _rebuilt(extra, changes))
 

@@ -83,7 +83,9 @@ def launch(
         during the run, 2 for an error that the user can correct.
     """
     try:
-        parsed = configs.parse(recipes, argv, extra=options, prog=f"training/{name}.py", description=description)
+        parsed = configs.parse(
+            recipes, argv, extra=options, prog=f"training/{name}.py", description=description, renamed=resume.RENAMED
+        )
         parsed = dataclasses.replace(parsed, config=with_visibility(parsed.config))
     except (ValueError, FileNotFoundError) as error:
         return _failed(name, error, 2)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FIXED", "MAY_CHANGE", "Fixed", "changes", "refuse"]
+__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ MAY_CHANGE = frozenset({
     "judge.samples", "judge.max_side", "judge.json_mode", "judge.key_variable", "judge.replay",
 })  # fmt: skip
 
+RENAMED = {"guard": "ratio_guard", "spread": "advantage_std"}  # former names of settings, which old runs have recorded
+
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Return the settings with other values, as name -> (before, now); None stands for a stage that does not exist.
@@ -88,7 +90,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
         before: Earlier configuration, as JSON data.
         now: New configuration, as JSON data.
     """
-    old, new = _leaves(before), _leaves(now)
+    old, new = {RENAMED.get(name, name): value for name, value in _leaves(before).items()}, _leaves(now)
     names = [name for name in dict.fromkeys((*new, *old)) if (name in old and name in new) or name != _setting(name)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 

@@ -91,7 +91,7 @@ class MSGRPO(Recipe):
 
     Attributes: Update
         timesteps: Share of the noisy steps, above 0 and up to 1, that are trained on, drawn again in every step; at
-            least one step is.
+            least one is drawn.
         updates: Number of optimizer steps among which the trained timesteps are divided.
         inner_epochs: Number of passes over the rollouts of a step.
         clip: Distance below 1 at which the probability ratio is clipped.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from uniref_fast import flags as configs
+from uniref_fast.training import msgrpo
 from uniref_fast.training.builtin import vae
 from uniref_fast.training.core import launch, resume
 from uniref_fast.training.core.checkpoint import Newest
@@ -109,6 +110,21 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
     ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
     after = dataclasses.replace(before, lora_alpha=3.0, visibility="full")
     assert launch.accept(after, newest, tmp_path, ranks) == {}
+
+
+def test_the_change_of_a_renamed_setting_is_found(tmp_path):
+    config = dataclasses.replace(MSGRPO_RECIPES["lora"](), visibility="full")
+    old = data(config)
+    del old["ratio_guard"], old["advantage_std"]
+    newest = Newest(10, {"config": {**old, "guard": True, "spread": "group"}, "visibility": "full"}, [])
+    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    assert launch.accept(config, newest, tmp_path, ranks) == {"ratio_guard": (True, False)}
+
+
+@pytest.mark.parametrize(("old", "new"), [("--guard", "--ratio-guard"), ("--spread", "--advantage-std")])
+def test_a_former_flag_is_refused_with_its_new_name(old, new, capsys):
+    assert msgrpo.main([old, "true"]) == 2
+    assert f"msgrpo: {old} is now called {new}" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):

@@ -14,9 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
 
-from uniref_fast import builtin
+from uniref_fast import builtin, runs
 from uniref_fast import flags as configs
-from uniref_fast import runs as lineage
 from uniref_fast.training import sft
 from uniref_fast.training.core import checkpoint, launch, model
 from uniref_fast.training.core.distributed import Ranks
@@ -523,9 +522,9 @@ def test_what_a_run_was_trained_as_is_what_its_checkpoint_says(half):
     """Whatever has become of `config.json`, which older versions wrote for refused commands too."""
     config = json.loads((half / "config.json").read_text())
     (half / "config.json").write_text(json.dumps({**config, "visibility": "reference_causal"}))
-    assert lineage.trained_visibility(half) == "full"
+    assert runs.trained_visibility(half) == "full"
     shutil.rmtree(half / "checkpoints")
-    assert lineage.trained_visibility(half) == "reference_causal", "all there is"
+    assert runs.trained_visibility(half) == "reference_causal"
 
 
 def test_every_rank_says_what_ended_it(monkeypatch, capsys):
