@@ -76,7 +76,8 @@ class MSGRPO(Recipe):
         rewards: Rewards to sum: "scene" (computed from the scene of generated data), "judge" (a vision-language model),
             or "package.module:function" for a function of your own.
         reward_weights: Weight of each reward; empty weighs each with 1.
-        axis_weights: Weights of the axes integration, consistency and quality; other axes weigh 1.
+        axis_weights: Weights of the axes integration, consistency and quality; other axes weigh 1. A reward that scores
+            only axes with the weight 0 is refused.
         min_members: Smallest number of scored rollouts of a group; smaller groups are not trained on.
         max_failures: Share of the rollouts of a step, from 0 to 1, that may fail to get a score; more end the run.
         alarm: Number of steps over which a falling quality with a rising reward is reported as reward hacking: at least

@@ -3,15 +3,16 @@
 "scene" is the reward that is computed from the scene of generated data, "judge" the endpoint, and
 "package.module:function" a function of your own. It takes a `Candidate` and returns scores from 0 to 10 by axis, with
 the same axes for every candidate. If it raises `UnscoredError`, that candidate alone fails; any other exception ends
-the run.
+the run, with one line that names it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 from uniref_fast.rewards.functions import reward_function
 from uniref_fast.rewards.judge import Judge
@@ -54,11 +55,17 @@ class RewardSet:
         return asked if self.judge is None else {**asked, "judge": self.judge.submit(candidate, step)}
 
     def combined(self, results: Mapping[str, Scores | Failure]) -> dict[str, float] | Failure:
-        """Return the weighted mean over the rewards by axis, or a failure if any reward failed."""
+        """Return the weighted mean over the rewards by axis, or a failure if any reward failed.
+
+        Raises:
+            ValueError: If all axes that a reward scores have the weight 0, so that it would have no effect.
+        """
         totals: dict[str, list[tuple[float, float]]] = {}
         for name, result in results.items():
             if isinstance(result, Failure):
                 return Failure(result.kind, f"{name}: {result.reason}")
+            if not any(self._own_weights.get(axis, 1.0) for axis in result.axes):
+                self._refuse(name, result.axes)
             for axis, score in result.axes.items():
                 totals.setdefault(axis, []).append((self.weights[name], score))
         means = {}
@@ -66,6 +73,14 @@ class RewardSet:
             self.shares[axis] = sum(weight for weight, _ in parts)
             means[axis] = sum(weight * score for weight, score in parts) / self.shares[axis]
         return means
+
+    def _refuse(self, name: str, axes: Iterable[str]) -> NoReturn:
+        weights = ", ".join(f"{axis} {weight:g}" for axis, weight in self._own_weights.items() if weight)
+        raise ValueError(
+            f"reward {name!r} has no effect: it scores {', '.join(axes)}, with the weight 0 in axis_weights; the axes "
+            f"with a weight are {weights or 'none of ' + ', '.join(AXES)}, and each axis of another name. Raise a "
+            "weight, or leave out the reward"
+        )
 
     @property
     def axis_weights(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,6 +40,8 @@ def reward_function(name: str) -> Reward:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward {name!r}: {error}") from error
+    except Exception as error:  # the code of the module
+        raise ValueError(f"the module of reward {name!r} {_raised(error)}") from error
     if not callable(function):
         raise ValueError(f"reward {name!r} is not a function but {function!r:.80}")
     _check_signature(function, name)
@@ -64,11 +67,32 @@ def _own(function: Callable[[Candidate], Any], name: str, candidate: Candidate) 
         axes = function(candidate)
     except UnscoredError as error:
         return Failure("refused", str(error))
+    except (Exception, SystemExit) as error:
+        file = getattr(inspect.getmodule(function), "__file__", None)
+        raise ValueError(
+            f"reward {name!r} {_raised(error, file)}; correct the function, or let it raise UnscoredError for an image "
+            "that it cannot score"
+        ) from error
     if not isinstance(axes, Mapping) or not axes or not all(_is_score(value) for value in axes.values()):
         raise ValueError(
             f"reward {name!r} must return scores from 0 to 10 by axis, such as {EXAMPLE}; got {axes!r:.200}"
         )
     return Scores({str(axis): float(value) for axis, value in axes.items()})
+
+
+def _raised(error: BaseException, file: str | None = None) -> str:
+    """Describe an error of code of the user on one line: its class, its message and the line that raised it.
+
+    Args:
+        error: The error.
+        file: File whose innermost line is named, as the error may come from a library; None names the innermost of all.
+    """
+    kind, message = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, SyntaxError):  # the message has the file and the line
+        return f"raised {kind}: {message}"
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1])
+    return f"raised {kind}{f': {message}' if message else ''} at {frame.filename}:{frame.lineno}"
 
 
 def _is_score(value: Any) -> bool:

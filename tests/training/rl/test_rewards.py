@@ -18,6 +18,7 @@ from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.rl.rewards import RewardSet
 
 OWN = """
+import statistics
 import threading
 from uniref_fast.rewards import UnscoredError
 
@@ -37,6 +38,12 @@ def slow(candidate):
 
 def raising(candidate):
     raise KeyError("mine")
+
+def dividing(candidate):
+    return {"quality": statistics.fmean([])}
+
+def leaving(candidate):
+    raise SystemExit
 
 answers = {"number": 5, "nothing": {}, "over": {"quality": 10.5}, "under": {"quality": -0.1},
            "nan": {"quality": float("nan")}, "text": {"quality": "good"}, "none": {"quality": None},
@@ -184,10 +191,39 @@ def test_nonsense_ends_the_run(make, own, name):
         future.result(timeout=20)
 
 
-def test_any_other_exception_ends_the_run(make, own):
-    (future,) = make(f"{own}:raising").submit(candidate(), 0).values()
-    with pytest.raises(KeyError, match="mine"):
+@pytest.mark.parametrize(
+    ("name", "raised", "line"),
+    [
+        ("raising", "KeyError: 'mine'", 'raise KeyError("mine")'),
+        ("dividing", "StatisticsError: fmean requires at least one data point", "statistics.fmean"),  # in a library
+        ("leaving", "SystemExit", "raise SystemExit"),
+    ],
+)
+def test_any_other_exception_ends_the_run_and_is_named_with_its_line(make, own, tmp_path, name, raised, line):
+    (future,) = make(f"{own}:{name}").submit(candidate(), 0).values()
+    number = next(i for i, text in enumerate(OWN.splitlines(), 1) if line in text)
+    place = f"{tmp_path / 'own_rewards.py'}:{number}"
+    with pytest.raises(
+        ValueError, match=re.escape(f"reward 'own_rewards:{name}' raised {raised} at {place};")
+    ) as caught:
         future.result(timeout=20)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\nx = y\n", "NameError: name 'y' is not defined at PATH:2"),
+        ("def f(:\n", "SyntaxError: invalid syntax (broken_rewards.py, line 1)"),
+    ],
+)
+def test_a_module_that_raises_an_error_is_named_with_its_line(make, tmp_path, monkeypatch, text, message):
+    path = tmp_path / "broken_rewards.py"
+    path.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    expected = f"the module of reward 'broken_rewards:f' raised {message.replace('PATH', str(path))}"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        make("broken_rewards:f")
 
 
 @pytest.mark.parametrize(
@@ -284,3 +320,16 @@ def test_weights_of_axes_that_give_no_mean(make):
             make("scene", axis_weights=weights)
     with pytest.raises(ValueError, match="the weight 0: quality"):
         make("scene", axis_weights=(1.0, 0.0, 0.0)).total({"quality": 4.0})
+
+
+def test_a_reward_that_scores_only_axes_without_a_weight_is_refused(make, own):
+    """Also if another reward scores the other axes; an axis of another name always weighs 1."""
+    name = f"{own}:good"
+    rewards = make("scene", name, axis_weights=(1.0, 0.5, 0.0))
+    scene = Scores({"integration": 2.0, "quality": 8.0})
+    assert rewards.combined({"scene": scene, name: Scores({"mood": 1.0})}) == {**scene.axes, "mood": 1.0}
+    with pytest.raises(ValueError, match="own_rewards:good' has no effect: it scores quality, with") as caught:
+        rewards.combined({"scene": scene, name: Scores({"quality": 1.0})})
+    assert "the axes with a weight are integration 1, consistency 0.5, and each" in str(caught.value)
+    with pytest.raises(ValueError, match="'scene' has no effect.* are none of integration, consistency, quality"):
+        make("scene", axis_weights=(0.0, 0.0, 0.0)).combined({"scene": scene})
