@@ -21,7 +21,7 @@ from uniref_fast import flags as configs
 from uniref_fast.files import write_whole
 from uniref_fast.runs import trained_visibility
 from uniref_fast.training.core import resume
-from uniref_fast.training.core.processes import end_with_launcher, locked
+from uniref_fast.training.core.processes import end_with_launcher, explain_to_launcher, locked
 from uniref_fast.training.core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -264,7 +264,9 @@ def _failed(name: str, error: BaseException, status: int) -> int:
     if rank:
         time.sleep(3)  # if rank 0 has the same error, torchrun ends the other ranks meanwhile
         name = f"{name}, rank {rank}"
-    print(f"{name}: {_described(error)}", file=sys.stderr)
+    message = f"{name}: {_described(error)}"
+    print(message, file=sys.stderr)
+    explain_to_launcher(message)
     return status
 
 

@@ -187,12 +187,20 @@ class Monitor:
         self._record(step, values)
         self._say(f"step {step}  " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    def event(self, step: int, kind: str, **details: Any) -> None:
-        """Record and print something that happened: "skipped", "stage", "checkpoint", ..., with its details."""
+    def event(self, step: int, kind: str, text: str | None = None, **details: Any) -> None:
+        """Record and print something that happened: "skipped", "stage", "checkpoint", ..., with its details.
+
+        Args:
+            step: Number of the step.
+            kind: Kind of the event.
+            text: Description that is printed in place of the details, and is not recorded.
+            details: Details that are recorded.
+        """
         if not self.enabled:
             return
         self._opened("events").append({"step": step, "kind": kind, **details})
-        self._say(f"step {step}  {kind}" + "".join(f"  {name}={_short(value)}" for name, value in details.items()))
+        shown = "".join(f"  {name}={_short(value)}" for name, value in details.items()) if text is None else f": {text}"
+        self._say(f"step {step}  {kind}{shown}")
 
     def image(self, step: int, name: str, image: Image.Image) -> None:
         """Write `samples/<name>-<step>.png`, whole or not at all, and show it in TensorBoard."""

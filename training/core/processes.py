@@ -1,4 +1,4 @@
-"""Locks and signals: at most one run per folder, and no rank without its launcher.
+"""Locks, signals and exit: at most one run per folder, and no rank without its launcher.
 
 Every rank of a run holds a shared `flock` on `run.lock` in the folder of the run. Rank 0 takes the lock exclusively
 first, which fails while a process of another run is alive, on this node or, where the file system passes locks on, on
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from uniref_fast.training.core.distributed import Ranks
 
-__all__ = ["end_with_launcher", "leave", "locked", "signal_at_parent_end"]
+__all__ = ["end_with_launcher", "explain_to_launcher", "leave", "locked", "signal_at_parent_end"]
 
 LOCK_FILE = "run.lock"
 PATIENCE = 10.0  # seconds to wait for the processes of a run that was just killed
@@ -195,6 +195,20 @@ def _watch(pause: float = 1.0) -> None:
         time.sleep(pause)
     print(f"the launcher (process {PARENT}) has ended, so this rank ends too", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def explain_to_launcher(message: str) -> None:
+    """Let torchrun print a message as the cause of a failure, at the end of its own traceback.
+
+    torchrun prints a traceback of itself for every rank that fails; without the message it ends with advice to change
+    the script. Without torchrun this does nothing.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return
+    details = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as out:
+        json.dump({"message": details}, out)
 
 
 def leave(status: int) -> NoReturn:

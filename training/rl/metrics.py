@@ -10,9 +10,11 @@ from typing import Any
 from uniref_fast.rewards.types import Failure
 from uniref_fast.training.rl.generator import Batch
 from uniref_fast.training.rl.grpo import Advantages, StepLoss
+from uniref_fast.training.rl.recipes import MSGRPO
 
 __all__ = [
-    "RewardHackingDetector", "UpdateStatistics", "judge_metrics", "mean", "step_metrics", "validation_metrics",
+    "RewardHackingDetector", "UpdateStatistics", "judge_metrics", "mean", "nothing_to_learn", "step_metrics",
+    "validation_metrics",
 ]  # fmt: skip
 
 Scores = Mapping[Any, Mapping[str, float]]  # scores by axis of each member that has scores
@@ -90,6 +92,24 @@ def step_metrics(
     if kl:
         metrics["kl"] = mean(kl)
     return metrics
+
+
+def nothing_to_learn(advantage: Advantages, config: MSGRPO) -> str:
+    """Return the reason, in words, why no group of a step is trained on.
+
+    Args:
+        advantage: Advantages of the step.
+        config: Configuration of the run.
+    """
+    reasons = []
+    if count := advantage.zero_spread:
+        groups = "a group" if count == 1 else f"each of {count} groups"
+        equal = "equal" if config.advantage == "sum" else "equal, or their axes cancel each other"
+        reasons.append(f"all {config.group} rewards of {groups} are {equal}")
+    if count := advantage.too_few:
+        groups = "a group has" if count == 1 else f"{count} groups have"
+        reasons.append(f"{groups} fewer than min_members = {config.min_members} rollouts with scores")
+    return "; ".join(reasons)
 
 
 def validation_metrics(name: str, results: Mapping[Any, Any], total: Total) -> dict[str, float]:

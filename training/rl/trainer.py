@@ -28,7 +28,14 @@ from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.rl.generator import Batch, RolloutGenerator
 from uniref_fast.training.rl.grpo import Advantages, Objective, advantages, minibatches
-from uniref_fast.training.rl.metrics import RewardHackingDetector, UpdateStatistics, judge_metrics, mean, step_metrics
+from uniref_fast.training.rl.metrics import (
+    RewardHackingDetector,
+    UpdateStatistics,
+    judge_metrics,
+    mean,
+    nothing_to_learn,
+    step_metrics,
+)
 from uniref_fast.training.rl.on_policy import check_on_policy, refuse_off_policy, table
 from uniref_fast.training.rl.prompts import Prompts
 from uniref_fast.training.rl.recipes import MSGRPO
@@ -201,7 +208,8 @@ class RLTrainer(Trainer):
         """Train on the rollouts; return statistics of this rank, the largest gradient norm, and tokens of all ranks."""
         config, statistics, norms, tokens = self.config, UpdateStatistics(), [0.0], 0
         if not advantage.values:
-            self.monitor.event(self.step, "nothing to learn", zero_spread=advantage.zero_spread)
+            text = nothing_to_learn(advantage, config)
+            self.monitor.event(self.step, "nothing to learn", text, zero_spread=advantage.zero_spread)
             return statistics, 0.0, 0
         # Rollouts cost more than updates, so they are trained on `inner_epochs` times. Within an epoch each noisy step
         # belongs to one of `updates` optimizer steps; the first update is on-policy, the clip bounds the others.

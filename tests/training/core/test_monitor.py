@@ -265,6 +265,13 @@ def test_long_details_are_shortened_on_the_screen_only(tmp_path, capsys):
     assert len(capsys.readouterr().err) < 200 and read_records(tmp_path / "events.jsonl")[0]["rows"] == rows
 
 
+def test_an_event_is_printed_as_its_text_and_recorded_with_its_details(tmp_path, capsys):
+    with monitor(tmp_path) as m:
+        m.event(1, "nothing to learn", "all 2 rewards of a group are equal", zero_spread=1)
+    assert capsys.readouterr().err == "step 1  nothing to learn: all 2 rewards of a group are equal\n"
+    assert read_records(tmp_path / "events.jsonl") == [{"step": 1, "kind": "nothing to learn", "zero_spread": 1}]
+
+
 # ---- what is shown ----
 
 

@@ -255,3 +255,17 @@ def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_goe
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2]
     assert (out / "checkpoints" / "step-000003").is_dir() and weights(out)
+
+
+def test_torchrun_ends_with_the_message_of_the_rank_that_failed(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    done = subprocess.run(
+        [*command, "training/msgrpo.py", "--group", "1", "--out", tmp_path / "run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    cause = done.stderr.split("Root Cause")[1]
+    assert done.returncode == 1 and "traceback : msgrpo: group must be at least 2" in cause, done.stderr[-3000:]
+    assert "To enable traceback" not in done.stderr

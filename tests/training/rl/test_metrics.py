@@ -2,7 +2,9 @@
 
 import pytest
 
-from uniref_fast.training.rl.metrics import RewardHackingDetector
+from uniref_fast.training.rl.grpo import Advantages
+from uniref_fast.training.rl.metrics import RewardHackingDetector, nothing_to_learn
+from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 
 
 def warnings(detector, rewards, qualities):
@@ -48,3 +50,23 @@ def test_the_detector_continues_from_its_state():
 
 def test_zero_steps_turn_the_detector_off():
     assert not any(warnings(RewardHackingDetector(0), range(20), range(20, 0, -1)))
+
+
+@pytest.mark.parametrize(
+    ("equal", "too_few", "fields", "text"),
+    [
+        (1, 0, {}, "all 2 rewards of a group are equal"),
+        (3, 0, {}, "all 2 rewards of each of 3 groups are equal"),
+        (
+            3,
+            0,
+            {"advantage": "per_axis"},
+            "all 2 rewards of each of 3 groups are equal, or their axes cancel each other",
+        ),
+        (0, 1, {}, "a group has fewer than min_members = 2 rollouts with scores"),
+        (1, 2, {}, "all 2 rewards of a group are equal; 2 groups have fewer than min_members = 2 rollouts with scores"),
+    ],
+)
+def test_the_reason_why_there_is_nothing_to_learn(equal, too_few, fields, text):
+    config = MSGRPO((RLStage(64, 1, 1e-3),), group=2, **fields)
+    assert nothing_to_learn(Advantages({}, equal, too_few, 0.0), config) == text

@@ -323,7 +323,7 @@ def test_weights_of_axes_that_give_no_mean(make):
 
 
 def test_a_reward_that_scores_only_axes_without_a_weight_is_refused(make, own):
-    """Also if another reward scores the other axes; an axis of another name always weighs 1."""
+    """Refuse it also if another reward scores the other axes; an axis of another name always weighs 1."""
     name = f"{own}:good"
     rewards = make("scene", name, axis_weights=(1.0, 0.5, 0.0))
     scene = Scores({"integration": 2.0, "quality": 8.0})
@@ -331,5 +331,5 @@ def test_a_reward_that_scores_only_axes_without_a_weight_is_refused(make, own):
     with pytest.raises(ValueError, match="own_rewards:good' has no effect: it scores quality, with") as caught:
         rewards.combined({"scene": scene, name: Scores({"quality": 1.0})})
     assert "the axes with a weight are integration 1, consistency 0.5, and each" in str(caught.value)
-    with pytest.raises(ValueError, match="'scene' has no effect.* are none of integration, consistency, quality"):
+    with pytest.raises(ValueError, match=r"'scene' has no effect.* are none of integration, consistency, quality"):
         make("scene", axis_weights=(0.0, 0.0, 0.0)).combined({"scene": scene})
