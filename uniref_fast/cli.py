@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from uniref_fast import __version__
 from uniref_fast.data import cli as data
+from uniref_fast.data.readers import escape_controls
 from uniref_fast.evaluation import cli as evaluation
 from uniref_fast.files import write_whole
 from uniref_fast.scenes import make as scenes
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "uniref-fast"
     try:
         args = _parser().parse_args(argv)
-        name += f" {args.command}"
+        name += f" {args.command}" + (f" {args.data_command}" if args.command == "data" else "")
         return args.run(args)
     except (UsageError, ValueError, TypeError) as error:
         return _failed(name, str(error), 2)
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(name: str, message: str, status: int) -> int:
-    print(f"{name}: error: {message}", file=sys.stderr)
+    hint = f"\nTry '{name} --help'." if status == 2 and " data " in name else ""
+    print(f"{name}: error: {escape_controls(message)}{hint}", file=sys.stderr)
     return status
 
 

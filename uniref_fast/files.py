@@ -20,7 +20,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["RecordFile", "append_line", "keep_records", "read_records", "whole_folder", "write_whole"]
+__all__ = [
+    "RecordFile",
+    "append_line",
+    "created_folders",
+    "keep_records",
+    "read_records",
+    "whole_folder",
+    "write_whole",
+]
 
 
 class RecordFile:
@@ -100,6 +108,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, cache: bool 
         cache: The file holds what can be computed again. Any number of processes may then write it at the same time,
             and nothing waits for the disk, which could take longer than computing the content.
     """
+    with contextlib.nullcontext() if cache else created_folders(path.parent):
+        _write_whole(path, write, cache)
+
+
+def _write_whole(path: Path, write: Callable[[BinaryIO], object], cache: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex + '.' if cache else ''}partial")
     try:
@@ -111,6 +124,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, cache: bool 
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def created_folders(folder: Path) -> Iterator[None]:
+    """Create a folder and its parents; if the block raises, remove those that did not exist before and are empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager

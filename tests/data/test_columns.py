@@ -249,7 +249,7 @@ def test_check_says_which_column_is_read_as_what(folder, capsys):
     path = write_jsonl(folder / "a.jsonl", lines)
     columns = "instruction=prompt,references=refs,target=out"
     assert main(["data", "check", str(path), "--columns", columns]) == 1
-    out = capsys.readouterr().out
+    out = capsys.readouterr().out.partition("\nnotes")[0]
     read = [line.split(maxsplit=1) for line in out.splitlines() if line.startswith("  ") and "row(s)" in line]
     assert [(name, rest.rsplit(maxsplit=2)[0].strip(), rest.split()[-2]) for name, rest in read] == [
         ("prompt", "instruction", "3"), ("refs", "references", "2"), ("out", "target", "3"), ("seed", "not read", "1"),

@@ -124,6 +124,8 @@ class TarReader(Reader):
                 raise ValueError(f"member {key}.{end} is not named by {key}.json, which names other members")
 
     def _member_named(self, folder: str, path: str) -> str:
+        if path not in self._members:
+            path = path.replace("\\", "/")
         inside = posixpath.normpath(path)
         if not path or posixpath.isabs(path) or inside.split("/")[0] == "..":
             raise ValueError(f"path {path!r} is not inside the archive; name a member")
@@ -162,7 +164,9 @@ class ZipReader(TarReader):
 
     def _index(self) -> list[tuple[str, _Member]]:
         self._packed: dict[str, tuple[int, int]] = {}  # stored size and checksum of each member
-        found = []
+        found: list[tuple[str, _Member]] = []
+        if not self.path.stat().st_size:
+            raise BrokenFileError(self.name, "cannot be read as a zip: the file is empty")
         try:
             with zipfile.ZipFile(self.path) as archive:
                 for info in archive.infolist():

@@ -10,10 +10,12 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from uniref_fast.data.notes import Note, Notes, row_notes
 
 if TYPE_CHECKING:
     from uniref_fast.data.dataset import Dataset
@@ -39,7 +41,12 @@ def add_data_commands(commands: Any) -> Any:
     group = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND", title="Commands")
 
     summary = "Count and measure the rows of a dataset and list the broken ones."
-    check = group.add_parser("check", help=summary, description=f"{summary} The exit status is 1 if there are any.")
+    check = group.add_parser(
+        "check",
+        help=summary,
+        description=f"{summary} The exit status is 1 if there are any. "
+        "Notes list what can be read but will probably disappoint; they do not change the exit status.",
+    )
     check.add_argument("paths", nargs="+", metavar="PATH", help="File or folder of dataset rows.")
     check.add_argument("--columns", type=_pairs, default=(), metavar="PAIRS", help=COLUMNS_HELP)
     check.add_argument("--image-folder", metavar="DIR", help=FOLDER_HELP)
@@ -53,7 +60,7 @@ def add_data_commands(commands: Any) -> Any:
         type=int,
         default=20,
         metavar="N",
-        help="Number of broken rows and files to list. (default: %(default)s)",
+        help="Number of broken rows, of files, and of notes of each kind to list. (default: %(default)s)",
     )
     check.add_argument("--json", action="store_true", help="Print one JSON object instead of text.")
     check.set_defaults(run=_check)
@@ -97,11 +104,12 @@ class _Found:
     references: list[Size] = field(default_factory=list)
     joint_areas: list[int] = field(default_factory=list)  # pixels of all references of a row that has any
     broken: list[dict[str, str]] = field(default_factory=list)
+    notes: Notes = field(default_factory=Notes)
 
 
 def _check(args: argparse.Namespace) -> int:
     from uniref_fast.data.dataset import BrokenFileError, Dataset
-    from uniref_fast.data.readers import printable
+    from uniref_fast.data.readers import escape_controls
 
     if args.show < 0:
         raise ValueError(f"--show must not be negative, got {args.show}")
@@ -110,11 +118,12 @@ def _check(args: argparse.Namespace) -> int:
     except BrokenFileError as error:  # status 1: the data is wrong, not the command
         print(f"uniref-fast data check: error: broken file {error}", file=sys.stderr)
         return 1
-    found = _measure(dataset, args.decode)
+    ignored = {pair.partition("=")[2] for pair in args.columns if pair.startswith("ignore=")}
+    found = _measure(dataset, args.decode, ignored)
     if args.json:
         print(json.dumps(_facts(dataset, found, args.show)))
     else:
-        print("\n".join(map(printable, _report(dataset, found, args.show))))
+        print("\n".join(map(escape_controls, _report(dataset, found, args.show))))
     return 1 if found.broken else 0
 
 
@@ -122,7 +131,7 @@ def _convert(args: argparse.Namespace) -> int:
     from uniref_fast.data.convert import convert
     from uniref_fast.data.dataset import Dataset
     from uniref_fast.data.pairs import Pairs
-    from uniref_fast.data.readers import BrokenFileError, printable
+    from uniref_fast.data.readers import BrokenFileError, escape_controls, local_path
 
     if (args.target_folder is None) == (not args.paths):
         raise ValueError(
@@ -132,42 +141,58 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError("--control-folder needs --target-folder, the folder of the target images")
     if args.out.suffix.lower() != ".jsonl":
         raise ValueError(f"--out must be a .jsonl file, got {args.out}")
+    out = local_path(args.out)
     paths: list[Any] = list(args.paths)
     if args.target_folder is not None:
         ending = "." + args.caption_ending.lower().lstrip(".")
-        paths = [Pairs(args.target_folder, tuple(args.control_folder), ending)]
+        paths = [Pairs(local_path(args.target_folder), tuple(map(local_path, args.control_folder)), ending)]
     try:
         dataset = Dataset(paths, args.image_folder, "optional", args.columns)
     except BrokenFileError as error:
         print(f"uniref-fast data convert: error: broken file {error}", file=sys.stderr)
         return 1
-    written, broken = convert(dataset, args.out)
+    written, broken = convert(dataset, out)
     for row in broken[: args.show]:
-        print(f"left out: {printable(row)}", file=sys.stderr)
+        print(f"left out: {row}", file=sys.stderr)
     for name, reason in dataset.left_out[: args.show]:
-        print(f"left out: {printable(name)}: {reason}", file=sys.stderr)
-    print(f"{printable(args.out)}: {written:,} row(s); {len(broken):,} broken row(s) left out")
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+    shown = escape_controls(out)
+    if broken and not written:
+        print(
+            f"uniref-fast data convert: error: all {len(broken):,} rows are broken; {shown} was not written",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"{shown}: {written:,} row(s); {len(broken):,} broken row(s) left out")
     return 1 if broken else 0
 
 
-def _measure(dataset: Dataset, decode: bool) -> _Found:
+def _measure(dataset: Dataset, decode: bool, ignored: Collection[str]) -> _Found:
+    """Inspect all rows; keys in `ignored` are left out on purpose, and so need no note."""
     from tqdm import tqdm
 
     from uniref_fast.data.dataset import RowError
     from uniref_fast.data.prefetch import prefetch
 
     found = _Found(columns=Counter({(name, None): rows for name, rows in dataset.unread_columns.items()}))
+    found.notes.add(Note("empty_file", name, "has no rows") for name in dataset.empty_files)
+    for name, rows in dataset.unread_columns.items():
+        found.notes.add_keys({name} - {*ignored}, rows)
     workers = min(os.cpu_count() or 1, 8)
     inspected = prefetch(functools.partial(_inspect, dataset, decode), range(len(dataset)), workers, ahead=4 * workers)
     for index, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
+        roles: dict[str, str | None] = {}
         with contextlib.suppress(ValueError):  # a row that cannot be read at all has no roles
-            found.columns.update(dataset.roles(index).items())
+            roles = dataset.roles(index)
+        found.columns.update(roles.items())
         if isinstance(outcome, RowError):
             found.broken.append({"where": outcome.where, "reason": outcome.reason})
             continue
         if isinstance(outcome, Exception):
             raise outcome
-        target, references, task_type = outcome
+        target, references, task_type, notes = outcome
+        found.notes.add(notes)
+        found.notes.add_keys(name for name, role in roles.items() if role is None and name not in ignored)
         found.counts[len(references)] += 1
         found.task_types[task_type] += 1
         found.references += references
@@ -178,10 +203,11 @@ def _measure(dataset: Dataset, decode: bool) -> _Found:
     return found
 
 
-def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None]:
-    """Return the sizes of a row's target and references, and its task type; raise RowError if it is broken."""
+def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None, list[Note]]:
+    """Return the sizes of a row's target and references, its task type and notes; raise RowError if it is broken."""
     row = dataset[index]
-    return *row.sizes(decode), row.task_type
+    target, references = row.sizes(decode)
+    return target, references, row.task_type, row_notes(row, target, references)
 
 
 def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
@@ -212,6 +238,7 @@ def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
         "reference_sizes": measured(found.references),
         "joint_reference_area": dict(zip((f"p{p}" for p in PERCENTILES), areas, strict=False)),
         "errors": found.broken[:show],
+        "notes": found.notes.facts(show),
     }
 
 
@@ -247,6 +274,13 @@ def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
         lines += [f"  {error['where']}: {error['reason']}" for error in facts["errors"]]
         if len(found.broken) > show:
             lines.append(f"  and {len(found.broken) - show:,} more")
+    if facts["notes"]:
+        lines.append("notes             these rows can be used, but may disappoint")
+    for note in facts["notes"]:
+        lines.append(f"  {note['count']:,} {note['note']}")
+        lines += [f"    {example['where']}: {example['note']}" for example in note["examples"]]
+        if note["examples"] and len(found.notes.found[note["kind"]]) > show:
+            lines.append(f"    and {len(found.notes.found[note['kind']]) - show:,} more")
     return lines
 
 

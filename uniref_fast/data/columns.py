@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
-from uniref_fast.data.formats import FORMATS, Format, matches, recognise_format
+from uniref_fast.data.formats import FORMATS, Format, likely_roles, matches, recognise_format
 
 __all__ = ["ROLES", "Columns"]
 
@@ -64,7 +64,16 @@ class Columns:
             ValueError: No format matches the keys, or, if no column applies, more than one.
         """
         if not any(column in keys for _, column in self.roles):  # a file that the columns are not meant for
-            return recognise_format(keys)
+            try:
+                return recognise_format(keys)
+            except ValueError:
+                pairs = likely_roles(keys)
+                if not pairs or not _fit(pairs, keys):
+                    raise
+            raise ValueError(
+                f"these keys match no known format: {sorted(keys)}; give their roles, most probably these: "
+                f"--columns {','.join(pairs)} (or rename the keys to instruction, input_images and output_image)"
+            )
         possible = [applied for form in FORMATS if (applied := self._applied(form)) is not None]
         for form in possible:
             if matches(form, keys):
@@ -103,3 +112,13 @@ class Columns:
         keys = [applied.text, applied.references.removesuffix("#"), *applied.more, applied.target]
         distinct = len(set(keys)) == len(keys) - (form.target == form.references)
         return applied if distinct else None
+
+
+def _fit(pairs: Iterable[str], keys: Collection[str]) -> bool:
+    """Return True if rows with these keys can be read with the pairs."""
+    columns = Columns.of(pairs)
+    try:
+        form = columns.format(keys)
+    except ValueError:
+        return False
+    return matches(form, keys)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from uniref_fast.data.dataset import Dataset, Row, RowError
 from uniref_fast.data.images import ImageSource
-from uniref_fast.files import write_whole
+from uniref_fast.files import created_folders, write_whole
 
 __all__ = ["convert"]
+
+
+class _NoRowsError(Exception):
+    """All rows are broken, so that no file is written."""
 
 
 def convert(dataset: Dataset, out: Path) -> tuple[int, list[RowError]]:
@@ -23,7 +28,8 @@ def convert(dataset: Dataset, out: Path) -> tuple[int, list[RowError]]:
 
     Args:
         dataset: The dataset to convert.
-        out: The file to write. It appears when it is complete; its images go to the folder `<name>_images` beside it.
+        out: The file to write. It appears when it is complete, unless all rows are broken; its images go to the folder
+            `<name>_images` beside it.
 
     Returns:
         The number of rows written, and the errors of the rows that are left out because they cannot be used.
@@ -52,11 +58,17 @@ def convert(dataset: Dataset, out: Path) -> tuple[int, list[RowError]]:
             written += 1
             yield line.encode("utf-8") + b"\n"
 
-    try:
-        write_whole(out, lambda file: file.writelines(lines()))
-    except BaseException:
-        shutil.rmtree(images, ignore_errors=True)
-        raise
+    def write(file: BinaryIO) -> None:
+        file.writelines(lines())
+        if broken and not written:
+            raise _NoRowsError
+
+    with contextlib.suppress(_NoRowsError), created_folders(out.parent):
+        try:
+            write_whole(out, write)
+        except BaseException:
+            shutil.rmtree(images, ignore_errors=True)
+            raise
     return written, broken
 
 

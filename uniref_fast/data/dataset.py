@@ -22,7 +22,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +37,8 @@ from uniref_fast.data.readers import (
     RawRow,
     Reader,
     RowGroupCache,
+    escape_controls,
+    local_path,
     present_keys,
     printable,
 )
@@ -56,7 +57,10 @@ class RowError(ValueError):
     """A row that cannot be used; the message begins with its place, `where`."""
 
     def __init__(self, where: str, reason: object) -> None:
-        super().__init__(where, str(reason))  # both arguments, so that a worker can send the error to its parent
+        where = escape_controls(where).replace("\n", "\\n")
+        super().__init__(
+            where, escape_controls(reason)
+        )  # both arguments, so that a worker can send the error to its parent
 
     @property
     def where(self) -> str:
@@ -72,7 +76,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """Return the place of a row, which may be broken."""
+    """Content of a row; its images have not been read yet."""
 
     instruction: str
     references: tuple[ImageSource, ...]
@@ -120,6 +124,7 @@ class Dataset:
 
     Attributes:
         files: Names of the files in messages.
+        empty_files: Names of the files that have no rows.
         left_out: (file, reason) of everything in the given folders and archives that is not read although it may have
             been meant as data: descriptions in .json, files of other kinds, members of archives that no sample uses.
     """
@@ -150,16 +155,17 @@ class Dataset:
             raise ValueError(f'targets must be "required" or "optional", got {targets!r}')
         if isinstance(paths, (str, os.PathLike, Pairs)):
             paths = [paths]
-        if image_folder is not None and not Path(image_folder).is_dir():
+        image_folder = None if image_folder is None else local_path(image_folder)
+        if image_folder is not None and not image_folder.is_dir():
             raise ValueError(f"image folder {image_folder} does not exist")
-        sources, left_out = find_sources([path if isinstance(path, Pairs) else Path(path) for path in paths])
+        sources, left_out = find_sources([path if isinstance(path, Pairs) else local_path(path) for path in paths])
         self._targets, self._columns = targets, Columns.of(columns)
         cache = RowGroupCache()
         self._readers: list[Reader] = []
         self._formats: list[Format | None] = []
         lengths = [0] * len(paths)
         for source in sources:
-            folder = Path(image_folder) if image_folder is not None else source.path.parent
+            folder = image_folder if image_folder is not None else source.path.parent
             reader = open_reader(source, folder, cache, self._columns)
             if isinstance(reader, str):
                 if source.named:
@@ -173,9 +179,11 @@ class Dataset:
         if not self._readers:
             reasons = "; ".join(f"{name} {reason}" for name, reason in left_out[:5])
             raise ValueError(f"no rows in {', '.join(map(str, paths))}: {reasons}")
-        self.left_out = (*left_out, *self._missing_columns())
+        left_out += self._missing_columns()
+        self.left_out = tuple((escape_controls(name), escape_controls(reason)) for name, reason in left_out)
         self.path_lengths = tuple(lengths)
         self.files = tuple(reader.name for reader in self._readers)
+        self.empty_files = tuple(reader.name for reader in self._readers if not len(reader))
         self._ends = np.cumsum([len(reader) for reader in self._readers], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -212,7 +220,7 @@ class Dataset:
         return dict(found)
 
     def where(self, index: int) -> str:
-        """The place of a row, broken or not."""
+        """Return the place of a row, which may be broken."""
         reader, number, _ = self._locate(index)
         return reader.place(number)
 

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "Format",
     "RowContent",
     "is_image_key",
+    "likely_roles",
     "matches",
     "nearest_key",
     "recognise_format",
@@ -183,6 +185,23 @@ def _imagefolder(keys: Collection[str]) -> Format:
     return Format("imagefolder", texts[0], first, targets[0], more=tuple(references[1:]))
 
 
+def likely_roles(keys: Collection[str]) -> tuple[str, ...]:
+    """Return the most probable roles of keys that match no format, as "role=key" pairs; none if they are ambiguous."""
+    if any(key.endswith(FILE_NAMES) for key in keys) or any(matches(form, keys) for form in FORMATS):
+        return ()
+    text = next((key for key in IMAGEFOLDER_TEXTS if key in keys), None)
+    if text is None:
+        text = next((key for key in sorted(keys) if get_close_matches(key.lower(), IMAGEFOLDER_TEXTS, 1, 0.8)), None)
+    images = {key: _words(key) for key in sorted(keys) if key != text and _words(key) & _IMAGE_KEYS}
+    targets = [key for key, words in images.items() if words & TARGET_WORDS]
+    references = [key for key in images if key not in targets]
+    if len(references) > 1:  # keys such as "source" may hold metadata
+        references = [key for key in references if is_image_key(key)]
+    if text is None or len(targets) != 1 or len(references) > 1:
+        return ()
+    return (f"instruction={text}", *(f"references={key}" for key in references), f"target={targets[0]}")
+
+
 def _words(key: str) -> set[str]:
     return set(re.findall(r"[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", key).lower()))
 
@@ -193,6 +212,11 @@ REFERENCE_WORDS = {"before", "condition", "conditioning", "control", "input", "i
                    "references", "source", "sources"}  # fmt: skip
 TARGET_WORDS = {"after", "answer", "edited", "expected", "gt", "ground", "out", "output", "outputs", "result",
                 "results", "target", "targets", "truth"}  # fmt: skip
+
+
+_IMAGE_KEYS = (
+    REFERENCE_WORDS | TARGET_WORDS | {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos"}
+)
 
 
 def nearest_key(key: str, form: Format) -> tuple[str, str]:

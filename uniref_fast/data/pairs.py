@@ -17,7 +17,7 @@ from typing import Any
 
 from uniref_fast.data.formats import IMAGE_SUFFIXES
 from uniref_fast.data.images import ImageSource
-from uniref_fast.data.readers import BOM, BrokenFileError, RawRow, Reader, printable, resolve_path
+from uniref_fast.data.readers import BOM, BrokenFileError, RawRow, Reader, local_path, printable, resolve_path
 
 __all__ = ["Pairs", "PairsReader", "configured", "is_backend_list", "pairs_of"]
 
@@ -87,8 +87,12 @@ class PairsReader(Reader):
         if given != sorted(given, reverse=True):
             without = self._pairs.controls[given.index(False)]
             raise ValueError(f"no reference of that name in {printable(without)}, although a later folder has one")
+        caption = self._caption(number)
+        if not caption:
+            name = self._targets[number].with_suffix(self._pairs.ending).name
+            raise ValueError(f"caption file {printable(name)} is empty")
         values = {
-            "instruction": self._caption(number),
+            "instruction": caption,
             "input_images": [str(path.absolute()) for paths in self._references[number] for path in paths],
             "output_image": str(self._targets[number].absolute()),
         }
@@ -254,7 +258,8 @@ def _resolved(given: Any, config: Path, where: str) -> Path:
     """Return a folder or file that a configuration names: absolute, or relative to the working folder or the file."""
     if not isinstance(given, str) or not given:
         raise ValueError(f"{where} names no folder: {given!r}")
-    candidates = [Path(given)] if os.path.isabs(given) else [Path(given), config.parent / given]
+    names = dict.fromkeys((given, os.path.expanduser(given.replace("\\", "/"))))
+    candidates = [path for name in map(local_path, names) for path in (name, config.parent / name)]
     found = list({os.path.realpath(path): path for path in candidates if path.exists()}.values())
     if len(found) != 1:
         problem = "which does not exist" if not found else f"which exists twice: {', '.join(map(str, found))}"

@@ -13,6 +13,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import stat
 import threading
 from collections import OrderedDict
@@ -36,13 +37,19 @@ __all__ = [
     "RawRow",
     "Reader",
     "RowGroupCache",
+    "escape_controls",
     "from_json",
+    "local_path",
     "present_keys",
     "printable",
 ]
 
 ENCODED = ("data:image/", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # data URIs; base64 of PNG, JPEG, GIF and WebP
 BOM = b"\xef\xbb\xbf"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")  # a drive of Windows has one letter
+WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # absolute paths of Windows
+# characters that a terminal obeys, or that change the order of a line; not tab and newline
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 class BrokenFileError(ValueError):
@@ -52,7 +59,7 @@ class BrokenFileError(ValueError):
         super().__init__(name, reason)
 
     def __str__(self) -> str:
-        return f"{self.args[0]}: {self.args[1]}"
+        return escape_controls(f"{self.args[0]}: {self.args[1]}")
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,19 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def escape_controls(text: object) -> str:
+    """Return a text that is safe to print on a terminal: control characters become escapes, except tab and newline."""
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], printable(text))
+
+
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave, with `~` expanded to the home folder. Raises ValueError if it is a URL."""
+    text = os.fspath(path)
+    if URL.match(text) and not os.path.lexists(text):
+        raise ValueError(f"{text} is a URL; URLs are not read: download it first, and give the path of the file")
+    return Path(os.path.expanduser(text))
+
+
 def present_keys(values: Mapping[str, Any]) -> frozenset[str]:
     """Return the keys with a value; null is the same as a missing key."""
     return frozenset(key for key, value in values.items() if value is not None)
@@ -127,19 +147,41 @@ def present_keys(values: Mapping[str, Any]) -> frozenset[str]:
 def resolve_path(path: str, folder: Path) -> Path:
     """Return the file at a path; relative paths are below the folder.
 
+    If there is no such file, backslashes are read as separators of folders, and `~` as the home folder.
+
     Raises:
-        ValueError: The path names no plain file, is refused by the file system, or leaves the folder.
+        ValueError: The path names no plain file, is a URL, is refused by the file system, or leaves the folder.
     """
     if not path:
         raise ValueError("the path of an image is empty")
-    full = Path(path)
+    if URL.match(path) and "://" in path:
+        raise ValueError(
+            f"{path!r:.200} is a URL; URLs are not read: download the image first, and give the path of its file"
+        )
+    other = os.path.expanduser(path.replace("\\", "/"))
+    try:
+        return _image_file(path, path, folder)
+    except ValueError:
+        if WINDOWS.match(path):
+            raise ValueError(
+                f"no image file {path!r:.200}: it is an absolute path of Windows; give a path relative to the file of "
+                "rows, or an absolute path of this system"
+            ) from None
+        if other == path or path.startswith(ENCODED):
+            raise
+    return _image_file(other, path, folder)
+
+
+def _image_file(name: str, path: str, folder: Path) -> Path:
+    """Return the image file of a name, which is one reading of the path in a row. Raises ValueError."""
+    full = Path(name)
     if not full.is_absolute():
-        inside = os.path.normpath(path)
+        inside = os.path.normpath(name)
         if inside.split(os.sep)[0] == "..":
             raise ValueError(f"path {path!r:.80} leaves its folder {folder}; use a path inside it, or an absolute one")
         full = folder / inside
     shown = repr(path) if len(path) <= 200 else f"{path[:60]!r}... of {len(path):,} characters"
-    if len(path) > 200 and path.startswith(ENCODED):
+    if path.startswith("data:") or (len(path) > 200 and path.startswith(ENCODED)):
         raise ValueError(
             f"no image file {shown}: it is an encoded image, not a path; store it as a file, or as bytes in parquet"
         )
@@ -167,6 +209,8 @@ def _digest(path: Path) -> str:
 
 def from_json(text: bytes) -> Any:
     """Parse a JSON value in UTF-8, with or without BOM. Raises ValueError if it is malformed."""
+    if not text.strip():
+        raise ValueError("not JSON: it is empty")
     try:
         return json.loads(text.removeprefix(BOM).decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from uniref_fast import __version__
 from uniref_fast.data.images import ImageSource
-from uniref_fast.files import write_whole
+from uniref_fast.files import created_folders, write_whole
 from uniref_fast.scenes.artworks import EMOJI_FOLDER
 from uniref_fast.scenes.card import dataset_card, licence_notice
 from uniref_fast.scenes.config import MakeConfig
@@ -93,8 +93,6 @@ def write_dataset(
     if old.exists() and not out.exists():
         old.rename(out)  # an earlier run was stopped between its last two steps
     _check_replaceable(out, force)
-    with _creating(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
     arguments = {
         "size": config.size,
         "seed": config.seed,
@@ -104,7 +102,7 @@ def write_dataset(
         "artworks": config.artworks.source,
         **{split: counts[split] for split in SPLITS},
     }
-    with _locked(out, partial, arguments, config) as lock:
+    with _creating_parent(out), _locked(out, partial, arguments, config) as lock:
         summary = _write_parts(partial, config, counts, workers, generate, lock)
         _join_parts(partial, config, counts, summary, arguments)
         os.sync()  # the images must be on the disk before the folder gets its name
@@ -142,6 +140,15 @@ def _creating(out: Path) -> Iterator[None]:
         raise OSError(
             error.errno, f"the folder cannot be created ({error.strerror}); name another", str(out)
         ) from error
+
+
+@contextlib.contextmanager
+def _creating_parent(out: Path) -> Iterator[None]:
+    """Create the parent of the dataset's folder; remove what was created if the run ends before any part exists."""
+    with contextlib.ExitStack() as stack:
+        with _creating(out):
+            stack.enter_context(created_folders(out.parent))
+        yield
 
 
 def _check_replaceable(out: Path, force: bool) -> None:
@@ -190,7 +197,14 @@ def _locked(out: Path, partial: Path, arguments: dict[str, Any], config: MakeCon
         if not partial.exists():
             partial.mkdir()
             write_whole(recorded, lambda file: file.write(json.dumps(wanted).encode()))
-        yield lock
+        try:
+            yield lock
+        except BaseException:
+            parts = partial / "parts"
+            if partial.exists() and not (parts.exists() and any(parts.glob("*.jsonl"))):  # nothing to continue with
+                shutil.rmtree(partial, ignore_errors=True)
+                lock_path.unlink(missing_ok=True)
+            raise
         lock_path.unlink(missing_ok=True)
     finally:
         os.close(lock)

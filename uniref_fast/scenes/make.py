@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from uniref_fast.data.readers import local_path
 from uniref_fast.files import write_whole
 from uniref_fast.scenes.artworks import SOURCES, artworks
 from uniref_fast.scenes.config import PICTURES, MakeConfig
@@ -105,13 +106,14 @@ def run(args: argparse.Namespace) -> int:
     for number in config.references:
         tasks_of(number, config)  # raises if a number of references has no task
     counts = {split: args.train if split == "train" else args.heldout for split in SPLITS}
-    summary = write_dataset(args.out, config, counts, args.workers, args.force, generate=sample)
+    out = local_path(args.out)
+    summary = write_dataset(out, config, counts, args.workers, args.force, generate=sample)
     if summary.resumed:
         print(f"{summary.resumed} samples had been written by an interrupted run", file=sys.stderr)
     if args.preview is not None:
         write_whole(args.preview, lambda file: preview(config).save(file, "PNG"))
         print(f"preview    {args.preview}")
-    print(_summary(args.out, summary, config))
+    print(_summary(out, summary, config))
     return 0
 
 
