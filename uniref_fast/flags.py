@@ -39,7 +39,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -62,11 +62,13 @@ class Parsed(Generic[C, E]):
         recipe: Name of the recipe.
         config: Configuration that the recipe returned, with the overrides of the flags.
         extra: Options that are not part of the configuration, with their overrides; None when `parse` got none.
+        given: Dotted names of the fields that flags have set.
     """
 
     recipe: str
     config: C
     extra: E
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def parse(
@@ -110,7 +112,8 @@ def parse(
         if renamed and name in renamed:
             raise ConfigError(f"{flag} is now called {_flag(renamed[name])}")
     changes = {name: _override(name, *given, {**ours, **others}) for name, given in flags.items()}
-    return Parsed(recipe, _rebuilt(config, changes), extra if extra is None else _rebuilt(extra, changes))
+    extra = extra if extra is None else _rebuilt(extra, changes)
+    return Parsed(recipe, _rebuilt(config, changes), extra, frozenset(changes))
 
 
 def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, prefix: str = "") -> dict[str, Any]:

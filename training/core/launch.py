@@ -204,10 +204,13 @@ def find(options: RunOptions, ranks: Ranks, keep: int) -> Newest:
 
 
 def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ from those of the checkpoint, or of `config.json` if it has none. All ranks.
+    """Return the changed settings that make a difference to the remaining steps, after refusing fixed ones. All ranks.
+
+    The settings before are those of the checkpoint, or of `config.json` if it has none. A run without a checkpoint
+    begins anew, so that nothing has changed.
 
     Returns:
-        (before, now) of each changed setting, by name.
+        (before, now) of each of these settings, by name.
 
     Raises:
         ValueError: A setting that is fixed has changed, or fewer steps are given than are done.
@@ -223,15 +226,16 @@ def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str,
         or trained_visibility(Path(initial) if initial else None)
         or "full"
     )
+    if newest.step is None:
+        return {}
     changed = resume.changes(before, now)
-    if newest.step is not None:
-        resume.refuse(changed, out)
-        if config.total_steps < newest.step:
-            raise ValueError(
-                f"the run in {out} has done {newest.step} steps, and {config.total_steps} are given; give at least "
-                f"--steps {newest.step}, or start another run with another --out"
-            )
-    return changed
+    resume.refuse(changed, out)
+    if config.total_steps < newest.step:
+        raise ValueError(
+            f"the run in {out} has done {newest.step} steps, and {config.total_steps} are given; give at least "
+            f"--steps {newest.step}, or start another run with another --out"
+        )
+    return resume.effective(changed, config, newest.step)
 
 
 def _kept(out: Path) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 The state of a checkpoint holds the settings that it was written with. A setting is *fixed* if another value would give
 the trained weights, the order of rows or the packs another meaning; it *may change* if it only affects later steps.
 `model`, `initial` and `data` may name other places with the same content, which is compared where it is read
-(`TrainedModel.frozen`, `Dataset.fingerprint`). Each change is recorded as an event of the run.
+(`TrainedModel.frozen`, `Dataset.fingerprint`). Each change that makes a difference to later steps is recorded as an
+event of the run.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -15,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "refuse"]
+from uniref_fast.training.core.recipe import Recipe, stage_at
+
+__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "effective", "refuse"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,54 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     old, new = {RENAMED.get(name, name): value for name, value in _leaves(before).items()}, _leaves(now)
     names = [name for name in dict.fromkeys((*new, *old)) if (name in old and name in new) or name != _setting(name)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def effective(changed: Mapping[str, tuple[Any, Any]], now: Recipe, step: int) -> dict[str, tuple[Any, Any]]:
+    """Return the changes that make a difference to the steps that are not done yet.
+
+    A setting of the curriculum makes none if the remaining steps would have the same stages and learning rates with its
+    old value, as that of a stage which has ended.
+
+    Args:
+        changed: Result of `changes`.
+        now: New configuration.
+        step: Number of steps that are done.
+    """
+    course, found = _course(now, step), {}
+    for name, (old, new) in changed.items():
+        before = _with(now, name, old)
+        try:
+            same = before is not None and _course(before(), step) == course
+        except ValueError:  # the old value does not fit the other settings
+            same = False
+        if not same:
+            found[name] = old, new
+    return found
+
+
+def _course(config: Recipe, step: int) -> list[Any]:
+    """Return the stage, without its length and peak rate, and the learning rate of each step from `step` on."""
+    stages = [dataclasses.replace(stage, steps=1, lr=1.0) for stage in config.stages]
+    numbers = [(stage_at(config, i)[0], config.lr(i)) for i in range(step, config.total_steps)]
+    return [*((stages[number], rate) for number, rate in numbers), stages[-1]]  # the last one is validated in the end
+
+
+def _with(now: Recipe, name: str, old: Any) -> Callable[[], Recipe] | None:
+    """Return a function that returns a configuration with an old value of its curriculum; None for other settings."""
+    if name in ("steps", "warmup", "schedule"):
+        return lambda: dataclasses.replace(now, **{name: old})
+    match = re.fullmatch(r"stages\.(\d+)\.(\w+)", name)
+    if match is None or int(match[1]) >= len(now.stages):
+        return None
+    number, stages = int(match[1]), list(now.stages)
+    if old is None and match[2] in ("side", "steps", "lr", "target_side"):  # the stage is new
+        return None
+
+    def before() -> Recipe:
+        stages[number] = dataclasses.replace(stages[number], **{match[2]: old})
+        return dataclasses.replace(now, stages=tuple(stages))
+
+    return before
 
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], out: Path, prefix: str = "") -> None:

@@ -136,9 +136,7 @@ def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
     assert launch.accept(dataclasses.replace(before, warmup=3), newest, tmp_path, ranks) == {"warmup": (100, 3)}
     with pytest.raises(ValueError, match="visibility is reference_causal, not full"):
         launch.accept(launch.with_visibility(SFT_RECIPES["lora"]()), newest, tmp_path, ranks)
-    assert launch.accept(SFT_RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks), (
-        "with no checkpoint it begins anew"
-    )
+    assert launch.accept(SFT_RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks) == {}, "it begins anew"
 
 
 def test_fewer_steps_than_are_done(tmp_path):
@@ -146,6 +144,33 @@ def test_fewer_steps_than_are_done(tmp_path):
     with pytest.raises(ValueError, match="has done 3000 steps, and 2000 are given; give at least --steps 3000"):
         accepted(config, dataclasses.replace(config, steps=2000), tmp_path, step=3000)
     assert accepted(config, dataclasses.replace(config, steps=3000), tmp_path, step=3000) == {"steps": (None, 3000)}
+    assert accepted(config, dataclasses.replace(config, steps=3500), tmp_path, step=3000) == {}, "the sum of its stages"
+
+
+def test_only_what_changes_the_remaining_steps_is_returned(tmp_path):
+    """After 2500 steps the first stage and the warm-up are over, and the second stage is not."""
+    config = SFT_RECIPES["lora"]()
+    assert config.ends()[0] <= 2500 < config.ends()[1] and config.warmup < 2500
+
+    def changed(step=2500, before=config, **fields):
+        return set(accepted(before, dataclasses.replace(before, **fields), tmp_path, step=step))
+
+    def stages(number, **fields):
+        return tuple(
+            dataclasses.replace(stage, **fields) if i == number else stage for i, stage in enumerate(config.stages)
+        )
+
+    assert changed(stages=stages(0, lr=1e-6, side=512, pack_tokens=9999)) == set()
+    assert changed(500, stages=stages(0, lr=1e-6, side=512)) == {"stages.0.lr", "stages.0.side"}
+    assert changed(stages=stages(1, lr=1e-6, checkpointing=True)) == {"stages.1.lr", "stages.1.checkpointing"}
+    assert changed(stages=stages(0, steps=1900)) == {"stages.0.steps"}, "all later steps move"
+    constant = dataclasses.replace(config, schedule="constant")
+    assert changed(before=constant, warmup=7, weight_decay=0.3) == {"weight_decay"}
+    assert changed(50, constant, warmup=7) == {"warmup"}
+    cosine = dataclasses.replace(config, schedule="cosine")
+    assert changed(before=cosine, warmup=7) == {"warmup"}, "it moves the whole cosine"
+    more = (*config.stages, config.stages[-1])
+    assert {name.split(".")[1] for name in changed(stages=more)} == {str(len(config.stages))}
 
 
 def test_paths_are_plain(tmp_path):
