@@ -183,6 +183,7 @@ def test_checks_see_all_overrides_at_once():
 def test_options_beside_the_run():
     parsed = parse(RECIPES, ["--dry-run", "true", "--seed", "4", "--every=2"], extra=Options())
     assert parsed == Parsed("paper", Run(seed=4), Options(True, 2))
+    assert "seed" in parsed.given and "steps" not in parsed.given
     with pytest.raises(ConfigError, match="unknown flag --dry-runs; did you mean --dry-run\\?"):
         parse(RECIPES, ["--dry-runs", "true"], extra=Options())
     with pytest.raises(TypeError, match="--seed would have two meanings"):

@@ -6,7 +6,7 @@ import contextlib
 import json
 from pathlib import Path
 
-__all__ = ["base_run", "read_field", "trained_visibility"]
+__all__ = ["adapter_settings", "base_run", "check_export", "read_field", "trained_visibility"]
 
 
 def read_field(run: Path, name: str) -> str | None:
@@ -16,6 +16,29 @@ def read_field(run: Path, name: str) -> str | None:
     except (OSError, ValueError, AttributeError):
         return None  # the folder was exported by another program, or copied without its configuration
     return value if isinstance(value, str) else None
+
+
+def check_export(run: Path) -> None:
+    """Raise ValueError if a run has no trained weights to start from."""
+    if not any((run / name).is_dir() for name in ("lora", "transformer")):
+        raise ValueError(f"initial = {run} has neither lora/ nor transformer/; give the folder of a finished run")
+
+
+def adapter_settings(run: Path) -> tuple[int, float, tuple[str, ...]] | None:
+    """Return the rank, the alpha and the sorted target layers of the adapter of a run, as its file records them.
+
+    None if the run has no adapter, or if the file does not record all of them, as one of another program.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted((run / "lora").glob("*.safetensors")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):  # refused when loaded
+            with safe_open(file, framework="numpy") as opened:
+                found = json.loads(opened.metadata()["lora_adapter_metadata"])
+            rank, alpha, targets = (found[f"transformer.{name}"] for name in ("r", "lora_alpha", "target_modules"))
+            if isinstance(targets, list):
+                return int(rank), float(alpha), tuple(sorted(targets))
+    return None
 
 
 def base_run(run: Path) -> Path | None:

@@ -12,14 +12,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uniref_fast import flags as configs
 from uniref_fast.files import write_whole
-from uniref_fast.runs import trained_visibility
+from uniref_fast.runs import adapter_settings, check_export, trained_visibility
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.processes import end_with_launcher, explain_to_launcher, locked
 from uniref_fast.training.core.recipe import Recipe
@@ -86,7 +86,7 @@ def launch(
         parsed = configs.parse(
             recipes, argv, extra=options, prog=f"training/{name}.py", description=description, renamed=resume.RENAMED
         )
-        parsed = dataclasses.replace(parsed, config=with_visibility(parsed.config))
+        parsed = dataclasses.replace(parsed, config=with_adapter(with_visibility(parsed.config), parsed.given))
     except (ValueError, FileNotFoundError) as error:
         return _failed(name, error, 2)
     return _launch(name, parsed, make, failures)
@@ -147,6 +147,45 @@ def with_visibility(config: C) -> C:
     config.check_initial(trained)
     resolved: dict[str, Any] = {"visibility": config.visibility or trained or "full"}
     return dataclasses.replace(config, **resolved)
+
+
+def with_adapter(config: C, given: Collection[str] = ()) -> C:
+    """Return the configuration with the rank, alpha and targets of the adapter of the initial run, if it has one.
+
+    Args:
+        config: Configuration of the run.
+        given: Names of the settings that were given on the command line.
+
+    Raises:
+        ValueError: The initial run has no trained weights, or a setting was given that its adapter does not have.
+    """
+    run = config.initial
+    if run is None:
+        return config
+    check_export(run)
+    adopted = _adopted(run, config.lora_targets)
+    changed = {name: value for name, value in adopted.items() if getattr(config, name) != value}
+    for name, value in changed.items():
+        if name in given:
+            raise ValueError(
+                f"training continues the adapter of initial = {run}, whose {name} is {json.dumps(value)}, not "
+                f"{json.dumps(getattr(config, name))}; leave --{name.replace('_', '-')} out, or fuse the adapter into "
+                "the model first, to train a new one on top"
+            )
+    if changed and not int(os.environ.get("RANK", 0)):
+        shown = ", ".join(f"{name} = {json.dumps(value)}" for name, value in changed.items())
+        print(f"training continues the adapter of {run}, with its {shown}", file=sys.stderr)
+    return dataclasses.replace(config, **changed)
+
+
+def _adopted(run: Path, targets: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of the adapter of a run, by name; targets that are the same keep their order."""
+    found = adapter_settings(run)
+    if found is None:
+        return {}
+    rank, alpha, layers = found
+    same = set(layers) == set(targets)
+    return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": tuple(targets) if same else layers}
 
 
 def with_data(config: C, out: Path, ranks: Ranks) -> C:
@@ -228,6 +267,8 @@ def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str,
     )
     if newest.step is None:
         return {}
+    if initial:  # older versions wrote the settings that were given, and continued the adapter with its own
+        before.update(json.loads(json.dumps(_adopted(Path(initial), before.get("lora_targets", ())))))
     changed = resume.changes(before, now)
     resume.refuse(changed, out)
     if config.total_steps < newest.step:

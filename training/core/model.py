@@ -18,7 +18,7 @@ from uniref_fast.layout import Sample
 from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
-from uniref_fast.runs import base_run
+from uniref_fast.runs import base_run, check_export
 from uniref_fast.training.core.distributed import Ranks, shard
 from uniref_fast.training.core.recipe import Recipe
 
@@ -75,8 +75,7 @@ class TrainedModel:
 
     def _load_initial(self, run: Path, dtype: torch.dtype) -> None:
         """Load what an earlier run exported; training continues its adapter, and adds no second one."""
-        if not any((run / name).is_dir() for name in ("lora", "transformer")):
-            raise ValueError(f"initial = {run} has neither lora/ nor transformer/; give the folder of a finished run")
+        check_export(run)
         given, model = f"initial = {run}", self.config.model
         if not load_run(self.pipe, run, dtype, base=base_run(run), adapter="default", given=given, model=model):
             return

@@ -58,6 +58,7 @@ class Recipe:
         model: Model to train: "builtin" (the small model that comes with uniref_fast), a diffusers folder, or a model
             id of the Hugging Face hub.
         initial: Folder of an earlier run whose `transformer/` or `lora/` this run continues; none starts from `model`.
+            An adapter keeps its rank, alpha and targets: other values on the command line are refused.
         lora_rank: Rank of the LoRA adapter; none trains all weights of the transformer.
         lora_alpha: Scale of the LoRA adapter, as lora_alpha / lora_rank.
         lora_targets: Names of the Linear layers that get an adapter.

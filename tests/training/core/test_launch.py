@@ -4,10 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from uniref_fast import flags as configs
 from uniref_fast.training.core import launch
+from uniref_fast.training.core.checkpoint import Newest
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
@@ -98,3 +101,63 @@ def test_msgrpo_refuses_kl_for_an_adapter_that_training_continues(tmp_path):
     with pytest.raises(ValueError, match="kl compares with the model without its adapter"):
         launch.with_visibility(config)
     launch.with_visibility(dataclasses.replace(config, kl=0.0))
+
+
+# ---- the adapter of the initial run ----
+
+
+def adapter(path, rank=8, alpha=16.0, targets=("to_q", "to_k"), **config):
+    """Write the folder of a run with an adapter, as far as the launcher reads it."""
+    run = run_folder(path, **config)
+    (run / "lora").mkdir()
+    found = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": list(targets)}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(found)}
+    save_file({"x": np.zeros(1, np.float32)}, run / "lora" / "pytorch_lora_weights.safetensors", metadata)
+    return run
+
+
+def test_a_run_takes_the_adapter_settings_of_its_initial_run(tmp_path, capsys):
+    config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run"))
+    found = launch.with_adapter(config, {"initial", "steps"})
+    assert (found.lora_rank, found.lora_alpha, found.lora_targets) == (8, 16.0, ("to_k", "to_q"))
+    assert "continues the adapter of" in capsys.readouterr().err
+    assert launch.with_adapter(found, {"lora_rank", "lora_alpha", "lora_targets"}) == found, "equal values are given"
+    assert not capsys.readouterr().err
+
+
+def test_targets_that_are_the_same_keep_their_order(tmp_path):
+    """peft writes them in any order, and the order of a run that is resumed must not differ from that of its start."""
+    targets = SFT_CONFIG.lora_targets
+    config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run", targets=targets[::-1]))
+    assert launch.with_adapter(config).lora_targets == targets
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lora_rank", 4), ("lora_rank", None), ("lora_alpha", 8.0), ("lora_targets", ("to_v",))]
+)
+def test_other_adapter_settings_than_those_of_the_initial_run_are_refused(tmp_path, name, value):
+    config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run"), **{name: value})
+    with pytest.raises(ValueError, match=rf"whose {name} is .*leave --{name.replace('_', '-')} out, or fuse"):
+        launch.with_adapter(config, {name})
+    assert getattr(launch.with_adapter(config), name) != value, "a recipe's own value is replaced"
+
+
+def test_an_initial_run_without_an_adapter_or_without_weights(tmp_path):
+    run = run_folder(tmp_path / "run")
+    config = dataclasses.replace(SFT_CONFIG, initial=run, lora_rank=4)
+    with pytest.raises(ValueError, match="neither lora/ nor transformer/"):
+        launch.with_adapter(config)
+    (run / "transformer").mkdir()
+    assert launch.with_adapter(config, {"lora_rank"}) == config
+    (run / "lora").mkdir()
+    (run / "lora" / "other.safetensors").write_bytes(b"damaged")
+    assert launch.with_adapter(config, {"lora_rank"}) == config, "loading the file reports it"
+
+
+def test_a_run_that_an_older_version_started_from_an_adapter_is_resumed(tmp_path):
+    """Its checkpoint records the alpha of the recipe, and it was trained with that of the adapter."""
+    config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run"), lora_rank=8, visibility="full")
+    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    newest = Newest(1, {"config": json.loads(configs.to_json(config)), "visibility": "full"}, [])
+    assert config.lora_alpha == 64.0
+    assert launch.accept(launch.with_adapter(config), newest, tmp_path, ranks) == {}
