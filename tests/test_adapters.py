@@ -72,7 +72,7 @@ def test_what_a_run_says_is_respected(run, tmp_path):
     adapter = Adapter.parse(str(other))
     assert check_adapters([adapter], "builtin") == below
     assert check_adapters([adapter], "builtin", [below]) is None
-    with pytest.raises(ValueError, match=r"not of .*; a model has one"):
+    with pytest.raises(ValueError, match=r"not of .*; only one transformer can be loaded"):
         check_adapters([adapter], "builtin", [run])
     fresh = builtin.load()
     apply_adapters(fresh, [adapter], below, (), torch.float32)

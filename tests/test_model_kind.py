@@ -112,7 +112,11 @@ def other_runs(tmp_path, builtin_pipe):
     other.save_pretrained(narrow / "transformer")
     other.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
     QwenImageEditPlusPipeline.save_lora_weights(adapter / "lora", get_peft_model_state_dict(other))
-    return {flux: "FluxTransformer2DModel, not", narrow: "for text of width 48", adapter: "could not be put on builtin"}
+    return {
+        flux: "FluxTransformer2DModel, not",
+        narrow: "for text of width 48",
+        adapter: "could not be loaded into the model builtin",
+    }
 
 
 def test_runs_on_models_of_another_kind(tmp_path, builtin_pipe, capsys):

@@ -108,7 +108,7 @@ def check_adapters(adapters: Sequence[Adapter], model: str, initial: Sequence[Pa
         raise ValueError(
             f"adapters were trained on top of the transformers of {', '.join(map(str, bases.values()))}"
             + (f", not of {', '.join(map(str, initial))}" if initial else "")
-            + "; a model has one"
+            + "; only one transformer can be loaded"
         )
     return next(iter(bases.values()), None)
 

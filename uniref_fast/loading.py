@@ -121,7 +121,7 @@ def _named(given: str, model: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:  # damaged, or of another model
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{given} could not be put on {model}: {first}") from error
+        raise ValueError(f"{given} could not be loaded into the model {model}: {first}") from error
 
 
 def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:

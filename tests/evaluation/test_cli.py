@@ -52,7 +52,7 @@ def test_wrong_commands(data, benchmark_rows, whole, tmp_path, capsys, monkeypat
         ([file, "--size", "8x64"], "at least 16 pixels wide and high, got 8x64"),
         ([data, "--out", data / "results"], "its files would be read as rows"),
         ([benchmark_rows, "--reward", "scene"], "mico_bench_hoi.jsonl:1 has no scene; the scene reward needs"),
-        ([file, "--judge-model", "x"], "--judge-model is for --reward judge"),
+        ([file, "--judge-model", "x"], "--judge-model needs --reward judge"),
         ([file, "--reward", "judge", "--judge-url", "ftp://x"], "judge: url must be like"),
         ([file, "--against", tmp_path], "holds no results.json"),
         ([benchmark_rows, "--against", whole, "--reward", "none"], "reward is 'none' here and 'scene' there"),

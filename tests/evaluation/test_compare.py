@@ -82,10 +82,10 @@ def test_evaluations_that_cannot_be_compared():
     "content, reason",
     [
         (None, "holds no results.json"),
-        ("{", "cannot be compared with"),
-        ("[]", "cannot be compared with"),
+        ("{", "the results cannot be compared with"),
+        ("[]", "the results cannot be compared with"),
         ('{"format": 99}', "format 99"),
-        ('{"format": 1, "settings": {}}', "cannot be compared with"),
+        ('{"format": 1, "settings": {}}', "the results cannot be compared with"),
     ],
 )
 def test_results_that_cannot_be_read(tmp_path, content, reason):

@@ -59,7 +59,7 @@ def test_runs_are_applied_in_order(config, builtin_pipe, whole, tmp_path):
 
     for path in (rl / "lora").iterdir():
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=f"initial {rl} could not be put on builtin"):
+    with pytest.raises(ValueError, match=f"initial {rl} could not be loaded into the model builtin"):
         models.load("builtin", (sft, rl), False, "cpu", "float32")
 
 

@@ -25,7 +25,7 @@ def test_the_table_shows_known_values_with_a_legend():
     first = lines[1].split()
     assert first[:4] == ["a", "4", "1", "1"] and "±1.00" in lines[1] and "67%" in lines[1]
     assert len({len(line) for line in lines if line.startswith(("a", "b"))} | {len(lines[0])}) <= 3
-    assert "  10 pictures" in text and "  1 picture " in text and "  move" in text
+    assert "  10 references" in text and "  1 reference " in text and "  move" in text
     assert "unscored: rows that the reward could not score" in text and "best:" in text
     bare = report.aggregates_table(
         aggregate.aggregates([{k: v for k, v in record(score=None).items() if k not in ("psnr", "bound")}])

@@ -660,7 +660,7 @@ def test_bad_logs(server, tmp_path):
         judge_of(server, replay=tmp_path / "none.jsonl")
     other = tmp_path / "metrics.jsonl"
     other.write_text('{"step": 4, "loss": 1}\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl is no reward log: a record of step 4"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl is not a reward log: a record of step 4"):
         judge_of(server, replay=other)
     other.write_text("{broken\n")
     for options in ({"replay": other}, {"log": other}):

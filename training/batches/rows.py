@@ -86,8 +86,8 @@ def check_same_rows(planned: Sequence[tuple[Sequence[PackKey], Sequence[tuple[st
     if any(list(keys) != list(planned[0][0]) for keys, _ in planned):
         broken = [f"rank {rank}: {': '.join(row)}" for rank, (_, rows) in enumerate(planned) for row in rows]
         raise BrokenRowsError(
-            "the ranks do not read the same rows, so each would train on others; every rank needs the same files. "
-            f"Not usable in this step: {'; '.join(broken[:6]) or 'none, but in one before it'}"
+            "the ranks read different rows; every rank needs the same files. "
+            f"Broken rows of this step: {'; '.join(broken[:6]) or 'none; an earlier step had one'}"
         )
 
 

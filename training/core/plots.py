@@ -85,7 +85,7 @@ def load(folder: Path, name: str | None = None) -> Run:
     """
     metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
     if not metrics.is_file():
-        what = "has no metrics.jsonl" if folder.is_dir() else "is no folder"
+        what = "has no metrics.jsonl" if folder.is_dir() else "is not a folder"
         raise FileNotFoundError(f"{folder} {what}; give the folder of a training run")
     points: dict[str, list[tuple[int, float]]] = {}
     for record in read_records(metrics):
@@ -95,7 +95,7 @@ def load(folder: Path, name: str | None = None) -> Run:
             try:
                 points.setdefault(key, []).append((record["step"], float(value)))
             except (TypeError, ValueError):
-                raise ValueError(f"{metrics}: {key!r} of step {record['step']} is no number: {value!r}") from None
+                raise ValueError(f"{metrics}: {key!r} of step {record['step']} is not a number: {value!r}") from None
     if not points:
         raise ValueError(f"{metrics} is empty: the run has finished no step yet")
     curves = {}

@@ -147,7 +147,7 @@ class SmallQwenImageEditPlusPipeline(QwenImageEditPlusPipeline):
         transformer = self.components["transformer"]
         if transformer is not None and any(".base_layer." in key for key in transformer.state_dict()):
             raise ValueError(
-                "the transformer holds LoRA adapters, which a saved pipeline cannot: first fuse_lora() and "
+                "the transformer holds LoRA adapters, which a saved pipeline cannot contain: call fuse_lora() and "
                 "unload_lora_weights(), or unload_lora_weights() alone and save the adapter with save_lora_weights()"
             )
         self._record_areas()

@@ -97,7 +97,7 @@ def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, An
 def _judge(args: argparse.Namespace) -> JudgeConfig:
     given = {name: value for name, value in vars(args).items() if name.startswith("judge_")}
     if given and args.reward != "judge":
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is for --reward judge; give that too")
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --reward judge")
     try:
         return JudgeConfig(**{name.removeprefix("judge_"): value for name, value in given.items()})
     except ValueError as error:

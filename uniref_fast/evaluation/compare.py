@@ -51,7 +51,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no results.json: it is not a finished evaluation") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be compared with: {error or type(error).__name__}") from error
+        raise ValueError(f"the results cannot be compared with {path}: {error or type(error).__name__}") from error
 
 
 def check_comparable(settings: Record, other: Record) -> None:

@@ -84,7 +84,7 @@ def aggregates_table(found: Mapping[str, Any], overall: Mapping[str, Any] | None
     whole = {"all files": overall} if overall is not None and len(found) > 1 else {}
     for file, part in {**found, **whole}.items():
         lines.append((file, part["all"]))
-        lines += [(f"  {k} picture{'' if k == '1' else 's'}", one) for k, one in part["references"].items()]
+        lines += [(f"  {k} reference{'' if k == '1' else 's'}", one) for k, one in part["references"].items()]
         lines += [(f"  {name}", one) for kind in ("tasks", "languages") for name, one in part[kind].items()]
     own = dict.fromkeys(measure for _, one in lines for measure in one["own"])
     columns = COLUMNS | {measure.partition(":")[2]: functools.partial(_own_cell, measure=measure) for measure in own}

@@ -125,7 +125,9 @@ class Judge:
         """
         for name, image in _named(candidate):
             if image.mode != "RGB":
-                raise ValueError(f"{name} of candidate {candidate.key} is {image.mode}; the judge is shown RGB")
+                raise ValueError(
+                    f"{name} of candidate {candidate.key} has mode {image.mode}; the judge needs RGB images"
+                )
         with self._submitting:
             if self._closed:
                 raise RuntimeError("the judge is closed")
@@ -281,8 +283,8 @@ class Judge:
         result = read_scores(reply) if isinstance(reply, Reply) else reply
         if isinstance(result, Failure):
             raise ValueError(
-                f"{tried} answers, but gives no scores: {result.kind}: {result.reason}; take a model that sees "
-                "several pictures and follows instructions, or raise max_tokens where it thinks at length"
+                f"{tried} answers, but gives no scores: {result.kind}: {result.reason}; use a model that "
+                "reads several images and follows instructions, or raise max_tokens if its thinking is long"
             )
         weaker = f" ({self.json_reason})" if self.json_reason else ""
         seconds = self._loop.time() - began

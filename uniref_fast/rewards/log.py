@@ -80,7 +80,7 @@ class Replay:
         paths: Files of the logs.
 
     Raises:
-        ValueError: If a file does not exist, or is no reward log.
+        ValueError: If a file does not exist, or is not a reward log.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -99,7 +99,7 @@ class Replay:
                 continue
             content = record.get("content")
             if not isinstance(content, str) or not (isinstance(record.get("reply"), str) or "failure" in record):
-                raise ValueError(f"{path} is no reward log: a record of step {record['step']} is no call of a judge")
+                raise ValueError(f"{path} is not a reward log: a record of step {record['step']} is not a judge call")
             valid.append(record)
         for record in valid:
             content = record["content"]

@@ -158,10 +158,10 @@ def _content(content: Any) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise ValueError("with a content that is no text")
+        raise ValueError("with a content that is not text")
     parts = [part.get("text") for part in content if part.get("type") not in ("thinking", "reasoning")]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError("with a part of the content that is no text")
+        raise ValueError("with a part of the content that is not text")
     return "".join(parts)
 
 

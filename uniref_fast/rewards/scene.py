@@ -194,7 +194,9 @@ class _Target:
     def _drawn(self, placed: PlacedObject, artworks: Mapping[str, Image.Image]) -> Piece:
         """Return an object in pixels of the image."""
         if placed.artwork not in artworks:
-            raise SceneError(f"no artwork {placed.artwork!r}; its path is looked up as those of the row's pictures are")
+            raise SceneError(
+                f"no artwork {placed.artwork!r}; its path is relative to the same folder as the row's images"
+            )
         image = artworks[placed.artwork].convert("RGBA")
         if placed.colour is not None:
             image = recolour(image, placed.colour)

@@ -372,7 +372,7 @@ def test_ranks_that_plan_alike_go_on_and_others_do_not():
     check_same_rows([(keys, broken), (list(keys), broken)])
     with pytest.raises(BrokenRowsError, match=r"rank 1: rows\.jsonl:4: cannot be opened"):
         check_same_rows([([(0, 1), (0, 3)], []), (keys, broken)])
-    with pytest.raises(BrokenRowsError, match="none, but in one before it"):
+    with pytest.raises(BrokenRowsError, match="none; an earlier step had one"):
         check_same_rows([(keys, []), (keys, []), (keys[::-1], [])])
 
 

@@ -199,13 +199,13 @@ def test_names_of_runs(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["missing"], "missing is no folder; give the folder of a training run"),
-        (["full/metrics.jsonl"], "is no folder"),
+        (["missing"], "missing is not a folder; give the folder of a training run"),
+        (["full/metrics.jsonl"], "is not a folder"),
         (["nothing"], "nothing has no metrics.jsonl"),
         (["empty"], "is empty: the run has finished no step yet"),
         (["cut"], "is empty"),
         (["damaged"], r"line 2 is damaged"),
-        (["words"], "'loss' of step 0 is no number: 'high'"),
+        (["words"], "'loss' of step 0 is not a number: 'high'"),
         (["full", "--keys", "los", "lr"], "no run has los; there are: eval/heldout_objects, loss, loss_by_k/1"),
         (["odd"], "none of loss, eval, loss_by_k, .*there are: reward; choose with --keys"),
         (["full", "--smooth", "1"], "smooth must be at least 0 and less than 1, got 1.0"),
