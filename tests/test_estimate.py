@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout
-from uniref_fast.estimate import LivingTensors, _vae_image, transformer_flops, transformer_peak
+from uniref_fast.estimate import _vae_image, transformer_flops, transformer_peak
+from uniref_fast.meta_device import LivingTensors
 from uniref_fast.quantised import stored_tensors
 from uniref_fast.request import request_geometry
 

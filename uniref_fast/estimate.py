@@ -16,19 +16,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from uniref_fast import builtin
 from uniref_fast.encode import condition_tokens, prompt_tokens, text_runs
-from uniref_fast.layout import SelfLayout
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.meta_device import FusedAttention, LivingTensors
 from uniref_fast.model_kind import check_configuration, check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
@@ -164,14 +161,7 @@ def estimate(
             for request, size, lengths in zip(requests, sizes, texts, strict=True) for text in lengths]  # fmt: skip
     model = PackedQwenImage(transformer, visibility=visibility)
     layout = model.layout([sample for sample, _ in rows])
-    linear = attention = 0
-    for sample, steps in rows:  # a sample's operations do not depend on its pack
-        counts = transformer_flops(transformer.config, model.layout([sample]), visibility)
-        linear += counts[0] * steps
-        attention += counts[1] * steps
-    packs = next_fit([sample.length for sample, _ in rows], max_tokens)
-    longest = max(packs, key=lambda pack: sum(rows[i][0].length for i in pack))
-    largest = model.layout([rows[i][0] for i in longest])
+    linear, attention = _transformer_flops(model, rows)
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
     encoded = [
@@ -183,21 +173,14 @@ def estimate(
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
     held = (embeddings + latents) * compute_dtype(transformer).itemsize
-    # the image streams of all packs; the one of the largest pack is in `transformer_peak`
-    streams = (layout.image_length - largest.image_length) * transformer.config.in_channels
-    streams *= compute_dtype(transformer).itemsize
+    peak = held + _packs_peak(model, [sample for sample, _ in rows], max_tokens)
     vae_bytes = _weight_bytes(pipe.vae)
     encode_flops, encode_peak = _vae(pipe, pixels, "encode")
     decode_flops, decode_peak = _vae(pipe, results, "decode")
     stages = (
         Stage("text encoder", text_flops, _weight_bytes(pipe.text_encoder), text_peak),
         Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
-        Stage(
-            "transformer",
-            linear + attention,
-            _weight_bytes(transformer),
-            held + streams + transformer_peak(transformer, largest),
-        ),
+        Stage("transformer", linear + attention, _weight_bytes(transformer), peak),
         Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),
     )
     tokens = {"text": layout.text_length}
@@ -205,6 +188,26 @@ def estimate(
     tokens["reference"] = layout.image_length - tokens["target"]
     tokens["together"] = layout.joint_length
     return Estimate(stages, layout, tokens, attention / (linear + attention))
+
+
+def _transformer_flops(model: PackedQwenImage, rows: Sequence[tuple[Sample, int]]) -> tuple[int, int]:
+    """Return the sum of `transformer_flops` over the steps of all (sample, number of steps)."""
+    linear = attention = 0
+    for sample, steps in rows:  # a sample's operations do not depend on its pack
+        counts = transformer_flops(model.transformer.config, model.layout([sample]), model.visibility)
+        linear += counts[0] * steps
+        attention += counts[1] * steps
+    return linear, attention
+
+
+def _packs_peak(model: PackedQwenImage, samples: Sequence[Sample], max_tokens: int | None) -> int:
+    """Return the peak bytes of the largest pack, with the image streams of all other packs."""
+    packs = next_fit([sample.length for sample in samples], max_tokens)
+    longest = max(packs, key=lambda pack: sum(samples[i].length for i in pack))
+    largest = model.layout([samples[i] for i in longest])
+    others = model.layout(samples).image_length - largest.image_length
+    streams = others * model.transformer.config.in_channels * compute_dtype(model.transformer).itemsize
+    return streams + transformer_peak(model.transformer, largest)
 
 
 def _geometries(
@@ -353,64 +356,12 @@ def _vae_image(
         vars(vae).update(settings)
         factor = 2 ** len(vae.temperal_downsample)
         width, height = size
-        with FlopCounterMode(display=False) as counter, LivingTensors() as memory, _FusedAttention() as attention:
+        with FlopCounterMode(display=False) as counter, LivingTensors() as memory, FusedAttention() as attention:
             if direction == "encode":
                 vae.encode(torch.empty(1, 3, 1, height, width, dtype=dtype))
             else:
                 vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor, dtype=dtype))
     return counter.get_total_flops() + attention.flops, memory.peak
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Mode that counts `scaled_dot_product_attention` of meta tensors as a fused kernel, without a matrix of scores."""
-
-    flops = 0
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is not torch.nn.functional.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        q, k, v = args
-        self.flops += 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-        sums = q.new_empty(q.shape, dtype=torch.float32) if q.shape[-1] > 128 and q.element_size() < 4 else None
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        del sums
-        return out
-
-
-class LivingTensors(TorchDispatchMode):
-    """Mode that counts the bytes of living tensors that were created within it, also on the meta device.
-
-    Attributes:
-        living: Bytes of the tensors that are alive now.
-        peak: Largest value of `living` so far.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.living = self.peak = 0
-        self.seen: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            # A view of a tensor from outside, such as a weight, needs no memory.
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.living += size
-        self.peak = max(self.peak, self.living)
-        weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.living -= size
 
 
 def transformer_peak(transformer: Any, layout: SelfLayout) -> int:

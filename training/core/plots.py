@@ -221,7 +221,7 @@ def _panels(runs: Sequence[Run], panels: Sequence[str] | None) -> list[str]:
     unknown = [panel for panel in chosen if not _members(runs, panel)]
     if unknown or not chosen:
         problem = f"no run has {', '.join(unknown)}" if unknown else f"the runs have none of {', '.join(TITLES)}"
-        raise ValueError(f"{problem}; there are: {', '.join(known)}; choose with --keys")
+        raise ValueError(f"{problem}; possible --keys: {', '.join(known)}")
     return chosen
 
 
