@@ -130,9 +130,7 @@ def test_more_than_ten_numbered_references_stay_in_order(folder):
 @pytest.mark.parametrize(
     "values",
     [
-        {"text": "do it", "picture": "b.png"},
         {"prompt": "do it"},
-        {"prompt": "do it", "image": "b.png"},  # a target, or a source?
         {"prompt": "do it", "image": "b.png", "edit_image": "r.png", "requirement": "x"},
         {"prompt": "do it", "images": ["r.png"], "image": "b.png"},
         {"instruction": "do it", "input_images": [], "output_image": "b.png", "image": "r.png"},

@@ -109,6 +109,9 @@ def test_control_characters_are_escaped_in_messages(folder, capsys):
     captured = capsys.readouterr()
     assert statuses == [1, 1, 1, 2, 1] and not set(captured.out + captured.err) & set("\x1b\x07\u202e")
     assert "b\\x1b[1m\\n.jsonl:1: " in captured.out and "a\\x1b[31m\\x07\\u202e.png" in captured.out
+    with pytest.raises(RowError) as error:
+        Dataset(bad)[0]
+    assert "\x1b" not in str(error.value) and "\n" not in error.value.where
     assert escape_controls("a\tb\nc é 图 😀") == "a\tb\nc é 图 😀"
     assert escape_controls(os.fsdecode(b"\xff\x9b")) == "\\udcff\\udc9b"
 

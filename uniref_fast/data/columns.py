@@ -67,12 +67,12 @@ class Columns:
             try:
                 return recognise_format(keys)
             except ValueError:
-                pairs = likely_roles(keys)
-                if not pairs or not _fit(pairs, keys):
+                likely = [",".join(pairs) for pairs in likely_roles(keys) if _fit(pairs, keys)]
+                if not likely:
                     raise
             raise ValueError(
-                f"these keys match no known format: {sorted(keys)}; give their roles, most probably these: "
-                f"--columns {','.join(pairs)} (or rename the keys to instruction, input_images and output_image)"
+                f"these keys match no known format: {sorted(keys)}; give their roles, most probably these: --columns "
+                f"{' or --columns '.join(likely)} (or rename the keys to instruction, input_images and output_image)"
             )
         possible = [applied for form in FORMATS if (applied := self._applied(form)) is not None]
         for form in possible:

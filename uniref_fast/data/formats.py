@@ -185,8 +185,11 @@ def _imagefolder(keys: Collection[str]) -> Format:
     return Format("imagefolder", texts[0], first, targets[0], more=tuple(references[1:]))
 
 
-def likely_roles(keys: Collection[str]) -> tuple[str, ...]:
-    """Return the most probable roles of keys that match no format, as "role=key" pairs; none if they are ambiguous."""
+def likely_roles(keys: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the most probable roles of keys that match no format, as "role=key" pairs; none if they are ambiguous.
+
+    The only image of a row may be its target or its reference, which gives two possibilities.
+    """
     if any(key.endswith(FILE_NAMES) for key in keys) or any(matches(form, keys) for form in FORMATS):
         return ()
     text = next((key for key in IMAGEFOLDER_TEXTS if key in keys), None)
@@ -197,9 +200,12 @@ def likely_roles(keys: Collection[str]) -> tuple[str, ...]:
     references = [key for key in images if key not in targets]
     if len(references) > 1:  # keys such as "source" may hold metadata
         references = [key for key in references if is_image_key(key)]
-    if text is None or len(targets) != 1 or len(references) > 1:
+    if text is None or len(targets) > 1 or len(references) > 1:
         return ()
-    return (f"instruction={text}", *(f"references={key}" for key in references), f"target={targets[0]}")
+    instruction = f"instruction={text}"
+    if not targets:
+        return tuple((instruction, f"{role}={key}") for key in references for role in ("target", "references"))
+    return ((instruction, *(f"references={key}" for key in references), f"target={targets[0]}"),)
 
 
 def _words(key: str) -> set[str]:
