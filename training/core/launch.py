@@ -168,12 +168,12 @@ def with_adapter(config: C, given: Collection[str] = ()) -> C:
     for name, value in changed.items():
         if name in given:
             raise ValueError(
-                f"training continues the adapter of initial = {run}, whose {name} is {json.dumps(value)}, not "
-                f"{json.dumps(getattr(config, name))}; leave --{name.replace('_', '-')} out, or fuse the adapter into "
-                "the model first, to train a new one on top"
+                f"training continues the adapter of initial = {run}, whose {name} is {resume.shown(value)}, not "
+                f"{resume.shown(getattr(config, name))}; leave --{name.replace('_', '-')} out, or fuse the adapter "
+                "into the model first, to train a new one on top"
             )
     if changed and not int(os.environ.get("RANK", 0)):
-        shown = ", ".join(f"{name} = {json.dumps(value)}" for name, value in changed.items())
+        shown = ", ".join(f"{name} = {resume.shown(value)}" for name, value in changed.items())
         print(f"training continues the adapter of {run}, with its {shown}", file=sys.stderr)
     return dataclasses.replace(config, **changed)
 

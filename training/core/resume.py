@@ -19,7 +19,7 @@ from typing import Any
 
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
-__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "effective", "refuse"]
+__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "effective", "refuse", "shown"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], out: Path, prefix: str = "") 
     for name, (old, new) in changed.items():
         fixed = FIXED.get(prefix + _setting(name))
         if fixed is not None and fixed.part(old) != fixed.part(new):
-            found.append(f"{fixed.words} is fixed: {name} is {_shown(old)}, not {_shown(new)}")
+            found.append(f"{fixed.words} is fixed: {name} is {shown(old)}, not {shown(new)}")
     if found:
         raise ValueError(
             f"the run in {out} cannot be resumed with these settings: {'; '.join(found)}. Give the same values, or "
@@ -183,5 +183,6 @@ def _setting(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", "", name)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a setting for messages."""
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)

@@ -137,8 +137,9 @@ def test_targets_that_are_the_same_keep_their_order(tmp_path):
 )
 def test_other_adapter_settings_than_those_of_the_initial_run_are_refused(tmp_path, name, value):
     config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run"), **{name: value})
-    with pytest.raises(ValueError, match=rf"whose {name} is .*leave --{name.replace('_', '-')} out, or fuse"):
+    with pytest.raises(ValueError, match=rf"whose {name} is .*leave --{name.replace('_', '-')} out, or fuse") as caught:
         launch.with_adapter(config, {name})
+    assert "null" not in str(caught.value)
     assert getattr(launch.with_adapter(config), name) != value, "a recipe's own value is replaced"
 
 
