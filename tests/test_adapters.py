@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
-from uniref_fast.adapters import Adapter, adapter_visibility, apply_adapters, check_adapters
+from uniref_fast.adapters import Adapter, adapter_visibility, apply_adapters, check_adapters, fuse_adapters
 from uniref_fast.cli import main
+from uniref_fast.loading import load_pipeline
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -34,8 +36,8 @@ def run(tmp_path_factory):
     return folder
 
 
-def edited(adapters, **options):
-    pipe = builtin.load()
+def edited(adapters, pipe=None, **options):
+    pipe = pipe or builtin.load()
     pipe.set_progress_bar_config(disable=True)
     apply_adapters(pipe, adapters, None, (), torch.float32)
     request = EditRequest("x", [Image.new("RGB", (64, 64), "red")], true_cfg_scale=1.0, seed=0, num_inference_steps=2)
@@ -135,3 +137,29 @@ def test_the_command(run, tmp_path, capsys):
     capsys.readouterr()
     assert main([*args, "--lora", str(tmp_path / "gone"), "--out", str(tmp_path / "x.png")]) == 2
     assert "--lora" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_fused_model_edits_like_the_model_with_its_adapter(run, tmp_path, capsys, scale):
+    out = tmp_path / "fused"
+    assert main(["fuse", "builtin", "--lora", f"{run}:{scale}", "--out", str(out), "--dtype", "float32"]) == 0
+    assert f"uniref-fast edit --model {out} --visibility reference_causal" in capsys.readouterr().out
+    pipe = load_pipeline(str(out), torch.float32, "cpu")
+    assert torch.allclose(edited([], pipe=pipe), edited([Adapter.parse(f"{run}:{scale}")]), atol=1e-4)
+    stock = DiffusionPipeline.from_pretrained(str(out), use_safetensors=True)
+    expected = pipe.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stock.transformer.state_dict().items())
+    capsys.readouterr()
+    assert main(["fuse", "builtin", "--lora", str(run), "--out", str(out)]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
+def test_fusing_computes_in_float32_and_rounds_once(run):
+    pipe, exact = builtin.load(torch.bfloat16), builtin.load(torch.bfloat16)
+    exact.transformer.float()
+    fuse_adapters(pipe, [Adapter.parse(str(run))], None)
+    fuse_adapters(exact, [Adapter.parse(str(run))], None)
+    assert pipe.transformer.dtype == torch.bfloat16
+    expected = exact.transformer.state_dict()
+    for name, tensor in pipe.transformer.state_dict().items():
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name

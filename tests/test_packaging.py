@@ -36,7 +36,7 @@ LEVELS = [
     {"training.supervised", "training.rl"},
     {"training.builtin"},
     {"training.sft", "training.msgrpo"},
-    {"demo", "doctor"},
+    {"demo", "doctor", "weights"},
     {"cli"},
 ]
 APART = {("training.rl", "training.supervised"), ("training.supervised", "training.rl")}  # neither imports the other

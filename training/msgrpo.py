@@ -43,7 +43,7 @@ class RLRunOptions(RunOptions):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit status: 0 done, 143 stopped by a signal and saved, 1 or 2 for errors."""
+    """Run the command; return the exit status: 0 done, 143 or 130 stopped by a signal and saved, 1 or 2."""
 
     def build(config: MSGRPO, ranks: Ranks, options: RLRunOptions, resume: int | None) -> RLTrainer:
         from uniref_fast.training.rl.trainer import RLTrainer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and return the exit status: 0 for a finished run, 143 for a saved run that a signal ended, else 1 or 2."""
+    """Train, and return the exit status: 0 done, 143 or 130 stopped by a signal and saved, 1 or 2 for errors."""
 
     def build(config: SFT, ranks: Ranks, options: RunOptions, resume: int | None) -> SFTTrainer:
         from uniref_fast.training.supervised.trainer import SFTTrainer

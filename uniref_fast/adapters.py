@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from uniref_fast.loading import load_transformer
-from uniref_fast.runs import base_run, read_field, trained_visibility
+from uniref_fast.runs import base_run, export_hint, read_field, trained_visibility
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "adapter_visibility", "apply_adapters", "check_adapters"]
+__all__ = ["Adapter", "adapter_visibility", "apply_adapters", "check_adapters", "fuse_adapters"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ def _file(path: Path, text: str) -> Path:
     if len(files) != 1:
         found = f"{len(files)} .safetensors files" if files else "no .safetensors file"
         whole = "; it holds transformer/, which has all weights of a model" if (path / "transformer").is_dir() else ""
-        raise ValueError(f"--lora {text}: {folder} has {found}{whole}; give the folder or the file of one adapter")
+        advice = "give the folder or the file of one adapter"
+        if not whole and (path / "checkpoints").is_dir():  # a run that was stopped before its end
+            advice = export_hint(path)
+        raise ValueError(f"--lora {text}: {folder} has {found}{whole}; {advice}")
     return files[0]
 
 
@@ -156,6 +159,27 @@ def apply_adapters(
         scales.append(adapter.scale)
     if names:
         pipe.set_adapters(names, scales)
+
+
+def fuse_adapters(pipe: Any, adapters: Sequence[Adapter], below: Path | None) -> None:
+    """Fuse adapters into the weights of a pipeline's transformer, in float32, and round the result to its dtype.
+
+    Args:
+        pipe: The pipeline, without adapters; its transformer has none after the call either.
+        adapters: Adapters to fuse, each at its scale.
+        below: Run whose transformer replaces that of the pipeline, see `check_adapters`; None keeps it.
+
+    Raises:
+        ValueError: A file cannot be read or does not fit the model.
+    """
+    import torch
+
+    dtype = pipe.transformer.dtype
+    pipe.transformer.float()
+    apply_adapters(pipe, adapters, below, (), torch.float32)
+    pipe.fuse_lora(components=["transformer"], adapter_names=pipe.get_active_adapters())
+    pipe.unload_lora_weights()
+    torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own method warns about every cast
 
 
 def _lora_tensors(file: Path) -> int:

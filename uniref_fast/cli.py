@@ -1,4 +1,4 @@
-"""Command line: `uniref-fast demo | edit | estimate | data | eval | plot | doctor`.
+"""Command line: `uniref-fast demo | edit | estimate | data | eval | export | fuse | plot | doctor`.
 
 Modules that load PyTorch are imported by the command that needs them, so that `--help` is quick.
 """
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from uniref_fast import __version__
+from uniref_fast import __version__, weights
 from uniref_fast.data import cli as data
 from uniref_fast.data.readers import escape_controls
 from uniref_fast.evaluation import cli as evaluation
@@ -105,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_arguments(
         command("eval", evaluation.run, "Evaluate a model on held-out rows or a public benchmark.")
     )
+    weights.add_export(command("export", weights.export, "Write the trained weights of a checkpoint of a run.",
+                               "A run that was stopped before its end has checkpoints only."))  # fmt: skip
+    weights.add_fuse(command("fuse", weights.fuse, "Write a model with LoRA adapters fused into its weights.",
+                             "diffusers loads the folder like any other pipeline."))  # fmt: skip
     plot = command("plot", _plot, "Draw the metrics of training runs.",
                    "Each panel shows one metric or a group of metrics; several runs are overlaid.")  # fmt: skip
     _add_plot(plot)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from pathlib import Path
 
-__all__ = ["adapter_settings", "base_run", "check_export", "read_field", "trained_visibility"]
+__all__ = ["adapter_settings", "base_run", "check_export", "export_hint", "read_field", "trained_visibility"]
 
 
 def read_field(run: Path, name: str) -> str | None:
@@ -21,7 +22,7 @@ def read_field(run: Path, name: str) -> str | None:
 def check_export(run: Path) -> None:
     """Raise ValueError if a run has no trained weights to start from."""
     if not any((run / name).is_dir() for name in ("lora", "transformer")):
-        raise ValueError(f"initial = {run} has neither lora/ nor transformer/; give the folder of a finished run")
+        raise ValueError(f"initial = {run} has neither lora/ nor transformer/; {export_hint(run)}")
 
 
 def adapter_settings(run: Path) -> tuple[int, float, tuple[str, ...]] | None:
@@ -63,6 +64,15 @@ def base_run(run: Path) -> Path | None:
             )
         run = Path(before)
     return run
+
+
+def export_hint(run: Path) -> str:
+    """Return what to do about a run without exported weights, as the end of a sentence of an error message."""
+    if any((run / "checkpoints").glob("step-*")):
+        return (
+            f"it has checkpoints only: uniref-fast export {shlex.quote(str(run))} writes the weights of the newest one"
+        )
+    return "give the folder of a finished run"
 
 
 def trained_visibility(run: Path | None) -> str | None:

@@ -27,10 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from uniref_fast.training.core.distributed import Ranks
 
@@ -87,9 +89,14 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps of all folders with the name of a checkpoint, ascending, complete or damaged."""
-        if not self.folder.is_dir():
+        return self.steps_in(self.folder)
+
+    @staticmethod
+    def steps_in(folder: Path) -> list[int]:
+        """Return the steps of the checkpoints in a folder, as `steps` does."""
+        if not folder.is_dir():
             return []
-        found = [NAME.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir()]
+        found = [NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()]
         return sorted(int(match[1]) for match in found if match)
 
     def path(self, step: int) -> Path:
@@ -185,6 +192,38 @@ class Checkpoints:
 
         self._together("read", read)
         return found["state"]
+
+    def verified(self, step: int) -> dict[str, Any]:
+        """Verify the files of the checkpoint of a step, and return the state of the run. All ranks.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged.
+        """
+        state: dict[str, Any] = self._verified(self.path(step))["state"]
+        return state
+
+    def read(self, step: int, part: str) -> dict[str, Tensor]:
+        """Read the whole tensors of one part of a verified checkpoint. All ranks.
+
+        Args:
+            step: Step of the checkpoint.
+            part: Beginning of the tensors' names, such as "model" or "average".
+
+        Returns:
+            Tensors on the CPU, by their names without the beginning; empty if the checkpoint has no such part.
+        """
+        tensors: dict[str, Tensor] = {}
+
+        def read() -> None:
+            reader = HuggingFaceStorageReader(str(self.path(step)))
+            for name, stored in reader.read_metadata().state_dict_metadata.items():
+                if name.startswith(f"{part}.") and isinstance(stored, TensorStorageMetadata):
+                    tensors[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
+            if tensors:
+                dcp.load(tensors, storage_reader=reader)
+
+        self._together("read", read)
+        return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
 
     def _verified(self, path: Path) -> dict[str, Any]:
         """Verify all files of a checkpoint, and return the content of its state file."""

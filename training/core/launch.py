@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -79,8 +81,8 @@ def launch(
         failures: Function that returns the errors of this kind of run, in addition to those that every run may raise.
 
     Returns:
-        The exit status: 0 for a finished run, 143 for a run that a signal ended and that was saved, 1 for an error
-        during the run, 2 for an error that the user can correct.
+        The exit status: 0 for a finished run, 143 or 130 for a run that SIGTERM or Ctrl-C ended and that was saved, 1
+        for an error during the run, 2 for an error that the user can correct.
     """
     try:
         parsed = configs.parse(
@@ -89,7 +91,10 @@ def launch(
         parsed = dataclasses.replace(parsed, config=with_adapter(with_visibility(parsed.config), parsed.given))
     except (ValueError, FileNotFoundError) as error:
         return _failed(name, error, 2)
-    return _launch(name, parsed, make, failures)
+    try:
+        return _launch(name, parsed, make, failures)
+    except KeyboardInterrupt:  # before the first step, or a second Ctrl-C
+        return _failed(name, ValueError("interrupted; earlier checkpoints are kept"), 130)
 
 
 def _launch(
@@ -98,33 +103,23 @@ def _launch(
     make: Callable[[Any, Ranks, Any, int | None], Trainer],
     failures: Callable[[], tuple[type[Exception], ...]],
 ) -> int:
-    import torch
     import torch.distributed as dist
 
     from uniref_fast.data.dataset import BrokenRowsError
     from uniref_fast.training.core.checkpoint import CheckpointError
     from uniref_fast.training.core.distributed import Ranks
-    from uniref_fast.training.core.model import ExportError
+    from uniref_fast.training.core.export import ExportError
     from uniref_fast.training.core.trainer import DivergedError
 
     try:
         end_with_launcher()
         ranks = Ranks.start()
-        torch.manual_seed(parsed.config.seed)
-        out, alone = parsed.extra.out, not parsed.extra.read_only
-        with locked(out, ranks) if alone else contextlib.nullcontext():
-            newest = find(parsed.extra, ranks, parsed.config.keep)
-            config = with_data(parsed.config, out, ranks)
-            changed = accept(config, newest, out, ranks)
-            run = make(config, ranks, parsed.extra, newest.step)
-            try:
-                run.preflight()
-                if alone:
-                    begin(run, newest, changed)
-            except BaseException:
-                run.close()
-                raise
-            finished = run.run()
+        run = _train(parsed, ranks, make)
+        # a rank may receive the signal that stopped another one later, or not at all
+        stopped = max(ranks.gather(run.signalled)) or signal.SIGTERM if run.stopping else 0
+        if ranks.rank == 0 and not parsed.extra.read_only:
+            print(last_line(run, stopped), file=sys.stderr)
+        return 128 + stopped if stopped else 0
     except (ValueError, FileNotFoundError) as error:  # the user can correct these
         return _failed(name, error, 2)
     except (BrokenRowsError, CheckpointError, DivergedError, ExportError, OSError, ImportError) as error:
@@ -134,7 +129,55 @@ def _launch(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0 if finished else 143
+
+
+def _train(
+    parsed: configs.Parsed[Any, Any], ranks: Ranks, make: Callable[[Any, Ranks, Any, int | None], Trainer]
+) -> Trainer:
+    """Build the trainer, train until the last step or a signal, and return the trainer."""
+    import torch
+
+    torch.manual_seed(parsed.config.seed)
+    out, alone = parsed.extra.out, not parsed.extra.read_only
+    with locked(out, ranks) if alone else contextlib.nullcontext():
+        newest = find(parsed.extra, ranks, parsed.config.keep)
+        config = with_data(parsed.config, out, ranks)
+        changed = accept(config, newest, out, ranks)
+        run = make(config, ranks, parsed.extra, newest.step)
+        try:
+            run.preflight()
+            if alone:
+                begin(run, newest, changed)
+        except BaseException:
+            run.close()
+            raise
+        run.run()
+    return run
+
+
+def last_line(run: Trainer, stopped: int) -> str:
+    """Return the last line that a run prints: how to continue it, or where its weights are and how to use them.
+
+    Args:
+        run: The trainer, after its last step.
+        stopped: Number of the signal that stopped the run; 0 for a finished run.
+    """
+    config, out = run.config, shlex.quote(str(run.out))
+    if stopped:
+        return (
+            f"stopped at step {run.step}; continue with --resume auto. "
+            f"uniref-fast export {out} writes the weights of this step"
+        )
+    model = "" if config.model == "builtin" else f" --model {shlex.quote(str(config.model))}"
+    if config.lora_rank is None:
+        return (
+            f"the trained weights are in {run.out / 'transformer'}; evaluate them with: "
+            f"uniref-fast eval ROWS.jsonl{model} --initial {out} --out RESULTS"
+        )
+    return (
+        f"the adapter is in {run.out / 'lora'}; use it with: uniref-fast edit{model} --lora {out} --image IMAGE.png "
+        '--prompt "TEXT" --out RESULT.png'
+    )
 
 
 def with_visibility(config: C) -> C:

@@ -20,13 +20,10 @@ from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.runs import base_run, check_export
 from uniref_fast.training.core.distributed import Ranks, shard
+from uniref_fast.training.core.export import ExportError, add_adapter, write_weights
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["ExportError", "TrainedModel"]
-
-
-class ExportError(RuntimeError):
-    """The trained weights could not be written; an earlier export and the checkpoints are untouched."""
+__all__ = ["TrainedModel"]
 
 
 class TrainedModel:
@@ -99,8 +96,6 @@ class TrainedModel:
                     mine[name].copy_(tensor)
 
     def _add_adapter(self) -> None:
-        from peft import LoraConfig
-
         config, transformer = self.config, self.pipe.transformer
         assert config.lora_rank is not None
         if hasattr(transformer, "peft_config"):  # the adapter of the initial run
@@ -108,17 +103,7 @@ class TrainedModel:
                 parameter.requires_grad_("lora_" in name)
             return
         torch.manual_seed(config.seed)  # all ranks draw the same weights
-        try:
-            transformer.add_adapter(
-                LoraConfig(
-                    r=config.lora_rank,
-                    lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # a float works too
-                    init_lora_weights="gaussian",
-                    target_modules=list(config.lora_targets),
-                )
-            )
-        except ValueError as error:
-            raise ValueError(f"lora_targets {list(config.lora_targets)}: {error}") from error
+        add_adapter(transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
 
     def idle_forward(self) -> Tensor:
         """Run the smallest possible pack and return its prediction, `[1, C]`.
@@ -160,30 +145,11 @@ class TrainedModel:
         if self.ranks.rank == 0:
             try:
                 with whole_folder(folder / name, replace=True) as partial:
-                    self._write_adapter(partial, whole) if name == "lora" else self._write_transformer(partial, whole)
+                    write_weights(partial, self.pipe.transformer, whole, self.config.lora_rank, self.config.dtype)
             except (OSError, SafetensorError) as error:
                 problem = getattr(error, "strerror", None) or str(error)
         if problem := self.ranks.broadcast(problem):
             raise ExportError(f"the trained weights could not be written to {folder / name}: {problem}")
-
-    def _write_adapter(self, folder: Path, whole: dict[str, Tensor]) -> None:
-        from peft.utils import get_peft_model_state_dict
-
-        adapter = get_peft_model_state_dict(self.pipe.transformer, state_dict=whole)
-        type(self.pipe).save_lora_weights(
-            str(folder),
-            transformer_lora_layers={name: tensor.contiguous() for name, tensor in adapter.items()},
-            transformer_lora_adapter_metadata=self.pipe.transformer.peft_config["default"].to_dict(),
-            safe_serialization=True,
-        )
-
-    def _write_transformer(self, folder: Path, whole: dict[str, Tensor]) -> None:
-        from huggingface_hub import save_torch_state_dict
-
-        dtype = getattr(torch, self.config.dtype)
-        self.pipe.transformer.save_config(folder)
-        pattern = "diffusion_pytorch_model{suffix}.safetensors"
-        save_torch_state_dict({n: t.to(dtype) for n, t in whole.items()}, folder, filename_pattern=pattern)
 
 
 def _compile_blocks(transformer: Any) -> None:

@@ -20,8 +20,9 @@ from uniref_fast.layout import Sample
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
+from uniref_fast.training.core.export import ExportError
 from uniref_fast.training.core.memory import MemoryPlan, device_memory, plan_memory
-from uniref_fast.training.core.model import ExportError, TrainedModel
+from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.monitor import Monitor, peak_flops
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
@@ -61,7 +62,7 @@ class Trainer:
         self.stage = -1
         self.step = 0
         self.skipped = 0  # steps in a row
-        self.signalled = False  # this process received a signal
+        self.signalled = 0  # number of the signal that this process received
         self.stopping = False  # all ranks have agreed to stop
         self.saved_at = resume  # step of the last checkpoint
         self._announced: list[tuple[str, dict[str, Any]]] = []  # events from before the monitor was opened
@@ -357,7 +358,7 @@ class Trainer:
         """Let SIGTERM and SIGINT end the run after this step, with a checkpoint; a second signal ends it at once."""
 
         def stop(number: int, frame: Any) -> None:
-            self.signalled = True
+            self.signalled = number
             signal.signal(number, before[number])
 
         before: dict[int, Any] = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}

@@ -80,7 +80,9 @@ class RLTrainer(Trainer):
         self._prompts_state = self.prompts.state()
         heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notify)
-        self.generator = RolloutGenerator(config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled)
+        self.generator = RolloutGenerator(
+            config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled > 0
+        )
         self.validation = RewardValidation(heldout, config, ranks, self.encoder, self.generator, self.rewards)
         self.objective = Objective.from_config(config)
         self.detector = RewardHackingDetector(config.alarm, self.saved.get("alarm") if self._same_scores() else None)

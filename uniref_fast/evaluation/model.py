@@ -14,7 +14,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.loading import load_pipeline, load_run
-from uniref_fast.runs import base_run, read_field
+from uniref_fast.runs import base_run, export_hint, read_field
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
 
@@ -83,7 +83,7 @@ def check_runs(runs: tuple[Path, ...], model: str) -> None:
     """
     for number, run in enumerate(runs):
         if not any((run / name).is_dir() for name in ("lora", "transformer")):
-            raise ValueError(f"initial {run} has neither lora/ nor transformer/; give the folder of a finished run")
+            raise ValueError(f"initial {run} has neither lora/ nor transformer/; {export_hint(run)}")
         trained = read_field(run, "model")
         if model == "builtin" and trained not in (None, model):
             raise ValueError(f"{run} was trained on {trained}, not on the built-in model; give --model {trained}")

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from uniref_fast import flags as configs
+from uniref_fast.training import sft
 from uniref_fast.training.core import launch
 from uniref_fast.training.core.checkpoint import Newest
 from uniref_fast.training.core.recipe import BudgetStage
@@ -162,3 +164,19 @@ def test_a_run_that_an_older_version_started_from_an_adapter_is_resumed(tmp_path
     newest = Newest(1, {"config": json.loads(configs.to_json(config)), "visibility": "full"}, [])
     assert config.lora_alpha == 64.0
     assert launch.accept(launch.with_adapter(config), newest, tmp_path, ranks) == {}
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, tmp_path, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_launch", interrupted)
+    assert sft.main(["--recipe", "tiny", "--out", str(tmp_path / "run")]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("sft: interrupted") and error.count("\n") == 1
+
+
+def test_the_last_line_names_the_model_of_the_adapter(tmp_path):
+    config = dataclasses.replace(SFT_CONFIG, model="a/b", lora_rank=4)
+    line = launch.last_line(SimpleNamespace(config=config, out=tmp_path / "my run"), 0)
+    assert f"uniref-fast edit --model a/b --lora '{tmp_path / 'my run'}'" in line

@@ -20,9 +20,11 @@ from uniref_fast.models import PackedQwenImage
 from uniref_fast.runs import base_run
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
+from uniref_fast.training.core import model as trained_models
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.ema import MovingAverage
-from uniref_fast.training.core.model import ExportError, TrainedModel
+from uniref_fast.training.core.export import ExportError
+from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised.recipes import SFT
 from uniref_fast.training.supervised.validation import Validation
@@ -283,7 +285,7 @@ def test_an_export_replaces_the_older_one_or_leaves_it(trained, tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainedModel, "_write_adapter" if fields else "_write_transformer", full)
+        patch.setattr(trained_models, "write_weights", full)
         with pytest.raises(ExportError, match="No space left"):
             model.export(tmp_path)
     assert list(tmp_path.iterdir()) == [folder]

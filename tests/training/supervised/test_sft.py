@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import QwenImageTransformer2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
 
-from uniref_fast import builtin, runs
+from uniref_fast import builtin, cli, runs
 from uniref_fast import flags as configs
+from uniref_fast.adapters import Adapter
+from uniref_fast.evaluation.model import check_runs
 from uniref_fast.training import sft
-from uniref_fast.training.core import checkpoint, launch, model
+from uniref_fast.training.core import checkpoint, export, launch, model
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised import trainer, validation
@@ -206,6 +209,103 @@ def test_sigterm_saves_and_exits_and_the_evaluation_of_that_step_comes_later(dat
     assert validated(out) == [0, 1, 2, 3, 4]
 
 
+def adapter(out):
+    return load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def identical(first, second):
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_export_writes_the_tensors_that_the_run_exports_at_that_step(data, whole, half, tmp_path, capsys):
+    """The run exports at step 2 when it is resumed with two steps in all."""
+    assert cli.main(["export", str(half)]) == 0
+    assert "averaged weights of step 2" in capsys.readouterr().out
+    exported = weights(half)
+    shutil.rmtree(half / "transformer")
+    assert sft.main(flags(data, half, "--resume", "auto", steps=2)) == 0
+    assert f"uniref-fast eval ROWS.jsonl --initial {half}" in capsys.readouterr().err.splitlines()[-1]
+    assert identical(exported, weights(half))
+    assert not identical(exported, weights(whole))
+    for name, step in (("second", 2), ("fourth", 4)):
+        assert cli.main(["export", str(whole), "--step", str(step), "--out", str(tmp_path / name)]) == 0
+    assert identical(exported, weights(tmp_path / "second")) and identical(weights(whole), weights(tmp_path / "fourth"))
+    assert runs.trained_visibility(tmp_path / "fourth") == "full"
+    QwenImageTransformer2DModel.from_pretrained(tmp_path / "fourth" / "transformer", use_safetensors=True)
+
+
+def test_export_refuses_wrong_folders_and_steps_and_names_damaged_checkpoints(whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, message in (
+        ([tmp_path / "none"], "no such folder"),
+        ([empty], "has no checkpoints; give the folder of a training run"),
+        ([out, "--step", 3], "has no checkpoint of step 3; it has those of 2, 4"),
+        ([out, "--step", 2], "is not the newest checkpoint; write it elsewhere with --out DIR"),
+        ([out, "--out", whole], "exists and is not an empty folder"),
+    ):
+        assert cli.main(["export", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    shard = next((out / "checkpoints" / "step-000004").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert cli.main(["export", str(out), "--step", "4", "--out", str(tmp_path / "a")]) == 1
+    error = capsys.readouterr().err
+    assert "has changed since it was written" in error and error.count("\n") == 1 and not (tmp_path / "a").exists()
+    assert cli.main(["export", str(out), "--out", str(tmp_path / "b")]) == 0
+    captured = capsys.readouterr()
+    assert "step-000004 cannot be used" in captured.err and "of step 2" in captured.out
+    assert cli.main(["export", str(out)]) == 2, "the complete export of the run is not replaced by an older step"
+    assert identical(weights(out), weights(whole))
+
+
+def test_ctrl_c_saves_and_the_adapter_can_be_exported_used_and_continued(data, tmp_path, monkeypatch, capsys):
+    out, step, lora = tmp_path / "run", trainer.SFTTrainer.train_step, ("--lora-rank", 2, "--lora-alpha", 3)
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self)
+
+    monkeypatch.setattr(trainer.SFTTrainer, "train_step", interrupted)
+    assert sft.main(flags(data, out, *lora)) == 130
+    monkeypatch.undo()
+    error = capsys.readouterr().err
+    assert "stopped at step 3; continue with --resume auto" in error.splitlines()[-1] and "Traceback" not in error
+    named = f"it has checkpoints only: uniref-fast export {out} writes the weights"
+    assert sft.main(flags(data, tmp_path / "next", *lora, "--initial", out)) == 2
+    assert named in capsys.readouterr().err
+    with pytest.raises(ValueError, match=named):
+        Adapter.parse(str(out))
+    with pytest.raises(ValueError, match=named):
+        check_runs((out,), "builtin")
+
+    assert cli.main(["export", str(out)]) == 0
+    assert f"uniref-fast edit --lora {out}" in capsys.readouterr().out
+    exported = adapter(out)
+    assert sft.main(flags(data, out, *lora, "--resume", "auto", steps=3)) == 0
+    assert f"uniref-fast edit --lora {out} --image" in capsys.readouterr().err.splitlines()[-1]
+    assert identical(exported, adapter(out))
+
+    # the scale of a continued adapter is the one of the run that it started from
+    after = tmp_path / "after"
+    assert sft.main(flags(data, after, "--initial", out, steps=2)) == 0
+    assert cli.main(["export", str(after), "--out", str(tmp_path / "copy")]) == 0
+    assert identical(adapter(after), adapter(tmp_path / "copy"))
+    scales = []
+    for folder in (after, tmp_path / "copy"):
+        pipe = builtin.load()
+        pipe.load_lora_weights(str(folder / "lora"), adapter_name="default", use_safetensors=True)
+        scales.append(pipe.transformer.peft_config["default"].lora_alpha)
+    assert scales == [3, 3]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing of the run catches it."""
 
@@ -354,16 +454,18 @@ def test_disk_full(data, tmp_path, monkeypatch, capsys):
 
 
 def test_disk_full_at_the_export(data, half, whole, monkeypatch, capsys):
-    write = model.TrainedModel._write_transformer
-
-    def full(self, folder, tensors):
+    def full(*arguments):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(model.TrainedModel, "_write_transformer", full)
+    for module in (model, export):
+        monkeypatch.setattr(module, "write_weights", full)
+    assert cli.main(["export", str(half)]) == 1
+    error = capsys.readouterr().err
+    assert "No space left" in error and error.count("\n") == 1 and not (half / "transformer").exists()
     assert sft.main(flags(data, half, "--resume", "auto")) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
     assert "No space left" in line and "step-000004 holds them: make room" in line and "--resume auto" in line
-    monkeypatch.setattr(model.TrainedModel, "_write_transformer", write)
+    monkeypatch.undo()
     assert sft.main(flags(data, half, "--resume", "auto")) == 0
     equal_to(whole, half)
 
