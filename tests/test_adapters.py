@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QwenImageEditPlusPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
@@ -146,9 +146,8 @@ def test_a_fused_model_edits_like_the_model_with_its_adapter(run, tmp_path, caps
     assert f"uniref-fast edit --model {out} --visibility reference_causal" in capsys.readouterr().out
     pipe = load_pipeline(str(out), torch.float32, "cpu")
     assert torch.allclose(edited([], pipe=pipe), edited([Adapter.parse(f"{run}:{scale}")]), atol=1e-4)
-    stock = DiffusionPipeline.from_pretrained(str(out), use_safetensors=True)
-    expected = pipe.transformer.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in stock.transformer.state_dict().items())
+    stock = builtin.SmallQwenImageEditPlusPipeline.from_pretrained(str(out), use_safetensors=True)
+    assert torch.equal(edited([], pipe=stock), edited([], pipe=pipe))
     capsys.readouterr()
     assert main(["fuse", "builtin", "--lora", str(run), "--out", str(out)]) == 2
     assert "exists and is not an empty folder" in capsys.readouterr().err
@@ -163,3 +162,21 @@ def test_fusing_computes_in_float32_and_rounds_once(run):
     expected = exact.transformer.state_dict()
     for name, tensor in pipe.transformer.state_dict().items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+def test_a_fused_model_of_the_stock_class_is_loaded_by_diffusers(run, tmp_path):
+    parts = builtin.load().components
+    config = {name: value for name, value in parts["transformer"].config.items() if name != builtin.AREAS_KEY}
+    transformer = type(parts["transformer"]).from_config(config)
+    transformer.load_state_dict(parts["transformer"].state_dict())
+    stock = QwenImageEditPlusPipeline(**{**parts, "transformer": transformer})
+    stock.save_pretrained(tmp_path / "model")
+    adapter = shutil.copy(next((run / "lora").iterdir()), tmp_path / "a.safetensors")  # of no run: of no known model
+    arguments = ["--lora", str(adapter), "--out", str(tmp_path / "fused"), "--dtype", "float32"]
+    assert main(["fuse", str(tmp_path / "model"), *arguments]) == 0
+    fuse_adapters(stock, [Adapter.parse(str(adapter))], None)
+    expected = stock.transformer.state_dict()
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "fused", processor=None)  # the built-in one is not diffusers'
+    for pipe in (loaded, load_pipeline(str(tmp_path / "fused"), torch.float32, "cpu")):
+        assert type(pipe) is QwenImageEditPlusPipeline and len(pipe.transformer.state_dict()) == len(expected)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.transformer.state_dict().items())

@@ -192,7 +192,7 @@ def _config(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         try:
             config = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"{run / CONFIG_FILE} cannot be read ({error}); put a copy of it back") from None
+            raise ValueError(f"{run / CONFIG_FILE} cannot be read ({error}); restore the file") from None
     if not isinstance(config, dict) or not {"model", "dtype", "lora_rank"} <= set(config):
         raise ValueError(
             f"{run} is not a run of training/sft.py or training/msgrpo.py: its configuration names no model"
