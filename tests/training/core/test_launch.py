@@ -158,7 +158,7 @@ def test_an_initial_run_without_an_adapter_or_without_weights(tmp_path):
 
 
 def test_a_run_that_an_older_version_started_from_an_adapter_is_resumed(tmp_path):
-    """Its checkpoint records the alpha of the recipe, and it was trained with that of the adapter."""
+    """Accept a checkpoint that records the alpha of the recipe, though the adapter was trained with its own."""
     config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run"), lora_rank=8, visibility="full")
     ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
     newest = Newest(1, {"config": json.loads(configs.to_json(config)), "visibility": "full"}, [])
