@@ -142,9 +142,32 @@ def test_near_names_of_known_columns_are_suggested(folder, values, columns, caps
     assert meaning(Dataset(path, columns=columns.split(","))[0]) == ("do it", [RED], BLUE)
 
 
-@pytest.mark.parametrize(
-    "keys", [("prompt", "image"), ("prompt", "image", "input_images", "target"), ("image", "target")]
-)
+@pytest.mark.parametrize("text, image", [("prompt", "image"), ("text", "picture")])
+def test_the_only_image_of_a_row_may_be_its_target_or_its_reference(folder, text, image):
+    path = write_jsonl(folder / "a.jsonl", [{text: "do it", image: "r.png"}])
+    with pytest.raises(BrokenFileError) as error:
+        Dataset(path, targets="optional")
+    likely = [f"instruction={text},target={image}", f"instruction={text},references={image}"]
+    assert f"{sorted([text, image])}" in str(error.value)
+    assert f"--columns {' or --columns '.join(likely)} " in str(error.value)
+    assert meaning(Dataset(path, columns=likely[0].split(","))[0]) == ("do it", [], RED)
+    assert meaning(Dataset(path, targets="optional", columns=likely[1].split(","))[0]) == ("do it", [RED], None)
+
+
+def test_a_configuration_of_windows_is_followed(folder):
+    pytest.importorskip("tomllib")
+    (folder / "pics").mkdir()
+    (folder / "pics" / "1.png").write_bytes(encoded(RED))
+    (folder / "pics" / "1.txt").write_text("do it")
+    config = folder / "config.toml"
+    config.write_text("[[datasets]]\nimage_directory = '.\\pics'\n")
+    assert meaning(Dataset(config)[0]) == ("do it", [], RED)
+    config.write_text("[[datasets]]\nimage_directory = 'https://example.com/pics'\n")
+    with pytest.raises(BrokenFileError, match="is a URL"):
+        Dataset(config)
+
+
+@pytest.mark.parametrize("keys", [("prompt", "image", "input_images", "target"), ("image", "target")])
 def test_ambiguous_names_get_the_list_of_formats(folder, keys):
     with pytest.raises(BrokenFileError, match="known formats"):
         Dataset(write_jsonl(folder / "a.jsonl", [dict.fromkeys(keys, "r.png")]))
