@@ -116,7 +116,7 @@ def run_demo(
     pipe = builtin.load(dtype, device)
     pipe.set_progress_bar_config(disable=True)
     (scene,) = heldout_scenes(seed, references, 1)
-    log(f'editing {references} picture(s): "{scene.instruction}"')
+    log(f'editing {references} reference(s): "{scene.instruction}"')
     stock, _ = _edit(pipe, scene, seed, steps)  # also warms up
     report = patch(pipe)
     patched, _ = _edit(pipe, scene, seed, steps)  # also runs the self-check

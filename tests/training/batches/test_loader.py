@@ -179,7 +179,7 @@ def _prepared(loader, last):
 
 
 @pytest.mark.parametrize("done", range(1, STEPS))
-def test_a_state_goes_on_with_exactly_the_same_packs(dataset, feed, done):
+def test_a_state_continues_with_exactly_the_same_packs(dataset, feed, done):
     """Interrupt at every step, also right before and after the change of stages, and resume with other ranks."""
     whole = given(feed(dataset))
     first = feed(dataset, rank=1, ranks=2)
@@ -249,7 +249,7 @@ def damaged(tmp_path, pictures):
     return write(tmp_path, broken_rows()[0], pictures)
 
 
-def test_broken_rows_are_counted_and_named_and_the_others_go_on(damaged, feed):
+def test_broken_rows_are_counted_and_named_and_the_others_are_used(damaged, feed):
     loader = feed(damaged)
     taken = [loader.next(step) for step in range(3)]
     found = [row for packs in taken for row in packs.broken]
@@ -367,7 +367,7 @@ def test_a_picture_that_breaks_later_is_an_error_of_its_own_future(dataset, feed
 # ---- ranks that read unlike rows ----
 
 
-def test_ranks_that_plan_alike_go_on_and_others_do_not():
+def test_ranks_that_plan_different_rows_are_refused():
     keys, broken = [(0, 1), (0, 2)], [("rows.jsonl:4", "cannot be opened")]
     check_same_rows([(keys, broken), (list(keys), broken)])
     with pytest.raises(BrokenRowsError, match=r"rank 1: rows\.jsonl:4: cannot be opened"):

@@ -41,7 +41,7 @@ def test_the_order_is_fixed_for_good_and_differs_by_seed_and_epoch():
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 20), st.integers(0, 99), st.integers(0, 70), st.booleans())
-def test_a_saved_state_goes_on_with_the_next_sample(length, seed, before, weighted):
+def test_a_saved_state_continues_with_the_next_sample(length, seed, before, weighted):
     weights = [1 + 0.3 * i for i in range(length)] if weighted else None
     stream = ShuffledOrder(length, seed, weights)
     stream.take(before)

@@ -197,7 +197,7 @@ def flags(config):
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(whole, tmp_path):
+def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path):
     config = dataclasses.replace(SMALL, out=tmp_path / "run")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if not torch.cuda.is_available() else "0"}
     done = subprocess.run([sys.executable, "-c", KILLED, *flags(config)], cwd=ROOT, env=environment,

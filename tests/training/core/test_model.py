@@ -86,8 +86,8 @@ def test_sharding_changes_no_bit_in_either_dtype(trained, untrained):
     assert torch.equal(predicted(model.packed, torch.bfloat16), expected)
 
 
-def test_a_step_after_a_look_goes_on_with_its_own_weights(trained):
-    """All of them: the outermost part of a sharded model, too, must let go of the averaged ones."""
+def test_a_step_after_a_validation_uses_its_own_weights(trained):
+    """The outermost part of a sharded model, too, must drop the averaged weights."""
     model = trained()
     average = MovingAverage(model.parameters, 0.9)
     for values in average.average.values():
@@ -95,12 +95,12 @@ def test_a_step_after_a_look_goes_on_with_its_own_weights(trained):
     before = model.packed(*inputs())
     before.square().sum().backward()
     with average.applied():
-        looked = predicted(model.packed)
+        averaged = predicted(model.packed)
     after = model.packed(*inputs())
-    assert torch.equal(after, before) and not torch.equal(looked, before.detach())
+    assert torch.equal(after, before) and not torch.equal(averaged, before.detach())
     whole = builtin.load(torch.float32).transformer
     whole.load_state_dict({name: values.full_tensor() for name, values in average.average.items()})
-    assert torch.equal(predicted(PackedQwenImage(whole)), looked)
+    assert torch.equal(predicted(PackedQwenImage(whole)), averaged)
 
 
 def test_only_what_is_trained_gets_gradients(trained):

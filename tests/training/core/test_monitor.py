@@ -341,7 +341,7 @@ def test_tensorboard_has_one_curve_across_a_resume(tmp_path):
     assert images == ["samples/heldout"] and len(scalars(tmp_path, "tokens_per_second")[0]) == 4
 
 
-def test_without_tensorboard_a_line_says_so_and_training_goes_on(tmp_path, monkeypatch, capsys):
+def test_without_tensorboard_a_line_says_so_and_training_continues(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     run(tmp_path, range(2), tensorboard=True)
     err = capsys.readouterr().err

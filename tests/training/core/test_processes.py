@@ -228,7 +228,7 @@ def weights(out):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
-def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_goes_on(data, tmp_path):
+def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_resumes(data, tmp_path):
     out, script, waiting = tmp_path / "run", tmp_path / "slow.py", tmp_path / "waiting"
     script.write_text(SLOW)
     waiting.mkdir()

@@ -48,7 +48,7 @@ def test_every_member_once_over_packs_and_ranks(
     assert total % least == 0 and total >= least
 
 
-def test_members_are_the_same_whoever_runs_them(make_generator, prepared_rows):
+def test_members_are_the_same_on_every_rank(make_generator, prepared_rows):
     given = prepared_rows(2, 1)
     (one,) = [{m.key: m for m in members_of(make_generator(group=3).training_batch(given, PLAN))}]
     for rank in range(2):

@@ -587,7 +587,7 @@ def test_settings_that_change_are_recorded(data, whole, half):
     assert json.loads((half / "config.json").read_text())["weight_decay"] == 0.3
 
 
-def test_a_checkpoint_of_an_older_version_goes_on(data, whole, half, capsys):
+def test_a_checkpoint_of_an_older_version_is_resumed(data, whole, half, capsys):
     """Such a checkpoint has neither checksums nor settings; the settings in `config.json` are fixed instead."""
     path = half / "checkpoints" / "step-000002" / "state.json"
     content = json.loads(path.read_text())
@@ -603,7 +603,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(data, whole, half, capsys):
     assert json.loads((half / "checkpoints" / "step-000004" / "state.json").read_text())["state"]["config"]
 
 
-def test_another_place_of_the_same_model_goes_on_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
+def test_another_place_of_the_same_model_is_accepted_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", folder)
     out = tmp_path / "again"
