@@ -289,7 +289,7 @@ def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str,
     """Return the changed settings that make a difference to the remaining steps, after refusing fixed ones. All ranks.
 
     The settings before are those of the checkpoint, or of `config.json` if it has none. A run without a checkpoint
-    begins anew, so that nothing has changed.
+    begins again, so that nothing has changed.
 
     Returns:
         (before, now) of each of these settings, by name.

@@ -148,7 +148,7 @@ def test_fewer_steps_than_are_done(tmp_path):
 
 
 def test_only_what_changes_the_remaining_steps_is_returned(tmp_path):
-    """After 2500 steps the first stage and the warm-up are over, and the second stage is not."""
+    """Resume at step 2500, where the first stage and the warm-up are over, and the second stage is not."""
     config = SFT_RECIPES["lora"]()
     assert config.ends()[0] <= 2500 < config.ends()[1] and config.warmup < 2500
 
