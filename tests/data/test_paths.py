@@ -78,7 +78,7 @@ def test_an_encoded_image_is_named_as_such(folder):
 
 def test_empty_files_are_named_as_such(folder):
     (folder / "empty.png").touch()
-    with pytest.raises(RowError, match=r"empty.png: the file is empty \(0 bytes\)"):
+    with pytest.raises(RowError, match=r"empty.png: not an image: the file is empty \(0 bytes\)"):
         Dataset(write_jsonl(folder / "a.jsonl", [row(("empty.png",))]))[0].sizes()
     for name in ("e.json", "e.zip", "e.tar", "e.parquet"):
         (folder / name).touch()

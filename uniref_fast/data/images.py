@@ -123,7 +123,7 @@ class ImageSource:
         except UnidentifiedImageError:
             with content() as file:
                 if not file.read(1):
-                    raise ValueError(f"{self.name}: the file is empty (0 bytes)") from None
+                    raise ValueError(f"{self.name}: not an image: the file is empty (0 bytes)") from None
             known = ", ".join(_formats())
             raise ValueError(f"{self.name}: not an image of a known format ({known}), or damaged") from None
         except (MemoryError, Image.DecompressionBombError) as error:
