@@ -141,7 +141,7 @@ def test_pictures_keep_their_pixels_unless_a_side_is_larger(server):
 
 def test_other_modes_are_refused_before_anything_is_sent(server):
     grey = Candidate((4, 2), "x", (Image.new("RGB", (4, 4)), Image.new("L", (4, 4))), Image.new("RGB", (4, 4)), None)
-    with judge_of(server) as judge, pytest.raises(ValueError, match=r"picture 2 of candidate \(4, 2\) is L"):
+    with judge_of(server) as judge, pytest.raises(ValueError, match=r"picture 2 of candidate \(4, 2\) has mode L"):
         judge.submit(grey, 0)
     assert not server.requests
 
