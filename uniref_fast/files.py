@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 __all__ = [
     "RecordFile",
     "append_line",
+    "check_new_folder",
     "created_folders",
     "keep_records",
     "read_records",
@@ -138,6 +139,12 @@ def created_folders(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.rmdir()
         raise
+
+
+def check_new_folder(folder: Path, flag: str) -> None:
+    """Raise ValueError, which names the flag, unless a folder is empty or does not exist."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{flag} {folder} exists and is not an empty folder; give a new one")
 
 
 @contextlib.contextmanager

@@ -40,8 +40,7 @@ def export(args: argparse.Namespace) -> int:
         print(f"{name} cannot be used: {reason}", file=sys.stderr)
     kind = "averaged weights" if done.averaged else "weights"
     print(f"{done.folder}: {kind} of step {done.step}")
-    use = "uniref-fast edit --lora" if done.folder.name == "lora" else "uniref-fast eval ROWS.jsonl --initial"
-    print(f"use them with: {use} {shlex.quote(str(done.folder.parent))} ...")
+    print(f"use them with: {done.command}")
     return 0
 
 
@@ -51,12 +50,11 @@ def fuse(args: argparse.Namespace) -> int:
 
     from uniref_fast.adapters import Adapter, adapter_visibility, check_adapters, fuse_adapters
     from uniref_fast.builtin import SmallQwenImageEditPlusPipeline, store
-    from uniref_fast.files import whole_folder
+    from uniref_fast.files import check_new_folder, whole_folder
     from uniref_fast.loading import load_pipeline
 
     out: Path = args.out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not an empty folder; give a new one")
+    check_new_folder(out, "--out")
     adapters = [Adapter.parse(text) for text in args.lora]
     below = check_adapters(adapters, args.model)
     pipe = load_pipeline(args.model, getattr(torch, args.dtype), "cpu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from uniref_fast.builtin.store import model_folder
-from uniref_fast.files import whole_folder
+from uniref_fast.files import check_new_folder, whole_folder
 from uniref_fast.runs import base_run
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks
 
-__all__ = ["ExportError", "Exported", "add_adapter", "export_checkpoint", "write_weights"]
+__all__ = ["ExportError", "Exported", "add_adapter", "command_for", "export_checkpoint", "write_weights"]
 
 CONFIG_FILE = "config.json"
 FOLDERS = ("lora", "transformer")
@@ -43,12 +44,28 @@ class Exported:
         step: Step of the checkpoint.
         averaged: The weights are the moving average, as in the export at the end of the run.
         damaged: (name, reason) of each newer checkpoint, which cannot be used.
+        command: Command that uses the weights.
     """
 
     folder: Path
     step: int
     averaged: bool
     damaged: list[tuple[str, str]]
+    command: str
+
+
+def command_for(run: Path, model: str, lora_rank: int | None) -> str:
+    """Return the command that uses the exported weights of a run.
+
+    Args:
+        run: Folder with `lora/` or `transformer/`.
+        model: Model that was trained: "builtin", a folder, or an id.
+        lora_rank: Rank of the adapter; None if all weights were trained.
+    """
+    folder, flag = shlex.quote(str(run)), "" if model == "builtin" else f" --model {shlex.quote(model)}"
+    if lora_rank is None:
+        return f"uniref-fast eval ROWS.jsonl{flag} --initial {folder} --out RESULTS"
+    return f'uniref-fast edit{flag} --lora {folder} --image IMAGE.png --prompt "TEXT" --out RESULT.png'
 
 
 def export_checkpoint(run: Path, step: int | None = None, out: Path | None = None) -> Exported:
@@ -105,7 +122,8 @@ def export_checkpoint(run: Path, step: int | None = None, out: Path | None = Non
     except (OSError, SafetensorError) as error:
         problem = getattr(error, "strerror", None) or error
         raise ExportError(f"the trained weights could not be written to {folder}: {problem}") from error
-    return Exported(folder, step, bool(average), damaged)
+    command = command_for(folder.parent, str(config["model"]), config["lora_rank"])
+    return Exported(folder, step, bool(average), damaged, command)
 
 
 def write_weights(
@@ -168,8 +186,8 @@ def _check_folders(run: Path, step: int | None, out: Path | None) -> list[int]:
         raise ValueError(f"{run} has no checkpoints{whole or '; give the folder of a training run'}")
     if step is not None and step not in steps:
         raise ValueError(f"{run} has no checkpoint of step {step}; it has those of {', '.join(map(str, steps))}")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} exists and is not an empty folder; give a new one")
+    if out is not None:
+        check_new_folder(out, "--out")
     return steps
 
 

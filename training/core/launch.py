@@ -168,16 +168,12 @@ def last_line(run: Trainer, stopped: int) -> str:
             f"stopped at step {run.step}; continue with --resume auto. "
             f"uniref-fast export {out} writes the weights of this step"
         )
-    model = "" if config.model == "builtin" else f" --model {shlex.quote(str(config.model))}"
+    from uniref_fast.training.core.export import command_for
+
+    command = command_for(run.out, str(config.model), config.lora_rank)
     if config.lora_rank is None:
-        return (
-            f"the trained weights are in {run.out / 'transformer'}; evaluate them with: "
-            f"uniref-fast eval ROWS.jsonl{model} --initial {out} --out RESULTS"
-        )
-    return (
-        f"the adapter is in {run.out / 'lora'}; use it with: uniref-fast edit{model} --lora {out} --image IMAGE.png "
-        '--prompt "TEXT" --out RESULT.png'
-    )
+        return f"the trained weights are in {run.out / 'transformer'}; evaluate them with: {command}"
+    return f"the adapter is in {run.out / 'lora'}; use it with: {command}"
 
 
 def with_visibility(config: C) -> C:
