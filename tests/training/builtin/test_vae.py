@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -27,17 +26,19 @@ from uniref_fast.training.builtin.vae_trainer import crops, psnr
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
-DATA = Path(tempfile.mkdtemp(prefix="uniref_fast-test-"))
-SMALL = VAE(data=DATA / "made", steps=3, batch=2, side=16, lr=1e-2, save_every=2)
+SMALL = VAE(data=Path("pictures"), steps=3, batch=2, side=16, lr=1e-2, save_every=2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pictures():
+def pictures(tmp_path_factory):
+    """Pictures to train on, at the relative path that `SMALL` names."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("vae"))
     config = MakeConfig(artworks("shipped"), size=64, references=(1, 2))
     counts = {"train": 16, "heldout_objects": 8, "heldout_combinations": 0}
     write_dataset(SMALL.data, config, counts, workers=1, force=False, generate=sample)
     yield
-    shutil.rmtree(DATA)
+    os.chdir(before)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -199,8 +200,12 @@ def flags(config):
 
 def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path):
     config = dataclasses.replace(SMALL, out=tmp_path / "run")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if not torch.cuda.is_available() else "0"}
-    done = subprocess.run([sys.executable, "-c", KILLED, *flags(config)], cwd=ROOT, env=environment,
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "" if not torch.cuda.is_available() else "0",
+    }
+    done = subprocess.run([sys.executable, "-c", KILLED, *flags(config)], env=environment,
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-000002"]
