@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import uniref_fast
-from uniref_fast.estimate import _weight_bytes, transformer_flops, transformer_peak
+from uniref_fast.costs import transformer_flops, transformer_peak, weight_bytes
 from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
@@ -98,5 +98,5 @@ def test_step(timed, benchmark, model, references, which, step_size, tiny):
     timed(call, calls["stock"], flops=flops, dtype=torch.bfloat16, graph=False)
     benchmark.extra_info.update(tokens=layout.joint_length, peak_gib=peak / 2**30)
     if which == "one pack":
-        expected = _weight_bytes(model) + transformer_peak(model, layout)
+        expected = weight_bytes(model) + transformer_peak(model, layout)
         benchmark.extra_info.update(estimated_gib=expected / 2**30)

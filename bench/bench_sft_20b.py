@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.estimate import transformer_flops
+from uniref_fast.costs import transformer_flops
 from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout
-from uniref_fast.estimate import _vae_image, transformer_flops, transformer_peak
+from uniref_fast.costs import transformer_flops, transformer_peak, vae_image_cost
 from uniref_fast.meta_device import LivingTensors
 from uniref_fast.quantised import stored_tensors
 from uniref_fast.request import request_geometry
@@ -157,7 +157,7 @@ def test_vae_attention_has_no_matrix_of_scores():
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage().to(torch.bfloat16)
     config = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in vae.config.items() if k[0] != "_"))
-    flops, peak = _vae_image(AutoencoderKLQwenImage, config, (), torch.bfloat16, (2048, 2048), "encode")
+    flops, peak = vae_image_cost(AutoencoderKLQwenImage, config, (), torch.bfloat16, (2048, 2048), "encode")
     assert peak < 10e9 < 65536**2 * 4, "scores alone would take 17 GB"
     assert flops > 4 * 65536**2 * 384
 

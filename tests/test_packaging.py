@@ -25,6 +25,7 @@ LEVELS = [
     {"model_kind"},
     {"loading"},
     {"patch"},
+    {"skeleton", "costs"},
     {"adapters", "edit", "estimate"},
     {"flags"},
     {"data"},

@@ -1,39 +1,28 @@
 """`estimate(pipe, requests)` computes tokens, floating point operations and memory of an edit before it runs.
 
-Operations count multiply and add as two. Only matrix products and convolutions are counted; the numbers are exact for
-the transformer and for the VAE, which runs on the meta device. Activation memory is the peak of the living tensors of a
-stage, from a run on the meta device (for the text encoder from a formula). Workspaces of convolution and matmul
-libraries and memory that the allocator holds in reserve are not included. Attention is counted as fused everywhere,
-also for the VAE's one head of 384 dimensions: PyTorch's flash attention supports at most 256 and cuDNN's fewer, so a
-GPU uses the memory-efficient kernel, which has no limit and accumulates its output in a float32 buffer.
-
-The first call of a *patched* pipeline needs more memory than the estimate: for its self-check it also runs the code of
-diffusers between the Linears of each block. `edit` has no such check.
+The module `costs` says what is counted. The first call of a *patched* pipeline needs more memory than the estimate:
+for its self-check it also runs the code of diffusers between the Linears of each block. `edit` has no such check.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from uniref_fast import builtin
-from uniref_fast.encode import condition_tokens, prompt_tokens, text_runs
+from uniref_fast.costs import text_encoder_cost, transformer_flops, transformer_peak, vae_cost, weight_bytes
+from uniref_fast.encode import prompt_tokens, text_runs
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.meta_device import FusedAttention, LivingTensors
-from uniref_fast.model_kind import check_configuration, check_pipeline
+from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
-from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, stored_tensors
+from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry, check_size, geometry, request_geometry, validated
-from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
+from uniref_fast.skeleton import skeleton
+from uniref_fast.visibility import Rule
 
-__all__ = ["Estimate", "Stage", "estimate", "skeleton"]
+__all__ = ["Estimate", "Stage", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -168,19 +157,19 @@ def estimate(
         [length for length, (_, embeds, _) in zip(lengths, request.texts, strict=True) if embeds is None]
         for request, lengths in zip(requests, texts, strict=True)
     ]
-    text_flops, text_peak = _text_encoder(pipe, sizes, encoded)
+    text_flops, text_peak = text_encoder_cost(pipe, sizes, encoded)
     # every request keeps embeddings, and latents of references and target, from its encoding to its decoding
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
     held = (embeddings + latents) * compute_dtype(transformer).itemsize
     peak = held + _packs_peak(model, [sample for sample, _ in rows], max_tokens)
-    vae_bytes = _weight_bytes(pipe.vae)
-    encode_flops, encode_peak = _vae(pipe, pixels, "encode")
-    decode_flops, decode_peak = _vae(pipe, results, "decode")
+    vae_bytes = weight_bytes(pipe.vae)
+    encode_flops, encode_peak = vae_cost(pipe, pixels, "encode")
+    decode_flops, decode_peak = vae_cost(pipe, results, "decode")
     stages = (
-        Stage("text encoder", text_flops, _weight_bytes(pipe.text_encoder), text_peak),
+        Stage("text encoder", text_flops, weight_bytes(pipe.text_encoder), text_peak),
         Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
-        Stage("transformer", linear + attention, _weight_bytes(transformer), peak),
+        Stage("transformer", linear + attention, weight_bytes(transformer), peak),
         Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),
     )
     tokens = {"text": layout.text_length}
@@ -230,72 +219,6 @@ def _geometries(
     return geometries
 
 
-def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """Return a pipeline without weights: models on the meta device; tokenizer, processor and scheduler loaded.
-
-    Args:
-        name: A diffusers pipeline folder or hub id.
-        dtype: Dtype of the parameters on the meta device.
-
-    Raises:
-        OSError: If a configuration is missing or cannot be loaded.
-        ValueError: If the model is of another kind.
-    """
-    import diffusers
-
-    index = diffusers.DiffusionPipeline.load_config(name)
-    check_configuration(str(name), index)
-    transformer = diffusers.QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
-    check_configuration(str(name), index, transformer)
-    parts: dict[str, Any] = {}
-    for part, spec in index.items():
-        if not (isinstance(spec, (list, tuple)) and len(spec) == 2):
-            continue
-        own = spec[1] == "BuiltinProcessor" or (
-            spec[1] == "Qwen2VLProcessor" and importlib.util.find_spec("torchvision") is None
-        )  # transformers' own needs torchvision, for its videos
-        if not own and spec[0] not in ("diffusers", "transformers"):
-            continue
-        part_class = builtin.BuiltinProcessor if own else getattr(importlib.import_module(spec[0]), spec[1])
-        if not issubclass(part_class, torch.nn.Module):
-            parts[part] = part_class.from_pretrained(name, subfolder=part)
-            continue
-        with torch.device("meta"):
-            if spec[0] == "diffusers":
-                model = part_class.from_config(part_class.load_config(name, subfolder=part))
-            else:
-                model = part_class(part_class.config_class.from_pretrained(name, subfolder=part))
-            for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
-                parameter.data = parameter.data.to(dtype)
-            parts[part] = model
-    if areas := builtin.recorded_areas(index, getattr(parts.get("transformer"), "config", {})):
-        return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
-    return getattr(diffusers, index["_class_name"])(**parts)
-
-
-def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = "full") -> tuple[int, int]:
-    """Return (linear, attention) floating point operations of one packed forward.
-
-    Args:
-        config: Configuration of the `QwenImageTransformer2DModel`.
-        layout: Layout of the pack.
-        visibility: Policy or rule of attention.
-    """
-    width = config.num_attention_heads * config.attention_head_dim
-    text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
-    rows, samples = layout.num_modulation_rows, layout.num_samples
-    blocks = config.num_layers
-    out = config.patch_size**2 * config.out_channels
-    qkv, rest = 3 * width**2, 9 * width**2  # output projection and the 4x feed-forward
-    linear = blocks * qkv * (text + image) + (blocks - 1) * rest * (text + image) + rest * targets
-    linear += blocks * 6 * width**2 * (rows + samples)  # modulation of both streams
-    linear += rows * (256 * width + width**2) + rows * 2 * width**2  # timestep embedding, last modulation
-    linear += image * config.in_channels * width + text * config.joint_attention_dim * width + targets * width * out
-    whole: AttentionPlan = plan(layout, visibility)
-    area = (blocks - 1) * whole.area + target_plan(layout, visibility).area
-    return 2 * linear, 4 * area * width
-
-
 def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
     """Return the numbers of text tokens of the prompt and, with guidance, of the negative prompt."""
     lengths = []
@@ -304,112 +227,6 @@ def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]
             text_runs(embeds.shape[-2], mask))  # fmt: skip
         lengths.append(runs if isinstance(runs, int) else sum(length for length, _ in runs))
     return lengths
-
-
-def _text_encoder(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-    """Return the operations of the text encoder, which runs once per prompt, and the peak of its largest run."""
-    if not any(texts):
-        return 0, 0
-    config = pipe.text_encoder.config
-    language, vision = config.text_config, config.vision_config
-    merge = pipe.processor.image_processor.merge_size**2
-    flops = peak = 0
-    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
-    kv = language.num_key_value_heads * head
-    layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
-    vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    element = compute_dtype(pipe.text_encoder).itemsize
-    for size, lengths in zip(sizes, texts, strict=True):
-        patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
-        for kept in lengths:
-            tokens = kept + pipe.prompt_template_encode_start_idx
-            flops += language.num_hidden_layers * (2 * layer * tokens + 4 * tokens**2 * width)
-            flops += 2 * width * language.vocab_size * tokens  # diffusers calls the head as well
-            flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
-            states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-            peak = max(peak, tokens * states * element)
-    return flops, peak
-
-
-def _vae(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tuple[int, int]:
-    """Return the operations for all images, and the peak of the largest one."""
-    vae, vae_class = pipe.vae, cast(Any, type(pipe.vae))
-    config = tuple(sorted((k, _hashable(v)) for k, v in vae.config.items() if not k.startswith("_")))
-    settings = tuple(
-        sorted((k, v) for k, v in vars(vae).items() if k.startswith(("use_tiling", "use_slicing", "tile_")))
-    )
-    counts = [_vae_image(vae_class, config, settings, compute_dtype(vae), size, direction) for size in sizes]
-    weight = largest_cast(vae) if sizes else 0
-    return sum(flops for flops, _ in counts), max((peak for _, peak in counts), default=0) + weight
-
-
-@functools.lru_cache(maxsize=256)
-def _vae_image(
-    vae_class: Any, config: tuple, settings: tuple, dtype: torch.dtype, size: tuple[int, int], direction: str
-) -> tuple[int, int]:
-    """Return operations and peak memory for one image, from a run of the same architecture on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), torch.no_grad():
-        vae = vae_class(**{k: list(v) if isinstance(v, tuple) else v for k, v in config})
-        torch.nn.Module.to(vae, dtype)
-        vars(vae).update(settings)
-        factor = 2 ** len(vae.temperal_downsample)
-        width, height = size
-        with FlopCounterMode(display=False) as counter, LivingTensors() as memory, FusedAttention() as attention:
-            if direction == "encode":
-                vae.encode(torch.empty(1, 3, 1, height, width, dtype=dtype))
-            else:
-                vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor, dtype=dtype))
-    return counter.get_total_flops() + attention.flops, memory.peak
-
-
-def transformer_peak(transformer: Any, layout: SelfLayout) -> int:
-    """Return the peak bytes of living tensors of one packed forward, its inputs included.
-
-    Args:
-        transformer: A `QwenImageTransformer2DModel`, loaded or on the meta device, quantised or not.
-        layout: Layout of the pack.
-    """
-    config = transformer.config
-    sizes = {
-        name: value for name, value in config.items() if not name.startswith("_") and name != "quantization_config"
-    }
-    sizes["num_layers"] = min(config.num_layers, 3)  # all blocks between the first and the last are equal
-    shape = tuple(sorted((k, _hashable(v)) for k, v in sizes.items()))
-    return _packed_peak(shape, compute_dtype(transformer), layout) + largest_cast(transformer)
-
-
-@functools.lru_cache(maxsize=8)
-def _packed_peak(config: tuple, dtype: torch.dtype, layout: SelfLayout) -> int:
-    from diffusers import QwenImageTransformer2DModel
-
-    with torch.device("meta"), torch.no_grad():
-        model: Any = QwenImageTransformer2DModel(**dict(config))
-        packed = PackedQwenImage(torch.nn.Module.to(model, dtype), impl="native")
-        with LivingTensors() as memory:
-            image = torch.empty(layout.image_length, model.config.in_channels, dtype=dtype)
-            text = torch.empty(layout.text_length, model.config.joint_attention_dim, dtype=dtype)
-            packed(image, text, torch.empty(layout.num_samples, dtype=dtype), layout)
-    return memory.peak
-
-
-def _weight_bytes(module: torch.nn.Module | None) -> int:
-    """Return the bytes of a model's parameters and buffers as they are stored."""
-    if module is None:
-        return 0
-    planned = planned_bytes(module)
-    if planned is not None:
-        return planned
-    storages: dict[int, int] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        for part in stored_tensors(tensor):
-            storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
-    return sum(storages.values())
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _size(count: int) -> str:

@@ -77,7 +77,7 @@ class CostModel:
         Args:
             config: Configuration of the transformer.
         """
-        from uniref_fast.estimate import transformer_flops  # it imports the models
+        from uniref_fast.costs import transformer_flops  # it imports the models
 
         small = Sample(128, (1, 64, 64), ((1, 64, 64),))
         large = Sample(256, (1, 128, 64), ((1, 128, 64),))

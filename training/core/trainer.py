@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniref_fast.estimate import transformer_flops
+from uniref_fast.costs import transformer_flops
 from uniref_fast.flags import to_json
 from uniref_fast.layout import Sample
 from uniref_fast.training.core.checkpoint import Checkpoints

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from uniref_fast import flags as configs
+from uniref_fast.costs import transformer_flops
 from uniref_fast.data.dataset import Dataset, left_out
-from uniref_fast.estimate import transformer_flops
 from uniref_fast.rewards.types import Failure
 from uniref_fast.runs import trained_visibility
 from uniref_fast.training.batches.heldout import heldout_datasets

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.estimate import transformer_flops
+from uniref_fast.costs import transformer_flops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.training.batches.packing import CostModel, Pack, Packer, Pending, assign, report
 

@@ -1,0 +1,57 @@
+"""Pipelines without weights, for estimates: configurations, tokenizer and processor only."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from uniref_fast import builtin
+from uniref_fast.model_kind import check_configuration
+
+__all__ = ["skeleton"]
+
+
+def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Return a pipeline without weights: models on the meta device; tokenizer, processor and scheduler loaded.
+
+    Args:
+        name: A diffusers pipeline folder or hub id.
+        dtype: Dtype of the parameters on the meta device.
+
+    Raises:
+        OSError: If a configuration is missing or cannot be loaded.
+        ValueError: If the model is of another kind.
+    """
+    import diffusers
+
+    index = diffusers.DiffusionPipeline.load_config(name)
+    check_configuration(str(name), index)
+    transformer = diffusers.QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    check_configuration(str(name), index, transformer)
+    parts: dict[str, Any] = {}
+    for part, spec in index.items():
+        if not (isinstance(spec, (list, tuple)) and len(spec) == 2):
+            continue
+        own = spec[1] == "BuiltinProcessor" or (
+            spec[1] == "Qwen2VLProcessor" and importlib.util.find_spec("torchvision") is None
+        )  # transformers' own needs torchvision, for its videos
+        if not own and spec[0] not in ("diffusers", "transformers"):
+            continue
+        part_class = builtin.BuiltinProcessor if own else getattr(importlib.import_module(spec[0]), spec[1])
+        if not issubclass(part_class, torch.nn.Module):
+            parts[part] = part_class.from_pretrained(name, subfolder=part)
+            continue
+        with torch.device("meta"):
+            if spec[0] == "diffusers":
+                model = part_class.from_config(part_class.load_config(name, subfolder=part))
+            else:
+                model = part_class(part_class.config_class.from_pretrained(name, subfolder=part))
+            for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
+                parameter.data = parameter.data.to(dtype)
+            parts[part] = model
+    if areas := builtin.recorded_areas(index, getattr(parts.get("transformer"), "config", {})):
+        return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
+    return getattr(diffusers, index["_class_name"])(**parts)
