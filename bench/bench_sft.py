@@ -61,8 +61,8 @@ def mixed(side, seed=0):
     """K = 1..6: targets of about side^2 pixels in several shapes, references of photo shapes under one joint budget."""
     draw, samples = random.Random(seed), []
     for references in range(1, 7):
-        (target,) = fit_to_budget([draw.choice(PHOTOS)], side * side)
-        sizes = fit_to_budget([draw.choice(PHOTOS) for _ in range(references)], side * side)
+        (target,) = fit_to_budget([draw.choice(PHOTOS)], side)
+        sizes = fit_to_budget([draw.choice(PHOTOS) for _ in range(references)], side)
         samples.append(Sample(draw.randint(30, 90), grid(target), tuple(map(grid, sizes))))
     draw.shuffle(samples)
     return samples

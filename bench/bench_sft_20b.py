@@ -61,7 +61,7 @@ def make_step(model, sample, which):
 def sample_of(side, tiny):
     """Three references in a joint budget of `side` x `side` pixels, or with a sixteenth of these sides if tiny."""
     text, target_side, side = (5, 64, side // 16) if tiny else (700, 1024, side)
-    sizes = fit_to_budget([(4000, 3000), (3000, 4000), (2048, 2048)], side * side)
+    sizes = fit_to_budget([(4000, 3000), (3000, 4000), (2048, 2048)], side)
     grids = [(1, height // 16, width // 16) for width, height in sizes]
     return Sample(text, (1, target_side // 16, target_side // 16), tuple(grids))
 

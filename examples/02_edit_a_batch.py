@@ -33,5 +33,5 @@ for i, image in enumerate(images):
     image.save(out / f"edit-{i}.png")
     print(f"out/edit-{i}.png: {image.width} x {image.height}")
 
-# `max_tokens` limits the size of a pack, and with it the memory. The results stay the same, up to rounding.
-uniref_fast.edit(pipe, requests, max_tokens=256, progress=False)
+# `pack_tokens` limits the size of a pack, and with it the memory. The results stay the same, up to rounding.
+uniref_fast.edit(pipe, requests, pack_tokens=256, progress=False)

@@ -22,7 +22,7 @@ whole = uniref_fast.estimate(pipe, requests)
 print(whole)
 
 # Two ways to use less memory: smaller packs, and fewer pixels for the references of each request together.
-small = uniref_fast.estimate(pipe, requests, max_tokens=300)
-fewer = uniref_fast.estimate(pipe, requests, budget=64**2)
-for name, result in (("one pack", whole), ("max_tokens=300", small), ("budget=64**2", fewer)):
+small = uniref_fast.estimate(pipe, requests, pack_tokens=300)
+fewer = uniref_fast.estimate(pipe, requests, budget=64)
+for name, result in (("one pack", whole), ("pack_tokens=300", small), ("budget=64", fewer)):
     print(f"{name:16} {result.tokens['together']:5} tokens, peak {result.peak_bytes / 2**20:.1f} MiB")

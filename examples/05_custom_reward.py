@@ -48,7 +48,7 @@ def main() -> None:
     command = [sys.executable, here.parent.parent / "training" / "msgrpo.py", "--recipe", "tiny",
                "--data", out / "rows.jsonl", "--out", out / "run", "--resume", "auto",
                "--rewards", f"{here.stem}:brightness", "--steps", "2", "--prompts", "2", "--group", "2",
-               "--rollout-steps", "4", "--noise", "0.4", "--eval-every", "0", "--sample-every", "0",
+               "--rollout-num-inference-steps", "4", "--noise", "0.4", "--eval-every", "0", "--sample-every", "0",
                "--tensorboard", "false"]  # fmt: skip
     print("$", *command)
     subprocess.run(list(map(str, command)), check=True, cwd=here.parent)

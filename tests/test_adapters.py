@@ -121,7 +121,7 @@ def test_what_is_no_adapter(run, tmp_path):
 
 def test_the_command(run, tmp_path, capsys):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
-    args = ["edit", "--image", str(tmp_path / "in.png"), "--prompt", "x", "--steps", "2"]
+    args = ["edit", "--image", str(tmp_path / "in.png"), "--prompt", "x", "--num-inference-steps", "2"]
     outputs = {}
     for name, more in (
         ("plain", []),

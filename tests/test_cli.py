@@ -12,6 +12,9 @@ from PIL import Image
 from uniref_fast import builtin, cli
 from uniref_fast.cli import main
 
+TWO_STEPS = ("--num-inference-steps", 2, "--true-cfg-scale", 1)
+SHORT = ("--num-inference-steps", 2, "--repeats", 1)
+
 
 @pytest.fixture
 def pictures(tmp_path):
@@ -31,7 +34,7 @@ def run(capsys, *args):
 @pytest.mark.slow
 def test_demo_writes_a_contact_sheet_and_prints_one_json_object(tmp_path, capsys):
     out = tmp_path / "deep" / "sheet.png"
-    status, text, _ = run(capsys, "demo", "--out", out, "--json", "--steps", 2, "--repeats", 1, "--seed", 1)
+    status, text, _ = run(capsys, "demo", "--out", out, "--json", *SHORT, "--seed", 1)
     figures = json.loads(text)
     assert status == 0 and figures["weights"] == builtin.weights_status()
     assert 0 <= figures["max_rel_error"] <= 1e-4 == figures["tolerance"]
@@ -44,7 +47,7 @@ def test_demo_writes_a_contact_sheet_and_prints_one_json_object(tmp_path, capsys
 
 @pytest.mark.slow
 def test_demo_in_bfloat16_is_within_the_error_budget(tmp_path, capsys):
-    args = ("demo", "--out", tmp_path / "b.png", "--json", "--steps", 2, "--repeats", 1, "--references", 1)
+    args = ("demo", "--out", tmp_path / "b.png", "--json", *SHORT, "--references", 1)
     status, text, _ = run(capsys, *args, "--dtype", "bfloat16")
     figures = json.loads(text)
     assert status == 0 and 0 < figures["max_rel_error"] <= figures["tolerance"] < 0.1
@@ -53,25 +56,25 @@ def test_demo_in_bfloat16_is_within_the_error_budget(tmp_path, capsys):
 def test_demo_says_that_weights_are_untrained(tmp_path, capsys):
     if builtin.weights_status() == "trained":
         pytest.skip("trained weights are shipped")
-    _, text, _ = run(capsys, "demo", "--out", tmp_path / "a.png", "--steps", 2, "--repeats", 1, "--references", 1)
+    _, text, _ = run(capsys, "demo", "--out", tmp_path / "a.png", *SHORT, "--references", 1)
     assert "untrained" in text and "max relative error" in text and "accelerated" in text
 
 
 def test_edit_with_two_pictures(tmp_path, pictures, capsys):
     out = tmp_path / "result.png"
     args = ["edit", "--image", pictures[0], "--image", pictures[1], "--prompt", "put picture 1 on picture 2"]
-    status, text, _ = run(capsys, *args, "--out", out, "--steps", 2)
+    status, text, _ = run(capsys, *args, "--out", out, *TWO_STEPS)
     assert status == 0 and str(out) in text
     image = Image.open(out)
     assert image.height > image.width  # the last picture's aspect ratio
     first = np.asarray(image)
-    run(capsys, *args, "--out", out, "--steps", 2)
+    run(capsys, *args, "--out", out, *TWO_STEPS)
     assert np.array_equal(np.asarray(Image.open(out)), first), "the seed is fixed by default"
 
 
 def test_edit_without_pictures_with_budget_and_size(tmp_path, capsys):
     out = tmp_path / "result.webp"
-    args = ["edit", "--prompt", "a sunflower", "--width", 64, "--height", 96, "--steps", 2, "--guidance", 1]
+    args = ["edit", "--prompt", "a sunflower", "--width", 64, "--height", 96, *TWO_STEPS]
     assert run(capsys, *args, "--out", out, "--budget", 64)[0] == 0
     assert Image.open(out).size == (64, 96)
 
@@ -85,14 +88,14 @@ def test_edit_reads_odd_pictures(tmp_path, capsys):
     Image.new("RGB", (60, 20), "green").save(tmp_path / "turned.jpg", exif=exif)
     images = [a for name in ("p.png", "grey.png", "turned.jpg") for a in ("--image", tmp_path / name)]
     out = tmp_path / "result.png"
-    assert run(capsys, "edit", *images, "--prompt", "x", "--out", out, "--steps", 2, "--guidance", 1)[0] == 0
+    assert run(capsys, "edit", *images, "--prompt", "x", "--out", out, *TWO_STEPS)[0] == 0
     assert Image.open(out).height > Image.open(out).width, "the orientation tag counts"
 
 
 def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
     folder = builtin.build(tmp_path / "model", seed=1)
     out = tmp_path / "result.png"
-    args = ["edit", "--image", pictures[0], "--prompt", "x", "--out", out, "--steps", 2, "--model", folder]
+    args = ["edit", "--image", pictures[0], "--prompt", "x", "--out", out, *TWO_STEPS, "--model", folder]
     status, text, _ = run(capsys, *args)
     assert status == 0 and out.is_file() and "untrained" in text
     before = out.read_bytes()
@@ -102,13 +105,13 @@ def test_edit_with_a_model_folder(tmp_path, pictures, capsys):
 
 
 def test_estimate(pictures, capsys):
-    status, text, _ = run(capsys, "estimate", "--image", pictures[0], "--size", "512x384", "--prompt", "x")
+    status, text, _ = run(capsys, "estimate", "--image", pictures[0], "--image-size", "512x384", "--prompt", "x")
     assert status == 0 and "transformer" in text
-    status, _, err = run(capsys, "estimate", "--size", "512", "--prompt", "x")
+    status, _, err = run(capsys, "estimate", "--image-size", "512", "--prompt", "x")
     assert status == 2 and "WIDTHxHEIGHT" in err
     status, _, err = run(capsys, "estimate", "--prompt", "x", "--model", "no/such/folder")
     assert status == 2 and "no such folder" in err
-    status, text, _ = run(capsys, "estimate", "--size", "512x384", "--prompt", "x", "--json")
+    status, text, _ = run(capsys, "estimate", "--image-size", "512x384", "--prompt", "x", "--json")
     assert status == 0 and json.loads(text)["tokens"]["reference"] > 0
 
 
@@ -139,13 +142,13 @@ BAD = [
     (["--out", "text.png/x.png"], "is not a writable folder"),
     (["--out", "new/deep/x.png", "--image", "missing.png"], "no such image"),
     (["--width", "3"], "width must be at least 16"),
-    (["--steps", "1"], "use at least 2"),
-    (["--steps", "0"], "at least 1"),
+    (["--num-inference-steps", "1"], "use at least 2"),
+    (["--num-inference-steps", "0"], "at least 1"),
     (["--width", "99999999"], "at most 16384"),
     (["--seed", "99999999999999999999"], "64 bits"),
-    (["--guidance", "nan"], "finite number"),
+    (["--true-cfg-scale", "nan"], "finite number"),
     (["--device", "meta"], "not supported"),
-    (["--budget", "4"], "--budget is the side"),
+    (["--budget", "4"], "budget is the side"),
     (["--image", "ok.png", "--image", "ok.png", "--budget", "20"], "cannot fit a budget"),
     (["--model", "nowhere/at/all"], "no such folder"),
     (["--model", "empty"], "no model_index.json"),
@@ -181,7 +184,7 @@ def test_the_demo_refuses_a_seed_out_of_range(tmp_path, capsys, seed):
 @pytest.mark.parametrize("model, given, scale", [("builtin", None, 1.0), ("a/b", None, 4.0), ("builtin", 3.0, 3.0)])
 def test_guidance_is_off_for_the_built_in_model_unless_asked_for(model, given, scale):
     """The built-in model gives its best images without guidance."""
-    more = [] if given is None else ["--guidance", str(given)]
+    more = [] if given is None else ["--true-cfg-scale", str(given)]
     args = cli._parser().parse_args(["edit", "--prompt", "x", "--out", "a.png", "--model", model, *more])
     assert cli._request_fields(args)["true_cfg_scale"] == scale
 
@@ -214,10 +217,32 @@ def test_an_unknown_flag_names_the_command_that_has_the_help(args, capsys):
     assert f"Try 'uniref-fast {command} --help'" in err
 
 
+@pytest.mark.parametrize(
+    ("args", "old", "new"),
+    [
+        (["edit", "--prompt", "x", "--out", "x.png"], "--steps", "--num-inference-steps"),
+        (["edit", "--prompt", "x", "--out", "x.png"], "--guidance=2", "--true-cfg-scale"),
+        (["estimate", "--prompt", "x"], "--size", "--image-size"),
+        (["demo"], "--steps", "--num-inference-steps"),
+        (["eval", "x", "--out", "y"], "--steps", "--num-inference-steps"),
+        (["eval", "x", "--out", "y"], "--size", "--width and --height"),
+        (["eval", "x", "--out", "y"], "--judge-max-tokens=5", "--judge.max-tokens"),
+    ],
+)
+def test_a_former_flag_is_refused_with_its_new_name(args, old, new, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*args, old, "4"])
+    name = f"uniref-fast {args[0]}"
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == (
+        f"{name}: error: {old.partition('=')[0]} is now called {new}\nTry '{name} --help'.\n"
+    )
+
+
 def test_an_unknown_flag_suggests_the_nearest_one(capsys):
     with pytest.raises(SystemExit):
-        main(["edit", "--prompt", "x", "--out", "x.png", "--guidence=2"])
-    assert "unrecognized arguments: --guidence=2; did you mean --guidance?" in capsys.readouterr().err
+        main(["edit", "--prompt", "x", "--out", "x.png", "--true-cfg-sclae=2"])
+    assert "unrecognized arguments: --true-cfg-sclae=2; did you mean --true-cfg-scale?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

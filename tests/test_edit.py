@@ -139,7 +139,7 @@ def test_splitting_into_packs_changes_nothing(pipe, layouts):
     whole = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False)
     assert len(layouts) == STEPS and layouts[0].num_samples == 6 and layouts[-1].num_samples == 5
     layouts.clear()
-    split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, max_tokens=500)
+    split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, pack_tokens=500)
     assert len(layouts) > STEPS and all(x.joint_length <= 500 or x.num_samples == 1 for x in layouts)
     assert all(max_relative_error(a, b) < LOOP_ROUNDING for a, b in zip(split, whole, strict=True))
 
@@ -185,9 +185,9 @@ def test_pil_results_and_mappings(pipe, capsys):
 
 def test_budget_sizes_references_jointly(pipe, layouts):
     request = EditRequest("x", [picture("red", 400, 200), picture("blue", 300, 600)], num_inference_steps=2, seed=0)
-    sizes = request_geometry(pipe, request, 96 * 96)
+    sizes = request_geometry(pipe, request, 96)
     assert sum(w * h for w, h in sizes.reference_sizes) <= 96 * 96
-    out = uniref_fast.edit(pipe, [request], budget=96 * 96, output_type="latent", progress=False)[0]
+    out = uniref_fast.edit(pipe, [request], budget=96, output_type="latent", progress=False)[0]
     assert torch.isfinite(out).all()
     references = sum(s.length for s in layouts[0].segments if s.kind is Kind.REFERENCE)
     assert references == sum(w * h for w, h in sizes.reference_sizes) // 8**2
@@ -254,10 +254,12 @@ def test_bad_requests(pipe, request_, error, message):
 
 
 def test_bad_options(pipe):
-    for options, message in (({"output_type": "gif"}, "output_type"), ({"max_tokens": 0}, "max_tokens")):
+    for options, message in (({"output_type": "gif"}, "output_type"), ({"pack_tokens": 0}, "pack_tokens")):
         with pytest.raises(ValueError, match=message):
             uniref_fast.edit(pipe, requests(), **options)
-    for options, message in (({"max_tokens": "9"}, "max_tokens must be a number"), ({"budget": "9"}, "budget must be")):
+    with pytest.raises(ValueError, match="the side of a square in pixels; for 1048576 pixels give 1024"):
+        uniref_fast.edit(pipe, requests(), budget=1024**2)
+    for options, message in (({"pack_tokens": "9"}, "pack_tokens must be a number"), ({"budget": "9"}, "budget must")):
         with pytest.raises(TypeError, match=message):
             uniref_fast.edit(pipe, requests(), **options)
     with pytest.raises(ValueError, match="no requests"):
@@ -495,7 +497,7 @@ def test_every_scheduler_equals_the_stock_run(with_scheduler, name):
     drawn = uniref_fast.edit(pipe, [unseeded], output_type="pt", progress=False)[0]
     before = pipe.scheduler.__dict__.copy()
     first, _, again = uniref_fast.edit(
-        pipe, [request, requests()[3], request], output_type="pt", progress=False, max_tokens=500
+        pipe, [request, requests()[3], request], output_type="pt", progress=False, pack_tokens=500
     )
     assert pipe.scheduler.__dict__ == before, "the pipeline's scheduler is left as it is"
     assert max_relative_error(again, first) < LOOP_ROUNDING  # float32 sums go by the place in a pack

@@ -67,8 +67,7 @@ def test_vae_operations_match_a_real_run(builtin_pipe):
         vae.encode(torch.zeros(1, 3, 1, 64, 96))
     request = EditRequest("x", num_inference_steps=2)
     stages = {
-        s.name: s
-        for s in uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[(96, 64)]], budget=96 * 64).stages
+        s.name: s for s in uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[(96, 64)]], budget=96).stages
     }
     assert stages["VAE encode"].flops == counter.get_total_flops()
 
@@ -124,7 +123,7 @@ def test_vae_memory_is_what_lives(builtin_pipe, size):
     """The estimate is the peak of living tensors in a real run on the CPU, whose attention is fused too."""
     vae, (width, height) = builtin_pipe.vae, size
     request = EditRequest("x", num_inference_steps=2, width=width, height=height)
-    estimate = uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[size]], budget=width * height)
+    estimate = uniref_fast.estimate(builtin_pipe, [request], image_sizes=[[size]], budget=max(size))
     stages = {s.name: s for s in estimate.stages}
     with torch.no_grad(), LivingTensors() as memory:
         vae.encode(torch.zeros(1, 3, 1, height, width))
@@ -136,7 +135,7 @@ def test_vae_memory_is_what_lives(builtin_pipe, size):
 
 @pytest.mark.slow
 def test_vae_tiling_counts(builtin_pipe):
-    request, given = EditRequest("x", num_inference_steps=2), {"image_sizes": [[(256, 256)]], "budget": 256 * 256}
+    request, given = EditRequest("x", num_inference_steps=2), {"image_sizes": [[(256, 256)]], "budget": 256}
     whole = uniref_fast.estimate(builtin_pipe, [request], **given).stages[1]
     vae = builtin_pipe.vae
     vae.enable_tiling(64, 64, 48, 48)
@@ -199,14 +198,14 @@ def test_transformer_memory_is_what_lives(make_transformer, samples, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_tokens", [None, 700])
-def test_the_peak_of_a_whole_edit(builtin_pipe, max_tokens):
+@pytest.mark.parametrize("pack_tokens", [None, 700])
+def test_the_peak_of_a_whole_edit(builtin_pipe, pack_tokens):
     requests = [EditRequest("x", [Image.new("RGB", (128, 128))] * 2, negative_prompt=" ", num_inference_steps=2,
                             seed=0, height=64, width=96)] * 3  # fmt: skip
-    estimate = uniref_fast.estimate(builtin_pipe, requests, max_tokens=max_tokens)
-    uniref_fast.edit(builtin_pipe, requests, progress=False, max_tokens=max_tokens)  # tables are made
+    estimate = uniref_fast.estimate(builtin_pipe, requests, pack_tokens=pack_tokens)
+    uniref_fast.edit(builtin_pipe, requests, progress=False, pack_tokens=pack_tokens)  # tables are made
     with LivingTensors() as memory:
-        uniref_fast.edit(builtin_pipe, requests, progress=False, max_tokens=max_tokens)
+        uniref_fast.edit(builtin_pipe, requests, progress=False, pack_tokens=pack_tokens)
     within(estimate.peak_bytes - estimate.weight_bytes, memory.peak, 0.05)
 
 
@@ -322,11 +321,11 @@ def test_weights_of_a_folder_count_as_its_configuration_says(tmp_path, config, b
         uniref_fast.estimate(folder, REQUESTS)
 
 
-def test_max_tokens_bounds_the_activations(builtin_pipe):
-    whole, split = (uniref_fast.estimate(builtin_pipe, REQUESTS * 4, max_tokens=n) for n in (None, 700))
+def test_pack_tokens_bounds_the_activations(builtin_pipe):
+    whole, split = (uniref_fast.estimate(builtin_pipe, REQUESTS * 4, pack_tokens=n) for n in (None, 700))
     assert split.stages[2].activation_bytes < whole.stages[2].activation_bytes and split.flops == whole.flops
-    with pytest.raises(ValueError, match="max_tokens"):
-        uniref_fast.estimate(builtin_pipe, REQUESTS, max_tokens=0)
+    with pytest.raises(ValueError, match="pack_tokens"):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, pack_tokens=0)
 
 
 def test_sizes_instead_of_images(builtin_pipe):

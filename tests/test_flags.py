@@ -329,19 +329,19 @@ def arguments(*argv, names=None):
 
 def test_fields_as_arguments():
     assert arguments() == {}  # flags that are not given leave nothing
-    given = arguments("--run-pack-tokens", "5", "--run-clip=none", "--run-data", "a,b", "--run-data=c")
+    given = arguments("--run.pack-tokens", "5", "--run.clip=none", "--run.data", "a,b", "--run.data=c")
     assert given == {
-        "run_pack_tokens": 5,
-        "run_clip": None,
-        "run_data": [Path("a"), Path("b"), Path("c")],
+        "run.pack_tokens": 5,
+        "run.clip": None,
+        "run.data": [Path("a"), Path("b"), Path("c")],
     }
 
 
 def test_fields_as_arguments_are_chosen_and_checked(capsys):
-    assert arguments("--run-seed", "3", names=["seed", "packs"]) == {"run_seed": 3}
+    assert arguments("--run.seed", "3", names=["seed", "packs"]) == {"run.seed": 3}
     for argv, message in (
-        (["--run-ema", "true"], "unrecognized arguments"),
-        (["--run-packs", "many"], "--run-packs: expects INTEGER, got 'many'"),
+        (["--run.ema", "true"], "unrecognized arguments"),
+        (["--run.packs", "many"], "--run.packs: expects INTEGER, got 'many'"),
     ):
         with pytest.raises(SystemExit):
             arguments(*argv, names=["seed", "packs"])

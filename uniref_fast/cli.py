@@ -11,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -31,6 +31,13 @@ TRAIN_ONLY = ("fontTools", "httpx2", "matplotlib", "peft", "pyarrow", "tensorboa
 DTYPES = ("float32", "bfloat16", "float16")
 JSON_HELP = "Print one JSON object instead of text."
 UNTRAINED = "The weights are untrained: the image is noise shaped by the architecture."
+
+
+RENAMED = {  # new flags by former ones, for the message of the error; the first that a command has
+    "--steps": ("--num-inference-steps",),
+    "--guidance": ("--true-cfg-scale",),
+    "--size": ("--image-size", "--width and --height"),
+}
 
 
 class UsageError(Exception):
@@ -67,12 +74,20 @@ class _Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
+            if now := _new_name(unknown[0].partition("=")[0], flags):
+                self.error(f"{unknown[0].partition('=')[0]} is now called {now}")
             near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1)
             self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
+
+
+def _new_name(flag: str, flags: Collection[str]) -> str | None:
+    """Return the new name of a former flag among the flags of a command; None for other flags."""
+    nested = f"--judge.{flag.removeprefix('--judge-')}"  # as in the configurations of training
+    return next((new for new in RENAMED.get(flag, (nested,)) if new.split()[0] in flags), None)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +140,8 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help=JSON_HELP)
     add("--seed", type=int, default=0, help="Seed of the scene and of the noise. (default: %(default)s)")
     add("--references", type=int, choices=(1, 2, 3), default=3, help="Number of references. (default: %(default)s)")
-    add("--steps", type=int, default=8, help="Number of denoising steps, with guidance. (default: %(default)s)")
+    add("--num-inference-steps", type=int, default=8, metavar="N",
+        help="Number of denoising steps, with guidance. (default: %(default)s)")  # fmt: skip
     add("--repeats", type=int, default=3, help="Number of timed runs of each pipeline. (default: %(default)s)")
     add("--dtype", choices=DTYPES[:2], default="float32", help="Data type of the model. (default: %(default)s)")
     add("--device", default="cpu", help="Device of the model: cpu, cuda or cuda:N. (default: %(default)s)")
@@ -138,13 +154,14 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
     add("--image", action="append", default=[], metavar="FILE",
         help='Reference image; repeat the flag for more. "picture 1" in the prompt is the first one.')  # fmt: skip
     if sizes:
-        add("--size", action="append", default=[], metavar="WIDTHxHEIGHT",
+        add("--image-size", action="append", default=[], metavar="WIDTHxHEIGHT",
             help="Size in pixels of a further reference that need not exist; repeat the flag for more.")  # fmt: skip
     add("--negative-prompt", metavar="TEXT", help="Negative prompt for guidance. (default: a single space)")
     add("--width", type=int, help="Width of the result in pixels. (default: as the pipeline chooses)")
     add("--height", type=int, help="Height of the result in pixels. (default: as the pipeline chooses)")
-    add("--steps", type=int, help="Number of denoising steps. (default: 8 for the built-in model, 50 for others)")
-    add("--guidance", type=float, metavar="SCALE",
+    add("--num-inference-steps", type=int, metavar="N",
+        help="Number of denoising steps. (default: 8 for the built-in model, 50 for others)")  # fmt: skip
+    add("--true-cfg-scale", type=float, metavar="SCALE",
         help="True CFG scale; 1 turns guidance off. (default: 1 for the built-in model, 4 for others)")  # fmt: skip
     add("--budget", type=int, metavar="SIDE",
         help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: each "
@@ -199,7 +216,7 @@ def _demo(args: argparse.Namespace) -> int:
     result, sheet, report = run_demo(
         seed=args.seed,
         references=args.references,
-        steps=args.steps,
+        num_inference_steps=args.num_inference_steps,
         repeats=args.repeats,
         dtype=getattr(torch, args.dtype),
         device=args.device,
@@ -249,7 +266,7 @@ def _edit(args: argparse.Namespace) -> int:
     if adapters:
         loras.apply_adapters(pipe, adapters, below, (), dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
-    (image,) = edit(pipe, [request], budget=_budget(args), visibility=visibility or "full")
+    (image,) = edit(pipe, [request], budget=args.budget, visibility=visibility or "full")
     _save(image, args.out)
     print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
     if builtin.weights_status(pipe) == "untrained":
@@ -262,11 +279,11 @@ def _estimate(args: argparse.Namespace) -> int:
     from uniref_fast.loading import model_errors
     from uniref_fast.request import parse_size
 
-    sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.size]
+    sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.image_size]
     request = EditRequest(**_request_fields(args))
     with model_errors(args.model):
         pipe = builtin.load() if args.model == "builtin" else args.model
-        result = estimate(pipe, [request], image_sizes=[sizes], budget=_budget(args))
+        result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget)
     print(json.dumps(result.as_dict()) if args.json else result)
     return 0
 
@@ -297,24 +314,16 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
     from uniref_fast.guidance import negative_prompt_for
     from uniref_fast.loading import defaults
 
-    steps, guidance = defaults(args.model)
-    guidance = guidance if args.guidance is None else args.guidance
+    steps, scale = defaults(args.model)
+    scale = scale if args.true_cfg_scale is None else args.true_cfg_scale
     return {
         "prompt": args.prompt,
-        "negative_prompt": negative_prompt_for(guidance) if args.negative_prompt is None else args.negative_prompt,
-        "true_cfg_scale": guidance,
+        "negative_prompt": negative_prompt_for(scale) if args.negative_prompt is None else args.negative_prompt,
+        "true_cfg_scale": scale,
         "height": args.height,
         "width": args.width,
-        "num_inference_steps": steps if args.steps is None else args.steps,
+        "num_inference_steps": steps if args.num_inference_steps is None else args.num_inference_steps,
     }
-
-
-def _budget(args: argparse.Namespace) -> int | None:
-    if args.budget is None:
-        return None
-    if args.budget < 16:
-        raise UsageError(f"--budget is the side of a square in pixels, at least 16; got {args.budget}")
-    return args.budget**2
 
 
 def _image(path: str) -> ImageSource:

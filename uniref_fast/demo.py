@@ -57,7 +57,7 @@ class DemoResult:
         instruction: Instruction of the first scene.
         dtype: Data type of the pipeline.
         device: Device of the pipeline.
-        steps: Number of denoising steps.
+        num_inference_steps: Number of denoising steps.
         references: Number of references of the first scene.
         seed: Seed of the scenes and the noise.
     """
@@ -78,7 +78,7 @@ class DemoResult:
     instruction: str
     dtype: str
     device: str
-    steps: int
+    num_inference_steps: int
     references: int
     seed: int
 
@@ -90,7 +90,7 @@ def run_demo(
     *,
     seed: int = 0,
     references: int = 3,
-    steps: int = 8,
+    num_inference_steps: int = 8,
     repeats: int = 3,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -101,7 +101,7 @@ def run_demo(
     Args:
         seed: Seed of the scenes and the noise.
         references: Number of references of the first scene, 1 to 3; the other scenes have 1 to 3.
-        steps: Number of denoising steps, at least 2, each with classifier-free guidance.
+        num_inference_steps: Number of denoising steps, at least 2, each with classifier-free guidance.
         repeats: Number of timed runs of each pipeline, which alternate.
         dtype: Data type, torch.float32 or torch.bfloat16.
         device: Device to run on.
@@ -110,8 +110,9 @@ def run_demo(
     Returns:
         The figures, a contact sheet, and the report of the patch.
     """
+    steps = num_inference_steps
     if steps < 2 or repeats < 1:
-        raise ValueError(f"the demo needs at least 2 steps and 1 repeat, got {steps} and {repeats}")
+        raise ValueError(f"the demo needs at least 2 denoising steps and 1 repeat, got {steps} and {repeats}")
     log("loading the built-in pipeline")
     pipe = builtin.load(dtype, device)
     pipe.set_progress_bar_config(disable=True)
@@ -151,7 +152,7 @@ def run_demo(
         instruction=scene.instruction,
         dtype=str(dtype).removeprefix("torch."),
         device=device,
-        steps=steps,
+        num_inference_steps=steps,
         references=references,
         seed=seed,
     )
@@ -248,9 +249,9 @@ def _sheet(
     verdict = "equal" if result.equal else "NOT equal"
     caption = [
         f"First: {verdict}, max relative error {result.max_rel_error:.1e} (allowed {result.tolerance:.0e}); stock "
-        f"{result.stock_seconds:.2f} s, patched {result.patched_seconds:.2f} s, {result.speedup:.2f}x, {result.steps} "
-        f"guided steps, {result.dtype} on {result.device}, {result.implementation}. The other {len(others)} in one "
-        f"packed loop of uniref_fast.edit, {result.packed_seconds:.2f} s.",
+        f"{result.stock_seconds:.2f} s, patched {result.patched_seconds:.2f} s, {result.speedup:.2f}x, "
+        f"{result.num_inference_steps} guided steps, {result.dtype} on {result.device}, {result.implementation}. The "
+        f"other {len(others)} in one packed loop of uniref_fast.edit, {result.packed_seconds:.2f} s.",
         *(f"{i}. {other.instruction}" for i, (other, _) in enumerate(others, start=1)),
     ]
     if result.weights == "untrained":

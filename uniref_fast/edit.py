@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniref_fast.budget import check_budget
 from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
 from uniref_fast.guidance import guide, is_guided
 from uniref_fast.layout import Sample, SelfLayout
@@ -36,7 +37,7 @@ def edit(
     requests: Sequence[EditRequest | Mapping[str, Any]],
     *,
     budget: int | None = None,
-    max_tokens: int | None = None,
+    pack_tokens: int | None = None,
     visibility: str | Rule = "full",
     impl: str | None = None,
     output_type: str = "pil",
@@ -48,9 +49,9 @@ def edit(
     Args:
         pipe: A `QwenImageEditPlusPipeline`, patched or not. It is not changed.
         requests: `EditRequest`s, or mappings of its fields.
-        budget: Joint pixel budget of each request's references, an area such as `1024**2`. None sizes each reference as
-            diffusers does.
-        max_tokens: Largest number of tokens in one pack; a step then runs as several packs. None puts all sequences
+        budget: Joint pixel budget of each request's references, the side of a square in pixels: 1024 gives all of them
+            together 1024 x 1024 pixels. None sizes each reference as diffusers does.
+        pack_tokens: Largest number of tokens in one pack; a step then runs as several packs. None puts all sequences
             into one pack.
         visibility: Policy or rule of attention. Anything but "full" needs a model trained for it.
         impl: Implementation forced on every op. None chooses by device.
@@ -67,7 +68,7 @@ def edit(
         ValueError: If a request or the pipeline cannot run, before any work is done.
         TypeError: If a request or the pipeline has the wrong type, likewise.
     """
-    _check_options(output_type, max_tokens, budget)
+    _check_options(output_type, pack_tokens, budget)
     check_pipeline(pipe)
     transformer = find_transformer(pipe)
     device = pipe._execution_device
@@ -85,20 +86,21 @@ def edit(
     model = model or PackedQwenImage(transformer, visibility=visibility, impl=impl)
     with torch.no_grad():
         jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, strict=True)]
-        _denoise(pipe, model, jobs, max_tokens, progress)
+        _denoise(pipe, model, jobs, pack_tokens, progress)
         results = [_decode(pipe, job, output_type) for job in jobs]
     pipe.maybe_free_model_hooks()
     return results
 
 
-def _check_options(output_type: Any, max_tokens: Any, budget: Any) -> None:
+def _check_options(output_type: Any, pack_tokens: Any, budget: Any) -> None:
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
-    for name, value in (("max_tokens", max_tokens), ("budget", budget)):
-        if value is not None and not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if budget is not None:
+        check_budget(budget)
+    if pack_tokens is not None and not isinstance(pack_tokens, numbers.Real):
+        raise TypeError(f"pack_tokens must be a number, got {pack_tokens!r}")
+    if pack_tokens is not None and pack_tokens < 1:
+        raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
 
 
 @dataclass
@@ -208,7 +210,7 @@ class _Pack:
     image: Tensor
 
 
-def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None, progress: bool) -> None:
+def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], pack_tokens: int | None, progress: bool) -> None:
     hook = getattr(model.transformer, "_hf_hook", None)
     if hook is not None:  # model offloading: load the weights, as a call of the model itself would
         hook.pre_forward(model.transformer)
@@ -219,7 +221,7 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
     for step in range(steps):
         running = [job for job in jobs if step < len(job.timesteps)]
         if len(running) != len(active):  # jobs end, and none is added
-            active, packs = running, _packs(model, running, max_tokens)
+            active, packs = running, _packs(model, running, pack_tokens)
         for job, velocities in zip(active, _predict(model, active, packs, step), strict=True):
             velocity = velocities[0]
             if job.request.guided:
@@ -234,11 +236,11 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], max_tokens: in
         bar.close()
 
 
-def _packs(model: PackedQwenImage, jobs: list[_Job], max_tokens: int | None) -> list[_Pack]:
-    """Put the sequences of jobs into packs of at most `max_tokens`, in order."""
+def _packs(model: PackedQwenImage, jobs: list[_Job], pack_tokens: int | None) -> list[_Pack]:
+    """Put the sequences of jobs into packs of at most `pack_tokens`, in order."""
     rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples, strict=True)]
     packs = []
-    for indices in next_fit([sample.length for *_, sample in rows], max_tokens):
+    for indices in next_fit([sample.length for *_, sample in rows], pack_tokens):
         owners, prompts, samples = zip(*(rows[i] for i in indices), strict=True)
         layout = model.layout(samples)
         image = layout.image_stream([job.latents[0] for job in owners], [job.references for job in owners])

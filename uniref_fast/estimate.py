@@ -118,7 +118,7 @@ def estimate(
     *,
     image_sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
     budget: int | None = None,
-    max_tokens: int | None = None,
+    pack_tokens: int | None = None,
     visibility: str | Rule = "full",
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
@@ -128,8 +128,8 @@ def estimate(
             tokenizer and processor are read, and weights count as bfloat16.
         requests: Requests, as for `edit`.
         image_sizes: Width and height in pixels of the references of each request, whose `images` are then empty.
-        budget: Joint pixel budget of each request's references, as for `edit`.
-        max_tokens: Largest number of tokens in one pack, as for `edit`.
+        budget: Joint pixel budget of each request's references, the side of a square in pixels, as for `edit`.
+        pack_tokens: Largest number of tokens in one pack, as for `edit`.
         visibility: Policy or rule of attention, as for `edit`.
 
     Raises:
@@ -141,8 +141,8 @@ def estimate(
         pipe = skeleton(pipe)
     check_pipeline(pipe)
     transformer = find_transformer(pipe)
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    if pack_tokens is not None and pack_tokens < 1:
+        raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
     requests = validated(requests, pipe)
     sizes = _geometries(pipe, requests, image_sizes, budget)
     texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
@@ -162,7 +162,7 @@ def estimate(
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
     held = (embeddings + latents) * compute_dtype(transformer).itemsize
-    peak = held + _packs_peak(model, [sample for sample, _ in rows], max_tokens)
+    peak = held + _packs_peak(model, [sample for sample, _ in rows], pack_tokens)
     vae_bytes = weight_bytes(pipe.vae)
     encode_flops, encode_peak = vae_cost(pipe, pixels, "encode")
     decode_flops, decode_peak = vae_cost(pipe, results, "decode")
@@ -189,9 +189,9 @@ def _transformer_flops(model: PackedQwenImage, rows: Sequence[tuple[Sample, int]
     return linear, attention
 
 
-def _packs_peak(model: PackedQwenImage, samples: Sequence[Sample], max_tokens: int | None) -> int:
+def _packs_peak(model: PackedQwenImage, samples: Sequence[Sample], pack_tokens: int | None) -> int:
     """Return the peak bytes of the largest pack, with the image streams of all other packs."""
-    packs = next_fit([sample.length for sample in samples], max_tokens)
+    packs = next_fit([sample.length for sample in samples], pack_tokens)
     longest = max(packs, key=lambda pack: sum(samples[i].length for i in pack))
     largest = model.layout([samples[i] for i in longest])
     others = model.layout(samples).image_length - largest.image_length

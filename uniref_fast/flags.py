@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["ConfigError", "Parsed", "add_fields", "parse", "to_json"]
+__all__ = ["ConfigError", "Parsed", "add_fields", "current_name", "parse", "to_json"]
 
 C = TypeVar("C")
 E = TypeVar("E")
@@ -92,7 +92,8 @@ def parse(
         extra: Instance of a dataclass whose fields are flags as well, such as the folder of a run.
         prog: Name of the program in the help.
         description: Description of the program in the help.
-        renamed: New names of fields by their former names, for the message of the error.
+        renamed: New names of fields by their former names, for the message of the error; N stands for the number of an
+            element, as in "stages.N.side".
 
     Raises:
         ConfigError: If a flag is wrong; the message has the flag, the value and what is possible.
@@ -109,15 +110,15 @@ def parse(
         print(_help(recipes, recipe, {**others, **ours}, prog, description), end="")
         raise SystemExit(0)
     for name, (flag, _) in flags.items():
-        if renamed and name in renamed:
-            raise ConfigError(f"{flag} is now called {_flag(renamed[name])}")
+        if (now := current_name(name, renamed or {})) != name and now in {**ours, **others}:
+            raise ConfigError(f"{flag} is now called {_flag(now)}")
     changes = {name: _override(name, *given, {**ours, **others}) for name, given in flags.items()}
     extra = extra if extra is None else _rebuilt(extra, changes)
     return Parsed(recipe, _rebuilt(config, changes), extra, frozenset(changes))
 
 
 def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, prefix: str = "") -> dict[str, Any]:
-    """Add plain fields of a configuration to an argparse parser as `--PREFIX-FIELD`, and return their groups by title.
+    """Add plain fields of a configuration to an argparse parser as `--PREFIX.FIELD`, and return their groups by title.
 
     A flag that is not given leaves no attribute in the namespace (`argparse.SUPPRESS`). A flag of a tuple of any length
     may be repeated; its attribute is a list.
@@ -133,11 +134,25 @@ def add_fields(parser: Any, config: Any, names: Iterable[str] | None = None, pre
         leaf = leaves[name]
         if leaf.group not in groups:
             groups[leaf.group] = parser.add_argument_group(leaf.group)
-        flag = _flag(f"{prefix}_{name}" if prefix else name)
+        flag = _flag(f"{prefix}.{name}" if prefix else name)
         action = "extend" if Ellipsis in typing.get_args(leaf.kind) else "store"
         convert = functools.partial(_value, leaf)
         _add_flag(groups[leaf.group], flag, leaf, _show(leaf.value), type=convert, action=action)
     return groups
+
+
+def current_name(name: str, renamed: Mapping[str, str]) -> str:
+    """Return the new dotted name of a field that was renamed, or the given name of another one.
+
+    Args:
+        name: Dotted name, such as "stages.0.side".
+        renamed: New names of fields by their former names; N stands for the number of an element in both.
+    """
+    new = renamed.get(_pattern(name))
+    if new is None:
+        return name
+    numbers = iter(re.findall(r"(?<=\.)\d+(?=\.|$)", name))
+    return ".".join(next(numbers) if part == "N" else part for part in new.split("."))
 
 
 def to_json(config: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from uniref_fast.budget import MAX_ASPECT_RATIO, SIDE_MULTIPLE, fit_to_budget
+from uniref_fast.budget import MAX_ASPECT_RATIO, MAX_SIDE, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.builtin.store import AREAS, recorded_areas
 from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
@@ -29,7 +29,6 @@ __all__ = [
 ]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
-MAX_SIDE = 16384  # of a result in pixels: far above the sizes of training, far below an overflow
 MAX_STEPS = 10000
 FIELD_KINDS: dict[str, tuple[type, str]] = {
     "true_cfg_scale": (numbers.Real, "a number"),
@@ -170,7 +169,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """Return width and height of a text such as "768x1024", or raise ValueError."""
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"--size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
+        raise ValueError(f"--image-size is WIDTHxHEIGHT in pixels, for example 768x1024; got {text!r}")
     return int(width), int(height)
 
 
@@ -285,8 +284,8 @@ def geometry(
         sizes: (width, height) of each reference in pixels.
         width: Requested width of the result in pixels; None computes it as `EditRequest` describes.
         height: Requested height of the result, likewise.
-        budget: Joint pixel budget of all references (`fit_to_budget`); None sizes each reference alone, as diffusers
-            does.
+        budget: Joint pixel budget of all references (`fit_to_budget`), the side of a square in pixels; None sizes each
+            reference alone, as diffusers does.
 
     Raises:
         ValueError: If an image would be smaller than one token.
@@ -333,5 +332,5 @@ def target_size(target: tuple[int, int] | None, references: Sequence[tuple[int, 
         side: Side of a square in pixels.
     """
     wanted = target or (references[-1] if references else (1, 1))
-    (size,) = fit_to_budget([wanted], side**2, upscale=target is None)
+    (size,) = fit_to_budget([wanted], side, upscale=target is None)
     return size

@@ -27,7 +27,9 @@ def data(tmp_path_factory):
 def config(data):
     """Configuration of an evaluation of 5 rows in batches of 2."""
     files = (data / "heldout_objects.jsonl", data / "heldout_combinations.jsonl")
-    return EvalConfig(files, Path(), steps=2, guidance=1.0, budget=32, target_side=32, batch=2, grid=1)
+    return EvalConfig(
+        files, Path(), num_inference_steps=2, true_cfg_scale=1.0, budget=32, target_side=32, batch=2, grid=1
+    )
 
 
 @pytest.fixture(scope="session")

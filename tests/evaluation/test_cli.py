@@ -27,8 +27,10 @@ def test_the_command_prints_a_table_and_differences(config, data, whole, tmp_pat
     assert part["psnr"]["sem"] == pytest.approx(np.std(expected, ddof=1) / 3**0.5)
     status, text, _ = run_eval(capsys, *args, "--against", whole, "--json")
     assert status == 0 and json.loads(text)["comparison"] == found["comparison"]
-    status, _, err = run_eval(capsys, *args[:-3], tmp_path / "b", "--against", whole, "--steps", 5, "--seed", 4)
-    assert status == 2 and "seed is 4 here and 0 there; steps is 5 here and 2 there" in err
+    status, _, err = run_eval(
+        capsys, *args[:-3], tmp_path / "b", "--against", whole, "--num-inference-steps", 5, "--seed", 4
+    )
+    assert status == 2 and "seed is 4 here and 0 there; num_inference_steps is 5 here and 2 there" in err
     assert not (tmp_path / "b").exists(), "refused before the work"
 
 
@@ -46,14 +48,16 @@ def test_wrong_commands(data, benchmark_rows, whole, tmp_path, capsys, monkeypat
         ([file, "--baseline", "input", "--initial", tmp_path], "leave out initial"),
         ([file, "--baseline", "untrained", "--model", "a/b"], "for the built-in model only"),
         ([file, "--limit", 0], "limit must be at least 1, got 0"),
-        ([file, "--steps", 0], "steps must be at least 1"),
-        ([file, "--budget", 3], "budget must be at least 16"),
+        ([file, "--num-inference-steps", 0], "num_inference_steps must be at least 1"),
+        ([file, "--budget", 3], "budget is the side of a square in pixels, at least 16; got 3"),
+        ([file, "--budget", 1024**2], "for 1048576 pixels give 1024"),
         ([file, "--device", "tpu9"], "unknown device"),
-        ([file, "--size", "8x64"], "at least 16 pixels wide and high, got 8x64"),
+        ([file, "--width", 8, "--height", 64], "width must be at least 16, got 8"),
+        ([file, "--width", 64], "give width and height together, got width = 64 and height = None"),
         ([data, "--out", data / "results"], "its files would be read as rows"),
         ([benchmark_rows, "--reward", "scene"], "mico_bench_hoi.jsonl:1 has no scene; the scene reward needs"),
-        ([file, "--judge-model", "x"], "--judge-model needs --reward judge"),
-        ([file, "--reward", "judge", "--judge-url", "ftp://x"], "judge: url must be like"),
+        ([file, "--judge.model", "x"], "--judge.model needs --reward judge"),
+        ([file, "--reward", "judge", "--judge.url", "ftp://x"], "judge: url must be like"),
         ([file, "--against", tmp_path], "holds no results.json"),
         ([benchmark_rows, "--against", whole, "--reward", "none"], "reward is 'none' here and 'scene' there"),
         ([data / "heldout_combinations.jsonl", "--image-folder", tmp_path / "none"], "image folder"),
@@ -64,16 +68,18 @@ def test_wrong_commands(data, benchmark_rows, whole, tmp_path, capsys, monkeypat
     for place, message in (("full", "cannot be created"), ("busy", "not empty and holds no evaluation")):
         status, _, err = run_eval(capsys, file, "--out", tmp_path / place)
         assert status == 2 and message in err
-    status, _, err = run_eval(capsys, file, "--out", out, "--steps", 2, "--seed", 7, "--baseline", "input", "--grid", 0)
+    status, _, err = run_eval(
+        capsys, file, "--out", out, "--num-inference-steps", 2, "--seed", 7, "--baseline", "input", "--grid", 0
+    )
     assert status == 0, "earlier errors leave the folder usable"
     assert not (out / "grid.png").exists()
-    with pytest.raises(ValueError, match="guidance must be a finite number"):
-        EvalConfig((file,), out, guidance=math.nan)
+    with pytest.raises(ValueError, match="true_cfg_scale must be a finite number"):
+        EvalConfig((file,), out, true_cfg_scale=math.nan)
     for args, message in (
         ([file], "required: --out"),
-        ([file, "--out", out, "--guidance", "nan"], "--guidance: expects NUMBER|none, got 'nan'"),
-        ([file, "--out", out, "--judge-timeout", "soon"], "--judge-timeout: expects NUMBER, got 'soon'"),
-        ([file, "--out", out, "--stpes", "3"], "--stpes 3; did you mean --steps?"),
+        ([file, "--out", out, "--true-cfg-scale", "nan"], "--true-cfg-scale: expects NUMBER|none, got 'nan'"),
+        ([file, "--out", out, "--judge.timeout", "soon"], "--judge.timeout: expects NUMBER, got 'soon'"),
+        ([file, "--out", out, "--batches", "3"], "--batches 3; did you mean --batch?"),
     ):
         with pytest.raises(SystemExit) as stop:
             run_eval(capsys, *args)
@@ -86,7 +92,7 @@ def test_help_lists_the_judge(capsys):
     text = capsys.readouterr().out
     assert (
         "--baseline input|vae|untrained|none" in text
-        and "--judge-max-tokens" in text
+        and "--judge.max-tokens" in text
         and "Qwen/Qwen3" in text
         and "--against PATH" in text
     )

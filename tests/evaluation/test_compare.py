@@ -22,17 +22,17 @@ def test_files_match_by_label_by_content_or_by_a_unique_name():
 
 
 def test_differing_settings_are_listed():
-    settings = {"guidance": 1.0, "budget": 32, "visibility": "full", "dtype": "float32", "device": "cpu"}
-    other = {**settings, "guidance": 4.0, "budget": None, "seed": 3, "model": "x"}
+    settings = {"true_cfg_scale": 1.0, "budget": 32, "visibility": "full", "dtype": "float32", "device": "cpu"}
+    other = {**settings, "true_cfg_scale": 4.0, "budget": None, "seed": 3, "model": "x"}
     assert compare.differing_settings(settings, other) == [
-        "guidance: 4.0 there, 1.0 here",
+        "true_cfg_scale: 4.0 there, 1.0 here",
         "budget: None there, 32 here",
     ]
-    no_model = {**settings, "guidance": None, "visibility": None, "budget": 16}
+    no_model = {**settings, "true_cfg_scale": None, "visibility": None, "budget": 16}
     assert compare.differing_settings(settings, no_model) == ["budget: 16 there, 32 here"]
     rows = [record(index=i) for i in range(2)]
     found = compare.compare(rows, rows, "old") | {"settings": compare.differing_settings(settings, other)}
-    assert "settings that differ: guidance: 4.0 there" in compare.comparison_table(found)
+    assert "settings that differ: true_cfg_scale: 4.0 there" in compare.comparison_table(found)
 
 
 def test_rows_with_equal_instructions_are_matched_by_their_index():
@@ -67,13 +67,14 @@ def test_evaluations_that_cannot_be_compared():
         compare.compare(rows, [{**record(), "error": "broken"}], "old")
     with pytest.raises(ValueError, match=r"a 0 is 64x48 pixels here and 32x32 in old.*--target-side"):
         compare.compare(rows, [record(size=[32, 32])], "old")
-    settings = {"seed": 1, "steps": 8, "reward": "scene"}
+    settings = {"seed": 1, "num_inference_steps": 8, "reward": "scene"}
     compare.check_comparable(settings, {**settings, "model": "another"})
-    compare.check_comparable(settings, {**settings, "seed": None, "steps": None})  # a baseline that runs no model
+    baseline = {**settings, "seed": None, "num_inference_steps": None}  # it runs no model
+    compare.check_comparable(settings, baseline)
     with pytest.raises(ValueError, match="judge is"):
         compare.check_comparable({**settings, "judge": {"model": "a"}}, {**settings, "judge": {"model": "b"}})
-    with pytest.raises(ValueError, match="seed is 1 here and 2 there; steps is 8 here and 50 there"):
-        compare.check_comparable(settings, {**settings, "seed": 2, "steps": 50})
+    with pytest.raises(ValueError, match="seed is 1 here and 2 there; num_inference_steps is 8 here and 50 there"):
+        compare.check_comparable(settings, {**settings, "seed": 2, "num_inference_steps": 50})
     with pytest.raises(ValueError, match="reward is 'scene' here and 'judge' there"):
         compare.check_comparable(settings, {**settings, "reward": "judge"})
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 
 def test_default_guidance_is_off_for_the_built_in_model(config):
-    assert replace(config, guidance=None).scale == 1.0 == config.scale
-    assert replace(config, guidance=None, model="a/b").scale == 4.0 and replace(config, guidance=2.5).scale == 2.5
+    assert replace(config, true_cfg_scale=None).resolve_sampling()[1] == 1.0 == config.resolve_sampling()[1]
+    other = replace(config, num_inference_steps=None, true_cfg_scale=None, model="a/b")
+    assert other.resolve_sampling() == (50, 4.0) and replace(other, true_cfg_scale=2.5).resolve_sampling() == (50, 2.5)
 
 
 def test_a_model_is_evaluated_with_the_visibility_of_its_training(config, tmp_path):

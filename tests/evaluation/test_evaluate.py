@@ -36,7 +36,7 @@ def test_an_evaluation(whole):
         picture = Image.open(whole / "images" / row["file"] / f"{row['index']}.png")
         assert list(picture.size) == row["size"] and np.asarray(picture).std() > 1
     assert len({row["seed"] for row in found["rows"]}) == 5, "each row has its own noise"
-    assert found["settings"]["reward"] == "scene" and found["settings"]["steps"] == 2
+    assert found["settings"]["reward"] == "scene" and found["settings"]["num_inference_steps"] == 2
     assert {"uniref_fast", "torch", "diffusers"} <= set(found["versions"]) and found["comparison"] is None
     files = found["aggregates"]
     assert list(files) == ["heldout_objects", "heldout_combinations"]
@@ -83,20 +83,20 @@ def test_the_input_baseline_is_the_background_reference_or_grey(config, tmp_path
             picture = sources[(shown or 1) - 1].load()
             expected = picture.resize(made.size, Image.LANCZOS, box=crop_box(picture.size, made.size))
         assert np.array_equal(np.asarray(made), np.asarray(expected))
-    assert max(n for n in seen if n) > 1 and found["settings"]["steps"] is None
+    assert max(n for n in seen if n) > 1 and found["settings"]["num_inference_steps"] is None
 
 
 @pytest.mark.parametrize(
     "name, value, seen",
     [
         ("seed", 1, lambda request, options: request.seed),
-        ("guidance", 3.0, lambda request, options: (request.true_cfg_scale, request.negative_prompt)),
-        ("steps", 3, lambda request, options: request.num_inference_steps),
+        ("true_cfg_scale", 3.0, lambda request, options: (request.true_cfg_scale, request.negative_prompt)),
+        ("num_inference_steps", 3, lambda request, options: request.num_inference_steps),
         ("budget", 48, lambda request, options: options["budget"]),
         ("target_side", 48, lambda request, options: (request.width, request.height)),
-        ("size", (48, 32), lambda request, options: (request.width, request.height)),
+        ("width, height", (48, 32), lambda request, options: (request.width, request.height)),
         ("visibility", "reference_causal", lambda request, options: options["visibility"]),
-        ("pack_tokens", 999, lambda request, options: options["max_tokens"]),
+        ("pack_tokens", 999, lambda request, options: options["pack_tokens"]),
     ],
 )
 def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypatch, name, value, seen):
@@ -111,13 +111,14 @@ def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypat
     monkeypatch.setattr(module.models, "load", lambda *args, **options: builtin_pipe)
     few = replace(config, limit=2, data=config.data[:1], grid=0, reward="none")
     before = evaluate(replace(few, out=tmp_path / "a"))
-    after = evaluate(replace(few, out=tmp_path / "b", **{name: value}))
+    given = dict(zip(name.split(", "), value if name == "width, height" else [value], strict=True))
+    after = evaluate(replace(few, out=tmp_path / "b", **given))
     assert len(calls) == 2 and len(calls[0]) == 2 and calls[0] != calls[1]
-    expected = {"guidance": (3.0, " "), "steps": 3, "budget": 48**2, "size": (48, 32), "visibility": "reference_causal",
-                "pack_tokens": 999}.get(name)  # fmt: skip
+    expected = {"true_cfg_scale": (3.0, " "), "num_inference_steps": 3, "budget": 48, "width, height": (48, 32),
+                "visibility": "reference_causal", "pack_tokens": 999}.get(name)  # fmt: skip
     assert expected is None or calls[1] == [expected] * 2
-    if name != "pack_tokens":
-        assert after["settings"][name] == (list(value) if name == "size" else value) != before["settings"][name]
+    for one in given if name != "pack_tokens" else ():
+        assert after["settings"][one] == given[one] != before["settings"][one]
 
 
 def test_the_grid_has_the_given_number_of_rows_of_each_file(config, whole, tmp_path):
@@ -145,7 +146,8 @@ def test_own_rewards(config, whole, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_rewards.py").write_text(OWN_REWARD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    args = [*config.data, "--steps", 2, "--guidance", 1, "--budget", 32, "--target-side", 32, "--batch", 2, "--grid", 0]
+    args = [*config.data, "--num-inference-steps", 2, "--true-cfg-scale", 1, "--budget", 32, "--target-side", 32,
+            "--batch", 2, "--grid", 0]  # fmt: skip
     status, text, _ = run_eval(capsys, *args, "--rewards", "my_rewards:size", "--out", tmp_path / "a")
     assert status == 0 and "size.width" in text and "size.pictures" in text
     found = results(tmp_path / "a")
@@ -175,7 +177,7 @@ def test_own_rewards(config, whole, tmp_path, monkeypatch, capsys):
 
 
 def judged(rows, out, server, *more):
-    flags = ["--reward", "judge", "--judge-url", server.url, "--judge-model", judge_server.MODEL]
+    flags = ["--reward", "judge", "--judge.url", server.url, "--judge.model", judge_server.MODEL]
     return [
         rows,
         "--out",
@@ -185,7 +187,7 @@ def judged(rows, out, server, *more):
         "--target-side",
         32,
         *flags,
-        "--judge-attempts",
+        "--judge.attempts",
         1,
         *more,
     ]
@@ -199,7 +201,7 @@ def test_a_judge_scores_rows_without_target(benchmark_rows, tmp_path, capsys):
             server.default,
             judge_server.say("no JSON"),
         ]  # first: the check
-        status, text, _ = run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge-concurrency", 1)
+        status, text, _ = run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge.concurrency", 1)
         asked = len(server.requests)
         assert status == 0 and asked == 4
         found = results(tmp_path / "out")
@@ -210,11 +212,11 @@ def test_a_judge_scores_rows_without_target(benchmark_rows, tmp_path, capsys):
         assert found["aggregates"]["mico_bench_hoi"]["tasks"]["HOI"]["rows"] == 3
         assert "psnr" not in found["rows"][0] and "unscored" in text and "PSNR" not in text
         assert len(judge_server.pictures(server.requests[2])) == 3, "both references and the result"
-        run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge-concurrency", 1)
+        run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge.concurrency", 1)
         assert len(server.requests) == asked, "a malformed reply is not requested again"
         journal = tmp_path / "out" / "rows.jsonl"
         journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
-        run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge-concurrency", 1)
+        run_eval(capsys, *judged(benchmark_rows, tmp_path / "out", server), "--judge.concurrency", 1)
         assert len(server.requests) == asked + 1, "only the check: the replies are in the log of the judge"
         assert results(tmp_path / "out") == found
 
@@ -223,14 +225,14 @@ def test_calls_that_did_not_reach_the_judge_are_repeated(benchmark_rows, tmp_pat
     with JudgeServer() as server:
         server.default = judge_server.say(judge_server.scores(7, 8, 9))
         server.plan = [server.default, judge_server.status(500)]
-        args = judged(benchmark_rows, tmp_path / "out", server, "--judge-concurrency", 1)
+        args = judged(benchmark_rows, tmp_path / "out", server, "--judge.concurrency", 1)
         status, *_ = run_eval(capsys, *args)
         assert status == 0 and results(tmp_path / "out")["rows"][0]["failure"]["kind"] == "overloaded"
         asked = len(server.requests)
         run_eval(capsys, *args)
         assert results(tmp_path / "out")["rows"][0]["scores"]["mean"] == 8
         assert len(server.requests) == asked + 2, "the check and this row"
-        status, _, err = run_eval(capsys, *args[:-1], 2, "--judge-max-tokens", 7)
+        status, _, err = run_eval(capsys, *args[:-1], 2, "--judge.max-tokens", 7)
         assert status == 2 and "judge.max_tokens: 1024 -> 7" in err
     status, _, err = run_eval(capsys, *judged(benchmark_rows, tmp_path / "new", server))
     assert status == 2 and "does not answer" in err
@@ -243,7 +245,7 @@ def test_keys_and_languages_of_a_bench(tmp_path, capsys):
     lines = [{**same, "key": f"k{i}", "instruction": text, "instruction_language": language}
              for i in range(2) for language, text in (("en", "turn"), ("cn", "b"))]  # fmt: skip
     (tmp_path / "gedit.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    args = [tmp_path / "gedit.jsonl", "--baseline", "input", "--reward", "none", "--size", "64x32"]
+    args = [tmp_path / "gedit.jsonl", "--baseline", "input", "--reward", "none", "--width", 64, "--height", 32]
     status, text, _ = run_eval(capsys, *args, "--out", tmp_path / "a")
     found = results(tmp_path / "a")
     assert status == 0 and [(row["key"], row["language"]) for row in found["rows"]] == [
@@ -299,7 +301,18 @@ def test_a_row_that_only_the_text_encoder_refuses_is_reported(data, tmp_path, mo
 
     monkeypatch.setattr(SmallQwenImageEditPlusPipeline, "encode_prompt", refuse)
     for name in ("with", "without"):
-        settings = ("--image-folder", data, "--steps", 2, "--budget", 32, "--target-side", 32, "--batch", 4)
+        settings = (
+            "--image-folder",
+            data,
+            "--num-inference-steps",
+            2,
+            "--budget",
+            32,
+            "--target-side",
+            32,
+            "--batch",
+            4,
+        )
         assert run_eval(capsys, tmp_path / f"{name}.jsonl", "--out", tmp_path / name, *settings)[0] == 0
     rows = results(tmp_path / "with")["rows"]
     assert [row.get("error") for row in rows] == [None, "the text encoder refuses it: no such word", None, None]

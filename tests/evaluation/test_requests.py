@@ -13,13 +13,13 @@ pytestmark = pytest.mark.usefixtures("threads")
 
 def test_noise_follows_from_the_seed_and_the_row(builtin_pipe, data):
     rows = Dataset(data / "heldout_objects.jsonl")
-    sizes = dict(target_side=32, budget=1024, steps=2, guidance=1.0)
+    sizes = dict(target_side=32, budget=32, num_inference_steps=2, true_cfg_scale=1.0)
 
     def seed(number, **given):
         key = (given.pop("file", "a"), number)
         return eval_request(builtin_pipe, rows[0], key, **{**sizes, "seed": 0, **given}).request.seed
 
-    assert seed(0) == seed(0) == seed(0, steps=9, target_side=64)
+    assert seed(0) == seed(0) == seed(0, num_inference_steps=9, target_side=64)
     assert len({seed(0), seed(1), seed(0, seed=1), seed(0, file="b")}) == 4
 
 
@@ -34,10 +34,8 @@ def test_sizes_of_rows_with_and_without_target(builtin_pipe, tmp_path):
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = Dataset(tmp_path / "rows.jsonl", targets="optional")
-    plans = [
-        eval_request(builtin_pipe, row, ("a", 0), target_side=64, budget=None, seed=0, steps=2, guidance=1.0)
-        for row in rows
-    ]
+    sizes = dict(target_side=64, budget=None, seed=0, num_inference_steps=2, true_cfg_scale=1.0)
+    plans = [eval_request(builtin_pipe, row, ("a", 0), **sizes) for row in rows]
     assert [one.size for one in plans] == [(80, 48), (48, 48), (80, 48), (64, 64)]
     assert [one.target and one.target.size for one in plans] == [(80, 48), (48, 48), None, None]
 

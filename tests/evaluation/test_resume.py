@@ -1,6 +1,7 @@
 """Evaluations that are interrupted, continued, or compared later."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -102,11 +103,38 @@ def test_a_partly_edited_batch_is_edited_again_as_a_whole(config, whole, tmp_pat
 
 
 def test_other_settings_in_the_folder_are_refused(config, whole, capsys):
-    args = [*config.data, "--out", whole, "--steps", 2, "--guidance", 1, "--budget", 32, "--target-side", 32]
+    args = [*config.data, "--out", whole, "--num-inference-steps", 2, "--true-cfg-scale", 1, "--budget", 32,
+            "--target-side", 32]  # fmt: skip
     status, _, err = run_eval(capsys, *args, "--seed", 3, "--reward", "none")
     assert status == 2 and "reward: 'scene' -> 'none'; seed: 0 -> 3" in err
     status, out, _ = run_eval(capsys, *args, "--batch", 5)
     assert status == 0 and "heldout_combinations" in out, "the size of a batch is not a setting"
+
+
+def with_former_names(folder):
+    """Rename the settings of an evaluation as older versions have recorded them."""
+    for name in ("rows.jsonl", "results.json"):
+        content = (folder / name).read_bytes()
+        for new, old in (("num_inference_steps", "steps"), ("true_cfg_scale", "guidance")):
+            assert f'"{new}"'.encode() in content
+            content = content.replace(f'"{new}"'.encode(), f'"{old}"'.encode())
+        content, count = re.subn(rb'"width": null,\s*"height": null', b'"size": null', content)
+        content, sized = re.subn(rb'"width": 64,\s*"height": 32', b'"size": [64, 32]', content)
+        assert count + sized == 1
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("size", [{}, {"width": 64, "height": 32}])
+def test_an_evaluation_of_an_older_version_is_continued_and_compared_with(config, tmp_path, size):
+    few = replace(config, limit=1, out=tmp_path / "a", baseline="input" if size else None, **size)
+    before = evaluate(few)["rows"]
+    with_former_names(tmp_path / "a")
+    compared = evaluate(replace(few, out=tmp_path / "b", against=tmp_path / "a"))["comparison"]
+    assert compared["settings"] == [] and not compared["unmatched"]
+    assert evaluate(few)["rows"] == before and json.loads((tmp_path / "a" / "results.json").read_text())["settings"]
+    other = replace(few, height=48, width=48, true_cfg_scale=3.0)
+    with pytest.raises(ValueError, match=r"width: .* -> 48; height: .* -> 48"):
+        evaluate(other)
 
 
 def test_an_evaluation_with_other_weights_is_refused(config, tmp_path):

@@ -16,8 +16,8 @@ def flags(data, out, *more, steps=3):
         "steps": steps,
         "prompts": 2,
         "group": 3,
-        "rollout-steps": 4,
-        "sample-steps": 3,
+        "rollout-num-inference-steps": 4,
+        "sample-num-inference-steps": 3,
         "lora-rank": 2,
         "save-every": 1,
         "eval-every": 0,
@@ -26,7 +26,7 @@ def flags(data, out, *more, steps=3):
         "tensorboard": "false",
     }
     for i in range(2):
-        given |= {f"stages.{i}.side": 48, f"stages.{i}.target-side": 32, f"stages.{i}.pack-tokens": 512}
+        given |= {f"stages.{i}.budget": 48, f"stages.{i}.target-side": 32, f"stages.{i}.pack-tokens": 512}
     given |= {name.removeprefix("--"): value for name, value in zip(more[::2], more[1::2], strict=True)}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 

@@ -141,7 +141,7 @@ def flags(folder, data, out, **more):
     given = {"recipe": "tiny", "model": folder, "data": data / "train.jsonl", "out": out, "lora-rank": 2,
              "eval-every": 0, "sample-every": 0, "tensorboard": "false"} | more  # fmt: skip
     for i in range(2):
-        given |= {f"stages.{i}.side": 96, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 512}
+        given |= {f"stages.{i}.budget": 96, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 512}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
@@ -157,7 +157,14 @@ def test_a_trained_adapter_is_loaded_by_the_stock_pipeline(folder, data, pipe, t
     assert abs(pixels(stock_image(pipe, 2)) - trained).max() <= 1
 
     out = tmp_path / "rl"
-    more = {"steps": 2, "prompts": 2, "group": 2, "rollout-steps": 3, "save-every": 1, "initial": tmp_path / "sft"}
+    more = {
+        "steps": 2,
+        "prompts": 2,
+        "group": 2,
+        "rollout-num-inference-steps": 3,
+        "save-every": 1,
+        "initial": tmp_path / "sft",
+    }
     assert msgrpo.main(flags(folder, data, out, **more)) == 0
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     checks = [event for event in events if event["kind"] == "on-policy check"]

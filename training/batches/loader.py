@@ -133,7 +133,7 @@ class PackLoader:
         assert self._packer is not None
         where = self.dataset.where(key[1])
         try:
-            prepared = self.encoder.prepare(self.dataset[key[1]], key, stage.side, stage.target_side)
+            prepared = self.encoder.prepare(self.dataset[key[1]], key, stage.budget, stage.target_side)
             self._packer.push(self._packer.pending(key, prepared.sample))
         except (ValueError, OSError) as error:
             broken.append((where, str(error).removeprefix(f"{where}: ")))

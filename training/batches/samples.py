@@ -90,13 +90,13 @@ class Encoder:
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
         self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
 
-    def prepare(self, row: Row, key: Sequence[int], side: int, target_side: int, rollout: bool = False) -> Prepared:
+    def prepare(self, row: Row, key: Sequence[int], budget: int, target_side: int, rollout: bool = False) -> Prepared:
         """Return a row with its sizes and numbers of tokens; only the headers of its images are read.
 
         Args:
             row: Row of a `Dataset`.
             key: (epoch, index), which decides whether text and references are dropped.
-            side: Joint pixel budget of the references: side x side.
+            budget: Joint pixel budget of the references: budget x budget pixels for all of them together.
             target_side: Largest area of the target: target_side x target_side pixels.
             rollout: The row needs no target. Without a target the result has the last reference's aspect ratio, or is a
                 square without references, and target_side x target_side pixels.
@@ -112,7 +112,7 @@ class Encoder:
             own, sizes = row.sizes()
             sizes = [] if dropped else sizes
             width, height = target_size(own, sizes, target_side)
-            made = geometry(self.pipe, sizes, width=width, height=height, budget=side**2)
+            made = geometry(self.pipe, sizes, width=width, height=height, budget=budget)
             text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
         except ValueError as error:
             raise error if isinstance(error, RowError) else RowError(row.where, error) from error

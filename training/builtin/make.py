@@ -126,8 +126,8 @@ def parts(config: BuiltinModel) -> list[Part]:
     both = ("--data", f"{train},{train_one}", "--weights", "1,0.6")
     common = ("--model", str(out / "vae" / "model"), "--heldout", ",".join(heldout), "--cache", str(out / "cache"),
               "--dtype", dtype, "--resume", "auto")  # fmt: skip
-    edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--steps", 12, "--guidance", 1, "--budget", 128,
-             "--batch", 32)  # fmt: skip
+    edits = ("-m", "uniref_fast", "eval", *heldout, *more, "--num-inference-steps", 12,
+             "--true-cfg-scale", 1, "--budget", 128, "--batch", 32)  # fmt: skip
     model = ("--model", str(out / "vae" / "model"))
     sft = _sft(config)
     after_sft = (*model, "--initial", str(sft))

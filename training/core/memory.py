@@ -94,7 +94,7 @@ def plan_memory(
         ValueError: Not even one sample of the largest size fits; the message says what would help.
     """
     # The largest sample of the stage: with pack_tokens unset, every sample must fit a pack.
-    largest = sequences * ((stage.side**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
+    largest = sequences * ((stage.budget**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
     wanted = stage.pack_tokens or largest
     free = memory - fixed - sharded // ranks
     # Sharing a pack costs exchanges in every block, recomputing costs a second forward. The first option that fits is
@@ -114,7 +114,7 @@ def plan_memory(
     least = memory - free + activation_bytes(config, wanted, checkpointing, element) / degree
     twice = ", twice for guidance" if sequences > 1 else ""
     raise ValueError(
-        f"a pack of {wanted} tokens (references of {stage.side} x {stage.side} pixels together, targets of "
+        f"a pack of {wanted} tokens (references of {stage.budget} x {stage.budget} pixels together, targets of "
         f"{stage.target_side} x {stage.target_side}{twice}) needs {least / 2**30:.1f} GiB on each of {ranks} rank(s), "
         f"there are {memory / 2**30:.1f}; use more ranks, a LoRA, smaller sides, or set the stage's "
         "pack_tokens"

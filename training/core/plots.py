@@ -194,7 +194,8 @@ def _marks(events: list[dict[str, Any]]) -> tuple[tuple[tuple[int, str], ...], t
             stages = [stage for stage in stages if stage[0] < step]
             skips = [skip for skip in skips if skip < step]
         elif kind == "stage":
-            label = f"stage {event.get('number', '?')}" + (f", {event['side']}²" if "side" in event else "")
+            budget = event.get("budget", event.get("side"))  # "side" in logs of older versions
+            label = f"stage {event.get('number', '?')}" + (f", {budget}²" if budget else "")
             if not stages or stages[-1][1] != label:  # a resumed run records its stage again
                 stages.append((step, label))
         elif kind == "skipped":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from uniref_fast.budget import check_budget
 from uniref_fast.data.columns import Columns
 
 __all__ = ["BudgetStage", "Recipe", "stage_at"]
@@ -18,7 +19,7 @@ class BudgetStage:
     """One stage of the budget curriculum.
 
     Attributes:
-        side: Joint pixel budget of the references of a sample: side x side pixels for all of them together.
+        budget: Joint pixel budget of the references of a sample: budget x budget pixels for all of them together.
         steps: Number of optimizer steps of this stage.
         lr: Peak learning rate of this stage.
         target_side: Targets with more than target_side x target_side pixels are scaled down to that area.
@@ -29,7 +30,7 @@ class BudgetStage:
             it.
     """
 
-    side: int
+    budget: int
     steps: int
     lr: float
     target_side: int = 1024
@@ -38,7 +39,8 @@ class BudgetStage:
     checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("side", "steps", "target_side"):
+        check_budget(self.budget, "a stage's budget")
+        for name in ("steps", "target_side"):
             least = 1 if name == "steps" else 16
             if getattr(self, name) < least:
                 raise ValueError(f"a stage's {name} must be at least {least}, got {getattr(self, name)}")
@@ -106,8 +108,8 @@ class Recipe:
         eval_samples: Number of held-out rows of each file that a validation uses.
         sample_every: Number of steps between sample grids; 0 turns them off.
         sample_count: Number of held-out rows of each file in a sample grid.
-        sample_steps: Number of denoising steps of a sample.
-        sample_guidance: True CFG scale of a sample; 1 turns guidance off.
+        sample_num_inference_steps: Number of denoising steps of a sample.
+        sample_true_cfg_scale: True CFG scale of a sample; 1 turns guidance off.
 
     Attributes: Checkpoints
         save_every: Number of steps between checkpoints.
@@ -149,8 +151,8 @@ class Recipe:
     eval_samples: int = 64
     sample_every: int = 1000
     sample_count: int = 4
-    sample_steps: int = 25
-    sample_guidance: float = 4.0
+    sample_num_inference_steps: int = 25
+    sample_true_cfg_scale: float = 4.0
     max_skipped: int = 10
     max_broken: int = 100
     memory_gib: float | None = None
@@ -162,8 +164,8 @@ class Recipe:
         if not self.stages:
             raise ValueError("a run needs at least one stage")
         least = {"packs": 1, "save_every": 1, "keep": 1, "eval_every": 0, "sample_every": 0, "eval_samples": 1,
-                 "sample_count": 1, "sample_steps": 2, "max_skipped": 1, "max_broken": 0, "workers": 1, "warmup": 0,
-                 "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
+                 "sample_count": 1, "sample_num_inference_steps": 2, "max_skipped": 1, "max_broken": 0,
+                 "workers": 1, "warmup": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
         self._at_least(least)
         Columns.of(self.columns)
         if self.weights and len(self.weights) != len(self.data):

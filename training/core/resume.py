@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uniref_fast.flags import current_name
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
 __all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "effective", "refuse", "shown"]
@@ -62,27 +63,35 @@ MAY_CHANGE = frozenset({
     # other places with the same content
     "model", "initial", "data", "image_folder", "vae.out", "vae.data",
     # the curriculum and the optimizer from the next step on
-    "stages.side", "stages.steps", "stages.lr", "stages.target_side", "stages.pack_tokens", "stages.sequence_parallel",
-    "stages.checkpointing", "stages.references", "steps", "packs", "betas", "weight_decay", "warmup", "schedule",
-    "max_grad_norm", "t_mean", "t_std", "drop_text", "drop_references",
+    "stages.budget", "stages.steps", "stages.lr", "stages.target_side", "stages.pack_tokens",
+    "stages.sequence_parallel", "stages.checkpointing", "stages.references", "steps", "packs", "betas", "weight_decay",
+    "warmup", "schedule", "max_grad_norm", "t_mean", "t_std", "drop_text", "drop_references",
     # evaluation, checkpoints and logs
-    "heldout", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count", "sample_steps",
-    "sample_guidance", "tensorboard", "wandb", "alarm", "vae.save_every",
+    "heldout", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count",
+    "sample_num_inference_steps", "sample_true_cfg_scale", "tensorboard", "wandb", "alarm", "vae.save_every",
     # the use of the machine
     "cache", "workers", "memory_gib", "compile",
     # the limits at which the run ends
     "max_skipped", "max_broken", "max_failures",
     # a step of MSGRPO: its rollouts and updates use the same settings, and no later step uses its results
-    "prompts", "group", "rollout_steps", "sampler", "noise", "window", "window_end", "guidance", "timesteps", "updates",
-    "inner_epochs", "clip", "clip_high", "advantage_clip", "advantage", "advantage_std", "ratio_guard", "kl",
-    "min_members", "rewards", "reward_weights", "axis_weights",
+    "prompts", "group", "rollout_num_inference_steps", "sampler", "noise", "window", "window_end",
+    "rollout_true_cfg_scale", "timesteps", "updates", "inner_epochs", "clip", "clip_high", "advantage_clip",
+    "advantage", "advantage_std", "ratio_guard", "kl", "min_members", "rewards", "reward_weights", "axis_weights",
     # answers of the judge are reused by the content of the call, the model's name and the sampling included
     "judge.url", "judge.model", "judge.concurrency", "judge.timeout", "judge.attempts", "judge.backoff",
     "judge.backoff_limit", "judge.patience", "judge.temperature", "judge.seed", "judge.max_tokens", "judge.token_field",
     "judge.samples", "judge.max_side", "judge.json_mode", "judge.key_variable", "judge.replay",
 })  # fmt: skip
 
-RENAMED = {"guard": "ratio_guard", "spread": "advantage_std"}  # former names of settings, which old runs have recorded
+RENAMED = {  # former names of settings, which old runs have recorded
+    "guard": "ratio_guard",
+    "spread": "advantage_std",
+    "stages.N.side": "stages.N.budget",
+    "sample_steps": "sample_num_inference_steps",
+    "sample_guidance": "sample_true_cfg_scale",
+    "rollout_steps": "rollout_num_inference_steps",
+    "guidance": "rollout_true_cfg_scale",
+}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -94,7 +103,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
         before: Earlier configuration, as JSON data.
         now: New configuration, as JSON data.
     """
-    old, new = {RENAMED.get(name, name): value for name, value in _leaves(before).items()}, _leaves(now)
+    old, new = {current_name(name, RENAMED): value for name, value in _leaves(before).items()}, _leaves(now)
     names = [name for name in dict.fromkeys((*new, *old)) if (name in old and name in new) or name != _setting(name)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
@@ -137,7 +146,7 @@ def _with(now: Recipe, name: str, old: Any) -> Callable[[], Recipe] | None:
     if match is None or int(match[1]) >= len(now.stages):
         return None
     number, stages = int(match[1]), list(now.stages)
-    if old is None and match[2] in ("side", "steps", "lr", "target_side"):  # the stage is new
+    if old is None and match[2] in ("budget", "steps", "lr", "target_side"):  # the stage is new
         return None
 
     def before() -> Recipe:

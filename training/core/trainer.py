@@ -67,8 +67,8 @@ class Trainer:
         self.saved_at = resume  # step of the last checkpoint
         self._announced: list[tuple[str, dict[str, Any]]] = []  # events from before the monitor was opened
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
-        # (side, target_side) of a stage -> tokens of its packs, of the run that is resumed
-        kept = {(side, target): tokens for side, target, tokens in self.saved.get("packs", ())}
+        # (budget, target_side) of a stage -> tokens of its packs, of the run that is resumed
+        kept = {(budget, target): tokens for budget, target, tokens in self.saved.get("packs", ())}
         self.plans = self._plans(kept)
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
@@ -188,7 +188,7 @@ class Trainer:
             self.ranks.share_sequences(self.model.packed, plan.sequence_parallel)
             self.model.packed.checkpointing = plan.checkpointing
             self.monitor.event(
-                self.step, "stage", number=number, side=stage.side, pack_tokens=plan.pack_tokens, plan=plan.reason
+                self.step, "stage", number=number, budget=stage.budget, pack_tokens=plan.pack_tokens, plan=plan.reason
             )
 
     def announce(self, kind: str, **details: Any) -> None:
@@ -282,7 +282,7 @@ class Trainer:
             return
         updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
         stages = zip(self.config.stages, self.plans, strict=True)
-        packs = [(stage.side, stage.target_side, plan.pack_tokens) for stage, plan in stages]
+        packs = [(stage.budget, stage.target_side, plan.pack_tokens) for stage, plan in stages]
         state = {
             **self.state(),
             "skipped": self.skipped,
@@ -315,7 +315,7 @@ class Trainer:
         """Plan the memory of each stage, on all ranks.
 
         Args:
-            kept: Tokens of a pack by (side, target_side), of the run that is resumed. It keeps them, however much
+            kept: Tokens of a pack by (budget, target_side), of the run that is resumed. It keeps them, however much
                 memory there is now, so that its batches do not change.
         """
         ranks, config = self.ranks, self.config
@@ -324,7 +324,7 @@ class Trainer:
             memory //= ranks.size
         plans = [
             plan_memory(
-                replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.side, stage.target_side))),
+                replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.budget, stage.target_side))),
                 self.model.pipe.transformer.config,
                 ranks=ranks.size,
                 memory=memory,

@@ -119,7 +119,7 @@ class RolloutGenerator:
         """
         config = self.config
         groups = [
-            self._group(key, prepared, number, config.sample_steps, config.sample_guidance, ())
+            self._group(key, prepared, number, config.sample_num_inference_steps, config.sample_true_cfg_scale, ())
             for number, (key, prepared) in enumerate(rows)
         ]
         room = max(plan.pack_tokens, *(group.tokens for group in groups))
@@ -131,8 +131,12 @@ class RolloutGenerator:
 
     def _training_group(self, key: PackKey, prepared: Prepared, number: int) -> Group:
         config = self.config
-        noisy = draw_noisy_steps(config.rollout_steps, config.window, config.window_stop, config.seed, key)
-        return self._group(key, prepared, number, config.rollout_steps, config.guidance, noisy)
+        noisy = draw_noisy_steps(
+            config.rollout_num_inference_steps, config.window, config.window_stop, config.seed, key
+        )
+        return self._group(
+            key, prepared, number, config.rollout_num_inference_steps, config.rollout_true_cfg_scale, noisy
+        )
 
     def _group(
         self, key: PackKey, prepared: Prepared, number: int, steps: int, guidance: float, noisy: tuple[int, ...]

@@ -63,7 +63,7 @@ class Prompts:
             try:
                 row = self.dataset[key[1]]
                 if COUNTS[stage.references](len(row.references)):
-                    prepared = self.encoder.prepare(row, key, stage.side, stage.target_side, rollout=True)
+                    prepared = self.encoder.prepare(row, key, stage.budget, stage.target_side, rollout=True)
                     check(key, prepared)
                     prepared.load_references()  # damaged pictures too are passed over, by all ranks alike
                     taken.append((key, prepared))

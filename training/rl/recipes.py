@@ -60,11 +60,11 @@ class MSGRPO(Recipe):
     Attributes: Rollout
         prompts: Number of rows per step; each row has one group of rollouts.
         group: Number of rollouts per row.
-        rollout_steps: Number of denoising steps of a rollout.
+        rollout_num_inference_steps: Number of denoising steps of a rollout.
         window: Number of consecutive steps of a rollout that add noise, at a random position for each group; none adds
             noise in all steps but the last, which never has any.
         window_end: First step that no window reaches; none takes the middle of the rollout.
-        guidance: True CFG scale of rollouts and updates; 1 turns guidance off.
+        rollout_true_cfg_scale: True CFG scale of rollouts and updates; 1 turns guidance off.
 
     Attributes: Sampler
         sampler: Sampler of the steps that add noise: "sde" (the stochastic differential equation of the flow) or "cps"
@@ -101,18 +101,18 @@ class MSGRPO(Recipe):
         kl: Weight of the KL divergence from the model without its adapter; 0 leaves it out.
 
     Attributes: Validation
-        sample_guidance: True CFG scale of samples of held-out rows; 1, as in training, turns guidance off.
+        sample_true_cfg_scale: True CFG scale of samples of held-out rows; 1, as in training, turns guidance off.
     """
 
     stages: tuple[RLStage, ...]  # type: ignore[assignment]
     prompts: int = 12
     group: int = 16
-    rollout_steps: int = 25
+    rollout_num_inference_steps: int = 25
     sampler: Literal["sde", "cps"] = "sde"
     noise: float = 0.7
     window: int | None = None
     window_end: int | None = None
-    guidance: float = 1.0
+    rollout_true_cfg_scale: float = 1.0
     timesteps: float = 1.0
     updates: int = 1
     inner_epochs: int = 1
@@ -130,14 +130,14 @@ class MSGRPO(Recipe):
     max_failures: float = 0.5
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     visibility: Literal["full", "reference_causal", "reference_isolated", "group_shared"] | None = None
-    sample_guidance: float = 1.0
+    sample_true_cfg_scale: float = 1.0
     alarm: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Sampler(self.sampler, self.noise)
-        self._at_least({"prompts": 1, "group": 2, "rollout_steps": 2, "updates": 1, "inner_epochs": 1, "clip": 0,
-                        "kl": 0, "min_members": 2, "guidance": 1, "alarm": 0})  # fmt: skip
+        self._at_least({"prompts": 1, "group": 2, "rollout_num_inference_steps": 2, "updates": 1, "inner_epochs": 1,
+                        "clip": 0, "kl": 0, "min_members": 2, "rollout_true_cfg_scale": 1, "alarm": 0})  # fmt: skip
         for sound, problem in self._conditions():
             if not sound:
                 raise ValueError(problem)
@@ -162,11 +162,11 @@ class MSGRPO(Recipe):
         yield (
             self.window is None or 1 <= self.window <= self.window_stop,
             f"a window of {self.window} noisy steps does not fit before step {self.window_stop} (window_end) of "
-            f"{self.rollout_steps}",
+            f"{self.rollout_num_inference_steps}",
         )
         yield (
-            self.window_end is None or 1 <= self.window_end < self.rollout_steps,
-            f"window_end must be 1 to rollout_steps - 1, got {self.window_end}",
+            self.window_end is None or 1 <= self.window_end < self.rollout_num_inference_steps,
+            f"window_end must be 1 to rollout_num_inference_steps - 1, got {self.window_end}",
         )
         yield (
             self.clip_high is None or self.clip_high >= 0,
@@ -201,17 +201,17 @@ class MSGRPO(Recipe):
 
     @property
     def sequences(self) -> int:
-        return len(texts_of("", self.guidance))
+        return len(texts_of("", self.rollout_true_cfg_scale))
 
     @property
     def window_stop(self) -> int:
         """First step that no window of noisy steps reaches."""
-        return self.window_end if self.window_end is not None else max(self.rollout_steps // 2, 1)
+        return self.window_end if self.window_end is not None else max(self.rollout_num_inference_steps // 2, 1)
 
     @property
     def noisy_steps(self) -> int:
         """Number of noisy steps of a rollout."""
-        return self.rollout_steps - 1 if self.window is None else self.window
+        return self.rollout_num_inference_steps - 1 if self.window is None else self.window
 
     @property
     def trained_steps(self) -> int:
@@ -227,11 +227,11 @@ def tiny() -> MSGRPO:
         model="builtin",
         data=("builtin",),
         # On the built-in model after SFT, a constant 1e-3 gains for 20 steps and then wanders; 2e-3 loses at once.
-        stages=(RLStage(side=128, steps=24, lr=1e-3, target_side=64, pack_tokens=6144, references="multi"),
-                RLStage(side=128, steps=12, lr=1e-3, target_side=64, pack_tokens=6144, references="single")),
+        stages=(RLStage(budget=128, steps=24, lr=1e-3, target_side=64, pack_tokens=6144, references="multi"),
+                RLStage(budget=128, steps=12, lr=1e-3, target_side=64, pack_tokens=6144, references="single")),
         prompts=8,
         group=12,
-        rollout_steps=8,
+        rollout_num_inference_steps=8,
         timesteps=0.6,
         noise=0.7,
         clip=1e-3,
@@ -250,7 +250,7 @@ def tiny() -> MSGRPO:
         eval_every=18,
         eval_samples=64,
         sample_every=36,
-        sample_steps=12,
+        sample_num_inference_steps=12,
         alarm=20,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def lora() -> MSGRPO:
     return MSGRPO(
         stages=(RLStage(512, 200, 1e-4, target_side=512, references="multi"),
                 RLStage(512, 100, 1e-4, target_side=512, references="single")),
-        rollout_steps=10,
+        rollout_num_inference_steps=10,
         noise=0.7,
         window=3,
         packs=8,

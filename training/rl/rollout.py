@@ -242,7 +242,7 @@ def schedule_packs(
         where = members[alone.index(max(alone))].prepared.row.where
         raise ValueError(
             f"{where}: a rollout has {max(alone)} tokens, over the {pack_tokens} of a pack; raise pack_tokens or lower "
-            "the stage's side"
+            "the stage's budget"
         )
     for count in itertools.count(multiple, multiple):
         parts = [list(range(a, b)) for a, b in itertools.pairwise(_cut(alone, count))]

@@ -155,9 +155,9 @@ def check_noise(sampler: Sampler, grid: Sequence[float], window: int | None = No
     if sound is not None:
         advice = f"set noise to {sound:g} or less"
     elif window is not None:
-        advice = "let all steps be noisy (window = none), or take more rollout_steps"
+        advice = "let all steps be noisy (window = none), or take more rollout_num_inference_steps"
     else:
-        advice = "take more rollout_steps"
+        advice = "take more rollout_num_inference_steps"
     warning = (
         f"noise = {sampler.noise:g} is too large: for Gaussian data with the exact velocity, latents have "
         f"{largest:.2f} times the standard deviation that the model was trained on after step {step} of "

@@ -182,7 +182,7 @@ class RLTrainer(Trainer):
             self.monitor.event(self.step, "on-policy check", timesteps=steps, worst_log_ratio=largest)
         elif self.ranks.rank == 0:
             stage = self.config.stages[self.stage]
-            print(f"stage {self.stage}: side {stage.side}, references {stage.references}\n{table(found)}")
+            print(f"stage {self.stage}: budget {stage.budget}, references {stage.references}\n{table(found)}")
         refuse_off_policy(found)
 
     def _scores(self, results: Mapping[MemberKey, dict[str, float] | Failure]) -> dict[MemberKey, dict[str, float]]:
@@ -343,7 +343,7 @@ class RLTrainer(Trainer):
         """Record how noisy the latents of the stage's rollouts are, and warn if the model was not trained on such."""
         config = self.config
         tokens = (config.stages[self.stage].target_side // (self.model.pipe.vae_scale_factor * 2)) ** 2
-        grid = sigmas(self.model.pipe.scheduler, tokens, config.rollout_steps)
+        grid = sigmas(self.model.pipe.scheduler, tokens, config.rollout_num_inference_steps)
         noise = check_noise(self.generator.sampler, grid, config.window, config.window_stop)
         self.monitor.event(
             self.step, "sampler", final=noise.final, largest=noise.largest, after_step=noise.after_step,
@@ -394,7 +394,9 @@ class RLTrainer(Trainer):
         if not self.monitor.flops_per_second:
             return 0.0
         config = self.config
-        passes = config.rollout_steps + config.inner_epochs * config.trained_steps * (4 if config.kl else 3)
+        passes = config.rollout_num_inference_steps + config.inner_epochs * config.trained_steps * (
+            4 if config.kl else 3
+        )
         model = self.model.pipe.transformer.config
         own = sum(sum(transformer_flops(model, pack.layout)) for pack in batch.packs if pack is not None)
         return math.fsum(self.ranks.gather(float(own * passes))) / self.ranks.sequence

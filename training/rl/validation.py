@@ -92,6 +92,6 @@ class RewardValidation:
 
     def _rows(self, dataset: Dataset, count: int, stage: RLStage) -> list[tuple[PackKey, Prepared]]:
         return [
-            ((0, i), self.encoder.prepare(dataset[i], (0, i), stage.side, stage.target_side, rollout=True))
+            ((0, i), self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side, rollout=True))
             for i in range(min(count, len(dataset)))
         ]

@@ -52,8 +52,8 @@ def tiny() -> SFT:
     return SFT(
         model="builtin",
         data=("builtin",),
-        stages=(BudgetStage(side=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
-                BudgetStage(side=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
+        stages=(BudgetStage(budget=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
+                BudgetStage(budget=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
         packs=2,
         dtype="float32",
         betas=(0.9, 0.99),
@@ -66,7 +66,7 @@ def tiny() -> SFT:
         eval_every=50,
         eval_samples=32,
         sample_every=150,
-        sample_steps=8,
+        sample_num_inference_steps=8,
     )  # fmt: skip
 
 
@@ -77,9 +77,9 @@ def builtin() -> SFT:
         data=("builtin",),
         # Ten samples a pack: with fewer, the exchange of weights and gradients takes longer than the products. The
         # first budgets make several pictures smaller than the answer, of which little is learned for the last.
-        stages=(BudgetStage(side=64, steps=200, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                BudgetStage(side=96, steps=300, lr=1.5e-3, target_side=64, pack_tokens=2048),
-                BudgetStage(side=128, steps=12_000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
+        stages=(BudgetStage(budget=64, steps=200, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                BudgetStage(budget=96, steps=300, lr=1.5e-3, target_side=64, pack_tokens=2048),
+                BudgetStage(budget=128, steps=12_000, lr=1.5e-3, target_side=64, pack_tokens=2048)),
         packs=2,
         dtype="bfloat16",
         betas=(0.9, 0.99),
@@ -95,15 +95,15 @@ def builtin() -> SFT:
         eval_every=500,
         eval_samples=128,
         sample_every=2000,
-        sample_steps=12,
-        sample_guidance=1.0,
+        sample_num_inference_steps=12,
+        sample_true_cfg_scale=1.0,
     )  # fmt: skip
 
 
 def builtin_more() -> SFT:
     """Continue a run of the recipe `builtin` with the tasks that it learns last, for about 75 minutes more."""
     return replace(
-        builtin(), stages=(BudgetStage(side=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),)
+        builtin(), stages=(BudgetStage(budget=128, steps=10_000, lr=1.2e-3, target_side=64, pack_tokens=2048),)
     )
 
 

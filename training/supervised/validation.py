@@ -78,7 +78,7 @@ class Validation:
             self._encoded = {key: rows for key, rows in self._encoded.items() if key[1] == stage}
             dataset = self.datasets[name]
             self._encoded[name, stage] = [
-                (self.encoder.prepare(dataset[i], (0, i), stage.side, stage.target_side), None) for i in range(count)
+                (self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side), None) for i in range(count)
             ]
         return self._encoded[name, stage]
 
@@ -98,12 +98,12 @@ class Validation:
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
         return assemble_batch(self.model, chosen, times, noises)
 
-    def grid(self, stage: BudgetStage, max_tokens: int) -> Image.Image | None:
+    def grid(self, stage: BudgetStage, pack_tokens: int) -> Image.Image | None:
         """Draw references, target and result of some rows of each file as a labelled image. All ranks.
 
         Args:
             stage: Stage that decides the sizes.
-            max_tokens: Largest number of tokens in a pack.
+            pack_tokens: Largest number of tokens in a pack.
 
         Returns:
             The image; None if there are no held-out rows.
@@ -111,18 +111,18 @@ class Validation:
         requests, pictures = [], []
         for name, dataset in self.datasets.items():
             for i in range(min(self.config.sample_count, len(dataset))):
-                prepared = self.encoder.prepare(dataset[i], (0, i), stage.side, stage.target_side)
+                prepared = self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side)
                 target, references = prepared.load()
                 width, height = prepared.geometry.size
                 requests.append(
                     EditRequest(
                         prepared.instruction,
                         references,
-                        negative_prompt=negative_prompt_for(self.config.sample_guidance),
-                        true_cfg_scale=self.config.sample_guidance,
+                        negative_prompt=negative_prompt_for(self.config.sample_true_cfg_scale),
+                        true_cfg_scale=self.config.sample_true_cfg_scale,
                         width=width,
                         height=height,
-                        num_inference_steps=self.config.sample_steps,
+                        num_inference_steps=self.config.sample_num_inference_steps,
                         seed=i,
                     )
                 )
@@ -135,9 +135,9 @@ class Validation:
             results = edit(
                 self.model.pipe,
                 requests,
-                budget=stage.side**2,
+                budget=stage.budget,
                 model=packed,
-                max_tokens=max_tokens,
+                pack_tokens=pack_tokens,
                 progress=False,
             )
         finally:

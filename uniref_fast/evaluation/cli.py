@@ -1,7 +1,7 @@
 """Command `uniref-fast eval`.
 
 uniref-fast eval heldout_objects.jsonl heldout_combinations.jsonl --initial runs/mine --out results/mine
-uniref-fast eval OmniContext/ --model Qwen/Qwen-Image-Edit-2511 --reward judge --judge-model X --out results/omni
+uniref-fast eval OmniContext/ --model Qwen/Qwen-Image-Edit-2511 --reward judge --judge.model X --out results/omni
 uniref-fast eval heldout_objects.jsonl --initial runs/other --out results/other --against results/mine
 """
 
@@ -24,20 +24,16 @@ SHOWN = 10  # broken rows that are listed
 FIELDS = (
     "image_folder", "columns", "language", "limit",
     "model", "initial", "lora", "baseline", "visibility", "dtype", "device",
-    "steps", "guidance", "seed", "budget", "target_side", "batch", "pack_tokens",
+    "num_inference_steps", "true_cfg_scale", "seed", "budget", "target_side", "width", "height", "batch", "pack_tokens",
     "rewards", "grid", "against",
 )  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `uniref-fast eval`: the fields of `EvalConfig`, and `--judge-FIELD` for `JudgeConfig`."""
+    """Add the arguments of `uniref-fast eval`: the fields of `EvalConfig`, and `--judge.FIELD` for `JudgeConfig`."""
     parser.usage = "%(prog)s PATH [PATH ...] --out DIR [--FLAG VALUE ...]"
     parser.add_argument("data", nargs="+", type=Path, metavar="PATH", help="File or folder of dataset rows.")
     groups = add_fields(parser, EvalConfig((), Path()), FIELDS)
-    groups["Sampling"].add_argument(
-        "--size", metavar="WIDTHxHEIGHT",
-        help="Size of all results in pixels, such as 1024x1024, whatever the targets and references are.",
-    )  # fmt: skip
     groups["Rewards"].add_argument(
         "--reward", choices=("scene", "judge", "none"),
         help="Reward that scores the results: scene (generated data), judge (a vision-language model), or none. "
@@ -55,13 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate and return the exit status: 1 if no row could be evaluated. Raises the errors of `evaluate`."""
     from uniref_fast.evaluation.evaluate import evaluate
-    from uniref_fast.request import parse_size
 
-    names = {field.name for field in dataclasses.fields(EvalConfig)} - {"size"}
+    names = {field.name for field in dataclasses.fields(EvalConfig)}
     given = {name: value for name, value in vars(args).items() if name in names}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    size = None if args.size is None else parse_size(args.size)
-    config = EvalConfig(**given, size=size, judge=_judge(args))
+    config = EvalConfig(**given, judge=_judge(args))
     results = evaluate(config, progress=True)
     broken = [row for row in results["rows"] if "error" in row]
     if args.json:
@@ -95,10 +89,10 @@ def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, An
 
 
 def _judge(args: argparse.Namespace) -> JudgeConfig:
-    given = {name: value for name, value in vars(args).items() if name.startswith("judge_")}
+    given = {name: value for name, value in vars(args).items() if name.startswith("judge.")}
     if given and args.reward != "judge":
         raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --reward judge")
     try:
-        return JudgeConfig(**{name.removeprefix("judge_"): value for name, value in given.items()})
+        return JudgeConfig(**{name.removeprefix("judge."): value for name, value in given.items()})
     except ValueError as error:
         raise ValueError(f"judge: {error}") from error

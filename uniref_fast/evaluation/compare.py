@@ -18,6 +18,7 @@ from uniref_fast.evaluation.aggregate import (
     score,
     statistic,
 )
+from uniref_fast.evaluation.config import current_names
 from uniref_fast.evaluation.report import aligned
 
 __all__ = [
@@ -47,7 +48,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         if found["format"] != FORMAT:
             raise ValueError(f"it has format {found['format']!r}, this version reads {FORMAT}")
-        return {"settings": dict(found["settings"]), "rows": [dict(row) for row in found["rows"]]}
+        return {"settings": current_names(found["settings"]), "rows": [dict(row) for row in found["rows"]]}
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no results.json: it is not a finished evaluation") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -61,9 +62,9 @@ def check_comparable(settings: Record, other: Record) -> None:
         ValueError: The message names the settings that differ.
     """
     changed = []
-    for name in ("seed", "steps", "reward", "judge"):
+    for name in ("seed", "num_inference_steps", "reward", "judge"):
         before, after = other.get(name), settings.get(name)
-        no_noise = name in ("seed", "steps") and None in (before, after)  # one of the two runs no model
+        no_noise = name in ("seed", "num_inference_steps") and None in (before, after)  # one of the two runs no model
         if before != after and not no_noise:
             changed.append(f"{name} is {after!r} here and {before!r} there")
     if changed:
@@ -71,11 +72,11 @@ def check_comparable(settings: Record, other: Record) -> None:
 
 
 def differing_settings(settings: Record, other: Record) -> list[str]:
-    """Return the other settings that differ and may explain a difference, as "guidance: 4.0 there, 1.0 here"."""
-    names = ("guidance", "budget", "target_side", "size", "visibility", "dtype", "device")
+    """Return the other settings that differ and may explain a difference, as "true_cfg_scale: 4.0 there, 1.0 here"."""
+    names = ("true_cfg_scale", "budget", "target_side", "width", "height", "visibility", "dtype", "device")
     pairs = {name: (other.get(name), settings.get(name)) for name in names}
-    both_run = None not in (other.get("guidance"), settings.get("guidance"))  # otherwise one runs no model
-    skipped = () if both_run else ("guidance", "visibility", "dtype", "device")
+    both_run = None not in (other.get("true_cfg_scale"), settings.get("true_cfg_scale"))  # otherwise one runs no model
+    skipped = () if both_run else ("true_cfg_scale", "visibility", "dtype", "device")
     return [
         f"{n}: {there} there, {here} here" for n, (there, here) in pairs.items() if there != here and n not in skipped
     ]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from uniref_fast.adapters import Adapter, adapter_visibility
+from uniref_fast.budget import check_budget
 from uniref_fast.loading import defaults
 from uniref_fast.rewards.config import JudgeConfig
 from uniref_fast.runs import trained_visibility
 
-__all__ = ["EvalConfig"]
+__all__ = ["EvalConfig", "current_names"]
+
+RENAMED = {"steps": "num_inference_steps", "guidance": "true_cfg_scale"}
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,15 @@ class EvalConfig:
         device: Device of the model, such as cpu or cuda:0; none takes a GPU if there is one.
 
     Attributes: Sampling
-        steps: Number of denoising steps; none takes 8 for the built-in model and 50 for others.
-        guidance: True CFG scale, 1 turns guidance off; none takes 1 for the built-in model and 4 for others.
+        num_inference_steps: Number of denoising steps; none takes 8 for the built-in model and 50 for others.
+        true_cfg_scale: True CFG scale, 1 turns guidance off; none takes 1 for the built-in model and 4 for others.
         seed: Seed of the noise, which also depends on the row.
         budget: Joint pixel budget of the references of a row: budget x budget pixels for all of them together; none
             scales each reference as diffusers does.
         target_side: Results have target_side x target_side pixels, or the area of the row's target if that is smaller;
             none takes the area that the pipeline uses.
-        size: Size (width, height) of all results in pixels, whatever the targets and references are.
+        width: Width of all results in pixels, whatever the targets and references are; give it together with height.
+        height: Height of all results in pixels, likewise.
         batch: Number of rows that are edited together.
         pack_tokens: Largest number of tokens in a pack.
 
@@ -74,11 +79,12 @@ class EvalConfig:
     reward: Literal["scene", "judge", "none"] | None = None
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     rewards: tuple[str, ...] = ()
-    steps: int | None = None
-    guidance: float | None = None
+    num_inference_steps: int | None = None
+    true_cfg_scale: float | None = None
     budget: int | None = None
     target_side: int | None = None
-    size: tuple[int, int] | None = None
+    width: int | None = None
+    height: int | None = None
     language: str | None = None
     seed: int = 0
     limit: int | None = None
@@ -93,15 +99,18 @@ class EvalConfig:
     against: Path | None = None
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "budget": 16, "target_side": 16, "limit": 1, "batch": 1, "pack_tokens": 1, "grid": 0}
+        least = {"num_inference_steps": 1, "target_side": 16, "width": 16, "height": 16, "limit": 1, "batch": 1,
+                 "pack_tokens": 1, "grid": 0}  # fmt: skip
         for name, value in least.items():
             given = getattr(self, name)
             if given is not None and given < value:
                 raise ValueError(f"{name} must be at least {value}, got {given}")
-        if self.size is not None and min(self.size) < 16:
-            raise ValueError(f"size must be at least 16 pixels wide and high, got {self.size[0]}x{self.size[1]}")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        if self.budget is not None:
+            check_budget(self.budget)
+        if (self.width is None) != (self.height is None):
+            raise ValueError(f"give width and height together, got width = {self.width} and height = {self.height}")
+        if self.true_cfg_scale is not None and not math.isfinite(self.true_cfg_scale):
+            raise ValueError(f"true_cfg_scale must be a finite number, got {self.true_cfg_scale}")
         if self.baseline == "untrained" and self.model != "builtin":
             raise ValueError(f"baseline untrained is for the built-in model only, got model = {self.model}")
         if self.baseline is not None and (self.initial or self.lora):
@@ -128,9 +137,22 @@ class EvalConfig:
         return tuple(Adapter.parse(text) for text in self.lora)
 
     @property
-    def all_steps(self) -> int:
-        return defaults(self.model)[0] if self.steps is None else self.steps
+    def size(self) -> tuple[int, int] | None:
+        """(width, height) of all results, or None if each has its own."""
+        return None if self.width is None or self.height is None else (self.width, self.height)
 
-    @property
-    def scale(self) -> float:
-        return defaults(self.model)[1] if self.guidance is None else self.guidance
+    def resolve_sampling(self) -> tuple[int, float]:
+        """Return `num_inference_steps` and `true_cfg_scale`, or the model's defaults where they are None."""
+        steps, scale = defaults(self.model)
+        return (
+            steps if self.num_inference_steps is None else self.num_inference_steps,
+            scale if self.true_cfg_scale is None else self.true_cfg_scale,
+        )
+
+
+def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded settings of an evaluation under their names of today, as older versions used others."""
+    found = {RENAMED.get(name, name): value for name, value in settings.items()}
+    if "size" in found:
+        found["width"], found["height"] = found.pop("size") or (None, None)
+    return found

@@ -170,6 +170,7 @@ class _Evaluation:
     def _settings(self) -> dict[str, Any]:
         """Return all settings that may change the results."""
         config, judge = self.config, self.config.judge
+        steps, scale = config.resolve_sampling()
         return {
             "files": {label: len(numbers) for label, numbers in self.files.items()},
             "data": dict(zip(self.files, self.dataset.contents, strict=True)),
@@ -180,11 +181,12 @@ class _Evaluation:
             "baseline": config.baseline,
             "reward": self.reward,
             "judge": {name: getattr(judge, name) for name in JUDGE_SETTINGS} if self.reward == "judge" else None,
-            "steps": config.all_steps if config.runs_model else None,
-            "guidance": config.scale if config.runs_model else None,
+            "num_inference_steps": steps if config.runs_model else None,
+            "true_cfg_scale": scale if config.runs_model else None,
             "budget": config.budget,
             "target_side": config.target_side,
-            "size": None if config.size is None else list(config.size),
+            "width": config.width,
+            "height": config.height,
             "language": config.language,
             "seed": config.seed if config.runs_model else None,
             "visibility": config.resolve_visibility() if config.runs_model else None,
@@ -262,7 +264,7 @@ class _Evaluation:
         untrained = config.baseline == "untrained"
         self.pipe = models.load(config.model, config.initial, untrained, self.device, self.dtype, self.adapters)
         if config.runs_model:
-            validated([EditRequest("x", num_inference_steps=config.all_steps)], self.pipe)
+            validated([EditRequest("x", num_inference_steps=config.resolve_sampling()[0])], self.pipe)
         self.target_side = config.target_side or math.isqrt(image_areas(self.pipe)[-1])
         self.journal.check_weights(models.weights_digest(self.pipe))
 
@@ -290,15 +292,16 @@ class _Evaluation:
 
     def _request(self, label: str, i: int) -> EvalRequest:
         config = self.config
+        steps, scale = config.resolve_sampling()
         request = eval_request(
             self.pipe,
             self.dataset[self.files[label][i]],
             (compare.file_name(label), i),
             target_side=self.target_side,
-            budget=None if config.budget is None else config.budget**2,
+            budget=config.budget,
             seed=config.seed,
-            steps=config.all_steps,
-            guidance=config.scale,
+            num_inference_steps=steps,
+            true_cfg_scale=scale,
             size=config.size,
         )
         if config.baseline == "vae" and request.target is None:
@@ -329,12 +332,11 @@ class _Evaluation:
             return [input_baseline(one) for one in requests]
         if config.baseline == "vae":
             return [through_vae(self.pipe, one.target) for one in requests if one.target is not None]
-        budget = None if config.budget is None else config.budget**2
         return edit(
             self.pipe,
             [one.request for one in requests],
-            budget=budget,
-            max_tokens=config.pack_tokens,
+            budget=config.budget,
+            pack_tokens=config.pack_tokens,
             visibility=config.resolve_visibility(),
             progress=False,
         )

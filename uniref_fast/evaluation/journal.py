@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from uniref_fast.evaluation.config import current_names
 from uniref_fast.files import append_line
 
 __all__ = ["Journal", "differing"]
@@ -49,7 +50,7 @@ class Journal:
         lines = self._lines()
         begun = bool(lines) and (any("row" in line for line in lines) or (folder / "images").exists())
         if begun:
-            changed = differing(lines[0]["settings"], settings)
+            changed = differing(current_names(lines[0]["settings"]), settings)
             if changed:
                 raise ValueError(
                     f"{folder} holds an evaluation with other settings: {'; '.join(changed)}; give the same "

@@ -81,8 +81,8 @@ def _labels(names: Iterable[str]) -> list[str]:
 
 
 def eval_request(
-    pipe: Any, row: Row, key: tuple[str, int], *, target_side: int, budget: int | None, seed: int, steps: int,
-    guidance: float, size: tuple[int, int] | None = None,
+    pipe: Any, row: Row, key: tuple[str, int], *, target_side: int, budget: int | None, seed: int,
+    num_inference_steps: int, true_cfg_scale: float, size: tuple[int, int] | None = None,
 ) -> EvalRequest:  # fmt: skip
     """Read a row's images and build its edit request.
 
@@ -93,10 +93,10 @@ def eval_request(
         target_side: Limit of the result's area, target_side x target_side pixels. The result has the target's size if
             it is within the limit. Without a target it has this area and the aspect ratio of the last reference, or is
             square without references.
-        budget: Joint pixel budget of the references; None uses the sizes of diffusers.
+        budget: Joint pixel budget of the references, the side of a square in pixels; None uses the sizes of diffusers.
         seed: Seed of the evaluation.
-        steps: Number of denoising steps.
-        guidance: True CFG scale.
+        num_inference_steps: Number of denoising steps.
+        true_cfg_scale: True CFG scale.
         size: (width, height) of the result; overrides the size that follows from the row.
 
     Raises:
@@ -109,11 +109,11 @@ def eval_request(
     request = EditRequest(
         row.instruction,
         references,
-        negative_prompt=negative_prompt_for(guidance),
-        true_cfg_scale=guidance,
+        negative_prompt=negative_prompt_for(true_cfg_scale),
+        true_cfg_scale=true_cfg_scale,
         width=width,
         height=height,
-        num_inference_steps=steps,
+        num_inference_steps=num_inference_steps,
         seed=draw(seed, "evaluation", key).initial_seed(),  # type: ignore[arg-type]  # keys may be texts
     )
     try:

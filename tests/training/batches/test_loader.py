@@ -65,10 +65,10 @@ class Remembering(Encoder):
 
     known: dict = {}  # noqa: RUF012
 
-    def prepare(self, row, key, side, target_side):
-        given = (row, key, side, target_side, self.seed, self.drop_text, self.drop_references)
+    def prepare(self, row, key, budget, target_side):
+        given = (row, key, budget, target_side, self.seed, self.drop_text, self.drop_references)
         if given not in self.known:
-            self.known[given] = super().prepare(row, key, side, target_side)
+            self.known[given] = super().prepare(row, key, budget, target_side)
         return self.known[given]
 
 
@@ -146,7 +146,7 @@ def test_a_stage_prepares_what_waits_anew(dataset, feed):
         stage = STAGES[step // 3]
         for prepared in packs.prepared.values():
             assert np.prod(prepared.geometry.size) <= stage.target_side**2
-            assert sum(w * h for w, h in prepared.geometry.reference_sizes) <= stage.side**2
+            assert sum(w * h for w, h in prepared.geometry.reference_sizes) <= stage.budget**2
     assert any(np.prod(p.geometry.size) > STAGES[0].target_side ** 2 for p in packs.prepared.values())
 
 

@@ -52,7 +52,7 @@ def run(packer, samples, steps):
 RATIOS = (1, 4 / 3, 3 / 2, 16 / 9, 3 / 4, 2 / 3, 9 / 16)
 
 
-def multi_reference(seed, budget_side, photo_sides):
+def multi_reference(seed, budget, photo_sides):
     """K = 1..6 photos, long sides log-uniform, under a joint budget; a target of about 1024^2; text of 60 to 400."""
     rng = random.Random(seed)
 
@@ -68,7 +68,7 @@ def multi_reference(seed, budget_side, photo_sides):
             low, high = photo_sides
             long, ratio = low * (high / low) ** rng.random(), rng.choice(RATIOS)
             photos.append((round(long * min(1, ratio)), round(long * min(1, 1 / ratio))))
-        references = fit_to_budget(photos, budget_side**2)
+        references = fit_to_budget(photos, budget)
         yield (0, index), Sample(rng.randint(60, 400), grid(target), tuple(map(grid, references)))
 
 

@@ -228,7 +228,7 @@ def test_to_rgb(size, mode, value, expected):
         ({"target": None}, "no target image to train on"),
         ({"references": (ImageSource("a.png", data=b"no picture"),)}, "a.png: not an image"),
         ({"target": ImageSource("b.png", data=b"")}, "b.png: not an image"),
-        ({"references": (source((16, 16)),) * 17}, "17 images cannot fit a budget of 4096 pixels"),
+        ({"references": (source((16, 16)),) * 17}, "17 images cannot fit a budget of 64 x 64 pixels"),
     ],
 )
 def test_a_row_that_cannot_be_trained_on_is_named(builtin_pipe, change, message):

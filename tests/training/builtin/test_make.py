@@ -76,13 +76,18 @@ def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
 def shorten(monkeypatch):
     """Give the recipes that the parts name fewer rollouts and samples."""
     rl = dataclasses.replace(
-        MSGRPO_RECIPES["tiny"](), prompts=2, group=2, rollout_steps=2, eval_samples=2, sample_steps=2
+        MSGRPO_RECIPES["tiny"](),
+        prompts=2,
+        group=2,
+        rollout_num_inference_steps=2,
+        eval_samples=2,
+        sample_num_inference_steps=2,
     )
     monkeypatch.setitem(MSGRPO_RECIPES, "tiny", lambda: rl)
     for name in ("builtin", "builtin_more"):
         recipe = SFT_RECIPES[name]()
         stages = tuple(dataclasses.replace(stage, pack_tokens=512) for stage in recipe.stages)
-        short = dataclasses.replace(recipe, stages=stages, eval_samples=2, sample_count=1, sample_steps=2)
+        short = dataclasses.replace(recipe, stages=stages, eval_samples=2, sample_count=1, sample_num_inference_steps=2)
         monkeypatch.setitem(SFT_RECIPES, name, lambda short=short: short)
 
 
@@ -217,7 +222,7 @@ def test_the_shipped_model_composes_objects_it_never_saw():
     scenes = [scene for scene in scenes if scene.scene["background"].get("picture")]
     sizes = {"width": 64, "height": 64, "num_inference_steps": 12, "true_cfg_scale": 1.0}
     requests = [EditRequest(s.instruction, s.references, seed=i, **sizes) for i, s in enumerate(scenes)]
-    made = edit(pipe, requests, budget=128**2)
+    made = edit(pipe, requests, budget=128)
     ours = [psnr(image, scene.target) for image, scene in zip(made, scenes, strict=True)]
     bare = [psnr(scene.references[scene.scene["background"]["picture"] - 1], scene.target) for scene in scenes]
     assert len(scenes) >= 10 and sum(ours) / len(ours) > sum(bare) / len(bare) + 1.5, (ours, bare)

@@ -166,8 +166,11 @@ def test_with_guidance_a_sample_takes_two_sequences():
     with pytest.raises(ValueError, match=f"a pack of {2 * LARGEST} tokens .*, twice for guidance\\) needs"):
         planned(STAGE, memory, ranks=1, sequences=2)
     plain = MSGRPO_RECIPES["lora"]()
-    assert plain.sequences == lora().sequences == 1 and dataclasses.replace(plain, guidance=2.0).sequences == 2
-    assert plain.sample_guidance == 1.0, "as it is trained"
+    assert (
+        plain.sequences == lora().sequences == 1
+        and dataclasses.replace(plain, rollout_true_cfg_scale=2.0).sequences == 2
+    )
+    assert plain.sample_true_cfg_scale == 1.0, "as it is trained"
 
 
 def test_what_a_stage_sets_is_kept():
@@ -281,7 +284,7 @@ def test_learning_rates_at_the_edges():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("side", 15, "side must be at least 16, got 15"),
+        ("budget", 15, "a stage's budget is the side of a square in pixels, at least 16; got 15"),
         ("target_side", 0, "target_side must be at least 16"),
         ("steps", 0, "steps must be at least 1"),
         ("lr", 0.0, "lr must be above 0"),
@@ -309,7 +312,7 @@ def test_wrong_values_of_a_stage(field, value, message):
         ("keep", 0, "keep must be at least 1"),
         ("eval_every", -1, "eval_every must be at least 0"),
         ("eval_samples", 0, "eval_samples must be at least 1"),
-        ("sample_steps", 1, "sample_steps must be at least 2"),
+        ("sample_num_inference_steps", 1, "sample_num_inference_steps must be at least 2"),
         ("max_skipped", 0, "max_skipped must be at least 1"),
         ("max_broken", -1, "max_broken must be at least 0"),
         ("workers", 0, "workers must be at least 1"),
@@ -344,9 +347,9 @@ def test_recipes_are_complete_and_named_after_themselves():
     for name, recipe in SFT_RECIPES.items():
         config = recipe()
         assert config == SFT_RECIPES[name]() and config.ends()[-1] == config.total_steps
-        assert [stage.side for stage in config.stages] == sorted(stage.side for stage in config.stages)
+        assert [stage.budget for stage in config.stages] == sorted(stage.budget for stage in config.stages)
         assert all(0 < config.lr(step) <= 4e-3 for step in range(0, config.total_steps, 97))
-    assert [stage.side for stage in paper().stages] == [stage.side for stage in lora().stages] == [1024, 1536, 2048]
+    assert [stage.budget for stage in paper().stages] == [stage.budget for stage in lora().stages] == [1024, 1536, 2048]
     assert paper().total_steps == 50_000 and paper().betas == (0.9, 0.95) and paper().weight_decay == 0.05
     assert paper().lora_rank is None and lora().lora_rank == 64 and tiny().model == "builtin"
 
@@ -357,7 +360,7 @@ def test_the_lora_recipes_run_where_they_say(gib, ranks):
     memory, fixed, sharded = int(0.9 * gib * GIB), int(16.9e9), int(40.9e9 + 0.42e9 * 16)
     for config in (lora(), MSGRPO_RECIPES["lora"]()):
         plans = [planned(stage, memory, ranks, fixed, sharded) for stage in config.stages]
-        assert all(plan.pack_tokens >= (s.side**2 + s.target_side**2) // 256 + TEXT_TOKENS
+        assert all(plan.pack_tokens >= (s.budget**2 + s.target_side**2) // 256 + TEXT_TOKENS
                    for plan, s in zip(plans, config.stages, strict=True))  # fmt: skip
         assert all(config.packs % (ranks // plan.sequence_parallel) == 0 for plan in plans)
     with pytest.raises(ValueError, match="use more ranks"):

@@ -93,14 +93,14 @@ def test_more_runs_than_styles(tmp_path):
 
 def test_stages_and_skips_are_marked(tmp_path):
     events = [
-        {"step": 0, "kind": "stage", "number": 0, "side": 512},
+        {"step": 0, "kind": "stage", "number": 0, "side": 512},  # as older versions wrote it
         {"step": 12, "kind": "skipped", "loss": "nan"},
         {"step": 30, "kind": "stage", "number": 1, "side": 768},
         {"step": 33, "kind": "skipped"},
         {"step": 20, "kind": "resume"},  # the last two belong to what was thrown away
         {"step": 20, "kind": "stage", "number": 0, "side": 512},  # still, not a change
         {"step": 25, "kind": "checkpoint", "path": "x"},
-        {"step": 40, "kind": "stage", "number": 1, "side": 1024},
+        {"step": 40, "kind": "stage", "number": 1, "budget": 1024},
         {"step": 41, "kind": "stage", "number": 2},  # no room for its label
     ]
     run = plots.load(write(tmp_path / "run", records(), events))

@@ -193,7 +193,7 @@ def flags(data, out):
     given = {"recipe": "tiny", "data": data, "out": out, "steps": 3, "save-every": 1, "eval-every": 0,
              "sample-every": 0, "tensorboard": "false", "resume": "auto"}  # fmt: skip
     for i in (0, 1):
-        given |= {f"stages.{i}.side": 64, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
+        given |= {f"stages.{i}.budget": 64, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from uniref_fast import flags as configs
-from uniref_fast.training import msgrpo
+from uniref_fast.training import msgrpo, sft
 from uniref_fast.training.builtin import vae
 from uniref_fast.training.core import launch, resume
 from uniref_fast.training.core.checkpoint import Newest
@@ -121,10 +121,47 @@ def test_the_change_of_a_renamed_setting_is_found(tmp_path):
     assert launch.accept(config, newest, tmp_path, ranks) == {"ratio_guard": (True, False)}
 
 
-@pytest.mark.parametrize(("old", "new"), [("--guard", "--ratio-guard"), ("--spread", "--advantage-std")])
-def test_a_former_flag_is_refused_with_its_new_name(old, new, capsys):
-    assert msgrpo.main([old, "true"]) == 2
-    assert f"msgrpo: {old} is now called {new}" in capsys.readouterr().err
+def test_a_run_that_was_recorded_under_former_names_is_resumed(tmp_path):
+    config = dataclasses.replace(MSGRPO_RECIPES["lora"](), visibility="full")
+    text = json.dumps(data(config))
+    for new, old in (("budget", "side"), ("sample_num_inference_steps", "sample_steps"), ("rollout_true_cfg_scale",
+                     "guidance"), ("sample_true_cfg_scale", "sample_guidance"), ("rollout_num_inference_steps",
+                     "rollout_steps")):  # fmt: skip
+        assert f'"{new}"' in text
+        text = text.replace(f'"{new}"', f'"{old}"')
+    newest = Newest(0, {"config": json.loads(text), "visibility": "full"}, [])
+    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    assert launch.accept(config, newest, tmp_path, ranks) == {}
+    stages = (dataclasses.replace(config.stages[0], budget=768), *config.stages[1:])
+    other = dataclasses.replace(config, stages=stages, rollout_num_inference_steps=12, sample_true_cfg_scale=3.0)
+    assert launch.accept(other, newest, tmp_path, ranks) == {
+        "stages.0.budget": (512, 768),
+        "rollout_num_inference_steps": (10, 12),
+        "sample_true_cfg_scale": (1.0, 3.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        (msgrpo, "--guard", "--ratio-guard"),
+        (msgrpo, "--spread", "--advantage-std"),
+        (msgrpo, "--guidance", "--rollout-true-cfg-scale"),
+        (msgrpo, "--rollout-steps", "--rollout-num-inference-steps"),
+        (sft, "--sample-steps", "--sample-num-inference-steps"),
+        (sft, "--sample-guidance", "--sample-true-cfg-scale"),
+        (sft, "--stages.1.side", "--stages.1.budget"),
+        (msgrpo, "--stages.0.side", "--stages.0.budget"),
+    ],
+)
+def test_a_former_flag_is_refused_with_its_new_name(command, old, new, capsys):
+    assert command.main([old, "8"]) == 2
+    assert f": {old} is now called {new}\n" in capsys.readouterr().err
+
+
+def test_a_former_flag_of_another_command_is_unknown(capsys):
+    assert sft.main(["--guidance", "2"]) == 2
+    assert "unknown flag --guidance; did you mean" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
@@ -160,8 +197,8 @@ def test_only_what_changes_the_remaining_steps_is_returned(tmp_path):
             dataclasses.replace(stage, **fields) if i == number else stage for i, stage in enumerate(config.stages)
         )
 
-    assert changed(stages=stages(0, lr=1e-6, side=512, pack_tokens=9999)) == set()
-    assert changed(500, stages=stages(0, lr=1e-6, side=512)) == {"stages.0.lr", "stages.0.side"}
+    assert changed(stages=stages(0, lr=1e-6, budget=512, pack_tokens=9999)) == set()
+    assert changed(500, stages=stages(0, lr=1e-6, budget=512)) == {"stages.0.lr", "stages.0.budget"}
     assert changed(stages=stages(1, lr=1e-6, checkpointing=True)) == {"stages.1.lr", "stages.1.checkpointing"}
     assert changed(stages=stages(0, steps=1900)) == {"stages.0.steps"}, "all later steps move"
     constant = dataclasses.replace(config, schedule="constant")

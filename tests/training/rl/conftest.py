@@ -27,8 +27,8 @@ def data(tmp_path_factory):
 @pytest.fixture
 def make_generator(builtin_pipe):
     def build(ranks=None, signalled=lambda: False, **fields):
-        fields = {"packs": 2, "group": 2, "dtype": "float32", "rollout_steps": STEPS, "sample_steps": STEPS,
-                  "rewards": ("scene",), **fields}  # fmt: skip
+        fields = {"packs": 2, "group": 2, "dtype": "float32", "rollout_num_inference_steps": STEPS,
+                  "sample_num_inference_steps": STEPS, "rewards": ("scene",), **fields}  # fmt: skip
         config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", **fields)
         packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.visibility or "full")
         model = SimpleNamespace(pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks())

@@ -88,8 +88,8 @@ def test_held_out_rows_may_be_larger_than_a_pack(make_generator, prepared_rows):
     """Validation keeps nothing for a backward; rows that are trained on must fit."""
     small = MemoryPlan(100, 1, False, 0, "")
     with pytest.raises(ValueError, match=r"rows.jsonl:1: a rollout has 1\d\d tokens, over the 100 of a pack"):
-        make_generator(guidance=4.0).training_batch(prepared_rows(2), small)
-    batch = make_generator(sample_guidance=4.0).heldout_batch(prepared_rows(2, 0), small)
+        make_generator(rollout_true_cfg_scale=4.0).training_batch(prepared_rows(2), small)
+    batch = make_generator(sample_true_cfg_scale=4.0).heldout_batch(prepared_rows(2, 0), small)
     assert [member.key for member in members_of(batch)] == [(2, 10, 0), (2, 11, 0)]
 
 
@@ -105,14 +105,21 @@ def test_held_out_rows_start_from_the_same_noise_in_every_run(make_generator, pr
 
 
 def test_held_out_rows_have_steps_and_guidance_of_their_own(make_generator, prepared_rows):
-    generator = make_generator(rollout_steps=4, guidance=1.0, sample_steps=3, sample_guidance=2.0)
+    generator = make_generator(
+        rollout_num_inference_steps=4,
+        rollout_true_cfg_scale=1.0,
+        sample_num_inference_steps=3,
+        sample_true_cfg_scale=2.0,
+    )
     (member,) = members_of(generator.heldout_batch(prepared_rows(1), PLAN))
     assert len(member.group.sigmas) == 4 and len(member.group.texts) == 2
 
 
 def test_guidance_gives_every_member_two_sequences(make_generator, prepared_rows):
     given = prepared_rows(2, 0)
-    plain, guided = (make_generator(guidance=guidance).training_batch(given, PLAN) for guidance in (1.0, 2.5))
+    plain, guided = (
+        make_generator(rollout_true_cfg_scale=guidance).training_batch(given, PLAN) for guidance in (1.0, 2.5)
+    )
     assert [pack.guidance for pack in guided.packs if pack] == [2.5] * len([pack for pack in guided.packs if pack])
     for one, two in zip(members_of(plain), members_of(guided), strict=True):
         one, two = one.group, two.group
@@ -132,7 +139,7 @@ def test_a_shared_group_has_one_copy_of_its_references(make_generator, prepared_
     given = prepared_rows(2, 3)
     tokens = {}
     for visibility, copies in (("group_shared", 1), ("full", 3 if guidance == 1 else 6)):
-        generator = make_generator(visibility=visibility, packs=1, group=3, guidance=guidance)
+        generator = make_generator(visibility=visibility, packs=1, group=3, rollout_true_cfg_scale=guidance)
         batch = generator.training_batch(given, MemoryPlan(10**4, 1, False, 0, ""))
         (pack,) = batch.packs
         assert len(references_in(pack)) == copies * 5

@@ -90,10 +90,10 @@ def test_rows_that_a_stage_skips_do_not_come_again(make):
 
 
 def test_sizes_are_those_of_the_stage(make):
-    """`side` for the references, `target_side` for the result."""
+    """`budget` for the references, `target_side` for the result."""
 
-    def tokens(side, target_side):
-        ((_, prepared),), _ = make([2]).take(1, RLStage(side, 1, 1e-3, target_side=target_side))
+    def tokens(budget, target_side):
+        ((_, prepared),), _ = make([2]).take(1, RLStage(budget, 1, 1e-3, target_side=target_side))
         return [rows * columns for _, rows, columns in (prepared.sample.target, *prepared.sample.references)]
 
     large_target, large_references = tokens(32, 96), tokens(128, 32)

@@ -28,7 +28,7 @@ def config(**fields):
         ({"max_failures": -0.5}, "share from 0 to 1"),
         ({"window": 13}, "does not fit before step 12"),
         ({"window": 3, "window_end": 2}, "does not fit before step 2"),
-        ({"window_end": 25}, "window_end must be 1 to rollout_steps - 1"),
+        ({"window_end": 25}, "window_end must be 1 to rollout_num_inference_steps - 1"),
         ({"rewards": ()}, "at least one reward"),
         ({"reward_weights": (1.0, 2.0)}, "one for each of 1 rewards"),
         ({"kl": 0.1}, "set lora_rank"),
@@ -43,7 +43,7 @@ def test_a_wrong_value_is_refused(fields, message):
 
 def test_values_at_their_limits_are_accepted():
     limits = dict(clip=0, clip_high=0.0, group=2, min_members=2, alarm=4, timesteps=1.0, max_failures=1,
-                  window=12, updates=12, kl=0.0, guidance=1.0)  # fmt: skip
+                  window=12, updates=12, kl=0.0, rollout_true_cfg_scale=1.0)  # fmt: skip
     found = config(**limits)
     assert {name: getattr(found, name) for name in limits} == limits
     assert config(alarm=0).alarm == 0 and config(kl=0.1, lora_rank=4).kl == 0.1
@@ -54,7 +54,7 @@ def test_numbers_of_steps():
     window = config(window=4, window_end=20, timesteps=0.5)
     assert (window.noisy_steps, window.trained_steps, window.window_stop) == (4, 2, 20)
     assert config(window=3, timesteps=0.01).trained_steps == 1, "at least one"
-    assert config(guidance=2.0).sequences == 2 and config().sequences == 1
+    assert config(rollout_true_cfg_scale=2.0).sequences == 2 and config().sequences == 1
 
 
 def test_every_recipe_is_complete():

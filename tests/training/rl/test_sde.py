@@ -229,4 +229,6 @@ def test_a_window_that_no_noise_fits_should_be_left_out():
 def test_the_noise_of_the_recipes_is_sound(name):
     recipe = MSGRPO_RECIPES[name]()
     sampler = Sampler(recipe.sampler, recipe.noise)
-    assert check_noise(sampler, grid(recipe.rollout_steps), recipe.window, recipe.window_stop).warning == ""
+    assert (
+        check_noise(sampler, grid(recipe.rollout_num_inference_steps), recipe.window, recipe.window_stop).warning == ""
+    )

@@ -103,7 +103,9 @@ def distance(trainer, batch, values):
 # ---- the update ----
 
 
-@pytest.mark.parametrize("more", [(), ("--kl", 3.0), ("--ratio-guard", "true"), ("--packs", 5), ("--guidance", 2)])
+@pytest.mark.parametrize(
+    "more", [(), ("--kl", 3.0), ("--ratio-guard", "true"), ("--packs", 5), ("--rollout-true-cfg-scale", 2)]
+)
 def test_the_gradient_is_that_of_the_formula(data, tmp_path, monkeypatch, more):
     """The weights are those of the rollouts, so that nothing is clipped; the packs make no difference."""
     with trainer_of(data, tmp_path / "run", *more, "--timesteps", 1) as trainer:
@@ -185,9 +187,9 @@ def test_a_nan_in_one_update_leaves_the_others(data, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "more",
     [
-        ("--visibility", "group_shared", "--guidance", "3"),
+        ("--visibility", "group_shared", "--rollout-true-cfg-scale", "3"),
         ("--sampler", "cps", "--noise", "0.8"),
-        ("--window", "2", "--rollout-steps", "6", "--ratio-guard", "true"),
+        ("--window", "2", "--rollout-num-inference-steps", "6", "--ratio-guard", "true"),
         ("--dtype", "bfloat16", "--stages.0.checkpointing", "true", "--ema", "0.9"),
         ("--lora-rank", "none"),
     ],

@@ -63,7 +63,7 @@ def flags(data, out, *more, steps=4):
         "stages.1.lr": "1e-3",
     }
     for i, side in enumerate((64, 96)):
-        given |= {f"stages.{i}.side": side, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
+        given |= {f"stages.{i}.budget": side, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
     given |= {name.removeprefix("--"): value for name, value in zip(more[::2], more[1::2], strict=True)}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
@@ -315,7 +315,7 @@ def test_figures_of_an_evaluation_that_was_killed_come_later(data, tmp_path, mon
     """The evaluation ends after the checkpoint of its step, before or after the figures were recorded; never twice."""
     out, real = tmp_path / "run", getattr(validation.Validation, name)
     more = ("--heldout", data / "heldout.jsonl", "--eval-every", 2, "--eval-samples", 2, "--sample-every", 2)
-    given = flags(data, out, *more, "--sample-count", 1, "--sample-steps", 2)
+    given = flags(data, out, *more, "--sample-count", 1, "--sample-num-inference-steps", 2)
 
     def dying(self, *arguments):
         if (out / "checkpoints" / "step-000002").exists():
@@ -404,7 +404,7 @@ def test_a_resumed_run_keeps_its_packs_whatever_memory_there_is(data, tmp_path):
         few, many = packs(out, 0.5), packs(tmp_path / "other", 8)
         assert few[0] < many[0] and few[1] < many[1]
         assert packs(out, 8, resume=0) == few
-        other_side = packs(out, 8, "--stages.1.side", 112, resume=0)
+        other_side = packs(out, 8, "--stages.1.budget", 112, resume=0)
         assert other_side[0] == few[0] and other_side[1] > few[1], "a stage of other sizes is planned for the memory"
     finally:
         torch.distributed.destroy_process_group()
@@ -487,7 +487,7 @@ def test_broken_rows_are_named_and_passed_over(data, tmp_path):
 
 def test_heldout_loss_and_samples(data, tmp_path):
     more = ("--heldout", data / "heldout.jsonl", "--eval-every", 6, "--sample-every", 6, "--eval-samples", 4)
-    more += ("--sample-count", 2, "--sample-steps", 2, "--cache", tmp_path / "cache")
+    more += ("--sample-count", 2, "--sample-num-inference-steps", 2, "--cache", tmp_path / "cache")
     assert sft.main(flags(data, tmp_path / "run", *more, steps=6)) == 0
     values = [record["eval/heldout"] for record in records(tmp_path / "run") if "eval/heldout" in record]
     assert len(values) == 2 and values[1] < values[0]
