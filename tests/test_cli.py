@@ -112,7 +112,17 @@ def test_estimate(pictures, capsys):
     status, _, err = run(capsys, "estimate", "--prompt", "x", "--model", "no/such/folder")
     assert status == 2 and "no such folder" in err
     status, text, _ = run(capsys, "estimate", "--image-size", "512x384", "--prompt", "x", "--json")
-    assert status == 0 and json.loads(text)["tokens"]["reference"] > 0
+    found = json.loads(text)
+    assert status == 0 and found["tokens"]["reference"] > 0 and found["fits"] is None
+
+
+def test_estimate_answers_whether_a_gpu_is_large_enough(capsys):
+    args = ("estimate", "--image-size", "512x384", "--prompt", "x", "--device", "some-gpu", "--gpu-memory")
+    status, text, _ = run(capsys, *args, 0.001)
+    assert status == 0 and "does not fit a GPU of 0.001 GB" in text and "not measured on some-gpu" in text
+    assert json.loads(run(capsys, *args, 1, "--json")[1])["fits"] is True
+    status, _, err = run(capsys, *args, "nan")
+    assert status == 2 and "--gpu-memory is a number of GB above 0, got nan" in err
 
 
 def test_doctor(capsys):

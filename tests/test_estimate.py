@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
-from uniref_fast import EditRequest, Sample, SelfLayout
+from uniref_fast import EditRequest, Sample, SelfLayout, gpu_memory, speeds
 from uniref_fast.costs import transformer_flops, transformer_peak, vae_image_cost
 from uniref_fast.meta_device import LivingTensors
 from uniref_fast.quantised import stored_tensors
@@ -393,8 +393,84 @@ def test_the_20b_shape():
 def test_readable_and_plain(builtin_pipe):
     estimate = uniref_fast.estimate(builtin_pipe, REQUESTS)
     text = str(estimate)
-    assert "transformer" in text and "VAE decode" in text and "attention is" in text
+    assert "transformer" in text and "VAE decode" in text and "of the transformer's operations" in text
+    assert "result      96 x 64, 64 x 64 pixels" in text and "fits a GPU of 16 GB or more" in text
+    assert "single requests" in estimate.time.source and estimate.time.value is None
     plain = json.loads(json.dumps(estimate.as_dict()))
     assert abs(sum(stage["share"] for stage in plain["stages"]) - 1) < 1e-9
     with pytest.raises(ValueError, match="no prompt"):
         uniref_fast.estimate(builtin_pipe, [{"prompt": ""}])
+
+
+def table_of_speeds(folder, device="cpu-test"):
+    """Write a table of two measured edits of the built-in shape; 100 and 300 tokens."""
+    shared = {"model": "4 blocks of 4 x 64", "dtype": "float32", "guided": False, "date": "2026-11-30",
+              "torch": "2.14.1", "threads": 2, "command": "python bench/speeds.py"}  # fmt: skip
+    rows = [{"tokens": tokens, "seconds_per_step": step, "seconds_fixed": fixed}
+            for tokens, step, fixed in ((300, 0.3, 3.0), (100, 0.1, 1.0))]  # fmt: skip
+    training = [{"pack_tokens": tokens, "tokens_per_second": speed, "lora": True, "ranks": 1}
+                for tokens, speed in ((512, 1000), (1024, 2000))]  # fmt: skip
+    content = {"edits": [shared | row for row in rows], "training": [shared | row for row in training]}
+    (folder / f"{device}.json").write_text(json.dumps(content))
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    table_of_speeds(tmp_path)
+    monkeypatch.setattr(speeds, "FOLDER", tmp_path)
+    speeds.table.cache_clear()
+    yield
+    speeds.table.cache_clear()
+
+
+def test_a_time_is_interpolated_between_measured_edits(builtin_pipe, measured):
+    """145 tokens lie between the measured 100 and 300; the table states no order."""
+    given = {"image_sizes": [[(64, 64)]], "device": "cpu-test"}
+    fields = {"prompt": "x", "num_inference_steps": 4}
+    found = uniref_fast.estimate(builtin_pipe, [fields], **given)
+    share = (found.tokens["together"] - 100) / 200
+    assert 0 < share < 1
+    assert found.time.value == pytest.approx((1 + 2 * share) + 4 * (0.1 + 0.2 * share))
+    assert "measured edits of 100 and 300 tokens on cpu-test (2026-11-30, torch 2.14.1, 2 threads" in str(found)
+    assert found.as_dict()["seconds"] == found.time.value
+    exact = speeds.edit_time("4 blocks of 4 x 64", "float32", False, 300, 1, "cpu-test")
+    assert exact.value == pytest.approx(3.3) and "edits of 300 tokens" in exact.source
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"device": "h200"}, "not measured on h200 (model 4 blocks of 4 x 64, dtype float32, guided false); measured "
+                             "on: cpu-test"),
+        ({"fields": {"negative_prompt": " ", "true_cfg_scale": 4.0}}, "guided true)"),
+        ({"fields": {"width": 256, "height": 256}}, "tokens, only from 100 to 300"),
+        ({"visibility": "reference_causal"}, 'the policy "full" only'),
+    ],
+)  # fmt: skip
+def test_nothing_is_guessed(builtin_pipe, measured, change, reason):
+    fields = {"prompt": "x", "num_inference_steps": 4, **change.pop("fields", {})}
+    given = {"image_sizes": [[(64, 64)]], "device": "cpu-test", **change}
+    found = uniref_fast.estimate(builtin_pipe, [fields], **given)
+    assert found.time.value is None and found.as_dict()["seconds"] is None and reason in str(found)
+
+
+def test_speed_of_training_is_that_of_the_pack(measured):
+    shape = "4 blocks of 4 x 64"
+    assert speeds.training_speed(shape, "float32", True, 768, 1, "cpu-test").value == pytest.approx(1500)
+    assert speeds.training_speed(shape, "float32", True, 2048, 1, "cpu-test").value is None
+    assert "ranks 2" in speeds.training_speed(shape, "float32", True, 768, 2, "cpu-test").source
+
+
+def test_shipped_tables_state_their_origin():
+    for path in speeds.FOLDER.glob("*.json"):
+        content = json.loads(path.read_text())
+        for row in content["edits"] + content["training"]:
+            assert {"model", "dtype", "date", "torch", "threads", "command"} <= row.keys(), path
+
+
+def test_fitting_a_gpu_leaves_a_tenth_free():
+    assert gpu_memory.fits(36 * 2**30, 40) and not gpu_memory.fits(36 * 2**30 + 2**20, 40)
+    assert gpu_memory.fits_text(60 * 2**30) == "fits a GPU of 80 GB or more"
+    assert gpu_memory.fits_text(500 * 2**30) == "fits no GPU of up to 192 GB"
+    assert gpu_memory.fits_text(60 * 2**30, 48) == "does not fit a GPU of 48 GB, of which 43.2 are planned for"
+    assert gpu_memory.size_text(1536) == "1.5 KiB" and gpu_memory.size_text(3 * 2**40) == "3072.0 GiB"

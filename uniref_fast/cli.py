@@ -9,6 +9,7 @@ import argparse
 import difflib
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -109,8 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(demo)
     edit = command("edit", _edit, "Edit your own images.")
     _add_edit(edit, _add_request(edit))
-    estimate = command("estimate", _estimate, "Estimate tokens, operations and memory of an edit without running it.")
-    _add_request(estimate, sizes=True)
+    estimate = command("estimate", _estimate, "Estimate size, tokens, memory and time of an edit without running it.",
+                       "Memory counts weights and tensors. A time is given only where it was measured.")  # fmt: skip
+    _add_estimate(_add_request(estimate, sizes=True))
     estimate.add_argument("--json", action="store_true", help=JSON_HELP)
     data_commands = data.add_data_commands(commands)
     summary = "Generate a dataset of multi-reference edits with exact targets."
@@ -187,6 +189,14 @@ def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
         "last --lora, else full)")  # fmt: skip
     add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
+
+
+def _add_estimate(model: Any) -> None:
+    add = model.add_argument
+    add("--device", metavar="NAME",
+        help="Device whose measured times are used: cpu or cuda of this machine, or the name of a measured device such "
+        "as h100-80gb-hbm3. (default: cuda if there is a GPU, else cpu)")  # fmt: skip
+    add("--gpu-memory", type=float, metavar="GB", help="Memory of a GPU that the edit has to fit.")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
@@ -275,16 +285,27 @@ def _edit(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
+    import torch
+
     from uniref_fast import EditRequest, builtin, estimate
+    from uniref_fast.gpu_memory import fits, fits_text
     from uniref_fast.loading import model_errors
     from uniref_fast.request import parse_size
 
+    memory = args.gpu_memory
+    if memory is not None and not 0 < memory < math.inf:
+        raise UsageError(f"--gpu-memory is a number of GB above 0, got {memory:g}")
     sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.image_size]
     request = EditRequest(**_request_fields(args))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     with model_errors(args.model):
-        pipe = builtin.load() if args.model == "builtin" else args.model
-        result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget)
-    print(json.dumps(result.as_dict()) if args.json else result)
+        pipe = builtin.load(dtype) if args.model == "builtin" else args.model
+        result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget, device=device)
+    if args.json:
+        print(json.dumps(result.as_dict() | {"fits": None if memory is None else fits(result.peak_bytes, memory)}))
+    else:
+        print(result if memory is None else f"{result}\nfits        {fits_text(result.peak_bytes, memory)}")
     return 0
 
 

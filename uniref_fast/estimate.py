@@ -1,4 +1,4 @@
-"""`estimate(pipe, requests)` computes tokens, floating point operations and memory of an edit before it runs.
+"""`estimate(pipe, requests)` computes sizes, tokens, operations, memory and time of an edit before it runs.
 
 The module `costs` says what is counted. The first call of a *patched* pipeline needs more memory than the estimate:
 for its self-check it also runs the code of diffusers between the Linears of each block. `edit` has no such check.
@@ -11,8 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from uniref_fast.costs import text_encoder_cost, transformer_flops, transformer_peak, vae_cost, weight_bytes
 from uniref_fast.encode import prompt_tokens, text_runs
+from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
@@ -20,6 +23,8 @@ from uniref_fast.packing import next_fit
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry, check_size, geometry, request_geometry, validated
 from uniref_fast.skeleton import skeleton
+from uniref_fast.speeds import MeasuredTime, edit_time, model_key
+from uniref_fast.tuning import named_device
 from uniref_fast.visibility import Rule
 
 __all__ = ["Estimate", "Stage", "estimate"]
@@ -44,19 +49,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tokens, operations and memory of an edit. `str(estimate)` is a table.
+    """Sizes, tokens, operations, memory and time of an edit. `str(estimate)` is a text with a table.
 
     Attributes:
         stages: Stages in the order in which they run.
         layout: Layout of all sequences of the first step in one pack.
         tokens: Number of tokens of that layout, by kind.
         attention_share: Share of attention in the transformer's operations.
+        results: Width and height in pixels of the result of each request.
+        time: Seconds of the edit from measurements on the device, or the reason why there is no figure.
     """
 
     stages: tuple[Stage, ...]
     layout: SelfLayout
     tokens: dict[str, int]
     attention_share: float
+    results: tuple[tuple[int, int], ...]
+    time: MeasuredTime
 
     @property
     def flops(self) -> int:
@@ -76,7 +85,10 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON."""
         return {
+            "results": [list(size) for size in self.results],
             "tokens": self.tokens,
+            "seconds": self.time.value,
+            "seconds_source": self.time.source,
             "flops": self.flops,
             "weight_bytes": self.weight_bytes,
             "peak_bytes": self.peak_bytes,
@@ -94,21 +106,23 @@ class Estimate:
         }
 
     def __str__(self) -> str:
+        sizes = ", ".join(f"{width} x {height}" for width, height in self.results)
         tokens = ", ".join(f"{n} {kind}" for kind, n in self.tokens.items())
         lines = [
+            f"result      {sizes} pixels",
             f"tokens      {tokens}",
             f"{'stage':<14}{'TFLOP':>12}{'share':>8}{'weights':>12}{'activations':>14}",
         ]
         for s in self.stages:
             lines.append(
-                f"{s.name:<14}{s.flops / 1e12:>12.4g}{s.flops / self.flops:>8.1%}{_size(s.weight_bytes):>12}"
-                f"{_size(s.activation_bytes):>14}"
+                f"{s.name:<14}{s.flops / 1e12:>12.4g}{s.flops / self.flops:>8.1%}{size_text(s.weight_bytes):>12}"
+                f"{size_text(s.activation_bytes):>14}"
             )
-        lines.append(
-            f"{'together':<14}{self.flops / 1e12:>12.4g}{'':>8}{_size(self.weight_bytes):>12}{'':>14}  peak about "
-            f"{_size(self.peak_bytes)}"
-        )
-        lines.append(f"attention is {self.attention_share:.1%} of the transformer's operations")
+        lines.append(f"{'together':<14}{self.flops / 1e12:>12.4g}{'':>8}{size_text(self.weight_bytes):>12}")
+        lines.append(f"attention   {self.attention_share:.1%} of the transformer's operations")
+        lines.append(f"memory      peak about {size_text(self.peak_bytes)}; {fits_text(self.peak_bytes)}")
+        seconds = "" if self.time.value is None else f"{self.time.value:.3g} s: "
+        lines.append(f"time        {seconds}{self.time.source}")
         return "\n".join(lines)
 
 
@@ -120,6 +134,7 @@ def estimate(
     budget: int | None = None,
     pack_tokens: int | None = None,
     visibility: str | Rule = "full",
+    device: str | torch.device | None = None,
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
@@ -131,6 +146,8 @@ def estimate(
         budget: Joint pixel budget of each request's references, the side of a square in pixels, as for `edit`.
         pack_tokens: Largest number of tokens in one pack, as for `edit`.
         visibility: Policy or rule of attention, as for `edit`.
+        device: Device whose measured times are used: "cpu" or "cuda" of this machine, or the name of a measured device,
+            such as "h100-80gb-hbm3". None takes that of a loaded pipeline, else a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: If `edit` would raise one before any work is done.
@@ -176,7 +193,28 @@ def estimate(
     tokens["target"] = sum(s.length for s in layout.targets)
     tokens["reference"] = layout.image_length - tokens["target"]
     tokens["together"] = layout.joint_length
-    return Estimate(stages, layout, tokens, attention / (linear + attention))
+    time = _time(pipe, requests, tokens["together"], pack_tokens, model.visibility, device)
+    return Estimate(stages, layout, tokens, attention / (linear + attention), tuple(results), time)
+
+
+def _time(
+    pipe: Any,
+    requests: Sequence[EditRequest],
+    tokens: int,
+    pack_tokens: int | None,
+    visibility: Any,
+    device: str | torch.device | None,
+) -> MeasuredTime:
+    """Return the measured time of the edit; only single edits with the policy "full" are measured."""
+    if len(requests) > 1 or pack_tokens is not None or visibility != "full":
+        return MeasuredTime(None, 'measured for single requests with the policy "full" only')
+    transformer, (request,) = pipe.transformer, requests
+    if device is None:
+        loaded = getattr(transformer, "device", torch.device("meta")).type
+        device = loaded if loaded != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = str(compute_dtype(transformer)).removeprefix("torch.")
+    key, name = model_key(transformer.config), named_device(device)
+    return edit_time(key, dtype, request.guided, tokens, request.num_inference_steps, name)
 
 
 def _transformer_flops(model: PackedQwenImage, rows: Sequence[tuple[Sample, int]]) -> tuple[int, int]:
@@ -227,11 +265,3 @@ def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]
             text_runs(embeds.shape[-2], mask))  # fmt: skip
         lengths.append(runs if isinstance(runs, int) else sum(length for length, _ in runs))
     return lengths
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.1f} GiB"

@@ -18,7 +18,8 @@ import torch
 from uniref_fast import native
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["FEATURES", "attention_config", "attention_features", "attention_seconds", "device_name", "table"]
+__all__ = ["FEATURES", "attention_config", "attention_features", "attention_seconds", "device_name",
+           "named_device", "table"]  # fmt: skip
 
 FOLDER = Path(__file__).parent / "assets" / "tuned"
 FEATURES = ("call", "rectangle", "row", "pair")
@@ -33,6 +34,22 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower().replace("nvidia", "")).strip("-")
     return f"cpu-{native.levels()[0]}" if native.available() else "cpu"
+
+
+def named_device(device: torch.device | str) -> str:
+    """Return the name of a device's table for "cpu", "cuda" or "cuda:N" of this machine; other names stay.
+
+    Raises:
+        ValueError: PyTorch finds no such device on this machine.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(device)):
+        return str(device)
+    if str(device) != "cpu" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {str(device)!r} is not available: PyTorch finds no CUDA device; use cpu, or the name of a "
+            "measured device such as h100-80gb-hbm3"
+        )
+    return device_name(device)
 
 
 @functools.cache
