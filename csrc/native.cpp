@@ -43,10 +43,14 @@ constexpr int kAbiVersion = 2;
 
 #ifdef UF_HAVE_AVX512BF16
 // Leaf 7, subleaf 1: not every compiler that has the instructions knows their name in __builtin_cpu_supports. That the
-// operating system keeps the registers is part of the answer for avx512f.
+// operating system keeps the registers is part of the answer for avx512f. Asked once: in a virtual machine the
+// instruction traps to the host, which takes longer than a small kernel.
 bool cpu_has_avx512bf16() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+  static const bool found = [] {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+  }();
+  return found;
 }
 #endif
 

@@ -8,16 +8,17 @@ from uniref_fast.native.library import DTYPES, check, int32, leading, pointers, 
 
 def _table(names: tuple[str, str, str], ranges: Tensor, ptr: Tensor, intervals: Tensor) -> tuple[Tensor, ...]:
     """Return the three tensors of a plan, or of its transpose, after checks."""
+    count = ranges.shape[0]
     return (
-        int32(names[0], ranges, (len(ranges), 2)),
-        int32(names[1], ptr, (len(ranges) + 1,)),
-        int32(names[2], intervals, (len(intervals), 2)),
+        int32(names[0], ranges, (count, 2)),
+        int32(names[1], ptr, (count + 1,)),
+        int32(names[2], intervals, (intervals.shape[0], 2)),
     )
 
 
 def _table_arguments(table: tuple[Tensor, ...]) -> tuple[int, ...]:
     ranges, ptr, intervals = table
-    return ranges.data_ptr(), len(ranges), ptr.data_ptr(), intervals.data_ptr(), len(intervals)
+    return ranges.data_ptr(), ranges.shape[0], ptr.data_ptr(), intervals.data_ptr(), intervals.shape[0]
 
 
 def segment_attention(
@@ -105,6 +106,7 @@ def _attention_shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.dtype, tor
     _, heads, dim = shape
     if dim % 8 or dim == 0:
         raise ValueError(f"head dimension {dim} is not a multiple of 8")
-    check("k", k, (len(k), heads, dim), dtype)
-    check("v", v, (len(k), heads, dim), dtype)
-    return dtype, shape, len(k)
+    keys = k.shape[0]
+    check("k", k, (keys, heads, dim), dtype)
+    check("v", v, (keys, heads, dim), dtype)
+    return dtype, shape, keys

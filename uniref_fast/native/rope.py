@@ -39,13 +39,14 @@ def qk_norm_rope(
     lib, level_id = use_level(level)
     streams = (txt_q, img_q, txt_k, img_k, txt_v, img_v)
     dtype, (total, heads, dim) = _stream_shapes(streams, ("txt_q", "img_q", "txt_k", "img_k", "txt_v", "img_v"))
+    tokens = (txt_q.shape[0], img_q.shape[0])
     cos, sin, index, weights = _rope_tables(
-        cos, sin, txt_index, img_index, (txt_wq, img_wq, txt_wk, img_wk), (len(txt_q), len(img_q)), dim
+        cos, sin, txt_index, img_index, (txt_wq, img_wq, txt_wk, img_wk), tokens, dim
     )
     out = [torch.empty((total, heads, dim), dtype=dtype, device="cpu") for _ in range(3)]
     status = lib.uf_qk_norm_rope(
         level_id, torch.get_num_threads(), DTYPES[dtype], pointers(streams), strides(streams, 2),
-        pointers(weights), pointers(index), (ctypes.c_int64 * 2)(len(txt_q), len(img_q)),
+        pointers(weights), pointers(index), (ctypes.c_int64 * 2)(*tokens),
         cos.data_ptr(), sin.data_ptr(), heads, dim, eps, eager_rounding, *(x.data_ptr() for x in out),
     )  # fmt: skip
     raise_for(status)
@@ -101,12 +102,14 @@ def qk_norm_rope_backward(
 
 def _stream_shapes(streams: Sequence[Tensor], names: Sequence[str]) -> tuple[torch.dtype, tuple[int, int, int]]:
     """Return dtype and [N, H, D] of the joint sequence of streams in the order text, image, text, image, ..."""
-    dtype, (_, heads, dim) = leading(names[1], streams[1], "NHD")
+    dtype, (image, heads, dim) = leading(names[1], streams[1], "NHD")
     if dim % 2:
         raise ValueError(f"head dimension {dim} is odd; rotary embedding takes pairs")
+    text = streams[0].shape[0]
+    shapes = (text, heads, dim), (image, heads, dim)
     for i, (name, x) in enumerate(zip(names, streams, strict=True)):
-        check(name, x, (len(streams[i % 2]), heads, dim), dtype)
-    return dtype, (len(streams[0]) + len(streams[1]), heads, dim)
+        check(name, x, shapes[i % 2], dtype)
+    return dtype, (text + image, heads, dim)
 
 
 def _rope_tables(
@@ -128,5 +131,7 @@ def _rope_tables(
 
 
 def _weight(name: str, w: Tensor, dim: int) -> Tensor:
+    if w.dtype is torch.float32:
+        return check(name, w, (dim,), torch.float32)
     dtype, _ = leading(name, w, "D")
     return check(name, w, (dim,), dtype).to(torch.float32)

@@ -6,12 +6,14 @@ from torch import Tensor
 from uniref_fast.native.library import DTYPES, check, int32, leading, pointers, raise_for, strides, use_level
 
 
-def _modulation_rows(modulation: dict[str, Tensor | None], dtype: torch.dtype, channels: int) -> int:
-    """Return the number of rows of gate, shift and scale."""
-    given = [(name, m) for name, m in modulation.items() if m is not None]
-    for name, m in given:
-        check(name, m, (len(given[0][1]), channels), dtype)
-    return len(given[0][1])
+def _modulation_rows(names: tuple[str, ...], tables: tuple[Tensor | None, ...], like: Tensor) -> int:
+    """Return the number of rows of the tables (gate, shift, scale) that are given."""
+    rows = 0
+    for name, table in zip(names, tables, strict=True):
+        if table is not None:
+            rows = rows or table.shape[0]
+            check(name, table, (rows, like.shape[1]), like.dtype)
+    return rows
 
 
 def _token_op(
@@ -28,18 +30,20 @@ def _token_op(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return x_out (None without a gate) and normed (None without a scale)."""
     lib, level_id = use_level(level)
-    dtype, (tokens, channels) = leading("x", x, "NC")
+    dtype, shape = leading("x", x, "NC")
     if y is not None:
-        check("y", y, (tokens, channels), dtype)
-    n_rows = _modulation_rows({"gate": gate, "shift": shift, "scale": scale}, dtype, channels)
+        check("y", y, shape, dtype)
+    n_rows = _modulation_rows(("gate", "shift", "scale"), (gate, shift, scale), x)
     if mod_index is not None:
-        mod_index = int32("mod_index", mod_index, (tokens,))
-    x_out = None if gate is None else torch.empty((tokens, channels), dtype=dtype, device="cpu")
-    normed = None if scale is None else torch.empty((tokens, channels), dtype=dtype, device="cpu")
-    views = [v for t in (x, y, gate, shift, scale) for v in ((None, 0) if t is None else (t.data_ptr(), t.stride(0)))]
+        mod_index = int32("mod_index", mod_index, shape[:1])
+    x_out = None if gate is None else torch.empty(shape, dtype=dtype, device="cpu")
+    normed = None if scale is None else torch.empty(shape, dtype=dtype, device="cpu")
+    views: list[int | None] = []
+    for t in (x, y, gate, shift, scale):
+        views += (None, 0) if t is None else (t.data_ptr(), t.stride(0))
     status = lib.uf_token_rows(
         level_id, torch.get_num_threads(), DTYPES[dtype], *views,
-        None if mod_index is None else mod_index.data_ptr(), n_rows, tokens, channels, eps, rms, eager_rounding,
+        None if mod_index is None else mod_index.data_ptr(), n_rows, *shape, eps, rms, eager_rounding,
         None if x_out is None else x_out.data_ptr(), None if normed is None else normed.data_ptr(),
     )  # fmt: skip
     raise_for(status)
@@ -121,7 +125,7 @@ def _token_op_backward(
     dtype, (tokens, channels) = leading(*present[0], "NC")
     for name, t in present:
         check(name, t, (tokens, channels), dtype)
-    n_rows = _modulation_rows({"gate": gate, "scale": scale}, dtype, channels)
+    n_rows = _modulation_rows(("gate", "scale"), (gate, scale), present[0][1])
     if mod_index is not None:
         mod_index = int32("mod_index", mod_index, (tokens,))
     shapes = ((tokens, channels), (n_rows, channels))

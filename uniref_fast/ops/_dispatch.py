@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import re
+from collections.abc import Callable
 from importlib import metadata
 from types import ModuleType
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -19,11 +21,13 @@ __all__ = [
     "IMPLEMENTATIONS",
     "Rounding",
     "choose",
+    "define_op",
     "explain",
     "first_order_only",
     "inside_transform",
     "module",
     "not_batched",
+    "observed",
     "one_of",
     "unavailable",
     "unit_stride",
@@ -35,7 +39,10 @@ Rounding = Literal["once", "eager"]
 IMPLEMENTATIONS = ("reference", "native", "triton")
 TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 LIBRARY = torch.library.Library("uniref_fast", "FRAGMENT")
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+"""Classes of tensors whose operators are PyTorch's own."""
 
 
 def _triton_missing() -> str | None:
@@ -123,7 +130,45 @@ def explain(tensor: torch.Tensor, head_dim: int | None = None) -> tuple[str, str
 
 def module(impl: str, name: str) -> ModuleType:
     """Return the module with the functions of `impl` ("native" or "triton"); Triton is imported at the first use."""
-    return native if impl == "native" else importlib.import_module(f"uniref_fast.kernels.{name}")
+    return native if impl == "native" else _kernels(name)
+
+
+@functools.cache
+def _kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"uniref_fast.kernels.{name}")
+
+
+def define_op(function: Kernel) -> Kernel:
+    """Register a function as the op `torch.ops.uniref_fast.<name>` on every device, and return the function.
+
+    The name is that of the function without its leading underscore, and the annotations give the schema. Results must
+    be new tensors. `torch.library.custom_op` registers the same op, in a wrapper that takes more time in every call.
+    """
+    name = function.__name__.lstrip("_")
+    LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # not compiled piece by piece
+    return function
+
+
+def observed(*tensors: torch.Tensor | None) -> bool:
+    """Return True if a call must go through the dispatcher of PyTorch: something besides the kernel has to see it.
+
+    That is autograd, torch.compile, tracing, a torch mode, a tensor subclass, the profiler, and the meta device. All
+    other calls can run the kernel itself, which saves more time than a small kernel takes.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return True
+    grad = torch.is_grad_enabled()
+    for x in tensors:  # noqa: SIM110 (a generator would take twice the time)
+        if x is not None and (type(x) not in PLAIN or x.is_meta or (grad and x.requires_grad)):
+            return True
+    return False
 
 
 def one_of(name: str, value: str, *known: str) -> bool:

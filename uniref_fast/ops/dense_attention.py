@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from uniref_fast.memo import memo
-from uniref_fast.ops._dispatch import first_order_only, upstream
+from uniref_fast.ops._dispatch import define_op, first_order_only, upstream
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["backend", "rectangles_of"]
+__all__ = ["backend", "dense_attention", "rectangles_of"]
 
 aten = torch.ops.aten
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -105,8 +105,8 @@ _BACKWARD: dict[str, Callable] = {"cpu": _cpu_backward, "cudnn": _cudnn_backward
 # ---- the op ----
 
 
-@torch.library.custom_op("uniref_fast::dense_attention", mutates_args=())
-def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rectangles: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+@define_op
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, rectangles: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     library = _backend(q)
     rects = list(_rectangles(rectangles))
     if _covered_once(rects, q.shape[0]):
@@ -135,7 +135,7 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, rectangles: Sequence[int],
     return out, lse
 
 
-@torch.library.custom_op("uniref_fast::dense_attention_backward", mutates_args=())
+@define_op
 def _dense_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rectangles: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,12 +169,12 @@ def _dense_attention_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@_dense_attention.register_fake
+@torch.library.register_fake("uniref_fast::dense_attention")
 def _(q, k, v, rectangles, scale):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@_dense_attention_backward.register_fake
+@torch.library.register_fake("uniref_fast::dense_attention_backward")
 def _(grad, q, k, v, out, lse, rectangles, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -190,7 +190,7 @@ def _differentiate(ctx, grad, _):
     return *op(upstream(grad).contiguous(), *ctx.saved_tensors, ctx.rectangles, ctx.scale), None, None
 
 
-_dense_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("uniref_fast::dense_attention", _differentiate, setup_context=_save)
 first_order_only("dense_attention_backward")
 
 

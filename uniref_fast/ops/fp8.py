@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.ops._dispatch import choose, inside_transform, one_of
+from uniref_fast.ops._dispatch import choose, define_op, inside_transform, observed, one_of
 from uniref_fast.ops.norm_modulate import Norm, _check, norm_modulate_reference
 
 __all__ = ["gelu_fp8", "norm_modulate_fp8", "quantize_fp8", "scaled_linear"]
@@ -69,7 +69,8 @@ def norm_modulate_fp8(
         wide = None if shift is None else shift.to(torch.float32)
         out = norm_modulate_reference(x.to(torch.float32), wide, scale.to(torch.float32), mod_index, eps, rms)
         return quantize_fp8(out)
-    return torch.ops.uniref_fast.norm_modulate_fp8(x, shift, scale, mod_index, eps, rms)
+    run = torch.ops.uniref_fast.norm_modulate_fp8 if observed(x, shift, scale) else _norm_modulate_fp8
+    return run(x, shift, scale, mod_index, eps, rms)
 
 
 def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
@@ -78,7 +79,7 @@ def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
         raise ValueError(f"x must be [N, C] with contiguous rows, got {list(x.shape)}, strides {x.stride()}")
     if _choose(impl, x) == "reference":
         return quantize_fp8(F.gelu(x.to(torch.float32), approximate="tanh"))
-    return torch.ops.uniref_fast.gelu_fp8(x)
+    return (torch.ops.uniref_fast.gelu_fp8 if observed(x) else _gelu_fp8)(x)
 
 
 def scaled_linear(
@@ -139,7 +140,7 @@ def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
 # ---- torch.library ops ----
 
 
-@torch.library.custom_op("uniref_fast::norm_modulate_fp8", mutates_args=())
+@define_op
 def _norm_modulate_fp8(
     x: Tensor, shift: Tensor | None, scale: Tensor, mod_index: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
@@ -148,18 +149,18 @@ def _norm_modulate_fp8(
     return kernels.norm_modulate_fp8(x, shift, scale, mod_index, eps, rms)
 
 
-@torch.library.custom_op("uniref_fast::gelu_fp8", mutates_args=())
+@define_op
 def _gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     from uniref_fast.kernels import fp8 as kernels
 
     return kernels.gelu_fp8(x)
 
 
-@_norm_modulate_fp8.register_fake
+@torch.library.register_fake("uniref_fast::norm_modulate_fp8")
 def _(x, shift, scale, mod_index, eps, rms):
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@_gelu_fp8.register_fake
+@torch.library.register_fake("uniref_fast::gelu_fp8")
 def _(x):
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)

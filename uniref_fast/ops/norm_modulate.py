@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.ops._dispatch import Rounding, choose, first_order_only, module, one_of, upstream
+from uniref_fast.ops._dispatch import Rounding, choose, define_op, first_order_only, module, observed, one_of, upstream
 
 __all__ = [
     "gate_residual",
@@ -64,7 +64,8 @@ def norm_modulate(
     impl = choose(impl, x)
     if impl == "reference":
         return norm_modulate_reference(x, shift, scale, mod_index, eps, rms)
-    return torch.ops.uniref_fast.norm_modulate(x, shift, scale, mod_index, eps, rms, eager, impl)
+    run = torch.ops.uniref_fast.norm_modulate if observed(x, shift, scale) else _norm_modulate
+    return run(x, shift, scale, mod_index, eps, rms, eager, impl)
 
 
 def gate_residual(
@@ -85,7 +86,8 @@ def gate_residual(
     impl = choose(impl, x)
     if impl == "reference":
         return gate_residual_reference(x, y, gate, mod_index)
-    return torch.ops.uniref_fast.gate_residual(x, y, gate, mod_index, eager, impl)
+    run = torch.ops.uniref_fast.gate_residual if observed(x, y, gate) else _gate_residual
+    return run(x, y, gate, mod_index, eager, impl)
 
 
 def gate_residual_norm_modulate(
@@ -111,8 +113,9 @@ def gate_residual_norm_modulate(
     impl = choose(impl, x)
     if impl == "reference":
         return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, mod_index, eps, rms)
-    op = torch.ops.uniref_fast.gate_residual_norm_modulate
-    return op(x, y, gate, shift, scale, mod_index, eps, rms, eager, impl)
+    seen = observed(x, y, gate, shift, scale)
+    run = torch.ops.uniref_fast.gate_residual_norm_modulate if seen else _gate_residual_norm_modulate
+    return run(x, y, gate, shift, scale, mod_index, eps, rms, eager, impl)
 
 
 # ---- reference: the specification, the oracle (in float64) and the baseline ----
@@ -154,34 +157,40 @@ def _select(table: Tensor, mod_index: Tensor | None) -> Tensor:
 
 
 def _check(x: Tensor, mod_index: Tensor | None, **others: Tensor | None) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x must be [N, C], got {list(x.shape)}")
-    given = {name: other for name, other in others.items() if other is not None}
-    count = next(other.shape[0] for name, other in given.items() if name != "y")
-    for name, other in given.items():
-        expected = x.shape if name == "y" else (count, x.shape[1])
-        if other.shape != expected or not (count or name == "y"):
+    shape, dtype, device, rows = x.shape, x.dtype, x.device, 0
+    if len(shape) != 2:
+        raise ValueError(f"x must be [N, C], got {list(shape)}")
+    _check_channels("x", x)
+    for name, other in others.items():
+        if other is None:
+            continue
+        expected: tuple[int, ...] = shape
+        if name != "y":
+            rows = rows or other.shape[0]
+            expected = rows, shape[1]
+        if other.shape != expected or not (rows or name == "y"):
             raise ValueError(
                 f"{name} has shape {list(other.shape)}, expected {'[N, C]' if name == 'y' else '[R, C], one R >= 1'} "
-                f"for x of {list(x.shape)}"
+                f"for x of {list(shape)}"
             )
-        if other.dtype != x.dtype or other.device != x.device:
-            raise ValueError(f"{name} is {other.dtype} on {other.device}, x is {x.dtype} on {x.device}")
-    for name, other in {"x": x, **given}.items():
-        if other.numel() and other.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {other.stride()}")
+        if other.dtype != dtype or other.device != device:
+            raise ValueError(f"{name} is {other.dtype} on {other.device}, x is {dtype} on {device}")
+        _check_channels(name, other)
     if mod_index is not None and (
-        mod_index.shape != x.shape[:1] or mod_index.dtype != torch.int32 or not mod_index.is_contiguous()
+        mod_index.shape != shape[:1] or mod_index.dtype != torch.int32 or not mod_index.is_contiguous()
     ):
-        raise ValueError(
-            f"mod_index must be contiguous int32 [{x.shape[0]}], got {mod_index.dtype} {list(mod_index.shape)}"
-        )
+        raise ValueError(f"mod_index must be contiguous int32 [{shape[0]}], got {mod_index.dtype} {[*mod_index.shape]}")
+
+
+def _check_channels(name: str, x: Tensor) -> None:
+    if not x.is_contiguous() and x.numel() and x.stride(-1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {x.stride()}")
 
 
 # ---- torch.library ops ----
 
 
-@torch.library.custom_op("uniref_fast::norm_modulate", mutates_args=())
+@define_op
 def _norm_modulate(
     x: Tensor,
     shift: Tensor | None,
@@ -195,7 +204,7 @@ def _norm_modulate(
     return module(impl, "norm_modulate").norm_modulate(x, shift, scale, mod_index, eps, rms, eager_rounding)
 
 
-@torch.library.custom_op("uniref_fast::norm_modulate_backward", mutates_args=())
+@define_op
 def _norm_modulate_backward(
     grad: Tensor, x: Tensor, scale: Tensor, mod_index: Tensor | None, eps: float, rms: bool, row_grads: bool, impl: str
 ) -> list[Tensor]:
@@ -205,14 +214,14 @@ def _norm_modulate_backward(
     return [g for g in grads if g is not None]
 
 
-@torch.library.custom_op("uniref_fast::gate_residual", mutates_args=())
+@define_op
 def _gate_residual(
     x: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None, eager_rounding: bool, impl: str
 ) -> Tensor:
     return module(impl, "norm_modulate").gate_residual(x, y, gate, mod_index, eager_rounding)
 
 
-@torch.library.custom_op("uniref_fast::gate_residual_backward", mutates_args=())
+@define_op
 def _gate_residual_backward(
     grad: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None, row_grads: bool, impl: str
 ) -> list[Tensor]:
@@ -220,7 +229,7 @@ def _gate_residual_backward(
     return [g for g in grads if g is not None]
 
 
-@torch.library.custom_op("uniref_fast::gate_residual_norm_modulate", mutates_args=())
+@define_op
 def _gate_residual_norm_modulate(
     x: Tensor,
     y: Tensor,
@@ -237,7 +246,7 @@ def _gate_residual_norm_modulate(
     return kernels.gate_residual_norm_modulate(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding)
 
 
-@torch.library.custom_op("uniref_fast::gate_residual_norm_modulate_backward", mutates_args=())
+@define_op
 def _gate_residual_norm_modulate_backward(
     grad_x_out: Tensor,
     grad_normed: Tensor,
@@ -257,32 +266,32 @@ def _gate_residual_norm_modulate_backward(
     return [g for g in grads if g is not None]
 
 
-@_norm_modulate.register_fake
+@torch.library.register_fake("uniref_fast::norm_modulate")
 def _(x, shift, scale, mod_index, eps, rms, eager_rounding, impl):
     return x.new_empty(x.shape)
 
 
-@_gate_residual.register_fake
+@torch.library.register_fake("uniref_fast::gate_residual")
 def _(x, y, gate, mod_index, eager_rounding, impl):
     return x.new_empty(x.shape)
 
 
-@_gate_residual_norm_modulate.register_fake
+@torch.library.register_fake("uniref_fast::gate_residual_norm_modulate")
 def _(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, impl):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-@_norm_modulate_backward.register_fake
+@torch.library.register_fake("uniref_fast::norm_modulate_backward")
 def _(grad, x, scale, mod_index, eps, rms, row_grads, impl):
     return [x.new_empty(x.shape), *(scale.new_empty(scale.shape) for _ in range(2 * row_grads))]
 
 
-@_gate_residual_backward.register_fake
+@torch.library.register_fake("uniref_fast::gate_residual_backward")
 def _(grad, y, gate, mod_index, row_grads, impl):
     return [y.new_empty(y.shape), *(gate.new_empty(gate.shape) for _ in range(row_grads))]
 
 
-@_gate_residual_norm_modulate_backward.register_fake
+@torch.library.register_fake("uniref_fast::gate_residual_norm_modulate_backward")
 def _(grad_x_out, grad_normed, x_out, y, gate, scale, mod_index, eps, rms, row_grads, impl):
     return [
         x_out.new_empty(x_out.shape),
@@ -337,9 +346,15 @@ def _differentiate_gate_residual_norm_modulate(ctx, grad_x_out, grad_normed):
     return dx, dy, dgate, dshift if ctx.shifted else None, dscale, None, None, None, None, None
 
 
-_norm_modulate.register_autograd(_differentiate_norm_modulate, setup_context=_save_norm_modulate)
-_gate_residual.register_autograd(_differentiate_gate_residual, setup_context=_save_gate_residual)
-_gate_residual_norm_modulate.register_autograd(
-    _differentiate_gate_residual_norm_modulate, setup_context=_save_gate_residual_norm_modulate
+torch.library.register_autograd(
+    "uniref_fast::norm_modulate", _differentiate_norm_modulate, setup_context=_save_norm_modulate
+)
+torch.library.register_autograd(
+    "uniref_fast::gate_residual", _differentiate_gate_residual, setup_context=_save_gate_residual
+)
+torch.library.register_autograd(
+    "uniref_fast::gate_residual_norm_modulate",
+    _differentiate_gate_residual_norm_modulate,
+    setup_context=_save_gate_residual_norm_modulate,
 )
 first_order_only("norm_modulate_backward", "gate_residual_backward", "gate_residual_norm_modulate_backward")

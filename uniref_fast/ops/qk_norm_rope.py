@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from uniref_fast.layout import SelfLayout
-from uniref_fast.ops._dispatch import Rounding, choose, first_order_only, module, one_of, upstream
+from uniref_fast.ops._dispatch import Rounding, choose, define_op, first_order_only, module, observed, one_of, upstream
 
 __all__ = ["qk_norm_rope", "qk_norm_rope_reference"]
 
 QKV = tuple[Tensor, Tensor, Tensor]
 Weights = tuple[Tensor | None, Tensor | None]
+_NAMES = ("text q", "text k", "text v", "image q", "image k", "image v")
 
 
 def qk_norm_rope(
@@ -48,37 +49,36 @@ def qk_norm_rope(
     Returns:
         Joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image. Differentiable in the streams and the weights.
     """
-    tensors = (*text, *image)
-    head = image[0].shape[1:]
-    for name, tensor in zip(("text q", "text k", "text v", "image q", "image k", "image v"), tensors, strict=True):
-        length = layout.text_length if name.startswith("text") else layout.image_length
-        if tensor.shape != (length, *head):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {[length, *head]}")
-        if tensor.dtype != image[0].dtype or tensor.device != image[0].device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, image q is {image[0].dtype} on {image[0].device}"
-            )
-        if tensor.numel() and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, its strides are {tensor.stride()}")
+    tensors, first = (*text, *image), image[0]
+    head, dtype, device = first.shape[1:], first.dtype, first.device
+    shapes = (layout.text_length, *head), (layout.image_length, *head)
+    for i, tensor in enumerate(tensors):
+        if tensor.shape != shapes[i // 3]:
+            raise ValueError(f"{_NAMES[i]} has shape {[*tensor.shape]}, the layout expects {[*shapes[i // 3]]}")
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(f"{_NAMES[i]} is {tensor.dtype} on {tensor.device}, image q is {dtype} on {device}")
+        if not tensor.is_contiguous() and tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError(f"{_NAMES[i]} must be contiguous in its last dimension, its strides are {tensor.stride()}")
+    expected = layout.joint_length, head[1] // 2
     for table in rotary:
-        if table.shape != (layout.joint_length, head[1] // 2) or table.dtype != torch.float32:
+        if table.shape != expected or table.dtype != torch.float32:
             raise ValueError(
-                f"rotary tables must be float32 {[layout.joint_length, head[1] // 2]}, got {table.dtype} "
-                f"{list(table.shape)}: axes_dims must sum to the head dimension {head[1]}"
+                f"rotary tables must be float32 {[*expected]}, got {table.dtype} {[*table.shape]}: axes_dims must sum "
+                f"to the head dimension {head[1]}"
             )
-    device = image[0].device
     for weight in (*text_weights, *image_weights):
         if weight is not None and (weight.shape != head[1:] or weight.device != device):
             raise ValueError(
                 f"norm weights must be [{head[1]}] on {device}, got {list(weight.shape)} on {weight.device}"
             )
     eager = one_of("rounding", rounding, "once", "eager")
-    impl = choose(impl, image[0], head[1])
+    impl = choose(impl, first, head[1])
     index = (layout.joint_index("text", device), layout.joint_index("image", device))
     arguments = (*tensors, *text_weights, *image_weights, *rotary, *index, eps)
     if impl == "reference":
         return qk_norm_rope_reference(*arguments)
-    return torch.ops.uniref_fast.qk_norm_rope(*arguments, eager, impl)
+    run = torch.ops.uniref_fast.qk_norm_rope if observed(*tensors, *text_weights, *image_weights) else _qk_norm_rope
+    return run(*arguments, eager, impl)
 
 
 def qk_norm_rope_reference(
@@ -125,7 +125,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
-@torch.library.custom_op("uniref_fast::qk_norm_rope", mutates_args=())
+@define_op
 def _qk_norm_rope(
     txt_q: Tensor,
     txt_k: Tensor,
@@ -151,7 +151,7 @@ def _qk_norm_rope(
     )  # fmt: skip
 
 
-@_qk_norm_rope.register_fake
+@torch.library.register_fake("uniref_fast::qk_norm_rope")
 def _(
     txt_q, txt_k, txt_v, img_q, img_k, img_v, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
     eager_rounding, impl,
@@ -160,7 +160,7 @@ def _(
     return img_q.new_empty(shape), img_q.new_empty(shape), img_q.new_empty(shape)
 
 
-@torch.library.custom_op("uniref_fast::qk_norm_rope_backward", mutates_args=())
+@define_op
 def _qk_norm_rope_backward(
     dq: Tensor,
     dk: Tensor,
@@ -189,7 +189,7 @@ def _qk_norm_rope_backward(
     return [g for g in grads if g is not None]
 
 
-@_qk_norm_rope_backward.register_fake
+@torch.library.register_fake("uniref_fast::qk_norm_rope_backward")
 def _(
     dq, dk, dv, txt_q, txt_k, img_q, img_k, txt_wq, txt_wk, img_wq, img_wk, cos, sin, txt_index, img_index, eps,
     weight_grads, impl,
@@ -219,5 +219,5 @@ def _differentiate(ctx, dq, dk, dv):
     )
 
 
-_qk_norm_rope.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("uniref_fast::qk_norm_rope", _differentiate, setup_context=_save)
 first_order_only("qk_norm_rope_backward")

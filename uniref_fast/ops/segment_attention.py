@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,14 +26,16 @@ from uniref_fast.memo import memo
 from uniref_fast.ops._dispatch import (
     IMPLEMENTATIONS,
     choose,
+    define_op,
     first_order_only,
     inside_transform,
+    observed,
     one_of,
     unavailable,
     unit_stride,
     upstream,
 )
-from uniref_fast.ops.dense_attention import backend, rectangles_of
+from uniref_fast.ops.dense_attention import backend, dense_attention, rectangles_of
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["explain_attention", "segment_attention", "segment_attention_reference"]
@@ -132,9 +134,11 @@ def segment_attention(
     if impl == "reference":
         out, lse = segment_attention_reference(q, k, v, plan, scale)
     elif impl == "dense":
-        out, lse = torch.ops.uniref_fast.dense_attention(q, k, v, rectangles, scale)
+        dense = torch.ops.uniref_fast.dense_attention if observed(q, k, v) else dense_attention
+        out, lse = dense(q, k, v, rectangles, scale)
     else:
-        out, lse = torch.ops.uniref_fast.segment_attention(q, k, v, *tables, scale, impl)
+        ours: Any = torch.ops.uniref_fast.segment_attention if observed(q, k, v) else _segment_attention
+        out, lse = ours(q, k, v, *tables, scale, impl)
     return (out, lse) if return_lse else out
 
 
@@ -259,7 +263,7 @@ def _capability(q: Tensor) -> tuple[int, int]:
 # ---- torch.library ops: the native and the Triton kernels ----
 
 
-@torch.library.custom_op("uniref_fast::segment_attention", mutates_args=())
+@define_op
 def _segment_attention(
     q: Tensor,
     k: Tensor,
@@ -279,7 +283,7 @@ def _segment_attention(
     return kernels.segment_attention(q, k, v, forward, scale)
 
 
-@torch.library.custom_op("uniref_fast::segment_attention_backward", mutates_args=())
+@define_op
 def _segment_attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -303,12 +307,12 @@ def _segment_attention_backward(
     return kernels.segment_attention_backward(grad, q, k, v, out, lse, by_query, by_key, scale)
 
 
-@_segment_attention.register_fake
+@torch.library.register_fake("uniref_fast::segment_attention")
 def _(q, k, v, tables, dq_tables, dkdv_tables, launches, scale, impl):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@_segment_attention_backward.register_fake
+@torch.library.register_fake("uniref_fast::segment_attention_backward")
 def _(grad, q, k, v, out, lse, dq_tables, dkdv_tables, launches, scale, impl):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -329,5 +333,5 @@ def _differentiate(ctx, grad, _):
     return *grads, *([None] * count for count in ctx.counts), no_launches, None, None
 
 
-_segment_attention.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("uniref_fast::segment_attention", _differentiate, setup_context=_save)
 first_order_only("segment_attention_backward")
