@@ -7,7 +7,7 @@ from collections.abc import Sequence
 __all__ = ["SIZES", "USABLE", "fits", "fits_text", "size_text"]
 
 SIZES = (16, 24, 32, 48, 80, 96, 141, 192)
-"""Memory of GPUs in GB, as their makers name it; the GiB that PyTorch reports are within 2 % of it."""
+"""Memory of GPUs in GB, as their makers name it; PyTorch reports the same number of GiB within 2 %."""
 
 USABLE = 0.9
 """Share of a GPU's memory that can be planned for; libraries and the reserve of the allocator need the rest."""
