@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(name: str, message: str, status: int) -> int:
-    hint = f"\nTry '{name} --help'." if status == 2 and " data " in name else ""
+    hint = f"\nTry '{name} --help'." if status == 2 else ""
     print(f"{name}: error: {escape_controls(message)}{hint}", file=sys.stderr)
     return status
 
@@ -299,8 +299,8 @@ def _estimate(args: argparse.Namespace) -> int:
     request = EditRequest(**_request_fields(args))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    with model_errors(args.model):
-        pipe = builtin.load(dtype) if args.model == "builtin" else args.model
+    with model_errors(args.model) as place:
+        pipe = builtin.load(dtype) if args.model == "builtin" else place
         result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget, device=device)
     if args.json:
         print(json.dumps(result.as_dict() | {"fits": None if memory is None else fits(result.peak_bytes, memory)}))

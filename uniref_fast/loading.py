@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
 
-__all__ = ["defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
+__all__ = ["configuration", "defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
 
 
 def defaults(name: str) -> tuple[int, float]:
@@ -40,27 +41,57 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
 
     if name == "builtin":
         return builtin.load(dtype, device)
-    from diffusers import DiffusionPipeline
+    with model_errors(name) as place:
+        from diffusers import DiffusionPipeline
 
-    with model_errors(name):
-        pipe = _from_pretrained(DiffusionPipeline, name, dtype)
+        pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}")
     check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
     return pipe.to(device)
 
 
+def configuration(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the contents of `model_index.json` and `transformer/config.json` of a model.
+
+    Args:
+        name: "builtin", a diffusers folder, or a hub id, of which only these two files are downloaded.
+
+    Raises:
+        ValueError: If the name is not a model, its files cannot be read, or it is a model of another kind.
+    """
+    from uniref_fast.builtin.store import model_folder
+
+    files = ("model_index.json", "transformer/config.json")
+    with model_errors(name) as place:
+        folder = model_folder() if name == "builtin" else Path(place)
+        if folder.is_dir():
+            paths = [folder / file for file in files]
+        else:
+            from huggingface_hub import hf_hub_download
+
+            paths = [Path(hf_hub_download(place, file)) for file in files]
+        index, transformer = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    check_configuration(f"--model {name}", index, transformer)
+    return index, transformer
+
+
 @contextlib.contextmanager
-def model_errors(name: str) -> Iterator[None]:
-    """Raise ValueError with one line for a name that cannot be a model, and for a model that cannot be loaded."""
+def model_errors(name: str) -> Iterator[str]:
+    """Raise ValueError with one line for a name that cannot be a model, and for a model that cannot be loaded.
+
+    Yields:
+        The place to load the model from: the name, or a folder of the hub's cache if the hub cannot be reached.
+    """
     folder = Path(name)
     if name != "builtin":
         if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise ValueError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
         if folder.is_dir() and not (folder / "model_index.json").is_file():
             raise ValueError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
+    place = local_or_hub(name, f"--model {name}")
     from safetensors import SafetensorError
 
     try:
-        yield
+        yield place
     except (OSError, SafetensorError, json.JSONDecodeError) as error:  # the latter two of damaged files
         if folder.is_dir() or name == "builtin":
             raise ValueError(f"--model {name} could not be loaded: {error}") from None
@@ -124,7 +155,7 @@ def _named(given: str, model: str) -> Iterator[None]:
         raise ValueError(f"{given} could not be loaded into the model {model}: {first}") from error
 
 
-def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
+def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str) -> Any:
     """Load a pipeline from safetensors files only: pickled weights of other people could run code."""
     from diffusers import QwenImageTransformer2DModel
 
@@ -132,9 +163,9 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
 
     # first, so that the error for a name that cannot be loaded is about the whole model
     index = pipeline_class.load_config(name)
-    check_configuration(f"--model {name}", index)  # before anything else is read
+    check_configuration(given, index)  # before anything else is read
     config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
-    check_configuration(f"--model {name}", index, config)
+    check_configuration(given, index, config)
     if recorded_areas(index, config):  # a built-in model, saved by any pipeline class
         pipeline_class = SmallQwenImageEditPlusPipeline
     options, kind = {"dtype": dtype, "use_safetensors": True}, (index.get("processor") or [None, None])[1]
@@ -148,7 +179,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any) -> Any:
         missing = missing_weights(module)
         if missing:
             raise ValueError(
-                f"--model {name}: {part} has no file for {len(missing)} of its weights ({missing[0]}, ...); it may "
+                f"{given}: {part} has no file for {len(missing)} of its weights ({missing[0]}, ...); it may "
                 "have been saved with LoRA adapters in place, which have to be fused and unloaded first"
             )
     return pipe

@@ -11,10 +11,11 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -103,6 +104,12 @@ def _launch(
     make: Callable[[Any, Ranks, Any, int | None], Trainer],
     failures: Callable[[], tuple[type[Exception], ...]],
 ) -> int:
+    from uniref_fast.training.core.suitability import check_suitability
+
+    try:
+        check_suitability(parsed.config, int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as error:
+        return _failed(name, error, 2)
     import torch.distributed as dist
 
     from uniref_fast.data.dataset import BrokenRowsError
@@ -141,18 +148,32 @@ def _train(
     out, alone = parsed.extra.out, not parsed.extra.read_only
     with locked(out, ranks) if alone else contextlib.nullcontext():
         newest = find(parsed.extra, ranks, parsed.config.keep)
-        config = with_data(parsed.config, out, ranks)
-        changed = accept(config, newest, out, ranks)
-        run = make(config, ranks, parsed.extra, newest.step)
-        try:
-            run.preflight()
-            if alone:
-                begin(run, newest, changed)
-        except BaseException:
-            run.close()
-            raise
+        with _no_data_of_failed_start(out) if alone and ranks.rank == 0 else contextlib.nullcontext():
+            config = with_data(parsed.config, out, ranks)
+            changed = accept(config, newest, out, ranks)
+            run = make(config, ranks, parsed.extra, newest.step)
+            try:
+                run.preflight()
+                if alone:
+                    begin(run, newest, changed)
+            except BaseException:
+                run.close()
+                raise
         run.run()
     return run
+
+
+@contextlib.contextmanager
+def _no_data_of_failed_start(out: Path) -> Iterator[None]:
+    """Remove the data that the block has generated in the folder of a run if the run does not start."""
+    data = out / "data"
+    new = not data.exists()
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(data, ignore_errors=True)
+        raise
 
 
 def last_line(run: Trainer, stopped: int) -> str:
@@ -344,12 +365,12 @@ def begin(run: Trainer, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) 
 
 
 def _failed(name: str, error: BaseException, status: int) -> int:
-    rank = int(os.environ.get("RANK", 0))
+    rank, command = int(os.environ.get("RANK", 0)), f"training/{name}.py"
     if rank:
         time.sleep(3)  # if rank 0 has the same error, torchrun ends the other ranks meanwhile
         name = f"{name}, rank {rank}"
     message = f"{name}: {_described(error)}"
-    print(message, file=sys.stderr)
+    print(message if rank or status != 2 else f"{message}\nTry '{command} --help'.", file=sys.stderr)
     explain_to_launcher(message)
     return status
 

@@ -100,7 +100,7 @@ def plan_memory(
     # Sharing a pack costs exchanges in every block, recomputing costs a second forward. The first option that fits is
     # the cheapest: within a degree of sharing, keep the activations if possible.
     recomputation = (False, True) if stage.checkpointing is None else (stage.checkpointing,)
-    options = [(degree, again) for degree in _degrees(stage, ranks, config) for again in recomputation]
+    options = [(degree, again) for degree in sharing_degrees(stage, ranks, config) for again in recomputation]
     for degree, checkpointing in options:
         per_token = activation_bytes(config, 1, checkpointing, element) / degree
         fitting = int(free / per_token) if free > 0 else 0
@@ -121,7 +121,7 @@ def plan_memory(
     )
 
 
-def _degrees(stage: BudgetStage, ranks: int, config: Any) -> list[int]:
+def sharing_degrees(stage: BudgetStage, ranks: int, config: Any) -> list[int]:
     """Return the numbers of ranks that may share a pack, ascending, or the one that the stage sets."""
     heads = config.num_attention_heads
     possible = [n for n in range(1, ranks + 1) if ranks % n == 0 and heads % n == 0]

@@ -40,13 +40,14 @@ PARENT = os.getppid()  # when this module was imported
 def locked(out: Path, ranks: Ranks) -> Iterator[None]:
     """Lock the folder of a run for these ranks within the block; create it if it is missing. All ranks.
 
-    A new folder that holds only the lock in the end, as after a refused command, is removed again.
+    A new folder that holds only the lock in the end, as after a refused command, is removed again, with the parents
+    that were created for it.
 
     Raises:
         ValueError: A process of another run holds the folder; on all ranks. The message names the process.
         OSError: The folder or the lock file cannot be created.
     """
-    new = ranks.rank == 0 and not out.exists()
+    new = [path for path in (out, *out.parents) if not path.exists()] if ranks.rank == 0 else []
     file, problem = -1, None
     if ranks.rank == 0:
         file, problem = _claimed(out, ranks)
@@ -62,7 +63,8 @@ def locked(out: Path, ranks: Ranks) -> Iterator[None]:
         if new and file >= 0 and os.listdir(out) == [LOCK_FILE]:
             with contextlib.suppress(OSError):
                 (out / LOCK_FILE).unlink()
-                out.rmdir()
+                for path in new:
+                    path.rmdir()
         if file >= 0:
             os.close(file)
 

@@ -39,7 +39,7 @@ from uniref_fast.evaluation.config import EvalConfig
 from uniref_fast.evaluation.journal import Journal
 from uniref_fast.evaluation.metrics import measure, own_reward_record, reward_record, through_vae
 from uniref_fast.evaluation.requests import EvalRequest, encoder_refusal, eval_request, input_baseline, rows_by_file
-from uniref_fast.files import write_whole
+from uniref_fast.files import created_folders, write_whole
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.request import EditRequest, image_areas, validated
 from uniref_fast.rewards.functions import reward_function
@@ -101,14 +101,15 @@ class _Evaluation:
         if self.other is not None:
             self.files_there = compare.matching_files(self.settings, self.other["settings"])
             self._check_against(self.other)
-        _writable(config.out)
-        self.journal = Journal(config.out, self.settings)
 
     def run(self, progress: bool) -> dict[str, Any]:
-        with contextlib.closing(self.journal):
-            unfinished = any(self._unfinished(label, range(len(numbers))) for label, numbers in self.files.items())
-            if unfinished:
-                self._evaluate_rows(progress)
+        with _writable(self.config.out), Journal(self.config.out, self.settings) as self.journal:
+            return self._run(progress)
+
+    def _run(self, progress: bool) -> dict[str, Any]:
+        unfinished = any(self._unfinished(label, range(len(numbers))) for label, numbers in self.files.items())
+        if unfinished:
+            self._evaluate_rows(progress)
         rows = [self.journal.rows[label, i] for label, numbers in self.files.items() for i in range(len(numbers))]
         results: dict[str, Any] = {
             "format": compare.FORMAT,
@@ -394,14 +395,21 @@ class _Evaluation:
                 yield self.journal.rows[label, i], images
 
 
-def _writable(folder: Path) -> None:
-    """Create the folder; raise ValueError before the work if the results could not be written after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"out {folder} cannot be created: {error.strerror}; name another folder") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"out {folder} is not writable; name another folder")
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Create the folder, and remove it again if the block raises and leaves it empty.
+
+    Raises:
+        ValueError: The results could not be written; raised before the work.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(created_folders(folder))
+        except OSError as error:
+            raise ValueError(f"out {folder} cannot be created: {error.strerror}; name another folder") from error
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"out {folder} is not writable; name another folder")
+        yield
 
 
 def _versions() -> dict[str, str]:

@@ -82,6 +82,15 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        """Close the journal; after an error before the first row, remove it, as nothing was evaluated."""
+        if kind is not None and not self.rows and not (self.path.parent / "images").exists():
+            self.path.unlink(missing_ok=True)
+        self.close()
+
     def _take(self, record: dict[str, Any]) -> None:
         self.rows[record["file"], record["index"]] = record
 

@@ -224,7 +224,7 @@ def test_errors_say_what_to_do(tmp_path, capsys, monkeypatch, args, message):
     (write(tmp_path / "damaged", []) / "metrics.jsonl").write_text('{"step": 0, "loss": 1}\n{"st\n{"step": 2}\n')
     status, out, err = call(capsys, *args)
     assert status == 2 and not out and not (tmp_path / "plots.png").exists()
-    assert err.startswith("uniref-fast plot: error: ") and err.count("\n") == 1
+    assert err.startswith("uniref-fast plot: error: ") and err.endswith("\nTry 'uniref-fast plot --help'.\n")
     assert re.search(message, err), err
 
 
