@@ -21,7 +21,7 @@ LEVELS = [
     {"kernels"},
     {"ops"},
     {"models"},
-    {"builtin", "encode", "request", "schedule"},
+    {"builtin", "edit_report", "encode", "request", "schedule"},
     {"model_kind"},
     {"loading"},
     {"patch"},

@@ -12,16 +12,18 @@ import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from uniref_fast.budget import check_budget
+from uniref_fast.edit_report import EditReport
 from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
 from uniref_fast.guidance import guide, is_guided
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
+from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule, dependence
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import deviations, is_own_method
@@ -43,6 +45,9 @@ def edit(
     output_type: str = "pil",
     progress: bool = True,
     model: PackedQwenImage | None = None,
+    keep_references: bool | int | Literal["auto"] = False,
+    drift: float | None = None,
+    report: EditReport | None = None,
 ) -> list[Any]:
     """Run several edit requests together.
 
@@ -60,6 +65,13 @@ def edit(
         progress: Show the pipeline's progress bar.
         model: Packed model to run, such as a sharded one, with its own visibility and impl. None builds one from the
             pipeline's transformer.
+        keep_references: Keep the keys and values of references over denoising steps, so that most steps compute text
+            and target only (docs/fast.md). A number n computes the references in every n-th step, "auto" as often as
+            `drift` requires. True computes them once, which needs a model for which this is exact. False computes them
+            in every step.
+        drift: Tolerance of "auto": the largest relative change of the references' keys and values between two steps
+            that compute them. None takes the default.
+        report: Report to fill with the steps that computed the references and the drift that they measured.
 
     Returns:
         One result per request, in order.
@@ -84,9 +96,12 @@ def edit(
         tokens = math.prod(sizes.grid(sizes.size))
         schedulers.append(denoising_schedule(pipe.scheduler, tokens, request.num_inference_steps, device))
     model = model or PackedQwenImage(transformer, visibility=visibility, impl=impl)
+    keeping = _refresh_schedules(model, geometries, keep_references, drift)
     with torch.no_grad():
-        jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, strict=True)]
+        jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, keeping, strict=True)]
         _denoise(pipe, model, jobs, pack_tokens, progress)
+        if report is not None:
+            report.fill([job.kept for job in jobs])
         results = [_decode(pipe, job, output_type) for job in jobs]
     pipe.maybe_free_model_hooks()
     return results
@@ -103,6 +118,14 @@ def _check_options(output_type: Any, pack_tokens: Any, budget: Any) -> None:
         raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
 
 
+def _refresh_schedules(
+    model: PackedQwenImage, geometries: Sequence[Geometry], keep: bool | int | str, drift: float | None
+) -> list[RefreshSchedule | None]:
+    """Return for each request when its references are computed again; None where nothing is kept."""
+    layouts = [model.layout([sizes.sample(1)]) for sizes in geometries]
+    return [RefreshSchedule.of(keep, drift, dependence(layout, model.visibility)) for layout in layouts]
+
+
 @dataclass
 class _Job:
     """A request in the denoising loop.
@@ -117,6 +140,7 @@ class _Job:
         scheduler: Scheduler of the request.
         timesteps: Timesteps of the scheduler.
         step_options: Options of `scheduler.step`: the generator, if it has that argument.
+        kept: Kept references of each of the samples; None computes them in every step.
     """
 
     request: EditRequest
@@ -128,9 +152,12 @@ class _Job:
     scheduler: Any
     timesteps: Tensor
     step_options: dict[str, Any]
+    kept: list[KeptReferences | None]
 
 
-def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> _Job:
+def _prepare(
+    pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any, schedule: RefreshSchedule | None
+) -> _Job:
     """Encode prompt and references with the pipeline's own methods, and draw the noise."""
     images = [to_rgb(image) for image in request.images]
     prompts, texts = zip(*(
@@ -144,7 +171,9 @@ def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -
     # In the pipeline, stochastic schedulers draw from the global generator; here they use the request's seed.
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     samples = [sizes.sample(text) for text in texts]
-    return _Job(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options)
+    total = len(scheduler.timesteps)
+    kept = [None if schedule is None else KeptReferences(schedule, total=total) for _ in samples]
+    return _Job(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options, kept)
 
 
 def _latents(
@@ -202,12 +231,14 @@ class _Pack:
         prompts: Prompt embeddings of each sequence, `[l, D]`.
         layout: Layout of the pack.
         image: Image stream, `[N_image, C]`. References are written once, targets before each step.
+        kept: Kept references of each sequence, or None if nothing is kept.
     """
 
     jobs: tuple[_Job, ...]
     prompts: tuple[Tensor, ...]
     layout: SelfLayout
     image: Tensor
+    kept: tuple[KeptReferences | None, ...] | None
 
 
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], pack_tokens: int | None, progress: bool) -> None:
@@ -238,13 +269,13 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], pack_tokens: i
 
 def _packs(model: PackedQwenImage, jobs: list[_Job], pack_tokens: int | None) -> list[_Pack]:
     """Put the sequences of jobs into packs of at most `pack_tokens`, in order."""
-    rows = [(job, prompt, sample) for job in jobs for prompt, sample in zip(job.prompts, job.samples, strict=True)]
+    rows = [(job, *each) for job in jobs for each in zip(job.prompts, job.samples, job.kept, strict=True)]
     packs = []
-    for indices in next_fit([sample.length for *_, sample in rows], pack_tokens):
-        owners, prompts, samples = zip(*(rows[i] for i in indices), strict=True)
+    for indices in next_fit([sample.length for _, _, sample, _ in rows], pack_tokens):
+        owners, prompts, samples, kept = zip(*(rows[i] for i in indices), strict=True)
         layout = model.layout(samples)
         image = layout.image_stream([job.latents[0] for job in owners], [job.references for job in owners])
-        packs.append(_Pack(owners, prompts, layout, image))
+        packs.append(_Pack(owners, prompts, layout, image, kept if any(kept) else None))
     return packs
 
 
@@ -255,7 +286,7 @@ def _predict(model: PackedQwenImage, jobs: list[_Job], packs: list[_Pack], step:
         pack.layout.write_targets(pack.image, [job.latents[0] for job in pack.jobs])
         text = torch.cat(pack.prompts)
         t = torch.stack([job.timesteps[step].to(job.latents.dtype) / 1000 for job in pack.jobs])
-        velocities += pack.layout.split_targets(model(pack.image, text, t, pack.layout))
+        velocities += pack.layout.split_targets(model(pack.image, text, t, pack.layout, pack.kept))
     at = iter(velocities)
     return [[next(at) for _ in job.prompts] for job in jobs]
 

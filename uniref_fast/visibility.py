@@ -18,9 +18,10 @@ the first sample of a group has the references next to it in the joint sequence,
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ import torch
 from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import memo
 
-__all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "rule_of", "target_plan"]
+__all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "query_plan", "rule_of", "target_plan"]
 
 Rule = Callable[[Segment, Segment], bool]
 
@@ -186,16 +187,31 @@ def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> Attentio
 
 
 def _target_plan(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
+    return query_plan(layout, visibility, layout.targets)
+
+
+def query_plan(layout: SelfLayout, visibility: str | Rule, segments: Sequence[Segment]) -> AttentionPlan:
+    """Return the plan of the queries of some segments; keys are the whole joint sequence.
+
+    Segments that are neighbours in one range of the whole plan stay one range, so that their queries are divided into
+    the same tiles as there.
+
+    Args:
+        layout: Layout of the pack.
+        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+        segments: Segments of the layout, in the order of the queries.
+    """
     whole = plan(layout, visibility)
-    rows, at = [], 0
-    for segment in layout.targets:
-        keys = next(
-            keys
-            for (start, end), keys in zip(whole.ranges, whole.intervals, strict=True)
-            if start <= segment.joint_start < end
-        )
-        rows.append(((at, at + segment.length), keys))
-        at += segment.length
+    rows: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = []
+    at, last, end = 0, -1, -1
+    for segment in segments:
+        index = bisect.bisect_right(whole.ranges, segment.joint_start, key=lambda span: span[0]) - 1
+        span = (at, at + segment.length)
+        if index == last and end == segment.joint_start:
+            rows[-1] = ((rows[-1][0][0], span[1]), whole.intervals[index])
+        else:
+            rows.append((span, whole.intervals[index]))
+        at, last, end = span[1], index, segment.joint_end
     return _make_plan(rows, at, layout.joint_length)
 
 

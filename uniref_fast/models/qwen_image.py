@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
@@ -85,9 +86,10 @@ class ForwardContext:
     """Arguments of one forward that all its blocks share.
 
     Attributes:
-        layout: Layout of the pack.
+        layout: Layout of the rows that are computed: of the pack, or without references that are kept.
         visibility: Visibility that attention follows.
         rotary: Rotary cos and sin in joint order, float32 `[N, D / 2]` each.
+        references: References whose keys and values are kept, or None.
         impl: Implementation forced on every op, or None.
         rounding: "once" or "eager", see `ops.norm_modulate`.
         for_training: Choose attention by the cost of forward and backward, also where no gradient is computed.
@@ -100,6 +102,7 @@ class ForwardContext:
     layout: SelfLayout
     visibility: str | Rule
     rotary: tuple[Tensor, Tensor]
+    references: ReferenceRows | None = None
     # choice of implementation
     impl: str | None = None
     rounding: ops.Rounding = "once"
@@ -111,13 +114,13 @@ class ForwardContext:
 
     @property
     def plan(self) -> AttentionPlan:
-        """Plan of the whole joint sequence."""
-        return plan(self.layout, self.visibility)
+        """Plan of all rows that are computed."""
+        return plan(self.layout, self.visibility) if self.references is None else self.references.plan(self.visibility)
 
     @property
     def target_plan(self) -> AttentionPlan:
         """Plan of the targets' queries alone."""
-        return target_plan(self.layout, self.visibility)
+        return target_plan(self.layout if self.references is None else self.references.whole, self.visibility)
 
     def modulation_rows(self, stream: str) -> Tensor:
         """Return the modulation row of every row of a stream that this rank has, int32 `[n]`."""
@@ -157,13 +160,15 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: ForwardContext)
 def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext) -> QKV:
     """Normalise and rotate the projections of both streams into the joint q, k, v, `[N, H, D]` each.
 
+    With kept references, q has the rows that are computed, and k and v have all rows of the pack.
+
     Args:
         attn: The diffusers `Attention` that holds the QK norms.
         image_qkv: Projections of the image stream, `[N_image, H, D]` each.
         text_qkv: Projections of the text stream, `[N_text, H, D]` each.
         context: Context of the forward.
     """
-    return ops.qk_norm_rope(
+    q, k, v = ops.qk_norm_rope(
         text_qkv,
         image_qkv,
         _qk_norm_weights(attn, "text"),
@@ -174,6 +179,9 @@ def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext)
         rounding=context.rounding,
         impl=context.impl,
     )
+    if context.references is not None:
+        k, v = context.references.keys_and_values(attn, k, v)
+    return q, k, v
 
 
 def _all_rows(qkv: QKV, context: ForwardContext, stream: str) -> QKV:
@@ -381,7 +389,14 @@ class PackedQwenImage(nn.Module):
         zero_cond_t = bool(self.transformer.config.zero_cond_t)
         return SelfLayout.qwen(samples, zero_cond_t=zero_cond_t, shared_references=shared_references)
 
-    def forward(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | None = None,
+    ) -> Tensor:
         """Predict the velocity of every target.
 
         Args:
@@ -389,6 +404,8 @@ class PackedQwenImage(nn.Module):
             text: Prompt embeddings without padding, `[N_text, joint_attention_dim]`, model dtype.
             timestep: Time of each sample in [0, 1], `[S]`; noise is at 1.
             layout: Layout of the pack, from `self.layout`.
+            kept: Store of the references of each sample, or None for a sample whose references are computed in every
+                step (`uniref_fast.models.kept_references`). The forward is then one step of them, without gradients.
 
         Returns:
             Velocities of the targets' tokens by sample, `[N_target, 4 * out_channels]` (`layout.split_targets`). Under
@@ -400,10 +417,15 @@ class PackedQwenImage(nn.Module):
         """
         model = self.transformer
         self._check(image, text, timestep, layout)
+        rotary = layout.rotary(model.config.axes_dims_rope, image.device)
+        references = None if kept is None else self._references(layout, kept)
+        if references is not None:
+            layout, image, rotary = references.layout, references.image(image), references.rotary(rotary)
         context = ForwardContext(
             layout=layout,
             visibility=self.visibility,
-            rotary=layout.rotary(model.config.axes_dims_rope, image.device),
+            rotary=rotary,
+            references=references,
             impl=self.impl,
             for_training=self.for_training,
             checkpointing=self.checkpointing,
@@ -422,12 +444,21 @@ class PackedQwenImage(nn.Module):
         residuals: list[DeferredResidual] = []
         for block in self.blocks:
             streams, residuals = block(streams, residuals, temb, context)
+        if references is not None:
+            references.finish()
         # streams[0] now holds the targets' rows alone, [n_target, C]
         scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(streams[0].dtype)).chunk(2, dim=1)
         rows = context.modulation_rows("image")[context.target_rows()]
         return model.proj_out(
             ops.norm_modulate(streams[0], shift, scale, rows, model.norm_out.norm.eps, impl=self.impl)
         )
+
+    def _references(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> ReferenceRows:
+        if torch.is_grad_enabled():
+            raise ValueError("kept references have no gradients; call the model under torch.no_grad()")
+        if self.parallel is not None:
+            raise ValueError("kept references are not supported under sequence parallelism; leave out kept=")
+        return ReferenceRows(layout, kept)
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
         config = self.transformer.config

@@ -1,0 +1,76 @@
+"""Report of an edit: which steps computed the references, and how much their keys and values had changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from uniref_fast.models.kept_references import KeptReferences
+
+__all__ = ["EditReport", "ReferenceReport"]
+
+
+@dataclass(frozen=True)
+class ReferenceReport:
+    """How one prediction of a request computed its references.
+
+    Attributes:
+        request: Number of the request, from 0.
+        prediction: "prompt", or "negative prompt" for the second prediction of guidance.
+        steps: Number of denoising steps.
+        refreshed: Numbers of the steps, from 0, that computed the references. Empty without references.
+        drift: Relative change of their keys and values, which each of these steps but the first has measured.
+        kept_bytes: Bytes of the kept keys and values.
+    """
+
+    request: int
+    prediction: str
+    steps: int
+    refreshed: tuple[int, ...]
+    drift: tuple[float, ...]
+    kept_bytes: int
+
+    @property
+    def max_drift(self) -> float | None:
+        """Largest measured drift; None if none was measured."""
+        return max(self.drift, default=None)
+
+    def __str__(self) -> str:
+        where = f"request {self.request + 1}, {self.prediction}"
+        if not self.refreshed:
+            return f"{where}: no references"
+        drift = "" if self.max_drift is None else f"; drift at most {self.max_drift:.3f}"
+        return (
+            f"{where}: references computed in {len(self.refreshed)} of {self.steps} steps "
+            f"({', '.join(map(str, self.refreshed))}){drift}; {self.kept_bytes / 2**20:.1f} MiB kept"
+        )
+
+
+@dataclass
+class EditReport:
+    """Report that `edit(..., report=report)` fills. `str(report)` is for reading.
+
+    Attributes:
+        references: For each request and each of its predictions, how its references were computed. Empty if nothing
+            was kept.
+    """
+
+    references: list[ReferenceReport] = field(default_factory=list)
+
+    def fill(self, kept: Sequence[Sequence[KeptReferences | None]]) -> None:
+        """Replace the content by that of an edit.
+
+        Args:
+            kept: Kept references of each request, for the prompt and, with guidance, for the negative prompt.
+        """
+        self.references = [
+            ReferenceReport(
+                i, name, store.steps, tuple(store.refreshed), tuple(store.drifts), store.nbytes
+            )
+            for i, stores in enumerate(kept)
+            for name, store in zip(("prompt", "negative prompt"), stores, strict=False)
+            if store is not None
+        ]  # fmt: skip
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.references)) or "references computed in every step"

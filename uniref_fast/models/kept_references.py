@@ -1,0 +1,362 @@
+"""Keys and values of references, kept over the denoising steps of an edit.
+
+A *refresh* step runs the whole model and stores the keys and values of the references of every block. A *kept* step
+leaves the rows of these references out: it computes text and target only, and their queries attend to the stored keys
+and values next to their own. Each sequence of a pack has its own store and its own schedule, so that a result does not
+depend on the other sequences of its pack.
+
+    refresh step   streams  [a a a] [A A A A r r]    queries and keys  a a a A A A A r r
+    kept step      streams  [a a a] [A A A A]        queries a a a A A A A,  keys a a a A A A A r r (r stored)
+
+This is exact where the references depend on nothing that changes between the steps (`dependence`): they attend to
+references only, and are modulated with t = 0. Elsewhere the stored values are those of an earlier step, and each
+refresh measures their relative change since then, the *drift*.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from uniref_fast.layout import Kind, Segment, SelfLayout
+from uniref_fast.memo import memo
+from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_of
+
+__all__ = ["DEFAULT_DRIFT", "KeptReferences", "ReferenceRows", "RefreshSchedule", "dependence"]
+
+DEFAULT_DRIFT = 0.2
+"""Tolerance of the drift. bench/quality_edit.py measures what the built-in model loses with it."""
+
+FIRST_INTERVAL = 2
+"""Steps from the first refresh to the second, which measures the first drift."""
+
+GROWTH = 3
+"""Largest factor from one interval to the next, since drift does not grow evenly."""
+
+
+def dependence(layout: SelfLayout, visibility: str | Rule) -> str | None:
+    """Return what the references of a layout depend on that changes between steps; None if there is nothing.
+
+    Args:
+        layout: Layout of the pack.
+        visibility: Visibility of attention.
+    """
+    rule = rule_of(visibility)
+    references = [segment for segment in layout.segments if segment.kind is Kind.REFERENCE]
+    others = [segment for segment in layout.segments if segment.kind is not Kind.REFERENCE]
+    if any(rule(query, key) for query in references for key in others):
+        name = visibility if isinstance(visibility, str) else getattr(visibility, "__name__", "custom")
+        return f"references attend to text and target under visibility {name!r}"
+    if references and not layout.clean_references:
+        return "references are modulated with the time t of each step, because the model has zero_cond_t=False"
+    return None
+
+
+@dataclass(frozen=True)
+class RefreshSchedule:
+    """When the keys and values of references are computed again. The default is never.
+
+    Attributes:
+        every: Number of steps from one refresh to the next; None with `drift` chooses it by the drift, None without
+            `drift` keeps them until the end.
+        drift: Largest relative change of keys and values that is tolerated.
+    """
+
+    every: int | None = None
+    drift: float | None = None
+
+    @staticmethod
+    def of(keep: bool | int | str, drift: float | None, dependence: str | None) -> RefreshSchedule | None:
+        """Return the schedule of a value of `keep_references`; None keeps nothing.
+
+        Args:
+            keep: False, True, a number of steps, or "auto".
+            drift: Tolerance of "auto"; None takes `DEFAULT_DRIFT`.
+            dependence: What the references depend on (`dependence`), or None.
+
+        Raises:
+            ValueError: If the value is not one of these, or True would not be exact.
+            TypeError: If the value or the drift has the wrong type.
+        """
+        if drift is not None and keep != "auto":
+            raise ValueError(f'drift is the tolerance of keep_references="auto", got keep_references={keep!r}')
+        if drift is not None and not isinstance(drift, numbers.Real):
+            raise TypeError(f"drift must be a number, got {drift!r}")
+        if drift is not None and not drift > 0:
+            raise ValueError(f"drift must be above 0, got {drift}")
+        if keep is False:
+            return None
+        if keep is True:
+            if dependence is not None:
+                raise ValueError(
+                    f"keep_references=True never computes references again, which would not be exact: {dependence}. "
+                    'Use keep_references="auto" or a number of steps'
+                )
+            return RefreshSchedule()
+        if keep == "auto":
+            return RefreshSchedule() if dependence is None else RefreshSchedule(drift=drift or DEFAULT_DRIFT)
+        if not isinstance(keep, int):
+            raise TypeError(f'keep_references must be False, True, a number of steps or "auto", got {keep!r}')
+        if keep < 1:
+            raise ValueError(f"keep_references must be at least 1 step, got {keep}")
+        return RefreshSchedule(every=keep)
+
+    def interval(self, refreshed: Sequence[int], drifts: Sequence[float], total: int | None) -> float:
+        """Return the number of steps from the last refresh to the next one.
+
+        The drift of the last interval predicts how many steps stay within the tolerance. If the number of steps is
+        known, the remaining ones are divided evenly, because the last steps suffer most from old values.
+
+        Args:
+            refreshed: Steps of the refreshes so far, at least one.
+            drifts: Drift that each refresh but the first has measured.
+            total: Number of steps of the edit, or None.
+        """
+        if self.every is not None:
+            return self.every
+        if self.drift is None:
+            return math.inf
+        if not drifts:
+            return FIRST_INTERVAL
+        passed = refreshed[-1] - refreshed[-2]
+        longest = max(1, int(passed * min(self.drift / max(drifts[-1], 1e-9), GROWTH)))
+        if total is None:
+            return longest
+        remaining = max(1, total - refreshed[-1])
+        return math.ceil(remaining / math.ceil(remaining / longest))
+
+
+@dataclass(eq=False)
+class KeptReferences:
+    """Keys and values of the references of one sequence, for one edit.
+
+    Attributes:
+        schedule: When they are computed again.
+        dtype: `torch.int8` stores them in 8 bits, with a scale for each row and head; None stores them unchanged.
+        total: Number of steps of the edit, or None if it is not known.
+        steps: Number of steps so far.
+        refreshed: Numbers of the steps, from 0, that computed them.
+        drifts: Drift that each refresh but the first has measured: the root mean square, over blocks, keys and values,
+            of `|new - stored| / |new|`.
+    """
+
+    schedule: RefreshSchedule = RefreshSchedule()
+    dtype: torch.dtype | None = None
+    total: int | None = None
+    steps: int = 0
+    refreshed: list[int] = field(default_factory=list)
+    drifts: list[float] = field(default_factory=list)
+    _blocks: dict[nn.Module, tuple[_Stored, _Stored]] = field(default_factory=dict, repr=False)
+    _changes: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def due(self) -> bool:
+        """True if the next step must compute the references."""
+        if not self.refreshed:
+            return True
+        return self.steps - self.refreshed[-1] >= self.schedule.interval(self.refreshed, self.drifts, self.total)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+        return sum(part.nbytes for pair in self._blocks.values() for part in pair)
+
+    def store(self, attn: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Store keys and values `[m, H, D]` of a block, and measure their change since the last refresh.
+
+        Args:
+            attn: Attention module of the block, by which they are found again.
+            k, v: Keys and values of all references of the sequence.
+        """
+        pair = self._blocks.get(attn)
+        if pair is None:
+            self._blocks[attn] = _Stored(k, self.dtype), _Stored(v, self.dtype)
+            return
+        self._changes += [part.replace(new) for part, new in zip(pair, (k, v), strict=True)]
+
+    def load(self, attn: nn.Module, k: Tensor, v: Tensor) -> None:
+        """Write the stored keys and values of a block into k and v, `[m, H, D]` each."""
+        for part, out in zip(self._blocks[attn], (k, v), strict=True):
+            part.load(out)
+
+    def take_changes(self) -> Tensor | None:
+        """Return the mean square of the changes since the last refresh as a scalar tensor, and forget them."""
+        changes, self._changes = self._changes, []
+        return torch.stack(changes).mean() if changes else None
+
+
+class _Stored:
+    """One tensor `[m, H, D]`, as it is or in 8 bits with a scale for each row and head."""
+
+    def __init__(self, x: Tensor, dtype: torch.dtype | None) -> None:
+        self.scale: Tensor | None = None
+        if dtype is None:
+            self.values = x.clone(memory_format=torch.contiguous_format)
+        else:
+            self.values, self.scale = _quantised(x)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (0 if self.scale is None else self.scale.nbytes)
+
+    def load(self, out: Tensor) -> None:
+        if self.scale is None:
+            out.copy_(self.values)
+        else:
+            torch.mul(self.values, self.scale, out=out)
+
+    def replace(self, x: Tensor) -> Tensor:
+        """Store x instead, and return the squared relative change as a scalar tensor."""
+        old = self.values if self.scale is None else self.values * self.scale
+        change = (x.float() - old.float()).square().sum() / x.float().square().sum().clamp_min(1e-30)
+        if self.scale is None:
+            self.values.copy_(x)
+        else:
+            values, scale = _quantised(x)
+            self.values.copy_(values)
+            self.scale.copy_(scale)
+        return change
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x `[m, H, D]` in int8 and its scales `[m, H, 1]`, in the dtype of x: `x = values * scale`."""
+    scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(torch.finfo(x.dtype).tiny).to(x.dtype)
+    return (x.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class ReferenceRows:
+    """Rows that one forward computes and rows whose keys and values it takes from the store.
+
+    Args:
+        layout: Layout of the pack.
+        kept: Store of each sample; None for a sample whose references are computed in every step. Where samples share
+            references, only the store of the sample that holds them is used.
+
+    Attributes:
+        whole: Layout of the pack.
+        layout: Layout of the rows that are computed; its rotary positions and modulation rows are those of `whole`.
+        reused: Samples whose references are taken from the store.
+    """
+
+    def __init__(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> None:
+        if len(kept) != layout.num_samples:
+            raise ValueError(f"kept has {len(kept)} entries, the layout has {layout.num_samples} samples")
+        holders = memo(layout, _reference_spans)
+        self.whole = layout
+        self._stores = {i: store for i, store in enumerate(kept) if store is not None and i in holders}
+        self._refreshed = [i for i, store in self._stores.items() if store.due]
+        self.reused = frozenset(self._stores).difference(self._refreshed)
+        self.layout = memo(layout, _without_references, self.reused) if self.reused else layout
+        self._joint: tuple[Tensor, Tensor] | None = None
+
+    def plan(self, visibility: str | Rule) -> AttentionPlan:
+        """Return the plan of the computed rows: queries in the order of `layout`, keys of the whole sequence."""
+        return (
+            memo(self.whole, _computed_plan, visibility, self.reused) if self.reused else plan(self.whole, visibility)
+        )
+
+    def image(self, image: Tensor) -> Tensor:
+        """Return the computed rows of an image stream of the pack, `[N_image, C]`."""
+        if not self.reused:
+            return image
+        return image.index_select(0, memo(self.whole, _computed_rows, "image", self.reused, image.device))
+
+    def rotary(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the computed rows of the rotary tables of the pack, `[N, D / 2]` each."""
+        if not self.reused:
+            return rotary
+        rows = memo(self.whole, _computed_rows, "joint", self.reused, rotary[0].device)
+        return rotary[0].index_select(0, rows), rotary[1].index_select(0, rows)
+
+    def keys_and_values(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the whole joint sequence, `[N, H, D]` each.
+
+        It stores those of references that this forward computes, and adds the stored ones of all others.
+
+        Args:
+            attn: Attention module of the block.
+            k, v: Keys and values of the computed rows. If some are taken from the store, the result is overwritten by
+                the next block.
+        """
+        spans = memo(self.layout, _reference_spans)
+        for i in self._refreshed:
+            start, end = spans[i]
+            self._stores[i].store(attn, k[start:end], v[start:end])
+        if not self.reused:
+            return k, v
+        if self._joint is None:
+            shape = self.whole.joint_length, *k.shape[1:]
+            self._joint = k.new_empty(shape), v.new_empty(shape)
+        rows = memo(self.whole, _computed_rows, "joint", self.reused, k.device)
+        for joint, computed in zip(self._joint, (k, v), strict=True):
+            joint.index_copy_(0, rows, computed)
+        spans = memo(self.whole, _reference_spans)
+        for i in self.reused:
+            start, end = spans[i]
+            self._stores[i].load(attn, self._joint[0][start:end], self._joint[1][start:end])
+        return self._joint
+
+    def finish(self) -> None:
+        """Count the step in every store, and set the drift that its refreshes have measured; call it once at the end.
+
+        Reading the drift waits for the device, in steps that measure one only.
+        """
+        measured: dict[int, Tensor] = {}
+        for i in self._refreshed:
+            self._stores[i].refreshed.append(self._stores[i].steps)
+            change = self._stores[i].take_changes()
+            if change is not None:
+                measured[i] = change
+        if measured:
+            for i, square in zip(measured, torch.stack([*measured.values()]).tolist(), strict=True):
+                self._stores[i].drifts.append(math.sqrt(square))
+        for store in self._stores.values():
+            store.steps += 1
+
+
+def _reference_spans(layout: SelfLayout) -> dict[int, tuple[int, int]]:
+    """Return the joint rows [start, end) of the references of each sample that holds some."""
+    spans: dict[int, tuple[int, int]] = {}
+    for segment in layout.segments:
+        if segment.kind is Kind.REFERENCE:
+            start, end = spans.get(segment.sample, (segment.joint_start, segment.joint_start))
+            assert end == segment.joint_start, "the references of a sample are not next to each other"
+            spans[segment.sample] = start, segment.joint_end
+    return spans
+
+
+def _computed(layout: SelfLayout, reused: frozenset[int]) -> list[Segment]:
+    """Return the segments without the references of some samples, in joint order."""
+    return [s for s in layout.segments if s.kind is not Kind.REFERENCE or s.sample not in reused]
+
+
+def _without_references(layout: SelfLayout, reused: frozenset[int]) -> SelfLayout:
+    """Return the layout without the references of some samples; positions and modulation rows stay."""
+    segments: list[Segment] = []
+    joint_at, stream_at = 0, {True: 0, False: 0}  # by whether the segment is text
+    for segment in _computed(layout, reused):
+        segment = replace(segment, joint_start=joint_at, stream_start=stream_at[segment.kind.is_text])
+        segments.append(segment)
+        joint_at += segment.length
+        stream_at[segment.kind.is_text] += segment.length
+    some = any(segment.kind is Kind.REFERENCE for segment in segments)
+    return SelfLayout(tuple(segments), layout.num_samples, layout.clean_references and some)
+
+
+def _computed_plan(layout: SelfLayout, visibility: str | Rule, reused: frozenset[int]) -> AttentionPlan:
+    return query_plan(layout, visibility, _computed(layout, reused))
+
+
+def _computed_rows(layout: SelfLayout, what: str, reused: frozenset[int], device: torch.device) -> Tensor:
+    """Return the rows of the joint sequence or of the image stream that are computed, int64 in their order."""
+    if what == "joint":
+        starts = [(s.joint_start, s.length) for s in _computed(layout, reused)]
+    else:
+        images = (s for s in _computed(layout, reused) if not s.kind.is_text)
+        starts = sorted((s.stream_start, s.length) for s in images)
+    return torch.cat([torch.arange(start, start + length, device=device) for start, length in starts])
