@@ -28,7 +28,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniref_fast
-from uniref_fast import EditRequest, Sample, SelfLayout
+from uniref_fast import EditReport, EditRequest, Sample, SelfLayout
 from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.layout import Kind
 from uniref_fast.patch.stock import REPLACED_MODULES
@@ -127,9 +127,9 @@ def layouts(monkeypatch):
     seen = []
     call = uniref_fast.PackedQwenImage.__call__
 
-    def spy(self, image, text, timestep, layout):
+    def spy(self, image, text, timestep, layout, kept=None):
         seen.append(layout)
-        return call(self, image, text, timestep, layout)
+        return call(self, image, text, timestep, layout, kept)
 
     monkeypatch.setattr(uniref_fast.PackedQwenImage, "__call__", spy)
     return seen
@@ -142,6 +142,69 @@ def test_splitting_into_packs_changes_nothing(pipe, layouts):
     split = uniref_fast.edit(pipe, requests(), output_type="latent", progress=False, pack_tokens=500)
     assert len(layouts) > STEPS and all(x.joint_length <= 500 or x.num_samples == 1 for x in layouts)
     assert all(max_relative_error(a, b) < LOOP_ROUNDING for a, b in zip(split, whole, strict=True))
+
+
+def test_kept_references_do_not_depend_on_the_pack(pipe, layouts):
+    """Guidance, different numbers of steps, and jobs that end while others keep their references."""
+    batch = [dataclasses.replace(request, num_inference_steps=9 - i) for i, request in enumerate(requests())]
+    report = EditReport()
+    options = {"output_type": "latent", "progress": False, "keep_references": "auto", "drift": 0.15}
+    together = uniref_fast.edit(pipe, batch, report=report, **options)
+    steps = {(each.request, each.prediction): each.refreshed for each in report.references}
+    assert set(steps) == {(0, "prompt"), (1, "prompt"), (1, "negative prompt"), (2, "prompt"), (3, "prompt"),
+                          (3, "negative prompt")}  # fmt: skip
+    assert steps[0, "prompt"] == (), "no references"
+    assert len(set(steps.values())) > 2, "the requests need different schedules, or this test shows nothing"
+    assert any(len(each.refreshed) < each.steps - 1 for each in report.references if each.refreshed)
+    layouts.clear()
+    split = uniref_fast.edit(pipe, batch, pack_tokens=500, **options)
+    assert len(layouts) > 9, "several packs"
+    for i, (request, latents) in enumerate(zip(batch, together, strict=True)):
+        alone = uniref_fast.edit(pipe, [request], report=report, **options)[0]
+        assert max_relative_error(latents, alone) < LOOP_ROUNDING
+        assert max_relative_error(split[i], alone) < LOOP_ROUNDING
+        assert [each.refreshed for each in report.references] == [steps[key] for key in steps if key[0] == i]
+        assert all(each.steps == request.num_inference_steps for each in report.references if each.refreshed)
+
+
+def test_keep_references_by_number_of_steps(pipe):
+    """1 computes them in every step; a larger number changes the result a little, and says so in the report."""
+    batch = [dataclasses.replace(request, num_inference_steps=4) for request in requests()[1:2]]
+    options = {"output_type": "latent", "progress": False}
+    report = EditReport()
+    exact, same, kept, small = (
+        uniref_fast.edit(pipe, batch, report=report, **options, **more)[0]
+        for more in ({}, {"keep_references": 1}, {"keep_references": 2}, {"keep_references": 2, "keep_dtype": "int8"})
+    )
+    assert torch.equal(same, exact)
+    assert 1e-3 < (kept - exact).norm() / exact.norm() < 0.3
+    assert 1e-4 < (small - kept).norm() / kept.norm() < 0.03
+    assert [each.refreshed for each in report.references] == [(0, 2), (0, 2)]
+    assert all(len(each.drift) == 1 and 0 < each.drift[0] < 1 for each in report.references)
+    assert report.references[0].kept_bytes == report.references[1].kept_bytes > 0
+    assert "references computed in 2 of 4 steps (0, 2); drift at most 0." in str(report)
+    uniref_fast.edit(pipe, batch, report=report, **options)
+    assert str(report) == "references computed in every step"
+
+
+@pytest.mark.parametrize("keep", [True, "auto"])
+def test_keep_references_once_where_that_is_exact(pipe, keep):
+    batch, report = requests(), EditReport()
+    options = {"output_type": "latent", "progress": False, "visibility": "reference_causal"}
+    exact = uniref_fast.edit(pipe, batch, **options)
+    kept = uniref_fast.edit(pipe, batch, keep_references=keep, report=report, **options)
+    assert all(max_relative_error(a, b) < LOOP_ROUNDING for a, b in zip(kept, exact, strict=True))
+    assert {each.refreshed for each in report.references} == {(), (0,)}
+
+
+def test_keep_references_is_refused_where_it_would_not_be_exact(pipe, monkeypatch):
+    request = requests()[1]
+    with pytest.raises(ValueError, match=r"not be exact: references attend to text and target under visibility 'full'"):
+        uniref_fast.edit(pipe, [request], keep_references=True)
+    with pytest.raises(ValueError, match='keep_dtype must be "int8" or None'):
+        uniref_fast.edit(pipe, [request], keep_references=2, keep_dtype="int4")
+    (image,) = uniref_fast.edit(pipe, requests()[:1], keep_references=True, output_type="latent", progress=False)
+    assert torch.isfinite(image).all(), "exact without references"
 
 
 def test_patched_or_not_is_the_same(pipe):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniref_fast.budget import fit_to_budget
     from uniref_fast.edit import edit
+    from uniref_fast.edit_report import EditReport
     from uniref_fast.estimate import estimate
     from uniref_fast.layout import Sample, SelfLayout
     from uniref_fast.models import PackedQwenImage
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "EditReport",
     "EditRequest",
     "PackedQwenImage",
     "PatchReport",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {  # public name -> module that defines it
+    "EditReport": "edit_report",
     "EditRequest": "request",
     "PackedQwenImage": "models",
     "PatchReport": "patch",

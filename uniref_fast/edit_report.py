@@ -12,7 +12,7 @@ __all__ = ["EditReport", "ReferenceReport"]
 
 @dataclass(frozen=True)
 class ReferenceReport:
-    """How one prediction of a request computed its references.
+    """Steps of one prediction of a request that computed its references.
 
     Attributes:
         request: Number of the request, from 0.
@@ -51,17 +51,17 @@ class EditReport:
     """Report that `edit(..., report=report)` fills. `str(report)` is for reading.
 
     Attributes:
-        references: For each request and each of its predictions, how its references were computed. Empty if nothing
-            was kept.
+        references: Steps that computed the references, for each prediction of each request. Empty if nothing was kept.
     """
 
     references: list[ReferenceReport] = field(default_factory=list)
 
-    def fill(self, kept: Sequence[Sequence[KeptReferences | None]]) -> None:
+    def fill(self, kept: Sequence[Sequence[KeptReferences]]) -> None:
         """Replace the content by that of an edit.
 
         Args:
-            kept: Kept references of each request, for the prompt and, with guidance, for the negative prompt.
+            kept: Kept references of each request, for the prompt and, with guidance, for the negative prompt; empty
+                where nothing was kept.
         """
         self.references = [
             ReferenceReport(
@@ -69,7 +69,6 @@ class EditReport:
             )
             for i, stores in enumerate(kept)
             for name, store in zip(("prompt", "negative prompt"), stores, strict=False)
-            if store is not None
         ]  # fmt: skip
 
     def __str__(self) -> str:

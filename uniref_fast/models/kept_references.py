@@ -19,6 +19,7 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_o
 
 __all__ = ["DEFAULT_DRIFT", "KeptReferences", "ReferenceRows", "RefreshSchedule", "dependence"]
 
-DEFAULT_DRIFT = 0.2
+KeepDtype = Literal["int8"]
+
+DEFAULT_DRIFT = 0.15
 """Tolerance of the drift. bench/quality_edit.py measures what the built-in model loses with it."""
 
 FIRST_INTERVAL = 2
@@ -77,7 +80,7 @@ class RefreshSchedule:
         Args:
             keep: False, True, a number of steps, or "auto".
             drift: Tolerance of "auto"; None takes `DEFAULT_DRIFT`.
-            dependence: What the references depend on (`dependence`), or None.
+            dependence: Dependence of the references on the step (`dependence`), or None if there is none.
 
         Raises:
             ValueError: If the value is not one of these, or True would not be exact.
@@ -137,7 +140,7 @@ class KeptReferences:
 
     Attributes:
         schedule: When they are computed again.
-        dtype: `torch.int8` stores them in 8 bits, with a scale for each row and head; None stores them unchanged.
+        dtype: "int8" stores them in 8 bits, with a scale for each row and head; None stores them unchanged.
         total: Number of steps of the edit, or None if it is not known.
         steps: Number of steps so far.
         refreshed: Numbers of the steps, from 0, that computed them.
@@ -146,7 +149,7 @@ class KeptReferences:
     """
 
     schedule: RefreshSchedule = RefreshSchedule()
-    dtype: torch.dtype | None = None
+    dtype: KeepDtype | None = None
     total: int | None = None
     steps: int = 0
     refreshed: list[int] = field(default_factory=list)
@@ -193,7 +196,7 @@ class KeptReferences:
 class _Stored:
     """One tensor `[m, H, D]`, as it is or in 8 bits with a scale for each row and head."""
 
-    def __init__(self, x: Tensor, dtype: torch.dtype | None) -> None:
+    def __init__(self, x: Tensor, dtype: KeepDtype | None) -> None:
         self.scale: Tensor | None = None
         if dtype is None:
             self.values = x.clone(memory_format=torch.contiguous_format)
