@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from uniref_fast import __version__, native, ops
+from uniref_fast.ops import flash_attention, flex_attention
 
 __all__ = ["facts", "report"]
 
@@ -20,6 +21,7 @@ def facts() -> dict[str, Any]:
     """Return versions, devices, the state of the native kernels, and the implementation of the operators, as JSON data.
 
     "served" maps a device and a dtype, such as "cpu float32", to the implementation that serves it and the reason.
+    "libraries" maps an implementation of attention to the version of its library, or to how to install it.
     """
     versions = {"python": platform.python_version(), "uniref_fast": __version__}
     for name in PACKAGES:
@@ -42,7 +44,14 @@ def facts() -> dict[str, Any]:
             served[case] = {"implementation": implementation, "reason": reason}
     # The 8-bit operators have no native implementation and choose for themselves.
     names = [name for name in ops.__all__ if hasattr(torch.ops.uniref_fast, name) and not name.endswith("_fp8")]
-    return {"versions": versions, "devices": devices, "native": native.reason(), "ops": names, "served": served}
+    return {
+        "versions": versions,
+        "devices": devices,
+        "native": native.reason(),
+        "ops": names,
+        "served": served,
+        "libraries": {"flash": flash_attention.installed(), "cudnn_flex": flex_attention.installed()},
+    }
 
 
 def report(facts: dict[str, Any]) -> str:
@@ -54,6 +63,8 @@ def report(facts: dict[str, Any]) -> str:
     lines += ["native CPU kernels", f"  {facts['native']}", f"implementation of each op ({', '.join(facts['ops'])})"]
     for case, choice in facts["served"].items():
         lines.append(f"  {case:<16}{choice['implementation']:<11}{choice['reason']}")
+    lines.append("libraries of attention, by implementation")
+    lines += [f"  {implementation:<11}{found}" for implementation, found in facts["libraries"].items()]
     return "\n".join(lines)
 
 

@@ -5,8 +5,10 @@ The kernels read q, k, v once per query tile that needs them and write `out` onc
 from the saved log-sum-exp. Attention is packing-invariant: the output of a sample and its gradients are bit-identical
 alone and inside any pack, under the same implementation.
 
-Ragged plans run in our kernels, in one launch; a few big rectangles run in PyTorch's own fused attention ("dense"). A
-measured table of the device decides (`uniref_fast.tuning`); `explain_attention` returns the choice and the reason.
+Ragged plans run in our kernels, in one launch; a few big rectangles run in PyTorch's own fused attention ("dense"). The
+libraries FlashAttention ("flash") and cuDNN's flex attention ("cudnn_flex") serve on request where they are installed.
+A measured table of the device decides (`uniref_fast.tuning`), about these two as well if they were installed when it
+was measured; `explain_attention` returns the choice and the reason.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from uniref_fast import native, tuning
 from uniref_fast.kernels import segment_attention_config as configs
 from uniref_fast.kernels.segment_attention_config import AttentionTables
 from uniref_fast.memo import memo
+from uniref_fast.ops import flash_attention, flex_attention
 from uniref_fast.ops._dispatch import (
     IMPLEMENTATIONS,
     choose,
@@ -38,7 +41,10 @@ from uniref_fast.ops._dispatch import (
 from uniref_fast.ops.dense_attention import backend, dense_attention, rectangles_of
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["explain_attention", "segment_attention", "segment_attention_reference"]
+__all__ = ["ATTENTION_LIBRARIES", "explain_attention", "segment_attention", "segment_attention_reference"]
+
+ATTENTION_LIBRARIES = ("dense", "flash", "cudnn_flex")
+"""Implementations of attention alone: PyTorch's fused attention, FlashAttention, cuDNN's flex attention."""
 
 DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
 """Largest number of rectangles, and smallest mean number of pairs, for which the library is chosen on a GPU without a
@@ -106,8 +112,9 @@ def segment_attention(
         plan: Plan from `uniref_fast.visibility.plan`, with `plan.num_queries == Nq` and `plan.num_keys == Nk`.
         scale: Positive factor on the logits, `1 / sqrt(D)` by default.
         return_lse: Also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
-        impl: "reference", "native", "triton", "dense" (PyTorch's fused attention, one call per rectangle). None picks
-            by device, plan, size and `backward`; for bit-equal results under different packs give one explicitly.
+        impl: "reference", "native", "triton", or a library: "dense" (PyTorch's fused attention, one call per
+            rectangle), "flash" (FlashAttention 2, 3 or 4), "cudnn_flex" (cuDNN's flex attention). None picks by device,
+            plan, size and `backward`; for bit-equal results under different packs give one explicitly.
         backward: Count the time of a backward in the choice. None counts it if gradients will be taken. With True, a
             forward without gradients has the same bits as a forward with gradients.
 
@@ -128,14 +135,20 @@ def segment_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl, tables, rectangles = _prepare(q.detach(), plan, impl, needs_grad, backward)
+    impl, tables = _prepare(q.detach(), plan, impl, needs_grad, backward)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if impl == "reference":
         out, lse = segment_attention_reference(q, k, v, plan, scale)
     elif impl == "dense":
         dense = torch.ops.uniref_fast.dense_attention if observed(q, k, v) else dense_attention
-        out, lse = dense(q, k, v, rectangles, scale)
+        out, lse = dense(q, k, v, tables[3], scale)
+    elif impl == "flash":
+        flash = torch.ops.uniref_fast.flash_attention if observed(q, k, v) else flash_attention.flash_attention
+        out, lse = flash(q, k, v, tables[0], tables[3], scale)
+    elif impl == "cudnn_flex":
+        flex = torch.ops.uniref_fast.flex_attention if observed(q, k, v) else flex_attention.flex_attention
+        out, lse = flex(q, k, v, tables[0], tables[3], scale)
     else:
         ours: Any = torch.ops.uniref_fast.segment_attention if observed(q, k, v) else _segment_attention
         out, lse = ours(q, k, v, *tables, scale, impl)
@@ -151,18 +164,26 @@ def explain_attention(
         ValueError: The given `impl` is unknown or not possible here.
     """
     if impl is not None:
-        one_of("impl", impl, *IMPLEMENTATIONS, "dense")
-        if impl != "dense":
+        one_of("impl", impl, *IMPLEMENTATIONS, *ATTENTION_LIBRARIES)
+        if impl not in ATTENTION_LIBRARIES:
             return choose(impl, q, q.shape[-1]), "asked for"
-        why = inside_transform() or (
-            None if backend(q) else f"PyTorch's fused attention does not take {q.dtype} on {q.device}"
-        )
-        if why:
-            raise ValueError(f"impl='dense' is not possible here: {why}")
+        if why := _library_unavailable(impl, q):
+            raise ValueError(f"impl={impl!r} is not possible here: {why}")
         return impl, "asked for"
     if why := inside_transform():
         return "reference", why
     return memo(plan, _choose, q.device, q.dtype, *q.shape[1:], backward)
+
+
+def _library_unavailable(impl: str, q: Tensor) -> str | None:
+    """Return the reason why a library cannot take tensors like q, or None."""
+    if impl == "flash":
+        return flash_attention.unavailable(q)
+    if impl == "cudnn_flex":
+        return flex_attention.unavailable(q)
+    return inside_transform() or (
+        None if backend(q) else f"PyTorch's fused attention does not take {q.dtype} on {q.device}"
+    )
 
 
 def _choose(
@@ -184,7 +205,11 @@ def _choose(
         impl: tuning.attention_seconds(name, impl, q.dtype, plan, heads, head_dim, backward) for impl in (ours, "dense")
     }
     if all(seconds.values()):
-        best, other = sorted(seconds, key=lambda impl: seconds[impl] or 0.0)
+        for impl in ("flash", "cudnn_flex"):  # a library is only imported if the table says what it costs
+            cost = tuning.attention_seconds(name, impl, q.dtype, plan, heads, head_dim, backward)
+            if cost and _library_unavailable(impl, q) is None:
+                seconds[impl] = cost
+        best, other = sorted(seconds, key=lambda impl: seconds[impl] or 0.0)[:2]
         ratio = (seconds[other] or 0.0) / (seconds[best] or 1.0)
         return best, f"table of {name}: {ratio:.2f} times as fast as {other}"
     count = sum(len(keys) for keys in plan.intervals)
@@ -194,22 +219,33 @@ def _choose(
 
 
 Operands = tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]
-"""Tables of the forward, of dq and of dk and dv as the op takes them, and the launch parameters of all three."""
+"""Tables of the forward, of dq and of dk and dv as the op takes them, and the launch parameters of all three; of a
+library, its tables in the first place and its numbers in the last."""
 
 
 @torch.compiler.disable  # work on the host, kept with the plan: the only graph break of a compiled caller
 def _prepare(
     q: Tensor, plan: AttentionPlan, impl: str | None, needs_grad: bool, backward: bool | None
-) -> tuple[str, Operands, list[int]]:
-    """Return the implementation and what it needs: the op's tables, or the rectangles of the plan."""
+) -> tuple[str, Operands]:
+    """Return the implementation and the tables and numbers that its op takes."""
     impl = explain_attention(q, plan, impl, backward=needs_grad if backward is None else backward)[0]
-    if impl in ("reference", "dense"):
-        return impl, ([], [], [], []), rectangles_of(plan) if impl == "dense" else []
-    return impl, _operands(q, plan, impl, needs_grad), []
+    return impl, _operands(q, plan, impl, needs_grad)
 
 
 def _operands(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> Operands:
-    """Return the tables of a plan on q's device for our kernels; those of the backward are empty without one."""
+    """Return the operands of an implementation on q's device; those of the backward are empty without one."""
+    if impl == "reference":
+        return [], [], [], []
+    if impl == "dense":
+        return [], [], [], rectangles_of(plan)
+    if impl == "flash":
+        library = flash_attention.serving(q)
+        assert isinstance(library, flash_attention.Library), library
+        sequences, described = flash_attention.operands(plan, q.device, library.generation)
+        return sequences, [], [], described
+    if impl == "cudnn_flex":
+        sequences, described = flex_attention.operands(plan, q.device, backward)
+        return sequences, [], [], described
     if impl == "native":
         tables = [AttentionTables.uncut(plan, q.device)]
         tables += [tables[0], AttentionTables.uncut(plan.transpose, q.device)] if backward else []
