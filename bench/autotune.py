@@ -2,15 +2,17 @@
 
     python bench/autotune.py [--out uniref_fast/assets/tuned]
 
-Results are checked first. On a GPU bfloat16 is measured; float16, whose arithmetic costs the same, is checked and
-gets the same figures. Launches are tried side by side, each in a process of its own. Costs are a linear
-function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the fastest rounds of plans from tiny to big, by relative
-error and with no coefficient below zero; how far they are off is printed.
+FlashAttention and cuDNN's flex attention are measured too where they are installed; of several generations of
+FlashAttention the fastest one is written. Results are checked first. On a GPU bfloat16 is measured; float16, whose
+arithmetic costs the same, is checked and gets the same figures. Launches are tried side by side, each in a process of
+its own. Costs are a linear function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the fastest rounds of plans
+from tiny to big, by relative error and with no coefficient below zero; how far they are off is printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import itertools
@@ -29,7 +31,7 @@ from conftest import CUDA, captured, stopwatch
 from uniref_fast import ops, tuning
 from uniref_fast.kernels.segment_attention_config import AttentionConfig, pick_backward_config, pick_config
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.ops import _dispatch, dense_attention
+from uniref_fast.ops import _dispatch, dense_attention, flash_attention, flex_attention
 from uniref_fast.ops.segment_attention import segment_attention_reference
 from uniref_fast.testing import max_relative_error
 from uniref_fast.visibility import AttentionPlan, plan
@@ -91,9 +93,38 @@ def fit(features: torch.Tensor, seconds: torch.Tensor) -> list[float]:
     return answer
 
 
+def libraries() -> dict[str, str]:
+    """Return the versions of the installed libraries of attention, by implementation."""
+    probe = torch.zeros(1, HEADS, DIMS[0], dtype=DTYPES[0], device=DEVICE)
+    found = {}
+    if isinstance(library := flash_attention.serving(probe), flash_attention.Library):
+        found["flash"] = library.version
+    if flex_attention.unavailable(probe) is None:
+        found["cudnn_flex"] = flex_attention.installed()
+    return found
+
+
+def only_generation(number: int):
+    """Make `impl="flash"` use one generation of FlashAttention within a `with` block."""
+    generations = {number: flash_attention.GENERATIONS[number]}
+    return mock.patch.multiple(flash_attention, GENERATIONS=generations, PREFERENCE=(number,))
+
+
+def fastest_generation() -> int | None:
+    """Return the installed generation of FlashAttention that is fastest over all plans, or None without any."""
+    totals = {}
+    for number in flash_attention.GENERATIONS:
+        with only_generation(number):
+            if "flash" in libraries():
+                timed = [call for each in plans() for call in calls(each, "flash", DTYPES[0], DIMS[-1])]
+                totals[number] = sum(seconds_of(call) for call in timed)
+                print(f"flash-attn generation {number}: {totals[number] * 1e3:.3f} ms over all plans", flush=True)
+    return min(totals, key=lambda number: totals[number]) if totals else None
+
+
 def costs() -> dict:
     """Return coefficients by implementation, dtype and direction, from one fit over all head dimensions."""
-    made: dict = {OURS: {}, "dense": {}}
+    made: dict = {impl: {} for impl in (OURS, "dense", *libraries())}
     for dtype in DTYPES:
         rows: dict = {(impl, way): [] for impl in made for way in ("forward", "backward")}
         for dim in DIMS:
@@ -120,7 +151,7 @@ def costs() -> dict:
 def check(compiled: AttentionPlan, dtype: torch.dtype, dim: int) -> None:
     x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(dtype) for _ in range(3)]
     expected = segment_attention_reference(*(t.float() for t in x), compiled, dim**-0.5)[0]
-    for impl in (OURS, "dense"):
+    for impl in (OURS, "dense", *libraries()):
         error = max_relative_error(ops.segment_attention(*x, compiled, impl=impl), expected)
         if error > TOLERANCE[dtype]:
             raise SystemExit(f"{impl} is wrong in {dtype} by {error:.1e}: nothing was written")
@@ -270,7 +301,11 @@ def main() -> None:
         "command": "python bench/autotune.py",
     }
     configs = launches() if CUDA else {}
-    with using(configs):
+    with using(configs), contextlib.ExitStack() as stack:
+        if generation := fastest_generation():
+            result["flash_generation"] = generation
+            stack.enter_context(only_generation(generation))
+        result["libraries"] = libraries()
         result["attention"] = costs()
     if configs:
         result["attention_configs"] = configs

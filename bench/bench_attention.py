@@ -4,11 +4,11 @@
 
 Peers: PyTorch's attention as one would use it without this library (a call per sample, or one call with a boolean mask
 where visibility is not full), each of its backends, compiled FlexAttention with the cost of its block mask counted, and
-flash-attn's variable-length kernel when installed. The group's first member is the baseline of its ratios.
+FlashAttention and cuDNN's flex attention when installed, as `impl="flash"` and `impl="cudnn_flex"` call them. The
+group's first member is the baseline of its ratios.
 """
 
 import functools
-import importlib.util
 import itertools
 
 import pytest
@@ -19,6 +19,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.ops import flash_attention
+from uniref_fast.ops import flex_attention as cudnn_flex
 from uniref_fast.ops.segment_attention import segment_attention_reference
 from uniref_fast.testing import max_relative_error
 from uniref_fast.visibility import plan
@@ -66,8 +68,8 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-MEMBERS = ["sdpa", *(f"sdpa {name}" for name in BACKENDS if CUDA), "flex compiled", "flash-attn varlen"]
-MEMBERS += ["triton" if CUDA else "native", "dense", "dispatch"]
+MEMBERS = ["sdpa", *(f"sdpa {name}" for name in BACKENDS if CUDA), "flex compiled"]
+MEMBERS += ["triton" if CUDA else "native", "dense", "flash", "cudnn_flex", "dispatch"]
 
 
 def heads_first(x):
@@ -124,24 +126,16 @@ def flex(compiled, visibility):
     return attend
 
 
-def flash_attn(compiled):
-    from flash_attn import flash_attn_varlen_func
-
-    lengths = [end - start for start, end in compiled.ranges]
-    edges = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
-    return lambda q, k, v: flash_attn_varlen_func(q, k, v, edges, edges, max(lengths), max(lengths))
-
-
-def member(name, compiled, visibility, backward):
+def member(name, compiled, visibility, backward, dtype):
     """q, k, v -> out, or a skip with the reason."""
     if name == "flex compiled":
         if not CUDA and (backward or visibility == "full"):
             pytest.skip("on a CPU FlexAttention has no backward, and its compilation is shown on two layouts only")
         return flex(compiled, visibility)
-    if name == "flash-attn varlen":
-        if visibility != "full" or not CUDA or importlib.util.find_spec("flash_attn") is None:
-            pytest.skip("flash-attn is not installed, or cannot say this visibility")
-        return flash_attn(compiled)
+    if name in ("flash", "cudnn_flex"):
+        adapter = flash_attention if name == "flash" else cudnn_flex
+        if why := adapter.unavailable(torch.empty(1, HEADS, DIM, dtype=dtype, device="cuda" if CUDA else "cpu")):
+            pytest.skip(why)
     if name.startswith("sdpa"):
         attend, backend = sdpa(compiled, visibility), BACKENDS.get(name.removeprefix("sdpa").strip())
         if backend is None:
@@ -173,7 +167,7 @@ def test_attention(benchmark, timed, device, direction, layout, dtype, whose):
     backward = direction == "backward"
     calls = []
     for name in ("sdpa", whose):
-        attend = member(name, compiled, visibility, backward)
+        attend = member(name, compiled, visibility, backward, dtype)
         if not backward:
             calls.append(torch.no_grad()(lambda attend=attend: attend(*x)))
             continue

@@ -1,6 +1,7 @@
 """The parts of bench/autotune.py that need no measurement, in a process of their own: its imports live in bench/."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,17 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 PROGRAM = """
 import dataclasses, json, sys
 from unittest import mock
 import torch
 import autotune
 import pytest
+import attention_libraries
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.ops import flash_attention
+from uniref_fast.visibility import plan
 
 # seconds that are linear in the features come back as their coefficients; a feature that costs nothing gets 0
 torch.manual_seed(0)
@@ -34,6 +40,21 @@ for capability in ((8, 0), (9, 0), (10, 0)):
                 timings = [(1.0 + (i != best), p) for i, p in enumerate(tried)]
                 chosen = autotune.fastest(timings, tried[0])
                 assert chosen == parameters, (capability, way, chosen, parameters)
+
+# every installed generation of FlashAttention is called, and the fastest is chosen
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(autotune, "plans", lambda: [plan(SelfLayout.qwen([Sample(3, (1, 4, 4))]))])
+
+    def seconds_of(call):
+        call()
+        return {2: 2.0, 3: 3.0, 4: 1.0}[flash_attention.PREFERENCE[0]]
+
+    patch.setattr(autotune, "seconds_of", seconds_of)
+    counts |= {"none": autotune.fastest_generation(), "libraries": autotune.libraries()}
+    called = attention_libraries.install(patch, "flash 2, flash 3, flash 4, cudnn_flex")
+    counts |= {"chosen": autotune.fastest_generation(), "called": called}
+    with autotune.only_generation(4):
+        counts["found"] = autotune.libraries()
 print(json.dumps(counts))
 """
 
@@ -41,8 +62,12 @@ print(json.dumps(counts))
 @pytest.mark.slow
 def test_fit_and_choice():
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=BENCH, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=BENCH, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["8/forward"] == counts["9/forward"] == counts["10/forward"]
     assert counts["8/backward"] == counts["10/backward"]
+    assert counts["none"] is None and counts["libraries"] == {}
+    assert counts["chosen"] == 4 and counts["called"]["forward"] == 2 * counts["called"]["backward"] == 6
+    assert set(counts["found"]) == {"flash", "cudnn_flex"} and counts["found"]["flash"].startswith("flash-attn-4")

@@ -293,7 +293,7 @@ def test_doctor_lists_the_libraries(library, name):
 
 
 def test_generation_of_the_table_is_used(library, monkeypatch):
-    """With several generations installed the measured one serves; without a table, 3 on Hopper."""
+    """The measured generation serves if several are installed; without a table, 3 on Hopper."""
     library("flash 2, flash 3, flash 4")
     x = torch.zeros(4, 2, 64)
     monkeypatch.setattr(tuning, "table", lambda name: None)

@@ -316,7 +316,10 @@ LAYOUT = SelfLayout.qwen(PACK)
         (lambda: ops.segment_attention(*[rand(5, 2, 8)] * 3, plan(LAYOUT)), "queries"),
         (lambda: ops.segment_attention(rand(5, 2, 8), rand(5, 3, 8), rand(5, 3, 8), plan(LAYOUT)), r"\[Nk, H, D\]"),
         (lambda: ops.segment_attention(*[rand(LAYOUT.joint_length, 1, 8)] * 3, plan(LAYOUT), scale=0.0), "positive"),
-        (lambda: ops.segment_attention(*[rand(LAYOUT.joint_length, 1, 8)] * 3, plan(LAYOUT), impl="flash"), "dense"),
+        (
+            lambda: ops.segment_attention(*[rand(LAYOUT.joint_length, 1, 8)] * 3, plan(LAYOUT), impl="sdpa"),
+            "flash, cudnn_flex",
+        ),
     ],
 )
 def test_bad_input(call, message):

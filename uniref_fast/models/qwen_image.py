@@ -503,7 +503,8 @@ def _clipped(x: Tensor) -> Tensor:
 
 def _keep_attention() -> Any:
     """Return the contexts of a checkpoint that keeps attention's output: costly to recompute, and small."""
-    kept = (torch.ops.uniref_fast.segment_attention.default, torch.ops.uniref_fast.dense_attention.default)
+    names = ("segment_attention", "dense_attention", "flash_attention", "flex_attention")
+    kept = [getattr(torch.ops.uniref_fast, name).default for name in names]
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE

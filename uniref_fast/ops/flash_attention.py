@@ -13,9 +13,9 @@ D = rowsum(grad * out) of the whole row, dS = P * (grad v^T - D) is the exact sh
 derivative of the merge itself is contained in it. FlashAttention 2 and 3 have no gradient for a log-sum-exp, so
 differentiating the merge of their results would lose that part.
 
-The library is detected and never required. The backward is deterministic. Sequences do not influence each other in a
-forward; the backward of FlashAttention 2 splits the sum of dq by the number of sequences, so gradients of a sample can
-differ in their last bits between two packs.
+The library is detected and never required. Its backward is asked to be deterministic. The calls of a sample are the same
+alone and in any pack, but that its results have the same bits is not promised: the library may choose its launch from
+the whole call, and the backward of FlashAttention 2 splits the sum of dq by the number of sequences.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one generation of FlashAttention takes, with a deterministic backward.
+    """The limits of one generation of FlashAttention, with a deterministic backward.
 
     Attributes:
         distribution: Name of the Python distribution.
