@@ -13,9 +13,9 @@ D = rowsum(grad * out) of the whole row, dS = P * (grad v^T - D) is the exact sh
 derivative of the merge itself is contained in it. FlashAttention 2 and 3 have no gradient for a log-sum-exp, so
 differentiating the merge of their results would lose that part.
 
-The library is detected and never required. Its backward is asked to be deterministic. The calls of a sample are the same
-alone and in any pack, but that its results have the same bits is not promised: the library may choose its launch from
-the whole call, and the backward of FlashAttention 2 splits the sum of dq by the number of sequences.
+The library is detected and never required. Its backward is asked to be deterministic. The calls of a sample are the
+same alone and in any pack, but that its results have the same bits is not promised: the library may choose its launch
+from the whole call, and the backward of FlashAttention 2 splits the sum of dq by the number of sequences.
 """
 
 from __future__ import annotations
