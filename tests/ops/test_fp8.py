@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from uniref_fast.kernels import fp8 as kernels
 from uniref_fast.ops import fp8
-from uniref_fast.ops.norm_modulate import norm_modulate_reference
+from uniref_fast.ops.norm_modulate import gate_residual_reference, norm_modulate_reference
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= fp8.FP8_CAPABILITY
 DEVICE = "cuda" if CUDA else "cpu"
@@ -24,7 +25,7 @@ def check_quantized(values, row_scale, exact, impl="reference"):
     assert values.dtype == torch.float8_e4m3fn and row_scale.dtype == torch.float32
     exact = exact.double()
     largest = exact.abs().amax(-1)
-    torch.testing.assert_close(row_scale.double(), torch.where(largest > 0, largest / 448, 1.0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(row_scale.double(), (largest / 448).clamp(min=fp8.SMALLEST_SCALE), rtol=1e-5, atol=0)
     scaled = exact / row_scale.double()[:, None]
     step = torch.exp2(torch.floor(torch.log2(scaled.abs().clamp(min=2.0**-6))) - 3)
     off = (values.double() - scaled).abs() > step / 2 + 1e-4 * scaled.abs()
@@ -36,11 +37,11 @@ def check_quantized(values, row_scale, exact, impl="reference"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantize(dtype):
     x = torch.randn(33, 64, device=DEVICE).to(dtype) * torch.logspace(-8, 8, 33, device=DEVICE)[:, None].to(dtype)
-    x[3] = 0  # scale 1, not 0 / 0
-    x[4], x[4, 7] = 0, -1e-30  # one value alone: -448 exactly
-    values, row_scale = fp8.quantize_fp8(x)
+    x[3] = 0  # the smallest scale, not 0 / 0
+    x[4], x[4, 7] = 0, -1e-25  # one value alone: -448 exactly
+    values, row_scale = fp8.quantize_fp8(x, impl="reference")
     check_quantized(values, row_scale, x)
-    assert not values[3].float().any() and row_scale[3] == 1 and values[4, 7].float() == -448
+    assert not values[3].float().any() and row_scale[3] == fp8.SMALLEST_SCALE and values[4, 7].float() == -448
     assert (values.float().abs().amax(-1)[x.abs().amax(-1) > 0] == 448).all()
 
 
@@ -56,6 +57,51 @@ def test_norm_modulate_fp8(impl, norm, shape):
         values, row_scale = fp8.norm_modulate_fp8(x, s, scale, rows, norm=norm, impl=impl)
         wide = (t if t is None else t.double() for t in (x, s, scale))
         check_quantized(values, row_scale, norm_modulate_reference(*wide, rows, 1e-6, norm == "rms"), impl)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (70, 96), (3, 3000)])  # less than a program, rows past it, one row each
+def test_quantize_kernel(shape, nan_memory):
+    x = torch.randn(shape, device=DEVICE) * torch.logspace(-8, 4, shape[0], device=DEVICE)[:, None]
+    x[-1] = 0
+    values, row_scale = fp8.quantize_fp8(x, impl="triton")
+    check_quantized(values, row_scale, x, "triton")
+    assert values.is_contiguous() and not values[-1].float().any()
+
+
+def test_quantize_heads_kernel(nan_memory):
+    """Scales are in the order [H, N], and strides of tokens and heads are followed."""
+    x = torch.randn(3, 37, 32, device=DEVICE).transpose(0, 1) * torch.logspace(-3, 3, 37, device=DEVICE)[:, None, None]
+    values, scale = kernels.quantize_heads_fp8(x)
+    assert values.shape == x.shape and scale.shape == (3, 37)
+    check_quantized(values.reshape(-1, 32), scale.T.reshape(-1), x.reshape(-1, 32), "triton")
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gate_residual_norm_modulate_fp8(impl, norm, nan_memory):
+    """x' equals the one of the op in 16 bits, and the values are those of `norm_modulate_fp8` on x'."""
+    dtype = torch.float32 if not CUDA else torch.bfloat16
+    x, y = torch.randn(2, 21, 130, device=DEVICE).to(dtype)
+    gate, shift, scale = torch.randn(3, 4, 130, device=DEVICE).to(dtype)
+    rows = torch.randint(0, 4, (21,), device=DEVICE, dtype=torch.int32)
+    x_out, values, row_scale = fp8.gate_residual_norm_modulate_fp8(x, y, gate, shift, scale, rows, norm=norm, impl=impl)
+    wide = [t.double() for t in (x, y, gate)]
+    torch.testing.assert_close(x_out.double(), gate_residual_reference(*wide, rows), rtol=1e-5, atol=1e-5)
+    wide = [t.double() for t in (x_out, shift, scale)]
+    check_quantized(values, row_scale, norm_modulate_reference(*wide, rows, 1e-6, norm == "rms"), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_an_outlier_costs_its_own_row_only(impl):
+    """A value of 6e4 in one row leaves the values of all other rows as they are."""
+    x = torch.randn(20, 64, device=DEVICE)
+    outlier = x.clone()
+    outlier[7, 5] = 6e4
+    before, after = (fp8.quantize_fp8(t, impl=impl) for t in (x, outlier))
+    others = torch.arange(20, device=DEVICE) != 7
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one[others].float(), other[others].float())
+    assert not torch.equal(before[0][7].float(), after[0][7].float())
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -84,6 +130,16 @@ def test_scaled_linear(dtype, with_bias):
     assert (out.double() - exact).norm() / exact.norm() < 0.05
 
 
+def test_emulated_product_does_not_depend_on_the_other_rows():
+    """A row has the same bits alone and among others, which a float32 product of the BLAS library has not."""
+    x, w = torch.randn(300, 512, device=DEVICE), fp8.quantize_fp8(torch.randn(64, 512, device=DEVICE))
+    values, scale = fp8.quantize_fp8(x)
+    whole = fp8.scaled_linear(values, scale, *w, dtype=torch.float32, impl="reference")
+    for rows in (slice(0, 1), slice(7, 24), slice(100, 299)):
+        part = fp8.scaled_linear(values[rows], scale[rows], *w, dtype=torch.float32, impl="reference")
+        assert torch.equal(part, whole[rows])
+
+
 @pytest.mark.skipif(CUDA, reason="compares the CPU's emulation")
 def test_emulation_is_what_pytorch_computes():
     a, b = fp8.quantize_fp8(torch.randn(32, 64)), fp8.quantize_fp8(torch.randn(16, 64))
@@ -92,10 +148,10 @@ def test_emulation_is_what_pytorch_computes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["norm_modulate_fp8", "gelu_fp8"])
+@pytest.mark.parametrize("name", ["norm_modulate_fp8", "gelu_fp8", "quantize_fp8"])
 def test_torch_library_contract(name):
     x = torch.randn(5, 32, device=DEVICE)
-    args = (x,) if name == "gelu_fp8" else (x, None, x[:2], None, 1e-6, True)
+    args = (x,) if name != "norm_modulate_fp8" else (x, None, x[:2], None, 1e-6, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(getattr(torch.ops.uniref_fast, name).default, args, test_utils=tests)
 

@@ -4,7 +4,13 @@ Attention has a fourth, "dense": PyTorch's own fused attention, one call per rec
 """
 
 from uniref_fast.ops._dispatch import IMPLEMENTATIONS, Rounding, choose, explain, unavailable
-from uniref_fast.ops.fp8 import gelu_fp8, norm_modulate_fp8, quantize_fp8, scaled_linear
+from uniref_fast.ops.fp8 import (
+    gate_residual_norm_modulate_fp8,
+    gelu_fp8,
+    norm_modulate_fp8,
+    quantize_fp8,
+    scaled_linear,
+)
 from uniref_fast.ops.norm_modulate import gate_residual, gate_residual_norm_modulate, norm_modulate
 from uniref_fast.ops.qk_norm_rope import qk_norm_rope
 from uniref_fast.ops.segment_attention import explain_attention, segment_attention
@@ -17,6 +23,7 @@ __all__ = [
     "explain_attention",
     "gate_residual",
     "gate_residual_norm_modulate",
+    "gate_residual_norm_modulate_fp8",
     "gelu_fp8",
     "norm_modulate",
     "norm_modulate_fp8",

@@ -1,12 +1,13 @@
-"""Experimental 8-bit linear layers: quantisation fused into the op before them, one scale per row; forward only.
+"""8-bit linear layers: quantisation fused into the op before them, one scale per row; forward only.
 
+    quantize_fp8        values, row_scale = quantise(x)                                             1 read, half a write
     norm_modulate_fp8   values, row_scale = quantise(norm(x) * (1 + scale[row]) + shift[row])      1 read, half a write
     gelu_fp8            values, row_scale = quantise(gelu(x))                                       1 read, half a write
     scaled_linear       out = row_scale * weight_scale * (values @ weight^T) + bias                 torch._scaled_mm
 
 The format is e4m3 with `row_scale = max|row| / 448`, without calibration. It is lossy: a value keeps 4 significant
-bits, and a linear layer of random rows is wrong by some percent. For inference only. No model or patch of this package
-uses these ops yet, and their interface may change.
+bits, and a linear layer of random rows is wrong by some percent. One row never costs another row precision. For
+inference only; `mode="fast"` of `patch` and `edit` uses these ops.
 """
 
 from __future__ import annotations
@@ -16,35 +17,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uniref_fast.ops._dispatch import choose, define_op, inside_transform, observed, one_of
-from uniref_fast.ops.norm_modulate import Norm, _check, norm_modulate_reference
+from uniref_fast.ops.norm_modulate import Norm, _check, gate_residual_reference, norm_modulate_reference
 
-__all__ = ["gelu_fp8", "norm_modulate_fp8", "quantize_fp8", "scaled_linear"]
+__all__ = ["gate_residual_norm_modulate_fp8", "gelu_fp8", "norm_modulate_fp8", "quantize_fp8", "scaled_linear"]
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 FP8_CAPABILITY = (8, 9)
+SMALLEST_SCALE = 2.0**-100
+"""Smallest scale of a row. A row of zeros has this scale, so that no scale is 0 and no value is 0 / 0."""
 
 Quantized = tuple[Tensor, Tensor]
 
 
-def quantize_fp8(x: Tensor) -> Quantized:
+def quantize_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
     """Quantise by row: the specification of the fused ops, and the way to quantise the weight `[out, in]` of a Linear.
 
     Args:
-        x: `[N, C]`, any floating dtype.
+        x: `[N, C]`, any floating dtype; contiguous rows for the Triton kernel.
+        impl: "reference" (any device) or "triton" (compute capability 8.9 and up). None picks by device.
 
     Returns:
-        The values, float8_e4m3fn `[N, C]`, and row_scale, float32 `[N]` (1 for a row of zeros), with
+        The values, float8_e4m3fn `[N, C]`, and row_scale, float32 `[N]` (`SMALLEST_SCALE` for a row of zeros), with
         `x ~ values * row_scale[:, None]`. Neither carries a gradient.
 
     Raises:
-        ValueError: A transform of `torch.func` or forward-mode differentiation is active.
+        ValueError: A transform of `torch.func` or forward-mode differentiation is active, or `impl` is not possible.
     """
     if inside_transform():
         raise ValueError("8-bit ops have no derivatives: call them outside of torch.func transforms and forward mode")
+    x = x.detach()
+    if x.dtype == torch.float64 or _choose(impl, x) == "reference":
+        return _quantize(x)
+    return (torch.ops.uniref_fast.quantize_fp8 if observed(x) else _quantize_fp8)(x)
+
+
+def _quantize(x: Tensor) -> Quantized:
     wide = x.detach().to(torch.float32)
-    largest = wide.abs().amax(-1)
-    row_scale = torch.where(largest > 0, (largest / FP8_MAX).clamp(min=2.0**-126), 1.0)  # normal, so 0 / it is 0
+    row_scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=SMALLEST_SCALE)
     return (wide / row_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), row_scale
 
 
@@ -68,9 +78,37 @@ def norm_modulate_fp8(
     if _choose(impl, x, shift, scale) == "reference":
         wide = None if shift is None else shift.to(torch.float32)
         out = norm_modulate_reference(x.to(torch.float32), wide, scale.to(torch.float32), mod_index, eps, rms)
-        return quantize_fp8(out)
+        return _quantize(out)
     run = torch.ops.uniref_fast.norm_modulate_fp8 if observed(x, shift, scale) else _norm_modulate_fp8
     return run(x, shift, scale, mod_index, eps, rms)
+
+
+def gate_residual_norm_modulate_fp8(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    mod_index: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    norm: Norm = "layer",
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute `x' = x + gate[r] * y`, rounded to x's dtype, and `norm_modulate_fp8(x')` in one pass.
+
+    The arguments are those of `gate_residual_norm_modulate` and `norm_modulate_fp8`. Returns x' `[N, C]`, the values
+    and row_scale.
+    """
+    _check(x, mod_index, y=y, gate=gate, shift=shift, scale=scale)
+    rms = one_of("norm", norm, "layer", "rms")
+    if _choose(impl, x, y, gate, shift, scale) == "reference":
+        wide = [t.to(torch.float32) for t in (x, y, gate)]
+        x = gate_residual_reference(*wide, mod_index).to(x.dtype)
+        return x, *norm_modulate_fp8(x, shift, scale, mod_index, eps, norm=norm, impl="reference")
+    watched = observed(x, y, gate, shift, scale)
+    run = torch.ops.uniref_fast.gate_residual_norm_modulate_fp8 if watched else _gate_residual_norm_modulate_fp8
+    return run(x, y, gate, shift, scale, mod_index, eps, rms)
 
 
 def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
@@ -78,7 +116,7 @@ def gelu_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
     if x.ndim != 2 or (x.numel() and x.stride(-1) != 1):
         raise ValueError(f"x must be [N, C] with contiguous rows, got {list(x.shape)}, strides {x.stride()}")
     if _choose(impl, x) == "reference":
-        return quantize_fp8(F.gelu(x.to(torch.float32), approximate="tanh"))
+        return _quantize(F.gelu(x.to(torch.float32), approximate="tanh"))
     return (torch.ops.uniref_fast.gelu_fp8 if observed(x) else _gelu_fp8)(x)
 
 
@@ -89,6 +127,8 @@ def scaled_linear(
     weight_scale: Tensor,
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    *,
+    impl: str | None = None,
 ) -> Tensor:
     """Compute `row_scale[:, None] * weight_scale * (values @ weight^T) + bias`.
 
@@ -97,7 +137,9 @@ def scaled_linear(
         weight, weight_scale: Results of `quantize_fp8`, float8_e4m3fn `[O, I]` and float32 `[O]`. I and O must be
             multiples of 16.
         bias: `[O]` or None.
-        dtype: Dtype of the result; bfloat16 on a GPU.
+        dtype: Dtype of the result. The product of a GPU is rounded to bfloat16 first.
+        impl: "reference" emulates the product on any device: the sum of all products is exact, and rounded once to
+            float32. It therefore does not depend on the other rows of the call. None uses `torch._scaled_mm` on a GPU.
 
     Returns:
         `[N, O]`.
@@ -114,15 +156,19 @@ def scaled_linear(
             f"scales must be [{values.shape[0]}] and [{weight.shape[0]}], got {list(row_scale.shape)} and "
             f"{list(weight_scale.shape)}"
         )
-    if bias is not None:
-        bias = bias.to(dtype)
-    if values.is_cuda:
-        return torch._scaled_mm(
-            values, weight.t(), row_scale[:, None], weight_scale[None], bias=bias, out_dtype=dtype, use_fast_accum=True
-        )
-    # Emulation: products of e4m3 are exact in float32, and so is all but the order of the sum.
-    out = (values.to(torch.float32) @ weight.to(torch.float32).T) * row_scale[:, None] * weight_scale
-    return out.to(dtype) if bias is None else (out + bias.to(torch.float32)).to(dtype)
+    if impl == "reference" or not values.is_cuda:
+        # Products of two values are multiples of 2^-18 below 2^18: in float64 their sum is exact in any order.
+        out = (values.to(torch.float64) @ weight.to(torch.float64).T).to(torch.float32)
+        out = out * row_scale[:, None] * weight_scale
+        return out.to(dtype) if bias is None else (out + bias.to(torch.float32)).to(dtype)
+    if not len(values):
+        return values.new_empty(0, weight.shape[0], dtype=dtype)
+    wide = torch.bfloat16  # the only dtype of a product with scales by row
+    out = torch._scaled_mm(
+        values, weight.t(), row_scale[:, None], weight_scale[None],
+        bias=None if bias is None else bias.to(wide), out_dtype=wide, use_fast_accum=True,
+    )  # fmt: skip
+    return out.to(dtype)
 
 
 def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
@@ -150,6 +196,29 @@ def _norm_modulate_fp8(
 
 
 @define_op
+def _gate_residual_norm_modulate_fp8(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor,
+    mod_index: Tensor | None,
+    eps: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from uniref_fast.kernels import fp8 as kernels
+
+    return kernels.gate_residual_norm_modulate_fp8(x, y, gate, shift, scale, mod_index, eps, rms)
+
+
+@define_op
+def _quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    from uniref_fast.kernels import fp8 as kernels
+
+    return kernels.quantize_fp8(x)
+
+
+@define_op
 def _gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     from uniref_fast.kernels import fp8 as kernels
 
@@ -161,6 +230,12 @@ def _(x, shift, scale, mod_index, eps, rms):
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
+@torch.library.register_fake("uniref_fast::gate_residual_norm_modulate_fp8")
+def _(x, y, gate, shift, scale, mod_index, eps, rms):
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.register_fake("uniref_fast::quantize_fp8")
 @torch.library.register_fake("uniref_fast::gelu_fp8")
 def _(x):
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[0], dtype=torch.float32)
