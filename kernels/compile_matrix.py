@@ -6,7 +6,8 @@ Each launcher is called with meta tensors of real sizes. Triton's compilation ho
 the launch would compile, specialisation included, and it is compiled to a cubin for the chosen architecture. Checks:
 
 - no spills (no local-memory instruction, no stack), shared memory within the chip's limit for one block;
-- tensor-core instructions in attention: HMMA on sm_80, HGMMA (wgmma) on sm_90, UTC*MMA (tcgen05) on sm_100;
+- tensor-core instructions in attention: HMMA on sm_80, HMMA and QMMA on sm_89, HGMMA and QGMMA (wgmma) on
+  sm_90, UTC*MMA (tcgen05) on sm_100;
 - 128-bit global loads and stores in the memory-bound kernels, and no 8-bit or 16-bit ones.
 
 Speed and results are not checked. The exit status is 1 if a check fails.
@@ -40,12 +41,13 @@ from uniref_fast.kernels import (
     segment_attention,
     segment_attention_backward,
     segment_attention_config,
+    segment_attention_fp8,
 )
 from uniref_fast.kernels.segment_attention_config import AttentionConfig, AttentionTables
 
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may use
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
-TENSOR_CORE = {80: r"\bHMMA\.", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA\b"}
+TENSOR_CORE = {80: r"\bHMMA\.", 89: r"\b[HQ]MMA\.", 90: r"\b[HQ]GMMA\.", 100: r"\bUTC\w*MMA\b"}
 
 TEXT, IMAGE, HEADS, CHANNELS = 1024, 16384, 24, 3072  # Qwen-Image-Edit with a target and three references at 1024^2
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -61,6 +63,7 @@ MATMUL = (True, 128, 128)
 STREAM = (False, 128, 128)
 EXPECTED = {
     "segment_attention_kernel": MATMUL,
+    "segment_attention_fp8_kernel": MATMUL,
     "dq_kernel": MATMUL,
     "dkdv_kernel": MATMUL,
     "delta_kernel": (False, 128, 32),
@@ -152,6 +155,11 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
         case("gate_residual_norm_modulate" + suffix, _any_arch, both, x, y, x, y, gate, scale, *options)
     if arch >= FP8_FLOOR:
         case("norm_modulate_fp8", _any_arch, fp8.norm_modulate_fp8, x, shift, scale, rows, 1e-6)
+        both = fp8.gate_residual_norm_modulate_fp8
+        case("gate_residual_norm_modulate_fp8", _any_arch, both, x, y, gate, shift, scale, rows, 1e-6)
+        case("quantize_fp8", _any_arch, fp8.quantize_fp8, x)
+        for dim in head_dims:
+            case("attention_fp8", _attention_fp8, dim, head_dim=dim)
         case("gelu_fp8", _any_arch, fp8.gelu_fp8, _meta(IMAGE, 4 * CHANNELS))
     return made
 
@@ -194,6 +202,13 @@ def _attention(head_dim: int, dtype: torch.dtype, arch: int) -> object:
     config = segment_attention_config.pick_config(head_dim, dtype, divmod(arch, 10))
     q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(3))
     launcher: Launcher = segment_attention.segment_attention
+    return launcher(q, k, v, _tables(4, 7, 140, config), head_dim**-0.5)
+
+
+def _attention_fp8(head_dim: int, arch: int) -> object:
+    config = segment_attention_config.pick_fp8_config(head_dim, divmod(arch, 10))
+    q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim) for _ in range(3))
+    launcher: Launcher = segment_attention_fp8.segment_attention_fp8
     return launcher(q, k, v, _tables(4, 7, 140, config), head_dim**-0.5)
 
 

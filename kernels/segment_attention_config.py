@@ -125,6 +125,15 @@ def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) 
     return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=stages)
 
 
+def pick_fp8_config(head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
+    """Launch parameters of the forward in 8 bits; they do not depend on the dtype of its inputs and output.
+
+    All are from the compiler's report: the largest tiles that do not spill.
+    """
+    keys = 64 if head_dim < 128 or capability[0] in (8, 9) else 32
+    return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=3 if capability[0] in (9, 10) else 2)
+
+
 def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
     """Launch parameters of the backward for a head size, dtype and compute capability."""
     if dtype == torch.float32:

@@ -25,6 +25,24 @@ def nan_memory(monkeypatch):
 
 
 @pytest.fixture
+def rounded_fp8_casts(monkeypatch):
+    """Casts to e4m3 round to the nearest value, as on a GPU: those of the interpreter truncate and drop carries."""
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(values, source, target, rounding_mode):
+        if target != tl.float8e4nv or source != tl.float32:
+            return original(values, source, target, rounding_mode)
+        return torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@pytest.fixture
 def threads():
     """One thread unless a test asks for more: hundreds of tiny oracle calls spend their time waking threads."""
     before = torch.get_num_threads()

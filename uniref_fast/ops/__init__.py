@@ -4,6 +4,7 @@ Attention has a fourth, "dense": PyTorch's own fused attention, one call per rec
 """
 
 from uniref_fast.ops._dispatch import IMPLEMENTATIONS, Rounding, choose, explain, unavailable
+from uniref_fast.ops.attention_fp8 import attention_fp8
 from uniref_fast.ops.fp8 import (
     gate_residual_norm_modulate_fp8,
     gelu_fp8,
@@ -18,6 +19,7 @@ from uniref_fast.ops.segment_attention import explain_attention, segment_attenti
 __all__ = [
     "IMPLEMENTATIONS",
     "Rounding",
+    "attention_fp8",
     "choose",
     "explain",
     "explain_attention",
