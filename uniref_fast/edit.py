@@ -20,6 +20,7 @@ from torch import Tensor
 from uniref_fast.budget import check_budget
 from uniref_fast.edit_report import EditReport
 from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
+from uniref_fast.fast import EightBitParts, check_mode, eight_bit, eight_bit_parts, unsupported
 from uniref_fast.guidance import guide, is_guided
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
@@ -49,6 +50,8 @@ def edit(
     drift: float | None = None,
     keep_dtype: KeepDtype | None = None,
     report: EditReport | None = None,
+    mode: str = "exact",
+    modules_to_not_convert: Sequence[str] | None = None,
 ) -> list[Any]:
     """Run several edit requests together.
 
@@ -75,6 +78,10 @@ def edit(
         keep_dtype: "int8" keeps them in 8 bits, in half the memory of 16 bits, and rounds each value to a multiple of
             1/127 of the largest one of its token and head. None keeps them unchanged.
         report: Report to fill with the steps that computed the references and the drift that they measured.
+        mode: "exact", or "fast": Linears of the blocks and attention in 8 bits (`uniref_fast.fast`). The weights are
+            quantised at each call and 16-bit weights stay on the device; `patch(pipe, mode="fast")` does it once.
+        modules_to_not_convert: Names of modules that stay in 16 bits under `mode="fast"`. None keeps the first and the
+            last block and the modulation.
 
     Returns:
         One result per request, in order.
@@ -98,11 +105,14 @@ def edit(
         _check_latents(pipe, request, sizes, f"request {i + 1}")
         tokens = math.prod(sizes.grid(sizes.size))
         schedulers.append(denoising_schedule(pipe.scheduler, tokens, request.num_inference_steps, device))
-    model = model or PackedQwenImage(transformer, visibility=visibility, impl=impl)
+    parts = _eight_bit_parts(transformer, device, impl, mode, modules_to_not_convert, model)
+    model = model or PackedQwenImage(
+        transformer, visibility=visibility, impl=impl, attention_8bit=parts.attention if parts else ()
+    )
     if keep_dtype not in (None, "int8"):
         raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
     keeping = _refresh_schedules(model, geometries, keep_references, drift)
-    with torch.no_grad():
+    with torch.no_grad(), eight_bit(transformer, parts):
         jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, strict=True)]
         for job, schedule in zip(jobs, keeping, strict=True):
             if schedule is not None:
@@ -115,6 +125,26 @@ def edit(
         results = [_decode(pipe, job, output_type) for job in jobs]
     pipe.maybe_free_model_hooks()
     return results
+
+
+def _eight_bit_parts(
+    transformer: Any,
+    device: torch.device,
+    impl: str | None,
+    mode: str,
+    modules_to_not_convert: Sequence[str] | None,
+    model: PackedQwenImage | None,
+) -> EightBitParts | None:
+    """Return the parts that compute in 8 bits, or None for the mode "exact"."""
+    if not check_mode(mode):
+        if modules_to_not_convert is not None:
+            raise ValueError('modules_to_not_convert is for mode="fast"')
+        return None
+    if model is not None:
+        raise ValueError('mode="fast" builds its own packed model; leave model out')
+    if reason := unsupported(device, impl):
+        raise ValueError(f'mode="fast" is not possible here: {reason}')
+    return eight_bit_parts(transformer, modules_to_not_convert, impl)
 
 
 def _check_options(output_type: Any, pack_tokens: Any, budget: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from uniref_fast import ops
@@ -26,14 +26,29 @@ aten = torch.ops.aten
 
 
 class _EightBit(Tensor):
-    """Base of both: `F.linear` is computed in 8 bits where both operands have them."""
+    """Base of both: `F.linear` is computed in 8 bits where both operands have them.
+
+    Attributes:
+        e4m3: 8-bit values, float8_e4m3fn `[N, C]`.
+        row_scale: Their scales, float32 `[N]`.
+    """
+
+    e4m3: Tensor
+    row_scale: Tensor
+
+    def unquantised(self) -> Tensor:
+        """Return the tensor that was quantised, in its own dtype."""
+        raise NotImplementedError
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
-        if func is _SET_DATA and isinstance(args[0], QuantisedWeight):
+        if func == _SET_DATA and isinstance(args[0], QuantisedWeight):
             return args[0].assign(args[1])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -56,8 +71,6 @@ class QuantisedWeight(_EightBit):
     """
 
     original: Tensor
-    values: Tensor
-    row_scale: Tensor
     impl: str | None
 
     @staticmethod
@@ -67,7 +80,7 @@ class QuantisedWeight(_EightBit):
         )
 
     def __init__(self, original: Tensor, values: Tensor, row_scale: Tensor, impl: str | None) -> None:
-        self.original, self.values, self.row_scale, self.impl = original, values, row_scale, impl
+        self.original, self.e4m3, self.row_scale, self.impl = original, values, row_scale, impl
 
     @classmethod
     def of(cls, weight: Tensor, impl: str | None = None) -> QuantisedWeight:
@@ -76,45 +89,45 @@ class QuantisedWeight(_EightBit):
 
     def unquantised(self) -> Tensor:
         """Return the weight that this one replaces, on the device of the 8-bit values."""
-        return self.original.detach().to(self.values.device)
+        return self.original.detach().to(self.e4m3.device)
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
         """Replace the weight and its 8-bit values by those of another weight of the same shape."""
         source = weight.original if isinstance(weight, QuantisedWeight) else weight
-        self.original.detach().copy_(source.detach())
-        self._requantise()
+        if source is not self.original:  # `weight.data += x` changes the weight in place and then assigns it
+            self.original.detach().copy_(source.detach())
+            self._requantise()
 
     def _requantise(self) -> None:
         values, row_scale = ops.quantize_fp8(self.unquantised(), impl=_quantising(self.impl))
-        self.values.copy_(values)
+        self.e4m3.copy_(values)
         self.row_scale.copy_(row_scale)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        return ["values", "row_scale"], (self.original, self.impl)
+        return ["e4m3", "row_scale"], (self.original, self.impl)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: tuple, size: Any, stride: Any) -> QuantisedWeight:
-        return cls(context[0], inner["values"], inner["row_scale"], context[1])
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QuantisedWeight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return cls(context[0], inner["e4m3"], inner["row_scale"], context[1])
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs, weight = kwargs or {}, args[0]
         if isinstance(weight, cls):
             if func in (aten.detach.default, aten.alias.default):
-                return cls(weight.original, weight.values, weight.row_scale, weight.impl)
+                return cls(weight.original, weight.e4m3, weight.row_scale, weight.impl)
             if func is aten.clone.default:
-                parts = weight.original.detach().clone(), weight.values.clone(), weight.row_scale.clone()
+                parts = weight.original.detach().clone(), weight.e4m3.clone(), weight.row_scale.clone()
                 return cls(*parts, weight.impl)
             if func is aten._to_copy.default:
                 return weight._moved(kwargs.get("device"), kwargs.get("dtype"))
             if func in (aten.add_.Tensor, aten.sub_.Tensor, aten.copy_.default):
                 original = weight.original.detach()
-                others = [x.to(original.device) for x in map(_unquantised, args[1:])]
-                func(original, *others, **kwargs)
+                others = map(_unquantised, args[1:])
+                func(original, *(x.to(original.device) if isinstance(x, Tensor) else x for x in others), **kwargs)
                 weight._requantise()
                 return weight
         if func._schema.is_mutable:
@@ -124,7 +137,7 @@ class QuantisedWeight(_EightBit):
     def _moved(self, device: Any, dtype: torch.dtype | None) -> QuantisedWeight:
         device = self.device if device is None else device
         if dtype in (None, self.dtype):
-            return QuantisedWeight(self.original, self.values.to(device), self.row_scale.to(device), self.impl)
+            return QuantisedWeight(self.original, self.e4m3.to(device), self.row_scale.to(device), self.impl)
         original = self.original.detach().to(dtype)
         values, row_scale = ops.quantize_fp8(original.to(device), impl=_quantising(self.impl))
         return QuantisedWeight(original, values, row_scale, self.impl)
@@ -141,9 +154,6 @@ class QuantisedActivation(_EightBit):
             operation needs it, and once at most.
     """
 
-    values: Tensor
-    row_scale: Tensor
-
     @staticmethod
     def __new__(
         cls, values: Tensor, row_scale: Tensor, dtype: torch.dtype, exact: Callable[[], Tensor]
@@ -153,7 +163,7 @@ class QuantisedActivation(_EightBit):
         )
 
     def __init__(self, values: Tensor, row_scale: Tensor, dtype: torch.dtype, exact: Callable[[], Tensor]) -> None:
-        self.values, self.row_scale, self._exact = values, row_scale, exact
+        self.e4m3, self.row_scale, self._exact = values, row_scale, exact
         self._computed: Tensor | None = None
 
     def unquantised(self) -> Tensor:
@@ -162,11 +172,10 @@ class QuantisedActivation(_EightBit):
             self._computed = self._exact()
         return self._computed
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QuantisedActivation(shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
-
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func._schema.is_mutable:
             raise NotImplementedError(f"{func} cannot change an activation in 8 bits")
         return func(*tree_map(_unquantised, args), **tree_map(_unquantised, kwargs or {}))
@@ -182,14 +191,14 @@ def quantised_input(x: Tensor, impl: str | None = None) -> QuantisedActivation:
     return QuantisedActivation(*ops.quantize_fp8(x, impl=_quantising(impl)), x.dtype, lambda: x)
 
 
-def base_linear(linear: nn.Module) -> nn.Module:
+def base_linear(linear: Any) -> Any:
     """Return the Linear itself, or the one inside a layer of peft."""
     return linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
 
 
-def is_quantised(linear: nn.Module) -> bool:
+def is_quantised(linear: Any) -> bool:
     """Return True if a Linear, or the one inside a layer of peft, has a weight in 8 bits."""
-    return isinstance(base_linear(linear)._parameters.get("weight"), QuantisedWeight)
+    return isinstance(getattr(base_linear(linear), "weight", None), QuantisedWeight)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -197,13 +206,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(_unquantised(x), weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("8-bit Linears have no gradient: use them under torch.no_grad(), or unpatch the model")
-    rows = x
-    if not isinstance(x, QuantisedActivation):
+    if isinstance(x, QuantisedActivation):
+        rows = x
+    else:
         flat = x.reshape(-1, x.shape[-1])
         rows = quantised_input(flat if flat.stride(-1) == 1 else flat.contiguous(), weight.impl)
-    out = ops.scaled_linear(
-        rows.values, rows.row_scale, weight.values, weight.row_scale, bias, x.dtype, impl=weight.impl
-    )
+    out = ops.scaled_linear(rows.e4m3, rows.row_scale, weight.e4m3, weight.row_scale, bias, x.dtype, impl=weight.impl)
     return out.view(*x.shape[:-1], -1) if x.ndim != 2 else out
 
 

@@ -1,4 +1,7 @@
-"""Inputs of the Linears of a packed block: quantised by the op that computes them where the Linear is in 8 bits."""
+"""Parts of a packed block that may compute in 8 bits: inputs of its Linears, feed-forwards and attention.
+
+The op that computes the input of a Linear in 8 bits also quantises it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,18 @@ from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.quantised_linear import QuantisedActivation, is_quantised
+from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["feed_forward", "first_linear", "gated_input", "modulated_input"]
+__all__ = ["attend", "feed_forward", "first_linear", "gated_input", "modulated_input"]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, impl: str | None, for_training: bool, eight_bit: bool
+) -> Tensor:
+    """Compute `ops.attention_fp8` of q, k, v, `[N, H, D]`, if `eight_bit`, and else `ops.segment_attention`."""
+    if eight_bit:
+        return ops.attention_fp8(q, k, v, plan, impl=impl)
+    return ops.segment_attention(q, k, v, plan, impl=impl, backward=for_training or None)
 
 
 def modulated_input(
@@ -26,7 +39,7 @@ def modulated_input(
 
     Args:
         linear: The Linear; None for a module that is called as a whole.
-        x, shift, scale, rows, eps, impl: As for `ops.norm_modulate`.
+        x, shift, scale, rows, eps, impl: Arguments of `ops.norm_modulate`.
 
     Returns:
         `[n, C]`, a `QuantisedActivation` if the Linear has a weight in 8 bits.
@@ -63,8 +76,11 @@ def gated_input(
 
 
 def first_linear(mlp: Any) -> nn.Module | None:
-    """Return the Linear that the input of a feed-forward of diffusers goes to, or None for another module."""
-    return mlp.net[0].proj if _fusable(mlp) else None
+    """Return the Linear that the input of a feed-forward goes to if the two Linears can be called instead of it.
+
+    They can in a feed-forward of diffusers in 8 bits; None stands for any other module.
+    """
+    return mlp.net[0].proj if _is_eight_bit(mlp) and _is_plain(mlp) else None
 
 
 def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
@@ -76,7 +92,7 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
         x: Input, quantised or not.
         impl: Implementation forced on every op, or None.
     """
-    if not (_fusable(mlp) and is_quantised(mlp.net[2])):
+    if not (_is_eight_bit(mlp) and _is_plain(mlp)):
         return mlp(x)
     hidden = mlp.net[0].proj(x)
 
@@ -86,12 +102,17 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
     return mlp.net[2](QuantisedActivation(*ops.gelu_fp8(hidden, impl=impl), hidden.dtype, exact))
 
 
-def _fusable(mlp: Any) -> bool:
+def _is_eight_bit(mlp: Any) -> bool:
+    net = getattr(mlp, "net", ())
+    return len(net) == 3 and is_quantised(net[2])
+
+
+def _is_plain(mlp: Any) -> bool:
     """Return True for Linear, GELU, dropout without effect and Linear, without hooks or forwards of their own."""
     from diffusers.models.activations import GELU
     from diffusers.models.attention import FeedForward
 
-    if type(mlp) is not FeedForward or len(mlp.net) != 3 or type(mlp.net[0]) is not GELU:
+    if type(mlp) is not FeedForward or type(mlp.net[0]) is not GELU:
         return False
     activation, dropout, _ = mlp.net
     if activation.approximate != "tanh" or (dropout.training and dropout.p):

@@ -9,7 +9,7 @@ R rows of the modulation table. A rank has n rows of a stream: all of them, or i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
@@ -197,7 +198,9 @@ def _all_rows(qkv: QKV, context: ForwardContext, stream: str) -> QKV:
     return q, k, v
 
 
-def joint_attention(attn: Any, image: Tensor, text: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+def joint_attention(
+    attn: Any, image: Tensor, text: Tensor, context: ForwardContext, eight_bit: bool = False
+) -> tuple[Tensor, Tensor]:
     """Run the attention of one double-stream block, output projections included.
 
     Args:
@@ -205,13 +208,14 @@ def joint_attention(attn: Any, image: Tensor, text: Tensor, context: ForwardCont
         image: Modulated image stream, `[n, C]`.
         text: Modulated text stream, `[n, C]`.
         context: Context of the forward.
+        eight_bit: Compute attention itself in 8 bits (`ops.attention_fp8`).
 
     Returns:
         (image, text) stream outputs with the shapes of the inputs.
     """
     q, k, v = project_qkv(attn, image, text, context)
     del image, text
-    out = ops.segment_attention(q, k, v, context.plan, impl=context.impl, backward=context.for_training or None)
+    out = attend(q, k, v, context.plan, context.impl, context.for_training, eight_bit)
     del q, k, v
     streams = {}
     for name in ("image", "text"):
@@ -237,13 +241,14 @@ class PackedBlock(nn.Module):
     Args:
         block: The diffusers block whose parameters are used.
         last: True for the last block of a model, of whose output only the targets' rows are used.
+        attention_8bit: Compute attention in 8 bits. Linears are in 8 bits if their weights are (`uniref_fast.fast`).
     """
 
     block: Any
 
-    def __init__(self, block: Any, last: bool = False) -> None:
+    def __init__(self, block: Any, last: bool = False, attention_8bit: bool = False) -> None:
         super().__init__()
-        self.block, self.last = block, last
+        self.block, self.last, self.attention_8bit = block, last, attention_8bit
 
     def forward(
         self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
@@ -275,27 +280,29 @@ class PackedBlock(nn.Module):
         mods = _modulation(block, temb, context.layout)
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
         norms = (block.img_norm1, block.img_norm2), (block.txt_norm1, block.txt_norm2)
+        first = block.attn.to_q, block.attn.add_q_proj  # they share their inputs with the projections of k and v
         unchanged, normed = [], []  # image and text, [n, C] each
         for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
             x, eps = streams.pop(0), norms[i][0].eps
             if residuals:
                 branch, gate = residuals.pop(0)
-                x, y = ops.gate_residual_norm_modulate(x, branch, gate, mod.shift1, mod.scale1, rows, eps, impl=impl)
+                x, y = gated_input(first[i], x, branch, gate, mod.shift1, mod.scale1, rows, eps, impl)
                 del branch
             else:
-                y = ops.norm_modulate(x, mod.shift1, mod.scale1, rows, eps, impl=impl)
+                y = modulated_input(first[i], x, mod.shift1, mod.scale1, rows, eps, impl)
             unchanged.append(x)
             normed.append(y)
             del x, y
         if self.last:
             return [self._targets(mods[0], unchanged.pop(0), normed, context)], []
-        branches = [*joint_attention(block.attn, normed.pop(0), normed.pop(0), context)]
+        branches = [*joint_attention(block.attn, normed.pop(0), normed.pop(0), context, self.attention_8bit)]
         outputs, left = [], []
         for mod, mlp, rows, (_, norm) in zip(mods, (block.img_mlp, block.txt_mlp), all_rows, norms, strict=True):
-            x, y = ops.gate_residual_norm_modulate(
-                unchanged.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps, impl=impl
-            )
-            y = mlp(y)
+            x, y = gated_input(
+                first_linear(mlp), unchanged.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps,
+                impl,
+            )  # fmt: skip
+            y = feed_forward(mlp, y, impl)
             if context.fuse_residual:
                 left.append(DeferredResidual(y, mod.gate2))
             else:
@@ -313,18 +320,19 @@ class PackedBlock(nn.Module):
         targets = layout.target_rows(image.device)
         q, k, v = project_qkv(block.attn, normed.pop(0), normed.pop(0), context)
         q = q[layout.joint_index("image", image.device)[targets]]  # [N_target, H, D]
-        out = ops.segment_attention(q, k, v, context.target_plan, impl=impl, backward=context.for_training or None)
+        out = attend(q, k, v, context.target_plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
         if context.parallel is not None:
             out = context.parallel.scatter_heads(out, context.parallel.targets(layout))
         mine = context.target_rows()
         rows = context.modulation_rows("image")[mine]
-        image, hidden = ops.gate_residual_norm_modulate(
-            image[mine], project_image(block.attn, out.flatten(1)), mod.gate1, mod.shift2, mod.scale2, rows,
-            block.img_norm2.eps, impl=impl,
+        image, hidden = gated_input(
+            first_linear(block.img_mlp), image[mine], project_image(block.attn, out.flatten(1)), mod.gate1, mod.shift2,
+            mod.scale2, rows, block.img_norm2.eps, impl,
         )  # fmt: skip
         del out
-        return _clipped(ops.gate_residual(image, block.img_mlp(hidden), mod.gate2, rows, impl=impl))
+        hidden = feed_forward(block.img_mlp, hidden, impl)
+        return _clipped(ops.gate_residual(image, hidden, mod.gate2, rows, impl=impl))
 
 
 class PackedQwenImage(nn.Module):
@@ -338,6 +346,7 @@ class PackedQwenImage(nn.Module):
             rest.
         for_training: Always choose attention by the cost of forward and backward, so that a forward without gradients
             equals one with gradients bit for bit.
+        attention_8bit: Names of the blocks, such as "transformer_blocks.1", whose attention is computed in 8 bits.
 
     Attributes:
         blocks: The `PackedBlock`s, which sharding by block wraps.
@@ -358,6 +367,7 @@ class PackedQwenImage(nn.Module):
         impl: str | None = None,
         checkpointing: bool = False,
         for_training: bool = False,
+        attention_8bit: Collection[str] = (),
     ) -> None:
         super().__init__()
         rule_of(visibility)  # raises for an unknown one
@@ -368,7 +378,10 @@ class PackedQwenImage(nn.Module):
         # Not a submodule: its blocks are in `blocks`, and a parameter must belong to one place to be sharded.
         object.__setattr__(self, "transformer", transformer)
         last = len(transformer.transformer_blocks) - 1
-        self.blocks = nn.ModuleList(PackedBlock(b, i == last) for i, b in enumerate(transformer.transformer_blocks))
+        self.blocks = nn.ModuleList(
+            PackedBlock(b, i == last, f"transformer_blocks.{i}" in attention_8bit)
+            for i, b in enumerate(transformer.transformer_blocks)
+        )
         self.embed_and_head = nn.ModuleList(
             getattr(transformer, name)
             for name in ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")

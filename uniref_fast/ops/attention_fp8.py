@@ -20,7 +20,7 @@ from torch import Tensor
 
 from uniref_fast.kernels import segment_attention_config as configs
 from uniref_fast.kernels.segment_attention_config import AttentionTables
-from uniref_fast.ops._dispatch import unit_stride
+from uniref_fast.ops._dispatch import define_op, observed, unit_stride
 from uniref_fast.ops.fp8 import FP8, _choose, _quantize
 from uniref_fast.ops.segment_attention import REFERENCE_ROWS, _capability
 from uniref_fast.visibility import AttentionPlan
@@ -63,7 +63,8 @@ def attention_fp8(
     q, k, v = (unit_stride(x) for x in (q, k, v))
     config = configs.pick_fp8_config(q.shape[-1], _capability(q))
     tensors, launch = AttentionTables.by_query(plan, q.device, config).operands()
-    return torch.ops.uniref_fast.attention_fp8(q, k, v, tensors, launch, scale)
+    run = torch.ops.uniref_fast.attention_fp8 if observed(q, k, v) else _attention_fp8
+    return run(q, k, v, tensors, launch, scale)
 
 
 def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
@@ -92,7 +93,7 @@ def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
 # ---- torch.library op ----
 
 
-@torch.library.custom_op("uniref_fast::attention_fp8", mutates_args=())
+@define_op
 def _attention_fp8(
     q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], launch: Sequence[int], scale: float
 ) -> Tensor:
@@ -101,6 +102,6 @@ def _attention_fp8(
     return kernels.segment_attention_fp8(q, k, v, AttentionTables.from_operands(tables, launch), scale)
 
 
-@_attention_fp8.register_fake
+@torch.library.register_fake("uniref_fast::attention_fp8")
 def _(q, k, v, tables, launch, scale):
     return q.new_empty(q.shape)

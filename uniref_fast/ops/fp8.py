@@ -103,8 +103,8 @@ def gate_residual_norm_modulate_fp8(
     _check(x, mod_index, y=y, gate=gate, shift=shift, scale=scale)
     rms = one_of("norm", norm, "layer", "rms")
     if _choose(impl, x, y, gate, shift, scale) == "reference":
-        wide = [t.to(torch.float32) for t in (x, y, gate)]
-        x = gate_residual_reference(*wide, mod_index).to(x.dtype)
+        wide, branch, factor = (t.to(torch.float32) for t in (x, y, gate))
+        x = gate_residual_reference(wide, branch, factor, mod_index).to(x.dtype)
         return x, *norm_modulate_fp8(x, shift, scale, mod_index, eps, norm=norm, impl="reference")
     watched = observed(x, y, gate, shift, scale)
     run = torch.ops.uniref_fast.gate_residual_norm_modulate_fp8 if watched else _gate_residual_norm_modulate_fp8

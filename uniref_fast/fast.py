@@ -1,0 +1,197 @@
+"""`mode="fast"`: which parts of a transformer compute in 8 bits, their quantisation, and the way back.
+
+Linears of the blocks get a `QuantisedWeight`, and the attention of a block is computed by `ops.attention_fp8`. The
+parts named in `modules_to_not_convert` stay in 16 bits, by default the first and the last block and the modulation.
+Embeddings and the output layers are not in blocks and always stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from uniref_fast.ops.fp8 import FP8_CAPABILITY
+from uniref_fast.quantised_linear import QuantisedWeight, is_quantised
+
+__all__ = [
+    "EightBitParts",
+    "check_mode",
+    "default_16bit",
+    "eight_bit",
+    "eight_bit_parts",
+    "quantise",
+    "restore",
+    "unsupported",
+]
+
+MODES = ("exact", "fast")
+ATTENTION = "attn.processor"  # name of the attention of a block, after the block's own
+
+
+@dataclass(frozen=True)
+class EightBitParts:
+    """Parts of a transformer that compute in 8 bits.
+
+    Attributes:
+        linears: Names of the Linears; a layer of peft stands for the Linear inside.
+        attention: Names of the blocks whose attention computes in 8 bits.
+        impl: "reference" for the emulation, or None.
+    """
+
+    linears: tuple[str, ...]
+    attention: frozenset[str]
+    impl: str | None = None
+
+
+def default_16bit(transformer: Any) -> tuple[str, ...]:
+    """Return the default of `modules_to_not_convert`: the first and the last block, and the modulation."""
+    last = len(transformer.transformer_blocks) - 1
+    return "transformer_blocks.0", f"transformer_blocks.{last}", "img_mod", "txt_mod"
+
+
+def check_mode(mode: str) -> bool:
+    """Return True for "fast", and raise ValueError for an unknown mode."""
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
+    return mode == "fast"
+
+
+def unsupported(device: torch.device | str, impl: str | None) -> str | None:
+    """Return the reason why a device cannot compute in 8 bits with an implementation, and what can be done, or None."""
+    device = torch.device(device)
+    if impl == "reference" or device.type == "meta":
+        return None
+    emulated = "impl='reference' emulates it on any device, slowly"
+    if impl not in (None, "triton"):
+        return f"impl={impl!r} has no 8-bit operators; leave impl out for a GPU, or {emulated}"
+    if device.type != "cuda":
+        return (
+            f"it needs e4m3 matrix products, which this package has for CUDA devices only, not for {device}; {emulated}"
+        )
+    if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has no e4m3 matrix products (compute capability 8.9 and newer have); {emulated}"
+    if not hasattr(torch, "_scaled_mm"):
+        return f"torch {torch.__version__} has no torch._scaled_mm; a newer torch has, and {emulated}"
+    return None
+
+
+def eight_bit_parts(
+    transformer: Any, modules_to_not_convert: Sequence[str] | None = None, impl: str | None = None
+) -> EightBitParts:
+    """Choose the parts of a transformer that compute in 8 bits.
+
+    Args:
+        transformer: A `QwenImageTransformer2DModel`, on any device.
+        modules_to_not_convert: Names of modules that stay in 16 bits with everything inside: whole names such as
+            "transformer_blocks.0", or parts of names such as "img_mlp" or "to_out". "processor" stands for the
+            attention of the blocks. None is the default of `default_16bit`.
+        impl: Implementation, "reference" or None.
+
+    Raises:
+        ValueError: If a name fits no module, or a weight cannot be quantised.
+    """
+    kept = default_16bit(transformer) if modules_to_not_convert is None else tuple(modules_to_not_convert)
+    names = [f"transformer_blocks.{name}" for name, _ in transformer.transformer_blocks.named_children()]
+    linears = [name for name, linear in _block_linears(transformer) if _fits(linear)]
+    candidates = [*linears, *(f"{name}.{ATTENTION}" for name in names)]
+    for pattern in kept:
+        if not any(_is_in(pattern, name) for name in candidates):
+            known = sorted({part for name in candidates for part in name.split(".") if not part.isdigit()})
+            near = get_close_matches(pattern.rpartition(".")[2], known, 3)
+            raise ValueError(
+                f"modules_to_not_convert has {pattern!r}, which fits no Linear and no attention of this model; "
+                f"{'near names' if near else 'parts of names'} are {', '.join(near or known)}"
+            )
+
+    def converted(name: str) -> bool:
+        return not any(_is_in(pattern, name) for pattern in kept)
+
+    attention = frozenset(name for name in names if converted(f"{name}.{ATTENTION}"))
+    return EightBitParts(tuple(filter(converted, linears)), attention, impl)
+
+
+def _is_in(pattern: str, name: str) -> bool:
+    return f".{pattern}." in f".{name}."
+
+
+def _fits(linear: nn.Linear) -> bool:
+    """Return True if the sizes of a Linear are those that 8-bit products need."""
+    return linear.in_features % 16 == 0 and linear.out_features % 16 == 0
+
+
+def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield the Linears of the blocks; of a layer of peft the one inside, under the name of the layer."""
+    inside = ""  # name of the layer of peft that is being passed
+    for name, module in transformer.transformer_blocks.named_modules(prefix="transformer_blocks"):
+        if inside and name.startswith(inside):
+            continue
+        if hasattr(module, "get_base_layer"):
+            inside, module = f"{name}.", module.get_base_layer()
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def quantise(transformer: Any, parts: EightBitParts, *, to_host: bool = False) -> None:
+    """Give the chosen Linears of a transformer weights in 8 bits, in place.
+
+    Args:
+        transformer: The model.
+        parts: Parts from `eight_bit_parts`.
+        to_host: Move the 16-bit weights to host memory, so that the device has half of their bytes.
+
+    Raises:
+        ValueError: If a weight is not a plain one of 16 or 32 bits; nothing is changed then.
+    """
+    chosen = [(name, linear) for name, linear in _block_linears(transformer) if name in frozenset(parts.linears)]
+    for name, linear in chosen:
+        if problem := _problem(linear):
+            raise ValueError(f"{name}: {problem}, and mode='fast' quantises weights of 16 or 32 bits itself")
+    for _, linear in chosen:
+        original = linear.weight
+        linear._parameters["weight"] = nn.Parameter(QuantisedWeight.of(original, parts.impl), requires_grad=False)
+        if to_host and original.device.type != "cpu":
+            original.data = original.data.cpu()
+
+
+def _problem(linear: nn.Linear) -> str | None:
+    weight = linear._parameters.get("weight")
+    if is_quantised(linear):
+        return "the weight is in 8 bits already"
+    if type(linear) is not nn.Linear or weight is None or type(weight) is not nn.Parameter:
+        return f"it is a {type(linear).__name__} with a weight of type {type(weight).__name__}"
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the weight is stored as {weight.dtype}"
+    return None
+
+
+def restore(transformer: Any) -> None:
+    """Give all Linears of a transformer the weights back that they had before `quantise`, with the same bits.
+
+    Adapters that were fused into them meanwhile stay fused.
+    """
+    for _, linear in _block_linears(transformer):
+        weight = linear._parameters.get("weight")
+        if isinstance(weight, QuantisedWeight):
+            original = weight.original
+            original.data = original.data.to(weight.device)
+            linear._parameters["weight"] = original if isinstance(original, nn.Parameter) else nn.Parameter(original)
+
+
+@contextlib.contextmanager
+def eight_bit(transformer: Any, parts: EightBitParts | None) -> Iterator[None]:
+    """Compute the Linears of a transformer in 8 bits inside the block; with None, nothing changes."""
+    if parts is None:
+        yield
+        return
+    quantise(transformer, parts)
+    try:
+        yield
+    finally:
+        restore(transformer)
