@@ -76,7 +76,7 @@ def gated_input(
 
 
 def first_linear(mlp: Any) -> nn.Module | None:
-    """Return the Linear that the input of a feed-forward goes to if the two Linears can be called instead of it.
+    """Return the Linear that the input of a feed-forward goes to, if its two Linears can be called one by one.
 
     They can in a feed-forward of diffusers in 8 bits; None stands for any other module.
     """
@@ -103,7 +103,7 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
 
 
 def _is_eight_bit(mlp: Any) -> bool:
-    net = getattr(mlp, "net", ())
+    net: Any = getattr(mlp, "net", ())
     return len(net) == 3 and is_quantised(net[2])
 
 
