@@ -351,7 +351,7 @@ def test_an_adapter_in_an_edit(builtin_pipe):
         adapter(builtin_pipe.transformer, "style", 1.0)
         exact, approximate = uniref_fast.edit(builtin_pipe, requests(), **options), fast_edit(builtin_pipe, requests())
     finally:
-        builtin_pipe.transformer.delete_adapters("style")
+        builtin_pipe.transformer.unload_lora()
     for one, other, without in zip(exact, approximate, before, strict=True):
         assert (one - without).norm() > 3 * (other - one).norm()
 
