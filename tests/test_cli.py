@@ -72,6 +72,15 @@ def test_edit_with_two_pictures(tmp_path, pictures, capsys):
     assert np.array_equal(np.asarray(Image.open(out)), first), "the seed is fixed by default"
 
 
+def test_edit_with_kept_references(tmp_path, pictures, capsys):
+    args = ["edit", "--image", pictures[0], "--prompt", "make it night", "--num-inference-steps", 3]
+    for keep, steps in (("2", "2 of 3 steps (0, 2)"), ("auto", "3 of 3 steps")):
+        status, text, _ = run(capsys, *args, "--out", tmp_path / "x.png", "--keep-references", keep)
+        assert status == 0 and f"request 1, prompt: references computed in {steps}" in text
+    status, text, _ = run(capsys, *args, "--out", tmp_path / "x.png")
+    assert status == 0 and "computed" not in text
+
+
 def test_edit_without_pictures_with_budget_and_size(tmp_path, capsys):
     out = tmp_path / "result.webp"
     args = ["edit", "--prompt", "a sunflower", "--width", 64, "--height", 96, *TWO_STEPS]
@@ -163,6 +172,9 @@ BAD = [
     (["--model", "nowhere/at/all"], "no such folder"),
     (["--model", "empty"], "no model_index.json"),
     (["--device", "quantum"], "unknown device"),
+    (["--keep-references", "often"], "true, false, auto or a number of steps from 1, got 'often'"),
+    (["--keep-references", "true", "--image", "ok.png"], "not be exact"),
+    (["--keep-references", "2", "--drift", "0.1"], "drift is the tolerance"),
     (["--device", "cuda:99"], "cuda"),
 ]
 

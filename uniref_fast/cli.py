@@ -187,6 +187,7 @@ def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
     add("--visibility", choices=("full", "reference_causal", "reference_isolated"),
         help="Attention policy, for models that were trained with another than full. (default: that of the run of the "
         "last --lora, else full)")  # fmt: skip
+    _add_keep(parser)
     add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
 
@@ -197,6 +198,17 @@ def _add_estimate(model: Any) -> None:
         help="Device whose measured times are used: cpu or cuda of this machine, or the name of a measured device such "
         "as h100-80gb-hbm3. (default: cuda if there is a GPU, else cpu)")  # fmt: skip
     add("--gpu-memory", type=float, metavar="GB", help="Memory of a GPU that the edit has to fit.")
+
+
+def _add_keep(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("References kept across steps").add_argument
+    add("--keep-references", default="false", metavar="true|false|auto|N",
+        help="Steps that compute the references: every N-th one, auto as often as --drift requires, true the first one "
+        "only (for models where this is exact). (default: false, every step)")  # fmt: skip
+    add("--drift", type=float, metavar="NUMBER",
+        help="Tolerance of --keep-references auto: the largest relative change of the references' keys and values "
+        "between two steps that compute them. (default: 0.15)")  # fmt: skip
+    add("--keep-dtype", choices=("int8",), help="Data type of kept keys and values. (default: that of the model)")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
@@ -255,10 +267,12 @@ def _demo(args: argparse.Namespace) -> int:
 def _edit(args: argparse.Namespace) -> int:
     import torch
 
-    from uniref_fast import EditRequest, builtin, edit
+    from uniref_fast import EditReport, EditRequest, builtin, edit
+    from uniref_fast.flags import parse_keep_references
     from uniref_fast.loading import load_pipeline
 
     _writable(args.out)
+    keep = parse_keep_references(args.keep_references)
     images = [_image(path).load() for path in args.image]
     if not args.prompt.strip():
         raise UsageError("--prompt is empty; give an instruction, for example --prompt 'put picture 1 on picture 2'")
@@ -276,9 +290,15 @@ def _edit(args: argparse.Namespace) -> int:
     if adapters:
         loras.apply_adapters(pipe, adapters, below, (), dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
-    (image,) = edit(pipe, [request], budget=args.budget, visibility=visibility or "full")
+    report = EditReport()
+    (image,) = edit(
+        pipe, [request], budget=args.budget, visibility=visibility or "full", report=report,
+        keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
+    )  # fmt: skip
     _save(image, args.out)
     print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
+    if keep:
+        print(report)
     if builtin.weights_status(pipe) == "untrained":
         print(UNTRAINED)
     return 0

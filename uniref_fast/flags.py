@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["ConfigError", "Parsed", "add_fields", "current_name", "parse", "to_json"]
+__all__ = ["ConfigError", "Parsed", "add_fields", "current_name", "parse", "parse_keep_references", "to_json"]
 
 C = TypeVar("C")
 E = TypeVar("E")
@@ -417,3 +417,18 @@ def _help(
 def _add_flag(group: Any, flag: str, leaf: _Leaf, default: str, **options: Any) -> None:
     text = f"{leaf.doc} (default: {default})".lstrip()
     group.add_argument(flag, metavar=leaf.metavar, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+
+
+def parse_keep_references(text: str) -> bool | int | Literal["auto"]:
+    """Return the value of `--keep-references` as `edit` takes it.
+
+    Raises:
+        ConfigError: If the text is not "true", "false", "auto" or a number of steps.
+    """
+    if text in ("true", "false"):
+        return text == "true"
+    if text == "auto":
+        return "auto"
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise ConfigError(f"keep_references is true, false, auto or a number of steps from 1, got {text!r}")

@@ -97,6 +97,7 @@ def test_the_input_baseline_is_the_background_reference_or_grey(config, tmp_path
         ("width, height", (48, 32), lambda request, options: (request.width, request.height)),
         ("visibility", "reference_causal", lambda request, options: options["visibility"]),
         ("pack_tokens", 999, lambda request, options: options["pack_tokens"]),
+        ("keep_references", "2", lambda request, options: options["keep_references"]),
     ],
 )
 def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypatch, name, value, seen):
@@ -115,9 +116,11 @@ def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypat
     after = evaluate(replace(few, out=tmp_path / "b", **given))
     assert len(calls) == 2 and len(calls[0]) == 2 and calls[0] != calls[1]
     expected = {"true_cfg_scale": (3.0, " "), "num_inference_steps": 3, "budget": 48, "width, height": (48, 32),
-                "visibility": "reference_causal", "pack_tokens": 999}.get(name)  # fmt: skip
+                "visibility": "reference_causal", "pack_tokens": 999, "keep_references": 2}.get(name)  # fmt: skip
     assert expected is None or calls[1] == [expected] * 2
-    for one in given if name != "pack_tokens" else ():
+    if name == "keep_references":
+        assert after["settings"][name] == [2, None, None] and name not in before["settings"]
+    for one in given if name not in ("pack_tokens", "keep_references") else ():
         assert after["settings"][one] == given[one] != before["settings"][one]
 
 

@@ -204,7 +204,7 @@ def test_schedules():
     assert RefreshSchedule.of(True, None, None) == RefreshSchedule() == RefreshSchedule.of("auto", None, None)
     assert RefreshSchedule.of(3, None, "it moves") == RefreshSchedule(every=3)
     auto = RefreshSchedule.of("auto", 0.2, "it moves")
-    assert auto.interval([0], [], 12) == 2
+    assert [auto.interval([0], [], total) for total in (None, 4, 11, 12, 50)] == [1, 1, 1, 2, 2]
     assert auto.interval([0, 2], [0.1], None) == 4, "0.05 a step"
     assert auto.interval([0, 2], [0.1], 12) == 4, "10 steps in 3 parts"
     assert auto.interval([0, 2, 6], [0.1, 0.2], 12) == 3, "6 steps in 2 parts, not 4 and 2"

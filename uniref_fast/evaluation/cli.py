@@ -25,6 +25,7 @@ FIELDS = (
     "image_folder", "columns", "language", "limit",
     "model", "initial", "lora", "baseline", "visibility", "dtype", "device",
     "num_inference_steps", "true_cfg_scale", "seed", "budget", "target_side", "width", "height", "batch", "pack_tokens",
+    "keep_references", "drift", "keep_dtype",
     "rewards", "grid", "against",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from uniref_fast.adapters import Adapter, adapter_visibility
 from uniref_fast.budget import check_budget
+from uniref_fast.flags import parse_keep_references
 from uniref_fast.loading import defaults
 from uniref_fast.rewards.config import JudgeConfig
 from uniref_fast.runs import trained_visibility
@@ -57,6 +58,11 @@ class EvalConfig:
         height: Height of all results in pixels, likewise.
         batch: Number of rows that are edited together.
         pack_tokens: Largest number of tokens in a pack.
+        keep_references: Steps that compute the references: a number n for every n-th one, "auto" as often as `drift`
+            requires, "true" the first one only (for models where this is exact); none computes them in every step.
+        drift: Tolerance of "auto": the largest relative change of the references' keys and values between two steps
+            that compute them; none takes the default of `edit`.
+        keep_dtype: Data type of kept keys and values; none takes that of the model.
 
     Attributes: Rewards
         reward: Reward that scores the results: "scene" for generated data, "judge" (a vision-language model), or
@@ -94,6 +100,9 @@ class EvalConfig:
     device: str | None = None
     batch: int = 8
     pack_tokens: int = 32768
+    keep_references: str | None = None
+    drift: float | None = None
+    keep_dtype: Literal["int8"] | None = None
     visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None
     grid: int = 4
     against: Path | None = None
@@ -115,12 +124,19 @@ class EvalConfig:
             raise ValueError(f"baseline untrained is for the built-in model only, got model = {self.model}")
         if self.baseline is not None and (self.initial or self.lora):
             raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial and lora")
+        if self.drift is not None and self.keep != "auto":
+            raise ValueError(f'drift is the tolerance of keep_references = "auto", got {self.keep_references}')
         for name in self.rewards:
             if ":" not in name or self.rewards.count(name) > 1:
                 raise ValueError(
                     f'rewards must be functions of your own as "package.module:function", each once, got {name!r}; '
                     "scene and judge are values of reward"
                 )
+
+    @property
+    def keep(self) -> bool | int | Literal["auto"]:
+        """Value of `keep_references` as `edit` takes it."""
+        return False if self.keep_references is None else parse_keep_references(self.keep_references)
 
     @property
     def runs_model(self) -> bool:

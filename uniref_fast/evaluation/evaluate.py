@@ -195,6 +195,7 @@ class _Evaluation:
             "device": torch.device(self.device).type,
             **({"lora": [f"{one.given}:{one.scale:g}" for one in self.adapters]} if self.adapters else {}),
             **({"rewards": list(config.rewards)} if config.rewards else {}),
+            **({"keep_references": [config.keep, config.drift, config.keep_dtype]} if config.keep else {}),
         }
 
     def _check_against(self, other: dict[str, Any]) -> None:
@@ -340,6 +341,9 @@ class _Evaluation:
             pack_tokens=config.pack_tokens,
             visibility=config.resolve_visibility(),
             progress=False,
+            keep_references=config.keep,
+            drift=config.drift,
+            keep_dtype=config.keep_dtype,
         )
 
     def _image_path(self, label: str, i: int) -> Path:

@@ -35,8 +35,8 @@ KeepDtype = Literal["int8"]
 DEFAULT_DRIFT = 0.15
 """Tolerance of the drift. bench/quality_edit.py measures what the built-in model loses with it."""
 
-FIRST_INTERVAL = 2
-"""Steps from the first refresh to the second, which measures the first drift."""
+FIRST_PART = 6
+"""Shortest edit, in steps, for each step from the first refresh to the second, which measures the first drift."""
 
 GROWTH = 3
 """Largest factor from one interval to the next, since drift does not grow evenly."""
@@ -125,7 +125,7 @@ class RefreshSchedule:
         if self.drift is None:
             return math.inf
         if not drifts:
-            return FIRST_INTERVAL
+            return 1 if total is None or total < 2 * FIRST_PART else 2
         passed = refreshed[-1] - refreshed[-2]
         longest = max(1, int(passed * min(self.drift / max(drifts[-1], 1e-9), GROWTH)))
         if total is None:
