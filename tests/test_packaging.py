@@ -38,7 +38,8 @@ LEVELS = [
     {"training.supervised", "training.rl"},
     {"training.builtin"},
     {"training.sft", "training.msgrpo"},
-    {"demo", "doctor", "weights"},
+    {"run_plan"},
+    {"demo", "doctor", "plan", "weights"},
     {"cli"},
 ]
 APART = {("training.rl", "training.supervised"), ("training.supervised", "training.rl")}  # neither imports the other

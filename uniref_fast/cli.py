@@ -1,4 +1,4 @@
-"""Command line: `uniref-fast demo | edit | estimate | data | eval | export | fuse | plot | doctor`.
+"""Command line: `uniref-fast demo | edit | estimate | data | eval | export | fuse | plan | plot | doctor`.
 
 Modules that load PyTorch are imported by the command that needs them, so that `--help` is quick.
 """
@@ -49,7 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status."""
     name = "uniref-fast"
     try:
-        args = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        if words[:1] == ["plan"]:  # its flags are those of a recipe
+            from uniref_fast import plan
+
+            name += " plan"
+            return plan.run(words[1:])
+        args = _parser().parse_args(words)
         name += f" {args.command}" + (f" {args.data_command}" if args.command == "data" else "")
         return args.run(args)
     except (UsageError, ValueError, TypeError) as error:
@@ -126,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
                                "A run that was stopped before its end has checkpoints only."))  # fmt: skip
     weights.add_fuse(command("fuse", weights.fuse, "Write a model with LoRA adapters fused into its weights.",
                              "diffusers loads the folder like any other pipeline."))  # fmt: skip
+    command("plan", None, "Plan a training run: memory, packs, steps, time and disk, before anything is downloaded.")
     plot = command("plot", _plot, "Draw the metrics of training runs.",
                    "Each panel shows one metric or a group of metrics; several runs are overlaid.")  # fmt: skip
     _add_plot(plot)

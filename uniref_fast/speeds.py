@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MeasuredTime", "edit_time", "model_key", "table", "training_speed"]
+__all__ = ["MeasuredTime", "edit_time", "measured_devices", "model_key", "table", "training_speed"]
 
 FOLDER = Path(__file__).parent / "assets" / "speeds"
 
@@ -90,6 +90,12 @@ def training_speed(model: str, dtype: str, lora: bool, pack_tokens: int, ranks: 
     between = " and ".join(str(row["pack_tokens"]) for row in pair)
     speed = _interpolated(pair, "pack_tokens", pack_tokens, "tokens_per_second")
     return MeasuredTime(speed, f"from measured steps with packs of {between} tokens {_origin(device, pair)}")
+
+
+def measured_devices(kind: str, model: str) -> list[str]:
+    """Return the devices on which a model was measured; `kind` is "edits" or "training"."""
+    names = sorted(path.stem for path in FOLDER.glob("*.json"))
+    return [name for name in names if any(row["model"] == model for row in table(name).get(kind, ()))]
 
 
 def _rows(kind: str, wanted: Mapping[str, Any], device: str) -> list[dict[str, Any]] | str:

@@ -8,14 +8,17 @@ what autograd holds.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from uniref_fast.gpu_memory import USABLE
 from uniref_fast.training.core.recipe import BudgetStage
 
-__all__ = ["MemoryPlan", "activation_bytes", "device_memory", "plan_memory"]
+if TYPE_CHECKING:  # the command `plan` starts without torch
+    import torch
+
+__all__ = ["MemoryPlan", "activation_bytes", "check_packs", "device_memory", "machine_memory", "plan_memory"]
 
 KEPT = 22  # widths per token that a block keeps: see `activation_bytes`
 KEPT_RECOMPUTED = 2
@@ -61,8 +64,26 @@ def device_memory(device: torch.device, limit_gib: float | None) -> int:
     if limit_gib is not None:
         return int(limit_gib * 2**30)
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory * 0.9)
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory * USABLE)
+    return machine_memory()
+
+
+def machine_memory() -> int:
+    """Return the bytes to plan for on the CPU: half of the machine's memory, for all ranks together."""
     return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.5)
+
+
+def check_packs(packs: int, ranks: int, plans: Sequence[MemoryPlan]) -> None:
+    """Raise ValueError if the packs of a step cannot be shared equally by the groups of ranks of every plan."""
+    for plan in plans:
+        groups = ranks // plan.sequence_parallel
+        if packs % groups:
+            raise ValueError(
+                f"packs = {packs} cannot be shared equally by {groups} groups of ranks ({ranks} ranks, "
+                f"{plan.sequence_parallel} a pack)"
+            )
 
 
 def plan_memory(

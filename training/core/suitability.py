@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from uniref_fast.builtin import recorded_areas
-from uniref_fast.loading import configuration
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["check_suitability"]
+__all__ = ["check_sizes", "check_suitability"]
 
 OUTPUT_AREA = 1024 * 1024  # pixels of the images of the released models
 SMALLEST, LARGEST = 1 / 8, 4  # side of a stage's images, relative to those of the model; a budget may be twice as much
@@ -29,16 +28,18 @@ def check_suitability(config: Recipe, ranks: int) -> None:
         ValueError: The model does not exist or is of another kind, the images of a stage are far larger or smaller than
             those of the model, the ranks cannot share a pack as a stage says, or the adapter does not fit the layers.
     """
+    from uniref_fast.loading import configuration
+
     index, transformer = configuration(config.model)
     areas = recorded_areas(index, transformer)
-    _check_sizes(config, math.isqrt(areas.get("output_area", OUTPUT_AREA)))
+    check_sizes(config, math.isqrt(areas.get("output_area", OUTPUT_AREA)))
     _check_sharing(config, transformer, ranks)
     if config.lora_rank is not None and (config.initial is None or not (config.initial / "lora").is_dir()):
         _check_adapter(config, config.lora_rank, transformer)
 
 
-def _check_sizes(config: Recipe, own: int) -> None:
-    """Raise ValueError for stages with images that the model was not made for; `own` is the side of its images."""
+def check_sizes(config: Recipe, own: int) -> None:
+    """Raise ValueError for a stage with images that the model was not made for; `own` is the side of its images."""
     for number, stage in enumerate(config.stages):
         for name, most in (("target_side", LARGEST), ("budget", 2 * LARGEST)):
             side = getattr(stage, name)

@@ -21,7 +21,7 @@ from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.export import ExportError
-from uniref_fast.training.core.memory import MemoryPlan, device_memory, plan_memory
+from uniref_fast.training.core.memory import MemoryPlan, check_packs, device_memory, plan_memory
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.monitor import Monitor, peak_flops
 from uniref_fast.training.core.recipe import Recipe, stage_at
@@ -336,12 +336,7 @@ class Trainer:
             )
             for stage in config.stages
         ]
-        for plan in plans:
-            if config.packs % (ranks.size // plan.sequence_parallel):
-                raise ValueError(
-                    f"packs = {config.packs} cannot be shared equally by {ranks.size // plan.sequence_parallel} groups "
-                    f"of ranks ({ranks.size} ranks, {plan.sequence_parallel} a pack)"
-                )
+        check_packs(config.packs, ranks.size, plans)
         return self.ranks.broadcast(plans)
 
     def wait(self) -> None:

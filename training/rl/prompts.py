@@ -13,7 +13,6 @@ from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 
 __all__ = ["Prompts"]
 
-COUNTS = {"multi": lambda k: k >= 2, "single": lambda k: k == 1, "any": lambda k: True}
 NAMES = {"multi": "two references or more", "single": "one reference", "any": "any number of references"}
 
 
@@ -62,7 +61,7 @@ class Prompts:
             where = self.dataset.where(key[1])
             try:
                 row = self.dataset[key[1]]
-                if COUNTS[stage.references](len(row.references)):
+                if stage.uses(len(row.references)):
                     prepared = self.encoder.prepare(row, key, stage.budget, stage.target_side, rollout=True)
                     check(key, prepared)
                     prepared.load_references()  # damaged pictures too are passed over, by all ranks alike

@@ -47,6 +47,10 @@ class RLStage(BudgetStage):
 
     references: Literal["multi", "single", "any"] = "any"
 
+    def uses(self, count: int) -> bool:
+        """Return True if the stage uses rows with that number of references."""
+        return {"multi": count >= 2, "single": count == 1, "any": True}[self.references]
+
 
 @dataclass(frozen=True)
 class MSGRPO(Recipe):

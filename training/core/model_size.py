@@ -1,0 +1,182 @@
+"""Sizes of a model and of its trained part, from configurations and headers of files, without loading anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uniref_fast.builtin.store import model_folder, recorded_areas
+
+__all__ = ["KNOWN", "ModelSize", "model_size"]
+
+VISION_TOKEN = 28  # side in pixels of a token of the text encoder's vision tower
+CONDITION_AREA = 384 * 384  # pixels of a reference for the text encoder, as diffusers scales it
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a pipeline; the names are those of diffusers' configuration of the transformer.
+
+    Attributes:
+        num_layers: Number of blocks.
+        num_attention_heads: Number of attention heads.
+        attention_head_dim: Width of a head.
+        in_channels: Channels of a token.
+        out_channels: Channels of a latent pixel.
+        patch_size: Side of a token in latent pixels.
+        joint_attention_dim: Width of the prompt embeddings.
+        encoders: Number of parameters of the text encoder and the VAE.
+        token_side: Side of a token in pixels.
+        condition_area: Pixels of a reference for the text encoder.
+        output_side: Side in pixels of the images that the model was made for.
+        small: The model has image areas of its own, as the built-in model, and runs on a CPU.
+    """
+
+    num_layers: int = 60
+    num_attention_heads: int = 24
+    attention_head_dim: int = 128
+    in_channels: int = 64
+    out_channels: int = 16
+    patch_size: int = 2
+    joint_attention_dim: int = 3584
+    encoders: int = 8_292_166_656 + 126_892_531  # Qwen2.5-VL-7B and the VAE of Qwen-Image
+    token_side: int = 16
+    condition_area: int = CONDITION_AREA
+    output_side: int = 1024
+    small: bool = False
+
+    @property
+    def transformer(self) -> int:
+        """Number of parameters of the transformer."""
+        width, head = self.num_attention_heads * self.attention_head_dim, self.attention_head_dim
+        matrices = sum(rows * columns + rows for rows, columns in self._block_linears().values())
+        outside = (256 + 1) * width + (width + 1) * width + self.joint_attention_dim
+        outside += (self.in_channels + 1) * width + (self.joint_attention_dim + 1) * width + (width + 1) * 2 * width
+        outside += (width + 1) * self.patch_size**2 * self.out_channels
+        return self.num_layers * (matrices + 4 * head) + outside
+
+    @property
+    def picture_tokens(self) -> int:
+        """Approximate number of text tokens of a reference: its picture, and the words that announce it."""
+        return self.condition_area // VISION_TOKEN**2 + 7
+
+    def adapter(self, rank: int, targets: Sequence[str]) -> int:
+        """Return the number of parameters of a LoRA adapter.
+
+        Args:
+            rank: Rank of the adapter.
+            targets: Names of the Linear layers that get an adapter; a layer's name ends with one of them.
+
+        Raises:
+            ValueError: No layer has one of the names.
+        """
+
+        def sizes(linears: dict[str, tuple[int, int]]) -> int:
+            chosen = (shape for name, shape in linears.items() if any(f".{name}".endswith(f".{t}") for t in targets))
+            return sum(rank * (rows + columns) for rows, columns in chosen)
+
+        total = self.num_layers * sizes(self._block_linears()) + sizes(self._outer_linears())
+        if not total:
+            raise ValueError(f"lora_targets {list(targets)}: no Linear layer of the transformer has one of these names")
+        return total
+
+    def _block_linears(self) -> dict[str, tuple[int, int]]:
+        """Return (rows, columns) of the weights of a block's Linear layers, by name."""
+        width = self.num_attention_heads * self.attention_head_dim
+        attention = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out")
+        found = {f"attn.{name}": (width, width) for name in attention}
+        for stream in ("img", "txt"):
+            found[f"{stream}_mod.1"] = (6 * width, width)
+            found[f"{stream}_mlp.net.0.proj"] = (4 * width, width)
+            found[f"{stream}_mlp.net.2"] = (width, 4 * width)
+        return found
+
+    def _outer_linears(self) -> dict[str, tuple[int, int]]:
+        width = self.num_attention_heads * self.attention_head_dim
+        return {
+            "img_in": (width, self.in_channels),
+            "txt_in": (width, self.joint_attention_dim),
+            "time_text_embed.timestep_embedder.linear_1": (width, 256),
+            "time_text_embed.timestep_embedder.linear_2": (width, width),
+            "norm_out.linear": (2 * width, width),
+            "proj_out": (self.patch_size**2 * self.out_channels, width),
+        }
+
+
+KNOWN = {name: ModelSize() for name in ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")}
+"""Sizes of models whose configuration is known without a download."""
+
+
+def model_size(name: str) -> ModelSize:
+    """Return the sizes of a model.
+
+    Args:
+        name: "builtin", a diffusers folder, one of `KNOWN`, or another hub id whose files are in the local cache.
+
+    Raises:
+        ValueError: The model is not on this machine and its sizes are not known, or its files cannot be read.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    folder = model_folder() if name == "builtin" else _folder(name)
+    try:
+        transformer = _config(folder / "transformer")
+        areas = recorded_areas(_config(folder, "model_index.json"), transformer)
+        numbers = {key: int(transformer[key]) for key in ("num_layers", "num_attention_heads", "attention_head_dim",
+                                                          "in_channels", "out_channels", "patch_size",
+                                                          "joint_attention_dim")}  # fmt: skip
+        pixels = 2 ** len(_config(folder / "vae")["temperal_downsample"])
+        encoders = sum(_parameters(folder / part) for part in ("text_encoder", "vae"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--model {name}: the sizes of the model cannot be read: {error}") from None
+    area, output = areas.get("condition_image_area", CONDITION_AREA), areas.get("output_area", 1024**2)
+    return ModelSize(
+        **numbers, encoders=encoders, token_side=2 * pixels, condition_area=area, output_side=math.isqrt(output),
+        small=bool(areas),
+    )  # fmt: skip
+
+
+def _folder(name: str) -> Path:
+    """Return the local folder of a model."""
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    cached: Any = None
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        cached = huggingface_hub.try_to_load_from_cache(name, "transformer/config.json")
+    if isinstance(cached, str):
+        return Path(cached).parent.parent
+    raise ValueError(
+        f"--model {name}: no such folder, and no model of the hub that was downloaded to this machine. Without a "
+        f"download these are known: builtin, {', '.join(KNOWN)}"
+    )
+
+
+def _config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def _parameters(folder: Path) -> int:
+    """Return the number of parameters in the safetensors files of a folder, from their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    files, count = sorted(folder.glob("*.safetensors")), 0
+    if not files:
+        raise ValueError(f"{folder} has no .safetensors file")
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for key in opened.keys():  # noqa: SIM118
+                    size = 1
+                    for side in opened.get_slice(key).get_shape():
+                        size *= side
+                    count += size
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+    return count
