@@ -381,3 +381,19 @@ def test_an_adapter_is_gone_on_with_unrounded_and_as_it_is(trained, tmp_path, ca
     for name, parameter in model.parameters.items():
         assert torch.equal(local(again.parameters[name]), local(parameter)), name
     assert torch.equal(predicted(again.packed, torch.bfloat16), predicted(model.packed, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"ema": None}, {"lora_rank": 4}, {"lora_rank": 4, "dtype": "bfloat16"}, {"dtype": "bfloat16"}],
+    ids=lambda fields: " ".join(fields) or "default",
+)
+def test_a_plan_counts_the_bytes_that_the_model_holds(trained, fields):
+    """`uniref-fast plan` computes them from the configuration alone."""
+    from uniref_fast.run_plan import PlanOptions, make_plan
+
+    model = trained(moved=False, **fields)
+    plan = make_plan("sft", "test", dataclasses.replace(CONFIG, **fields), PlanOptions())
+    held = dict(plan.held)
+    assert held.pop("encoders") == model.fixed_bytes()
+    assert sum(held.values()) == model.sharded_bytes()

@@ -1,0 +1,260 @@
+"""`uniref-fast plan`: sizes of the models, memory of the trainers, rows of the loader, and its messages."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from uniref_fast import speeds
+from uniref_fast.cli import main
+from uniref_fast.training.core.model_size import KNOWN, ModelSize, model_size
+from uniref_fast.training.supervised.recipes import SFT_RECIPES
+
+ROOT = Path(__file__).parent.parent
+TARGETS = SFT_RECIPES["lora"]().lora_targets
+
+
+def run(capsys, *args):
+    status = main(["plan", *map(str, args)])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def planned(capsys, *args):
+    return json.loads(run(capsys, *args, "--json")[1])
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Thirty rows of one or two references and a target, of several sizes."""
+    lines = []
+    for i in range(30):
+        sizes = {"a": (60 + i, 40), "b": (30, 50 + i), "out": (64, 48 + i)}
+        for name, size in sizes.items():
+            Image.new("RGB", size, (8 * i, 0, 0)).save(tmp_path / f"{name}{i}.png")
+        references = [f"a{i}.png", f"b{i}.png"][: 1 + i % 2]
+        lines.append({"instruction": "put the owl of picture 1 left", "input_images": references,
+                      "output_image": f"out{i}.png"})  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "rows.jsonl"
+
+
+# ---- sizes ----
+
+
+def parameters(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def test_sizes_of_the_built_in_model_are_those_of_its_weights(builtin_pipe):
+    size = model_size("builtin")
+    assert size.transformer == parameters(builtin_pipe.transformer)
+    assert size.encoders == parameters(builtin_pipe.text_encoder, builtin_pipe.vae)
+    assert size.token_side == builtin_pipe.vae_scale_factor * 2 and size.output_side == 64 and size.small
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("to_q", "img_mod.1"), ("proj_out", "net.2")])
+def test_an_adapter_has_the_parameters_that_peft_adds(targets):
+    from diffusers import QwenImageTransformer2DModel
+
+    from uniref_fast.training.core.export import add_adapter
+
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(num_layers=2, num_attention_heads=3, attention_head_dim=128)
+        add_adapter(model, 4, 4.0, targets)
+    added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    assert ModelSize(num_layers=2, num_attention_heads=3).adapter(4, targets) == added
+    with pytest.raises(ValueError, match="no Linear layer of the transformer"):
+        ModelSize().adapter(4, ("to_qq",))
+
+
+def test_sizes_of_the_released_models_are_those_of_their_architecture():
+    """The architectures of Qwen-Image-Edit-2509 and 2511: 2511 differs by a flag that adds no weights."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152064}  # fmt: skip
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    with torch.device("meta"):
+        transformer = QwenImageTransformer2DModel(out_channels=16, zero_cond_t=True)
+        vae = AutoencoderKLQwenImage()
+        encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    for size in KNOWN.values():
+        assert size.transformer == parameters(transformer) and size.encoders == parameters(vae, encoder)
+
+
+# ---- the command ----
+
+
+def test_a_known_model_is_planned_without_torch_and_without_a_network(tmp_path):
+    """Importing torch takes longer than the whole command, and nothing is asked of the hub."""
+    code = (
+        "import sys, socket\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        "from uniref_fast.cli import main\n"
+        "status = main(['plan', '--recipe', 'lora', '--model', 'Qwen/Qwen-Image-Edit-2509'])\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'triton', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert status == 0 and not heavy, (status, heavy)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "20.4 billion parameters" in result.stdout and not list(tmp_path.iterdir())
+
+
+def test_the_recipe_lora_needs_one_gpu_of_141_gb_or_two_of_80(capsys):
+    """The help of the recipe says so."""
+    assert run(capsys, "--recipe", "lora", "--gpu-memory", 141)[0] == 0
+    assert run(capsys, "--recipe", "lora", "--gpu-memory", 80, "--nproc", 2)[0] == 0
+    status, text, _ = run(capsys, "--recipe", "lora", "--gpu-memory", 80)
+    assert status == 1 and "does not fit: a pack of 14848 tokens" in text
+    assert "it fits 2 GPUs of 80 GB (--nproc 2); it fits 1 GPU(s) of 96 GB (--gpu-memory 96)" in text
+    assert "nine tenths of a GPU of 96 GB, the smallest that the run fits" in run(capsys, "--recipe", "lora")[1]
+
+
+def test_the_parts_of_the_memory_are_the_whole(capsys):
+    found = planned(capsys, "--recipe", "lora", "--gpu-memory", 80, "--nproc", 4)
+    for stage in found["stages"]:
+        together = sum(found["held_bytes"].values()) + stage["activation_bytes"]
+        assert abs(together - stage["bytes_needed"]) <= 4 and stage["bytes_needed"] <= found["memory"]
+    assert found["disk_bytes"]["4 checkpoints"] == 4 * 12 * found["parameters"]["trained"]
+    whole = planned(capsys, "--recipe", "paper", "--gpu-memory", 141, "--nproc", 16)
+    assert whole["disk_bytes"]["transformer/"] == 2 * whole["parameters"]["transformer"]
+    assert whole["parameters"]["trained"] == whole["parameters"]["transformer"]
+
+
+def test_rows_are_counted_as_the_trainer_counts_them(capsys, rows, builtin_pipe):
+    """Compare with the trainer's own encoder; only words of instructions are counted roughly."""
+    from uniref_fast.data.dataset import Dataset
+    from uniref_fast.training.batches.latent_cache import TensorCache
+    from uniref_fast.training.batches.row_tokens import row_tokens
+    from uniref_fast.training.batches.samples import Encoder
+
+    config = dataclasses.replace(SFT_RECIPES["tiny"](), data=(str(rows),))
+    found = row_tokens(config, model_size("builtin"), True, 4)
+    encoder, dataset = Encoder(builtin_pipe, TensorCache(None)), Dataset(rows)
+    for number, stage in enumerate(config.stages):
+        samples = [encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side).sample for i in range(30)]
+        for length, sample in zip(found.lengths[number], samples, strict=True):
+            assert abs(length - sample.length) <= 6, "the target and the references are exact"
+    assert found.rows == 30 and found.broken == 0 and found.references == (1, 2) * 15
+
+
+def test_steps_of_an_epoch_are_those_of_the_packer(capsys, rows, builtin_pipe):
+    from uniref_fast.data.dataset import Dataset
+    from uniref_fast.training.batches.latent_cache import TensorCache
+    from uniref_fast.training.batches.packing import CostModel, Packer
+    from uniref_fast.training.batches.samples import Encoder
+
+    found = planned(capsys, "--recipe", "tiny", "--data", rows)
+    config, dataset = SFT_RECIPES["tiny"](), Dataset(rows)
+    encoder, packer = Encoder(builtin_pipe, TensorCache(None)), Packer(1024, 2, CostModel(1.0, 0.0))
+    for epoch in range(20):
+        for i in range(30):
+            packer.push(packer.pending((epoch, i), encoder.prepare(dataset[i], (epoch, i), 64, 64).sample))
+    steps = [sum(len(pack.items) for pack in packer.pack()) for _ in range(20)]
+    assert found["rows"] == 30 and config.packs == 2
+    assert found["stages"][0]["rows_per_step"] == pytest.approx(sum(steps) / 20, rel=0.15)
+    assert found["stages"][0]["steps_per_epoch"] == pytest.approx(30 / found["stages"][0]["rows_per_step"])
+
+
+def test_few_rows_and_large_steps_are_noted(capsys, rows):
+    text = run(capsys, "--recipe", "tiny", "--data", rows, "--packs", 64)[1]
+    assert "a step uses each row" in text and "a smaller --packs" in text
+    assert "a step uses each row" not in run(capsys, "--recipe", "tiny", "--data", rows)[1]
+
+
+def test_time_is_that_of_a_stated_or_measured_speed_only(capsys, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(speeds, "FOLDER", tmp_path / "none")
+    speeds.table.cache_clear()
+    args = ("--recipe", "tiny", "--data", rows, "--lora-rank", 8)
+    found = planned(capsys, *args)
+    assert found["seconds"] is None and "not measured for this model on any device" in run(capsys, *args)[1]
+    found = planned(capsys, *args, "--tokens-per-second", 1000)
+    expected = sum(stage["steps"] * stage["tokens_per_step"] for stage in found["stages"]) / 1000
+    assert found["seconds"] == pytest.approx(expected)
+    assert found["stages"][0]["tokens_per_step"] == pytest.approx(
+        found["stages"][0]["rows_per_step"] * found["stages"][0]["tokens_per_row"]
+    )
+    row = {"model": "4 blocks of 4 x 64", "dtype": "float32", "lora": True, "ranks": 1, "date": "2026-11-30",
+           "torch": "2.14.1", "threads": 2, "command": "python bench/speeds.py"}  # fmt: skip
+    measured = [row | {"pack_tokens": tokens, "tokens_per_second": tokens} for tokens in (1024, 1536)]
+    monkeypatch.setattr(speeds, "FOLDER", tmp_path)
+    (tmp_path / "box.json").write_text(json.dumps({"edits": [], "training": measured}))
+    speeds.table.cache_clear()
+    found = planned(capsys, *args, "--device", "box")
+    speeds.table.cache_clear()
+    assert found["tokens_per_second"] == 1024 and "2026-11-30, torch 2.14.1" in found["tokens_per_second_source"]
+
+
+def test_msgrpo_counts_rollouts_and_rows_of_its_stages(capsys, rows):
+    found = planned(capsys, "msgrpo", "--recipe", "tiny", "--data", rows, "--tokens-per-second", 1e6)
+    first, second = found["stages"]  # 15 rows have two references, 15 have one
+    assert first["rows_per_step"] == 8 and first["steps_per_epoch"] == pytest.approx(15 / 8)
+    assert first["tokens_per_row"] > second["tokens_per_row"]
+    runs = 8 + max(round(0.6 * 7), 1)
+    assert first["tokens_per_step"] == pytest.approx(8 * 12 * runs * first["tokens_per_row"])
+    guided = planned(capsys, "msgrpo", "--recipe", "tiny", "--data", rows, "--rollout-true-cfg-scale", 3)
+    assert guided["stages"][0]["tokens_per_row"] == 2 * first["tokens_per_row"]
+
+
+def test_cache_is_part_of_the_disk(capsys, rows, tmp_path):
+    args = ("--recipe", "tiny", "--data", rows)
+    assert "cache" not in planned(capsys, *args)["disk_bytes"]
+    assert planned(capsys, *args, "--cache", tmp_path / "cache")["disk_bytes"]["cache"] > 30 * 64 * 64
+    assert not (tmp_path / "cache").exists(), "a plan writes nothing"
+
+
+def test_the_last_line_starts_the_run(capsys, rows):
+    args = ("--recipe", "tiny", "--data", rows, "--nproc", 2, "--gpu-memory=24", "--packs", 4)
+    last = run(capsys, *args)[1].splitlines()[-1]
+    assert last.endswith(f"training/sft.py --recipe tiny --data {rows} --packs 4 --out runs/rows")
+    assert "torchrun --nproc-per-node 2" in last
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["sftt"], "unknown kind of run 'sftt'; give sft or msgrpo"),
+        (["--recipe", "lora", "--gpu-memry", "8"], "did you mean --gpu-memory?"),
+        (["--recipe", "lora", "--gpu-memory", "0"], "gpu_memory must be above 0, got 0"),
+        (["--recipe", "lora", "--model", "nobody/model"], "no model of the hub that was downloaded to this machine"),
+        (["--recipe", "lora", "--model", "builtin"], "the recipe does not suit model = builtin"),
+        (["--recipe", "tiny", "--lora-rank", "8", "--lora-targets", "to_x"], "no Linear layer"),
+        (["--recipe", "lora", "--data", "no/such.jsonl"], "no/such.jsonl"),
+        (["--recipe", "lora", "--nproc", "3", "--gpu-memory", "141"], "packs = 8 cannot be shared equally by 3"),
+    ],
+)
+def test_errors_say_what_is_possible(capsys, args, message):
+    status, out, err = run(capsys, *args)
+    assert status == 2 and not out and message in err and "Try 'uniref-fast plan --help'" in err
+
+
+def test_rows_that_cannot_be_used_are_counted(capsys, rows):
+    (rows.parent / "out3.png").write_bytes(b"no image")
+    assert planned(capsys, "--recipe", "tiny", "--data", rows)["broken_rows"] == 1
+    assert (
+        "30 rows, 1 cannot be used (see uniref-fast data check)" in run(capsys, "--recipe", "tiny", "--data", rows)[1]
+    )
+    for path in rows.parent.glob("out*.png"):
+        path.unlink()
+    status, _, err = run(capsys, "--recipe", "tiny", "--data", rows)
+    assert status == 2 and "no row of the data can be used" in err
+
+
+def test_the_settings_of_an_initial_adapter_are_adopted(capsys, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "lora").mkdir()
+    metadata = {f"transformer.{name}": value for name, value in
+                {"r": 4, "lora_alpha": 4.0, "target_modules": ["to_q"]}.items()}  # fmt: skip
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors",
+              {"lora_adapter_metadata": json.dumps(metadata)})  # fmt: skip
+    found = planned(capsys, "--recipe", "lora", "--initial", tmp_path)
+    assert found["parameters"]["trained"] == 60 * 4 * (3072 + 3072)
