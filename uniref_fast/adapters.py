@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from uniref_fast.loading import load_transformer
-from uniref_fast.runs import base_run, export_hint, read_field, trained_visibility
+from uniref_fast.runs import base_run, export_hint, read_field, trained_sizes, trained_visibility
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "adapter_visibility", "apply_adapters", "check_adapters", "fuse_adapters"]
+__all__ = ["Adapter", "adapter_sizes", "adapter_visibility", "apply_adapters", "check_adapters", "fuse_adapters"]
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,11 @@ def _lora_tensors(file: Path) -> int:
     with safe_open(file, "pt") as found:
         keys = [key for key in found.keys() if not key.startswith(("text_encoder", "lora_te"))]  # noqa: SIM118
     return sum(any(part in key for part in parts) for key in keys)
+
+
+def adapter_sizes(adapters: Sequence[Adapter]) -> tuple[int | None, int] | None:
+    """Return (budget, target_side) that the last adapter's run was trained with at its end; None if not known."""
+    return trained_sizes(adapters[-1].run) if adapters else None
 
 
 def adapter_visibility(adapters: Sequence[Adapter]) -> str | None:

@@ -173,8 +173,8 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
     add("--true-cfg-scale", type=float, metavar="SCALE",
         help="True CFG scale; 1 turns guidance off. (default: 1 for the built-in model, 4 for others)")  # fmt: skip
     add("--budget", type=int, metavar="SIDE",
-        help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: each "
-        "reference is scaled as diffusers does)")  # fmt: skip
+        help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: that "
+        "of the last run of --lora, else each reference is scaled as diffusers does)")  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
     model = parser.add_argument_group("Model")
     model.add_argument(
@@ -286,20 +286,21 @@ def _edit(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
-    adapters, visibility, below = [], args.visibility, None
+    adapters, visibility, budget, below = [], args.visibility, args.budget, None
     if args.lora:
         from uniref_fast import adapters as loras
 
         adapters = [loras.Adapter.parse(text) for text in args.lora]
         below = loras.check_adapters(adapters, args.model)
         visibility = visibility or loras.adapter_visibility(adapters)
+        budget = budget or (loras.adapter_sizes(adapters) or (None,))[0]
     pipe = load_pipeline(args.model, dtype, device)
     if adapters:
         loras.apply_adapters(pipe, adapters, below, (), dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
     report = EditReport()
     (image,) = edit(
-        pipe, [request], budget=args.budget, visibility=visibility or "full", report=report,
+        pipe, [request], budget=budget, visibility=visibility or "full", report=report,
         keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
     )  # fmt: skip
     _save(image, args.out)

@@ -43,7 +43,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-__all__ = ["ConfigError", "Parsed", "add_fields", "current_name", "parse", "parse_keep_references", "to_json"]
+__all__ = ["ConfigError", "Parsed", "add_fields", "current_name", "parse", "parse_keep_references", "to_json",
+           "with_plain"]  # fmt: skip
 
 C = TypeVar("C")
 E = TypeVar("E")
@@ -153,6 +154,21 @@ def current_name(name: str, renamed: Mapping[str, str]) -> str:
         return name
     numbers = iter(re.findall(r"(?<=\.)\d+(?=\.|$)", name))
     return ".".join(next(numbers) if part == "N" else part for part in new.split("."))
+
+
+def with_plain(config: C, values: Mapping[str, Any]) -> C:
+    """Return the configuration with fields replaced by values that were written as JSON.
+
+    Args:
+        config: Instance of a dataclass.
+        values: JSON values by the dotted names of fields.
+
+    Raises:
+        ConfigError: If the dataclass refuses a value.
+    """
+    leaves = _leaves(config)
+    changed: C = _rebuilt(config, {name: _from_plain(leaves[name].kind, value) for name, value in values.items()})
+    return changed
 
 
 def to_json(config: Any) -> str:
@@ -320,6 +336,16 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """Return the value of a field whose JSON value `_plain` wrote."""
+    inner, _ = _optional(kind)
+    if isinstance(value, list):
+        parts = typing.get_args(inner)
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return tuple(_from_plain(kind, item) for kind, item in zip(kinds, value, strict=True))
+    return inner(value) if value is not None and inner in (float, Path) else value
 
 
 # ---- flags ----

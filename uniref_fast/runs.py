@@ -7,7 +7,15 @@ import json
 import shlex
 from pathlib import Path
 
-__all__ = ["adapter_settings", "base_run", "check_export", "export_hint", "read_field", "trained_visibility"]
+__all__ = [
+    "adapter_settings",
+    "base_run",
+    "check_export",
+    "export_hint",
+    "read_field",
+    "trained_sizes",
+    "trained_visibility",
+]
 
 
 def read_field(run: Path, name: str) -> str | None:
@@ -88,6 +96,17 @@ def trained_visibility(run: Path | None) -> str | None:
         before = read_field(run, "initial")
         run = None if before is None else Path(before)
     return None
+
+
+def trained_sizes(run: Path | None) -> tuple[int | None, int] | None:
+    """Return (budget, target_side) of the last stage of a run, which its validations use; None if none is recorded."""
+    try:
+        stage = json.loads((run / "config.json").read_text(encoding="utf-8"))["stages"][-1] if run else {}
+        budget, target = (stage["budget"] if "budget" in stage else stage["side"]), stage["target_side"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    numbers = isinstance(target, int) and isinstance(budget, int | None)
+    return (budget, target) if numbers else None
 
 
 def _checkpoint_visibility(run: Path) -> str | None:

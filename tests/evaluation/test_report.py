@@ -38,4 +38,13 @@ def test_the_table_shows_known_values_with_a_legend():
 def test_the_sheet_has_a_line_for_each_row():
     picture = Image.new("RGB", (32, 32), "red")
     rows = [(record(), [("result", picture), ("target", picture)]), (record(score=None), [("result", picture)])]
-    assert report.sheet(rows).size[0] == 24 + 2 * (160 + 24)
+    settings = {"num_inference_steps": 8, "true_cfg_scale": 1.0, "budget": None}
+    assert report.sheet(rows, settings).size[0] == 24 + 2 * (160 + 24)
+
+
+def test_the_settings_of_images_in_words():
+    settings = {"num_inference_steps": 12, "true_cfg_scale": 2.5, "budget": 96}
+    text = report.sampling_text(settings, [(64, 64), (48, 64), (64, 64)])
+    assert text == "num_inference_steps 12, true_cfg_scale 2.5, budget 96, sizes 48x64 to 64x64"
+    none = report.sampling_text({"num_inference_steps": None, "true_cfg_scale": None, "budget": None}, [(64, 32)])
+    assert none == "budget none (references as in diffusers), size 64x32"

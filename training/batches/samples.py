@@ -90,13 +90,16 @@ class Encoder:
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
         self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
 
-    def prepare(self, row: Row, key: Sequence[int], budget: int, target_side: int, rollout: bool = False) -> Prepared:
+    def prepare(
+        self, row: Row, key: Sequence[int], budget: int | None, target_side: int, rollout: bool = False
+    ) -> Prepared:
         """Return a row with its sizes and numbers of tokens; only the headers of its images are read.
 
         Args:
             row: Row of a `Dataset`.
             key: (epoch, index), which decides whether text and references are dropped.
-            budget: Joint pixel budget of the references: budget x budget pixels for all of them together.
+            budget: Joint pixel budget of the references: budget x budget pixels for all of them together; None scales
+                each reference as diffusers does.
             target_side: Largest area of the target: target_side x target_side pixels.
             rollout: The row needs no target. Without a target the result has the last reference's aspect ratio, or is a
                 square without references, and target_side x target_side pixels.

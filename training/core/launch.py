@@ -39,6 +39,7 @@ CONFIG_FILE = "config.json"
 EXPORTS = ("lora", "transformer")
 BUILTIN_ROWS = {"train": 1000, "heldout_objects": 64, "heldout_combinations": 64}
 BUILTIN_SIZE = 64
+SHOWN = 8  # settings that a message lists
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ def _train(
     with locked(out, ranks) if alone else contextlib.nullcontext():
         newest = find(parsed.extra, ranks, parsed.config.keep)
         with _no_data_of_failed_start(out) if alone and ranks.rank == 0 else contextlib.nullcontext():
-            config = with_data(parsed.config, out, ranks)
-            changed = accept(config, newest, out, ranks)
+            before = recorded(newest, out, ranks)
+            config = with_data(with_recorded(parsed.config, before, parsed.given, out), out, ranks)
+            changed = accept(config, newest, before, out)
             run = make(config, ranks, parsed.extra, newest.step)
             try:
                 run.preflight()
@@ -221,12 +223,12 @@ def with_adapter(config: C, given: Collection[str] = ()) -> C:
     """
     run = config.initial
     if run is None:
-        return config
+        return _with_alpha(config)
     check_export(run)
     adopted = _adopted(run, config.lora_targets)
     changed = {name: value for name, value in adopted.items() if getattr(config, name) != value}
     for name, value in changed.items():
-        if name in given:
+        if name in given and (name != "lora_alpha" or config.lora_alpha is not None):
             raise ValueError(
                 f"training continues the adapter of initial = {run}, whose {name} is {resume.shown(value)}, not "
                 f"{resume.shown(getattr(config, name))}; leave --{name.replace('_', '-')} out, or fuse the adapter "
@@ -235,7 +237,12 @@ def with_adapter(config: C, given: Collection[str] = ()) -> C:
     if changed and not int(os.environ.get("RANK", 0)):
         shown = ", ".join(f"{name} = {resume.shown(value)}" for name, value in changed.items())
         print(f"training continues the adapter of {run}, with its {shown}", file=sys.stderr)
-    return dataclasses.replace(config, **changed)
+    return _with_alpha(dataclasses.replace(config, **changed))
+
+
+def _with_alpha(config: C) -> C:
+    """Return the configuration with the rank as the alpha of its adapter, if it names none."""
+    return dataclasses.replace(config, lora_alpha=config.resolve_alpha())
 
 
 def _adopted(run: Path, targets: Sequence[str]) -> dict[str, Any]:
@@ -302,21 +309,14 @@ def find(options: RunOptions, ranks: Ranks, keep: int) -> Newest:
     return newest
 
 
-def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str, tuple[Any, Any]]:
-    """Return the changed settings that make a difference to the remaining steps, after refusing fixed ones. All ranks.
+def recorded(newest: Newest, out: Path, ranks: Ranks) -> dict[str, Any]:
+    """Return the settings that a run was trained with until its newest checkpoint, as JSON data. All ranks.
 
-    The settings before are those of the checkpoint, or of `config.json` if it has none. A run without a checkpoint
-    begins again, so that nothing has changed.
-
-    Returns:
-        (before, now) of each of these settings, by name.
-
-    Raises:
-        ValueError: A setting that is fixed has changed, or fewer steps are given than are done.
+    They are those of the checkpoint, or of `config.json` if it has none. Empty for a run without a checkpoint, which
+    begins again.
     """
-    now = json.loads(configs.to_json(config))
     before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
-    if not before:
+    if not before or newest.step is None:
         return {}
     initial = before.get("initial")
     before["visibility"] = (
@@ -325,11 +325,46 @@ def accept(config: Recipe, newest: Newest, out: Path, ranks: Ranks) -> dict[str,
         or trained_visibility(Path(initial) if initial else None)
         or "full"
     )
-    if newest.step is None:
-        return {}
     if initial:  # older versions wrote the settings that were given, and continued the adapter with its own
         before.update(json.loads(json.dumps(_adopted(Path(initial), before.get("lora_targets", ())))))
-    changed = resume.changes(before, now)
+    return before
+
+
+def with_recorded(config: C, before: Mapping[str, Any], given: Collection[str], out: Path) -> C:
+    """Return the configuration with the settings that a resumed run keeps, because no flag was given for them.
+
+    Args:
+        config: Configuration of the command line.
+        before: Result of `recorded`.
+        given: Names of the settings that were given on the command line.
+        out: Folder of the run, for the message.
+    """
+    kept = resume.kept(before, json.loads(configs.to_json(config)), given)
+    if kept and not int(os.environ.get("RANK", 0)):
+        shown = [f"{name} = {resume.shown(value)}" for name, value in kept.items()]
+        more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+        print(f"the run in {out} keeps its settings: {', '.join(shown[:SHOWN])}{more}", file=sys.stderr)
+    return configs.with_plain(config, kept)
+
+
+def accept(config: Recipe, newest: Newest, before: Mapping[str, Any], out: Path) -> dict[str, tuple[Any, Any]]:
+    """Return the changed settings that make a difference to the remaining steps, after refusing fixed ones.
+
+    Args:
+        config: Configuration of the run.
+        newest: Checkpoint to resume from.
+        before: Result of `recorded`.
+        out: Folder of the run, for messages.
+
+    Returns:
+        (before, now) of each of these settings, by name.
+
+    Raises:
+        ValueError: A setting that is fixed has changed, or fewer steps are given than are done.
+    """
+    if not before or newest.step is None:
+        return {}
+    changed = resume.changes(before, json.loads(configs.to_json(config)))
     resume.refuse(changed, out)
     if config.total_steps < newest.step:
         raise ValueError(

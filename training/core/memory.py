@@ -7,6 +7,7 @@ what autograd holds.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ __all__ = ["MemoryPlan", "activation_bytes", "check_packs", "device_memory", "ma
 
 KEPT = 22  # widths per token that a block keeps: see `activation_bytes`
 KEPT_RECOMPUTED = 2
+REFERENCES = 3  # of the largest sample without a joint budget: the models were trained with up to three
 TEXT_TOKENS = 1536  # room in the largest sample for the prompt and six pictures of about 190 tokens
 
 
@@ -97,6 +99,7 @@ def plan_memory(
     element: int,
     patch: int = 16,
     sequences: int = 1,
+    reference_area: int = 1024**2,
 ) -> MemoryPlan:
     """Plan a stage with the least sharing and recomputation that fits the memory; values that the stage sets are kept.
 
@@ -110,12 +113,14 @@ def plan_memory(
         element: Bytes per number in the computation.
         patch: Side of a token in pixels.
         sequences: Sequences that a sample takes in a pack; two with guidance.
+        reference_area: Pixels of a reference in a stage without a joint budget.
 
     Raises:
         ValueError: Not even one sample of the largest size fits; the message says what would help.
     """
     # The largest sample of the stage: with pack_tokens unset, every sample must fit a pack.
-    largest = sequences * ((stage.budget**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
+    budget = math.isqrt(REFERENCES * reference_area) if stage.budget is None else stage.budget
+    largest = sequences * ((budget**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
     wanted = stage.pack_tokens or largest
     free = memory - fixed - sharded // ranks
     # Sharing a pack costs exchanges in every block, recomputing costs a second forward. The first option that fits is
@@ -135,7 +140,7 @@ def plan_memory(
     least = memory - free + activation_bytes(config, wanted, checkpointing, element) / degree
     twice = ", twice for guidance" if sequences > 1 else ""
     raise ValueError(
-        f"a pack of {wanted} tokens (references of {stage.budget} x {stage.budget} pixels together, targets of "
+        f"a pack of {wanted} tokens (references of {budget} x {budget} pixels together, targets of "
         f"{stage.target_side} x {stage.target_side}{twice}) needs {least / 2**30:.1f} GiB on each of {ranks} rank(s), "
         f"there are {memory / 2**30:.1f}; use more ranks, a LoRA, smaller sides, or set the stage's "
         "pack_tokens"

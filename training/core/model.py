@@ -76,10 +76,10 @@ class TrainedModel:
         given, model = f"initial = {run}", self.config.model
         if not load_run(self.pipe, run, dtype, base=base_run(run), adapter="default", given=given, model=model):
             return
-        found = self.pipe.transformer.peft_config["default"]
+        found, alpha = self.pipe.transformer.peft_config["default"], self.config.resolve_alpha()
         if found.r != self.config.lora_rank:
             raise ValueError(f"the adapter of {run} has rank {found.r}; set lora_rank to it, or fuse it first")
-        kept = [f"lora_alpha = {found.lora_alpha}"] * (found.lora_alpha != self.config.lora_alpha)
+        kept = [f"lora_alpha = {found.lora_alpha}"] * (found.lora_alpha != alpha)
         kept += ["lora_targets"] * (set(found.target_modules) != set(self.config.lora_targets))
         if kept and self.ranks.rank == 0:
             print(f"training continues the adapter of {run}, which keeps its {' and '.join(kept)}", file=sys.stderr)
@@ -97,13 +97,14 @@ class TrainedModel:
 
     def _add_adapter(self) -> None:
         config, transformer = self.config, self.pipe.transformer
-        assert config.lora_rank is not None
+        alpha = config.resolve_alpha()
+        assert config.lora_rank is not None and alpha is not None
         if hasattr(transformer, "peft_config"):  # the adapter of the initial run
             for name, parameter in transformer.named_parameters():
                 parameter.requires_grad_("lora_" in name)
             return
         torch.manual_seed(config.seed)  # all ranks draw the same weights
-        add_adapter(transformer, config.lora_rank, config.lora_alpha, config.lora_targets)
+        add_adapter(transformer, config.lora_rank, alpha, config.lora_targets)
 
     def idle_forward(self) -> Tensor:
         """Run the smallest possible pack and return its prediction, `[1, C]`.

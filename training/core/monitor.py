@@ -177,15 +177,22 @@ class Monitor:
         self._next_step = step + 1
         self._show(step, {**values, **rates})
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Record values that belong to no training step of their own, such as a held-out loss ("eval/...")."""
+    def log(self, step: int, metrics: Mapping[str, Any], text: str | None = None) -> None:
+        """Record and print values that belong to no training step of their own, such as a held-out loss ("eval/...").
+
+        Args:
+            step: Number of the step.
+            metrics: Values by name, as in `step`.
+            text: Description that is printed in place of the values.
+        """
         if not self.enabled:
             return
         if step < self.start_step:
             raise ValueError(f"step {step} lies before start_step = {self.start_step}")
         values = _numbers(metrics, step)
         self._record(step, values)
-        self._say(f"step {step}  " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._say(f"step {step}  {shown if text is None else text}")
 
     def event(self, step: int, kind: str, text: str | None = None, **details: Any) -> None:
         """Record and print something that happened: "skipped", "stage", "checkpoint", ..., with its details.

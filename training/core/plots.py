@@ -4,7 +4,8 @@
 
 A panel shows one metric or a group of metrics: "loss_by_k" stands for "loss_by_k/1", "loss_by_k/2", ... Several runs
 are overlaid; a run has the same line style in all panels. Losses are drawn as a smoothed curve over the faint raw
-values, held-out losses as points. Dashed vertical lines mark stage changes, ticks at the bottom skipped steps.
+values, held-out losses and PSNRs as points. Dashed vertical lines mark stage changes, ticks at the bottom skipped
+steps.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = ["Run", "draw", "load", "plot", "smoothed"]
 TITLES = {
     "loss": "Training loss",
     "eval": "Held out",
+    "psnr": "PSNR of held-out samples, dB",
     "loss_by_k": "Loss by number of references",
     "loss_by_task": "Loss by task",
     "lr": "Learning rate",
@@ -240,7 +242,7 @@ def _notes(runs: Sequence[Run], smooth: float) -> str:
 
 def _panel(axes: Axes, runs: Sequence[Run], panel: str, smooth: float) -> None:
     members = _members(runs, panel)
-    pointwise = panel.split("/")[0] == "eval"
+    pointwise = panel.split("/")[0] in ("eval", "psnr")
     smooth = 0.0 if pointwise or panel == "lr" else smooth
     grouped = members != [panel]
     colors = _group_colors(panel, members)

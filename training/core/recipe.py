@@ -10,6 +10,7 @@ from typing import Literal
 
 from uniref_fast.budget import check_budget
 from uniref_fast.data.columns import Columns
+from uniref_fast.loading import defaults
 
 __all__ = ["BudgetStage", "Recipe", "stage_at"]
 
@@ -19,7 +20,8 @@ class BudgetStage:
     """One stage of the budget curriculum.
 
     Attributes:
-        budget: Joint pixel budget of the references of a sample: budget x budget pixels for all of them together.
+        budget: Joint pixel budget of the references of a sample: budget x budget pixels for all of them together; none
+            scales each reference as diffusers does, which is also what `uniref-fast edit` does by default.
         steps: Number of optimizer steps of this stage.
         lr: Peak learning rate of this stage.
         target_side: Targets with more than target_side x target_side pixels are scaled down to that area.
@@ -30,7 +32,7 @@ class BudgetStage:
             it.
     """
 
-    budget: int
+    budget: int | None
     steps: int
     lr: float
     target_side: int = 1024
@@ -39,7 +41,8 @@ class BudgetStage:
     checkpointing: bool | None = None
 
     def __post_init__(self) -> None:
-        check_budget(self.budget, "a stage's budget")
+        if self.budget is not None:
+            check_budget(self.budget, "a stage's budget")
         for name in ("steps", "target_side"):
             least = 1 if name == "steps" else 16
             if getattr(self, name) < least:
@@ -62,7 +65,8 @@ class Recipe:
         initial: Folder of an earlier run whose `transformer/` or `lora/` this run continues; none starts from `model`.
             An adapter keeps its rank, alpha and targets: other values on the command line are refused.
         lora_rank: Rank of the LoRA adapter; none trains all weights of the transformer.
-        lora_alpha: Scale of the LoRA adapter, as lora_alpha / lora_rank.
+        lora_alpha: Alpha of the LoRA adapter, whose update is multiplied by lora_alpha / lora_rank; none takes the
+            rank, so that the factor is 1.
         lora_targets: Names of the Linear layers that get an adapter.
 
     Attributes: Data
@@ -107,9 +111,12 @@ class Recipe:
         eval_every: Number of steps between validations on the held-out rows; 0 turns them off.
         eval_samples: Number of held-out rows of each file that a validation uses.
         sample_every: Number of steps between sample grids; 0 turns them off.
-        sample_count: Number of held-out rows of each file in a sample grid.
-        sample_num_inference_steps: Number of denoising steps of a sample.
-        sample_true_cfg_scale: True CFG scale of a sample; 1 turns guidance off.
+        sample_count: Number of held-out rows of each file that samples are generated for, for their PSNR at each
+            validation and for the sample grids.
+        sample_num_inference_steps: Number of denoising steps of a sample; none takes that of `uniref-fast eval`: 8 for
+            the built-in model and 50 for others.
+        sample_true_cfg_scale: True CFG scale of a sample, 1 turns guidance off; none takes that of `uniref-fast eval`:
+            1 for the built-in model and 4 for others.
 
     Attributes: Checkpoints
         save_every: Number of steps between checkpoints.
@@ -131,7 +138,7 @@ class Recipe:
     steps: int | None = None
     packs: int = 8
     lora_rank: int | None = None
-    lora_alpha: float = 64.0
+    lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
                                      "to_add_out", "net.0.proj", "net.2")  # fmt: skip
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -151,8 +158,8 @@ class Recipe:
     eval_samples: int = 64
     sample_every: int = 1000
     sample_count: int = 4
-    sample_num_inference_steps: int = 25
-    sample_true_cfg_scale: float = 4.0
+    sample_num_inference_steps: int | None = None
+    sample_true_cfg_scale: float | None = None
     max_skipped: int = 10
     max_broken: int = 100
     memory_gib: float | None = None
@@ -164,7 +171,7 @@ class Recipe:
         if not self.stages:
             raise ValueError("a run needs at least one stage")
         least = {"packs": 1, "save_every": 1, "keep": 1, "eval_every": 0, "sample_every": 0, "eval_samples": 1,
-                 "sample_count": 1, "sample_num_inference_steps": 2, "max_skipped": 1, "max_broken": 0,
+                 "sample_count": 0, "sample_num_inference_steps": 2, "max_skipped": 1, "max_broken": 0,
                  "workers": 1, "warmup": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
         self._at_least(least)
         Columns.of(self.columns)
@@ -179,8 +186,9 @@ class Recipe:
 
     def _at_least(self, least: Mapping[str, float]) -> None:
         for name, smallest in least.items():
-            if not getattr(self, name) >= smallest:  # true for NaN too
-                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value >= smallest:  # true for NaN too
+                raise ValueError(f"{name} must be at least {smallest}, got {value}")
 
     @property
     def visibility(self) -> str | None:
@@ -210,6 +218,23 @@ class Recipe:
     @property
     def total_steps(self) -> int:
         return self.steps if self.steps is not None else sum(stage.steps for stage in self.stages)
+
+    @property
+    def validation_stage(self) -> BudgetStage:
+        """Stage whose sizes all validations of the run use, so that their figures can be compared: the last one."""
+        return self.stages[-1]
+
+    def resolve_alpha(self) -> float | None:
+        """Return `lora_alpha`, or the rank of the adapter where it is None."""
+        return float(self.lora_rank) if self.lora_alpha is None and self.lora_rank is not None else self.lora_alpha
+
+    def resolve_sampling(self) -> tuple[int, float]:
+        """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""
+        steps, scale = defaults(self.model)
+        return (
+            steps if self.sample_num_inference_steps is None else self.sample_num_inference_steps,
+            scale if self.sample_true_cfg_scale is None else self.sample_true_cfg_scale,
+        )
 
     def ends(self) -> list[int]:
         """Return the first step after each stage. Their lengths are scaled to `steps`; each has at least one step."""

@@ -3,7 +3,8 @@
 The state of a checkpoint holds the settings that it was written with. A setting is *fixed* if another value would give
 the trained weights, the order of rows or the packs another meaning; it *may change* if it only affects later steps.
 `model`, `initial` and `data` may name other places with the same content, which is compared where it is read
-(`TrainedModel.frozen`, `Dataset.fingerprint`). Each change that makes a difference to later steps is recorded as an
+(`TrainedModel.frozen`, `Dataset.fingerprint`). A setting that no flag gives keeps the value of the run, whatever the
+default of its recipe is now. Each change that makes a difference to later steps is recorded as an
 event of the run.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from uniref_fast.flags import current_name
 from uniref_fast.training.core.recipe import Recipe, stage_at
 
-__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "effective", "refuse", "shown"]
+__all__ = ["FIXED", "MAY_CHANGE", "RENAMED", "Fixed", "changes", "effective", "kept", "refuse", "shown"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ MAY_CHANGE = frozenset({
     "judge.samples", "judge.max_side", "judge.json_mode", "judge.key_variable", "judge.replay",
 })  # fmt: skip
 
+# settings that a resumed run takes from its command, also where no flag gives them
+OF_THE_COMMAND = frozenset({
+    "model", "initial", "data", "heldout", "image_folder", "vae.out", "vae.data",
+    "cache", "workers", "memory_gib", "compile", "tensorboard", "wandb",
+})  # fmt: skip
+
 RENAMED = {  # former names of settings, which old runs have recorded
     "guard": "ratio_guard",
     "spread": "advantage_std",
@@ -106,6 +113,28 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     old, new = {current_name(name, RENAMED): value for name, value in _leaves(before).items()}, _leaves(now)
     names = [name for name in dict.fromkeys((*new, *old)) if (name in old and name in new) or name != _setting(name)]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def kept(before: Mapping[str, Any], now: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Return the settings that a resumed run keeps in place of the recipe's, as name -> value before.
+
+    They are those that no flag has set, except places and the use of the machine, which belong to the command. If the
+    number of stages differs, the stages belong to the command too.
+
+    Args:
+        before: Earlier configuration, as JSON data.
+        now: Configuration of the command line, as JSON data.
+        given: Names of the settings that flags have set.
+    """
+    same_stages = len(before.get("stages", ())) == len(now.get("stages", ()))
+    return {
+        name: old
+        for name, (old, _) in changes(before, now).items()
+        if name not in given
+        and _setting(name) not in OF_THE_COMMAND
+        and not name.startswith("judge.")
+        and (same_stages or not name.startswith("stages."))
+    }
 
 
 def effective(changed: Mapping[str, tuple[Any, Any]], now: Recipe, step: int) -> dict[str, tuple[Any, Any]]:

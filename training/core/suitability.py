@@ -43,7 +43,7 @@ def check_sizes(config: Recipe, own: int) -> None:
     for number, stage in enumerate(config.stages):
         for name, most in (("target_side", LARGEST), ("budget", 2 * LARGEST)):
             side = getattr(stage, name)
-            if not SMALLEST * own <= side <= most * own:
+            if side is not None and not SMALLEST * own <= side <= most * own:
                 better = "tiny" if side > own else "lora"
                 raise ValueError(
                     f"the recipe does not suit model = {config.model}: stage {number} has {name} = {side}, and the "

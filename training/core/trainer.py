@@ -17,6 +17,7 @@ from torch import Tensor
 from uniref_fast.costs import transformer_flops
 from uniref_fast.flags import to_json
 from uniref_fast.layout import Sample
+from uniref_fast.request import image_areas
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
@@ -311,7 +312,7 @@ class Trainer:
 
     # ---- planning ----
 
-    def _plans(self, kept: Mapping[tuple[int, int], int]) -> list[MemoryPlan]:
+    def _plans(self, kept: Mapping[tuple[int | None, int], int]) -> list[MemoryPlan]:
         """Plan the memory of each stage, on all ranks.
 
         Args:
@@ -333,6 +334,7 @@ class Trainer:
                 element=getattr(torch, config.dtype).itemsize,
                 patch=self.model.pipe.vae_scale_factor * 2,
                 sequences=config.sequences,
+                reference_area=image_areas(self.model.pipe)[1],
             )
             for stage in config.stages
         ]

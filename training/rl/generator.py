@@ -117,11 +117,8 @@ class RolloutGenerator:
         The members start from the same noise in every run, so that validations can be compared. No row is too large,
         since nothing is kept for a backward.
         """
-        config = self.config
-        groups = [
-            self._group(key, prepared, number, config.sample_num_inference_steps, config.sample_true_cfg_scale, ())
-            for number, (key, prepared) in enumerate(rows)
-        ]
+        steps, scale = self.config.resolve_sampling()
+        groups = [self._group(key, prepared, number, steps, scale, ()) for number, (key, prepared) in enumerate(rows)]
         room = max(plan.pack_tokens, *(group.tokens for group in groups))
         return self._batch(groups, 1, room, None, 0)
 

@@ -105,7 +105,10 @@ class MSGRPO(Recipe):
         kl: Weight of the KL divergence from the model without its adapter; 0 leaves it out.
 
     Attributes: Validation
-        sample_true_cfg_scale: True CFG scale of samples of held-out rows; 1, as in training, turns guidance off.
+        sample_num_inference_steps: Number of denoising steps of a sample of held-out rows; none takes that of
+            `uniref-fast eval`: 8 for the built-in model and 50 for others.
+        sample_true_cfg_scale: True CFG scale of samples of held-out rows: 1, as in training, turns guidance off; none
+            takes that of `uniref-fast eval`: 1 for the built-in model and 4 for others.
     """
 
     stages: tuple[RLStage, ...]  # type: ignore[assignment]
@@ -134,14 +137,16 @@ class MSGRPO(Recipe):
     max_failures: float = 0.5
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     visibility: Literal["full", "reference_causal", "reference_isolated", "group_shared"] | None = None
-    sample_true_cfg_scale: float = 1.0
+    sample_num_inference_steps: int | None = 25
+    sample_true_cfg_scale: float | None = 1.0
     alarm: int = 30
 
     def __post_init__(self) -> None:
         super().__post_init__()
         Sampler(self.sampler, self.noise)
         self._at_least({"prompts": 1, "group": 2, "rollout_num_inference_steps": 2, "updates": 1, "inner_epochs": 1,
-                        "clip": 0, "kl": 0, "min_members": 2, "rollout_true_cfg_scale": 1, "alarm": 0})  # fmt: skip
+                        "clip": 0, "kl": 0, "min_members": 2, "rollout_true_cfg_scale": 1, "alarm": 0,
+                        "sample_count": 1})  # fmt: skip
         for sound, problem in self._conditions():
             if not sound:
                 raise ValueError(problem)

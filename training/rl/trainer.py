@@ -356,7 +356,7 @@ class RLTrainer(Trainer):
         """Log the rewards of held-out rows, and save a contact sheet of some; return False if a signal came."""
         config = self.config
         count = config.eval_samples if figures else config.sample_count
-        found = self.validation.validate(config.stages[self.stage], self.plans[self.stage], self.step, count)
+        found = self.validation.validate(config.validation_stage, self.plans[self.stage], self.step, count)
         if found is None:
             return False
         if values := (found.scores if figures else {}) | found.judge:

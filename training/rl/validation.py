@@ -10,9 +10,10 @@ from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.memory import MemoryPlan
+from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.rl.generator import RolloutGenerator
 from uniref_fast.training.rl.metrics import judge_metrics, validation_metrics
-from uniref_fast.training.rl.recipes import MSGRPO, RLStage
+from uniref_fast.training.rl.recipes import MSGRPO
 from uniref_fast.training.rl.rewards import RewardSet
 from uniref_fast.training.rl.sheets import GroupSheet, first_members
 
@@ -58,7 +59,7 @@ class RewardValidation:
         self.datasets, self.config, self.ranks, self.encoder = datasets, config, ranks, encoder
         self.generator, self.rewards = generator, rewards
 
-    def validate(self, stage: RLStage, plan: MemoryPlan, step: int, count: int) -> ValidationResult | None:
+    def validate(self, stage: BudgetStage, plan: MemoryPlan, step: int, count: int) -> ValidationResult | None:
         """Generate and score one rollout for each of the first rows of each file.
 
         Args:
@@ -90,7 +91,7 @@ class RewardValidation:
         judge = judge_metrics(self.ranks.gather(self.rewards.statistics()))
         return ValidationResult(scores, {f"eval/{name}": value for name, value in judge.items()}, groups)
 
-    def _rows(self, dataset: Dataset, count: int, stage: RLStage) -> list[tuple[PackKey, Prepared]]:
+    def _rows(self, dataset: Dataset, count: int, stage: BudgetStage) -> list[tuple[PackKey, Prepared]]:
         return [
             ((0, i), self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side, rollout=True))
             for i in range(min(count, len(dataset)))

@@ -116,7 +116,6 @@ def lora() -> SFT:
         stages=(BudgetStage(1024, 2000, 1e-4), BudgetStage(1536, 1000, 1e-4), BudgetStage(2048, 500, 5e-5)),
         packs=8,
         lora_rank=64,
-        lora_alpha=64.0,
         weight_decay=0.01,
         warmup=100,
         ema=None,

@@ -25,7 +25,7 @@ from uniref_fast.training.core.monitor import GroupedMean
 from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.supervised.flow_matching import FlowBatch, assemble_batch, partial_errors, sample_t
 from uniref_fast.training.supervised.recipes import SFT
-from uniref_fast.training.supervised.validation import Validation
+from uniref_fast.training.supervised.validation import DeclineDetector, HeldoutSample, Validation
 
 __all__ = ["SFTTrainer"]
 
@@ -49,21 +49,37 @@ class SFTTrainer(Trainer):
         self.loader = PackLoader(dataset, self.encoder, config, self.plans, self.costs, self._assign, loader_state)
         files = [Path(path) for path in config.heldout]
         self.heldout = Validation(files, config, self.model, Encoder(self.model.pipe, cache), ranks)
+        self.detector = DeclineDetector(config, self.heldout.settings, self.saved.get("validation"))
 
     def begin(self) -> None:
         for name, reason in left_out([self.loader.dataset, *self.heldout.datasets.values()]):
             self.monitor.event(self.step, "left out", where=name, reason=reason)
 
     def state(self) -> dict[str, Any]:
-        return {"feeder": self.loader.state(), "costs": self.costs.as_dict()}
+        return {"feeder": self.loader.state(), "costs": self.costs.as_dict(), "validation": self.detector.state()}
 
     def validate(self, figures: bool, grid: bool) -> bool:
-        stage, plan = self.config.stages[self.stage], self.plans[self.stage]
+        plan = self.plans[self.stage]
+        samples = self.heldout.samples(plan.pack_tokens // plan.sequence_parallel)
         if figures and self.heldout.datasets:
-            self.monitor.log(self.step, self.heldout.losses(stage, plan.pack_tokens))
-        if grid and (picture := self.heldout.grid(stage, plan.pack_tokens // plan.sequence_parallel)):
-            self.monitor.image(self.step, "heldout", picture)
+            self._log_validation(self.heldout.losses(plan.pack_tokens), samples)
+        if grid and samples:
+            self.monitor.image(self.step, "heldout", self.heldout.grid(samples))
         return True
+
+    def _log_validation(self, losses: dict[str, float], samples: list[HeldoutSample]) -> None:
+        """Log held-out losses and the PSNR of samples with their settings, and warn if the samples have got worse."""
+        psnrs = GroupedMean("psnr")
+        for sample in samples:
+            psnrs.add(sample.file, sample.psnr)
+        means, settings = psnrs.reduce(), self.heldout.settings
+        numbers = {f"sampling/{name}": value for name, value in settings.items() if samples and value is not None}
+        shown = [f"eval/{name} {loss:.4g}" for name, loss in losses.items()]
+        shown += [f"{name} {value:.2f} dB" for name, value in means.items()]
+        text = ", ".join(shown) + (f" ({self.heldout.settings_text(samples)})" if samples else "")
+        self.monitor.log(self.step, {**{f"eval/{n}": loss for n, loss in losses.items()}, **means, **numbers}, text)
+        for message in self.detector.add(self.step, losses, samples):
+            self.monitor.event(self.step, "samples get worse", message, message=message)
 
     def close(self) -> None:
         self.loader.close()

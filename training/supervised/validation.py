@@ -1,24 +1,28 @@
-"""Held-out loss and sample grids: rows, times and noise are always the same, so that only the weights matter."""
+"""Held-out losses and samples: rows, sizes, times and noise are always the same, so that only the weights matter."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from uniref_fast.edit import edit
-from uniref_fast.guidance import negative_prompt_for
+from uniref_fast.evaluation.aggregate import statistic
+from uniref_fast.evaluation.metrics import psnr
+from uniref_fast.evaluation.report import sampling_text
+from uniref_fast.evaluation.requests import EvalRequest, eval_request
 from uniref_fast.keyed_random import draw
 from uniref_fast.packing import next_fit
-from uniref_fast.request import EditRequest
 from uniref_fast.schedule import resolution_shift, shift_time
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.samples import Encoded, Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.model import TrainedModel
-from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised.flow_matching import (
     FlowBatch,
     assemble_batch,
@@ -26,11 +30,31 @@ from uniref_fast.training.supervised.flow_matching import (
 )
 from uniref_fast.training.supervised.recipes import SFT
 
-__all__ = ["Validation"]
+__all__ = ["DeclineDetector", "HeldoutSample", "Validation"]
+
+NOISE = 2.0  # standard errors of the mean difference that chance may explain
+NOTICEABLE = 0.25  # dB: smaller differences are not reported, however certain they are
+
+
+@dataclass(frozen=True)
+class HeldoutSample:
+    """A result of the model for a held-out row.
+
+    Attributes:
+        file: Name of the file of the row.
+        request: The row with its target at the size of the result, and the request.
+        image: The result.
+        psnr: PSNR of the result against the target, in dB.
+    """
+
+    file: str
+    request: EvalRequest
+    image: Image.Image
+    psnr: float
 
 
 class Validation:
-    """Rows that are never trained on.
+    """Rows that are never trained on, with the sizes of the last stage of the run at every step.
 
     Args:
         files: Files of held-out rows; each is reported by its name.
@@ -39,6 +63,9 @@ class Validation:
         encoder: Encoder that drops neither texts nor references.
         ranks: Ranks of the run.
 
+    Attributes:
+        settings: Settings that the samples are generated with.
+
     Raises:
         ValueError: A file cannot be read, has no rows, or has the same name as another one.
     """
@@ -46,19 +73,30 @@ class Validation:
     def __init__(self, files: list[Path], config: SFT, model: TrainedModel, encoder: Encoder, ranks: Ranks) -> None:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
         self.datasets = heldout_datasets(files, config)
-        self._encoded: dict[tuple[str, BudgetStage], list[tuple[Prepared, Encoded | None]]] = {}
+        self.stage = config.validation_stage
+        steps, scale = config.resolve_sampling()
+        self.settings: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "true_cfg_scale": scale,
+            "budget": self.stage.budget,
+            "target_side": self.stage.target_side,
+        }
+        self._encoded: dict[str, list[tuple[Prepared, Encoded | None]]] = {}
 
     @torch.no_grad()
-    def losses(self, stage: BudgetStage, pack_tokens: int) -> dict[str, float]:
-        """Return the mean loss of each file, as "eval/<file>". All ranks.
+    def losses(self, pack_tokens: int) -> dict[str, float]:
+        """Return the mean loss of each file, by its name. All ranks.
 
         Sample i of n is taken at the i-th of n quantiles of t, so that few samples cover all times evenly.
-        """
-        return {f"eval/{name}": self._loss(name, stage, pack_tokens) for name in self.datasets}
 
-    def _loss(self, name: str, stage: BudgetStage, pack_tokens: int) -> float:
+        Args:
+            pack_tokens: Largest number of tokens in a pack; a larger sample has a pack of its own.
+        """
+        return {name: self._loss(name, pack_tokens) for name in self.datasets}
+
+    def _loss(self, name: str, pack_tokens: int) -> float:
         ranks, count = self.ranks, min(self.config.eval_samples, len(self.datasets[name]))
-        rows = self._rows(name, stage, count)
+        rows = self._rows(name, count)
         packs = next_fit([prepared.sample.length for prepared, _ in rows], pack_tokens)
         total = 0.0
         for first in range(
@@ -66,24 +104,23 @@ class Validation:
         ):  # all replicas run equally often, since they gather the weights together
             number = first + ranks.replica
             if number < len(packs):
-                batch = self._batch(name, stage, packs[number])
+                batch = self._batch(name, packs[number])
                 total += float(partial_errors(self.model.packed, batch).sum())
             else:
                 self.model.idle_forward()
         return sum(ranks.gather(total)) / count
 
-    def _rows(self, name: str, stage: BudgetStage, count: int) -> list[tuple[Prepared, Encoded | None]]:
-        """Return prepared rows, with the tensors of those that this rank has encoded; free rows of other stages."""
-        if (name, stage) not in self._encoded:
-            self._encoded = {key: rows for key, rows in self._encoded.items() if key[1] == stage}
-            dataset = self.datasets[name]
-            self._encoded[name, stage] = [
+    def _rows(self, name: str, count: int) -> list[tuple[Prepared, Encoded | None]]:
+        """Return prepared rows, with the tensors of those that this rank has encoded."""
+        if name not in self._encoded:
+            dataset, stage = self.datasets[name], self.stage
+            self._encoded[name] = [
                 (self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side), None) for i in range(count)
             ]
-        return self._encoded[name, stage]
+        return self._encoded[name]
 
-    def _batch(self, name: str, stage: BudgetStage, numbers: list[int]) -> FlowBatch:
-        rows = self._encoded[name, stage]
+    def _batch(self, name: str, numbers: list[int]) -> FlowBatch:
+        rows = self._encoded[name]
         for i in numbers:
             prepared, encoded = rows[i]
             if encoded is None:
@@ -98,53 +135,106 @@ class Validation:
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
         return assemble_batch(self.model, chosen, times, noises)
 
-    def grid(self, stage: BudgetStage, pack_tokens: int) -> Image.Image | None:
-        """Draw references, target and result of some rows of each file as a labelled image. All ranks.
+    def samples(self, pack_tokens: int) -> list[HeldoutSample]:
+        """Generate the results of the first `sample_count` rows of each file. All ranks.
+
+        The requests are those of `uniref-fast eval` for the same rows, so that the PSNRs are equal too.
 
         Args:
-            stage: Stage that decides the sizes.
-            pack_tokens: Largest number of tokens in a pack.
-
-        Returns:
-            The image; None if there are no held-out rows.
+            pack_tokens: Largest number of tokens in a pack; a larger sample has a pack of its own.
         """
-        requests, pictures = [], []
+        asked: list[tuple[str, EvalRequest]] = []
         for name, dataset in self.datasets.items():
             for i in range(min(self.config.sample_count, len(dataset))):
-                prepared = self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side)
-                target, references = prepared.load()
-                width, height = prepared.geometry.size
-                requests.append(
-                    EditRequest(
-                        prepared.instruction,
-                        references,
-                        negative_prompt=negative_prompt_for(self.config.sample_true_cfg_scale),
-                        true_cfg_scale=self.config.sample_true_cfg_scale,
-                        width=width,
-                        height=height,
-                        num_inference_steps=self.config.sample_num_inference_steps,
-                        seed=i,
-                    )
-                )
-                pictures.append((name, prepared.instruction, references, target))
-        if not requests:
-            return None
+                asked.append((name, eval_request(self.model.pipe, dataset[i], (name, i), seed=0, **self.settings)))
+        if not asked:
+            return []
         packed = self.model.packed
         parallel, packed.parallel = packed.parallel, None
         try:
-            results = edit(
+            images = edit(
                 self.model.pipe,
-                requests,
-                budget=stage.budget,
+                [one.request for _, one in asked],
+                budget=self.stage.budget,
                 model=packed,
                 pack_tokens=pack_tokens,
                 progress=False,
             )
         finally:
             packed.parallel = parallel
-        rows = []
-        for i, ((name, _, references, target), result) in enumerate(zip(pictures, results, strict=True), start=1):
-            shown = [(f"picture {j}", image) for j, image in enumerate(references, start=1)]
-            rows.append([(f"{i}. made", result), (name, target), *shown])
-        texts = "\n".join(f"{i}. {text}" for i, (_, text, *_) in enumerate(pictures, start=1))
-        return contact_sheet(rows, caption=texts, cell=160)
+        found = []
+        for (name, one), image in zip(asked, images, strict=True):
+            assert one.target is not None  # `heldout_datasets` refuses rows without a target
+            found.append(HeldoutSample(name, one, image, psnr(image, one.target)))
+        return found
+
+    def settings_text(self, samples: Sequence[HeldoutSample]) -> str:
+        """Return the settings that samples were generated with, in words."""
+        return sampling_text(self.settings, [sample.image.size for sample in samples])
+
+    def grid(self, samples: Sequence[HeldoutSample]) -> Image.Image:
+        """Draw result, target and references of each sample as a labelled image, with the settings above them."""
+        lines, texts = [], []
+        for i, sample in enumerate(samples, start=1):
+            request = sample.request
+            assert request.target is not None
+            shown = [(f"picture {j}", image) for j, image in enumerate(request.request.images, start=1)]
+            result = (f"{i}. result {sample.psnr:.1f} dB", sample.image)
+            lines.append([result, (sample.file, request.target), *shown])
+            texts.append(f"{i}. {request.row.instruction}")
+        return contact_sheet(lines, heading=self.settings_text(samples), caption="\n".join(texts), cell=160)
+
+
+class DeclineDetector:
+    """Detection of samples that get worse while the held-out loss falls, compared with the first validation of a run.
+
+    Args:
+        config: Configuration of the run, for the advice.
+        settings: Settings of the samples; a comparison with samples of other settings begins again.
+        state: Result of `state` from a checkpoint; None begins a comparison.
+    """
+
+    def __init__(self, config: SFT, settings: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> None:
+        self.config, self.settings = config, dict(settings)
+        same = state is not None and state["settings"] == self.settings
+        self._first: dict[str, dict[str, Any]] = dict(state["first"]) if state is not None and same else {}
+        self._declined: set[str] = set()  # files that were reported, and have not recovered
+
+    def state(self) -> dict[str, Any]:
+        """Return the first validation of each file, for JSON."""
+        return {"settings": self.settings, "first": self._first}
+
+    def add(self, step: int, losses: Mapping[str, float], samples: Sequence[HeldoutSample]) -> list[str]:
+        """Add a validation, and return a warning for each file whose samples have begun to be worse than the first.
+
+        Samples are worse if their mean PSNR is lower than that of the same rows in the first validation, by more than
+        `NOISE` standard errors of the mean difference and by at least `NOTICEABLE`.
+
+        Args:
+            step: Number of steps done.
+            losses: Held-out loss of each file.
+            samples: Samples of this validation.
+        """
+        warnings = []
+        for name, loss in losses.items():
+            now = [sample.psnr for sample in samples if sample.file == name]
+            first = self._first.get(name)
+            if first is None or len(first["psnr"]) != len(now):
+                self._first[name] = {"step": step, "loss": loss, "psnr": now}
+                continue
+            change = statistic([b - a for a, b in zip(first["psnr"], now, strict=True)])
+            worse = change["sem"] is not None and -change["mean"] > max(NOISE * change["sem"], NOTICEABLE)
+            declined = worse and loss < first["loss"]
+            if declined and name not in self._declined:
+                warnings.append(
+                    f"{name}: since step {first['step']} the held-out loss has fallen from {first['loss']:.3g} to "
+                    f"{loss:.3g}, but the samples have lost {-change['mean']:.1f} ±{change['sem']:.1f} dB of PSNR; "
+                    f"{self._advice()}"
+                )
+            (self._declined.add if declined else self._declined.discard)(name)
+        return warnings
+
+    def _advice(self) -> str:
+        rank, alpha = self.config.lora_rank, self.config.resolve_alpha()
+        scale = f", lora_alpha = {rank} in place of {alpha:g}," if rank and alpha and alpha > rank else ""
+        return f"start another run with a lower lr{scale} or fewer steps, or export an earlier checkpoint"

@@ -70,9 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(config: EvalConfig, results: dict[str, Any], broken: list[dict[str, Any]]) -> str:
     from uniref_fast.evaluation.compare import comparison_table
-    from uniref_fast.evaluation.report import aggregates_table
+    from uniref_fast.evaluation.report import aggregates_table, sampling_text
 
     sections = [aggregates_table(results["aggregates"], results["overall"])]
+    sizes = [row["size"] for row in results["rows"] if "size" in row]
+    sections.append(f"settings  {sampling_text(results['settings'], sizes)}")
     if results["comparison"] is not None:
         sections.append(comparison_table(results["comparison"]))
     if broken:

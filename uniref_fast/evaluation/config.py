@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from uniref_fast.adapters import Adapter, adapter_visibility
+from uniref_fast.adapters import Adapter, adapter_sizes, adapter_visibility
 from uniref_fast.budget import check_budget
 from uniref_fast.flags import parse_keep_references
 from uniref_fast.loading import defaults
 from uniref_fast.rewards.config import JudgeConfig
-from uniref_fast.runs import trained_visibility
+from uniref_fast.runs import trained_sizes, trained_visibility
 
 __all__ = ["EvalConfig", "current_names"]
 
@@ -50,10 +50,10 @@ class EvalConfig:
         num_inference_steps: Number of denoising steps; none takes 8 for the built-in model and 50 for others.
         true_cfg_scale: True CFG scale, 1 turns guidance off; none takes 1 for the built-in model and 4 for others.
         seed: Seed of the noise, which also depends on the row.
-        budget: Joint pixel budget of the references of a row: budget x budget pixels for all of them together; none
-            scales each reference as diffusers does.
+        budget: Joint pixel budget of the references of a row: budget x budget pixels for all of them together, or 0 to
+            scale each reference as diffusers does; none takes that of the last adapter or run, else 0.
         target_side: Results have target_side x target_side pixels, or the area of the row's target if that is smaller;
-            none takes the area that the pipeline uses.
+            none takes that of the last adapter or run, else the area that the pipeline uses.
         width: Width of all results in pixels, whatever the targets and references are; give it together with height.
         height: Height of all results in pixels, likewise.
         batch: Number of rows that are edited together.
@@ -114,7 +114,7 @@ class EvalConfig:
             given = getattr(self, name)
             if given is not None and given < value:
                 raise ValueError(f"{name} must be at least {value}, got {given}")
-        if self.budget is not None:
+        if self.budget:
             check_budget(self.budget)
         if (self.width is None) != (self.height is None):
             raise ValueError(f"give width and height together, got width = {self.width} and height = {self.height}")
@@ -146,6 +146,16 @@ class EvalConfig:
         """Return `visibility`, or the visibility of the last adapter or run; reads their folders."""
         trained = adapter_visibility(self.adapters) or trained_visibility(self.initial[-1] if self.initial else None)
         return self.visibility or trained or "full"
+
+    def resolve_sizes(self) -> tuple[int | None, int | None]:
+        """Return `budget` and `target_side`, or those of the last adapter or run where they are None; reads its folder.
+
+        A budget of None stands for references scaled as diffusers does, and a target side of None for the area of the
+        pipeline.
+        """
+        run = self.initial[-1] if self.initial else None
+        budget, side = adapter_sizes(self.adapters) or trained_sizes(run) or (None, None)
+        return (budget if self.budget is None else self.budget or None, self.target_side or side)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:

@@ -95,7 +95,8 @@ class _Evaluation:
         self.reward = config.reward or self._default_reward()
         if config.reward == "scene":
             self._check_scenes()
-        self.settings = self._settings()
+        self.budget, side = config.resolve_sizes()
+        self.settings = self._settings(side)
         self._readable: set[tuple[str, int]] = set()  # rows whose results are on the disk and can be read
         self.other = None if config.against is None else compare.read_results(config.against)
         if self.other is not None:
@@ -123,7 +124,7 @@ class _Evaluation:
         }
         self._write(results)
         if self.config.grid and (shown := list(self._grid_rows())):
-            sheet = report.sheet(shown)
+            sheet = report.sheet(shown, self.settings)
             write_whole(self.config.out / "grid.png", lambda file: sheet.save(file, "PNG"))
         if self.other is not None:  # last, so that an error here costs no results
             differing = compare.differing_settings(self.settings, self.other["settings"])
@@ -168,7 +169,7 @@ class _Evaluation:
                             "use --reward judge or --reward none"
                         )
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, target_side: int | None) -> dict[str, Any]:
         """Return all settings that may change the results."""
         config, judge = self.config, self.config.judge
         steps, scale = config.resolve_sampling()
@@ -184,8 +185,8 @@ class _Evaluation:
             "judge": {name: getattr(judge, name) for name in JUDGE_SETTINGS} if self.reward == "judge" else None,
             "num_inference_steps": steps if config.runs_model else None,
             "true_cfg_scale": scale if config.runs_model else None,
-            "budget": config.budget,
-            "target_side": config.target_side,
+            "budget": self.budget,
+            "target_side": target_side,
             "width": config.width,
             "height": config.height,
             "language": config.language,
@@ -267,7 +268,7 @@ class _Evaluation:
         self.pipe = models.load(config.model, config.initial, untrained, self.device, self.dtype, self.adapters)
         if config.runs_model:
             validated([EditRequest("x", num_inference_steps=config.resolve_sampling()[0])], self.pipe)
-        self.target_side = config.target_side or math.isqrt(image_areas(self.pipe)[-1])
+        self.target_side = self.settings["target_side"] or math.isqrt(image_areas(self.pipe)[-1])
         self.journal.check_weights(models.weights_digest(self.pipe))
 
     def _edit_batch(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], EvalRequest | None]]:
@@ -300,7 +301,7 @@ class _Evaluation:
             self.dataset[self.files[label][i]],
             (compare.file_name(label), i),
             target_side=self.target_side,
-            budget=config.budget,
+            budget=self.budget,
             seed=config.seed,
             num_inference_steps=steps,
             true_cfg_scale=scale,
@@ -337,7 +338,7 @@ class _Evaluation:
         return edit(
             self.pipe,
             [one.request for one in requests],
-            budget=config.budget,
+            budget=self.budget,
             pack_tokens=config.pack_tokens,
             visibility=config.resolve_visibility(),
             progress=False,

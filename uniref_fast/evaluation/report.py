@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -12,7 +12,7 @@ from uniref_fast.evaluation.aggregate import Record
 from uniref_fast.rewards.types import AXES
 from uniref_fast.sheets import contact_sheet
 
-__all__ = ["aggregates_table", "aligned", "sheet"]
+__all__ = ["aggregates_table", "aligned", "sampling_text", "sheet"]
 
 Cell = Callable[[Mapping[str, Any]], str]
 
@@ -105,11 +105,35 @@ def aligned(grid: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def sheet(rows: Sequence[tuple[Record, list[tuple[str, Image.Image]]]]) -> Image.Image:
-    """Return a labelled grid with a line for each record: the result with its scores, then the other images."""
+def sampling_text(settings: Mapping[str, Any], sizes: Iterable[Sequence[int]]) -> str:
+    """Return the settings that images were generated with, in words.
+
+    Args:
+        settings: "num_inference_steps", "true_cfg_scale" and "budget" as in `EvalConfig`; steps of None stand for
+            images that no model generated, and a budget of None for references scaled as diffusers does.
+        sizes: Sizes (width, height) of the images.
+    """
+    steps, scale = settings["num_inference_steps"], settings["true_cfg_scale"]
+    parts = [] if steps is None else [f"num_inference_steps {steps}", f"true_cfg_scale {scale:g}"]
+    budget = settings["budget"]
+    parts.append("budget none (references as in diffusers)" if budget is None else f"budget {budget}")
+    ordered = sorted({(width * height, width, height) for width, height in sizes})
+    shown = [f"{width}x{height}" for _, width, height in dict.fromkeys((*ordered[:1], *ordered[-1:]))]
+    parts += [f"{'size' if len(shown) == 1 else 'sizes'} {' to '.join(shown)}"] * bool(shown)
+    return ", ".join(parts)
+
+
+def sheet(rows: Sequence[tuple[Record, list[tuple[str, Image.Image]]]], settings: Mapping[str, Any]) -> Image.Image:
+    """Return a labelled grid with a line for each record: the result with its scores, then the other images.
+
+    Args:
+        rows: (record, labelled images) of each line.
+        settings: Settings of the images, see `sampling_text`, which the heading shows.
+    """
     lines, texts = [], []
     for number, (record, (result, *others)) in enumerate(rows, start=1):
         scores = " ".join(f"{axis[0]}{record['scores'][axis]:.1f}" for axis in AXES) if "scores" in record else ""
         lines.append([(f"{number}. {result[0]} {scores}".rstrip(), result[1]), *others])
         texts.append(f"{number}. {record['file']} {record['index']}: {record['instruction']}")
-    return contact_sheet(lines, caption="\n".join(texts), cell=160)
+    heading = sampling_text(settings, [record["size"] for record, _ in rows])
+    return contact_sheet(lines, heading=heading, caption="\n".join(texts), cell=160)

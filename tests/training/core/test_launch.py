@@ -151,19 +151,22 @@ def test_an_initial_run_without_an_adapter_or_without_weights(tmp_path):
     with pytest.raises(ValueError, match="neither lora/ nor transformer/"):
         launch.with_adapter(config)
     (run / "transformer").mkdir()
-    assert launch.with_adapter(config, {"lora_rank"}) == config
+    without = dataclasses.replace(config, lora_alpha=4.0)
+    assert launch.with_adapter(config, {"lora_rank"}) == without
     (run / "lora").mkdir()
     (run / "lora" / "other.safetensors").write_bytes(b"damaged")
-    assert launch.with_adapter(config, {"lora_rank"}) == config, "loading the file reports it"
+    assert launch.with_adapter(config, {"lora_rank"}) == without, "loading the file reports it"
 
 
 def test_a_run_that_an_older_version_started_from_an_adapter_is_resumed(tmp_path):
     """Accept a checkpoint that records the alpha of the recipe, though the adapter was trained with its own."""
-    config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run"), lora_rank=8, visibility="full")
-    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
+    initial = adapter(tmp_path / "run")
+    config = dataclasses.replace(SFT_CONFIG, initial=initial, lora_rank=8, lora_alpha=64.0, visibility="full")
+    ranks = SimpleNamespace(broadcast=lambda value: value)
     newest = Newest(1, {"config": json.loads(configs.to_json(config)), "visibility": "full"}, [])
-    assert config.lora_alpha == 64.0
-    assert launch.accept(launch.with_adapter(config), newest, tmp_path, ranks) == {}
+    before = launch.recorded(newest, tmp_path, ranks)
+    assert before["lora_alpha"] == 16.0
+    assert launch.accept(launch.with_adapter(config), newest, before, tmp_path) == {}
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(monkeypatch, tmp_path, capsys):

@@ -173,6 +173,12 @@ def test_with_guidance_a_sample_takes_two_sequences():
     assert plain.sample_true_cfg_scale == 1.0, "as it is trained"
 
 
+def test_a_stage_without_a_budget_has_room_for_three_references():
+    alone = dataclasses.replace(STAGE, budget=None)
+    joint = dataclasses.replace(STAGE, budget=math.isqrt(3 * 512**2))
+    assert planned(alone, 10**15, reference_area=512**2) == planned(joint, 10**15)
+
+
 def test_what_a_stage_sets_is_kept():
     plenty = 10**15
     assert planned(dataclasses.replace(STAGE, checkpointing=True), plenty).checkpointing

@@ -26,6 +26,7 @@ from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.export import ExportError
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
+from uniref_fast.training.supervised import validation
 from uniref_fast.training.supervised.recipes import SFT
 from uniref_fast.training.supervised.validation import Validation
 
@@ -321,21 +322,45 @@ def held_out(model, ranks, files, **fields):
 
 def test_the_held_out_loss_depends_on_the_weights_alone(trained, ranks, rows):
     model = trained()
-    stage = CONFIG.stages[0]
     files = [rows / "objects.jsonl", rows / "more.jsonl"]
     heldout = held_out(model, ranks, files)
-    first = heldout.losses(stage, 4096)
-    assert set(first) == {"eval/objects", "eval/more"} and all(0 < loss < 100 for loss in first.values())
+    first = heldout.losses(4096)
+    assert set(first) == {"objects", "more"} and all(0 < loss < 100 for loss in first.values())
     torch.manual_seed(99)
-    assert heldout.losses(stage, 4096) == first, "the same rows, times and noise"
-    fresh = held_out(model, ranks, files).losses(stage, 1)
+    assert heldout.losses(4096) == first, "the same rows, times and noise"
+    fresh = held_out(model, ranks, files).losses(1)
     assert fresh == pytest.approx(first, rel=1e-5), "however it is packed: here each row alone"
-    assert (
-        held_out(model, ranks, files[:1], eval_samples=2).losses(stage, 4096)["eval/objects"] != first["eval/objects"]
-    )
+    assert held_out(model, ranks, files[:1], eval_samples=2).losses(4096)["objects"] != first["objects"]
     for parameter in model.parameters.values():
         local(parameter.detach()).mul_(1.01)
-    assert heldout.losses(stage, 4096) != first
+    assert heldout.losses(4096) != first
+
+
+def test_validations_have_the_sizes_of_the_last_stage_in_every_stage(trained, ranks, rows):
+    model, files = trained(), [rows / "objects.jsonl"]
+    small, large = CONFIG.stages[0], dataclasses.replace(CONFIG.stages[0], budget=96, target_side=48)
+    wanted = {"stages": (small, large), "sample_count": 2, "sample_num_inference_steps": 2}
+    grown = held_out(model, ranks, files, **wanted)
+    last = held_out(model, ranks, files, **{**wanted, "stages": (large,)})
+    assert grown.losses(4096) == last.losses(4096) != held_out(model, ranks, files, stages=(small,)).losses(4096)
+    assert {sample.image.size for sample in grown.samples(4096)} == {(48, 48)}
+    assert [one.psnr for one in grown.samples(4096)] == [one.psnr for one in last.samples(10)], "however it is packed"
+    first = held_out(model, ranks, files, **{**wanted, "stages": (large, small)}).samples(4096)
+    assert {sample.image.size for sample in first} == {(32, 32)}
+    assert "num_inference_steps 2, true_cfg_scale 1, budget 96, size 48x48" in grown.settings_text(grown.samples(4096))
+
+
+def test_the_grid_shows_the_settings_of_its_samples(trained, ranks, rows, monkeypatch):
+    shown = {}
+    monkeypatch.setattr(validation, "contact_sheet", lambda lines, **texts: shown.update(texts, lines=lines))
+    stages = (dataclasses.replace(CONFIG.stages[0], budget=None),)
+    heldout = held_out(trained(), ranks, [rows / "more.jsonl"], stages=stages, sample_count=1)
+    samples = heldout.samples(4096)
+    heldout.grid(samples)
+    assert shown["heading"] == (
+        "num_inference_steps 8, true_cfg_scale 1, budget none (references as in diffusers), size 32x32"
+    )
+    assert shown["lines"][0][0][0] == f"1. result {samples[0].psnr:.1f} dB" and shown["lines"][0][1][0] == "more"
 
 
 def test_files_of_one_name_or_no_rows_are_refused(trained, ranks, rows, tmp_path):

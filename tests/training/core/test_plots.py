@@ -207,7 +207,7 @@ def test_names_of_runs(tmp_path, capsys, monkeypatch):
         (["damaged"], r"line 2 is damaged"),
         (["words"], "'loss' of step 0 is not a number: 'high'"),
         (["full", "--keys", "los", "lr"], "no run has los; possible --keys: eval/heldout_objects, loss, loss_by_k/1"),
-        (["odd"], "none of loss, eval, loss_by_k, .*possible --keys: reward"),
+        (["odd"], "none of loss, eval, psnr, loss_by_k, .*possible --keys: reward"),
         (["full", "--smooth", "1"], "smooth must be at least 0 and less than 1, got 1.0"),
         (["full", "--out", "x.bmp"], "must be one of .png, .svg, .pdf"),
         (["full", "--out", "full/metrics.jsonl/x.png"], "metrics.jsonl"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,15 +64,19 @@ def test_a_fixed_setting_is_refused_in_words(name, tmp_path):
         accepted(before, after, tmp_path)
 
 
+def accept(config, newest, out):
+    before = launch.recorded(newest, out, SimpleNamespace(broadcast=lambda value: value))
+    return launch.accept(config, newest, before, out)
+
+
 def accepted(before, after, out, step=10, **state):
-    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
     before, after = launch.with_visibility(before), launch.with_visibility(after)
     newest = Newest(step, {"config": data(before), "visibility": before.visibility, **state}, [])
-    return launch.accept(after, newest, out, ranks)
+    return accept(after, newest, out)
 
 
 def test_the_message_has_both_values(tmp_path):
-    before = dataclasses.replace(SFT_RECIPES["lora"](), lora_rank=8)
+    before = dataclasses.replace(SFT_RECIPES["lora"](), lora_rank=8, lora_alpha=64.0)
     after = dataclasses.replace(before, lora_rank=16, lora_alpha=1.0)
     with pytest.raises(ValueError) as caught:
         accepted(before, after, tmp_path)
@@ -107,9 +112,8 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
     old = data(before)
     del old["lora_alpha"], old["stages"][0]["checkpointing"]
     newest = Newest(10, {"config": {**old, "gone": 3}, "visibility": "full"}, [])
-    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
     after = dataclasses.replace(before, lora_alpha=3.0, visibility="full")
-    assert launch.accept(after, newest, tmp_path, ranks) == {}
+    assert accept(after, newest, tmp_path) == {}
 
 
 def test_the_change_of_a_renamed_setting_is_found(tmp_path):
@@ -117,8 +121,7 @@ def test_the_change_of_a_renamed_setting_is_found(tmp_path):
     old = data(config)
     del old["ratio_guard"], old["advantage_std"]
     newest = Newest(10, {"config": {**old, "guard": True, "spread": "group"}, "visibility": "full"}, [])
-    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
-    assert launch.accept(config, newest, tmp_path, ranks) == {"ratio_guard": (True, False)}
+    assert accept(config, newest, tmp_path) == {"ratio_guard": (True, False)}
 
 
 def test_a_run_that_was_recorded_under_former_names_is_resumed(tmp_path):
@@ -130,11 +133,10 @@ def test_a_run_that_was_recorded_under_former_names_is_resumed(tmp_path):
         assert f'"{new}"' in text
         text = text.replace(f'"{new}"', f'"{old}"')
     newest = Newest(0, {"config": json.loads(text), "visibility": "full"}, [])
-    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
-    assert launch.accept(config, newest, tmp_path, ranks) == {}
+    assert accept(config, newest, tmp_path) == {}
     stages = (dataclasses.replace(config.stages[0], budget=768), *config.stages[1:])
     other = dataclasses.replace(config, stages=stages, rollout_num_inference_steps=12, sample_true_cfg_scale=3.0)
-    assert launch.accept(other, newest, tmp_path, ranks) == {
+    assert accept(other, newest, tmp_path) == {
         "stages.0.budget": (512, 768),
         "rollout_num_inference_steps": (10, 12),
         "sample_true_cfg_scale": (1.0, 3.0),
@@ -168,12 +170,11 @@ def test_a_checkpoint_without_settings_goes_by_those_of_the_folder(tmp_path):
     """Older versions wrote such checkpoints."""
     before = dataclasses.replace(SFT_RECIPES["lora"](), visibility="reference_causal")
     (tmp_path / "config.json").write_text(configs.to_json(before))
-    ranks = type("Ranks", (), {"broadcast": staticmethod(lambda value: value)})
     newest = Newest(10, {}, [])
-    assert launch.accept(dataclasses.replace(before, warmup=3), newest, tmp_path, ranks) == {"warmup": (100, 3)}
+    assert accept(dataclasses.replace(before, warmup=3), newest, tmp_path) == {"warmup": (100, 3)}
     with pytest.raises(ValueError, match="visibility is reference_causal, not full"):
-        launch.accept(launch.with_visibility(SFT_RECIPES["lora"]()), newest, tmp_path, ranks)
-    assert launch.accept(SFT_RECIPES["lora"](), Newest(None, {}, []), tmp_path, ranks) == {}, "it begins anew"
+        accept(launch.with_visibility(SFT_RECIPES["lora"]()), newest, tmp_path)
+    assert accept(SFT_RECIPES["lora"](), Newest(None, {}, []), tmp_path) == {}, "it begins anew"
 
 
 def test_fewer_steps_than_are_done(tmp_path):
@@ -213,3 +214,61 @@ def test_only_what_changes_the_remaining_steps_is_returned(tmp_path):
 def test_paths_are_plain(tmp_path):
     config = dataclasses.replace(SFT_RECIPES["lora"](), cache=Path("a"))
     assert accepted(config, dataclasses.replace(config, cache=Path("b")), tmp_path) == {"cache": ("a", "b")}
+
+
+def resumed(before, command, given, out):
+    """Return the configuration of a run that was started with `before`, for a command without other flags."""
+    return launch.with_recorded(command, data(before), frozenset(given), out)
+
+
+def test_a_resumed_run_keeps_the_settings_that_no_flag_gives(tmp_path, capsys):
+    """The recipe has other defaults now than the version that started the run."""
+    now = SFT_RECIPES["tiny"]()
+    stages = tuple(dataclasses.replace(stage, budget=96, lr=0.25) for stage in now.stages)
+    before = dataclasses.replace(
+        now, lora_rank=8, lora_alpha=64.0, stages=stages, betas=(0.5, 0.5), steps=7, seed=3, keep=9, warmup=1
+    )
+    found = resumed(before, now, {"resume", "out"}, tmp_path)
+    assert found == before
+    line = capsys.readouterr().err
+    assert line.startswith(f"the run in {tmp_path} keeps its settings: ") and "lora_alpha = 64.0" in line
+    assert line.count("\n") == 1 and line.rstrip().endswith("more")
+    assert resumed(before, before, (), tmp_path) == before and not capsys.readouterr().err
+
+
+def test_flags_and_places_are_those_of_the_command(tmp_path):
+    now = dataclasses.replace(SFT_RECIPES["tiny"](), data=("new.jsonl",), cache=Path("new"), workers=7)
+    before = dataclasses.replace(SFT_RECIPES["tiny"](), data=("old.jsonl",), heldout=("x",), steps=7, warmup=3)
+    found = resumed(before, dataclasses.replace(now, steps=9), {"steps"}, tmp_path)
+    assert (found.steps, found.warmup) == (9, 3)
+    assert (found.data, found.cache, found.workers, found.heldout) == (now.data, now.cache, 7, ())
+    stages = (dataclasses.replace(now.stages[0], lr=0.5), *now.stages[1:])
+    changed = resumed(before, dataclasses.replace(now, stages=stages), {"stages.0.lr"}, tmp_path)
+    assert changed.stages == stages
+
+
+def test_stages_of_another_number_are_those_of_the_command(tmp_path):
+    now = SFT_RECIPES["tiny"]()
+    before = dataclasses.replace(now, stages=now.stages[:1], weight_decay=0.5)
+    found = resumed(before, now, (), tmp_path)
+    assert found.stages == now.stages and found.weight_decay == 0.5
+
+
+def test_a_run_of_an_older_version_is_resumed_under_its_old_names(tmp_path):
+    now = SFT_RECIPES["tiny"]()
+    old = data(now)
+    for stage in old["stages"]:
+        stage["side"] = 80
+        del stage["budget"]
+    old["sample_guidance"] = 4.0
+    del old["sample_true_cfg_scale"]
+    found = launch.with_recorded(now, old, frozenset(), tmp_path)
+    assert [stage.budget for stage in found.stages] == [80, 80] and found.sample_true_cfg_scale == 4.0
+
+
+def test_alpha_is_the_rank_unless_it_is_given():
+    config = dataclasses.replace(SFT_RECIPES["tiny"](), lora_rank=8)
+    assert launch.with_adapter(config).lora_alpha == 8.0
+    assert launch.with_adapter(dataclasses.replace(config, lora_alpha=3.0)).lora_alpha == 3.0
+    assert launch.with_adapter(SFT_RECIPES["tiny"]()).lora_alpha is None
+    assert launch.with_adapter(SFT_RECIPES["lora"]()).lora_alpha == 64.0

@@ -489,8 +489,20 @@ def test_heldout_loss_and_samples(data, tmp_path):
     more = ("--heldout", data / "heldout.jsonl", "--eval-every", 6, "--sample-every", 6, "--eval-samples", 4)
     more += ("--sample-count", 2, "--sample-num-inference-steps", 2, "--cache", tmp_path / "cache")
     assert sft.main(flags(data, tmp_path / "run", *more, steps=6)) == 0
-    values = [record["eval/heldout"] for record in records(tmp_path / "run") if "eval/heldout" in record]
-    assert len(values) == 2 and values[1] < values[0]
+    first, last = [record for record in records(tmp_path / "run") if "eval/heldout" in record]
+    assert (first["step"], last["step"]) == (0, 6) and last["eval/heldout"] < first["eval/heldout"]
+    settings = {"num_inference_steps": 2.0, "true_cfg_scale": 1.0, "budget": 96.0, "target_side": 64.0}
+    for record in (first, last):
+        assert (
+            record["psnr/heldout"] > 5
+            and settings.items() <= {name.removeprefix("sampling/"): value for name, value in record.items()}.items()
+        ), "the sizes are those of the last stage, also in the first one"
+    evaluated = ["eval", data / "heldout.jsonl", "--initial", tmp_path / "run", "--out", tmp_path / "eval",
+                 "--limit", 2, "--num-inference-steps", 2]  # fmt: skip
+    assert cli.main(list(map(str, evaluated))) == 0
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert found["settings"]["budget"] == 96 and found["settings"]["target_side"] == 64
+    assert found["overall"]["all"]["psnr"]["mean"] == pytest.approx(last["psnr/heldout"], abs=1e-3)
     assert (tmp_path / "run" / "samples" / "heldout-000006.png").stat().st_size > 1000
     assert list((tmp_path / "cache").rglob("*.safetensors"))
     (event,) = events(tmp_path / "run", "cache")
@@ -566,7 +578,7 @@ def test_other_data(data, half, tmp_path, capsys):
     [
         (("--visibility", "reference_causal"), "the attention of the model is fixed: visibility is full, not"),
         (("--lora-rank", 4), "the rank of the adapter is fixed: lora_rank is none, not 4"),
-        (("--lora-alpha", 3), "the scale of the adapter is fixed: lora_alpha is 64.0, not 3.0"),
+        (("--lora-alpha", 3), "the scale of the adapter is fixed: lora_alpha is none, not 3.0"),
         (("--steps", 1, "--stages.1.steps", 1), "2 stages need at least as many steps"),
         (("--steps", 2, "--heldout", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
@@ -596,7 +608,7 @@ def test_a_checkpoint_of_an_older_version_is_resumed(data, whole, half, capsys):
     state = {name: value for name, value in content["state"].items() if name not in new}
     path.write_text(json.dumps({"files": files, "tensors": content["tensors"], "state": {**state, "looked": True}}))
     assert sft.main(flags(data, half, "--resume", "auto", "--lora-alpha", 3)) == 2
-    assert "the scale of the adapter is fixed: lora_alpha is 64.0, not 3.0" in capsys.readouterr().err
+    assert "the scale of the adapter is fixed: lora_alpha is none, not 3.0" in capsys.readouterr().err
     assert sft.main(flags(data, half, "--resume", "auto")) == 0
     equal_to(whole, half)
     assert [event["step"] for event in events(half, "unverified checkpoint")] == [2]
