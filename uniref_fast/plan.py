@@ -108,7 +108,8 @@ def _data(plan: RunPlan) -> str:
 
 def _stage_lines(run_plan: RunPlan, number: int, stage: StagePlan) -> list[str]:
     given, name = stage.stage, f"stage {number}"
-    sides = f"references of {given.budget} x {given.budget} pixels together, targets up to {given.target_side} x "
+    joint = "sized as in diffusers" if given.budget is None else f"of {given.budget} x {given.budget} pixels together"
+    sides = f"references {joint}, targets up to {given.target_side} x "
     lines = [f"{name:<12}{stage.steps} steps, lr {given.lr:g}, {sides}{given.target_side}"]
     if stage.plan is None:
         return [*lines, f"            does not fit: {stage.problem}"]

@@ -235,7 +235,7 @@ def _memory_plan(
     try:
         return memory.plan_memory(
             stage, size, ranks=ranks, memory=available, fixed=fixed, sharded=sharded, element=BYTES[config.dtype],
-            patch=size.token_side, sequences=config.sequences,
+            patch=size.token_side, sequences=config.sequences, reference_area=size.reference_area,
         )  # fmt: skip
     except ValueError as error:
         return str(error)

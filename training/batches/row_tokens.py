@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -94,8 +95,13 @@ def _tokens(stage: BudgetStage, size: ModelSize, row: Sizes) -> tuple[int, int, 
         return (pixels[0] // size.token_side) * (pixels[1] // size.token_side)
 
     target = count(target_size(own, references, stage.target_side))
+    if stage.budget is None:
+        side = math.isqrt(size.reference_area)
+        scaled = [one for each in references for one in fit_to_budget([each], side, upscale=True)]
+    else:
+        scaled = fit_to_budget(references, stage.budget)
     text = len(references) * size.picture_tokens + len(instruction.encode()) // CHARACTERS + 6
-    return target, sum(map(count, fit_to_budget(references, stage.budget))), text
+    return target, sum(map(count, scaled)), text
 
 
 def _generated(seed: int) -> Iterator[Sizes]:

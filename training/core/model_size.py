@@ -33,6 +33,7 @@ class ModelSize:
         encoders: Number of parameters of the text encoder and the VAE.
         token_side: Side of a token in pixels.
         condition_area: Pixels of a reference for the text encoder.
+        reference_area: Pixels of a reference for the VAE where a stage has no joint budget.
         output_side: Side in pixels of the images that the model was made for.
         small: The model has image areas of its own, as the built-in model, and runs on a CPU.
     """
@@ -47,6 +48,7 @@ class ModelSize:
     encoders: int = 8_292_166_656 + 126_892_531  # Qwen2.5-VL-7B and the VAE of Qwen-Image
     token_side: int = 16
     condition_area: int = CONDITION_AREA
+    reference_area: int = 1024**2
     output_side: int = 1024
     small: bool = False
 
@@ -136,8 +138,8 @@ def model_size(name: str) -> ModelSize:
         raise ValueError(f"--model {name}: the sizes of the model cannot be read: {error}") from None
     area, output = areas.get("condition_image_area", CONDITION_AREA), areas.get("output_area", 1024**2)
     return ModelSize(
-        **numbers, encoders=encoders, token_side=2 * pixels, condition_area=area, output_side=math.isqrt(output),
-        small=bool(areas),
+        **numbers, encoders=encoders, token_side=2 * pixels, condition_area=area,
+        reference_area=areas.get("vae_image_area", 1024**2), output_side=math.isqrt(output), small=bool(areas),
     )  # fmt: skip
 
 
