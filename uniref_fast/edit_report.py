@@ -15,7 +15,7 @@ class ReferenceReport:
     """Steps of one prediction of a request that computed its references.
 
     Attributes:
-        request: Number of the request, from 0.
+        request: Number of the request, from 0; None for a call of a patched pipeline.
         prediction: "prompt", or "negative prompt" for the second prediction of guidance.
         steps: Number of denoising steps.
         refreshed: Numbers of the steps, from 0, that computed the references. Empty without references.
@@ -23,7 +23,7 @@ class ReferenceReport:
         kept_bytes: Bytes of the kept keys and values.
     """
 
-    request: int
+    request: int | None
     prediction: str
     steps: int
     refreshed: tuple[int, ...]
@@ -36,7 +36,7 @@ class ReferenceReport:
         return max(self.drift, default=None)
 
     def __str__(self) -> str:
-        where = f"request {self.request + 1}, {self.prediction}"
+        where = self.prediction if self.request is None else f"request {self.request + 1}, {self.prediction}"
         if not self.refreshed:
             return f"{where}: no references"
         drift = "" if self.max_drift is None else f"; drift at most {self.max_drift:.3f}"

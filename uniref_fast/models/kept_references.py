@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -154,15 +154,29 @@ class KeptReferences:
     steps: int = 0
     refreshed: list[int] = field(default_factory=list)
     drifts: list[float] = field(default_factory=list)
+    _due: bool = field(default=False, repr=False)
     _blocks: dict[nn.Module, tuple[_Stored, _Stored]] = field(default_factory=dict, repr=False)
     _changes: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def due(self) -> bool:
         """True if the next step must compute the references."""
-        if not self.refreshed:
+        if self._due or not self.refreshed:
             return True
         return self.steps - self.refreshed[-1] >= self.schedule.interval(self.refreshed, self.drifts, self.total)
+
+    def refresh_now(self) -> None:
+        """Make the next step compute the references, whatever the schedule says."""
+        self._due = True
+
+    def has(self, attentions: Iterable[nn.Module]) -> bool:
+        """Return True if the keys and values of all these attention modules are stored."""
+        return all(attn in self._blocks for attn in attentions)
+
+    def clear(self) -> None:
+        """Free the stored keys and values; the next step computes them."""
+        self._blocks.clear()
+        self._due = True
 
     @property
     def nbytes(self) -> int:
@@ -311,6 +325,7 @@ class ReferenceRows:
         """
         measured: dict[int, Tensor] = {}
         for i in self._refreshed:
+            self._stores[i]._due = False
             self._stores[i].refreshed.append(self._stores[i].steps)
             change = self._stores[i].take_changes()
             if change is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from uniref_fast import ops
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, dependence
 from uniref_fast.models.qwen_image import find_transformer
 from uniref_fast.patch.guards import stock_forward
+from uniref_fast.patch.kept import ReferenceKeeper
 from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, register_processor
 from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
 from uniref_fast.patch.state import PatchState
@@ -26,6 +29,9 @@ def patch(
     strict: bool = True,
     *,
     impl: str | None = None,
+    keep_references: bool | int | Literal["auto"] = False,
+    drift: float | None = None,
+    keep_dtype: KeepDtype | None = None,
 ) -> PatchReport:
     """Make a diffusers pipeline (or its transformer) faster, in place.
 
@@ -38,6 +44,13 @@ def patch(
         strict: Raise RuntimeError when a self-check fails, in that call of the pipeline and in every later one. With
             False the site runs the original from then on.
         impl: Implementation forced on every op ("reference", "native", "triton"). None chooses by device.
+        keep_references: Keep the keys and values of references over denoising steps, so that most steps compute text
+            and target only (docs/fast.md). A number n computes the references in every n-th step, "auto" as often as
+            `drift` requires. True computes them once, which needs a model for which this is exact. In the other steps
+            the transformer returns the rows of the target only.
+        drift: Tolerance of "auto": the largest relative change of the references' keys and values between two steps
+            that compute them. None takes the default.
+        keep_dtype: "int8" keeps them in 8 bits. None keeps them unchanged.
 
     Returns:
         A live report of the patched sites.
@@ -51,7 +64,11 @@ def patch(
     if mode != "exact":
         raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
     rule_of(visibility)  # raises for an unknown one
-    options = (mode, visibility, strict, impl)
+    if keep_dtype not in (None, "int8"):
+        raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
+    one = SelfLayout.qwen([Sample(1, (1, 1, 1), ((1, 1, 1),) * 2)], zero_cond_t=bool(transformer.config.zero_cond_t))
+    schedule = RefreshSchedule.of(keep_references, drift, dependence(one, visibility))
+    options = (mode, visibility, strict, impl, schedule, keep_dtype)
     found: _Installation | None = getattr(transformer, _INSTALLATION, None)
     if found is not None:
         if found.options != options:
@@ -59,7 +76,8 @@ def patch(
         return found.state.report
     find_transformer(pipe_or_transformer, sharded=True)  # raises for a wrapper of torch.compile
     _refuse_compiled(transformer)
-    installation = _Installation(transformer, options)
+    pipe = None if pipe_or_transformer is transformer else pipe_or_transformer
+    installation = _Installation(transformer, options, pipe)
     object.__setattr__(transformer, _INSTALLATION, installation)  # not through nn.Module: it is no submodule
     return installation.state.report
 
@@ -89,8 +107,8 @@ def unpatch(pipe_or_transformer: Any) -> bool:
 class _Installation:
     """The patched places of one transformer and the options that it was patched with."""
 
-    def __init__(self, transformer: Any, options: tuple) -> None:
-        mode, visibility, strict, impl = self.options = options
+    def __init__(self, transformer: Any, options: tuple, pipe: Any) -> None:
+        mode, visibility, strict, impl, schedule, keep_dtype = self.options = options
         device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
         probe = torch.empty(0, dtype=_compute_dtype(transformer), device=device)
         head_dim = transformer.config.attention_head_dim
@@ -108,13 +126,18 @@ class _Installation:
         )
         self.state = PatchState(report, visibility, strict, impl)
         self.places: list[PatchedBlock | PatchedAttention] = []
-        self.hook = None
+        self.hooks: list[Any] = []
         if visibility != "full":
             _refuse_processors(transformer, visibility)  # before anything is installed
-            self.hook = transformer.register_forward_pre_hook(self.state.remember_shapes, with_kwargs=True)
             report.notes.append(
                 f"no self-check of attention: visibility {report.visibility} differs from the original's on purpose"
             )
+        if visibility != "full" or schedule is not None:
+            self.hooks.append(transformer.register_forward_pre_hook(self.state.remember_shapes, with_kwargs=True))
+        if schedule is not None:
+            keeper = ReferenceKeeper(self.state, schedule, keep_dtype, pipe)
+            self.hooks.append(transformer.register_forward_pre_hook(keeper.before, with_kwargs=True))
+            self.hooks.append(transformer.register_forward_hook(keeper.after, always_call=True))
         register_processor()
         for name, block in transformer.transformer_blocks.named_children():
             self._install(f"transformer_blocks.{name}", block)
@@ -139,8 +162,8 @@ class _Installation:
             place.locate()
         for place in reversed(self.places):
             place.remove()
-        if self.hook is not None:
-            self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
 
 
 def _refuse_compiled(transformer: Any) -> None:

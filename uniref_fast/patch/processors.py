@@ -163,7 +163,8 @@ class PatchedAttention:
         if reason := self.refusal(attn, image, text, mask, attention_mask, rotary):
             return self._refuse(reason, original)
         assert text is not None and rotary is not None  # else refused
-        comparable = self.state.visibility == "full" and _checkable(self.site, image)
+        kept = self.state.calls.kept is not None and self.state.calls.kept.kept
+        comparable = self.state.visibility == "full" and not kept and _checkable(self.site, image)
         calls = Calls(attn, inputs=comparable)
         fused = self._fused(calls, image, text, mask, rotary)
         if isinstance(fused, str):
@@ -217,6 +218,11 @@ class PatchedAttention:
     def _refuse(self, reason: str, original: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if self.state.visibility != "full":
             raise RuntimeError(self._impossible(reason))
+        if self.state.calls.kept is not None and self.state.calls.kept.kept:
+            raise RuntimeError(
+                f"{self.site.name} must run the original ({reason}), which needs the references, and this step has "
+                "kept them; call unpatch, or patch with keep_references=False"
+            )
         return self.state.refuse(self.site, reason, original)
 
     def _impossible(self, reason: str) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from uniref_fast.edit_report import ReferenceReport
+
 __all__ = ["SELF_CHECK_TOLERANCE", "PatchReport", "Site"]
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
@@ -49,6 +51,9 @@ class PatchReport:
         reason: Reason of that choice.
         sites: The patched places, each with its counters.
         notes: Places that were not patched, and why.
+        reference_steps: Steps of the last edit that computed the references, for each prediction of guidance; empty
+            without `keep_references`.
+        references_not_kept: Calls of the transformer that computed the references and kept nothing, by reason.
     """
 
     model: str
@@ -58,6 +63,8 @@ class PatchReport:
     reason: str
     sites: list[Site]
     notes: list[str] = field(default_factory=list)
+    reference_steps: list[ReferenceReport] = field(default_factory=list)
+    references_not_kept: Counter[str] = field(default_factory=Counter)
 
     @property
     def max_rel_error(self) -> float | None:
@@ -100,6 +107,8 @@ class PatchReport:
             )
         lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
         lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
+        lines += [f"  references      {steps}" for steps in self.reference_steps]
+        lines += [f"  not kept        {n} x {reason}" for reason, n in self.references_not_kept.most_common()]
         error = self.max_rel_error
         checked = sum(s.max_rel_error is not None for s in self.sites)
         result = "not run yet" if error is None else f"max relative error {error:.2e}"

@@ -6,6 +6,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,12 +29,18 @@ class _Calls(threading.local):
         checking: True while the original runs within a site, whose calls are not counted.
         context: Last result of `PatchState.context` and its arguments.
         rows: Last result of `PatchState.modulation_rows` and its arguments.
+        kept: `KeptForward` of a transformer with kept references, or None.
+        predictions: Predictions of the running edit with their kept references.
     """
 
     img_shapes: Any = None
     checking: bool = False
     context: Any = None
     rows: Any = None
+    kept: Any = None
+
+    def __init__(self) -> None:
+        self.predictions: list[Any] = []  # of each thread
 
     def __reduce__(self) -> tuple:
         return _Calls, ()
@@ -79,11 +86,33 @@ class PatchState:
             mask: Valid text tokens, bool `[B, N_text]`, or None for all.
             freqs: Complex rotary tables of image and text, `[N_image, D / 2]` and `[N_text, D / 2]`.
         """
+        kept = self.calls.kept
+        if kept is not None:
+            kept.context = kept.context or self._kept_context(kept, hidden_states, text_length, mask, freqs)
+            return kept.context
+        return self._whole_context(hidden_states, text_length, mask, freqs)
+
+    def _kept_context(
+        self, kept: Any, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple
+    ) -> ForwardContext:
+        """Return the context of a forward with kept references."""
+        if not kept.kept:
+            whole = self._whole_context(hidden_states, text_length, mask, freqs, kept.zero_cond_t)
+            return replace(whole, references=kept.start(whole.layout, whole.rotary))
+        rows = kept.rows
+        return ForwardContext(
+            layout=rows.layout, visibility=self.visibility, rotary=rows.rotary(kept.prediction.rotary),
+            references=rows, impl=self.impl, rounding="eager",
+        )  # fmt: skip
+
+    def _whole_context(
+        self, hidden_states: Tensor, text_length: int, mask: Tensor | None, freqs: tuple, zero_cond_t: bool = False
+    ) -> ForwardContext:
         batch, image_length = hidden_states.shape[:2]
         # With checkpointing a backward runs the blocks again, possibly after other forwards and in another thread. The
         # tensors that the checkpoint keeps, such as the rotary tables, then tell to which forward the call belongs.
         shapes = None
-        if self.visibility != "full":
+        if self.visibility != "full" or self.calls.kept is not None:
             shapes = self.shapes.setdefault(freqs[0], self.calls.img_shapes)
             assert shapes is not None, "no image sizes are known of this forward"
         grids = [_grids(shapes, sample, image_length) for sample in range(batch)]
@@ -93,7 +122,8 @@ class PatchState:
             return saved[4]
         with torch.inference_mode(False), torch.no_grad():
             runs = _text_runs(mask, batch, text_length)
-            layout = SelfLayout.qwen([Sample(text, *shapes) for text, shapes in zip(runs, grids, strict=True)])
+            samples = [Sample(text, *shapes) for text, shapes in zip(runs, grids, strict=True)]
+            layout = SelfLayout.qwen(samples, zero_cond_t=zero_cond_t)
             joint = torch.cat([freqs[1], freqs[0]]).repeat(batch, 1)  # [text | image] of every sample
             rotary = joint.real.float().contiguous(), joint.imag.float().contiguous()
             context = ForwardContext(

@@ -21,7 +21,7 @@ from uniref_fast.models.qwen_image import qk_norm_eps
 from uniref_fast.patch.guards import QK_NORMS, active_backend, active_modes, attention_change, norm_change
 from uniref_fast.patch.processors import PatchedAttention, PatchedBlock
 
-__all__ = ["REPLACED_MODULES", "Replaced", "deviations", "is_own_method"]
+__all__ = ["REPLACED_MODULES", "Replaced", "deviations", "is_own_method", "weight_hooks"]
 
 _QWEN = "diffusers.models.transformers.transformer_qwenimage"
 _NORMS = "diffusers.models.normalization"
@@ -194,21 +194,20 @@ def _hooks(module: nn.Module, *, called: bool = False, whole_model: bool = False
     names: list[str] = []
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
-        names += [hook for hook in registry.hooks if not (called and hook in _weight_hooks())]
+        names += [hook for hook in registry.hooks if not (called and hook in weight_hooks())]
     if hook := getattr(module, "_hf_hook", None):
         own = _root(type(hook).__module__) == "accelerate"
         if not own or not (called or (whole_model and _offloads(hook))):
             names.append(f"accelerate's {type(hook).__name__}" if own else type(hook).__name__)
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
-    patched = getattr(getattr(module, "_uniref_fast", None), "hook", None)  # the hook of `patch`, if any
-    if patched is not None:
+    for patched in getattr(getattr(module, "_uniref_fast", None), "hooks", ()):  # hooks of `patch`
         hooks.pop(patched.id, None)
     names += _foreign(hooks) if called else [_name(hook) for hook in hooks.values()]
     return names
 
 
 @functools.cache
-def _weight_hooks() -> frozenset[str]:
+def weight_hooks() -> frozenset[str]:
     """Return the hooks of diffusers that only move or cast the weights of their module."""
     from diffusers.hooks import group_offloading as offloading
     from diffusers.hooks import layerwise_casting as casting

@@ -1,0 +1,271 @@
+"""References kept across the steps of an unchanged pipeline: `patch(pipe, keep_references=...)`.
+
+Two hooks of the transformer decide for each of its calls whether it is a refresh step or a kept step
+(`uniref_fast.models.kept_references`). Before a kept step they take the rows of the references out of the arguments, so
+that the transformer computes text and target only; the result then has the rows of the target only, which is the part
+that the pipeline reads.
+
+A call continues a *prediction* only if everything that its kept keys and values depend on is equal, and time has gone
+on: reference latents, embeddings and mask of the prompt, image sizes, dtype, device, weights, adapters with their
+scales, and other arguments. Any other call is the first step of a new prediction. So a new edit, other references,
+another prompt or another adapter never sees kept keys and values of an earlier one. Guidance has two predictions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uniref_fast.edit_report import ReferenceReport
+from uniref_fast.layout import SelfLayout
+from uniref_fast.models.kept_references import KeepDtype, KeptReferences, ReferenceRows, RefreshSchedule
+from uniref_fast.patch.guards import active_backend, active_mode, attention_change, has_hooks, is_plain
+from uniref_fast.patch.stock import weight_hooks
+
+__all__ = ["KeptForward", "ReferenceKeeper"]
+
+ARGUMENTS = (
+    "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes", "guidance",
+    "attention_kwargs", "controlnet_block_samples", "additional_t_cond", "return_dict",
+)  # fmt: skip
+"""Arguments of the transformer's forward, in order."""
+
+PREDICTIONS = 2
+"""Predictions of one edit: with guidance the prompt and the negative prompt."""
+
+
+@dataclass(eq=False)
+class _Prediction:
+    """The kept references of one prediction of an edit, and everything that they depend on.
+
+    Attributes:
+        settings: Values that are compared on the host.
+        tensors: Copies of tensors that are compared on their device.
+        time: Copy of the timestep of the last call.
+        stores: Kept references of each sample of the batch.
+        layout: Layout of the whole sequence; None before the first step has reached a block.
+        rotary: Rotary tables of that layout.
+    """
+
+    settings: tuple
+    tensors: tuple[Tensor, ...]
+    time: Tensor
+    stores: list[KeptReferences]
+    layout: SelfLayout | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass
+class KeptForward:
+    """The running call of the transformer.
+
+    Attributes:
+        prediction: Prediction that the call is a step of.
+        zero_cond_t: True if the model modulates references with t = 0.
+        rows: Rows of the call; None in a refresh step until a block knows the layout.
+        context: `ForwardContext` of the call, once a block has built it.
+    """
+
+    prediction: _Prediction
+    zero_cond_t: bool
+    rows: ReferenceRows | None = None
+    context: Any = field(default=None, repr=False)
+
+    @property
+    def kept(self) -> bool:
+        """True if the references are not computed in this call."""
+        return self.rows is not None and bool(self.rows.reused)
+
+    def start(self, layout: SelfLayout, rotary: tuple[Tensor, Tensor]) -> ReferenceRows:
+        """Return the rows of a refresh step, whose layout is known now."""
+        self.prediction.layout, self.prediction.rotary = layout, rotary
+        self.rows = ReferenceRows(layout, self.prediction.stores)
+        return self.rows
+
+
+class ReferenceKeeper:
+    """The hooks of one patched transformer.
+
+    Args:
+        state: State of the patched transformer.
+        schedule: When the references are computed again.
+        dtype: Data type of kept keys and values, or None.
+        pipe: Pipeline whose scheduler tells the number of steps, or None.
+    """
+
+    def __init__(self, state: Any, schedule: RefreshSchedule, dtype: KeepDtype | None, pipe: Any) -> None:
+        self.state, self.schedule, self.dtype = state, schedule, dtype
+        self.pipe = None if pipe is None else weakref.ref(pipe)
+
+    def __deepcopy__(self, memo: Any) -> ReferenceKeeper:
+        return ReferenceKeeper(self.state, self.schedule, self.dtype, self.pipe and self.pipe())
+
+    def __reduce__(self) -> tuple:
+        return ReferenceKeeper, (self.state, self.schedule, self.dtype, None)
+
+    def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Return the arguments of a kept step; None leaves them as they are (a forward pre-hook)."""
+        if torch.compiler.is_compiling():
+            return None
+        calls = self.state.calls
+        calls.kept = None
+        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        if not any(len(shapes) > 1 for shapes in given.get("img_shapes") or ()):
+            return None  # no references
+        if reason := self._refusal(module, given):
+            self.state.report.references_not_kept[reason] += 1
+            calls.predictions.clear()
+            return None
+        prediction = self._prediction(module, given)
+        calls.kept = KeptForward(prediction, bool(module.config.zero_cond_t))
+        if any(store.due for store in prediction.stores):
+            for store in prediction.stores:  # the samples of a batch have streams of one length
+                store.refresh_now()
+            return None
+        assert prediction.layout is not None
+        calls.kept.rows = ReferenceRows(prediction.layout, prediction.stores)
+        shapes = [[each[0]] for each in given["img_shapes"]]
+        frames, height, width = shapes[0][0]
+        given |= {"hidden_states": given["hidden_states"][:, : frames * height * width], "img_shapes": shapes}
+        return (), given
+
+    def after(self, module: Any, args: tuple, output: Any) -> None:
+        """Count the step, or forget a prediction whose references not all blocks have stored (a forward hook)."""
+        if torch.compiler.is_compiling():
+            return
+        calls = self.state.calls
+        forward, calls.kept = calls.kept, None
+        if forward is None:
+            return
+        prediction = forward.prediction
+        if output is None:  # the call raised an error
+            calls.predictions.remove(prediction)
+            return
+        attentions = [getattr(block, "attn", None) for block in module.transformer_blocks]
+        if forward.rows is None or not all(store.has(attentions) for store in prediction.stores):
+            self.state.report.references_not_kept["attention of a block ran the original"] += 1
+            calls.predictions.remove(prediction)
+            return
+        forward.rows.finish()
+        number = calls.predictions.index(prediction)
+        store = prediction.stores[0]
+        reports = self.state.report.reference_steps
+        reports[number:] = [
+            ReferenceReport(None, f"prediction {number + 1}", store.steps, tuple(store.refreshed), tuple(store.drifts),
+                            sum(each.nbytes for each in prediction.stores))
+        ]  # fmt: skip
+        if self._is_last_step():
+            for each in prediction.stores:
+                each.clear()
+
+    def _refusal(self, module: Any, given: dict[str, Any]) -> str | None:
+        """Return the reason why this call must compute the references and keep nothing, or None."""
+        if torch.is_grad_enabled():
+            return "gradients are enabled"
+        if given.get("controlnet_block_samples") is not None or given.get("guidance") is not None:
+            return "called with ControlNet residuals or guidance embeddings"
+        image, shapes = given.get("hidden_states"), given["img_shapes"]
+        tensors = [given.get(name) for name in ("hidden_states", "encoder_hidden_states", "timestep")]
+        if not all(is_plain(tensor) for tensor in tensors) or image is None or image.device.type == "meta":
+            return "called with other objects than ordinary tensors"
+        if image.ndim != 3 or len(image) != len(shapes) or any(each != shapes[0] for each in map(list, shapes)):
+            return "the images of the samples have different sizes"
+        if image.shape[1] != sum(f * h * w for f, h, w in shapes[0]):
+            return "the image tokens are not those of img_shapes"
+        for name, hooked in _hooked(module):
+            return f"{name} has {hooked}, which must see every row"
+        if reason := active_mode() or attention_change():
+            return reason
+        if backend := active_backend():
+            return f"attention backend {backend!r} is active in this process"
+        return None
+
+    def _prediction(self, module: Any, given: dict[str, Any]) -> _Prediction:
+        """Return the prediction that a call continues, or a new one."""
+        predictions: list[_Prediction] = self.state.calls.predictions
+        image, text, mask = given["hidden_states"], given["encoder_hidden_states"], given.get(ARGUMENTS[2])
+        shapes, time = given["img_shapes"], given["timestep"].flatten()
+        frames, height, width = shapes[0][0]
+        tensors = (image[:, frames * height * width :], text, *([] if mask is None else [mask]))
+        more = {name: given.get(name) for name in ("attention_kwargs", "additional_t_cond")}
+        settings = (
+            tuple(tuple(map(tuple, each)) for each in shapes), tuple((x.shape, x.dtype, x.device) for x in tensors),
+            image.dtype, len(time), repr(more), _weights(module),
+        )  # fmt: skip
+        predictions[:] = [each for each in predictions if each.time.device == time.device]
+        alike = [each for each in predictions if each.settings == settings]
+        newer = torch.stack([(time.max() > each.time.max()).float() for each in predictions]) if predictions else None
+        same = [_equal(each.tensors, tensors) & (time < each.time).all() for each in alike]
+        # One read of the device for everything: which predictions this call may continue, and which have ended.
+        flags = torch.cat([torch.stack(same).float() if same else time.new_empty(0).float(),
+                           time.new_empty(0).float() if newer is None else newer]).tolist()  # fmt: skip
+        found = next((each for each, yes in zip(alike, flags, strict=False) if yes), None)
+        if found is not None:
+            found.time = time.clone()
+            return found
+        ended = [each for each, yes in zip(predictions, flags[len(same) :], strict=True) if yes]
+        predictions[:] = [each for each in predictions if each not in ended]
+        if len(predictions) >= PREDICTIONS:
+            predictions.clear()
+        if not predictions:
+            self.state.report.reference_steps.clear()
+        stores = [KeptReferences(self.schedule, self.dtype, self._total()) for _ in range(len(image))]
+        predictions.append(_Prediction(settings, tuple(x.clone() for x in tensors), time.clone(), stores))
+        return predictions[-1]
+
+    def _timesteps(self) -> Any:
+        pipe = None if self.pipe is None else self.pipe()
+        return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+
+    def _total(self) -> int | None:
+        """Return the number of steps of the running edit, or None if it is not known."""
+        timesteps = self._timesteps()
+        return None if timesteps is None else len(timesteps)
+
+    def _is_last_step(self) -> bool:
+        """Return True if the scheduler of the pipeline is at its last step: decoding then needs the memory."""
+        timesteps = self._timesteps()
+        pipe = None if self.pipe is None else self.pipe()
+        step = getattr(getattr(pipe, "scheduler", None), "step_index", None)
+        return timesteps is not None and (step or 0) == len(timesteps) - 1
+
+
+def _equal(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> Tensor:
+    """Return a bool tensor on the device: whether all tensors are equal."""
+    return torch.stack([(a == b).all() for a, b in zip(kept, given, strict=True)]).all()
+
+
+def _weights(transformer: nn.Module) -> tuple:
+    """Return the identity and version of all weights, and the state of all adapters."""
+    state: list[Any] = []
+    module: Any
+    for module in transformer.modules():
+        own = vars(module)
+        for parameter in own["_parameters"].values():
+            if parameter is not None:
+                state += (id(parameter), 0 if parameter.is_inference() else parameter._version)
+        if "scaling" in own:  # a layer of peft
+            state.append((tuple(module.active_adapters), tuple(own["scaling"].items()), tuple(module.merged_adapters),
+                          module.disable_adapters))  # fmt: skip
+    return tuple(state)
+
+
+def _hooked(transformer: Any) -> Iterator[tuple[str, str]]:
+    """Yield (name, what it has) of places with hooks or compiled code that must see every row of every step."""
+    places = {"the transformer": transformer}
+    for name, block in transformer.transformer_blocks.named_children():
+        places |= {f"transformer_blocks.{name}": block, f"transformer_blocks.{name}.attn": block.attn}
+    for name, place in places.items():
+        registry = getattr(place, "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks:
+            if hook not in weight_hooks():
+                yield name, f"the hook {hook!r} of diffusers"
+        if place is not transformer and has_hooks(place):
+            yield name, "forward hooks"
+        if getattr(place, "_compiled_call_impl", None) is not None:
+            yield name, "compiled code"
