@@ -236,7 +236,7 @@ class MaskPlan:
 
 
 def _cudnn(counts):
-    counts["plans"] = 0
+    counts |= {"plans": 0, "compiled": 0}
 
     def create_mask_plan(
         mask_func, q, k, v, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
@@ -289,6 +289,7 @@ def _cudnn(counts):
 
         def compile(self):
             assert self.state == "checked"
+            counts["compiled"] += 1
             self.state, self.workspace_size = "compiled", 384
 
         def execute(

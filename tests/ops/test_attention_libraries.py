@@ -23,24 +23,29 @@ PACK = [
     Sample(1, (1, 5, 7), ((1, 1, 1), (1, 3, 2))),
     Sample(((3, True), (2, False), (1, True)), (1, 4, 6), ((1, 4, 2),)),
 ]
-# Targets that share one copy of two references, of two groups.
+# Targets that share one copy of their references, in two groups; text with masked positions in one of them.
+REFERENCES = ((1, 3, 3), (1, 1, 2)), ((1, 2, 3),)
 GROUPS = [
-    Sample(3, (1, 4, 5), ((1, 3, 3), (1, 1, 2)), group=0),
-    *(Sample(2 + i, (1, 2, 5), group=0) for i in range(2)),
-    Sample(1, (1, 2, 2), ((1, 2, 3),), group=1),
-    Sample(4, (1, 3, 2), group=1),
+    Sample(((2, True), (1, False), (1, True)), (1, 4, 5), REFERENCES[0], group=0),
+    *(Sample(2 + i, (1, 2, 5), REFERENCES[0], group=0) for i in range(2)),
+    *(Sample(1 + i, (1, 2, 2), REFERENCES[1], group=1) for i in range(2)),
 ]
-PLANS = {name: plan(SelfLayout.qwen(GROUPS if name == "group_shared" else PACK), name) for name in POLICIES}
+GROUPED = SelfLayout.qwen(GROUPS, shared_references=True)
+PLANS = {name: plan(GROUPED if name == "group_shared" else SelfLayout.qwen(PACK), name) for name in POLICIES}
 PLANS |= {
     "targets only": target_plan(SelfLayout.qwen(PACK), "full"),
-    "targets of groups": target_plan(SelfLayout.qwen(GROUPS), "group_shared"),
+    "targets of groups": target_plan(GROUPED, "group_shared"),
     # Queries without keys at both ends and in the middle, keys without queries, an empty range and an empty interval,
     # key intervals that overlap in part, and a range whose keys lie before those of the range before it.
     "irregular": AttentionPlan(
         ((0, 2), (2, 5), (5, 5), (5, 6), (6, 9), (9, 11), (11, 12)),
-        ((), ((4, 9), (12, 15)), ((1, 3),), (), ((6, 13), (14, 14)), ((1, 3), (16, 17)), ()),
+        ((), ((4, 9), (12, 15)), ((0, 1),), ((2, 2),), ((6, 13), (14, 14)), ((1, 3), (16, 17)), ()),
         12,
         19,
+    ),
+    # Each range sees one interval with its left and one with its right neighbour: three shares of some queries.
+    "chain": AttentionPlan(
+        ((0, 3), (3, 5), (5, 9)), (((0, 4), (4, 6)), ((0, 4), (6, 9), (9, 11)), ((4, 6), (6, 9))), 9, 11
     ),
 }
 DTYPES = [torch.float32, torch.bfloat16]
@@ -110,7 +115,10 @@ def test_on_a_gpu(impl, case, dtype, dim):
 
 @pytest.mark.parametrize(
     "case, calls",
-    [("full", 1), ("reference_causal", 2), ("reference_isolated", 2), ("group_shared", 2), ("targets only", 1)],
+    [
+        *(("full", 1), ("reference_causal", 2), ("reference_isolated", 2), ("group_shared", 2)),
+        *(("targets only", 1), ("targets of groups", 2)),
+    ],
 )
 def test_number_of_calls(library, case, calls):
     """The policies need one or two calls of FlashAttention for any pack, and one of cuDNN."""
@@ -181,18 +189,19 @@ def test_masks_are_compiled_once_and_again_when_dropped(library, monkeypatch):
     for _ in range(3):
         out, x, g = run("full")
         torch.autograd.grad(out, x, g)
-    assert counts["plans"] == 1
+    assert counts["plans"] == counts["compiled"] == 1
     run("full", heads=3)
     run("group_shared")
     assert counts["plans"] == 3
     with torch.no_grad():
         run("full")  # without a backward
     assert counts["plans"] == 4
-    monkeypatch.setattr(flex_attention, "KEPT_PLANS", 1)
+    monkeypatch.setattr(flex_attention, "KEPT_PLANS", 4)
     out, x, g = run("reference_causal")
-    flex_attention._masks.clear()  # as if many other plans had run between forward and backward
+    for case in ("reference_isolated", "targets only", "irregular", "chain"):  # between forward and backward
+        run(case)
     grads = torch.autograd.grad(out, x, g)
-    assert counts["plans"] == 6 and len(flex_attention._masks) == 1
+    assert counts["plans"] == 10 and len(flex_attention._masks) == 4
     assert all(grad.isfinite().all() for grad in grads)
 
 
