@@ -69,7 +69,7 @@ def rounded(x):
 
 def test_default_parts(make_transformer):
     parts = fast.eight_bit_parts(make_transformer(layers=4))
-    assert parts.attention == {"transformer_blocks.1", "transformer_blocks.2"}
+    assert parts.attention == {"transformer_blocks.1.attn.processor", "transformer_blocks.2.attn.processor"}
     assert len(parts.linears) == 2 * LINEARS
     assert all(name.startswith(("transformer_blocks.1.", "transformer_blocks.2.")) for name in parts.linears)
     assert not any("mod" in name for name in parts.linears)

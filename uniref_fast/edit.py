@@ -27,6 +27,7 @@ from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.kept_references import KeepDtype, KeptReferences, RefreshSchedule, dependence
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
+from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
 from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
 from uniref_fast.schedule import denoising_schedule
@@ -112,7 +113,7 @@ def edit(
     if keep_dtype not in (None, "int8"):
         raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
     keeping = _refresh_schedules(model, geometries, keep_references, drift)
-    with torch.no_grad(), eight_bit(transformer, parts):
+    with torch.no_grad(), eight_bit(transformer, None if patched_parts(transformer) else parts):
         jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, strict=True)]
         for job, schedule in zip(jobs, keeping, strict=True):
             if schedule is not None:
@@ -136,15 +137,25 @@ def _eight_bit_parts(
     model: PackedQwenImage | None,
 ) -> EightBitParts | None:
     """Return the parts that compute in 8 bits, or None for the mode "exact"."""
+    installed = patched_parts(transformer)
     if not check_mode(mode):
         if modules_to_not_convert is not None:
             raise ValueError('modules_to_not_convert is for mode="fast"')
+        if installed is not None:
+            raise ValueError('the pipeline is patched with mode="fast"; give edit() the same mode, or unpatch first')
         return None
     if model is not None:
         raise ValueError('mode="fast" builds its own packed model; leave model out')
     if reason := unsupported(device, impl):
         raise ValueError(f'mode="fast" is not possible here: {reason}')
-    return eight_bit_parts(transformer, modules_to_not_convert, impl)
+    if installed is None:
+        return eight_bit_parts(transformer, modules_to_not_convert, impl)
+    if modules_to_not_convert is not None or impl != installed.impl:
+        raise ValueError(
+            f"the pipeline is patched with mode='fast' and impl={installed.impl!r}; give edit() the same impl, and no "
+            "modules_to_not_convert: those of the patch hold"
+        )
+    return installed
 
 
 def _check_options(output_type: Any, pack_tokens: Any, budget: Any) -> None:

@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 MODES = ("exact", "fast")
-ATTENTION = "attn.processor"  # name of the attention of a block, after the block's own
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class EightBitParts:
 
     Attributes:
         linears: Names of the Linears; a layer of peft stands for the Linear inside.
-        attention: Names of the blocks whose attention computes in 8 bits.
+        attention: Names of the attention, such as "transformer_blocks.1.attn.processor".
         impl: "reference" for the emulation, or None.
     """
 
@@ -98,9 +97,11 @@ def eight_bit_parts(
         ValueError: If a name fits no module, or a weight cannot be quantised.
     """
     kept = default_16bit(transformer) if modules_to_not_convert is None else tuple(modules_to_not_convert)
-    names = [f"transformer_blocks.{name}" for name, _ in transformer.transformer_blocks.named_children()]
+    attention = [
+        f"transformer_blocks.{name}.attn.processor" for name, _ in transformer.transformer_blocks.named_children()
+    ]
     linears = [name for name, linear in _block_linears(transformer) if _fits(linear)]
-    candidates = [*linears, *(f"{name}.{ATTENTION}" for name in names)]
+    candidates = [*linears, *attention]
     for pattern in kept:
         if not any(_is_in(pattern, name) for name in candidates):
             known = sorted({part for name in candidates for part in name.split(".") if not part.isdigit()})
@@ -113,8 +114,7 @@ def eight_bit_parts(
     def converted(name: str) -> bool:
         return not any(_is_in(pattern, name) for pattern in kept)
 
-    attention = frozenset(name for name in names if converted(f"{name}.{ATTENTION}"))
-    return EightBitParts(tuple(filter(converted, linears)), attention, impl)
+    return EightBitParts(tuple(filter(converted, linears)), frozenset(filter(converted, attention)), impl)
 
 
 def _is_in(pattern: str, name: str) -> bool:
@@ -153,9 +153,10 @@ def quantise(transformer: Any, parts: EightBitParts, *, to_host: bool = False) -
     for name, linear in chosen:
         if problem := _problem(linear):
             raise ValueError(f"{name}: {problem}, and mode='fast' quantises weights of 16 or 32 bits itself")
-    for _, linear in chosen:
+    for name, linear in chosen:
         original = linear.weight
-        linear._parameters["weight"] = nn.Parameter(QuantisedWeight.of(original, parts.impl), requires_grad=False)
+        quantised = QuantisedWeight.of(original, parts.impl, name)
+        linear._parameters["weight"] = nn.Parameter(quantised, requires_grad=False)
         if to_host and original.device.type != "cpu":
             original.data = original.data.cpu()
 

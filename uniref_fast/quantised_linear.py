@@ -10,7 +10,8 @@ were quantised, in their own dtype. Modules stay the modules that they were: hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,16 @@ from torch.utils._pytree import tree_map
 
 from uniref_fast import ops
 
-__all__ = ["QuantisedActivation", "QuantisedWeight", "base_linear", "is_quantised", "quantised_input"]
+__all__ = [
+    "QuantisedActivation",
+    "QuantisedWeight",
+    "base_linear",
+    "describe_errors",
+    "is_quantised",
+    "quantised_input",
+    "record_error",
+    "recorded_errors",
+]
 
 aten = torch.ops.aten
 
@@ -68,24 +78,33 @@ class QuantisedWeight(_EightBit):
         values: Its 8-bit values, float8_e4m3fn `[out, in]`.
         row_scale: Their scales, float32 `[out]`.
         impl: Implementation of the products, as for `ops.scaled_linear`.
+        name: Name of the Linear, under which its error is recorded.
     """
 
     original: Tensor
     impl: str | None
+    linear_name: str
 
     @staticmethod
-    def __new__(cls, original: Tensor, values: Tensor, row_scale: Tensor, impl: str | None) -> QuantisedWeight:
+    def __new__(
+        cls, original: Tensor, values: Tensor, row_scale: Tensor, impl: str | None = None, name: str = ""
+    ) -> QuantisedWeight:
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, values.shape, dtype=original.dtype, device=values.device, requires_grad=False
         )
 
-    def __init__(self, original: Tensor, values: Tensor, row_scale: Tensor, impl: str | None) -> None:
-        self.original, self.e4m3, self.row_scale, self.impl = original, values, row_scale, impl
+    def __init__(
+        self, original: Tensor, values: Tensor, row_scale: Tensor, impl: str | None = None, name: str = ""
+    ) -> None:
+        self.original, self.e4m3, self.row_scale, self.impl, self.linear_name = original, values, row_scale, impl, name
 
     @classmethod
-    def of(cls, weight: Tensor, impl: str | None = None) -> QuantisedWeight:
+    def of(cls, weight: Tensor, impl: str | None = None, name: str = "") -> QuantisedWeight:
         """Quantise a weight on its own device."""
-        return cls(weight, *ops.quantize_fp8(weight.detach(), impl=_quantising(impl)), impl)
+        return cls(weight, *ops.quantize_fp8(weight.detach(), impl=_quantising(impl)), impl, name)
+
+    def _like(self, original: Tensor, values: Tensor, row_scale: Tensor) -> QuantisedWeight:
+        return QuantisedWeight(original, values, row_scale, self.impl, self.linear_name)
 
     def unquantised(self) -> Tensor:
         """Return the weight that this one replaces, on the device of the 8-bit values."""
@@ -93,7 +112,15 @@ class QuantisedWeight(_EightBit):
 
     @torch.no_grad()
     def assign(self, weight: Tensor) -> None:
-        """Replace the weight and its 8-bit values by those of another weight of the same shape."""
+        """Replace the weight and its 8-bit values by those of another weight of the same shape.
+
+        A weight on another device is the same weight, which offloading has moved.
+        """
+        if isinstance(weight, QuantisedWeight) and weight.device != self.device:
+            with torch._C.DisableTorchFunctionSubclass():
+                _SET_DATA(self, weight)
+            self.original, self.e4m3, self.row_scale = weight.original, weight.e4m3, weight.row_scale
+            return
         source = weight.original if isinstance(weight, QuantisedWeight) else weight
         if source is not self.original:  # `weight.data += x` changes the weight in place and then assigns it
             self.original.detach().copy_(source.detach())
@@ -105,11 +132,11 @@ class QuantisedWeight(_EightBit):
         self.row_scale.copy_(row_scale)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple]:
-        return ["e4m3", "row_scale"], (self.original, self.impl)
+        return ["e4m3", "row_scale"], (self.original, self.impl, self.linear_name)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: tuple, size: Any, stride: Any) -> QuantisedWeight:
-        return cls(context[0], inner["e4m3"], inner["row_scale"], context[1])
+        return cls(context[0], inner["e4m3"], inner["row_scale"], *context[1:])
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -118,10 +145,9 @@ class QuantisedWeight(_EightBit):
         kwargs, weight = kwargs or {}, args[0]
         if isinstance(weight, cls):
             if func in (aten.detach.default, aten.alias.default):
-                return cls(weight.original, weight.e4m3, weight.row_scale, weight.impl)
+                return weight._like(weight.original, weight.e4m3, weight.row_scale)
             if func is aten.clone.default:
-                parts = weight.original.detach().clone(), weight.e4m3.clone(), weight.row_scale.clone()
-                return cls(*parts, weight.impl)
+                return weight._like(weight.original.detach().clone(), weight.e4m3.clone(), weight.row_scale.clone())
             if func is aten._to_copy.default:
                 return weight._moved(kwargs.get("device"), kwargs.get("dtype"))
             if func in (aten.add_.Tensor, aten.sub_.Tensor, aten.copy_.default):
@@ -137,32 +163,45 @@ class QuantisedWeight(_EightBit):
     def _moved(self, device: Any, dtype: torch.dtype | None) -> QuantisedWeight:
         device = self.device if device is None else device
         if dtype in (None, self.dtype):
-            return QuantisedWeight(self.original, self.e4m3.to(device), self.row_scale.to(device), self.impl)
+            return self._like(self.original, self.e4m3.to(device), self.row_scale.to(device))
         original = self.original.detach().to(dtype)
         values, row_scale = ops.quantize_fp8(original.to(device), impl=_quantising(self.impl))
-        return QuantisedWeight(original, values, row_scale, self.impl)
+        return self._like(original, values, row_scale)
 
 
 class QuantisedActivation(_EightBit):
-    """Input `[N, C]` of Linears that was quantised by row.
+    """Input of Linears that was quantised by row.
 
     Args:
         values: 8-bit values, float8_e4m3fn `[N, C]`.
         row_scale: Their scales, float32 `[N]`.
         dtype: Dtype of the activation outside of 8-bit products.
-        exact: Function that returns the activation before it was quantised, `[N, C]` in that dtype. It is called if an
-            operation needs it, and once at most.
+        exact: Function that returns the activation before it was quantised, in that dtype. It is called if an operation
+            needs it, and once at most.
+        shape: Shape of the activation, with N rows of C channels; None for `[N, C]`.
     """
 
     @staticmethod
     def __new__(
-        cls, values: Tensor, row_scale: Tensor, dtype: torch.dtype, exact: Callable[[], Tensor]
+        cls,
+        values: Tensor,
+        row_scale: Tensor,
+        dtype: torch.dtype,
+        exact: Callable[[], Tensor],
+        shape: torch.Size | None = None,
     ) -> QuantisedActivation:
         return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, values.shape, dtype=dtype, device=values.device, requires_grad=False
+            cls, values.shape if shape is None else shape, dtype=dtype, device=values.device, requires_grad=False
         )
 
-    def __init__(self, values: Tensor, row_scale: Tensor, dtype: torch.dtype, exact: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        row_scale: Tensor,
+        dtype: torch.dtype,
+        exact: Callable[[], Tensor],
+        shape: torch.Size | None = None,
+    ) -> None:
         self.e4m3, self.row_scale, self._exact = values, row_scale, exact
         self._computed: Tensor | None = None
 
@@ -182,13 +221,15 @@ class QuantisedActivation(_EightBit):
 
 
 def quantised_input(x: Tensor, impl: str | None = None) -> QuantisedActivation:
-    """Quantise an activation `[N, C]` by row, for several Linears.
+    """Quantise an activation `[..., C]` by row, for several Linears.
 
     Args:
-        x: Activation with contiguous rows.
+        x: Activation.
         impl: Implementation, as for `ops.quantize_fp8`.
     """
-    return QuantisedActivation(*ops.quantize_fp8(x, impl=_quantising(impl)), x.dtype, lambda: x)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return QuantisedActivation(*ops.quantize_fp8(rows, impl=_quantising(impl)), x.dtype, lambda: x, x.shape)
 
 
 def base_linear(linear: Any) -> Any:
@@ -206,13 +247,50 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(_unquantised(x), weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("8-bit Linears have no gradient: use them under torch.no_grad(), or unpatch the model")
-    if isinstance(x, QuantisedActivation):
-        rows = x
-    else:
-        flat = x.reshape(-1, x.shape[-1])
-        rows = quantised_input(flat if flat.stride(-1) == 1 else flat.contiguous(), weight.impl)
-    out = ops.scaled_linear(rows.e4m3, rows.row_scale, weight.e4m3, weight.row_scale, bias, x.dtype, impl=weight.impl)
-    return out.view(*x.shape[:-1], -1) if x.ndim != 2 else out
+    rows = x if isinstance(x, QuantisedActivation) else quantised_input(x, weight.impl)
+    out = ops.scaled_linear(
+        rows.e4m3, rows.row_scale, weight.e4m3, weight.row_scale, bias, x.dtype, impl=weight.impl
+    ).view(*x.shape[:-1], len(weight))
+    record_error(weight.linear_name, out, lambda: F.linear(_unquantised(x), weight.unquantised(), bias))
+    return out
+
+
+_RECORDS: list[dict[str, float]] = []
+
+
+@contextlib.contextmanager
+def recorded_errors(errors: dict[str, float]) -> Iterator[None]:
+    """Record the relative error of every 8-bit product by name, `|8 bits - 16 bits| / |16 bits|` of its first call.
+
+    Args:
+        errors: Dictionary that is filled. Names that it holds are not measured again.
+    """
+    _RECORDS.append(errors)
+    try:
+        yield
+    finally:
+        _RECORDS.remove(errors)
+
+
+def record_error(name: str, result: Tensor, exact: Callable[[], Tensor]) -> None:
+    """Record the error of a result, if `recorded_errors` is active and its name is not recorded yet.
+
+    Args:
+        name: Name of the Linear or of the attention; nothing is recorded without a name.
+        result: Result in 8 bits.
+        exact: Function that computes the same in 16 bits.
+    """
+    if name and _RECORDS and name not in _RECORDS[-1]:
+        expected = exact().float()
+        error, size = (result.float() - expected).norm(), expected.norm()
+        _RECORDS[-1][name] = (error / size).item() if size > 0 else float(error > 0)
+
+
+def describe_errors(errors: Mapping[str, float]) -> str:
+    """Return the mean and the largest of recorded errors in words."""
+    worst = max(errors, key=lambda name: errors[name])
+    mean = sum(errors.values()) / len(errors)
+    return f"relative errors of {mean:.1%} in the mean, at most {errors[worst]:.1%} ({worst})"
 
 
 def _quantising(impl: str | None) -> str | None:

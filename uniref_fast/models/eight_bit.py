@@ -11,19 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniref_fast import ops
-from uniref_fast.quantised_linear import QuantisedActivation, is_quantised
+from uniref_fast.quantised_linear import QuantisedActivation, is_quantised, record_error
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["attend", "feed_forward", "first_linear", "gated_input", "modulated_input"]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, impl: str | None, for_training: bool, eight_bit: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, impl: str | None, for_training: bool, eight_bit: str
 ) -> Tensor:
-    """Compute `ops.attention_fp8` of q, k, v, `[N, H, D]`, if `eight_bit`, and else `ops.segment_attention`."""
-    if eight_bit:
-        return ops.attention_fp8(q, k, v, plan, impl=impl)
-    return ops.segment_attention(q, k, v, plan, impl=impl, backward=for_training or None)
+    """Compute attention of q, k, v, `[N, H, D]`.
+
+    Args:
+        q, k, v: Queries, keys and values.
+        plan: Plan of the queries and keys.
+        impl: Implementation forced on every op, or None.
+        for_training: Choose the implementation by the cost of forward and backward.
+        eight_bit: Name under which the error of attention in 8 bits is recorded; empty for attention in 16 bits.
+    """
+    if not eight_bit:
+        return ops.segment_attention(q, k, v, plan, impl=impl, backward=for_training or None)
+    out = ops.attention_fp8(q, k, v, plan, impl=impl)
+    record_error(eight_bit, out, lambda: ops.segment_attention(q, k, v, plan, impl=impl))
+    return out
 
 
 def modulated_input(
@@ -84,7 +94,7 @@ def first_linear(mlp: Any) -> nn.Module | None:
 
 
 def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
-    """Run a feed-forward, `[n, C]` to `[n, C]`, with GELU and the quantisation after it in one pass.
+    """Run a feed-forward, `[..., C]` to `[..., C]`, with GELU and the quantisation after it in one pass.
 
     Args:
         mlp: Feed-forward of a block. One that is not diffusers' own, or whose second Linear is not in 8 bits, is called
@@ -99,7 +109,8 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
     def exact() -> Tensor:
         return F.gelu(hidden, approximate="tanh")
 
-    return mlp.net[2](QuantisedActivation(*ops.gelu_fp8(hidden, impl=impl), hidden.dtype, exact))
+    quantised = ops.gelu_fp8(hidden.flatten(0, -2), impl=impl)
+    return mlp.net[2](QuantisedActivation(*quantised, hidden.dtype, exact, hidden.shape))
 
 
 def _is_eight_bit(mlp: Any) -> bool:

@@ -199,7 +199,7 @@ def _all_rows(qkv: QKV, context: ForwardContext, stream: str) -> QKV:
 
 
 def joint_attention(
-    attn: Any, image: Tensor, text: Tensor, context: ForwardContext, eight_bit: bool = False
+    attn: Any, image: Tensor, text: Tensor, context: ForwardContext, eight_bit: str = ""
 ) -> tuple[Tensor, Tensor]:
     """Run the attention of one double-stream block, output projections included.
 
@@ -208,7 +208,7 @@ def joint_attention(
         image: Modulated image stream, `[n, C]`.
         text: Modulated text stream, `[n, C]`.
         context: Context of the forward.
-        eight_bit: Compute attention itself in 8 bits (`ops.attention_fp8`).
+        eight_bit: Name of attention in 8 bits (`models.eight_bit.attend`); empty for 16 bits.
 
     Returns:
         (image, text) stream outputs with the shapes of the inputs.
@@ -241,12 +241,13 @@ class PackedBlock(nn.Module):
     Args:
         block: The diffusers block whose parameters are used.
         last: True for the last block of a model, of whose output only the targets' rows are used.
-        attention_8bit: Compute attention in 8 bits. Linears are in 8 bits if their weights are (`uniref_fast.fast`).
+        attention_8bit: Name of its attention if that is computed in 8 bits, or an empty string. Linears are in 8 bits
+            if their weights are (`uniref_fast.fast`).
     """
 
     block: Any
 
-    def __init__(self, block: Any, last: bool = False, attention_8bit: bool = False) -> None:
+    def __init__(self, block: Any, last: bool = False, attention_8bit: str = "") -> None:
         super().__init__()
         self.block, self.last, self.attention_8bit = block, last, attention_8bit
 
@@ -346,7 +347,8 @@ class PackedQwenImage(nn.Module):
             rest.
         for_training: Always choose attention by the cost of forward and backward, so that a forward without gradients
             equals one with gradients bit for bit.
-        attention_8bit: Names of the blocks, such as "transformer_blocks.1", whose attention is computed in 8 bits.
+        attention_8bit: Names of the attention that is computed in 8 bits, such as
+            "transformer_blocks.1.attn.processor".
 
     Attributes:
         blocks: The `PackedBlock`s, which sharding by block wraps.
@@ -378,9 +380,10 @@ class PackedQwenImage(nn.Module):
         # Not a submodule: its blocks are in `blocks`, and a parameter must belong to one place to be sharded.
         object.__setattr__(self, "transformer", transformer)
         last = len(transformer.transformer_blocks) - 1
+        attention = [f"transformer_blocks.{i}.attn.processor" for i in range(last + 1)]
         self.blocks = nn.ModuleList(
-            PackedBlock(b, i == last, f"transformer_blocks.{i}" in attention_8bit)
-            for i, b in enumerate(transformer.transformer_blocks)
+            PackedBlock(block, i == last, attention[i] if attention[i] in attention_8bit else "")
+            for i, block in enumerate(transformer.transformer_blocks)
         )
         self.embed_and_head = nn.ModuleList(
             getattr(transformer, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 
 from uniref_fast import ops
+from uniref_fast.fast import EightBitParts, check_mode, eight_bit_parts, quantise, restore, unsupported
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, dependence
 from uniref_fast.models.qwen_image import find_transformer
@@ -15,9 +17,10 @@ from uniref_fast.patch.kept import ReferenceKeeper
 from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, register_processor
 from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
 from uniref_fast.patch.state import PatchState
+from uniref_fast.quantised_linear import QuantisedWeight
 from uniref_fast.visibility import Rule, rule_of
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["patch", "patched_parts", "unpatch"]
 
 _INSTALLATION = "_uniref_fast"  # attribute of a patched transformer
 
@@ -32,18 +35,22 @@ def patch(
     keep_references: bool | int | Literal["auto"] = False,
     drift: float | None = None,
     keep_dtype: KeepDtype | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
 ) -> PatchReport:
     """Make a diffusers pipeline (or its transformer) faster, in place.
 
     Args:
         pipe_or_transformer: A `QwenImageEditPlusPipeline`, another pipeline with a `QwenImageTransformer2DModel` as
             `transformer`, or that model.
-        mode: "exact", the only mode, computes the same as the original and rounds where the original rounds.
+        mode: "exact" computes the same as the original and rounds where the original rounds. "fast" computes Linears of
+            the blocks and attention in 8 bits (docs/fast.md). Their 16-bit weights move to host memory, and `unpatch`
+            brings them back with the same bits.
         visibility: Visibility of attention. "full" is the one of diffusers; other policies (`uniref_fast.visibility`)
             are for models trained with them.
         strict: Raise RuntimeError when a self-check fails, in that call of the pipeline and in every later one. With
             False the site runs the original from then on.
-        impl: Implementation forced on every op ("reference", "native", "triton"). None chooses by device.
+        impl: Implementation forced on every op ("reference", "native", "triton"). None chooses by device. For the mode
+            "fast", "reference" emulates the 8 bits on any device.
         keep_references: Keep the keys and values of references over denoising steps, so that most steps compute text
             and target only (docs/fast.md). A number n computes the references in every n-th step, "auto" as often as
             `drift` requires. True computes them once, which needs a model for which this is exact. In the other steps
@@ -51,6 +58,8 @@ def patch(
         drift: Tolerance of "auto": the largest relative change of the references' keys and values between two steps
             that compute them. None takes the default.
         keep_dtype: "int8" keeps them in 8 bits. None keeps them unchanged.
+        modules_to_not_convert: Names of modules that stay in 16 bits in the mode "fast". None keeps the first and the
+            last block and the modulation.
 
     Returns:
         A live report of the patched sites.
@@ -61,14 +70,16 @@ def patch(
             or a block is already compiled: patch first, then compile.
     """
     transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
-    if mode != "exact":
-        raise ValueError(f"mode={mode!r} is not available; the only mode so far is 'exact'")
+    fast = check_mode(mode)
+    if modules_to_not_convert is not None and not fast:
+        raise ValueError('modules_to_not_convert is for mode="fast"')
     rule_of(visibility)  # raises for an unknown one
     if keep_dtype not in (None, "int8"):
         raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
     one = SelfLayout.qwen([Sample(1, (1, 1, 1), ((1, 1, 1),) * 2)], zero_cond_t=bool(transformer.config.zero_cond_t))
     schedule = RefreshSchedule.of(keep_references, drift, dependence(one, visibility))
-    options = (mode, visibility, strict, impl, schedule, keep_dtype)
+    kept = None if modules_to_not_convert is None else tuple(modules_to_not_convert)
+    options = (mode, visibility, strict, impl, schedule, keep_dtype, kept)
     found: _Installation | None = getattr(transformer, _INSTALLATION, None)
     if found is not None:
         if found.options != options:
@@ -76,8 +87,9 @@ def patch(
         return found.state.report
     find_transformer(pipe_or_transformer, sharded=True)  # raises for a wrapper of torch.compile
     _refuse_compiled(transformer)
+    parts = _eight_bit_parts(pipe_or_transformer, transformer, kept, impl) if fast else None
     pipe = None if pipe_or_transformer is transformer else pipe_or_transformer
-    installation = _Installation(transformer, options, pipe)
+    installation = _Installation(transformer, options, pipe, parts)
     object.__setattr__(transformer, _INSTALLATION, installation)  # not through nn.Module: it is no submodule
     return installation.state.report
 
@@ -104,13 +116,29 @@ def unpatch(pipe_or_transformer: Any) -> bool:
     return True
 
 
+def patched_parts(transformer: Any) -> EightBitParts | None:
+    """Return the parts that a patch computes in 8 bits; None for a model without a patch in the mode "fast"."""
+    found: _Installation | None = getattr(transformer, _INSTALLATION, None)
+    return None if found is None else found.state.parts
+
+
+def _eight_bit_parts(owner: Any, transformer: Any, kept: tuple[str, ...] | None, impl: str | None) -> EightBitParts:
+    device = getattr(owner, "_execution_device", None) or _device(transformer)
+    if reason := unsupported(device, impl):
+        raise ValueError(f'mode="fast" is not possible here: {reason}')
+    return eight_bit_parts(transformer, kept, impl)
+
+
+def _device(transformer: Any) -> torch.device:
+    return next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
+
+
 class _Installation:
     """The patched places of one transformer and the options that it was patched with."""
 
-    def __init__(self, transformer: Any, options: tuple, pipe: Any) -> None:
-        mode, visibility, strict, impl, schedule, keep_dtype = self.options = options
-        device = next((parameter.device for parameter in transformer.parameters()), torch.device("cpu"))
-        probe = torch.empty(0, dtype=_compute_dtype(transformer), device=device)
+    def __init__(self, transformer: Any, options: tuple, pipe: Any, parts: EightBitParts | None) -> None:
+        mode, visibility, strict, impl, schedule, keep_dtype, _ = self.options = options
+        probe = torch.empty(0, dtype=_compute_dtype(transformer), device=_device(transformer))
         head_dim = transformer.config.attention_head_dim
         if impl is None:
             implementation, reason = ops.explain(probe, head_dim)
@@ -124,7 +152,7 @@ class _Installation:
             reason=reason,
             sites=[],
         )
-        self.state = PatchState(report, visibility, strict, impl)
+        self.state = PatchState(report, visibility, strict, impl, parts)
         self.places: list[PatchedBlock | PatchedAttention] = []
         self.hooks: list[Any] = []
         if visibility != "full":
@@ -132,6 +160,11 @@ class _Installation:
             report.notes.append(
                 f"no self-check of attention: visibility {report.visibility} differs from the original's on purpose"
             )
+        self.transformer = transformer
+        if parts is not None:
+            quantise(transformer, parts, to_host=True)
+            self.hooks.append(transformer.register_state_dict_post_hook(_with_exact_weights))
+            report.eight_bit = len(parts.linears), len(parts.attention)
         if visibility != "full" or schedule is not None:
             self.hooks.append(transformer.register_forward_pre_hook(self.state.remember_shapes, with_kwargs=True))
         if schedule is not None:
@@ -164,6 +197,14 @@ class _Installation:
             place.remove()
         for hook in self.hooks:
             hook.remove()
+        restore(self.transformer)
+
+
+def _with_exact_weights(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Put the 16-bit weights into a state dict, so that a patched model is saved as it was."""
+    for name, value in state_dict.items():
+        if isinstance(value, QuantisedWeight):
+            state_dict[name] = value.original.detach()
 
 
 def _refuse_compiled(transformer: Any) -> None:

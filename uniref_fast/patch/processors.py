@@ -8,6 +8,7 @@ Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast import ops
+from uniref_fast.models.eight_bit import attend, feed_forward
 from uniref_fast.models.qwen_image import Modulation, joint_qkv, stream_rows
 from uniref_fast.patch.guards import (
     active_backend,
@@ -30,8 +32,9 @@ from uniref_fast.patch.guards import (
     unlike,
 )
 from uniref_fast.patch.replay import Calls, StandIn
-from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, Site
+from uniref_fast.patch.report import EIGHT_BIT_TOLERANCE, SELF_CHECK_TOLERANCE, Site
 from uniref_fast.patch.state import PatchState
+from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded_errors
 
 __all__ = [
     "PatchedAttention",
@@ -104,6 +107,9 @@ class PatchedAttention:
         self.attn, self.state, self.site, self.stock = attn, state, site, attn.processor
         self._attention_backend = self.stock._attention_backend
         self._parallel_config = self.stock._parallel_config
+        name = f"{site.name}.processor"
+        self.eight_bit = name if state.parts is not None and name in state.parts.attention else ""
+        site.tolerance = EIGHT_BIT_TOLERANCE if self.eight_bit else None
         attn.processor = self
 
     def locate(self) -> None:
@@ -184,8 +190,9 @@ class PatchedAttention:
         """Return (image, text, (implementation, reason of the choice)), or the reason why this is not possible."""
         attn: Any = calls.module
         head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
-        streams = {"to_q": image, "to_k": image, "to_v": image}
-        streams |= {"add_q_proj": text, "add_k_proj": text, "add_v_proj": text}
+        image_input, text_input = self._shared_input(attn.to_q, image), self._shared_input(attn.add_q_proj, text)
+        streams = {"to_q": image_input, "to_k": image_input, "to_v": image_input}
+        streams |= {"add_q_proj": text_input, "add_k_proj": text_input, "add_v_proj": text_input}
         qkv: list[Tensor] = []
         for name, stream in streams.items():
             out = calls(name, stream)
@@ -203,8 +210,11 @@ class PatchedAttention:
         del heads
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         # Chosen once, here, so that the report counts the implementation that the operator uses.
-        choice = ops.explain_attention(q.detach(), context.plan, context.impl, backward=needs_grad)
-        out = ops.segment_attention(q, k, v, context.plan, impl=choice[0])
+        if self.eight_bit:
+            choice = self.state.impl or "triton", "8 bits"
+        else:
+            choice = ops.explain_attention(q.detach(), context.plan, context.impl, backward=needs_grad)
+        out = attend(q, k, v, context.plan, choice[0], False, self.eight_bit)
         del q, k, v
         image_out, text_out = (
             stream_rows(out, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
@@ -214,6 +224,10 @@ class PatchedAttention:
         if len(attn.to_out) > 1:
             image_out = calls("to_out.1", image_out)  # dropout
         return image_out, calls("to_add_out", text_out), choice
+
+    def _shared_input(self, linear: Any, x: Tensor) -> Tensor:
+        """Return the input of the projections of a stream, quantised once for all of them if they are in 8 bits."""
+        return quantised_input(x, self.state.impl) if is_quantised(linear) else x
 
     def _refuse(self, reason: str, original: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if self.state.visibility != "full":
@@ -362,7 +376,9 @@ class PatchedBlock:
             return type(self.block).forward(stand_in, *arguments), stand_in
 
         impl = self.state.impl or ops.choose(None, image)
-        fused = self._fused(calls, impl, *arguments)
+        recorded = self.state.parts is not None and checked
+        with recorded_errors(self.state.report.errors) if recorded else contextlib.nullcontext():
+            fused = self._fused(calls, impl, *arguments)
         if isinstance(fused, str):
             return self.state.refuse(self.site, fused, lambda: replay()[0])
 
@@ -430,6 +446,7 @@ class PatchedBlock:
         for branch, like in zip(branches, (image, text), strict=True):
             if reason := unlike(branch, tuple(like.shape), like, "attention"):
                 return reason
+        mlp_8bit = None if state.parts is None else functools.partial(feed_forward, impl=state.impl)
         out = []
         parts = (
             (streams[0], branches[0], mods[0], rows[0], block.img_norm2, "img_mlp", image.shape),
@@ -439,7 +456,7 @@ class PatchedBlock:
             x, hidden = ops.gate_residual_norm_modulate(
                 x, _rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
             )
-            branch = calls(mlp, hidden.view(shape))
+            branch = calls(mlp, hidden.view(shape), run=mlp_8bit)
             if reason := unlike(branch, tuple(shape), x, "the feed-forward"):
                 return reason
             x = ops.gate_residual(x, _rows(branch), mod.gate2, row, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,10 +32,18 @@ class Calls:
         self.module, self.inputs = module, inputs
         self.made: dict[str, tuple[list[_Kept], Any]] = {}
 
-    def __call__(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        """Call the child with this name, such as "to_out.0", and record the call."""
+    def __call__(self, name: str, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        """Call the child with this name, such as "to_out.0", and record the call.
+
+        Args:
+            name: Name of the child.
+            *args: Arguments of the child.
+            run: Function that computes the child's result, called with the child and the arguments; None calls it.
+            **kwargs: Keyword arguments of the child.
+        """
         kept = [_Kept(x) for x in _floats((*args, *kwargs.values()))] if self.inputs else []
-        result = self.module.get_submodule(name)(*args, **kwargs)
+        child = self.module.get_submodule(name)
+        result = child(*args, **kwargs) if run is None else run(child, *args, **kwargs)
         self.made[name] = kept, result
         return result
 

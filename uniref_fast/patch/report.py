@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 import torch
 
 from uniref_fast.edit_report import ReferenceReport
+from uniref_fast.quantised_linear import describe_errors
 
-__all__ = ["SELF_CHECK_TOLERANCE", "PatchReport", "Site"]
+__all__ = ["EIGHT_BIT_TOLERANCE", "SELF_CHECK_TOLERANCE", "PatchReport", "Site"]
 
 SELF_CHECK_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest accepted `max|patched - original| / max|original|` of the results of a site, by dtype."""
+
+EIGHT_BIT_TOLERANCE = 0.3
+"""The same for attention in 8 bits, whose keys, values and weights are rounded to 4 significant bits."""
 
 
 @dataclass
@@ -28,6 +32,7 @@ class Site:
             and its calls are not counted.
         max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
         disabled: Reason why the site runs the original from now on, or None.
+        tolerance: Largest accepted error of the first call; None for `SELF_CHECK_TOLERANCE`.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Site:
     traces: int = 0
     max_rel_error: float | None = None
     disabled: str | None = None
+    tolerance: float | None = None
 
 
 @dataclass
@@ -54,6 +60,8 @@ class PatchReport:
         reference_steps: Steps of the last edit that computed the references, for each prediction of guidance; empty
             without `keep_references`.
         references_not_kept: Calls of the transformer that computed the references and kept nothing, by reason.
+        eight_bit: Numbers of Linears and of attentions in 8 bits; None for the mode "exact".
+        errors: Relative error of the first call of each of these by name, `|8 bits - 16 bits| / |16 bits|`.
     """
 
     model: str
@@ -65,6 +73,8 @@ class PatchReport:
     notes: list[str] = field(default_factory=list)
     reference_steps: list[ReferenceReport] = field(default_factory=list)
     references_not_kept: Counter[str] = field(default_factory=Counter)
+    eight_bit: tuple[int, int] | None = None
+    errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def max_rel_error(self) -> float | None:
@@ -113,5 +123,9 @@ class PatchReport:
         checked = sum(s.max_rel_error is not None for s in self.sites)
         result = "not run yet" if error is None else f"max relative error {error:.2e}"
         lines.append(f"  self-check      {result}, {checked} of {len(self.sites)} sites compared with the original")
+        if self.eight_bit is not None:
+            linears, attentions = self.eight_bit
+            measured = f"; {describe_errors(self.errors)}" if self.errors else "; errors are measured in the first call"
+            lines.append(f"  8 bits          {linears} Linears, attention of {attentions} blocks{measured}")
         lines += [f"  note            {note}" for note in self.notes]
         return "\n".join(lines)

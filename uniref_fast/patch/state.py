@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from uniref_fast.fast import EightBitParts
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.qwen_image import ForwardContext
 from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
@@ -64,10 +65,18 @@ class PatchState:
         visibility: Visibility of attention.
         strict: Raise an error when a self-check fails.
         impl: Implementation forced on every op, or None.
+        parts: Parts that compute in 8 bits, or None for the mode "exact".
     """
 
-    def __init__(self, report: PatchReport, visibility: str | Rule, strict: bool, impl: str | None) -> None:
-        self.report, self.visibility, self.strict, self.impl = report, visibility, strict, impl
+    def __init__(
+        self,
+        report: PatchReport,
+        visibility: str | Rule,
+        strict: bool,
+        impl: str | None,
+        parts: EightBitParts | None = None,
+    ) -> None:
+        self.report, self.visibility, self.strict, self.impl, self.parts = report, visibility, strict, impl, parts
         self.calls = _Calls()
         self.shapes = _Shapes()
 
@@ -194,7 +203,7 @@ class PatchState:
         if check is not None:
             with torch.no_grad():  # a checkpoint counts the tensors that are saved, also those of the comparison
                 error = check()
-            tolerance = SELF_CHECK_TOLERANCE[like.dtype]
+            tolerance = site.tolerance or SELF_CHECK_TOLERANCE[like.dtype]
             message = f"differs from the original by {error:.2e} (relative; allowed {tolerance:.0e})"
             if error > tolerance and self.strict:  # the site stays unchecked: the next call raises too
                 advice = "unpatch, or patch with strict=False to leave such sites alone"
