@@ -135,6 +135,11 @@ class QuantisedWeight(_EightBit):
         return ["e4m3", "row_scale"], (self.original, self.impl, self.linear_name)
 
     @classmethod
+    def __metadata_guard__(cls, before: tuple, now: tuple) -> bool:
+        """Return True if code that torch.compile compiled for one weight is valid for another."""
+        return before[1:] == now[1:]
+
+    @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], context: tuple, size: Any, stride: Any) -> QuantisedWeight:
         return cls(context[0], inner["e4m3"], inner["row_scale"], *context[1:])
 
