@@ -139,6 +139,73 @@ def test_the_command(run, tmp_path, capsys):
     assert "--lora" in capsys.readouterr().err and not (tmp_path / "x.png").exists()
 
 
+@pytest.fixture
+def whole_run(tmp_path):
+    """A folder as a run of all weights leaves it, trained under reference_causal."""
+    folder = tmp_path / "whole"
+    pipe = builtin.load()
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(0.5)
+    pipe.transformer.save_pretrained(folder / "transformer")
+    (folder / "config.json").write_text(json.dumps({"model": "builtin", "visibility": "reference_causal"}))
+    return folder
+
+
+@pytest.mark.parametrize("inside", ["", "/transformer"])
+def test_edit_uses_a_run_of_all_weights(run, whole_run, tmp_path, capsys, inside):
+    """The run's folder and its transformer/ are the same, and an adapter is added to them."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")
+    args = ["edit", "--image", str(tmp_path / "in.png"), "--prompt", "x", "--num-inference-steps", "2"]
+    results = {}
+    for name, more in (
+        ("plain", ["--visibility", "reference_causal"]),
+        ("whole", ["--initial", f"{whole_run}{inside}"]),
+        ("causal", ["--initial", str(whole_run), "--visibility", "reference_causal"]),
+        ("both", ["--initial", f"{whole_run}{inside}", "--lora", str(run)]),
+    ):
+        assert main([*args, *more, "--out", str(tmp_path / f"{name}.png")]) == 0
+        results[name] = np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int)
+    assert np.array_equal(results["whole"], results["causal"]), "it attends as the run was trained"
+    assert not np.array_equal(results["whole"], results["plain"])
+    assert not np.array_equal(results["both"], results["whole"])
+    assert "0%" in capsys.readouterr().err, "an edit shows its progress"
+
+
+def test_errors_of_initial(run, whole_run, tmp_path, capsys):
+    args = ["edit", "--prompt", "x", "--out", str(tmp_path / "x.png")]
+    other = shutil.copytree(whole_run, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model": "a/b"}))
+    for given, message in (
+        (tmp_path / "gone", "has neither lora/ nor transformer/; give the folder of a finished run"),
+        (other, "was trained on a/b, not on the built-in model; give --model a/b"),
+    ):
+        assert main([*args, "--initial", str(given)]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "x.png").exists()
+
+
+def test_an_adapter_of_another_model_is_one_line(tmp_path, capfd):
+    """diffusers logs a line for each tensor; the error has the first one, with what to do."""
+    wide = tmp_path / "wide.safetensors"
+    name = "transformer.transformer_blocks.{}.attn.to_q.lora_{}.weight"
+    save_file({name.format(i, part): torch.zeros(shape) for i in range(4)
+               for part, shape in (("A", (4, 3072)), ("B", (3072, 4)))}, wide)  # fmt: skip
+    status = main(["edit", "--prompt", "x", "--lora", str(wide), "--out", str(tmp_path / "x.png")])
+    error = capfd.readouterr().err.splitlines()
+    assert status == 2 and len(error) == 2 and error[1] == "Try 'uniref-fast edit --help'."
+    assert "was trained for another model" in error[0] and "has the shape [4, 3072]" in error[0]
+    assert "in this model it would be [4, 256]; give --model of the model that it was trained on" in error[0]
+    from diffusers.utils import logging
+
+    assert logging.get_verbosity() < logging.CRITICAL
+
+
+def test_an_adapter_of_the_built_in_model_is_refused_before_another_model_is_loaded(run, tmp_path):
+    with pytest.raises(ValueError, match="was trained on the built-in model, not on a/b; give --model builtin"):
+        check_adapters([Adapter.parse(str(run))], "a/b")
+    copy = builtin.build(tmp_path / "copy", seed=1)
+    assert check_adapters([Adapter.parse(str(run))], str(copy)) is None
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_fused_model_edits_like_the_model_with_its_adapter(run, tmp_path, capsys, scale):
     out = tmp_path / "fused"

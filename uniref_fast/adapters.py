@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from uniref_fast.builtin import is_builtin_folder
 from uniref_fast.loading import load_transformer
 from uniref_fast.runs import base_run, export_hint, read_field, trained_sizes, trained_visibility
 
@@ -104,6 +107,8 @@ def check_adapters(adapters: Sequence[Adapter], model: str, initial: Sequence[Pa
             raise ValueError(
                 f"{adapter.given} was trained on {trained}, not on the built-in model; give --model {trained}"
             )
+        if trained == "builtin" and model != trained and not is_builtin_folder(model):
+            raise ValueError(f"{adapter.given} was trained on the built-in model, not on {model}; give --model builtin")
         below = base_run(adapter.run)
         if below is not None and below.resolve() not in [run.resolve() for run in initial]:
             bases[below.resolve()] = below
@@ -138,15 +143,15 @@ def apply_adapters(
         name = f"lora{number}"
         where = {"weight_name": adapter.file.name, "use_safetensors": True}
         try:
-            pipe.load_lora_weights(str(adapter.file.parent), adapter_name=name, **where)
+            with _quiet_diffusers():
+                pipe.load_lora_weights(str(adapter.file.parent), adapter_name=name, **where)
         except SafetensorError as error:
             raise ValueError(
                 f"--lora {adapter.given}: {adapter.file.name} is truncated or not a safetensors file ({error}); copy "
                 "or download it again"
             ) from error
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"--lora {adapter.given} could not be applied to the model: {first}") from error
+            raise ValueError(f"--lora {adapter.given} {_reason(error)}") from error
         if name not in pipe.get_list_adapters().get("transformer", []):  # diffusers ignores the keys of other models
             raise ValueError(f"--lora {adapter.given} holds no weights for {type(pipe.transformer).__name__}")
         fitting = sum(f".{name}." in key for key, _ in pipe.transformer.named_parameters())
@@ -180,6 +185,31 @@ def fuse_adapters(pipe: Any, adapters: Sequence[Adapter], below: Path | None) ->
     pipe.fuse_lora(components=["transformer"], adapter_names=pipe.get_active_adapters())
     pipe.unload_lora_weights()
     torch.nn.Module.to(pipe.transformer, dtype)  # diffusers' own method warns about every cast
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason why an adapter could not be loaded, as the end of a sentence."""
+    found = re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", str(error), re.DOTALL)
+    if found:
+        return (
+            f"was trained for another model: {found[1]} has the shape [{found[2]}], and in this model it would be "
+            f"[{found[3]}]; give --model of the model that it was trained on"
+        )
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"could not be applied to the model: {first}"
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Hide what diffusers logs about an adapter that does not fit; the errors of this module say it in one line."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _lora_tensors(file: Path) -> int:

@@ -24,6 +24,8 @@ from uniref_fast.files import write_whole
 from uniref_fast.scenes import make as scenes
 
 if TYPE_CHECKING:
+    import torch
+
     from uniref_fast.data.images import ImageSource
 
 __all__ = ["main"]
@@ -174,7 +176,7 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
         help="True CFG scale; 1 turns guidance off. (default: 1 for the built-in model, 4 for others)")  # fmt: skip
     add("--budget", type=int, metavar="SIDE",
         help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: that "
-        "of the last run of --lora, else each reference is scaled as diffusers does)")  # fmt: skip
+        "of the last run of --lora or --initial, else each reference is scaled as diffusers does)")  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
     model = parser.add_argument_group("Model")
     model.add_argument(
@@ -188,12 +190,15 @@ def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE",
         help="Image to write; its ending (.png, .jpg, .webp, ...) chooses the format.")  # fmt: skip
     add = model.add_argument
+    add("--initial", action="append", type=Path, default=[], metavar="RUN",
+        help="Folder of a training run, or its transformer/ folder, whose weights are loaded into the model; repeat "
+        "the flag for runs that continue others, in order.")  # fmt: skip
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]",
         help="LoRA adapter to load: the folder of a training run, its lora/ folder, or a .safetensors file, with a "
         "factor on its effect; repeat the flag for more.")  # fmt: skip
     add("--visibility", choices=("full", "reference_causal", "reference_isolated"),
         help="Attention policy, for models that were trained with another than full. (default: that of the run of the "
-        "last --lora, else full)")  # fmt: skip
+        "last --lora, else of the last --initial, else full)")  # fmt: skip
     _add_keep(parser)
     add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
@@ -276,7 +281,6 @@ def _edit(args: argparse.Namespace) -> int:
 
     from uniref_fast import EditReport, EditRequest, builtin, edit
     from uniref_fast.flags import parse_keep_references
-    from uniref_fast.loading import load_pipeline
 
     _writable(args.out)
     keep = parse_keep_references(args.keep_references)
@@ -286,21 +290,11 @@ def _edit(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
-    adapters, visibility, budget, below = [], args.visibility, args.budget, None
-    if args.lora:
-        from uniref_fast import adapters as loras
-
-        adapters = [loras.Adapter.parse(text) for text in args.lora]
-        below = loras.check_adapters(adapters, args.model)
-        visibility = visibility or loras.adapter_visibility(adapters)
-        budget = budget or (loras.adapter_sizes(adapters) or (None,))[0]
-    pipe = load_pipeline(args.model, dtype, device)
-    if adapters:
-        loras.apply_adapters(pipe, adapters, below, (), dtype)
+    pipe, visibility, budget = _trained_pipeline(args, device, dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
     report = EditReport()
     (image,) = edit(
-        pipe, [request], budget=budget, visibility=visibility or "full", report=report,
+        pipe, [request], budget=budget, visibility=visibility, report=report,
         keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
     )  # fmt: skip
     _save(image, args.out)
@@ -310,6 +304,23 @@ def _edit(args: argparse.Namespace) -> int:
     if builtin.weights_status(pipe) == "untrained":
         print(UNTRAINED)
     return 0
+
+
+def _trained_pipeline(args: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple[Any, str, int | None]:
+    """Return the pipeline with the weights of `--initial` and `--lora`, its visibility, and the joint pixel budget."""
+    from uniref_fast.adapters import check_adapters
+    from uniref_fast.evaluation.config import EvalConfig
+    from uniref_fast.evaluation.model import check_runs, load
+    from uniref_fast.runs import run_folder
+
+    runs = tuple(run_folder(path) for path in args.initial)
+    given = {"budget": args.budget, "visibility": args.visibility, "lora": tuple(args.lora)}
+    config = EvalConfig((), Path(), model=args.model, initial=runs, **given)
+    check_runs(runs, args.model)
+    check_adapters(config.adapters, args.model, runs)  # before anything is loaded
+    pipe = load(args.model, runs, False, device, str(dtype).removeprefix("torch."), config.adapters)
+    pipe.set_progress_bar_config()  # an evaluation shows no bar of its own for each image
+    return pipe, config.resolve_visibility(), config.resolve_sizes()[0]
 
 
 def _estimate(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ __all__ = [
     "check_export",
     "export_hint",
     "read_field",
+    "run_folder",
     "trained_sizes",
     "trained_visibility",
 ]
@@ -48,6 +49,12 @@ def adapter_settings(run: Path) -> tuple[int, float, tuple[str, ...]] | None:
             if isinstance(targets, list):
                 return int(rank), float(alpha), tuple(sorted(targets))
     return None
+
+
+def run_folder(path: Path) -> Path:
+    """Return the folder of a run for the folder itself, or for its `transformer/` or `lora/`."""
+    inside = path.name in ("transformer", "lora") and not (path / "transformer").is_dir()
+    return path.absolute().parent if inside and any(path.glob("*.safetensors")) else path
 
 
 def base_run(run: Path) -> Path | None:

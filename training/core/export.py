@@ -63,9 +63,8 @@ def command_for(run: Path, model: str, lora_rank: int | None) -> str:
         lora_rank: Rank of the adapter; None if all weights were trained.
     """
     folder, flag = shlex.quote(str(run)), "" if model == "builtin" else f" --model {shlex.quote(model)}"
-    if lora_rank is None:
-        return f"uniref-fast eval ROWS.jsonl{flag} --initial {folder} --out RESULTS"
-    return f'uniref-fast edit{flag} --lora {folder} --image IMAGE.png --prompt "TEXT" --out RESULT.png'
+    given = "--initial" if lora_rank is None else "--lora"
+    return f'uniref-fast edit{flag} {given} {folder} --image IMAGE.png --prompt "TEXT" --out RESULT.png'
 
 
 def export_checkpoint(run: Path, step: int | None = None, out: Path | None = None) -> Exported:

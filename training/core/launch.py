@@ -195,7 +195,7 @@ def last_line(run: Trainer, stopped: int) -> str:
 
     command = command_for(run.out, str(config.model), config.lora_rank)
     if config.lora_rank is None:
-        return f"the trained weights are in {run.out / 'transformer'}; evaluate them with: {command}"
+        return f"the trained weights are in {run.out / 'transformer'}; use them with: {command}"
     return f"the adapter is in {run.out / 'lora'}; use it with: {command}"
 
 

@@ -226,7 +226,7 @@ def test_export_writes_the_tensors_that_the_run_exports_at_that_step(data, whole
     exported = weights(half)
     shutil.rmtree(half / "transformer")
     assert sft.main(flags(data, half, "--resume", "auto", steps=2)) == 0
-    assert f"uniref-fast eval ROWS.jsonl --initial {half}" in capsys.readouterr().err.splitlines()[-1]
+    assert f"uniref-fast edit --initial {half} --image" in capsys.readouterr().err.splitlines()[-1]
     assert identical(exported, weights(half))
     assert not identical(exported, weights(whole))
     for name, step in (("second", 2), ("fourth", 4)):
