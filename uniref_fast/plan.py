@@ -77,8 +77,9 @@ def text(plan: RunPlan) -> str:
     config, size = plan.config, plan.size
     whole = (size.transformer + size.encoders) * BYTES[config.dtype]
     share = plan.trained / size.transformer
-    adapter = f"LoRA of rank {config.lora_rank}, alpha {config.lora_alpha:g}, {share:.2%} of the transformer"
-    what = "all weights" if config.lora_rank is None else adapter
+    what = "all weights"
+    if config.lora_rank is not None:
+        what = f"LoRA of rank {config.lora_rank}, alpha {config.resolve_alpha():g}, {share:.2%} of the transformer"
     lines = [
         f"model       {config.model}: {_count(size.transformer)} parameters of the transformer, "
         f"{_count(size.encoders)} of the encoders; {size_text(whole)} in {config.dtype}",
