@@ -23,6 +23,10 @@ from uniref_fast.evaluation.metrics import measure, psnr, through_vae
 from uniref_fast.evaluation.requests import eval_request
 from uniref_fast.models.single_frame import single_frame
 
+FAST = {"mode": "fast", "impl": "reference"}
+KEPT_16BIT = ("transformer_blocks.0", "transformer_blocks.3", "img_mod", "txt_mod")  # the default for four blocks
+ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+LINEARS = (*ATTENTION_LINEARS, "img_mlp", "txt_mlp")
 SETTINGS = {
     "exact": {},
     "keep_references=2": {"keep_references": 2},
@@ -30,6 +34,10 @@ SETTINGS = {
     "keep_references=6": {"keep_references": 6},
     "keep_references=auto": {"keep_references": "auto"},
     "keep_references=auto, keep_dtype=int8": {"keep_references": "auto", "keep_dtype": "int8"},
+    "fast": FAST,
+    "fast, Linears only": FAST | {"modules_to_not_convert": (*KEPT_16BIT, "processor")},
+    "fast, attention only": FAST | {"modules_to_not_convert": (*KEPT_16BIT, *LINEARS)},
+    "fast in all blocks": FAST | {"modules_to_not_convert": KEPT_16BIT[2:]},
 }
 AXES = ("integration", "consistency", "quality")
 BATCH, BUDGET, TARGET_SIDE = 32, 128, 64
