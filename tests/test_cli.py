@@ -134,6 +134,15 @@ def test_estimate_answers_whether_a_gpu_is_large_enough(capsys):
     assert status == 2 and "--gpu-memory is a number of GB above 0, got nan" in err
 
 
+def test_fast_is_refused_where_it_is_impossible(capsys, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    status, _, err = run(capsys, "edit", "--prompt", "a", "--out", str(tmp_path / "a.png"), "--mode", "fast")
+    assert status == 2 and 'mode="fast" is not possible here: it needs e4m3 matrix products' in err
+
+
 def test_doctor(capsys):
     status, text, _ = run(capsys, "doctor")
     assert status == 0 and "segment_attention" in text and "torch" in text

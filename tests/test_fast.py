@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 import uniref_fast
-from uniref_fast import EditRequest, fast, ops
+from uniref_fast import EditReport, EditRequest, fast, ops
 from uniref_fast.models.eight_bit import feed_forward, gated_input, modulated_input
 from uniref_fast.quantised_linear import QuantisedActivation, QuantisedWeight, is_quantised, quantised_input
 
@@ -368,3 +368,55 @@ def test_options_of_edit(builtin_pipe):
         uniref_fast.edit(builtin_pipe, given, modules_to_not_convert=["attn"])
     with pytest.raises(ValueError, match="builds its own packed model"):
         fast_edit(builtin_pipe, given, model=uniref_fast.PackedQwenImage(builtin_pipe.transformer))
+
+
+def test_report_of_an_edit(builtin_pipe):
+    """The report names each part in 8 bits with its error, and on request the error of the latents."""
+    report = EditReport(compare=True)
+    results = fast_edit(builtin_pipe, requests(), report=report)
+    assert len(report.errors) == 2 * (LINEARS + 1) and all(0.001 < error < 0.1 for error in report.errors.values())
+    exact = uniref_fast.edit(builtin_pipe, requests(), impl="reference", output_type="latent", progress=False)
+    expected = [((a - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)]
+    assert report.latent_errors == pytest.approx(expected, rel=1e-2)
+    assert "26 parts in 8 bits: relative errors of" in str(report) and "request 2: error of the latents" in str(report)
+    uniref_fast.patch(builtin_pipe, mode="fast", impl="reference")
+    fast_edit(builtin_pipe, requests(), report=report)
+    assert report.latent_errors == pytest.approx(expected, rel=1e-2)
+    fast_edit(builtin_pipe, requests(), report=(other := EditReport()))
+    assert not other.latent_errors and other.errors
+
+
+def test_estimate_counts_the_weights(builtin_pipe):
+    """The estimate counts the bytes that a patched transformer has."""
+    exact = uniref_fast.estimate(builtin_pipe, requests())
+    planned = uniref_fast.estimate(builtin_pipe, requests(), mode="fast")
+    uniref_fast.patch(builtin_pipe, mode="fast", impl="reference")
+    measured = uniref_fast.estimate(builtin_pipe, requests(), mode="fast")
+    bytes_of = [next(s.weight_bytes for s in e.stages if s.name == "transformer") for e in (exact, planned, measured)]
+    assert bytes_of[1] == bytes_of[2] < 0.8 * bytes_of[0]
+    assert planned.flops == exact.flops and "exact" in planned.time.source and planned.time.value is None
+    uniref_fast.unpatch(builtin_pipe)
+    with pytest.raises(ValueError, match='is for mode="fast"'):
+        uniref_fast.estimate(builtin_pipe, requests(), modules_to_not_convert=["attn"])
+    with pytest.raises(ValueError, match="fits no Linear"):
+        uniref_fast.estimate(builtin_pipe, requests(), mode="fast", modules_to_not_convert=["attention"])
+
+
+def test_a_20b_model_has_half_of_its_bytes():
+    """The weights of all blocks but the first and the last are halved, except modulation."""
+    from diffusers import QwenImageTransformer2DModel
+
+    with torch.device("meta"):
+        model = QwenImageTransformer2DModel(num_layers=4, attention_head_dim=128, num_attention_heads=24,
+                                            joint_attention_dim=3584).to(torch.bfloat16)  # fmt: skip
+    saved = fast.saved_bytes(model, fast.eight_bit_parts(model))
+    linears = 2 * (4 * 3072**2 + 8 * 3072**2) * 2  # two blocks, two streams: projections and feed-forwards
+    assert 0.998 * linears < saved < linears
+
+
+def test_doctor_says_where_8_bits_are_possible():
+    from uniref_fast import doctor
+
+    facts = doctor.facts()
+    assert "not for cpu" in facts["eight_bit"]["cpu"]
+    assert '8 bits (mode="fast")' in doctor.report(facts) and "not for cpu" in doctor.report(facts)

@@ -183,6 +183,11 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
         "--model", default="builtin", metavar="DIR_OR_ID",
         help='Model: "builtin", a diffusers folder, or a model id of the Hugging Face hub. (default: %(default)s)',
     )  # fmt: skip
+    model.add_argument(
+        "--mode", choices=("exact", "fast"), default="exact",
+        help="exact, or fast: most Linears and attention in 8 bits, on a GPU of compute capability 8.9 or newer. "
+        "(default: %(default)s)",
+    )  # fmt: skip
     return model
 
 
@@ -279,7 +284,7 @@ def _demo(args: argparse.Namespace) -> int:
 def _edit(args: argparse.Namespace) -> int:
     import torch
 
-    from uniref_fast import EditReport, EditRequest, builtin, edit
+    from uniref_fast import EditReport, EditRequest, builtin, edit, patch
     from uniref_fast.flags import parse_keep_references
 
     _writable(args.out)
@@ -293,8 +298,10 @@ def _edit(args: argparse.Namespace) -> int:
     pipe, visibility, budget = _trained_pipeline(args, device, dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
     report = EditReport()
+    if args.mode == "fast":
+        patch(pipe, mode="fast")  # frees the memory of 16-bit weights, which edit() alone would not
     (image,) = edit(
-        pipe, [request], budget=budget, visibility=visibility, report=report,
+        pipe, [request], mode=args.mode, budget=budget, visibility=visibility, report=report,
         keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
     )  # fmt: skip
     _save(image, args.out)
@@ -340,7 +347,7 @@ def _estimate(args: argparse.Namespace) -> int:
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     with model_errors(args.model) as place:
         pipe = builtin.load(dtype) if args.model == "builtin" else place
-        result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget, device=device)
+        result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget, device=device, mode=args.mode)
     if args.json:
         print(json.dumps(result.as_dict() | {"fits": None if memory is None else fits(result.peak_bytes, memory)}))
     else:

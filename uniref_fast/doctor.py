@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from uniref_fast import __version__, native, ops
+from uniref_fast.fast import unsupported
 from uniref_fast.ops import flash_attention, flex_attention
 
 __all__ = ["facts", "report"]
@@ -21,6 +22,7 @@ def facts() -> dict[str, Any]:
     """Return versions, devices, the state of the native kernels, and the implementation of the operators, as JSON data.
 
     "served" maps a device and a dtype, such as "cpu float32", to the implementation that serves it and the reason.
+    "eight_bit" maps a device to the reason why it cannot compute in 8 bits, or to None.
     "libraries" maps an implementation of attention to the version of its library, or to how to install it.
     """
     versions = {"python": platform.python_version(), "uniref_fast": __version__}
@@ -50,6 +52,7 @@ def facts() -> dict[str, Any]:
         "native": native.reason(),
         "ops": names,
         "served": served,
+        "eight_bit": {kind: unsupported(kind, None) for kind in kinds},
         "libraries": {"flash": flash_attention.installed(), "cudnn_flex": flex_attention.installed()},
     }
 
@@ -63,6 +66,8 @@ def report(facts: dict[str, Any]) -> str:
     lines += ["native CPU kernels", f"  {facts['native']}", f"implementation of each op ({', '.join(facts['ops'])})"]
     for case, choice in facts["served"].items():
         lines.append(f"  {case:<16}{choice['implementation']:<11}{choice['reason']}")
+    lines.append('8 bits (mode="fast")')
+    lines += [f"  {kind:<16}{why or 'e4m3 products by torch._scaled_mm'}" for kind, why in facts["eight_bit"].items()]
     lines.append("libraries of attention, by implementation")
     lines += [f"  {implementation:<11}{found}" for implementation, found in facts["libraries"].items()]
     return "\n".join(lines)

@@ -6,12 +6,14 @@ are two sequences of a pack. The result of a request does not depend on the othe
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 import math
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,7 @@ from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
+from uniref_fast.quantised_linear import exact_products, recorded_errors
 from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule
@@ -118,9 +121,14 @@ def edit(
         for job, schedule in zip(jobs, keeping, strict=True):
             if schedule is not None:
                 job.kept = [KeptReferences(schedule, keep_dtype, len(job.timesteps)) for _ in job.samples]
-        _denoise(pipe, model, jobs, pack_tokens, progress)
+        exact = [_copy(job) for job in jobs] if report is not None and report.compare else []
+        errors: dict[str, float] = {}
+        with recorded_errors(errors) if parts is not None and report is not None else contextlib.nullcontext():
+            _denoise(pipe, model, jobs, pack_tokens, progress)
         if report is not None:
             report.fill([job.kept or () for job in jobs])
+            report.errors = errors
+            report.latent_errors = _latent_errors(pipe, model, jobs, exact, pack_tokens, progress)
         for job in jobs:
             job.kept = None  # decoding needs the memory
         results = [_decode(pipe, job, output_type) for job in jobs]
@@ -204,6 +212,29 @@ class _Job:
     timesteps: Tensor
     step_options: dict[str, Any]
     kept: list[KeptReferences] | None = None
+
+
+def _copy(job: _Job) -> _Job:
+    """Return a job that runs the same edit from the beginning, without kept references."""
+    options = dict(job.step_options)
+    if isinstance(options.get("generator"), torch.Generator):
+        generator = options["generator"]
+        options["generator"] = torch.Generator(generator.device).set_state(generator.get_state())
+    scheduler = copy.deepcopy(job.scheduler)
+    return replace(job, latents=job.latents.clone(), scheduler=scheduler, step_options=options, kept=None)
+
+
+def _latent_errors(
+    pipe: Any, model: PackedQwenImage, jobs: list[_Job], exact: list[_Job], pack_tokens: int | None, progress: bool
+) -> list[float]:
+    """Run the exact edits, and return the relative errors of the latents of jobs that have run."""
+    if not exact:
+        return []
+    with exact_products():
+        same = PackedQwenImage(model.transformer, visibility=model.visibility, impl=model.impl)
+        _denoise(pipe, same, exact, pack_tokens, progress)
+    pairs = [(job.latents.float(), other.latents.float()) for job, other in zip(jobs, exact, strict=True)]
+    return [((result - expected).norm() / expected.norm()).item() for result, expected in pairs]
 
 
 def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> _Job:

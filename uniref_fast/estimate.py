@@ -15,11 +15,13 @@ import torch
 
 from uniref_fast.costs import text_encoder_cost, transformer_flops, transformer_peak, vae_cost, weight_bytes
 from uniref_fast.encode import prompt_tokens, text_runs
+from uniref_fast.fast import check_mode, eight_bit_parts, saved_bytes
 from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
+from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry, check_size, geometry, request_geometry, validated
 from uniref_fast.skeleton import skeleton
@@ -135,6 +137,8 @@ def estimate(
     pack_tokens: int | None = None,
     visibility: str | Rule = "full",
     device: str | torch.device | None = None,
+    mode: str = "exact",
+    modules_to_not_convert: Sequence[str] | None = None,
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
@@ -148,6 +152,9 @@ def estimate(
         visibility: Policy or rule of attention, as for `edit`.
         device: Device whose measured times are used: "cpu" or "cuda" of this machine, or the name of a measured device,
             such as "h100-80gb-hbm3". None takes that of a loaded pipeline, else a GPU if there is one, else the CPU.
+        mode: "fast" for a pipeline that `patch(pipe, mode="fast")` will quantise: the weights in 8 bits count as such.
+            Activations count as in the mode "exact", which needs more.
+        modules_to_not_convert: Names of modules that stay in 16 bits in the mode "fast", as for `patch`.
 
     Raises:
         ValueError: If `edit` would raise one before any work is done.
@@ -165,6 +172,7 @@ def estimate(
     texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
     rows = [(size.sample(text), request.num_inference_steps)
             for request, size, lengths in zip(requests, sizes, texts, strict=True) for text in lengths]  # fmt: skip
+    saved = _saved_bytes(transformer, mode, modules_to_not_convert)
     model = PackedQwenImage(transformer, visibility=visibility)
     layout = model.layout([sample for sample, _ in rows])
     linear, attention = _transformer_flops(model, rows)
@@ -186,7 +194,7 @@ def estimate(
     stages = (
         Stage("text encoder", text_flops, weight_bytes(pipe.text_encoder), text_peak),
         Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
-        Stage("transformer", linear + attention, weight_bytes(transformer), peak),
+        Stage("transformer", linear + attention, weight_bytes(transformer) - saved, peak),
         Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),
     )
     tokens = {"text": layout.text_length}
@@ -194,7 +202,20 @@ def estimate(
     tokens["reference"] = layout.image_length - tokens["target"]
     tokens["together"] = layout.joint_length
     time = _time(pipe, requests, tokens["together"], pack_tokens, model.visibility, device)
+    if check_mode(mode):
+        time = MeasuredTime(None, 'measured for the mode "exact" only')
     return Estimate(stages, layout, tokens, attention / (linear + attention), tuple(results), time)
+
+
+def _saved_bytes(transformer: Any, mode: str, modules_to_not_convert: Sequence[str] | None) -> int:
+    """Return the bytes of weights that the mode "fast" moves to host memory; 0 if the weights are in 8 bits already."""
+    if not check_mode(mode):
+        if modules_to_not_convert is not None:
+            raise ValueError('modules_to_not_convert is for mode="fast"')
+        return 0
+    if patched_parts(transformer) is not None:
+        return 0
+    return saved_bytes(transformer, eight_bit_parts(transformer, modules_to_not_convert))
 
 
 def _time(

@@ -27,6 +27,7 @@ __all__ = [
     "eight_bit_parts",
     "quantise",
     "restore",
+    "saved_bytes",
     "unsupported",
 ]
 
@@ -183,6 +184,17 @@ def restore(transformer: Any) -> None:
             original = weight.original
             original.data = original.data.to(weight.device)
             linear._parameters["weight"] = original if isinstance(original, nn.Parameter) else nn.Parameter(original)
+
+
+def saved_bytes(transformer: Any, parts: EightBitParts) -> int:
+    """Return by how many bytes the weights on the device shrink if the chosen parts are quantised.
+
+    Args:
+        transformer: The model before `quantise`, on any device.
+        parts: Parts from `eight_bit_parts`.
+    """
+    weights = [linear.weight for name, linear in _block_linears(transformer) if name in frozenset(parts.linears)]
+    return sum(weight.numel() * (weight.element_size() - 1) - 4 * len(weight) for weight in weights)
 
 
 @contextlib.contextmanager

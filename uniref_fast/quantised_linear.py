@@ -26,6 +26,7 @@ __all__ = [
     "QuantisedWeight",
     "base_linear",
     "describe_errors",
+    "exact_products",
     "is_quantised",
     "quantised_input",
     "record_error",
@@ -248,8 +249,8 @@ def is_quantised(linear: Any) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, QuantisedWeight):
-        return F.linear(_unquantised(x), weight, bias)
+    if not isinstance(weight, QuantisedWeight) or _EXACT:
+        return F.linear(_unquantised(x), _unquantised(weight), bias)
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError("8-bit Linears have no gradient: use them under torch.no_grad(), or unpatch the model")
     rows = x if isinstance(x, QuantisedActivation) else quantised_input(x, weight.impl)
@@ -261,6 +262,17 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 _RECORDS: list[dict[str, float]] = []
+_EXACT: list[bool] = []
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute all Linears inside the block with the 16-bit weights, which are copied to the device for each product."""
+    _EXACT.append(True)
+    try:
+        yield
+    finally:
+        _EXACT.pop()
 
 
 @contextlib.contextmanager
