@@ -76,8 +76,12 @@ PARTS = (
 # Test files, the sources whose change makes them due again, and the test that stands for them in a tiny run.
 KERNEL_TESTS = {
     "attention": (
-        ("tests/kernels/test_segment_attention.py", "tests/ops/test_segment_attention.py"),
-        ("kernels/segment_attention*.py", "uniref_fast/ops/segment_attention.py", "uniref_fast/ops/dense_attention.py"),
+        (
+            "tests/kernels/test_segment_attention.py",
+            "tests/kernels/test_segment_attention_fp8.py",
+            "tests/ops/test_segment_attention.py",
+        ),
+        ("kernels/segment_attention*.py", "uniref_fast/ops/*attention*.py"),
         "test_plans and one_token",
     ),
     "token ops": (

@@ -247,7 +247,7 @@ def test_weights_that_are_not_plain_are_refused(make_transformer):
 def adapter(model, name="a", scale=0.2):
     torch.manual_seed(5)
     targets = ["to_q", "to_out.0", "img_mlp.net.2", "add_k_proj"]
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=targets), name)
+    model.add_adapter(LoraConfig(r=16, lora_alpha=32, init_lora_weights=False, target_modules=targets), name)
     for parameter_name, parameter in model.named_parameters():
         if ".lora_" in parameter_name:
             parameter.mul_(scale)
@@ -258,6 +258,13 @@ def outputs(model, seed=0):
     layer = model.transformer_blocks[1].attn.to_q
     torch.manual_seed(seed)
     return layer, torch.randn(6, 128)
+
+
+def test_adapters_are_no_parts(make_transformer):
+    """The parts have the same names with and without an adapter, whose own Linears are none of them."""
+    plain, model = make_transformer(), make_transformer()
+    adapter(model)
+    assert fast.eight_bit_parts(model, []) == fast.eight_bit_parts(plain, [])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -271,6 +278,7 @@ def test_the_branch_of_an_adapter_stays_in_16_bits(make_transformer, when):
     if when == "after":
         adapter(model)
     (exact, x), (layer, _) = outputs(plain), outputs(model)
+    assert is_quantised(layer) and not is_quantised(layer.lora_A["a"]) and not is_quantised(layer.lora_B["a"])
     branch = exact(x) - exact.get_base_layer()(x)
     assert branch.abs().max() > 0.05
     base = layer.get_base_layer()(x)

@@ -28,7 +28,7 @@ def test_every_part_runs_and_writes_its_results(tmp_path):
         for rows in groups[part].values():
             assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows), rows
     steps = [[row["member"] for row in rows] for rows in groups["edit-20b"].values()]
-    assert steps == [["stock", "compiled", "patched", "one pack"]]
+    assert steps == [["stock", "compiled", "patched", "one pack", "one pack, 8 bits"]]
     for group in groups["kernel-tests"].values():
         assert group["complete"] and group["passed"] > 0 and not group["failed"]
     assert all({"date", "device", "torch", "triton", "commit"} <= content.keys() for content in results.values())

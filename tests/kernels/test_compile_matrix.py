@@ -35,6 +35,13 @@ def test_attention_compiles_without_violations(arch):
     assert len(lines) == 8 and all(f"sm_{arch}" in line for line in lines), result.stdout
 
 
+@pytest.mark.parametrize("arch", ["89", "90", "100"])
+def test_attention_in_8_bits_compiles_without_violations(arch):
+    result = python(*MATRIX, "--arch", arch, "--head-dim", "128", "--only", "attention_fp8", "--jobs", "1")
+    assert result.returncode == 0 and "1 launches, 0 violations" in result.stdout, f"{result.stdout}\n{result.stderr}"
+    assert "segment_attention_fp8_kernel" in result.stdout
+
+
 def test_token_kernels_compile_without_violations():
     names = ["norm_modulate", "gate_residual_norm_modulate_backward", "qk_norm_rope_backward", "gelu_fp8"]
     result = python(*MATRIX, "--arch", "90", "--head-dim", "128", "--only", *names, "--jobs", "1")
