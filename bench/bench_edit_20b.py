@@ -80,7 +80,8 @@ def members(model, references, side, text, tiny):
     def pack():
         return packed(latents[0].repeat(2, 1), prompts.flatten(0, 1), t.repeat(2), both).view(2, side * side, -1)
 
-    parts = fast.eight_bit_parts(model, impl=None if device.type == "cuda" else "reference")
+    kept = ("img_mod", "txt_mod") if tiny else None  # the tiny model has a first and a last block only
+    parts = fast.eight_bit_parts(model, kept, impl=None if device.type == "cuda" else "reference")
     fast.quantise(model, parts)
     eight_bit = [(linear, linear.weight) for linear in model.modules() if is_quantised(linear)]
     fast.restore(model)
