@@ -31,7 +31,7 @@ lint: $(STAMP)  ## check style, format and types
 docs: $(STAMP)  ## build the documentation as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_90 and sm_100 with each of TRITONS and check the report
+kernels: $(STAMP)  ## compile every Triton kernel for sm_80, sm_89, sm_90 and sm_100 with each of TRITONS and check the report
 	set -e; for version in $(TRITONS); do \
 	    folder=build/triton-$$version; rm -rf $$folder; \
 	    $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $$folder \

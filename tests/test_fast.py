@@ -340,6 +340,14 @@ def test_an_edit_in_8_bits(builtin_pipe):
     assert all(map(torch.equal, exact, again))
 
 
+def test_an_edit_below_an_exact_patch(builtin_pipe):
+    """An exact patch of the pipeline changes nothing of an edit in 8 bits, and stays as it is."""
+    expected = fast_edit(builtin_pipe, requests()[1:])[0]
+    uniref_fast.patch(builtin_pipe)
+    assert torch.equal(fast_edit(builtin_pipe, requests()[1:])[0], expected)
+    assert not any(map(is_quantised, builtin_pipe.transformer.modules()))
+
+
 def test_the_same_bits_alone_and_in_a_pack(half_pipe):
     """Scales belong to rows, and the emulated sums are exact: no result depends on the rest of a pack."""
     layer = half_pipe.transformer.transformer_blocks[0].attn.to_q
