@@ -192,6 +192,18 @@ def test_moved_weights(model):
     assert type(model.transformer_blocks[1].attn.to_v.weight) is nn.Parameter
 
 
+def test_group_offloading(make_transformer, model):
+    """Offloading of blocks, which assigns `data` of each weight, leaves the result as it is."""
+    patch(model)
+    expected = run(model)
+    other = make_transformer(True)
+    patch(other)
+    devices = {name: torch.device("cpu") for name in ("onload_device", "offload_device")}
+    other.enable_group_offload(**devices, offload_type="block_level", num_blocks_per_group=1)
+    for _ in range(2):
+        assert torch.equal(run(other), expected)
+
+
 def test_gradients_are_refused(model):
     patch(model)
     with pytest.raises(ValueError, match="no gradient"):
