@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent.parent / "examples"
 PRINTED = {
     "01_patch_a_pipeline": ["originals run   0 calls", "8 of 8 sites compared"],
     "02_edit_a_batch": ["out/edit-3.png: 96 x 64"],
-    "03_estimate": ["attention is", "pack_tokens=300"],
+    "03_estimate": ["of the transformer's operations", "pack_tokens=300"],
     "04_lora_on_your_pictures": ["out/lora/edited.png: 64 x 64"],
     "05_custom_reward": ["reward by step: ["],
     "06_custom_visibility": [
