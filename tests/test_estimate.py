@@ -28,9 +28,9 @@ def test_tokens_are_those_of_the_run(builtin_pipe, monkeypatch):
     seen = []
     call = uniref_fast.PackedQwenImage.__call__
 
-    def spy(self, image, text, timestep, layout):
+    def spy(self, image, text, timestep, layout, *kept):
         seen.append(layout)
-        return call(self, image, text, timestep, layout)
+        return call(self, image, text, timestep, layout, *kept)
 
     monkeypatch.setattr(uniref_fast.PackedQwenImage, "__call__", spy)
     uniref_fast.edit(builtin_pipe, REQUESTS, progress=False)
