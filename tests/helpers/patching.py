@@ -15,14 +15,15 @@ GRIDS = [(1, 4, 6), (1, 3, 5), (1, 1, 7)]
 TOKENS = sum(f * h * w for f, h, w in GRIDS)
 
 
-def inputs(dtype=torch.float32, batch=1, text=7, mask=None, seed=1):
+def inputs(dtype=torch.float32, batch=1, text=7, mask=None, seed=1, grids=GRIDS):
     generator = torch.Generator().manual_seed(seed)
+    tokens = sum(f * h * w for f, h, w in grids)
     return {
-        "hidden_states": torch.randn(batch, TOKENS, 64, generator=generator).to(dtype),
+        "hidden_states": torch.randn(batch, tokens, 64, generator=generator).to(dtype),
         "encoder_hidden_states": torch.randn(batch, text, 48, generator=generator).to(dtype),
         "encoder_hidden_states_mask": mask,
         "timestep": torch.rand(batch, generator=generator),
-        "img_shapes": [GRIDS] * batch,
+        "img_shapes": [grids] * batch,
         "return_dict": False,
     }
 

@@ -1,4 +1,4 @@
-"""patch together with torch.compile and torch.export: the compiler sees the original, and nothing that counts."""
+"""patch together with torch.compile and torch.export: the fused operators are in the graph, and no graph is added."""
 
 import pytest
 import torch
@@ -6,9 +6,13 @@ from patching import ROUNDING, inputs, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import uniref_fast
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.patch import traced
 from uniref_fast.testing import max_relative_error
+from uniref_fast.visibility import plan
 
 pytestmark = pytest.mark.slow
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +42,7 @@ def graphs(model, how, fullgraph):
     return counts
 
 
-@pytest.mark.parametrize(
-    "how, fullgraph, called_before", [("model", False, False), ("blocks", True, False), ("wrapper", True, True)]
-)
+@pytest.mark.parametrize("how, fullgraph, called_before", [("blocks", True, False), ("wrapper", True, True)])
 def test_as_many_graphs_as_stock(make_transformer, how, fullgraph, called_before):
     """Equal calls compile once, so the compiler has no guard on the counters of the report."""
     layers = 2 if how == "blocks" else 1
@@ -51,6 +53,7 @@ def test_as_many_graphs_as_stock(make_transformer, how, fullgraph, called_before
         run(stock)
     expected = graphs(stock, how, fullgraph)
     assert expected[0] == 1 and graphs(model, how, fullgraph) == expected
+    assert report.traces and not report.traced_originals
     assert report.calls.total() == (2 * layers if called_before else 0) and not report.fallbacks
 
 
@@ -73,16 +76,86 @@ def test_compiled_calls_after_the_recompile_limit(make_transformer):
         assert max_relative_error(out, run(stock, text=length)) < ROUNDING
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_compile_repeated_blocks(make_transformer, fullgraph):
-    """Inside torch.compile the original block is traced, without a graph break, and the report says so."""
-    model, stock = make_transformer(True, layers=2), make_transformer(True, layers=2)
+LAYOUTS = [
+    (5 + i, [(1, 4 + i % 3, 6 + i % 4), *((1, 3 + (i + j) % 4, 5) for j in range(i % 3 + 1))]) for i in range(10)
+]  # text tokens and grids, 1 to 3 references
+
+
+def test_ten_layouts_by_block(make_transformer):
+    """One graph for the first layout and two for the others, whose sizes are symbols, as without the patch."""
+    model, stock = make_transformer(True, layers=1), make_transformer(True, layers=1)
+    report, counter = uniref_fast.patch(model), CompileCounterWithBackend("eager")
+    model.compile_repeated_blocks(backend=counter, fullgraph=True)
+    for text, grids in LAYOUTS:
+        given = {"text": text, "grids": grids}
+        assert max_relative_error(run(model, **given), run(stock, **given)) < ROUNDING
+    assert counter.frame_count <= 3
+    assert sum("uniref_fast" in str(node.target) for node in counter.graphs[-1].graph.nodes) == 8
+    assert not report.calls and report.traces == 2 * counter.frame_count and not report.traced_originals
+    assert "traces of sites by torch.compile; calls of compiled code are neither counted nor compared" in str(report)
+
+
+def test_gradients_of_a_compiled_batch(make_transformer):
+    """The compiler differentiates the operators; a model without zero_cond_t has one table row for each sample."""
+    gradients = []
+    for patched in (False, True):
+        model = make_transformer(False, layers=1)
+        if patched:
+            uniref_fast.patch(model)
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        given = inputs(batch=2)
+        given["hidden_states"].requires_grad_()
+        model(**given)[0].square().mean().backward()
+        gradients.append([given["hidden_states"].grad, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(gradients[1], gradients[0], strict=True):
+        if theirs is None:
+            assert ours is None
+        else:
+            assert max_relative_error(ours, theirs) < 10 * ROUNDING
+
+
+def test_what_cannot_be_traced_runs_the_original(make_transformer):
+    """A text mask has values that a graph cannot plan from; the rest of the block stays fused."""
+    mask = torch.ones(1, 7, dtype=torch.bool)
+    mask[0, 5:] = False
+    model, stock = make_transformer(True, layers=1), make_transformer(True, layers=1)
     report = uniref_fast.patch(model)
-    assert "compiled" not in str(report)
-    model.compile_repeated_blocks(backend="aot_eager", fullgraph=fullgraph)
-    assert max_relative_error(run(model), run(stock)) < ROUNDING
-    assert not report.calls and report.traces == 2  # one block and its attention: the others reuse the graph
-    assert "2 traces of sites by torch.compile; compiled code runs the original" in str(report)
+    model.compile(backend="eager", fullgraph=True)
+    assert max_relative_error(run(model, mask=mask), run(stock, mask=mask)) < ROUNDING
+    assert report.traces == 1 and "a text mask" in " ".join(report.traced_originals)
+    assert "1 traces of the original: a text mask inside torch.compile" in str(report)
+
+
+def test_settings_and_code_that_are_checked_when_the_compiler_traces(make_transformer):
+    model = make_transformer(True, layers=1)
+    report = uniref_fast.patch(model)
+    model.transformer_blocks[0].attn.processor._attention_backend = "_native_math"  # as set_attention_backend does
+    model.transformer_blocks[0].img_norm1.register_forward_hook(lambda module, args, out: None)
+    model.compile(backend="eager", fullgraph=True)
+    run(model)
+    assert not report.traces and "set_attention_backend" in str(report) and "the norms have hooks" in str(report)
+
+
+@pytest.mark.parametrize("batch, length", [(1, 37), (3, 37), (2, 16)])  # with and without a rest in the last tile
+def test_the_tables_of_a_graph_are_those_of_the_plan(batch, length):
+    attention = plan(SelfLayout.qwen([Sample(5, (1, 1, length - 5))] * batch))
+    for mine, theirs in zip(traced._plan_tensors(batch, length, CPU), attention.tensors(CPU), strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    for mine, theirs in zip(traced._plan_tensors(batch, length, CPU), attention.transpose.tensors(CPU), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(traced._tiles(batch, length, 16, CPU), attention.tiles(16, CPU))
+
+
+def test_the_triton_kernels_in_a_graph(make_transformer):
+    model, stock = make_transformer(True, layers=1), make_transformer(True, layers=1)
+    report = uniref_fast.patch(model, impl="triton")
+    model.compile(backend="eager", fullgraph=True)
+    given = inputs(batch=2, text=2, grids=[(1, 2, 2), (1, 1, 1)])  # the interpreter is slow
+    given["hidden_states"].requires_grad_()
+    out, expected = model(**given)[0], stock(**given)[0]
+    assert report.traces == 2 and max_relative_error(out, expected) < ROUNDING
+    (ours,), (theirs,) = (torch.autograd.grad(x.square().mean(), given["hidden_states"]) for x in (out, expected))
+    assert max_relative_error(ours, theirs) < 10 * ROUNDING
 
 
 def test_export(make_transformer):
@@ -91,29 +164,22 @@ def test_export(make_transformer):
     with torch.no_grad():
         exported = torch.export.export(model, (), kwargs=inputs()).module()
         assert max_relative_error(exported(**inputs())[0], run(stock)) < ROUNDING
-    assert report.traces and not report.calls
+    assert report.traced_originals and not report.traces and not report.calls
+    assert "torch.export" in str(report)
 
 
-@pytest.mark.parametrize("how", ["blocks", "wrapper"])
-def test_unpatch_of_a_model_that_was_compiled_afterwards(make_transformer, how):
-    model = make_transformer(True, layers=1)
-    expected = run(model)
-    uniref_fast.patch(model)
-    call = compiled(model, how, "eager")
-    assert max_relative_error(run(call), expected) < ROUNDING
+@pytest.mark.parametrize("how", ["model", "wrapper"])
+def test_a_model_that_was_compiled_and_called_before(make_transformer, how):
+    """The patch is in the next graph; without it the first graph serves again."""
+    model, counter = make_transformer(True, layers=1), CompileCounterWithBackend("eager")
+    call = compiled(model, how, counter, fullgraph=True)
+    expected = run(call)
+    report = uniref_fast.patch(call)
+    assert max_relative_error(run(call), expected) < ROUNDING and counter.frame_count == 2
+    assert report.traces == 2 and any("uniref_fast" in str(node.target) for node in counter.graphs[1].graph.nodes)
     assert uniref_fast.unpatch(call) and not uniref_fast.unpatch(call)
-    assert torch.equal(run(call), expected)
+    assert torch.equal(run(call), expected) and counter.frame_count == 2
     assert all("forward" not in vars(block) for block in model.transformer_blocks)
-
-
-@pytest.mark.parametrize("how", ["model", "blocks", "wrapper"])
-def test_a_model_that_is_compiled_already_is_refused(make_transformer, how):
-    model = make_transformer(True, layers=2)
-    call = compiled(model, how, "eager")
-    what = "_orig_mod" if how == "wrapper" else "was compiled in place; patch first, then compile"
-    with pytest.raises(TypeError if how == "wrapper" else ValueError, match=what):
-        uniref_fast.patch(call)
-    assert not uniref_fast.unpatch(call) and not any("forward" in vars(b) for b in model.transformer_blocks)
 
 
 @pytest.mark.parametrize("how", ["model", "blocks", "wrapper"])

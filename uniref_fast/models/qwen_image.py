@@ -33,7 +33,9 @@ __all__ = [
     "find_transformer",
     "joint_attention",
     "joint_qkv",
+    "project_image",
     "qk_norm_eps",
+    "qk_norm_weights",
     "stream_rows",
 ]
 
@@ -172,8 +174,8 @@ def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext)
     q, k, v = ops.qk_norm_rope(
         text_qkv,
         image_qkv,
-        _qk_norm_weights(attn, "text"),
-        _qk_norm_weights(attn, "image"),
+        qk_norm_weights(attn, "text"),
+        qk_norm_weights(attn, "image"),
         context.layout,
         context.rotary,
         eps=qk_norm_eps(attn),
@@ -528,7 +530,7 @@ def _keep_attention() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
+def qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
     """Return the weights of a stream's RMSNorms of q and k; None where the attention has no such norm."""
     norms = (attn.norm_q, attn.norm_k) if stream == "image" else (attn.norm_added_q, attn.norm_added_k)
     q, k = (None if norm is None else norm.weight for norm in norms)

@@ -292,6 +292,25 @@ def _triton_backward_config(q: Tensor) -> configs.BackwardConfig:
     return configs.pick_backward_config(q.shape[-1], q.dtype, _capability(q))
 
 
+@torch.compiler.assume_constant_result  # traced code gives it names, and gets what the tables of the device say
+def launch_numbers(dtype: str, head_dim: int, device: str, backward: bool) -> tuple[list[int], list[int]]:
+    """Return the rows of a tile and the launch parameters of the Triton kernels: forward, then dq and dkdv.
+
+    Args:
+        dtype: Name of the dtype, such as "torch.bfloat16".
+        head_dim: Head dimension.
+        device: Name of the device.
+        backward: Also return those of the backward.
+    """
+    q = torch.empty(0, 1, head_dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
+    launches, rows = [_triton_config(q)], [_triton_config(q).BLOCK_M]
+    if backward:
+        both = _triton_backward_config(q)
+        launches += [both.dq, both.dkdv]
+        rows += [both.dq.BLOCK_M, both.dkdv.BLOCK_N]
+    return rows, [number for launch in launches for number in dataclasses.astuple(launch)]
+
+
 def _capability(q: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else (8, 0)
 

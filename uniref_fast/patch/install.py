@@ -41,7 +41,7 @@ def patch(
 
     Args:
         pipe_or_transformer: A `QwenImageEditPlusPipeline`, another pipeline with a `QwenImageTransformer2DModel` as
-            `transformer`, or that model.
+            `transformer`, or that model. It may be compiled; the next call then compiles it again.
         mode: "exact" computes the same as the original and rounds where the original rounds. "fast" computes Linears of
             the blocks and attention in 8 bits (docs/fast.md). Their 16-bit weights move to host memory, and `unpatch`
             brings them back with the same bits.
@@ -66,8 +66,7 @@ def patch(
 
     Raises:
         TypeError: If the model is not supported; the message lists the supported ones.
-        ValueError: If options are impossible, if the model is already patched with other options, or if the transformer
-            or a block is already compiled: patch first, then compile.
+        ValueError: If options are impossible, or if the model is already patched with other options.
     """
     transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
     fast = check_mode(mode)
@@ -85,8 +84,6 @@ def patch(
         if found.options != options:
             raise ValueError(f"already patched with {found.options}; call unpatch first to patch with {options}")
         return found.state.report
-    find_transformer(pipe_or_transformer, sharded=True)  # raises for a wrapper of torch.compile
-    _refuse_compiled(transformer)
     parts = _eight_bit_parts(pipe_or_transformer, transformer, kept, impl) if fast else None
     pipe = None if pipe_or_transformer is transformer else pipe_or_transformer
     installation = _Installation(transformer, options, pipe, parts)
@@ -205,19 +202,6 @@ def _with_exact_weights(module: Any, state_dict: dict[str, Any], prefix: str, me
     for name, value in state_dict.items():
         if isinstance(value, QuantisedWeight):
             state_dict[name] = value.original.detach()
-
-
-def _refuse_compiled(transformer: Any) -> None:
-    """Raise ValueError if a module is compiled already: compiled code would keep running the unpatched forward."""
-    places = {"transformer": transformer}
-    for name, block in transformer.transformer_blocks.named_children():
-        places |= {f"transformer_blocks.{name}": block, f"transformer_blocks.{name}.attn": getattr(block, "attn", None)}
-    for name, module in places.items():
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(
-                f"{name} was compiled in place; patch first, then compile. To remove the compiled code, set "
-                "`_compiled_call_impl = None` on that module"
-            )
 
 
 def _has_stock_processor(block: Any) -> bool:

@@ -34,6 +34,7 @@ from uniref_fast.patch.guards import (
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.patch.report import EIGHT_BIT_TOLERANCE, SELF_CHECK_TOLERANCE, Site
 from uniref_fast.patch.state import PatchState
+from uniref_fast.patch.traced import traced_attention
 from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded_errors
 
 __all__ = [
@@ -56,7 +57,7 @@ def _refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> 
     """Return the reason why a call with these tensors must run the original, or None."""
     if site.disabled:
         return site.disabled
-    if reason := active_mode():
+    if not torch.compiler.is_compiling() and (reason := active_mode()):
         return reason
     first = tensors[0]
     for tensor in tensors:
@@ -74,6 +75,17 @@ def _refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> 
         return ops.unavailable(state.impl, first, head_dim)
     if ops.choose(None, first, head_dim) == "reference":
         return f"no fused implementation here: {ops.explain(first, head_dim)[1]}"
+    return None
+
+
+def _untraceable(state: PatchState) -> str | None:
+    """Return the reason why torch.compile traces the original, or None."""
+    if torch.compiler.is_exporting():
+        return "torch.export: a program that is exported runs without this package"
+    if state.parts is not None:
+        return "mode='fast' inside torch.compile"
+    if state.impl == "reference":
+        return "impl='reference' inside torch.compile"
     return None
 
 
@@ -128,8 +140,8 @@ class PatchedAttention:
                 setattr(self.stock, name, getattr(self, name))
         return self.stock
 
-    def record_trace(self) -> None:
-        self.site.traces += 1
+    def record_trace(self, reason: str | None) -> None:
+        self.site.record_trace(reason)
 
     def __call__(
         self,
@@ -150,9 +162,22 @@ class PatchedAttention:
         if torch.compiler.is_compiling():
             if self.state.visibility != "full":
                 raise RuntimeError(self._impossible("inside torch.compile"))
-            self.record_trace()
-            return self._pass_on()(attn, *arguments)
+            reason = self._untraceable(attn, *arguments)
+            self.record_trace(reason)
+            if reason is not None or encoder_hidden_states is None or image_rotary_emb is None:
+                return self._pass_on()(attn, *arguments)
+            impl = self.state.impl or ops.choose(None, hidden_states, attn.inner_dim // attn.heads)
+            forced = self.state.impl is not None
+            return traced_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, impl, forced)
         return _outside_compiler()(self._run, attn, *arguments)
+
+    def _untraceable(self, attn: Any, *arguments: Any) -> str | None:
+        """Return the reason why torch.compile traces the original for a call, or None."""
+        if reason := _untraceable(self.state) or self.call_refusal(attn, *arguments):
+            return reason
+        if arguments[2] is not None:
+            return "a text mask inside torch.compile, which cannot plan from its values"
+        return self.code_refusal(str(arguments[0].dtype), str(arguments[0].device))
 
     def _run(
         self,
@@ -245,10 +270,14 @@ class PatchedAttention:
             "full attention, which is another model; unpatch, or remove the cause"
         )
 
-    def refusal(
+    def refusal(self, attn: Any, image: Tensor, *others: Any) -> str | None:
+        """Return the reason why this call must run the original, or None."""
+        return self.call_refusal(attn, image, *others) or self.code_refusal(str(image.dtype), str(image.device))
+
+    def call_refusal(
         self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, attention_mask: Any, rotary: Any
     ) -> str | None:
-        """Return the reason why this call must run the original, or None."""
+        """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
         if text is None or rotary is None or attention_mask is not None:
             return "called without text or rotary embedding, or with an external mask"
         head_dim = attn.inner_dim // attn.heads
@@ -256,13 +285,8 @@ class PatchedAttention:
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text):
             return f"called with streams of shapes {list(image.shape)} and {list(text.shape)}"
-        if self._parallel_config is not None:
-            return "context parallel: the sequence is split over ranks"
-        if self._attention_backend is not None:
-            backend = getattr(self._attention_backend, "value", self._attention_backend)
-            return f"attention backend {backend!r} was chosen with set_attention_backend"
-        if active := active_backend():
-            return f"attention backend {active!r} is active in this process"
+        if reason := self.settings_refusal():
+            return reason
         if mask is not None and not (is_plain(mask) and mask.dtype == torch.bool and mask.shape == text.shape[:2]):
             return "the text mask is not a boolean tensor with one value per token"
         lengths = image.shape[1], text.shape[1]
@@ -272,7 +296,30 @@ class PatchedAttention:
             for freqs, length in zip(rotary, lengths, strict=True)
         ):  # fmt: skip
             return "the rotary embedding does not have one complex value per token and pair of channels"
-        return attention_change() or changed_qk_norm(attn, image.dtype, image.device)
+        return None
+
+    def settings_refusal(self) -> str | None:
+        """Return the reason why the settings of this place need the original, or None."""
+        if self._parallel_config is not None:
+            return "context parallel: the sequence is split over ranks"
+        if self._attention_backend is not None:
+            backend = getattr(self._attention_backend, "value", self._attention_backend)
+            return f"attention backend {backend!r} was chosen with set_attention_backend"
+        if active := active_backend():
+            return f"attention backend {active!r} is active in this process"
+        return None
+
+    def code_refusal(self, dtype: str, device: str) -> str | None:
+        """Return the reason why the code of this place needs the original, or None.
+
+        torch.compile does not trace it, but runs it once for each trace.
+
+        Args:
+            dtype: Name of the dtype of the streams.
+            device: Name of their device.
+        """
+        found = getattr(torch, dtype.removeprefix("torch."))
+        return attention_change() or changed_qk_norm(self.attn, found, torch.device(device))
 
 
 def register_processor() -> None:
@@ -288,6 +335,8 @@ def register_processor() -> None:
     AttentionProcessorRegistry.register(PatchedAttention, stock)
     for place in (PatchedAttention, PatchedBlock):
         torch.compiler.assume_constant_result(place.record_trace)
+        torch.compiler.assume_constant_result(place.code_refusal)
+    torch.compiler.assume_constant_result(PatchedAttention.settings_refusal)
 
 
 # ---- layer 2: the block ----
@@ -334,8 +383,8 @@ class PatchedBlock:
             )
         return holder, key
 
-    def record_trace(self) -> None:
-        self.site.traces += 1
+    def record_trace(self, reason: str | None) -> None:
+        self.site.record_trace(reason)
 
     def forward(
         self,
@@ -357,9 +406,23 @@ class PatchedBlock:
             modulate_index,
         )
         if torch.compiler.is_compiling():
-            self.record_trace()
-            return self.original(*arguments)
+            return self._trace(*arguments)
         return _outside_compiler()(self._run, *arguments)
+
+    def _trace(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        """Run the block as torch.compile traces it: the fused operators, or the original, in the graph."""
+        image = arguments[0]
+        reason = _untraceable(self.state) or self.call_refusal(*arguments)
+        reason = reason or self.code_refusal(str(image.dtype), str(image.device))
+        calls = Calls(self.block, inputs=False)
+        if reason is None:
+            fused = self._fused(calls, self.state.impl or ops.choose(None, image), *arguments)
+            if not isinstance(fused, str):
+                self.record_trace(None)
+                return fused
+            reason = fused
+        self.record_trace(reason)
+        return type(self.block).forward(StandIn(calls), *arguments) if calls.made else self.original(*arguments)
 
     def _run(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         def original() -> tuple[Tensor, Tensor]:
@@ -389,11 +452,13 @@ class PatchedBlock:
 
         return self.state.accept(self.site, fused, image, original, check if checked else None, (impl, None))
 
-    def refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
+    def refusal(self, image: Tensor, *others: Any) -> str | None:
         """Return the reason why this call must run the original, or None."""
+        return self.call_refusal(image, *others) or self.code_refusal(str(image.dtype), str(image.device))
+
+    def call_refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
+        """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
         block = self.block
-        if self._methods() != self.methods:
-            return f"forward or _modulate of {type(block).__name__} was replaced"
         if reason := _refusal(self.state, self.site, block.attn.inner_dim // block.attn.heads, image, text, temb):
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text) or image.shape[2] != text.shape[2]:
@@ -405,8 +470,15 @@ class PatchedBlock:
             return "modulate_index must be given with zero_cond_t, and only then"
         if index is not None and not (is_plain(index) and index.shape == image.shape[:2]):
             return "modulate_index does not have one value per token"
+        return None
+
+    def code_refusal(self, dtype: str, device: str) -> str | None:
+        """Return the reason why the code of this place needs the original, or None; see `PatchedAttention`."""
+        block = self.block
+        if self._methods() != self.methods:
+            return f"forward or _modulate of {type(block).__name__} was replaced"
         for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"):
-            if reason := changed_norm(block._modules.get(name), image.shape[2]):
+            if reason := changed_norm(block._modules.get(name), block.dim):
                 return reason
         return norm_change()
 

@@ -28,8 +28,9 @@ class Site:
         calls: Accelerated calls, by the implementation that served them.
         fallbacks: Calls that ran the original, by reason.
         reasons: Accelerated attention calls, by "implementation: reason of the choice".
-        traces: Number of times that torch.compile or torch.export traced the site. Compiled code runs the original,
-            and its calls are not counted.
+        traces: Number of times that torch.compile traced the fused operators of the site. The calls of compiled code
+            are neither counted nor compared with the original.
+        traced_originals: Traces of torch.compile and torch.export that took the original, by reason.
         max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
         disabled: Reason why the site runs the original from now on, or None.
         tolerance: Largest accepted error of the first call; None for `SELF_CHECK_TOLERANCE`.
@@ -40,9 +41,17 @@ class Site:
     fallbacks: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     traces: int = 0
+    traced_originals: Counter[str] = field(default_factory=Counter)
     max_rel_error: float | None = None
     disabled: str | None = None
     tolerance: float | None = None
+
+    def record_trace(self, reason: str | None) -> None:
+        """Count a trace: of the original for a reason, or of the fused operators."""
+        if reason is None:
+            self.traces += 1
+        else:
+            self.traced_originals[reason] += 1
 
 
 @dataclass
@@ -93,8 +102,13 @@ class PatchReport:
 
     @property
     def traces(self) -> int:
-        """Number of times that torch.compile or torch.export traced a site; compiled code runs the original."""
+        """Number of times that torch.compile traced the fused operators of a site."""
         return sum(s.traces for s in self.sites)
+
+    @property
+    def traced_originals(self) -> Counter[str]:
+        """Traces of torch.compile and torch.export that took the original, by reason."""
+        return sum((s.traced_originals for s in self.sites), Counter())
 
     @property
     def reasons(self) -> Counter[str]:
@@ -112,9 +126,11 @@ class PatchReport:
         lines += [f"    {count:6d} x  {reason}" for reason, count in self.fallbacks.most_common()]
         if self.traces:
             lines.append(
-                f"  compiled        {self.traces} traces of sites by torch.compile; compiled code runs the original, "
-                "and its calls are not counted"
+                f"  compiled        {self.traces} traces of sites by torch.compile; calls of compiled code are neither "
+                "counted nor compared with the original"
             )
+        originals = self.traced_originals.most_common()
+        lines += [f"  compiled        {count} traces of the original: {reason}" for reason, count in originals]
         lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
         lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
         lines += [f"  references      {steps}" for steps in self.reference_steps]

@@ -151,6 +151,9 @@ class PatchState:
             length: Tokens of each sample in the stream.
             device: Device of the result.
         """
+        if torch.compiler.is_compiling():
+            rows = torch.arange(batch, dtype=torch.int32, device=device)[:, None].expand(batch, length)
+            return (rows if index is None else rows + (index != 0).to(torch.int32) * batch).reshape(-1).contiguous()
         if index is None:
             return _batch_rows(batch, length, device)
         saved = self.calls.rows
