@@ -44,8 +44,7 @@ def quantize_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
     Raises:
         ValueError: A transform of `torch.func` or forward-mode differentiation is active, or `impl` is not possible.
     """
-    if inside_transform():
-        raise ValueError("8-bit ops have no derivatives: call them outside of torch.func transforms and forward mode")
+    _refuse_transforms()
     x = x.detach()
     if x.dtype == torch.float64 or _choose(impl, x) == "reference":
         return _quantize(x)
@@ -171,7 +170,13 @@ def scaled_linear(
     return out.to(dtype)
 
 
+def _refuse_transforms() -> None:
+    if inside_transform():
+        raise ValueError("8-bit ops have no derivatives: call them outside of torch.func transforms and forward mode")
+
+
 def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
+    _refuse_transforms()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         raise ValueError("8-bit ops have no gradient; use them under torch.no_grad()")
     if impl == "native":
