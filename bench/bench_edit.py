@@ -1,13 +1,18 @@
-"""Whole edits on the built-in pipeline: patched against stock, a packed batch against one by one.
+"""Whole edits on the built-in pipeline: patched against stock, a packed batch against one by one; kept references.
 
 pytest bench/bench_edit.py --benchmark-only
 """
+
+import functools
 
 import pytest
 import torch
 
 import uniref_fast
 from uniref_fast import EditRequest, builtin
+from uniref_fast.layout import Sample
+from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule
 from uniref_fast.scenes.make import MakeConfig, artworks, sample
 from uniref_fast.testing import max_relative_error
 
@@ -83,3 +88,47 @@ def test_packed_batch(timed, pipe, which):
     for a, b in zip(packed(), calls["stock one by one"](), strict=True):
         assert max_relative_error(a, b) < 1e-4
     timed(calls[which], calls["stock one by one"])
+
+
+KEPT_STEPS = 12
+SCHEDULES = {
+    "exact": None,
+    "keep_references=3": RefreshSchedule.of(3, None, "changes"),
+    "keep_references=auto": RefreshSchedule.of("auto", None, "changes"),
+    "keep_references=6": RefreshSchedule.of(6, None, "changes"),
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tiny, make_small):
+    """Transformer of 8 blocks of 1024 channels with random weights."""
+    return PackedQwenImage(make_small(**({} if tiny else {"num_layers": 8, "num_attention_heads": 16})))
+
+
+@pytest.mark.parametrize("which", SCHEDULES)
+@pytest.mark.benchmark(group="12 steps of a packed edit, 1024 channels, 8 blocks, 3 references of the target's size")
+def test_kept_references(timed, benchmark, wide, tiny, which):
+    """The transformer alone; `refreshed` is the number of steps that computed the references."""
+    side = 4 if tiny else 16
+    layout = wide.layout([Sample(64, (1, side, side), ((1, side, side),) * 3)])
+    device, dtype = wide.transformer.device, wide.transformer.dtype
+    image = torch.randn(layout.image_length, 64, device=device).to(dtype)
+    text = torch.randn(64, wide.transformer.config.joint_attention_dim, device=device).to(dtype)
+    noise = torch.randn(KEPT_STEPS, side * side, 64, device=device).to(dtype)
+    refreshed = []
+
+    @torch.no_grad()
+    def edit(name):
+        kept = SCHEDULES[name] and [KeptReferences(SCHEDULES[name], total=KEPT_STEPS)]
+        for step in range(KEPT_STEPS):
+            t = 1 - step / KEPT_STEPS
+            image[: side * side] = noise[step] * t
+            out = wide(image, text, torch.tensor([t], device=device), layout, kept)
+        refreshed[:] = kept[0].refreshed if kept else range(KEPT_STEPS)
+        return out
+
+    assert max_relative_error(edit(which), edit("exact")) < 0.05, "random weights: references hardly change"
+    edit(which)
+    benchmark.extra_info["refreshed"] = len(refreshed)
+    exact = functools.partial(edit, "exact")
+    timed(exact if which == "exact" else functools.partial(edit, which), exact, graph=False)

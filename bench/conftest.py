@@ -321,3 +321,9 @@ def make_20b(tiny):
     if not CUDA or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs a GPU with 60 GiB: the weights alone are 41 GB")
     return functools.partial(make_model, SHAPE_20B, "cuda")
+
+
+@pytest.fixture(scope="session")
+def make_small():
+    """Makes a small transformer with random weights, whose shape the arguments change."""
+    return lambda **changes: make_model(SHAPE_TINY | changes, "cuda" if CUDA else "cpu")

@@ -155,6 +155,16 @@ def test_8_bits(make_transformer, dtype):
     assert small.nbytes == elements + elements // 32 * dtype.itemsize, "one scale for each row and head of 32 channels"
 
 
+@pytest.mark.parametrize("dtype", [None, "int8"])
+def test_a_refresh_replaces_what_is_stored(dtype):
+    kept, attn, new = KeptReferences(dtype=dtype), torch.nn.Identity(), torch.randn(2, 3, 2, 8)
+    for k, v in (torch.randn(2, 3, 2, 8), new):
+        kept.store(attn, k, v)
+    loaded = torch.empty_like(new)
+    kept.load(attn, *loaded)
+    assert max_relative_error(loaded, new) <= (0 if dtype is None else 0.01)
+
+
 def test_8_bits_of_zeros_and_of_an_outlier():
     """A row of zeros stays zero; a large row costs the other rows nothing."""
     k = torch.randn(3, 2, 8)

@@ -10,6 +10,7 @@ from patching import GRIDS, ROUNDING, inputs
 from PIL import Image
 
 import uniref_fast
+from uniref_fast.models.kept_references import RefreshSchedule
 from uniref_fast.testing import max_relative_error
 
 TARGET = GRIDS[0][1] * GRIDS[0][2]
@@ -23,7 +24,7 @@ def call(model, t, seed=1, text_seed=1, **changes):
     noise = torch.randn(given["hidden_states"][:, :TARGET].shape, generator=targets)
     given["hidden_states"][:, :TARGET] = noise.to(given["hidden_states"].dtype)
     given["timestep"] = torch.full_like(given["timestep"], t)
-    if text_seed != 1:
+    if text_seed != seed:
         given["encoder_hidden_states"] = inputs(seed=text_seed)["encoder_hidden_states"]
     with torch.no_grad():
         return model(**{**given, **changes})[0]
@@ -101,6 +102,8 @@ def test_samples_of_a_batch_compute_their_references_together(make_transformer):
     report = uniref_fast.patch(model, keep_references="auto", drift=0.2)
     outs = [call(model, 1 - step / 20, batch=2) for step in range(8)]
     (steps,) = report.reference_steps
+    model._uniref_fast.state.calls.predictions[0].stores[1].schedule = RefreshSchedule(every=1)
+    assert not is_kept(call(model, 0.5, batch=2)) and not is_kept(call(model, 0.4, batch=2)), "one sample decides"
     assert [i for i, out in enumerate(outs) if not is_kept(out)] == list(steps.refreshed)
     assert 1 < len(steps.refreshed) < 8
 
@@ -168,7 +171,15 @@ def test_memory_of_an_ended_edit_is_freed(make_transformer):
     model = make_transformer(True)
     uniref_fast.patch(model, keep_references=6)
     predictions = model._uniref_fast.state.calls.predictions
-    for t, text, count in ((0.9, 1, 1), (0.9, 2, 2), (0.8, 1, 2), (0.95, 3, 1), (0.95, 4, 2), (0.95, 5, 1)):
+    for t, text, count in (
+        (0.8, 9, 1),
+        (0.9, 1, 1),
+        (0.9, 2, 2),
+        (0.8, 1, 2),
+        (0.95, 3, 1),
+        (0.95, 4, 2),
+        (0.95, 5, 1),
+    ):
         call(model, t, text_seed=text)
         assert len(predictions) == count
 

@@ -195,7 +195,7 @@ class ReferenceKeeper:
         more = {name: given.get(name) for name in ("attention_kwargs", "additional_t_cond")}
         settings = (
             tuple(tuple(map(tuple, each)) for each in shapes), tuple((x.shape, x.dtype, x.device) for x in tensors),
-            image.dtype, len(time), repr(more), _weights(module),
+            len(time), repr(more), _weights(module),
         )  # fmt: skip
         predictions[:] = [each for each in predictions if each.time.device == time.device]
         alike = [each for each in predictions if each.settings == settings]
