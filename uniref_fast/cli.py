@@ -21,6 +21,7 @@ from uniref_fast.data import cli as data
 from uniref_fast.data.readers import escape_controls
 from uniref_fast.evaluation import cli as evaluation
 from uniref_fast.files import write_whole
+from uniref_fast.progress import announce, announce_import, running
 from uniref_fast.scenes import make as scenes
 
 if TYPE_CHECKING:
@@ -244,13 +245,14 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    _writable(args.out, [".png"])
+    if not 0 <= args.seed < 10**9:
+        raise UsageError(f"--seed is a number from 0 to 999999999, got {args.seed}")
+    announce_import("PyTorch", "torch")
     import torch
 
     from uniref_fast.demo import MORE, run_demo
 
-    _writable(args.out, [".png"])
-    if not 0 <= args.seed < 10**9:
-        raise UsageError(f"--seed is a number from 0 to 999999999, got {args.seed}")
     _check_device(args.device)
     result, sheet, report = run_demo(
         seed=args.seed,
@@ -259,7 +261,7 @@ def _demo(args: argparse.Namespace) -> int:
         repeats=args.repeats,
         dtype=getattr(torch, args.dtype),
         device=args.device,
-        log=lambda line: print(line, file=sys.stderr),
+        log=announce,
     )
     _save(sheet, args.out)
     if args.json:
@@ -282,16 +284,17 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _edit(args: argparse.Namespace) -> int:
+    _writable(args.out)
+    images = [_image(path).load() for path in args.image]
+    if not args.prompt.strip():
+        raise UsageError("--prompt is empty; give an instruction, for example --prompt 'put picture 1 on picture 2'")
+    announce_import("PyTorch", "torch")
     import torch
 
     from uniref_fast import EditReport, EditRequest, builtin, edit, patch
     from uniref_fast.flags import parse_keep_references
 
-    _writable(args.out)
     keep = parse_keep_references(args.keep_references)
-    images = [_image(path).load() for path in args.image]
-    if not args.prompt.strip():
-        raise UsageError("--prompt is empty; give an instruction, for example --prompt 'put picture 1 on picture 2'")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
@@ -331,6 +334,7 @@ def _trained_pipeline(args: argparse.Namespace, device: str, dtype: torch.dtype)
 
 
 def _estimate(args: argparse.Namespace) -> int:
+    announce_import("PyTorch", "torch")
     import torch
 
     from uniref_fast import EditRequest, builtin, estimate
@@ -345,7 +349,7 @@ def _estimate(args: argparse.Namespace) -> int:
     request = EditRequest(**_request_fields(args))
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    with model_errors(args.model) as place:
+    with model_errors(args.model) as place, running(f"reading the configuration of {args.model}"):
         pipe = builtin.load(dtype) if args.model == "builtin" else place
         result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget, device=device, mode=args.mode)
     if args.json:
@@ -356,10 +360,12 @@ def _estimate(args: argparse.Namespace) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
+    announce_import("Matplotlib", "matplotlib")
     from uniref_fast.training.core.plots import plot
 
     try:
-        plot(args.runs, args.out, args.keys, args.smooth)
+        with running("drawing"):
+            plot(args.runs, args.out, args.keys, args.smooth)
     except OSError as error:  # a folder without metrics, or a file that cannot be written
         raise UsageError(str(error)) from error
     print(args.out)
@@ -367,9 +373,11 @@ def _plot(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    announce_import("PyTorch", "torch")
     from uniref_fast.doctor import facts, report
 
-    found = facts()
+    with running("examining the installation"):
+        found = facts()
     print(json.dumps(found) if args.json else report(found))
     return 0
 

@@ -31,6 +31,7 @@ from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
+from uniref_fast.progress import tracked
 from uniref_fast.quantised_linear import exact_products, recorded_errors
 from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
 from uniref_fast.schedule import denoising_schedule
@@ -117,7 +118,9 @@ def edit(
         raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
     keeping = _refresh_schedules(model, geometries, keep_references, drift)
     with torch.no_grad(), eight_bit(transformer, None if patched_parts(transformer) else parts):
-        jobs = [_prepare(pipe, *each) for each in zip(requests, geometries, schedulers, strict=True)]
+        shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")
+        prepared = tracked(list(zip(requests, geometries, schedulers, strict=True)), "encoding", "request", shown=shown)
+        jobs = [_prepare(pipe, *each) for each in prepared]
         for job, schedule in zip(jobs, keeping, strict=True):
             if schedule is not None:
                 job.kept = [KeptReferences(schedule, keep_dtype, len(job.timesteps)) for _ in job.samples]
@@ -131,7 +134,7 @@ def edit(
             report.latent_errors = _latent_errors(pipe, model, jobs, exact, pack_tokens, progress)
         for job in jobs:
             job.kept = None  # decoding needs the memory
-        results = [_decode(pipe, job, output_type) for job in jobs]
+        results = [_decode(pipe, job, output_type) for job in tracked(jobs, "decoding", "result", shown=shown)]
     pipe.maybe_free_model_hooks()
     return results
 

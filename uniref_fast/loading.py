@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
+from uniref_fast.progress import running
 
 __all__ = ["configuration", "defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
 
@@ -39,14 +41,15 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
     """
     from uniref_fast import builtin
 
-    if name == "builtin":
-        return builtin.load(dtype, device)
-    with model_errors(name) as place:
-        from diffusers import DiffusionPipeline
+    with running(f"loading the model {name}", shown=not int(os.environ.get("RANK", 0))):
+        if name == "builtin":
+            return builtin.load(dtype, device)
+        with model_errors(name) as place:
+            from diffusers import DiffusionPipeline
 
-        pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}")
-    check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
-    return pipe.to(device)
+            pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}")
+        check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
+        return pipe.to(device)
 
 
 def configuration(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -7,6 +7,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from uniref_fast.progress import announce_import, running
+
 __all__ = ["add_export", "add_fuse", "export", "fuse"]
 
 
@@ -33,9 +35,11 @@ def add_fuse(parser: argparse.ArgumentParser) -> None:
 
 def export(args: argparse.Namespace) -> int:
     """Write the weights of a checkpoint, and print where they are and how to use them."""
+    announce_import("PyTorch", "torch")
     from uniref_fast.training.core.export import export_checkpoint
 
-    done = export_checkpoint(args.run_folder, args.step, args.out)
+    with running(f"verifying and writing the weights of {args.run_folder}"):
+        done = export_checkpoint(args.run_folder, args.step, args.out)
     for name, reason in done.damaged:
         print(f"{name} cannot be used: {reason}", file=sys.stderr)
     kind = "averaged weights" if done.averaged else "weights"
@@ -46,6 +50,7 @@ def export(args: argparse.Namespace) -> int:
 
 def fuse(args: argparse.Namespace) -> int:
     """Write a pipeline with fused adapters, and print how to use it."""
+    announce_import("PyTorch", "torch")
     import torch
 
     from uniref_fast.adapters import Adapter, adapter_visibility, check_adapters, fuse_adapters
@@ -58,12 +63,14 @@ def fuse(args: argparse.Namespace) -> int:
     adapters = [Adapter.parse(text) for text in args.lora]
     below = check_adapters(adapters, args.model)
     pipe = load_pipeline(args.model, getattr(torch, args.dtype), "cpu")
-    fuse_adapters(pipe, adapters, below)
-    if isinstance(pipe, SmallQwenImageEditPlusPipeline):
-        store.write(pipe, out, weights="trained")
-    else:
-        with whole_folder(out) as partial:
-            pipe.save_pretrained(partial)
+    with running("fusing the adapters"):
+        fuse_adapters(pipe, adapters, below)
+    with running(f"writing {out}"):
+        if isinstance(pipe, SmallQwenImageEditPlusPipeline):
+            store.write(pipe, out, weights="trained")
+        else:
+            with whole_folder(out) as partial:
+                pipe.save_pretrained(partial)
     visibility = adapter_visibility(adapters) or "full"
     more = "" if visibility == "full" else f" --visibility {visibility}"
     print(f"{out}: {args.model} with {len(adapters)} fused adapter(s), {args.dtype}")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uniref_fast import flags as configs
 from uniref_fast.files import write_whole
+from uniref_fast.progress import announce, announce_import, running
 from uniref_fast.runs import adapter_settings, check_export, trained_visibility
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.processes import end_with_launcher, explain_to_launcher, locked
@@ -107,6 +108,9 @@ def _launch(
 ) -> int:
     from uniref_fast.training.core.suitability import check_suitability
 
+    if not int(os.environ.get("RANK", 0)):
+        announce(f"{name}: recipe {parsed.recipe}, model {parsed.config.model}, folder {parsed.extra.out}")
+        announce_import("PyTorch", "torch")
     try:
         check_suitability(parsed.config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
@@ -148,7 +152,8 @@ def _train(
     torch.manual_seed(parsed.config.seed)
     out, alone = parsed.extra.out, not parsed.extra.read_only
     with locked(out, ranks) if alone else contextlib.nullcontext():
-        newest = find(parsed.extra, ranks, parsed.config.keep)
+        with running("verifying the newest checkpoint", shown=not ranks.rank):
+            newest = find(parsed.extra, ranks, parsed.config.keep)
         with _no_data_of_failed_start(out) if alone and ranks.rank == 0 else contextlib.nullcontext():
             before = recorded(newest, out, ranks)
             config = with_data(with_recorded(parsed.config, before, parsed.given, out), out, ranks)

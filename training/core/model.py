@@ -18,6 +18,7 @@ from uniref_fast.layout import Sample
 from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
+from uniref_fast.progress import running
 from uniref_fast.runs import base_run, check_export
 from uniref_fast.training.core.distributed import Ranks, shard
 from uniref_fast.training.core.export import ExportError, add_adapter, write_weights
@@ -48,6 +49,15 @@ class TrainedModel:
         compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
         self.pipe = load_pipeline(config.model, compute, "cpu")
         self.pipe.set_progress_bar_config(disable=True)
+        with running("preparing the weights", shown=ranks.rank == 0):
+            self._prepare(compute, master)
+        self.parameters: dict[str, Tensor] = {
+            name: parameter for name, parameter in self.pipe.transformer.named_parameters() if parameter.requires_grad
+        }
+
+    def _prepare(self, compute: torch.dtype, master: torch.dtype) -> None:
+        """Load the initial weights, add the adapter, and pack and shard the transformer."""
+        config, ranks = self.config, self.ranks
         for part in (self.pipe.vae, self.pipe.text_encoder):
             part.requires_grad_(False).to(ranks.device)
         self._frames = contextlib.ExitStack()  # images, never videos, as long as the model lives
@@ -68,7 +78,6 @@ class TrainedModel:
         if config.compile:
             _compile_blocks(transformer)
         shard(self.packed, ranks, compute)  # moves a block at a time to the device
-        self.parameters: dict[str, Tensor] = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
 
     def _load_initial(self, run: Path, dtype: torch.dtype) -> None:
         """Load what an earlier run exported; training continues its adapter, and adds no second one."""

@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -37,6 +38,7 @@ __all__ = ["GroupedMean", "Monitor", "peak_flops"]
 COUNTED = ("tokens", "samples", "flops", "seconds")
 DERIVED = ("tokens_per_second", "samples_per_second", "mfu")
 IMAGE = re.compile(r"\w[\w.-]*-(\d{6,})\.png")
+QUIET_SECONDS = 10.0  # without a printed line, after which every step prints one
 RESERVED = frozenset(("step", *COUNTED, *DERIVED))
 
 
@@ -58,7 +60,8 @@ class Monitor:
         wandb: Also log to Weights & Biases, project "uniref_fast"; a continued folder continues its run there.
         flops_per_second: Peak of the devices that compute the `flops` given to `step`, see `peak_flops`; None logs no
             MFU.
-        print_every: Steps between two printed lines if stderr is not a terminal; a terminal gets a progress bar.
+        print_every: Steps between two printed lines if stderr is not a terminal, where a line also follows every step
+            that ends ten seconds or more after the last line; a terminal gets a progress bar.
 
     Raises:
         ValueError: Steps are impossible; on entry, a metrics or events file is damaged in a way that no kill explains.
@@ -95,6 +98,7 @@ class Monitor:
         self._sinks: list[Any] = []  # each with .values(step, dict) and .image(step, name, image)
         self._stream: TextIO = sys.stderr
         self._bar: tqdm | None = None
+        self._printed = 0.0  # time of the last printed line
         self._files: dict[str, RecordFile] = {}  # "metrics" and "events", while open
 
     def __enter__(self) -> Monitor:
@@ -277,10 +281,16 @@ class Monitor:
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done - self._bar.n)
-        elif done % self.print_every == 0 or done == self.total_steps or step == self.start_step:
+        elif (
+            done % self.print_every == 0
+            or done == self.total_steps
+            or step == self.start_step
+            or time.monotonic() - self._printed >= QUIET_SECONDS
+        ):
             self._say(f"step {done}/{self.total_steps}  {text}")
 
     def _say(self, line: str) -> None:
+        self._printed = time.monotonic()
         if self._bar is not None:
             tqdm.write(line, file=self._stream)
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 from uniref_fast.costs import transformer_flops
 from uniref_fast.flags import to_json
 from uniref_fast.layout import Sample
+from uniref_fast.progress import running
 from uniref_fast.request import image_areas
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
@@ -45,6 +46,7 @@ class Trainer:
         resume: Step of the checkpoint to resume from, which `Checkpoints.newest` has verified; None starts a run.
 
     Attributes:
+        progress: Display of the work that runs now.
         saved: State of the checkpoint, with what the subclass's `state()` returned; empty at the start of a run.
 
     Raises:
@@ -53,6 +55,7 @@ class Trainer:
 
     def __init__(self, config: Recipe, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         self.config, self.ranks, self.out = config, ranks, out
+        self.progress = running(shown=ranks.rank == 0)  # of the work that runs now
         self.model = TrainedModel(config, ranks)
         self.parameters = list(self.model.parameters.values())
         self.optimizer = torch.optim.AdamW(
@@ -153,7 +156,11 @@ class Trainer:
                 self._validate(self.step == self.config.total_steps, resumed=True)
                 while self.step < self.config.total_steps and not self.stopping:
                     self._enter_stage()
-                    if not self.train_step():  # nothing of the step has happened: the checkpoint is that of before
+                    # kernels are compiled in the first step of this process; the monitor shows that later ones end
+                    first = self.step == self.monitor.start_step
+                    with self.progress.of(f"step {self.step + 1}", 1.0 if first else 10.0):
+                        complete = self.train_step()
+                    if not complete:  # nothing of the step has happened: the checkpoint is that of before
                         self.stopping = True
                         self.save()
                         break
@@ -174,7 +181,7 @@ class Trainer:
 
     def _export(self) -> None:
         try:
-            with self._averaged():
+            with self._averaged(), self.progress.of("writing the trained weights"):
                 self.model.export(self.out)
         except ExportError as error:
             raise ExportError(
@@ -214,7 +221,7 @@ class Trainer:
         if figures or grid:
             self._enter_stage()
             self.model.packed.eval()
-            with self._averaged():
+            with self._averaged(), self.progress.of(f"validating at step {self.step}"):
                 complete = self.validate(bool(figures), bool(grid))
             self.model.packed.train()
             if not complete:
@@ -293,12 +300,14 @@ class Trainer:
             "visibility": self.model.packed.visibility,
             "frozen": self.model.frozen,
         }
-        path = self.checkpoints.save(self.step, self._tensors(), state)
+        with self.progress.of(f"writing the checkpoint of step {self.step}"):
+            path = self.checkpoints.save(self.step, self._tensors(), state)
         self.saved_at = self.step
         self.monitor.event(self.step, "checkpoint", path=path.name)
 
     def _load(self, step: int) -> dict[str, Any]:
-        state = self.checkpoints.load(step, self._tensors(), verify=False)
+        with self.progress.of(f"reading the checkpoint of step {step}"):
+            state = self.checkpoints.load(step, self._tensors(), verify=False)
         if state.get("frozen", self.model.frozen) != self.model.frozen:  # checkpoints of older versions lack it
             raise ValueError(
                 f"the run in {self.out} was trained on top of other weights than those of model = {self.config.model}"

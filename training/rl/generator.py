@@ -13,6 +13,7 @@ from PIL import Image
 
 from uniref_fast.encode import decode_image, prompt_tokens
 from uniref_fast.guidance import texts_of
+from uniref_fast.progress import running
 from uniref_fast.rewards.types import Candidate, Failure, Scores
 from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.samples import Encoder, Prepared
@@ -79,6 +80,7 @@ class RolloutGenerator:
         encoder: Encoder of the rows.
         rewards: Rewards of the run.
         signalled: Function that returns True if this process was asked to stop.
+        progress: Display of the work that runs now; None shows nothing.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class RolloutGenerator:
         encoder: Encoder,
         rewards: RewardSet,
         signalled: Callable[[], bool],
+        progress: running | None = None,
     ) -> None:
         self.config, self.ranks, self.model, self.encoder = config, ranks, model, encoder
-        self.rewards, self.signalled = rewards, signalled
+        self.rewards, self.signalled, self.progress = rewards, signalled, progress or running(shown=False)
         self.sampler = Sampler(config.sampler, config.noise)
         self.shared = config.visibility == "group_shared"
 
@@ -168,12 +171,14 @@ class RolloutGenerator:
         """Return the encoded groups by number, and (place, reason) by key of rows that cannot be encoded."""
         encoded: dict[int, EncodedGroup] = {}
         refused: dict[PackKey, tuple[str, str]] = {}
+        self.progress.phase("encoding", len(groups), "row")
         for group in groups:
             try:
                 encoded[group.number] = self._encode(group)
             except (ValueError, OSError) as error:
                 where = group.prepared.row.where
                 refused[group.key] = (where, str(error).removeprefix(f"{where}: "))
+            self.progress.update()
         return encoded, refused
 
     def _encode(self, group: Group) -> EncodedGroup:
@@ -209,6 +214,7 @@ class RolloutGenerator:
     def _generate(self, batch: Batch, finished: Callable[[RolloutPack], None]) -> bool:
         start, tokens = time.perf_counter(), 0
         steps = len(batch.groups[0].sigmas) - 1
+        self.progress.phase("denoising rollouts", len(batch.packs), "pack")
         for pack in batch.packs:
             if pack is None:
                 self._keep_step(steps)
@@ -216,6 +222,7 @@ class RolloutGenerator:
                 denoise(self.model.packed, pack, batch.sampler, batch.seed)
                 tokens += steps * pack.layout.joint_length
                 finished(pack)
+            self.progress.update()
             if any(self.ranks.gather(self.signalled())):
                 return False
         batch.seconds = time.perf_counter() - start
@@ -249,6 +256,7 @@ class RolloutGenerator:
             Scores by axis or the failure of every member of all ranks; None if a signal came meanwhile.
         """
         pending = {future for asked in batch.pending.values() for future in asked.values()}
+        self.progress.phase("waiting for scores")
         # In rounds: one long exchange would time out on the ranks that wait for a rank whose judge is away.
         while True:
             end = time.perf_counter() + SYNC_SECONDS

@@ -75,13 +75,14 @@ class RLTrainer(Trainer):
         self.checked_stage = -1  # stage whose packs and parallel layout are known to be on-policy
         self.monitor.enabled &= not check
         self.encoder = Encoder(self.model.pipe, TensorCache(config.cache))
-        dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
+        with self.progress.of("reading the rows"):
+            dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
         self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
         self._prompts_state = self.prompts.state()
         heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notify)
         self.generator = RolloutGenerator(
-            config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled > 0
+            config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled > 0, self.progress
         )
         self.validation = RewardValidation(heldout, config, ranks, self.encoder, self.generator, self.rewards)
         self.objective = Objective.from_config(config)
@@ -107,6 +108,7 @@ class RLTrainer(Trainer):
         # Before the first update of a stage: the replay must repeat the rollout, or the ratios below mean nothing. The
         # check comes before the wait for the scores, since it uses the time in which the judge works.
         if self.checked_stage != self.stage:
+            self.progress.phase(f"step {self.step + 1}: replaying the rollouts")
             self._check_on_policy(batch)
 
         # All scores are awaited before any update: an advantage compares a member with its whole group.
@@ -120,6 +122,7 @@ class RLTrainer(Trainer):
         )  # fmt: skip
 
         began = time.perf_counter()
+        self.progress.phase(f"step {self.step + 1}: update")
         statistics, norm, trained = self.update(batch, advantage)
         seconds = max(time.perf_counter() - began, 1e-9)
         if self.average is not None:

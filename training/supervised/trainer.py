@@ -43,7 +43,8 @@ class SFTTrainer(Trainer):
         costs = self.saved["costs"] if self.saved else self._costs().as_dict()
         self.costs = packing.CostModel(**costs)
         cache = TensorCache(config.cache)
-        dataset = Dataset(config.data, config.image_folder, columns=config.columns)
+        with self.progress.of("reading the rows"):
+            dataset = Dataset(config.data, config.image_folder, columns=config.columns)
         self.encoder = Encoder(self.model.pipe, cache, config.seed, config.drop_text, config.drop_references)
         loader_state = self.saved["feeder"] if self.saved else None
         self.loader = PackLoader(dataset, self.encoder, config, self.plans, self.costs, self._assign, loader_state)
@@ -91,9 +92,12 @@ class SFTTrainer(Trainer):
     def train_step(self) -> bool:
         start = time.perf_counter()
         # Every rank plans the same packs from the same rows, and knows from them which packs are its own.
+        name = f"step {self.step + 1}"
+        self.progress.phase(f"{name}: reading rows and planning packs")
         step_packs = self.loader.next(self.step)
         # A rank may fail to read an image that others can read. What failed is exchanged before anything is computed:
         # the samples that remain decide both the packs and what the loss is divided by.
+        self.progress.phase(f"{name}: encoding", len(step_packs.prepared), "row")
         encoded, unread = self._encode(step_packs)
         lost = self._exchange_unread(step_packs, unread)
         samples = sum(item.key not in lost for pack in step_packs.packs for item in pack.items)
@@ -101,8 +105,10 @@ class SFTTrainer(Trainer):
         # Gradients are summed over packs and ranks. Dividing each pack's loss by the samples of the whole step, instead
         # of averaging over packs, gives each sample the same weight however the samples are packed.
         errors: list[tuple[PackKey, float]] = []
+        self.progress.phase(f"{name}: forward and backward", len(step_packs.mine), "pack")
         for keys, batch in self._batches(step_packs, encoded, lost):
             errors += self._backward(keys, batch, samples)
+            self.progress.update()
 
         # A signal reaches ranks at different moments. It is exchanged once a step, with the errors, so that all ranks
         # stop after the same step.
@@ -135,6 +141,7 @@ class SFTTrainer(Trainer):
                 encoded[key] = self.encoder.encode(prepared, step_packs.images[key].result())
             except (ValueError, OSError) as error:
                 unread[key] = (prepared.row.where, str(error).removeprefix(f"{prepared.row.where}: "))
+            self.progress.update()
         return encoded, unread
 
     def _exchange_unread(self, step_packs: StepPacks, unread: dict[PackKey, tuple[str, str]]) -> set[PackKey]:
@@ -231,10 +238,11 @@ class SFTTrainer(Trainer):
         self.model.packed.checkpointing = any(plan.checkpointing for plan in self.plans)
         self.ranks.share_sequences(self.model.packed, 1)
         samples, seconds = [], []
-        for tokens in (most // 8, most // 4, most // 2, most):
-            sample = Sample(16, (1, 1, max(tokens - 16, 1)))
-            samples.append(sample)
-            seconds.append(min(self._timed(sample) for _ in range(3)))
+        with self.progress.of("measuring the cost of packs"):
+            for tokens in (most // 8, most // 4, most // 2, most):
+                sample = Sample(16, (1, 1, max(tokens - 16, 1)))
+                samples.append(sample)
+                seconds.append(min(self._timed(sample) for _ in range(3)))
         self.optimizer.zero_grad(set_to_none=True)
         return packing.CostModel.fit(samples, self.ranks.broadcast(seconds))
 

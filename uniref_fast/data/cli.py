@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniref_fast.data.notes import Note, Notes, row_notes
+from uniref_fast.progress import running, tracked
 
 if TYPE_CHECKING:
     from uniref_fast.data.dataset import Dataset
@@ -114,7 +115,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.show < 0:
         raise ValueError(f"--show must not be negative, got {args.show}")
     try:
-        dataset = Dataset(args.paths, args.image_folder, args.targets, args.columns)
+        with running("reading the files"):
+            dataset = Dataset(args.paths, args.image_folder, args.targets, args.columns)
     except BrokenFileError as error:  # status 1: the data is wrong, not the command
         print(f"uniref-fast data check: error: broken file {error}", file=sys.stderr)
         return 1
@@ -147,11 +149,13 @@ def _convert(args: argparse.Namespace) -> int:
         ending = "." + args.caption_ending.lower().lstrip(".")
         paths = [Pairs(local_path(args.target_folder), tuple(map(local_path, args.control_folder)), ending)]
     try:
-        dataset = Dataset(paths, args.image_folder, "optional", args.columns)
+        with running("reading the files"):
+            dataset = Dataset(paths, args.image_folder, "optional", args.columns)
     except BrokenFileError as error:
         print(f"uniref-fast data convert: error: broken file {error}", file=sys.stderr)
         return 1
-    written, broken = convert(dataset, out)
+    with running(f"writing {out}"):
+        written, broken = convert(dataset, out)
     for row in broken[: args.show]:
         print(f"left out: {row}", file=sys.stderr)
     for name, reason in dataset.left_out[: args.show]:
@@ -169,8 +173,6 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _measure(dataset: Dataset, decode: bool, ignored: Collection[str]) -> _Found:
     """Inspect all rows; keys in `ignored` are left out on purpose, and so need no note."""
-    from tqdm import tqdm
-
     from uniref_fast.data.dataset import RowError
     from uniref_fast.data.prefetch import prefetch
 
@@ -180,7 +182,7 @@ def _measure(dataset: Dataset, decode: bool, ignored: Collection[str]) -> _Found
         found.notes.add_keys({name} - {*ignored}, rows)
     workers = min(os.cpu_count() or 1, 8)
     inspected = prefetch(functools.partial(_inspect, dataset, decode), range(len(dataset)), workers, ahead=4 * workers)
-    for index, outcome in tqdm(inspected, total=len(dataset), desc="rows", unit="row", file=sys.stderr, disable=None):
+    for index, outcome in tracked(inspected, "checking", "row", len(dataset)):
         roles: dict[str, str | None] = {}
         with contextlib.suppress(ValueError):  # a row that cannot be read at all has no roles
             roles = dataset.roles(index)

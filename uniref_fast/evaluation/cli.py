@@ -16,6 +16,7 @@ from typing import Any
 from uniref_fast import builtin
 from uniref_fast.evaluation.config import EvalConfig
 from uniref_fast.flags import add_fields
+from uniref_fast.progress import announce_import
 from uniref_fast.rewards.config import JudgeConfig
 
 __all__ = ["add_arguments", "run"]
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and return the exit status: 1 if no row could be evaluated. Raises the errors of `evaluate`."""
+    announce_import("PyTorch", "torch")
     from uniref_fast.evaluation.evaluate import evaluate
 
     names = {field.name for field in dataclasses.fields(EvalConfig)}

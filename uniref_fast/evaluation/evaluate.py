@@ -41,6 +41,7 @@ from uniref_fast.evaluation.metrics import measure, own_reward_record, reward_re
 from uniref_fast.evaluation.requests import EvalRequest, encoder_refusal, eval_request, input_baseline, rows_by_file
 from uniref_fast.files import created_folders, write_whole
 from uniref_fast.models.single_frame import single_frame
+from uniref_fast.progress import running
 from uniref_fast.request import EditRequest, image_areas, validated
 from uniref_fast.rewards.functions import reward_function
 from uniref_fast.rewards.judge import Judge
@@ -73,11 +74,11 @@ def evaluate(config: EvalConfig, progress: bool = False) -> dict[str, Any]:
         ValueError, TypeError: The configuration or the data are wrong; the message says what to change.
         OSError: The results cannot be written.
     """
-    return _Evaluation(config).run(progress)
+    return _Evaluation(config, progress).run(progress)
 
 
 class _Evaluation:
-    def __init__(self, config: EvalConfig) -> None:
+    def __init__(self, config: EvalConfig, progress: bool) -> None:
         self.config = config
         for path in config.data:
             if path.is_dir() and config.out.resolve().is_relative_to(path.resolve()):
@@ -86,8 +87,9 @@ class _Evaluation:
                     "another folder"
                 )
         self.device, self.dtype = models.on_device(config.device, config.dtype)
-        self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
-        self.files = rows_by_file(self.dataset, config.limit, config.language)
+        with running("reading the rows", shown=progress):
+            self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
+            self.files = rows_by_file(self.dataset, config.limit, config.language)
         models.check_runs(config.initial, config.model)
         self.adapters = config.adapters
         check_adapters(self.adapters, config.model, config.initial)
@@ -238,8 +240,6 @@ class _Evaluation:
         return True
 
     def _evaluate_rows(self, progress: bool) -> None:
-        from tqdm import tqdm
-
         config = self.config
         total = sum(len(self._unfinished(label, range(len(numbers)))) for label, numbers in self.files.items())
         with contextlib.ExitStack() as stack:
@@ -248,9 +248,9 @@ class _Evaluation:
                 log = config.out / "judge.jsonl"
                 judge = stack.enter_context(Judge(config.judge, log, earlier=[log] if log.exists() else []))
                 judge.check()
-            self._load()
+            self._load(progress)
             stack.enter_context(single_frame(self.pipe.vae))
-            bar = stack.enter_context(tqdm(total=total, desc="rows", unit="row", disable=None if progress else True))
+            bar = stack.enter_context(running("evaluating", total, "row", progress))
             waiting: deque[list[tuple[dict[str, Any], Future[Scores | Failure] | None]]] = deque()
             for label, numbers in self.files.items():
                 # A batch has the same rows, and so the same packs, however often the evaluation is interrupted.
@@ -262,14 +262,16 @@ class _Evaluation:
             while waiting:
                 self._keep(waiting.popleft(), bar)
 
-    def _load(self) -> None:
+    def _load(self, progress: bool) -> None:
         config = self.config
         untrained = config.baseline == "untrained"
         self.pipe = models.load(config.model, config.initial, untrained, self.device, self.dtype, self.adapters)
         if config.runs_model:
             validated([EditRequest("x", num_inference_steps=config.resolve_sampling()[0])], self.pipe)
         self.target_side = self.settings["target_side"] or math.isqrt(image_areas(self.pipe)[-1])
-        self.journal.check_weights(models.weights_digest(self.pipe))
+        with running("hashing the weights", shown=progress):
+            digest = models.weights_digest(self.pipe)
+        self.journal.check_weights(digest)
 
     def _edit_batch(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], EvalRequest | None]]:
         """Generate the images of a batch and yield the beginning of each unfinished row's record with its request.
@@ -382,7 +384,7 @@ class _Evaluation:
             record["own"] = {name: own_reward_record(reward(candidate)) for name, reward in self.own.items()}
         return record, None if judge is None else judge.submit(candidate, step=0)
 
-    def _keep(self, batch: Sequence[tuple[dict[str, Any], Future[Scores | Failure] | None]], bar: Any) -> None:
+    def _keep(self, batch: Sequence[tuple[dict[str, Any], Future[Scores | Failure] | None]], bar: running) -> None:
         for record, future in batch:
             self.journal.add(record if future is None else record | reward_record(future.result()))
             bar.update()

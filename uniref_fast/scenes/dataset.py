@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from uniref_fast import __version__
 from uniref_fast.data.images import ImageSource
 from uniref_fast.files import created_folders, write_whole
+from uniref_fast.progress import running
 from uniref_fast.scenes.artworks import EMOJI_FOLDER
 from uniref_fast.scenes.card import dataset_card, licence_notice
 from uniref_fast.scenes.config import MakeConfig
@@ -252,21 +252,28 @@ def _write_parts(
     missing = [part for part in parts if not _complete(partial, part)]
     summary = GenerationSummary(resumed=sum(part.stop - part.start for part in parts if part not in missing))
     jobs = [(partial, part, config, generate) for part in missing]
-    with tqdm(total=sum(counts.values()), initial=summary.resumed, unit="sample", disable=None) as bar:
-        for finished in _in_processes(jobs, min(workers, len(jobs)), lock):
+    finished_parts = _in_processes(jobs, min(workers, len(jobs)), lock)
+    next(finished_parts)
+    with running("generating", sum(counts.values()), "sample") as bar:
+        bar.update(summary.resumed)
+        for finished in finished_parts:
             bar.update(finished)
     return summary
 
 
 def _in_processes(jobs: list[Any], workers: int, lock: int) -> Iterator[int]:
+    """Yield 0 once the processes run, so that the caller starts its threads after the forks; then sizes of parts."""
     if workers <= 1:
+        yield 0
         yield from map(_write_part, jobs)
         return
     # Forked: the processes only use NumPy and Pillow, and need not import PyTorch again.
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start_process, (os.getpid(), lock))
     try:
-        yield from pool.map(_write_part, jobs)
+        sizes = pool.map(_write_part, jobs)
+        yield 0
+        yield from sizes
     except BrokenProcessPool:
         raise RuntimeError(
             "a process died, perhaps for lack of memory; run the same command again to continue"
