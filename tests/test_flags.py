@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uniref_fast import flags
+from uniref_fast import cli, flags
 from uniref_fast.evaluation.config import EvalConfig
 from uniref_fast.flags import ConfigError, Parsed, add_fields, parse, to_json
 from uniref_fast.rewards.config import JudgeConfig
@@ -401,3 +401,28 @@ def test_reserved_names():
         parse(RECIPES, [], extra=Odd())
     with pytest.raises(TypeError, match="instance of a dataclass, got 3"):
         parse({"three": lambda: 3}, [])
+
+
+# ---- the parsers of the command line ----
+
+
+def parsers(parser):
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def test_every_flag_and_command_of_the_command_line_has_a_description():
+    found = list(parsers(cli._parser()))
+    assert len(found) >= 12
+    for parser in found:
+        assert re.fullmatch(r"[A-Z].*\.", parser.description or "", re.DOTALL), parser.prog
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                listed = {choice.dest: choice.help for choice in action._choices_actions}
+                assert listed.keys() == action.choices.keys() and all(listed.values()), parser.prog
+            elif not isinstance(action, (argparse._HelpAction, argparse._VersionAction)):
+                name = f"{parser.prog} {action.option_strings or action.dest}"
+                assert re.fullmatch(r'[A-Z"].*(\.|\))', action.help or "", re.DOTALL), name

@@ -271,7 +271,12 @@ def _in_processes(jobs: list[Any], workers: int, lock: int) -> Iterator[int]:
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, _start_process, (os.getpid(), lock))
     try:
-        sizes = pool.map(_write_part, jobs)
+        # Ctrl-C in a handler of the fork itself would be ignored; it is delivered when the processes run.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            sizes = pool.map(_write_part, jobs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield 0
         yield from sizes
     except BrokenProcessPool:
