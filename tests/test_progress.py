@@ -162,10 +162,8 @@ def test_every_phase_of_training_is_shown(shown, rows, tmp_path):
     assert main(["data", "make", str(made), *MADE, "--train", "3", "--references", "2"]) == 0
     args = ["--recipe", "tiny", "--data", made / "train.jsonl", "--steps", 2, "--prompts", 2, "--group", 2,
             "--eval-every", 0, "--initial", run, "--out", tmp_path / "rl"]  # fmt: skip
-    assert (
-        msgrpo.main(list(map(str, [*args, *more, "--rollout-num-inference-steps", 3, "--stages.1.references", "any"])))
-        == 0
-    )
+    short = ["--rollout-num-inference-steps", 3, "--stages.1.references", "any"]
+    assert msgrpo.main(list(map(str, [*args, *more, *short]))) == 0
     phases = (
         "encoding",
         "denoising rollouts",
