@@ -14,6 +14,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.loading import load_pipeline, load_run
+from uniref_fast.progress import running
 from uniref_fast.runs import base_run, export_hint, read_field
 
 __all__ = ["check_runs", "files_digest", "load", "on_device", "weights_digest"]
@@ -59,17 +60,18 @@ def load(
     if untrained:  # keep the autoencoder, which bounds the PSNR of any transformer
         pipe.transformer = components.pipeline(0, kind).transformer.to(device)
     active: list[str] = []
-    for run in runs:
-        # An adapter that needs another run's transformer comes after that run: `check_runs` has checked it.
-        base = run if (run / "transformer").is_dir() else None
-        if base is not None:
-            active.clear()
-        name = f"run{len(active)}"
-        if load_run(pipe, run, kind, base=base, adapter=name, given=f"initial {run}", model=model):
-            active.append(name)
-            pipe.set_adapters(active)
-    if adapters:
-        apply_adapters(pipe, adapters, check_adapters(adapters, model, runs), active, kind)
+    with running("applying trained weights", shown=bool(runs or adapters)):
+        for run in runs:
+            # An adapter that needs another run's transformer comes after that run: `check_runs` has checked it.
+            base = run if (run / "transformer").is_dir() else None
+            if base is not None:
+                active.clear()
+            name = f"run{len(active)}"
+            if load_run(pipe, run, kind, base=base, adapter=name, given=f"initial {run}", model=model):
+                active.append(name)
+                pipe.set_adapters(active)
+        if adapters:
+            apply_adapters(pipe, adapters, check_adapters(adapters, model, runs), active, kind)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
