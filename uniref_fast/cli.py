@@ -186,8 +186,8 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
     )  # fmt: skip
     model.add_argument(
         "--mode", choices=("exact", "fast"), default="exact",
-        help="Computation: exact, or fast with most Linears and attention in 8 bits, on a GPU of compute capability 8.9 or "
-        "newer. (default: %(default)s)",
+        help="Computation: exact, or fast with most Linears and attention in 8 bits, on a GPU of compute capability "
+        "8.9 or newer. (default: %(default)s)",
     )  # fmt: skip
     return model
 
