@@ -141,7 +141,7 @@ def flags(folder, data, out, **more):
     given = {"recipe": "tiny", "model": folder, "data": data / "train.jsonl", "out": out, "lora-rank": 2,
              "eval-every": 0, "sample-every": 0, "tensorboard": "false"} | more  # fmt: skip
     for i in range(2):
-        given |= {f"stages.{i}.budget": 96, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 512}
+        given |= {f"stages.{i}.budget": 128, f"stages.{i}.target-side": 128, f"stages.{i}.pack-tokens": 1024}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
