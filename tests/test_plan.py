@@ -157,7 +157,7 @@ def test_steps_of_an_epoch_are_those_of_the_packer(capsys, rows, builtin_pipe):
     encoder, packer = Encoder(builtin_pipe, TensorCache(None)), Packer(1024, 2, CostModel(1.0, 0.0))
     for epoch in range(20):
         for i in range(30):
-            packer.push(packer.pending((epoch, i), encoder.prepare(dataset[i], (epoch, i), 64, 64).sample))
+            packer.push(packer.pending((epoch, i), encoder.prepare(dataset[i], (epoch, i), None, 64).sample))
     steps = [sum(len(pack.items) for pack in packer.pack()) for _ in range(20)]
     assert found["rows"] == 30 and config.packs == 2
     assert found["stages"][0]["rows_per_step"] == pytest.approx(sum(steps) / 20, rel=0.15)

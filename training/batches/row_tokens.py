@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,8 +95,12 @@ def _tokens(stage: BudgetStage, size: ModelSize, row: Sizes) -> tuple[int, int, 
 
     target = count(target_size(own, references, stage.target_side))
     if stage.budget is None:
-        side = math.isqrt(size.reference_area)
-        scaled = [one for each in references for one in fit_to_budget([each], side, upscale=True)]
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+
+        from uniref_fast.builtin.pipeline import small_dimensions
+
+        dimensions = small_dimensions if size.small else calculate_dimensions
+        scaled = [dimensions(size.reference_area, width / height) for width, height in references]
     else:
         scaled = fit_to_budget(references, stage.budget)
     text = len(references) * size.picture_tokens + len(instruction.encode()) // CHARACTERS + 6

@@ -52,8 +52,9 @@ def tiny() -> SFT:
     return SFT(
         model="builtin",
         data=("builtin",),
-        stages=(BudgetStage(budget=64, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
-                BudgetStage(budget=96, steps=150, lr=2e-3, target_side=64, pack_tokens=1280)),
+        # References as `uniref-fast edit` sizes them: an adapter that was trained with other sizes makes images worse.
+        stages=(BudgetStage(budget=None, steps=150, lr=2e-3, target_side=64, pack_tokens=1024),
+                BudgetStage(budget=None, steps=150, lr=2e-3, target_side=64, pack_tokens=1024)),
         packs=2,
         dtype="float32",
         betas=(0.9, 0.99),
