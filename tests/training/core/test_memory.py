@@ -353,11 +353,13 @@ def test_recipes_are_complete_and_named_after_themselves():
     for name, recipe in SFT_RECIPES.items():
         config = recipe()
         assert config == SFT_RECIPES[name]() and config.ends()[-1] == config.total_steps
-        assert [stage.budget for stage in config.stages] == sorted(stage.budget for stage in config.stages)
+        budgets = [stage.budget or 0 for stage in config.stages]
+        assert budgets == sorted(budgets)
         assert all(0 < config.lr(step) <= 4e-3 for step in range(0, config.total_steps, 97))
     assert [stage.budget for stage in paper().stages] == [stage.budget for stage in lora().stages] == [1024, 1536, 2048]
     assert paper().total_steps == 50_000 and paper().betas == (0.9, 0.95) and paper().weight_decay == 0.05
     assert paper().lora_rank is None and lora().lora_rank == 64 and tiny().model == "builtin"
+    assert {stage.budget for stage in tiny().stages} == {None}, "as `uniref-fast edit` sizes references"
 
 
 @pytest.mark.parametrize(("gib", "ranks"), [(139, 1), (139, 8), (79, 2), (79, 4), (79, 8)])
