@@ -130,6 +130,12 @@ def test_resume_is_exact(data, whole, half):
     equal_to(whole, half)
 
 
+def test_resume_without_flags_keeps_the_settings_of_the_run(data, whole, half):
+    command = ["--recipe", "tiny", "--data", str(data / "train.jsonl"), "--out", str(half), "--resume", "auto"]
+    assert sft.main(command) == 0
+    equal_to(whole, half)
+
+
 def run_two_ranks(arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
