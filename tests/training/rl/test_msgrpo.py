@@ -15,6 +15,7 @@ import pytest
 import torch
 from msgrpo_runs import assert_same_run, events, flags, records, steps_of, weights
 
+from uniref_fast import cli
 from uniref_fast import flags as configs
 from uniref_fast.training import msgrpo
 from uniref_fast.training.core.distributed import Ranks
@@ -46,6 +47,13 @@ def whole(data, tmp_path_factory):
     with one_thread():
         assert msgrpo.main(flags(data, out, "--sample-every", 2, "--eval-every", 3)) == 0
     return out
+
+
+def test_export_writes_the_adapter_of_the_run(whole, tmp_path):
+    last = max(int(path.name.removeprefix("step-")) for path in (whole / "checkpoints").iterdir())
+    assert cli.main(["export", str(whole), "--step", str(last), "--out", str(tmp_path / "out")]) == 0
+    exported, own = weights(tmp_path / "out"), weights(whole)
+    assert exported.keys() == own.keys() and all(torch.equal(exported[name], own[name]) for name in own)
 
 
 def test_the_records_of_a_run(whole):

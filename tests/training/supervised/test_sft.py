@@ -157,6 +157,9 @@ two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks
 def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
     run_two_ranks(flags(data, half, "--resume", "auto"))
     equal_to(whole, half)
+    shutil.rmtree(half / "transformer")
+    assert cli.main(["export", str(half)]) == 0, "the checkpoint of two ranks"
+    assert identical(weights(half), weights(whole))
 
 
 @two_ranks
@@ -606,7 +609,7 @@ def test_settings_that_change_are_recorded(data, whole, half):
     assert json.loads((half / "config.json").read_text())["weight_decay"] == 0.3
 
 
-def test_a_checkpoint_of_an_older_version_is_resumed(data, whole, half, capsys):
+def test_a_checkpoint_of_an_older_version_is_exported_and_resumed(data, whole, half, tmp_path, capsys):
     """Such a checkpoint has neither checksums nor settings; the settings in `config.json` are fixed instead."""
     path = half / "checkpoints" / "step-000002" / "state.json"
     content = json.loads(path.read_text())
@@ -614,6 +617,10 @@ def test_a_checkpoint_of_an_older_version_is_resumed(data, whole, half, capsys):
     new = ("config", "visibility", "frozen")
     state = {name: value for name, value in content["state"].items() if name not in new}
     path.write_text(json.dumps({"files": files, "tensors": content["tensors"], "state": {**state, "looked": True}}))
+    for run, out in ((half, tmp_path / "old"), (whole, tmp_path / "new")):
+        assert cli.main(["export", str(run), "--step", "2", "--out", str(out)]) == 0
+    assert identical(weights(tmp_path / "old"), weights(tmp_path / "new"))
+    capsys.readouterr()
     assert sft.main(flags(data, half, "--resume", "auto", "--lora-alpha", 3)) == 2
     assert "the scale of the adapter is fixed: lora_alpha is none, not 3.0" in capsys.readouterr().err
     assert sft.main(flags(data, half, "--resume", "auto")) == 0
