@@ -14,6 +14,7 @@ import uniref_fast
 from uniref_fast import EditRequest, Sample, SelfLayout, gpu_memory, speeds
 from uniref_fast.costs import transformer_flops, transformer_peak, vae_image_cost
 from uniref_fast.meta_device import LivingTensors
+from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule
 from uniref_fast.quantised import stored_tensors
 from uniref_fast.request import request_geometry
 
@@ -58,6 +59,49 @@ def test_transformer_operations_are_exact(make_transformer, zero_cond_t):
     squares = [(5 + 16 + 9) ** 2, (2 + 4) ** 2]
     targets = 16 * 30 + 4 * 6  # the last block asks for the targets only
     assert attention == 4 * width * (2 * sum(squares) + targets)
+
+
+def kept_counts(model, args, layout, stores):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        uniref_fast.PackedQwenImage(model)(*args, layout, stores)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_operations_of_a_step_with_kept_references(make_transformer, zero_cond_t):
+    model = make_transformer(zero_cond_t=zero_cond_t)
+    layout = SelfLayout.qwen([Sample(5, (1, 4, 4), ((1, 3, 3),)), Sample(2, (1, 2, 2))], zero_cond_t=zero_cond_t)
+    args = torch.randn(layout.image_length, 64), torch.randn(layout.text_length, 48), torch.rand(2)
+    stores = [KeptReferences(RefreshSchedule(every=2)) for _ in range(2)]
+    counted = [kept_counts(model, args, layout, stores) for _ in range(3)]
+    linear, attention = transformer_flops(model.config, layout, kept=True)
+    assert counted == [transformer_flops(model.config, layout)[0], linear, counted[0]] and linear < counted[0]
+    queries = [(5 + 16) * (5 + 16 + 9), (2 + 4) ** 2]
+    assert attention == 4 * 128 * (2 * sum(queries) + 16 * 30 + 4 * 6)
+
+
+@pytest.mark.parametrize("keep_dtype", [None, "int8"])
+def test_kept_memory_is_that_of_the_edit(builtin_pipe, keep_dtype):
+    report = uniref_fast.EditReport()
+    options = {"keep_references": 3, "keep_dtype": keep_dtype}
+    uniref_fast.edit(builtin_pipe, REQUESTS, progress=False, report=report, **options)
+    exact, kept = (uniref_fast.estimate(builtin_pipe, REQUESTS, **more) for more in ({}, options))
+    assert kept.kept_bytes == sum(each.kept_bytes for each in report.references) > 0 == exact.kept_bytes
+    assert kept.computed_references == (2, 1) and exact.computed_references == (4, 2)
+    transformers = [estimate.stages[2] for estimate in (exact, kept)]
+    assert transformers[1].activation_bytes - transformers[0].activation_bytes == kept.kept_bytes
+    assert transformers[1].flops < transformers[0].flops and kept.time.value is None
+    assert "computed in 2 step(s), in 1 step(s)" in str(kept)
+
+
+def test_kept_references_by_drift_count_as_computed_in_every_step(builtin_pipe):
+    exact, kept = (uniref_fast.estimate(builtin_pipe, REQUESTS, keep_references=keep) for keep in (False, "auto"))
+    assert kept.computed_references == (None, 1) and kept.flops == exact.flops  # the second has no references
+    assert "operations are those of computing them in every step" in str(kept)
+    exactly = uniref_fast.estimate(builtin_pipe, REQUESTS, keep_references="auto", visibility="reference_isolated")
+    assert exactly.computed_references == (1, 1)
+    with pytest.raises(ValueError, match="would not be exact"):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, keep_references=True)
 
 
 def test_vae_operations_match_a_real_run(builtin_pipe):

@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate = command("estimate", _estimate, "Estimate size, tokens, memory and time of an edit without running it.",
                        "Memory counts weights and tensors. A time is given only where it was measured.")  # fmt: skip
     _add_estimate(_add_request(estimate, sizes=True))
+    _add_keep(estimate)
     estimate.add_argument("--json", action="store_true", help=JSON_HELP)
     data_commands = data.add_data_commands(commands)
     summary = "Generate a dataset of multi-reference edits with exact targets."
@@ -338,6 +339,7 @@ def _estimate(args: argparse.Namespace) -> int:
     import torch
 
     from uniref_fast import EditRequest, builtin, estimate
+    from uniref_fast.flags import parse_keep_references
     from uniref_fast.gpu_memory import fits, fits_text
     from uniref_fast.loading import model_errors
     from uniref_fast.request import parse_size
@@ -347,11 +349,15 @@ def _estimate(args: argparse.Namespace) -> int:
         raise UsageError(f"--gpu-memory is a number of GB above 0, got {memory:g}")
     sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.image_size]
     request = EditRequest(**_request_fields(args))
+    keep = parse_keep_references(args.keep_references)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     with model_errors(args.model) as place, running(f"reading the configuration of {args.model}"):
         pipe = builtin.load(dtype) if args.model == "builtin" else place
-        result = estimate(pipe, [request], image_sizes=[sizes], budget=args.budget, device=device, mode=args.mode)
+        result = estimate(
+            pipe, [request], image_sizes=[sizes], budget=args.budget, device=device, mode=args.mode,
+            keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
+        )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict() | {"fits": None if memory is None else fits(result.peak_bytes, memory)}))
     else:

@@ -19,6 +19,7 @@ import torch
 from uniref_fast.encode import condition_tokens
 from uniref_fast.layout import SelfLayout
 from uniref_fast.meta_device import FusedAttention, LivingTensors
+from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_image import PackedQwenImage
 from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, stored_tensors
 from uniref_fast.request import Geometry
@@ -27,14 +28,22 @@ from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 __all__ = ["text_encoder_cost", "transformer_flops", "transformer_peak", "vae_cost", "vae_image_cost", "weight_bytes"]
 
 
-def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = "full") -> tuple[int, int]:
+def transformer_flops(
+    config: Any, layout: SelfLayout, visibility: str | Rule = "full", *, kept: bool = False
+) -> tuple[int, int]:
     """Return (linear, attention) floating point operations of one packed forward.
 
     Args:
         config: Configuration of the `QwenImageTransformer2DModel`.
         layout: Layout of the pack.
         visibility: Policy or rule of attention.
+        kept: Count a step that takes the keys and values of the references from a store.
     """
+    whole: AttentionPlan = plan(layout, visibility)
+    last = target_plan(layout, visibility)
+    if kept:
+        computed = kept_step(layout)
+        layout, whole = computed.layout, computed.plan(visibility)
     width = config.num_attention_heads * config.attention_head_dim
     text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
     rows, samples = layout.num_modulation_rows, layout.num_samples
@@ -45,8 +54,7 @@ def transformer_flops(config: Any, layout: SelfLayout, visibility: str | Rule = 
     linear += blocks * 6 * width**2 * (rows + samples)  # modulation of both streams
     linear += rows * (256 * width + width**2) + rows * 2 * width**2  # timestep embedding, last modulation
     linear += image * config.in_channels * width + text * config.joint_attention_dim * width + targets * width * out
-    whole: AttentionPlan = plan(layout, visibility)
-    area = (blocks - 1) * whole.area + target_plan(layout, visibility).area
+    area = (blocks - 1) * whole.area + last.area
     return 2 * linear, 4 * area * width
 
 

@@ -26,7 +26,13 @@ from uniref_fast.fast import EightBitParts, check_mode, eight_bit, eight_bit_par
 from uniref_fast.guidance import guide, is_guided
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
-from uniref_fast.models.kept_references import KeepDtype, KeptReferences, RefreshSchedule, dependence
+from uniref_fast.models.kept_references import (
+    KeepDtype,
+    KeptReferences,
+    RefreshSchedule,
+    check_keep_dtype,
+    dependence,
+)
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
@@ -114,8 +120,7 @@ def edit(
     model = model or PackedQwenImage(
         transformer, visibility=visibility, impl=impl, attention_8bit=parts.attention if parts else ()
     )
-    if keep_dtype not in (None, "int8"):
-        raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
+    check_keep_dtype(keep_dtype)
     keeping = _refresh_schedules(model, geometries, keep_references, drift)
     with torch.no_grad(), eight_bit(transformer, None if patched_parts(transformer) else parts):
         shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")

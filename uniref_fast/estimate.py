@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,13 @@ from uniref_fast.fast import check_mode, eight_bit_parts, saved_bytes
 from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
+from uniref_fast.models.kept_references import (
+    KeepDtype,
+    RefreshSchedule,
+    check_keep_dtype,
+    dependence,
+    kept_bytes,
+)
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
@@ -60,6 +67,10 @@ class Estimate:
         attention_share: Share of attention in the transformer's operations.
         results: Width and height in pixels of the result of each request.
         time: Seconds of the edit from measurements on the device, or the reason why there is no figure.
+        computed_references: Number of steps of each request that compute its references; None if their drift decides
+            it, and the operations are then those of computing them in every step.
+        kept_bytes: Memory of the keys and values that are kept in the other steps, in bytes. It is part of the
+            activations of the transformer.
     """
 
     stages: tuple[Stage, ...]
@@ -68,6 +79,8 @@ class Estimate:
     attention_share: float
     results: tuple[tuple[int, int], ...]
     time: MeasuredTime
+    computed_references: tuple[int | None, ...] = ()
+    kept_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -95,6 +108,8 @@ class Estimate:
             "weight_bytes": self.weight_bytes,
             "peak_bytes": self.peak_bytes,
             "attention_share": self.attention_share,
+            "computed_references": list(self.computed_references),
+            "kept_bytes": self.kept_bytes,
             "stages": [
                 {
                     "name": s.name,
@@ -122,6 +137,13 @@ class Estimate:
             )
         lines.append(f"{'together':<14}{self.flops / 1e12:>12.4g}{'':>8}{size_text(self.weight_bytes):>12}")
         lines.append(f"attention   {self.attention_share:.1%} of the transformer's operations")
+        if self.kept_bytes:
+            steps = ", ".join(
+                "as their drift requires" if n is None else f"in {n} step(s)" for n in self.computed_references
+            )
+            lines.append(f"references  computed {steps}; {size_text(self.kept_bytes)} kept for the others")
+            if None in self.computed_references:
+                lines.append("            operations are those of computing them in every step")
         lines.append(f"memory      peak about {size_text(self.peak_bytes)}; {fits_text(self.peak_bytes)}")
         seconds = "" if self.time.value is None else f"{self.time.value:.3g} s: "
         lines.append(f"time        {seconds}{self.time.source}")
@@ -139,6 +161,9 @@ def estimate(
     device: str | torch.device | None = None,
     mode: str = "exact",
     modules_to_not_convert: Sequence[str] | None = None,
+    keep_references: bool | int | Literal["auto"] = False,
+    drift: float | None = None,
+    keep_dtype: KeepDtype | None = None,
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
@@ -155,6 +180,9 @@ def estimate(
         mode: "fast" for a pipeline that `patch(pipe, mode="fast")` will quantise: the weights in 8 bits count as such.
             Activations count as in the mode "exact", which needs more.
         modules_to_not_convert: Names of modules that stay in 16 bits in the mode "fast", as for `patch`.
+        keep_references: Steps that compute the references, as for `edit`.
+        drift: Tolerance of `keep_references="auto"`, as for `edit`.
+        keep_dtype: Data type of kept keys and values, as for `edit`.
 
     Raises:
         ValueError: If `edit` would raise one before any work is done.
@@ -170,12 +198,20 @@ def estimate(
     requests = validated(requests, pipe)
     sizes = _geometries(pipe, requests, image_sizes, budget)
     texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
-    rows = [(size.sample(text), request.num_inference_steps)
-            for request, size, lengths in zip(requests, sizes, texts, strict=True) for text in lengths]  # fmt: skip
+    samples = [[size.sample(text) for text in lengths] for size, lengths in zip(sizes, texts, strict=True)]
     saved = _saved_bytes(transformer, mode, modules_to_not_convert)
     model = PackedQwenImage(transformer, visibility=visibility)
-    layout = model.layout([sample for sample, _ in rows])
-    linear, attention = _transformer_flops(model, rows)
+    layout = model.layout([sample for group in samples for sample in group])
+    check_keep_dtype(keep_dtype)
+    layouts = [model.layout(group) for group in samples]  # operations of a sample do not depend on its pack
+    schedules = [RefreshSchedule.of(keep_references, drift, dependence(one, model.visibility)) for one in layouts]
+    steps = [request.num_inference_steps for request in requests]
+    computed = [count if schedule is None else schedule.refreshes(count)
+                for schedule, count in zip(schedules, steps, strict=True)]  # fmt: skip
+    linear, attention = _transformer_flops(model, layouts, steps, computed)
+    dtype = compute_dtype(transformer)
+    kept = sum(kept_bytes(transformer.config, one, dtype, keep_dtype)
+               for one, schedule in zip(layouts, schedules, strict=True) if schedule is not None)  # fmt: skip
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item in sizes]
     encoded = [
@@ -186,8 +222,8 @@ def estimate(
     # every request keeps embeddings, and latents of references and target, from its encoding to its decoding
     embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
-    held = (embeddings + latents) * compute_dtype(transformer).itemsize
-    peak = held + _packs_peak(model, [sample for sample, _ in rows], pack_tokens)
+    held = (embeddings + latents) * dtype.itemsize
+    peak = held + kept + _packs_peak(model, [sample for group in samples for sample in group], pack_tokens)
     vae_bytes = weight_bytes(pipe.vae)
     encode_flops, encode_peak = vae_cost(pipe, pixels, "encode")
     decode_flops, decode_peak = vae_cost(pipe, results, "decode")
@@ -204,7 +240,10 @@ def estimate(
     time = _time(pipe, requests, tokens["together"], pack_tokens, model.visibility, device)
     if check_mode(mode):
         time = MeasuredTime(None, 'measured for the mode "exact" only')
-    return Estimate(stages, layout, tokens, attention / (linear + attention), tuple(results), time)
+    if keep_references is not False:
+        time = MeasuredTime(None, "measured for edits that compute the references in every step")
+    share = attention / (linear + attention)
+    return Estimate(stages, layout, tokens, share, tuple(results), time, tuple(computed), kept)
 
 
 def _saved_bytes(transformer: Any, mode: str, modules_to_not_convert: Sequence[str] | None) -> int:
@@ -238,13 +277,18 @@ def _time(
     return edit_time(key, dtype, request.guided, tokens, request.num_inference_steps, name)
 
 
-def _transformer_flops(model: PackedQwenImage, rows: Sequence[tuple[Sample, int]]) -> tuple[int, int]:
-    """Return the sum of `transformer_flops` over the steps of all (sample, number of steps)."""
+def _transformer_flops(
+    model: PackedQwenImage, layouts: Sequence[SelfLayout], steps: Sequence[int], computed: Sequence[int | None]
+) -> tuple[int, int]:
+    """Return the sum of `transformer_flops` over all steps, of which `computed` compute the references."""
     linear = attention = 0
-    for sample, steps in rows:  # a sample's operations do not depend on its pack
-        counts = transformer_flops(model.transformer.config, model.layout([sample]), model.visibility)
-        linear += counts[0] * steps
-        attention += counts[1] * steps
+    for layout, total, whole in zip(layouts, steps, computed, strict=True):
+        refreshes = total if whole is None else whole
+        for kept, count in ((False, refreshes), (True, total - refreshes)):
+            if count:
+                flops = transformer_flops(model.transformer.config, layout, model.visibility, kept=kept)
+                linear += flops[0] * count
+                attention += flops[1] * count
     return linear, attention
 
 

@@ -19,7 +19,7 @@ import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,17 @@ from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_of
 
-__all__ = ["DEFAULT_DRIFT", "KeptReferences", "ReferenceRows", "RefreshSchedule", "dependence"]
+__all__ = [
+    "DEFAULT_DRIFT",
+    "KeepDtype",
+    "KeptReferences",
+    "ReferenceRows",
+    "RefreshSchedule",
+    "check_keep_dtype",
+    "dependence",
+    "kept_bytes",
+    "kept_step",
+]
 
 KeepDtype = Literal["int8"]
 
@@ -108,6 +118,12 @@ class RefreshSchedule:
         if keep < 1:
             raise ValueError(f"keep_references must be at least 1 step, got {keep}")
         return RefreshSchedule(every=keep)
+
+    def refreshes(self, total: int) -> int | None:
+        """Return the number of refreshes in an edit of `total` steps; None if it depends on the drift."""
+        if self.drift is not None:
+            return None
+        return 1 if self.every is None else math.ceil(total / self.every)
 
     def interval(self, refreshed: Sequence[int], drifts: Sequence[float], total: int | None) -> float:
         """Return the number of steps from the last refresh to the next one.
@@ -244,6 +260,32 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x `[m, H, D]` in int8 and its scales `[m, H, 1]`, in the dtype of x: `x = values * scale`."""
     scale = (x.abs().amax(-1, keepdim=True).float() / 127).clamp_min(torch.finfo(x.dtype).tiny).to(x.dtype)
     return (x.float() / scale.float()).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def check_keep_dtype(keep_dtype: str | None) -> None:
+    """Raise ValueError unless the value is a `keep_dtype` of `edit`."""
+    if keep_dtype not in (None, "int8"):
+        raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
+
+
+def kept_bytes(config: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: KeepDtype | None) -> int:
+    """Return the bytes of the keys and values of all references of a layout, as they are stored.
+
+    Args:
+        config: Configuration of the `QwenImageTransformer2DModel`.
+        layout: Layout of the sequences.
+        dtype: Dtype of the computation.
+        keep_dtype: "int8" for 8 bits with a scale for each row and head, or None.
+    """
+    rows = sum(segment.length for segment in layout.segments if segment.kind is Kind.REFERENCE)
+    head = config.attention_head_dim
+    row = head * dtype.itemsize if keep_dtype is None else head + dtype.itemsize  # of one head
+    return 2 * config.num_layers * rows * config.num_attention_heads * row
+
+
+def kept_step(layout: SelfLayout) -> ReferenceRows:
+    """Return the rows of a step that takes the references of every sample from a store."""
+    return ReferenceRows(layout, [KeptReferences(steps=1, refreshed=[0]) for _ in range(layout.num_samples)])
 
 
 class ReferenceRows:

@@ -10,7 +10,7 @@ import torch
 from uniref_fast import ops
 from uniref_fast.fast import EightBitParts, check_mode, eight_bit_parts, quantise, restore, unsupported
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, dependence
+from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, check_keep_dtype, dependence
 from uniref_fast.models.qwen_image import find_transformer
 from uniref_fast.patch.guards import stock_forward
 from uniref_fast.patch.kept import ReferenceKeeper
@@ -73,8 +73,7 @@ def patch(
     if modules_to_not_convert is not None and not fast:
         raise ValueError('modules_to_not_convert is for mode="fast"')
     rule_of(visibility)  # raises for an unknown one
-    if keep_dtype not in (None, "int8"):
-        raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
+    check_keep_dtype(keep_dtype)
     one = SelfLayout.qwen([Sample(1, (1, 1, 1), ((1, 1, 1),) * 2)], zero_cond_t=bool(transformer.config.zero_cond_t))
     schedule = RefreshSchedule.of(keep_references, drift, dependence(one, visibility))
     kept = None if modules_to_not_convert is None else tuple(modules_to_not_convert)
