@@ -74,7 +74,8 @@ def edit(
         pack_tokens: Largest number of tokens in one pack; a step then runs as several packs. None puts all sequences
             into one pack.
         visibility: Policy or rule of attention. Anything but "full" needs a model trained for it.
-        impl: Implementation forced on every op. None chooses by device.
+        impl: Implementation forced on every op, or a library ("dense", "flash", "cudnn_flex") forced on attention
+            alone. None chooses by device.
         output_type: "pil", "np" (float32 `[H, W, 3]`, 0 to 1), "pt" (`[3, H, W]`, 0 to 1, the pipeline's dtype), or
             "latent" (packed latents `[1, N, C]`).
         progress: Show the pipeline's progress bar.

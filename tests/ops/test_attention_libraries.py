@@ -13,6 +13,7 @@ import torch
 
 from uniref_fast import doctor, ops, tuning
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models import PackedQwenImage
 from uniref_fast.ops import flash_attention, flex_attention
 from uniref_fast.testing import assert_within_budget
 from uniref_fast.visibility import POLICIES, AttentionPlan, plan, target_plan
@@ -338,3 +339,24 @@ def test_a_table_decides(library, monkeypatch, name):
     assert choice(**{ours: 2.0, "dense": 3.0})[0] == ours
     attention_libraries.install(monkeypatch, "flash 2" if impl == "cudnn_flex" else "cudnn_flex")
     assert choice(**{ours: 2.0, "dense": 3.0, impl: 1.0})[0] == ours  # measured, but no longer installed
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["flash 3", "cudnn_flex"])
+def test_a_packed_model_with_a_library(library, make_transformer, name, checkpointing):
+    """The library serves attention in forward and backward, the other ops are chosen by device; results are equal."""
+    model = make_transformer()
+    samples = [Sample(3, (1, 4, 3), ((1, 2, 3),)), Sample(2, (1, 2, 5))]
+    grads, calls = [], {}
+    impl, counts = library(name)
+    for each in ("reference", impl):
+        packed = PackedQwenImage(model, impl=each, checkpointing=checkpointing)
+        layout = packed.layout(samples)
+        torch.manual_seed(0)
+        image = torch.randn(layout.image_length, 64, requires_grad=True)
+        out = packed(image, torch.randn(layout.text_length, 48), torch.tensor([0.3, 0.7]), layout)
+        grads.append((out, torch.autograd.grad(out.square().sum(), image)[0]))
+        calls[each] = (counts["forward"], counts["backward"])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    assert calls["reference"] == (0, 0) and calls[impl] == (3, 3)  # blocks that are computed again keep the attention

@@ -165,7 +165,8 @@ def test_refusals():
         fp8.scaled_linear(a[0], a[1][:3], *b)
     with pytest.raises(ValueError, match="float8_e4m3fn, got"):
         fp8.scaled_linear(a[0].float(), a[1], *b)
-    with pytest.raises(ValueError, match="a reference and a Triton kernel"):
-        fp8.gelu_fp8(torch.randn(4, 32), impl="native")
+    for impl in ("native", "dense"):
+        with pytest.raises(ValueError, match="a reference and a Triton kernel"):
+            fp8.gelu_fp8(torch.randn(4, 32), impl=impl)
     with torch.enable_grad(), pytest.raises(ValueError, match="no gradient"):
         fp8.gelu_fp8(torch.randn(4, 32, requires_grad=True))

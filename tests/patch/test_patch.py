@@ -49,6 +49,21 @@ def test_the_report_counts_the_implementation_that_ran(make_transformer, monkeyp
     assert report.reasons == {f"{impl}: the first": 2, f"{other}: the second": 1}
 
 
+def test_a_library_serves_attention_alone(make_transformer):
+    """The other ops keep the choice by device; a library that is missing is an error before anything is patched."""
+    model = make_transformer()
+    original, before = run(model), forwards(model)
+    with pytest.raises(ValueError, match="impl='flash' is not possible here: FlashAttention needs a CUDA device"):
+        uniref_fast.patch(model, impl="flash")
+    assert forwards(model) == before
+    report = uniref_fast.patch(model, impl="dense")
+    assert max_relative_error(run(model), original) < ROUNDING and not report.fallbacks
+    assert "dense when patched (asked for" in str(report)
+    for site in report.sites:
+        expected = "dense" if site.name.endswith(".attn") else ops.choose(None, torch.zeros(1, 32), 32)
+        assert set(site.calls) == {expected}
+
+
 @pytest.mark.parametrize("zero_cond_t", [False, True])
 @pytest.mark.parametrize("batch, masked", [(1, False), (3, False), (2, True)])
 def test_equal_outputs_and_exact_undo(make_transformer, zero_cond_t, batch, masked):

@@ -1,9 +1,10 @@
 """The operations: one name, one meaning, three implementations each (`impl="reference" | "native" | "triton"`).
 
-Attention has a fourth, "dense": PyTorch's own fused attention, one call per rectangle of the plan.
+Attention has more, which are libraries: "dense" (PyTorch's own fused attention), "flash" (FlashAttention 2, 3 and 4)
+and "cudnn_flex" (cuDNN's flex attention).
 """
 
-from uniref_fast.ops._dispatch import IMPLEMENTATIONS, Rounding, choose, explain, unavailable
+from uniref_fast.ops._dispatch import ATTENTION_LIBRARIES, IMPLEMENTATIONS, Rounding, choose, explain, unavailable
 from uniref_fast.ops.attention_fp8 import attention_fp8
 from uniref_fast.ops.fp8 import (
     gate_residual_norm_modulate_fp8,
@@ -14,12 +15,14 @@ from uniref_fast.ops.fp8 import (
 )
 from uniref_fast.ops.norm_modulate import gate_residual, gate_residual_norm_modulate, norm_modulate
 from uniref_fast.ops.qk_norm_rope import qk_norm_rope
-from uniref_fast.ops.segment_attention import explain_attention, segment_attention
+from uniref_fast.ops.segment_attention import attention_unavailable, explain_attention, segment_attention
 
 __all__ = [
+    "ATTENTION_LIBRARIES",
     "IMPLEMENTATIONS",
     "Rounding",
     "attention_fp8",
+    "attention_unavailable",
     "choose",
     "explain",
     "explain_attention",

@@ -18,6 +18,7 @@ from uniref_fast import native
 from uniref_fast.kernels.segment_attention_config import HEAD_DIMS
 
 __all__ = [
+    "ATTENTION_LIBRARIES",
     "IMPLEMENTATIONS",
     "Rounding",
     "choose",
@@ -37,6 +38,8 @@ __all__ = [
 Rounding = Literal["once", "eager"]
 """Rounding of a fused op: of the result only, or wherever eager PyTorch rounds."""
 IMPLEMENTATIONS = ("reference", "native", "triton")
+ATTENTION_LIBRARIES = ("dense", "flash", "cudnn_flex")
+"""Implementations of attention alone: PyTorch's fused attention, FlashAttention, cuDNN's flex attention."""
 TRITON_FLOOR = (3, 6)
 CAPABILITY_FLOOR = (8, 0)
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
@@ -105,11 +108,14 @@ def unavailable(impl: str, tensor: torch.Tensor, head_dim: int | None = None) ->
 
 
 def choose(impl: str | None, tensor: torch.Tensor, head_dim: int | None = None) -> str:
-    """Return the implementation to use: an explicit `impl` is checked, None picks the fastest for the tensor."""
-    if impl is None:
+    """Return the implementation to use: an explicit `impl` is checked, None picks the fastest for the tensor.
+
+    A library of attention leaves the choice of the other ops free, as None does.
+    """
+    if impl is None or impl in ATTENTION_LIBRARIES:
         first = _first(tensor)
         return first if unavailable(first, tensor, head_dim) is None else "reference"
-    one_of("impl", impl, *IMPLEMENTATIONS)
+    one_of("impl", impl, *IMPLEMENTATIONS, *ATTENTION_LIBRARIES)
     if why := unavailable(impl, tensor, head_dim):
         raise ValueError(f"impl={impl!r} is not possible here: {why}")
     return impl

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.ops._dispatch import choose, define_op, inside_transform, observed, one_of
+from uniref_fast.ops._dispatch import ATTENTION_LIBRARIES, choose, define_op, inside_transform, observed, one_of
 from uniref_fast.ops.norm_modulate import Norm, _check, gate_residual_reference, norm_modulate_reference
 
 __all__ = ["gate_residual_norm_modulate_fp8", "gelu_fp8", "norm_modulate_fp8", "quantize_fp8", "scaled_linear"]
@@ -179,8 +179,8 @@ def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
     _refuse_transforms()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         raise ValueError("8-bit ops have no gradient; use them under torch.no_grad()")
-    if impl == "native":
-        raise ValueError("impl='native' is not possible here: 8-bit ops have a reference and a Triton kernel")
+    if impl == "native" or impl in ATTENTION_LIBRARIES:
+        raise ValueError(f"impl={impl!r} is not possible here: 8-bit ops have a reference and a Triton kernel")
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < FP8_CAPABILITY:
         if impl == "triton":
             raise ValueError("impl='triton' is not possible here: e4m3 needs compute capability 8.9 or newer")

@@ -27,6 +27,7 @@ from uniref_fast.kernels.segment_attention_config import AttentionTables
 from uniref_fast.memo import memo
 from uniref_fast.ops import flash_attention, flex_attention
 from uniref_fast.ops._dispatch import (
+    ATTENTION_LIBRARIES,
     IMPLEMENTATIONS,
     choose,
     define_op,
@@ -41,10 +42,7 @@ from uniref_fast.ops._dispatch import (
 from uniref_fast.ops.dense_attention import backend, dense_attention, rectangles_of
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["ATTENTION_LIBRARIES", "explain_attention", "segment_attention", "segment_attention_reference"]
-
-ATTENTION_LIBRARIES = ("dense", "flash", "cudnn_flex")
-"""Implementations of attention alone: PyTorch's fused attention, FlashAttention, cuDNN's flex attention."""
+__all__ = ["attention_unavailable", "explain_attention", "segment_attention", "segment_attention_reference"]
 
 DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
 """Largest number of rectangles, and smallest mean number of pairs, for which the library is chosen on a GPU without a
@@ -167,7 +165,7 @@ def explain_attention(
         one_of("impl", impl, *IMPLEMENTATIONS, *ATTENTION_LIBRARIES)
         if impl not in ATTENTION_LIBRARIES:
             return choose(impl, q, q.shape[-1]), "asked for"
-        if why := _library_unavailable(impl, q):
+        if why := attention_unavailable(impl, q):
             raise ValueError(f"impl={impl!r} is not possible here: {why}")
         return impl, "asked for"
     if why := inside_transform():
@@ -175,8 +173,10 @@ def explain_attention(
     return memo(plan, _choose, q.device, q.dtype, *q.shape[1:], backward)
 
 
-def _library_unavailable(impl: str, q: Tensor) -> str | None:
-    """Return the reason why a library cannot take tensors like q, or None."""
+def attention_unavailable(impl: str, q: Tensor) -> str | None:
+    """Return the reason why an implementation cannot compute attention for tensors like q `[N, H, D]`, or None."""
+    if impl not in ATTENTION_LIBRARIES:
+        return unavailable(impl, q, q.shape[-1])
     if impl == "flash":
         return flash_attention.unavailable(q)
     if impl == "cudnn_flex":
@@ -207,7 +207,7 @@ def _choose(
     if all(seconds.values()):
         for impl in ("flash", "cudnn_flex"):  # a library is only imported if the table says what it costs
             cost = tuning.attention_seconds(name, impl, q.dtype, plan, heads, head_dim, backward)
-            if cost and _library_unavailable(impl, q) is None:
+            if cost and attention_unavailable(impl, q) is None:
                 seconds[impl] = cost
         best, other = sorted(seconds, key=lambda impl: seconds[impl] or 0.0)[:2]
         ratio = (seconds[other] or 0.0) / (seconds[best] or 1.0)

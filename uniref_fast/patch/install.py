@@ -49,8 +49,9 @@ def patch(
             are for models trained with them.
         strict: Raise RuntimeError when a self-check fails, in that call of the pipeline and in every later one. With
             False the site runs the original from then on.
-        impl: Implementation forced on every op ("reference", "native", "triton"). None chooses by device. For the mode
-            "fast", "reference" emulates the 8 bits on any device.
+        impl: Implementation forced on every op ("reference", "native", "triton"), or on attention alone ("dense",
+            "flash", "cudnn_flex": libraries). None chooses by device. For the mode "fast", "reference" emulates the 8
+            bits on any device.
         keep_references: Keep the keys and values of references over denoising steps, so that most steps compute text
             and target only (docs/fast.md). A number n computes the references in every n-th step, "auto" as often as
             `drift` requires. True computes them once, which needs a model for which this is exact. In the other steps
@@ -138,6 +139,10 @@ class _Installation:
         head_dim = transformer.config.attention_head_dim
         if impl is None:
             implementation, reason = ops.explain(probe, head_dim)
+        elif impl in ops.ATTENTION_LIBRARIES:
+            if why := ops.attention_unavailable(impl, probe.new_empty(2, 1, head_dim)):
+                raise ValueError(f"impl={impl!r} is not possible here: {why}")
+            implementation, reason = impl, "asked for, for attention"
         else:
             implementation, reason = ops.choose(impl, probe, head_dim), "asked for"
         report = PatchReport(

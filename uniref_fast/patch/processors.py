@@ -71,7 +71,9 @@ def _refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> 
         return "inside torch.autocast, where dtypes change between ops"
     if first.dtype not in SELF_CHECK_TOLERANCE:
         return f"{first.dtype} is not one of float32, float16, bfloat16"
-    if state.impl is not None:
+    if state.impl in ops.ATTENTION_LIBRARIES and site.name.endswith(".attn"):
+        return ops.attention_unavailable(state.impl, first.new_empty(0, 1, head_dim))
+    if state.impl is not None and state.impl not in ops.ATTENTION_LIBRARIES:
         return ops.unavailable(state.impl, first, head_dim)
     if ops.choose(None, first, head_dim) == "reference":
         return f"no fused implementation here: {ops.explain(first, head_dim)[1]}"
@@ -438,7 +440,7 @@ class PatchedBlock:
             stand_in = StandIn(calls)
             return type(self.block).forward(stand_in, *arguments), stand_in
 
-        impl = self.state.impl or ops.choose(None, image)
+        impl = ops.choose(self.state.impl, image)
         recorded = self.state.parts is not None and checked
         with recorded_errors(self.state.report.errors) if recorded else contextlib.nullcontext():
             fused = self._fused(calls, impl, *arguments)
