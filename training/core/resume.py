@@ -76,8 +76,9 @@ MAY_CHANGE = frozenset({
     "max_skipped", "max_broken", "max_failures",
     # a step of MSGRPO: its rollouts and updates use the same settings, and no later step uses its results
     "prompts", "group", "rollout_num_inference_steps", "sampler", "noise", "window", "window_end",
-    "rollout_true_cfg_scale", "timesteps", "updates", "inner_epochs", "clip", "clip_high", "advantage_clip",
-    "advantage", "advantage_std", "ratio_guard", "kl", "min_members", "rewards", "reward_weights", "axis_weights",
+    "rollout_true_cfg_scale", "keep_references", "timesteps", "updates", "inner_epochs", "clip", "clip_high",
+    "advantage_clip", "advantage", "advantage_std", "ratio_guard", "kl", "min_members", "rewards", "reward_weights",
+    "axis_weights",
     # answers of the judge are reused by the content of the call, the model's name and the sampling included
     "judge.url", "judge.model", "judge.concurrency", "judge.timeout", "judge.attempts", "judge.backoff",
     "judge.backoff_limit", "judge.patience", "judge.temperature", "judge.seed", "judge.max_tokens", "judge.token_field",

@@ -13,6 +13,8 @@ from PIL import Image
 
 from uniref_fast.encode import decode_image, prompt_tokens
 from uniref_fast.guidance import texts_of
+from uniref_fast.layout import Sample
+from uniref_fast.models.kept_references import RefreshSchedule, dependence
 from uniref_fast.progress import running
 from uniref_fast.rewards.types import Candidate, Failure, Scores
 from uniref_fast.training.batches.packing import PackKey
@@ -81,6 +83,9 @@ class RolloutGenerator:
         rewards: Rewards of the run.
         signalled: Function that returns True if this process was asked to stop.
         progress: Display of the work that runs now; None shows nothing.
+
+    Raises:
+        ValueError: If rollouts are to keep references that depend on the step.
     """
 
     def __init__(
@@ -97,6 +102,9 @@ class RolloutGenerator:
         self.rewards, self.signalled, self.progress = rewards, signalled, progress or running(shown=False)
         self.sampler = Sampler(config.sampler, config.noise)
         self.shared = config.visibility == "group_shared"
+        if config.keep_references:  # refuse a model for which it is not exact, before any rollout
+            one = model.packed.layout([Sample(1, (1, 1, 1), ((1, 1, 1),))])
+            RefreshSchedule.of(True, None, dependence(one, model.packed.visibility))
 
     # ---- batches ----
 
@@ -219,7 +227,7 @@ class RolloutGenerator:
             if pack is None:
                 self._keep_step(steps)
             else:
-                denoise(self.model.packed, pack, batch.sampler, batch.seed)
+                denoise(self.model.packed, pack, batch.sampler, batch.seed, self.config.keep_references)
                 tokens += steps * pack.layout.joint_length
                 finished(pack)
             self.progress.update()

@@ -157,7 +157,9 @@ def _cause(packed: PackedQwenImage, pack: RolloutPack, noisy_step: int) -> str:
     if not _equal(first, with_gradients):
         return "a forward that keeps gradients differs from one that does not: recomputation, compilation or a hook"
     return (
-        "weights, packs or latents changed between the rollout and its replay: an adapter, an average, another layout"
+        "weights, packs or latents changed between the rollout and its replay (an adapter, an average, another "
+        "layout), or the rollout kept its references and a matrix product depends on its number of rows (leave out "
+        "keep_references)"
     )
 
 

@@ -69,6 +69,10 @@ class MSGRPO(Recipe):
             noise in all steps but the last, which never has any.
         window_end: First step that no window reaches; none takes the middle of the rollout.
         rollout_true_cfg_scale: True CFG scale of rollouts and updates; 1 turns guidance off.
+        keep_references: Compute the references once per rollout instead of in every step. It needs references that
+            depend on nothing that changes between steps: a visibility other than "full", and a model with zero_cond_t.
+            The replay computes them again, so the check that ratios are 1 fails where a matrix product depends on its
+            number of rows; leave it off then.
 
     Attributes: Sampler
         sampler: Sampler of the steps that add noise: "sde" (the stochastic differential equation of the flow) or "cps"
@@ -120,6 +124,7 @@ class MSGRPO(Recipe):
     window: int | None = None
     window_end: int | None = None
     rollout_true_cfg_scale: float = 1.0
+    keep_references: bool = False
     timesteps: float = 1.0
     updates: int = 1
     inner_epochs: int = 1
@@ -180,6 +185,10 @@ class MSGRPO(Recipe):
         yield (
             self.clip_high is None or self.clip_high >= 0,
             f"clip_high must be at least 0, or none; got {self.clip_high}",
+        )
+        yield (
+            not self.keep_references or self.visibility != "full",
+            'keep_references needs references that do not depend on the step: under visibility = "full" they do',
         )
         yield bool(self.rewards), "a run needs at least one reward"
         yield (

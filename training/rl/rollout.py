@@ -24,6 +24,7 @@ from uniref_fast.guidance import guide
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule, dependence
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.sde import Sampler, Transition, log_density, transition
@@ -270,6 +271,7 @@ def velocities(
     latents: Sequence[Tensor],
     times: Sequence[float],
     image: Tensor | None = None,
+    kept: Sequence[KeptReferences] | None = None,
 ) -> list[Tensor]:
     """Return the model's velocity `[N, C]`, float32, for each member; all of them on every rank that shares the pack.
 
@@ -280,6 +282,8 @@ def velocities(
         times: Time t of each member.
         image: Image stream of the pack, `[N_image, C]`, whose targets are overwritten; None allocates a new one, which
             a backward needs.
+        kept: Store of the references of each sequence, of whose steps this call is the next one; None computes the
+            references.
     """
     if image is None:
         image = pack.image(latents)
@@ -290,7 +294,7 @@ def velocities(
         dtype=torch.float32,
         device=pack.text.device,
     )  # [S], one for each sequence
-    out = packed(image, pack.text, t, pack.layout)  # [N_target, C]
+    out = packed(image, pack.text, t, pack.layout, kept)  # [N_target, C]
     if packed.parallel is not None:
         out = packed.parallel.gather_rows(out, packed.parallel.targets(pack.layout))
     parts = iter(pack.layout.split_targets(out))
@@ -299,7 +303,9 @@ def velocities(
 
 
 @torch.no_grad()
-def denoise(packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None, seed: int) -> None:
+def denoise(
+    packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None, seed: int, keep_references: bool = False
+) -> None:
     """Denoise the members of a pack to the end.
 
     Each member's result is in its `latents`; its noisy steps keep what the replay needs.
@@ -309,11 +315,20 @@ def denoise(packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None,
         pack: Members to denoise.
         sampler: Sampler of the noisy steps; None denoises without noise.
         seed: Seed of the noise.
+        keep_references: Compute the references in the first step only. Ranks that share a pack compute them in every
+            step all the same.
+
+    Raises:
+        ValueError: If the references depend on anything that changes between steps, and are to be kept.
     """
+    kept = None
+    if keep_references and packed.parallel is None:
+        RefreshSchedule.of(True, None, dependence(pack.layout, packed.visibility))  # raises if it would not be exact
+        kept = [KeptReferences() for _ in range(pack.layout.num_samples)]
     image = pack.image([member.latents for member in pack.members])  # a step changes only the rows of the targets
     for i in range(len(pack.members[0].group.sigmas) - 1):
         times = [member.group.sigmas[i] for member in pack.members]
-        predicted = velocities(packed, pack, [member.latents for member in pack.members], times, image)
+        predicted = velocities(packed, pack, [member.latents for member in pack.members], times, image, kept)
         for member, v in zip(pack.members, predicted, strict=True):
             _advance(member, i, v, sampler, seed)
 

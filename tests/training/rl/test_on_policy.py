@@ -146,3 +146,42 @@ def test_the_number_of_forwards_of_a_diagnosis(generator, batch, monkeypatch):
     monkeypatch.setattr(generator.model.packed, "forward", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     on_policy.probe(generator.model.packed, batch.packs[0], 0, generator.sampler, diagnose=True)
     assert len(calls) == on_policy.DIAGNOSIS_FORWARDS
+
+
+# ---- references kept over the steps of a rollout ----
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("visibility", ["reference_causal", "reference_isolated", "group_shared"])
+def test_rollouts_that_keep_their_references_are_on_policy(
+    make_generator, prepared_rows, monkeypatch, visibility, guidance
+):
+    """Compute the references in the first step of each pack only; the replay computes them again."""
+    ends, rows = {}, []
+    for keep in (False, True):
+        generator = make_generator(
+            visibility=visibility, keep_references=keep, rollout_true_cfg_scale=guidance, group=3
+        )
+        batch = generator.training_batch(prepared_rows(2, 3), PLAN)
+        counting = generator.model.pipe.transformer.img_in.register_forward_pre_hook(
+            lambda module, inputs: rows.append(len(inputs[0]))
+        )
+        assert generator.generate(batch)
+        counting.remove()
+        expected, steps = [], len(batch.groups[0].sigmas) - 1
+        for pack in batch.packs:
+            targets = sum(segment.length for segment in pack.layout.targets)
+            expected += [pack.layout.image_length] + [targets if keep else pack.layout.image_length] * (steps - 1)
+        assert rows == expected
+        found = check(generator, batch)
+        assert len(found) == 6 * NOISY_STEPS and not any(one.off for one in found)
+        ends[keep] = torch.cat([member.latents for pack in batch.packs for member in pack.members])
+        rows.clear()
+    torch.testing.assert_close(ends[True], ends[False], rtol=0, atol=5e-5)  # float32 products of other row counts
+
+
+def test_references_that_depend_on_the_step_are_not_kept(make_generator):
+    with pytest.raises(ValueError, match='under visibility = "full" they do'):
+        make_generator(visibility="full", keep_references=True)
+    with pytest.raises(ValueError, match="would not be exact: references attend to text and target"):
+        make_generator(keep_references=True)  # the visibility is that of the initial run, here "full"
