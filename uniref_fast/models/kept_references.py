@@ -160,8 +160,6 @@ class KeptReferences:
         total: Number of steps of the edit, or None if it is not known.
         steps: Number of steps so far.
         refreshed: Numbers of the steps, from 0, that computed them.
-        drifts: Drift that each refresh but the first has measured: the root mean square, over blocks, keys and values,
-            of `|new - stored| / |new|`.
     """
 
     schedule: RefreshSchedule = RefreshSchedule()
@@ -169,17 +167,31 @@ class KeptReferences:
     total: int | None = None
     steps: int = 0
     refreshed: list[int] = field(default_factory=list)
-    drifts: list[float] = field(default_factory=list)
+    _drifts: list[float] = field(default_factory=list, repr=False)
+    _unread: list[Tensor] = field(default_factory=list, repr=False)  # squares of the drifts that were not read yet
     _due: bool = field(default=False, repr=False)
     _blocks: dict[nn.Module, tuple[_Stored, _Stored]] = field(default_factory=dict, repr=False)
     _changes: list[Tensor] = field(default_factory=list, repr=False)
+
+    @property
+    def drifts(self) -> list[float]:
+        """Drift that each refresh but the first has measured.
+
+        It is the root mean square, over blocks, keys and values, of `|new - stored| / |new|`. The first call after a
+        refresh waits for the device.
+        """
+        if self._unread:
+            self._drifts += map(math.sqrt, torch.stack(self._unread).tolist())
+            self._unread.clear()
+        return self._drifts
 
     @property
     def due(self) -> bool:
         """True if the next step must compute the references."""
         if self._due or not self.refreshed:
             return True
-        return self.steps - self.refreshed[-1] >= self.schedule.interval(self.refreshed, self.drifts, self.total)
+        drifts = self.drifts if self.schedule.drift is not None else ()
+        return self.steps - self.refreshed[-1] >= self.schedule.interval(self.refreshed, drifts, self.total)
 
     def refresh_now(self) -> None:
         """Make the next step compute the references, whatever the schedule says."""
@@ -363,18 +375,22 @@ class ReferenceRows:
     def finish(self) -> None:
         """Count the step in every store, and set the drift that its refreshes have measured; call it once at the end.
 
-        Reading the drift waits for the device, in steps that measure one only.
+        The drifts that decide the next refresh are read together, which waits for the device; the others are read when
+        they are asked for.
         """
-        measured: dict[int, Tensor] = {}
-        for i in self._refreshed:
-            self._stores[i]._due = False
-            self._stores[i].refreshed.append(self._stores[i].steps)
-            change = self._stores[i].take_changes()
-            if change is not None:
-                measured[i] = change
-        if measured:
-            for i, square in zip(measured, torch.stack([*measured.values()]).tolist(), strict=True):
-                self._stores[i].drifts.append(math.sqrt(square))
+        deciding: list[tuple[KeptReferences, Tensor]] = []
+        for store in (self._stores[i] for i in self._refreshed):
+            store._due = False
+            store.refreshed.append(store.steps)
+            change = store.take_changes()
+            if change is not None and store.schedule.drift is None:
+                store._unread.append(change)
+            elif change is not None:
+                deciding.append((store, change))
+        if deciding:
+            squares = torch.stack([change for _, change in deciding]).tolist()
+            for (store, _), square in zip(deciding, squares, strict=True):
+                store._drifts.append(math.sqrt(square))
         for store in self._stores.values():
             store.steps += 1
 

@@ -1,0 +1,98 @@
+"""Check that no step of an edit waits for the device: nothing reads a value of a tensor on the host."""
+
+import importlib
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import uniref_fast
+from uniref_fast import EditRequest
+
+edit_module = importlib.import_module("uniref_fast.edit")
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
+OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
+IMAGES = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+REQUESTS = [
+    EditRequest("put picture 1 on picture 2", IMAGES, negative_prompt=" ", num_inference_steps=4, seed=0),
+    EditRequest("make it night", IMAGES[:1], true_cfg_scale=1.0, num_inference_steps=3, seed=1),
+]
+
+
+class NoReads(TorchDispatchMode):
+    """Refuse the operators whose result depends on reading a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in OPS, f"{func} waits for the device"
+        if func.overloadpacket is torch.ops.aten.index:
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), "an index by a mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Refuse methods that read values of tensors, from the call of this function on."""
+
+    def forbidden(name):
+        def read(self, *arguments, **options):
+            raise AssertionError(f"Tensor.{name} waits for the device")
+
+        return read
+
+    return lambda: [monkeypatch.setattr(torch.Tensor, name, forbidden(name)) for name in READS]
+
+
+def test_the_detector_sees_reads(forbid):
+    x = torch.ones(3)
+    for read in (lambda: x[x > 0], x.sum().item, x.nonzero):
+        with pytest.raises(AssertionError, match="waits for the device"), NoReads():
+            read()
+    forbid()
+    for read in (x.tolist, x.cpu, lambda: bool(x.sum() > 0), lambda: int(x[0]), lambda: [1, 2][x[0].long()]):
+        with pytest.raises(AssertionError, match="waits for the device"):
+            read()
+
+
+@pytest.mark.parametrize("keep", [False, 2])
+def test_no_step_of_an_edit_reads_a_value(builtin_pipe, forbid, monkeypatch, keep):
+    """Check all steps but the first, also where a request ends and the others are packed again."""
+    steps, predict = [], edit_module._predict
+
+    def predicted(model, jobs, packs, step):
+        steps.append(step)
+        if step == 0:
+            return predict(model, jobs, packs, step)
+        forbid()
+        with NoReads():
+            return predict(model, jobs, packs, step)
+
+    monkeypatch.setattr(edit_module, "_predict", predicted)
+    undone = edit_module._decode
+    monkeypatch.setattr(edit_module, "_decode", lambda *arguments: (monkeypatch.undo(), undone(*arguments))[1])
+    uniref_fast.edit(builtin_pipe, REQUESTS, progress=False, keep_references=keep)
+    assert steps == [0, 1, 2, 3]
+
+
+def test_no_call_of_a_patched_transformer_reads_a_value(builtin_pipe, forbid, monkeypatch):
+    """Check the calls after the first ones, which run the self-checks."""
+    transformer, calls = builtin_pipe.transformer, []
+    uniref_fast.patch(builtin_pipe)
+    forward = transformer.forward
+
+    def spied(*arguments, **options):
+        calls.append(len(calls))
+        if len(calls) <= 2:
+            return forward(*arguments, **options)
+        with pytest.MonkeyPatch.context() as patched:
+            for name in READS:
+                patched.setattr(torch.Tensor, name, lambda self, *rest, name=name: pytest.fail(f"Tensor.{name}"))
+            return forward(*arguments, **options)
+
+    monkeypatch.setattr(transformer, "forward", spied)
+    try:
+        builtin_pipe(IMAGES, "put picture 1 on picture 2", negative_prompt=" ", num_inference_steps=3)
+    finally:
+        monkeypatch.undo()
+        uniref_fast.unpatch(builtin_pipe)
+    assert len(calls) == 6
