@@ -19,8 +19,6 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.ops import flash_attention
-from uniref_fast.ops import flex_attention as cudnn_flex
 from uniref_fast.ops.segment_attention import segment_attention_reference
 from uniref_fast.testing import max_relative_error
 from uniref_fast.visibility import plan
@@ -132,8 +130,8 @@ def member(name, compiled, visibility, backward, dtype):
             pytest.skip("on a CPU FlexAttention has no backward, and its compilation is shown on two layouts only")
         return flex(compiled, visibility)
     if name in ("flash", "cudnn_flex"):
-        adapter = flash_attention if name == "flash" else cudnn_flex
-        if why := adapter.unavailable(torch.empty(1, HEADS, DIM, dtype=dtype, device="cuda" if CUDA else "cpu")):
+        q = torch.empty(1, HEADS, DIM, dtype=dtype, device="cuda" if CUDA else "cpu")
+        if why := ops.attention_unavailable(name, q):
             pytest.skip(why)
     if name.startswith("sdpa"):
         attend, backend = sdpa(compiled, visibility), BACKENDS.get(name.removeprefix("sdpa").strip())

@@ -82,13 +82,15 @@ def members(model, references, side, text, tiny):
 
     kept = ("img_mod", "txt_mod") if tiny else None  # the tiny model has a first and a last block only
     parts = fast.eight_bit_parts(model, kept, impl=None if device.type == "cuda" else "reference")
-    fast.quantise(model, parts)
-    eight_bit = [(linear, linear.weight) for linear in model.modules() if is_quantised(linear)]
-    fast.restore(model)
+    eight_bit: list = []
     packed_8bit = PackedQwenImage(model, impl=parts.impl, attention_8bit=parts.attention)
 
     def pack_8bit():
-        """Both prompts in one pack with the 8-bit weights, which are put in place for the call."""
+        """Both prompts in one pack with the 8-bit weights, which are made once and put in place for the call."""
+        if not eight_bit:
+            fast.quantise(model, parts)
+            eight_bit.extend((linear, linear.weight) for linear in model.modules() if is_quantised(linear))
+            fast.restore(model)
         originals = [linear.weight for linear, _ in eight_bit]
         for linear, weight in eight_bit:
             linear.weight = weight

@@ -80,13 +80,14 @@ KERNEL_TESTS = {
             "tests/kernels/test_segment_attention.py",
             "tests/kernels/test_segment_attention_fp8.py",
             "tests/ops/test_segment_attention.py",
+            "tests/ops/test_attention_libraries.py",
         ),
-        ("kernels/segment_attention*.py", "uniref_fast/ops/*attention*.py"),
+        ("kernels/segment_attention*.py", "kernels/fp8.py", "uniref_fast/ops/*attention*.py", "uniref_fast/ops/fp8.py"),
         "test_plans and one_token",
     ),
     "token ops": (
         ("tests/kernels/test_token_ops.py", "tests/ops/test_fp8.py"),
-        ("kernels/[fnqt]*.py", "uniref_fast/ops/[fnq]*.py"),
+        ("kernels/[fnqt]*.py", "uniref_fast/ops/fp8.py", "uniref_fast/ops/[nq]*.py"),
         "test_gate_residual",
     ),
 }

@@ -21,12 +21,23 @@ from uniref_fast.data.dataset import Dataset
 from uniref_fast.evaluation import model as models
 from uniref_fast.evaluation.metrics import measure, psnr, through_vae
 from uniref_fast.evaluation.requests import eval_request
+from uniref_fast.fast import default_16bit
 from uniref_fast.models.single_frame import single_frame
 
 FAST = {"mode": "fast", "impl": "reference"}
-KEPT_16BIT = ("transformer_blocks.0", "transformer_blocks.3", "img_mod", "txt_mod")  # the default for four blocks
-ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-LINEARS = (*ATTENTION_LINEARS, "img_mlp", "txt_mlp")
+LINEARS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "img_mlp",
+    "txt_mlp",
+)
+MODULATION = ("img_mod", "txt_mod")
 SETTINGS = {
     "exact": {},
     "keep_references=2": {"keep_references": 2},
@@ -35,10 +46,11 @@ SETTINGS = {
     "keep_references=auto": {"keep_references": "auto"},
     "keep_references=auto, keep_dtype=int8": {"keep_references": "auto", "keep_dtype": "int8"},
     "fast": FAST,
-    "fast, Linears only": FAST | {"modules_to_not_convert": (*KEPT_16BIT, "processor")},
-    "fast, attention only": FAST | {"modules_to_not_convert": (*KEPT_16BIT, *LINEARS)},
-    "fast in all blocks": FAST | {"modules_to_not_convert": KEPT_16BIT[2:]},
+    "fast, Linears only": FAST | {"modules_to_not_convert": ("default", "processor")},
+    "fast, attention only": FAST | {"modules_to_not_convert": ("default", *LINEARS)},
+    "fast in all blocks": FAST | {"modules_to_not_convert": MODULATION},
 }
+"""Arguments of `edit`. "default" among names stands for what stays in 16 bits by default."""
 AXES = ("integration", "consistency", "quality")
 BATCH, BUDGET, TARGET_SIDE = 32, 128, 64
 
@@ -77,7 +89,7 @@ def main() -> None:
     }
     exact: list = []
     for name in dict.fromkeys(("exact", *(args.setting or SETTINGS))):
-        images, report, seconds = run(pipe, rows, SETTINGS[name])
+        images, report, seconds = run(pipe, rows, options_of(SETTINGS[name], pipe.transformer))
         records = measures(pipe, rows, images)
         exact = exact or [images, records]
         found["settings"][name] = summary(records, images, *exact, report, args.steps) | {"seconds": round(seconds, 1)}
@@ -86,6 +98,14 @@ def main() -> None:
         path = results_path(args.results, args.what)
         write_results(path, found)
         print(path)
+
+
+def options_of(setting, transformer):
+    """Return the arguments of `edit` for a setting and a transformer."""
+    names = setting.get("modules_to_not_convert", ())
+    if "default" not in names:
+        return setting
+    return setting | {"modules_to_not_convert": (*default_16bit(transformer), *names[1:])}
 
 
 def run(pipe, rows, options):

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import machine
+from conftest import machine, results_path, write_results
 from PIL import Image, ImageDraw, ImageOps
 
 from uniref_fast.scenes.artworks import artworks
@@ -136,12 +136,11 @@ def main() -> None:
         split: [row["psnr"][split]["after"]["mean"] - row["psnr"][split]["before"]["mean"] for row in rows]
         for split in SPLITS
     }
-    head = machine() | {"command": f"python bench/quality_lora.py --set {args.set} --seeds {args.seeds}"}
+    head = machine() | {"threads": 1, "command": f"python bench/quality_lora.py --set {args.set} --seeds {args.seeds}"}
     summary = {split: {"mean": statistics.mean(found), "each": found} for split, found in gains.items()}
     result = head | {"set": args.set, "rows": ROWS, "gain_psnr": summary, "seeds": rows}
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{head['date']}-{head['device'].lower().replace(' ', '-')}-lora-{args.set}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path = results_path(args.results, f"lora-{args.set}")
+    write_results(path, result)
     print(path)
 
 

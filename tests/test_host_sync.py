@@ -30,32 +30,32 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def forbid(monkeypatch):
-    """Refuse methods that read values of tensors, from the call of this function on."""
+def refuse_reads(monkeypatch):
+    """Refuse the methods that read values of tensors."""
 
-    def forbidden(name):
+    def refused(name):
         def read(self, *arguments, **options):
             raise AssertionError(f"Tensor.{name} waits for the device")
 
         return read
 
-    return lambda: [monkeypatch.setattr(torch.Tensor, name, forbidden(name)) for name in READS]
+    for name in READS:
+        monkeypatch.setattr(torch.Tensor, name, refused(name))
 
 
-def test_the_detector_sees_reads(forbid):
+def test_the_detector_sees_reads(monkeypatch):
     x = torch.ones(3)
     for read in (lambda: x[x > 0], x.sum().item, x.nonzero):
         with pytest.raises(AssertionError, match="waits for the device"), NoReads():
             read()
-    forbid()
+    refuse_reads(monkeypatch)
     for read in (x.tolist, x.cpu, lambda: bool(x.sum() > 0), lambda: int(x[0]), lambda: [1, 2][x[0].long()]):
         with pytest.raises(AssertionError, match="waits for the device"):
             read()
 
 
 @pytest.mark.parametrize("keep", [False, 2])
-def test_no_step_of_an_edit_reads_a_value(builtin_pipe, forbid, monkeypatch, keep):
+def test_no_step_of_an_edit_reads_a_value(builtin_pipe, monkeypatch, keep):
     """Check all steps but the first, also where a request ends and the others are packed again."""
     steps, predict = [], edit_module._predict
 
@@ -63,7 +63,7 @@ def test_no_step_of_an_edit_reads_a_value(builtin_pipe, forbid, monkeypatch, kee
         steps.append(step)
         if step == 0:
             return predict(model, jobs, packs, step)
-        forbid()
+        refuse_reads(monkeypatch)
         with NoReads():
             return predict(model, jobs, packs, step)
 
@@ -74,7 +74,7 @@ def test_no_step_of_an_edit_reads_a_value(builtin_pipe, forbid, monkeypatch, kee
     assert steps == [0, 1, 2, 3]
 
 
-def test_no_call_of_a_patched_transformer_reads_a_value(builtin_pipe, forbid, monkeypatch):
+def test_no_call_of_a_patched_transformer_reads_a_value(builtin_pipe, monkeypatch):
     """Check the calls after the first ones, which run the self-checks."""
     transformer, calls = builtin_pipe.transformer, []
     uniref_fast.patch(builtin_pipe)
@@ -85,8 +85,7 @@ def test_no_call_of_a_patched_transformer_reads_a_value(builtin_pipe, forbid, mo
         if len(calls) <= 2:
             return forward(*arguments, **options)
         with pytest.MonkeyPatch.context() as patched:
-            for name in READS:
-                patched.setattr(torch.Tensor, name, lambda self, *rest, name=name: pytest.fail(f"Tensor.{name}"))
+            refuse_reads(patched)
             return forward(*arguments, **options)
 
     monkeypatch.setattr(transformer, "forward", spied)

@@ -301,7 +301,7 @@ def _edit(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
     pipe, visibility, budget = _trained_pipeline(args, device, dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
-    report = EditReport()
+    report = EditReport() if keep else None
     if args.mode == "fast":
         patch(pipe, mode="fast")  # frees the memory of 16-bit weights, which edit() alone would not
     (image,) = edit(
@@ -310,7 +310,7 @@ def _edit(args: argparse.Namespace) -> int:
     )  # fmt: skip
     _save(image, args.out)
     print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
-    if keep:
+    if report is not None:
         print(report)
     if builtin.weights_status(pipe) == "untrained":
         print(UNTRAINED)

@@ -22,7 +22,7 @@ from torch import Tensor
 from uniref_fast.budget import check_budget
 from uniref_fast.edit_report import EditReport
 from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
-from uniref_fast.fast import EightBitParts, check_mode, eight_bit, eight_bit_parts, unsupported
+from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
 from uniref_fast.guidance import guide, is_guided
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
@@ -135,9 +135,8 @@ def edit(
         with recorded_errors(errors) if parts is not None and report is not None else contextlib.nullcontext():
             _denoise(pipe, model, jobs, pack_tokens, progress)
         if report is not None:
-            report.fill([job.kept or () for job in jobs])
-            report.errors = errors
-            report.latent_errors = _latent_errors(pipe, model, jobs, exact, pack_tokens, progress)
+            latent_errors = _latent_errors(pipe, model, jobs, exact, pack_tokens, progress)
+            report.fill([job.kept or () for job in jobs], errors, latent_errors)
         for job in jobs:
             job.kept = None  # decoding needs the memory
         results = [_decode(pipe, job, output_type) for job in tracked(jobs, "decoding", "result", shown=shown)]
@@ -155,16 +154,13 @@ def _eight_bit_parts(
 ) -> EightBitParts | None:
     """Return the parts that compute in 8 bits, or None for the mode "exact"."""
     installed = patched_parts(transformer)
-    if not check_mode(mode):
-        if modules_to_not_convert is not None:
-            raise ValueError('modules_to_not_convert is for mode="fast"')
+    if not check_mode(mode, modules_to_not_convert):
         if installed is not None:
             raise ValueError('the pipeline is patched with mode="fast"; give edit() the same mode, or unpatch first')
         return None
     if model is not None:
         raise ValueError('mode="fast" builds its own packed model; leave model out')
-    if reason := unsupported(device, impl):
-        raise ValueError(f'mode="fast" is not possible here: {reason}')
+    check_supported(device, impl)
     if installed is None:
         return eight_bit_parts(transformer, modules_to_not_convert, impl)
     if modules_to_not_convert is not None or impl != installed.impl:

@@ -17,7 +17,8 @@ class ReferenceReport:
 
     Attributes:
         request: Number of the request, from 0; None for a call of a patched pipeline.
-        prediction: "prompt", or "negative prompt" for the second prediction of guidance.
+        prediction: "prompt", or "negative prompt" for the second prediction of guidance; "prediction 1", "prediction 2"
+            for those of a patched pipeline, in the order of their first calls.
         steps: Number of denoising steps.
         refreshed: Numbers of the steps, from 0, that computed the references. Empty without references.
         drift: Relative change of their keys and values, which each of these steps but the first has measured.
@@ -65,13 +66,18 @@ class EditReport:
     errors: dict[str, float] = field(default_factory=dict)
     latent_errors: list[float] = field(default_factory=list)
 
-    def fill(self, kept: Sequence[Sequence[KeptReferences]]) -> None:
+    def fill(
+        self, kept: Sequence[Sequence[KeptReferences]], errors: dict[str, float], latent_errors: list[float]
+    ) -> None:
         """Replace the content by that of an edit.
 
         Args:
             kept: Kept references of each request, for the prompt and, with guidance, for the negative prompt; empty
                 where nothing was kept.
+            errors: Errors of the parts in 8 bits.
+            latent_errors: Errors of the final latents.
         """
+        self.errors, self.latent_errors = errors, latent_errors
         self.references = [
             ReferenceReport(
                 i, name, store.steps, tuple(store.refreshed), tuple(store.drifts), store.nbytes

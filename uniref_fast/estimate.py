@@ -248,11 +248,7 @@ def estimate(
 
 def _saved_bytes(transformer: Any, mode: str, modules_to_not_convert: Sequence[str] | None) -> int:
     """Return the bytes of weights that the mode "fast" moves to host memory; 0 if the weights are in 8 bits already."""
-    if not check_mode(mode):
-        if modules_to_not_convert is not None:
-            raise ValueError('modules_to_not_convert is for mode="fast"')
-        return 0
-    if patched_parts(transformer) is not None:
+    if not check_mode(mode, modules_to_not_convert) or patched_parts(transformer) is not None:
         return 0
     return saved_bytes(transformer, eight_bit_parts(transformer, modules_to_not_convert))
 

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniref_fast.ops._dispatch import one_of
 from uniref_fast.ops.fp8 import FP8_CAPABILITY
-from uniref_fast.quantised_linear import QuantisedWeight, is_quantised
+from uniref_fast.quantised_linear import QuantisedWeight, base_linear, is_quantised
 
 __all__ = [
     "EightBitParts",
     "check_mode",
+    "check_supported",
     "default_16bit",
     "eight_bit",
     "eight_bit_parts",
@@ -41,10 +43,10 @@ class EightBitParts:
     Attributes:
         linears: Names of the Linears; a layer of peft stands for the Linear inside.
         attention: Names of the attention, such as "transformer_blocks.1.attn.processor".
-        impl: "reference" for the emulation, or None.
+        impl: "reference" for the emulation, "triton", or None.
     """
 
-    linears: tuple[str, ...]
+    linears: frozenset[str]
     attention: frozenset[str]
     impl: str | None = None
 
@@ -55,11 +57,22 @@ def default_16bit(transformer: Any) -> tuple[str, ...]:
     return "transformer_blocks.0", f"transformer_blocks.{last}", "img_mod", "txt_mod"
 
 
-def check_mode(mode: str) -> bool:
-    """Return True for "fast", and raise ValueError for an unknown mode."""
-    if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; known: {', '.join(MODES)}")
-    return mode == "fast"
+def check_mode(mode: str, modules_to_not_convert: Sequence[str] | None = None) -> bool:
+    """Return True for "fast".
+
+    Raises:
+        ValueError: If the mode is unknown, or is "exact" with modules that are not to be converted.
+    """
+    fast = one_of("mode", mode, *MODES)
+    if modules_to_not_convert is not None and not fast:
+        raise ValueError('modules_to_not_convert is for mode="fast"')
+    return fast
+
+
+def check_supported(device: torch.device | str, impl: str | None) -> None:
+    """Raise ValueError, which says what can be done, if a device cannot compute in 8 bits with an implementation."""
+    if reason := unsupported(device, impl):
+        raise ValueError(f'mode="fast" is not possible here: {reason}')
 
 
 def unsupported(device: torch.device | str, impl: str | None) -> str | None:
@@ -92,7 +105,7 @@ def eight_bit_parts(
         modules_to_not_convert: Names of modules that stay in 16 bits with everything inside: whole names such as
             "transformer_blocks.0", or parts of names such as "img_mlp" or "to_out". "processor" stands for the
             attention of the blocks. None is the default of `default_16bit`.
-        impl: Implementation, "reference" or None.
+        impl: Implementation, "reference", "triton" or None.
 
     Raises:
         ValueError: If a name fits no module, or a weight cannot be quantised.
@@ -115,7 +128,7 @@ def eight_bit_parts(
     def converted(name: str) -> bool:
         return not any(_is_in(pattern, name) for pattern in kept)
 
-    return EightBitParts(tuple(filter(converted, linears)), frozenset(filter(converted, attention)), impl)
+    return EightBitParts(frozenset(filter(converted, linears)), frozenset(filter(converted, attention)), impl)
 
 
 def _is_in(pattern: str, name: str) -> bool:
@@ -133,8 +146,9 @@ def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in transformer.transformer_blocks.named_modules(prefix="transformer_blocks"):
         if inside and name.startswith(inside):
             continue
-        if hasattr(module, "get_base_layer"):
-            inside, module = f"{name}.", module.get_base_layer()
+        base = base_linear(module)
+        if base is not module:
+            inside, module = f"{name}.", base
         if isinstance(module, nn.Linear):
             yield name, module
 
@@ -150,7 +164,7 @@ def quantise(transformer: Any, parts: EightBitParts, *, to_host: bool = False) -
     Raises:
         ValueError: If a weight is not a plain one of 16 or 32 bits; nothing is changed then.
     """
-    chosen = [(name, linear) for name, linear in _block_linears(transformer) if name in frozenset(parts.linears)]
+    chosen = [(name, linear) for name, linear in _block_linears(transformer) if name in parts.linears]
     for name, linear in chosen:
         if problem := _problem(linear):
             raise ValueError(f"{name}: {problem}, and mode='fast' quantises weights of 16 or 32 bits itself")
@@ -193,7 +207,7 @@ def saved_bytes(transformer: Any, parts: EightBitParts) -> int:
         transformer: The model before `quantise`, on any device.
         parts: Parts from `eight_bit_parts`.
     """
-    weights = [linear.weight for name, linear in _block_linears(transformer) if name in frozenset(parts.linears)]
+    weights = [linear.weight for name, linear in _block_linears(transformer) if name in parts.linears]
     return sum(weight.numel() * (weight.element_size() - 1) - 4 * len(weight) for weight in weights)
 
 

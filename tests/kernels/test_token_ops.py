@@ -461,21 +461,6 @@ def steps(values):
     return torch.where(bits > 127, 128 - bits, bits)
 
 
-@pytest.fixture
-def right_cast(monkeypatch):
-    """The interpreter's cast to e4m3 forgets a carry (127.9 becomes 64): it takes PyTorch's here."""
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def cast(x, given, wanted, rounding):
-        if wanted.name != "fp8e4nv":
-            return convert(x, given, wanted, rounding)
-        return torch.from_numpy(x.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
-
-    monkeypatch.setattr(interpreter, "_convert_float", cast)
-
-
 def check_quantised(values, row_scale, oracle):
     """Compare with the output before quantisation in float64."""
     assert values.dtype == torch.float8_e4m3fn and values.is_contiguous() and row_scale.dtype == torch.float32
@@ -495,7 +480,7 @@ FP8_SIZES = [(3, 1), (4, 77), (5, 256), pytest.param(2049, 3072, marks=on_gpu), 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "channels"), FP8_SIZES)
 @pytest.mark.parametrize("rms", [False, True])
-def test_norm_modulate_fp8(num_tokens, channels, rms, dtype, device, right_cast):
+def test_norm_modulate_fp8(num_tokens, channels, rms, dtype, device, rounded_fp8_casts):
     inputs = modulated(num_tokens, channels, 3, dtype, device)
     for rows in (None, torch.randint(3, (num_tokens,), device=device).int()):
         index = row_zero(num_tokens, device) if rows is None else rows.long()
@@ -507,7 +492,7 @@ def test_norm_modulate_fp8(num_tokens, channels, rms, dtype, device, right_cast)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_tokens", "channels"), FP8_SIZES)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-def test_gelu_fp8(num_tokens, channels, dtype, device, right_cast):
+def test_gelu_fp8(num_tokens, channels, dtype, device, rounded_fp8_casts):
     x = (4 * torch.randn(num_tokens, 2, channels, device=device)).to(dtype)[:, 1]  # strided rows
     x[0] = 0  # a row of zeros has the smallest scale
     x[1, 0] = 1000.0  # u is in the thousands: the tanh is 1
@@ -516,7 +501,7 @@ def test_gelu_fp8(num_tokens, channels, dtype, device, right_cast):
     assert row_scale[0] == SMALLEST_SCALE and not values[0].float().any()
 
 
-def test_fp8_is_the_cast_of_pytorch(device, right_cast):
+def test_fp8_is_the_cast_of_pytorch(device, rounded_fp8_casts):
     # Modulation by -1 leaves the shift, and a row scale that is a power of two divides it exactly: the cast is left.
     shift = torch.cat([torch.linspace(-1, 1, 4095, device=device), torch.ones(1, device=device)])
     shift = torch.stack([shift * 448 / 2**7, shift**5 * 448 * 2**20])
@@ -526,7 +511,7 @@ def test_fp8_is_the_cast_of_pytorch(device, right_cast):
     assert torch.equal(values.float(), (shift / row_scale[:, None]).to(torch.float8_e4m3fn).float())
 
 
-def test_fp8_tiny_and_no_values(device, right_cast):
+def test_fp8_tiny_and_no_values(device, rounded_fp8_casts):
     x = torch.full((2, 16), 1e-27, device=device)
     x[1] = 1e-38  # the inverse of max / 448 would be infinite, and NaN with a zero
     x[:, 3] = 0

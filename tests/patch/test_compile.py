@@ -42,7 +42,9 @@ def graphs(model, how, fullgraph):
     return counts
 
 
-@pytest.mark.parametrize("how, fullgraph, called_before", [("blocks", True, False), ("wrapper", True, True)])
+@pytest.mark.parametrize(
+    "how, fullgraph, called_before", [("blocks", True, False), ("wrapper", True, True), ("model", False, False)]
+)
 def test_as_many_graphs_as_stock(make_transformer, how, fullgraph, called_before):
     """Equal calls compile once, so the compiler has no guard on the counters of the report."""
     layers = 2 if how == "blocks" else 1
@@ -124,6 +126,14 @@ def test_what_cannot_be_traced_runs_the_original(make_transformer):
     assert max_relative_error(run(model, mask=mask), run(stock, mask=mask)) < ROUNDING
     assert report.traces == 1 and "a text mask" in " ".join(report.traced_originals)
     assert "1 traces of the original: a text mask inside torch.compile" in str(report)
+
+
+def test_a_library_of_attention_is_not_traced(make_transformer):
+    model, stock = make_transformer(True, layers=1), make_transformer(True, layers=1)
+    report = uniref_fast.patch(model, impl="dense")
+    model.compile(backend="eager", fullgraph=True)
+    assert max_relative_error(run(model), run(stock)) < ROUNDING
+    assert not report.traces and "impl='dense' inside torch.compile" in str(report)
 
 
 def test_settings_and_code_that_are_checked_when_the_compiler_traces(make_transformer):

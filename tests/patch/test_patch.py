@@ -638,16 +638,20 @@ def test_save_and_load(make_transformer, tmp_path):
     assert max_relative_error(run(loaded), expected) < ROUNDING
 
 
-def test_deepcopy_of_a_patched_model_is_independent(make_transformer):
-    """A copy must not call the blocks of the model it was copied from."""
+@pytest.mark.parametrize("keep", [False, 2])
+def test_deepcopy_of_a_patched_model_is_independent(make_transformer, keep):
+    """A copy must not call the blocks of the model it was copied from, and keeps references of its own."""
     model = make_transformer(True)
-    uniref_fast.patch(model)
+    report = uniref_fast.patch(model, keep_references=keep)
     run(model)
     clone = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     assert max_relative_error(run(clone), run(make_transformer(True))) < ROUNDING
+    own = clone._uniref_fast.state.report
+    assert not own.references_not_kept and not report.references_not_kept
+    assert own is not report and len(own.reference_steps) == bool(keep)
 
 
 def test_attention_processor_is_registered(make_transformer):

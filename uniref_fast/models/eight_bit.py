@@ -58,7 +58,7 @@ def modulated_input(
     def exact() -> Tensor:
         return ops.norm_modulate(x, shift, scale, rows, eps, impl=impl)
 
-    if linear is None or not is_quantised(linear):
+    if not is_quantised(linear):
         return exact()
     return QuantisedActivation(*ops.norm_modulate_fp8(x, shift, scale, rows, eps, impl=impl), x.dtype, exact)
 
@@ -75,14 +75,14 @@ def gated_input(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute `ops.gate_residual_norm_modulate`, whose second result is the input of a Linear (`modulated_input`)."""
-    if linear is None or not is_quantised(linear):
+    if not is_quantised(linear):
         return ops.gate_residual_norm_modulate(x, branch, gate, shift, scale, rows, eps, impl=impl)
-    out, *quantised = ops.gate_residual_norm_modulate_fp8(x, branch, gate, shift, scale, rows, eps, impl=impl)
+    out, values, row_scale = ops.gate_residual_norm_modulate_fp8(x, branch, gate, shift, scale, rows, eps, impl=impl)
 
     def exact() -> Tensor:
         return ops.norm_modulate(out, shift, scale, rows, eps, impl=impl)
 
-    return out, QuantisedActivation(quantised[0], quantised[1], out.dtype, exact)
+    return out, QuantisedActivation(values, row_scale, out.dtype, exact)
 
 
 def first_linear(mlp: Any) -> nn.Module | None:
@@ -90,7 +90,7 @@ def first_linear(mlp: Any) -> nn.Module | None:
 
     They can in a feed-forward of diffusers in 8 bits; None stands for any other module.
     """
-    return mlp.net[0].proj if _is_eight_bit(mlp) and _is_plain(mlp) else None
+    return mlp.net[0].proj if _is_eight_bit(mlp) else None
 
 
 def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
@@ -102,7 +102,7 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
         x: Input, quantised or not.
         impl: Implementation forced on every op, or None.
     """
-    if not (_is_eight_bit(mlp) and _is_plain(mlp)):
+    if not _is_eight_bit(mlp):
         return mlp(x)
     hidden = mlp.net[0].proj(x)
 
@@ -114,12 +114,13 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
 
 
 def _is_eight_bit(mlp: Any) -> bool:
+    """Return True if the second Linear is in 8 bits, and the Linears, GELU and dropout can be called one by one.
+
+    They can without hooks, without forwards of their own, and where the dropout has no effect.
+    """
     net: Any = getattr(mlp, "net", ())
-    return len(net) == 3 and is_quantised(net[2])
-
-
-def _is_plain(mlp: Any) -> bool:
-    """Return True for Linear, GELU, dropout without effect and Linear, without hooks or forwards of their own."""
+    if len(net) != 3 or not is_quantised(net[2]):
+        return False
     from diffusers.models.activations import GELU
     from diffusers.models.attention import FeedForward
 

@@ -45,8 +45,8 @@ KeepDtype = Literal["int8"]
 DEFAULT_DRIFT = 0.15
 """Tolerance of the drift. bench/quality_edit.py measures what the built-in model loses with it."""
 
-FIRST_PART = 6
-"""Shortest edit, in steps, for each step from the first refresh to the second, which measures the first drift."""
+LONG_EDIT = 12
+"""Number of steps of an edit from which the second refresh, which measures the first drift, comes after two steps."""
 
 GROWTH = 3
 """Largest factor from one interval to the next, since drift does not grow evenly."""
@@ -141,7 +141,7 @@ class RefreshSchedule:
         if self.drift is None:
             return math.inf
         if not drifts:
-            return 1 if total is None or total < 2 * FIRST_PART else 2
+            return 2 if total is not None and total >= LONG_EDIT else 1
         passed = refreshed[-1] - refreshed[-2]
         longest = max(1, int(passed * min(self.drift / max(drifts[-1], 1e-9), GROWTH)))
         if total is None:
@@ -258,7 +258,8 @@ class _Stored:
     def replace(self, x: Tensor) -> Tensor:
         """Store x instead, and return the squared relative change as a scalar tensor."""
         old = self.values if self.scale is None else self.values * self.scale
-        change = (x.float() - old.float()).square().sum() / x.float().square().sum().clamp_min(1e-30)
+        wide = x.float()
+        change = (wide - old.float()).square().sum() / wide.square().sum().clamp_min(1e-30)
         if self.scale is None:
             self.values.copy_(x)
         else:

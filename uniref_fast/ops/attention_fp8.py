@@ -22,7 +22,7 @@ from uniref_fast.kernels import segment_attention_config as configs
 from uniref_fast.kernels.segment_attention_config import AttentionTables
 from uniref_fast.ops._dispatch import define_op, observed, unit_stride
 from uniref_fast.ops.fp8 import FP8, _choose, _quantize
-from uniref_fast.ops.segment_attention import REFERENCE_ROWS, _capability
+from uniref_fast.ops.segment_attention import REFERENCE_ROWS, _capability, checked_scale
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["attention_fp8", "attention_fp8_reference"]
@@ -48,17 +48,10 @@ def attention_fp8(
         `[Nq, H, D]` in the dtype of q, 0 for a query without keys. It has no gradient.
 
     Raises:
-        ValueError: `impl` is not possible here, or gradients would be taken.
+        ValueError: `impl` is not possible here, q, k, v and the plan do not fit together, or gradients would be taken.
     """
-    if (q.shape[0], k.shape[0]) != (plan.num_queries, plan.num_keys) or k.shape != v.shape:
-        raise ValueError(
-            f"the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got {list(q.shape)}, "
-            f"{list(k.shape)} and {list(v.shape)}"
-        )
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if _choose(impl, q, k, v) == "reference":
+    scale = checked_scale(q, k, v, plan, scale)
+    if _choose(impl, q, k, v, head_dim=q.shape[-1]) == "reference":
         return attention_fp8_reference(q, k, v, plan, scale)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     config = configs.pick_fp8_config(q.shape[-1], _capability(q))
@@ -72,14 +65,15 @@ def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = (_quantize(x.flatten(0, 1)) for x in (q, k, v))
     q8, k8, v8 = (x8.view(x.shape).to(torch.float32) for x8, x in ((q8, q), (k8, k), (v8, v)))
     q_scale, k_scale, v_scale = (s.view(x.shape[:2]).T for s, x in ((q_scale, q), (k_scale, k), (v_scale, v)))  # [H, N]
+    factors = q_scale * (scale * math.log2(math.e))
     outs = [q[:0]]
     for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
+        intervals = tuple((a, b) for a, b in intervals if a < b)
         if not intervals:
             outs.append(torch.zeros_like(q[start:end]))
             continue
         keys, values = (torch.cat([x[a:b] for a, b in intervals]) for x in (k8, v8))
         of_key, of_value = (torch.cat([s[:, a:b] for a, b in intervals], 1)[:, None] for s in (k_scale, v_scale))
-        factors = q_scale * (scale * math.log2(math.e))
         for first in range(start, end, REFERENCE_ROWS):
             rows = slice(first, min(first + REFERENCE_ROWS, end))
             logits = torch.einsum("qhd,khd->hqk", q8[rows], keys) * of_key

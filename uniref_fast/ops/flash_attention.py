@@ -35,7 +35,9 @@ from torch import Tensor
 
 from uniref_fast import tuning
 from uniref_fast.memo import memo
-from uniref_fast.ops._dispatch import define_op, first_order_only, inside_transform, upstream
+from uniref_fast.ops._dispatch import define_op, inside_transform
+from uniref_fast.ops._library_attention import register_library_attention
+from uniref_fast.ops.dense_attention import _weight
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["GENERATIONS", "Library", "flash_attention", "installed", "load", "operands", "serving", "unavailable"]
@@ -91,14 +93,20 @@ class Lengths:
 # ---- the three generations; positions instead of names for arguments whose names differ between versions ----
 
 
-def _generation_2() -> tuple[Callable, Callable]:
-    module = importlib.import_module("flash_attn.flash_attn_interface")
-    attend, differentiate = module.flash_attn_varlen_func, module._flash_attn_varlen_backward
+def _forward(attend: Callable) -> Callable:
+    """Return the forward of a call, which the generations 2 and 3 have in common."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, n: Lengths, scale: float) -> tuple[Tensor, Tensor]:
         return attend(
             q, k, v, n.cu_q, n.cu_k, n.max_q, n.max_k, softmax_scale=scale, deterministic=True, return_attn_probs=True
         )[:2]
+
+    return forward
+
+
+def _generation_2() -> tuple[Callable, Callable]:
+    module = importlib.import_module("flash_attn.flash_attn_interface")
+    attend, differentiate = module.flash_attn_varlen_func, module._flash_attn_varlen_backward
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, n: Lengths, scale: float
@@ -117,18 +125,13 @@ def _generation_2() -> tuple[Callable, Callable]:
         )
         return dq, dk, dv
 
-    return forward, backward
+    return _forward(attend), backward
 
 
 def _generation_3() -> tuple[Callable, Callable]:
     module = importlib.import_module("flash_attn_interface")
     attend, differentiate = module.flash_attn_varlen_func, module._flash_attn_backward
     _require(attend, "return_attn_probs", "deterministic")
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, n: Lengths, scale: float) -> tuple[Tensor, Tensor]:
-        return attend(
-            q, k, v, n.cu_q, n.cu_k, n.max_q, n.max_k, softmax_scale=scale, deterministic=True, return_attn_probs=True
-        )[:2]
 
     def backward(
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, n: Lengths, scale: float
@@ -138,7 +141,7 @@ def _generation_3() -> tuple[Callable, Callable]:
         differentiate(grad, q, k, v, out, lse, *lengths, dq, dk, dv, scale, causal, deterministic=True)
         return dq, dk, dv
 
-    return forward, backward
+    return _forward(attend), backward
 
 
 def _generation_4() -> tuple[Callable, Callable]:
@@ -353,6 +356,12 @@ class _Rows:
         else:
             x.narrow(dim, self.start, self.end - self.start).copy_(part)
 
+    def add(self, x: Tensor, part: Tensor) -> None:
+        if self.start < 0:
+            self.put(x, self.take(x) + part)
+        else:
+            x[self.start : self.end] += part
+
     def all_of(self, x: Tensor) -> bool:
         return (self.start, self.end) == (0, x.shape[0])
 
@@ -429,35 +438,11 @@ def _flash_attention_backward(
                 scale,
             )
             for total, share, at in zip((dq, dk, dv), shares, (queries, keys, keys), strict=True):
-                at.put(total, at.take(total) + share)
+                at.add(total, share)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@torch.library.register_fake("uniref_fast::flash_attention")
-def _(q, k, v, tables, numbers, scale):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.register_fake("uniref_fast::flash_attention_backward")
-def _(grad, q, k, v, out, lse, tables, numbers, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, tables, ctx.numbers, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, grad, _):
-    q, k, v, out, lse, *tables = ctx.saved_tensors
-    op = torch.ops.uniref_fast.flash_attention_backward
-    grads = op(upstream(grad).contiguous(), q, k, v, out, lse, tables, ctx.numbers, ctx.scale)
-    return *grads, [None] * len(tables), None, None
-
-
-torch.library.register_autograd("uniref_fast::flash_attention", _differentiate, setup_context=_save)
-first_order_only("flash_attention_backward")
+register_library_attention("flash_attention")
 
 
 def _loaded(generation: int) -> Library:
@@ -465,8 +450,3 @@ def _loaded(generation: int) -> Library:
     if isinstance(library, str):
         raise RuntimeError(library)
     return library
-
-
-def _weight(part: Tensor, whole: Tensor) -> Tensor:
-    """Return exp(part - whole), [H, n] to [n, H, 1]."""
-    return (part - whole).exp().T[..., None]

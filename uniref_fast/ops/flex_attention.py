@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from uniref_fast.memo import memo
-from uniref_fast.ops._dispatch import define_op, first_order_only, inside_transform, upstream
+from uniref_fast.ops._dispatch import define_op, inside_transform
+from uniref_fast.ops._library_attention import register_library_attention
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["Library", "flex_attention", "installed", "load", "operands", "unavailable"]
@@ -264,31 +265,7 @@ def _flex_attention_backward(
         return dq, dk, dv
 
 
-@torch.library.register_fake("uniref_fast::flex_attention")
-def _(q, k, v, tables, numbers, scale):
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-
-
-@torch.library.register_fake("uniref_fast::flex_attention_backward")
-def _(grad, q, k, v, out, lse, tables, numbers, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, tables, ctx.numbers, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate(ctx, grad, _):
-    q, k, v, out, lse, *tables = ctx.saved_tensors
-    op = torch.ops.uniref_fast.flex_attention_backward
-    grads = op(upstream(grad), q, k, v, out, lse, tables, ctx.numbers, ctx.scale)
-    return *grads, [None] * len(tables), None, None
-
-
-torch.library.register_autograd("uniref_fast::flex_attention", _differentiate, setup_context=_save)
-first_order_only("flex_attention_backward")
+register_library_attention("flex_attention")
 
 
 def _loaded() -> Library:

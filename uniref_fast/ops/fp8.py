@@ -52,7 +52,7 @@ def quantize_fp8(x: Tensor, *, impl: str | None = None) -> Quantized:
 
 
 def _quantize(x: Tensor) -> Quantized:
-    wide = x.detach().to(torch.float32)
+    wide = x.to(torch.float32)
     row_scale = (wide.abs().amax(-1) / FP8_MAX).clamp(min=SMALLEST_SCALE)
     return (wide / row_scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), row_scale
 
@@ -155,6 +155,8 @@ def scaled_linear(
             f"scales must be [{values.shape[0]}] and [{weight.shape[0]}], got {list(row_scale.shape)} and "
             f"{list(weight_scale.shape)}"
         )
+    if impl not in (None, "reference"):
+        raise ValueError(f'impl must be "reference" or None, got {impl!r}')
     if impl == "reference" or not values.is_cuda:
         # Products of two values are multiples of 2^-18 below 2^18: in float64 their sum is exact in any order.
         out = (values.to(torch.float64) @ weight.to(torch.float64).T).to(torch.float32)
@@ -175,7 +177,7 @@ def _refuse_transforms() -> None:
         raise ValueError("8-bit ops have no derivatives: call them outside of torch.func transforms and forward mode")
 
 
-def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
+def _choose(impl: str | None, x: Tensor, *others: Tensor | None, head_dim: int | None = None) -> str:
     _refuse_transforms()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         raise ValueError("8-bit ops have no gradient; use them under torch.no_grad()")
@@ -185,7 +187,7 @@ def _choose(impl: str | None, x: Tensor, *others: Tensor | None) -> str:
         if impl == "triton":
             raise ValueError("impl='triton' is not possible here: e4m3 needs compute capability 8.9 or newer")
         return "reference"
-    return choose("reference" if impl is None and not x.is_cuda else impl, x)
+    return choose("reference" if impl is None and not x.is_cuda else impl, x, head_dim)
 
 
 # ---- torch.library ops ----

@@ -42,7 +42,14 @@ from uniref_fast.ops._dispatch import (
 from uniref_fast.ops.dense_attention import backend, dense_attention, rectangles_of
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["attention_unavailable", "explain_attention", "segment_attention", "segment_attention_reference"]
+__all__ = [
+    "attention_unavailable",
+    "checked_scale",
+    "explain_attention",
+    "launch_numbers",
+    "segment_attention",
+    "segment_attention_reference",
+]
 
 DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
 """Largest number of rectangles, and smallest mean number of pairs, for which the library is chosen on a GPU without a
@@ -120,22 +127,10 @@ def segment_attention(
         The output `[Nq, H, D]` in the dtype of q; with `return_lse`, `(out, lse)`. A query without keys gives 0 and
         -inf. Differentiable in q, k and v; lse carries no gradient outside of `torch.func` and forward mode.
     """
-    if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
-        raise ValueError(
-            f"q must be [Nq, H, D] and k, v [Nk, H, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if (q.shape[0], k.shape[0]) != (plan.num_queries, plan.num_keys):
-        raise ValueError(
-            f"the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got {q.shape[0]} and {k.shape[0]}"
-        )
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise ValueError(f"q, k, v differ: {q.dtype} {q.device}, {k.dtype} {k.device}, {v.dtype} {v.device}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    scale = checked_scale(q, k, v, plan, scale)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     impl, tables = _prepare(q.detach(), plan, impl, needs_grad, backward)
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if impl == "reference":
         out, lse = segment_attention_reference(q, k, v, plan, scale)
     elif impl == "dense":
@@ -151,6 +146,27 @@ def segment_attention(
         ours: Any = torch.ops.uniref_fast.segment_attention if observed(q, k, v) else _segment_attention
         out, lse = ours(q, k, v, *tables, scale, impl)
     return (out, lse) if return_lse else out
+
+
+def checked_scale(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None) -> float:
+    """Return the factor on the logits, `1 / sqrt(D)` for None.
+
+    Raises:
+        ValueError: If the scale is not positive, or q, k, v and the plan do not fit together.
+    """
+    if q.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            f"q must be [Nq, H, D] and k, v [Nk, H, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if (q.shape[0], k.shape[0]) != (plan.num_queries, plan.num_keys):
+        raise ValueError(
+            f"the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got {q.shape[0]} and {k.shape[0]}"
+        )
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError(f"q, k, v differ: {q.dtype} {q.device}, {k.dtype} {k.device}, {v.dtype} {v.device}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
 def explain_attention(
@@ -303,7 +319,8 @@ def launch_numbers(dtype: str, head_dim: int, device: str, backward: bool) -> tu
         backward: Also return those of the backward.
     """
     q = torch.empty(0, 1, head_dim, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device)
-    launches, rows = [_triton_config(q)], [_triton_config(q).BLOCK_M]
+    forward = _triton_config(q)
+    launches, rows = [forward], [forward.BLOCK_M]
     if backward:
         both = _triton_backward_config(q)
         launches += [both.dq, both.dkdv]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from uniref_fast import ops
-from uniref_fast.fast import EightBitParts, check_mode, eight_bit_parts, quantise, restore, unsupported
+from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit_parts, quantise, restore
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, check_keep_dtype, dependence
 from uniref_fast.models.qwen_image import find_transformer
@@ -70,9 +70,7 @@ def patch(
         ValueError: If options are impossible, or if the model is already patched with other options.
     """
     transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
-    fast = check_mode(mode)
-    if modules_to_not_convert is not None and not fast:
-        raise ValueError('modules_to_not_convert is for mode="fast"')
+    fast = check_mode(mode, modules_to_not_convert)
     rule_of(visibility)  # raises for an unknown one
     check_keep_dtype(keep_dtype)
     one = SelfLayout.qwen([Sample(1, (1, 1, 1), ((1, 1, 1),) * 2)], zero_cond_t=bool(transformer.config.zero_cond_t))
@@ -121,8 +119,7 @@ def patched_parts(transformer: Any) -> EightBitParts | None:
 
 def _eight_bit_parts(owner: Any, transformer: Any, kept: tuple[str, ...] | None, impl: str | None) -> EightBitParts:
     device = getattr(owner, "_execution_device", None) or _device(transformer)
-    if reason := unsupported(device, impl):
-        raise ValueError(f'mode="fast" is not possible here: {reason}')
+    check_supported(device, impl)
     return eight_bit_parts(transformer, kept, impl)
 
 

@@ -35,6 +35,9 @@ ARGUMENTS = (
 )  # fmt: skip
 """Arguments of the transformer's forward, in order."""
 
+OTHER_INPUTS = ("controlnet_block_samples", "guidance", "additional_t_cond")
+"""Arguments with which the references are computed in every step: they are not compared between calls."""
+
 PREDICTIONS = 2
 """Predictions of one edit: with guidance the prompt and the negative prompt."""
 
@@ -102,9 +105,6 @@ class ReferenceKeeper:
         self.state, self.schedule, self.dtype = state, schedule, dtype
         self.pipe = None if pipe is None else weakref.ref(pipe)
 
-    def __deepcopy__(self, memo: Any) -> ReferenceKeeper:
-        return ReferenceKeeper(self.state, self.schedule, self.dtype, self.pipe and self.pipe())
-
     def __reduce__(self) -> tuple:
         return ReferenceKeeper, (self.state, self.schedule, self.dtype, None)
 
@@ -167,8 +167,9 @@ class ReferenceKeeper:
         """Return the reason why this call must compute the references and keep nothing, or None."""
         if torch.is_grad_enabled():
             return "gradients are enabled"
-        if given.get("controlnet_block_samples") is not None or given.get("guidance") is not None:
-            return "called with ControlNet residuals or guidance embeddings"
+        for name in OTHER_INPUTS:
+            if given.get(name) is not None:
+                return f"called with {name}"
         image, shapes = given.get("hidden_states"), given["img_shapes"]
         tensors = [given.get(name) for name in ("hidden_states", "encoder_hidden_states", "timestep")]
         if not all(is_plain(tensor) for tensor in tensors) or image is None or image.device.type == "meta":
@@ -188,22 +189,24 @@ class ReferenceKeeper:
     def _prediction(self, module: Any, given: dict[str, Any]) -> _Prediction:
         """Return the prediction that a call continues, or a new one."""
         predictions: list[_Prediction] = self.state.calls.predictions
-        image, text, mask = given["hidden_states"], given["encoder_hidden_states"], given.get(ARGUMENTS[2])
+        image, text, mask = (
+            given["hidden_states"],
+            given["encoder_hidden_states"],
+            given.get("encoder_hidden_states_mask"),
+        )
         shapes, time = given["img_shapes"], given["timestep"].flatten()
         frames, height, width = shapes[0][0]
         tensors = (image[:, frames * height * width :], text, *([] if mask is None else [mask]))
-        more = {name: given.get(name) for name in ("attention_kwargs", "additional_t_cond")}
         settings = (
             tuple(tuple(map(tuple, each)) for each in shapes), tuple((x.shape, x.dtype, x.device) for x in tensors),
-            len(time), repr(more), _weights(module),
+            len(time), repr(given.get("attention_kwargs")), _weights(module),
         )  # fmt: skip
         predictions[:] = [each for each in predictions if each.time.device == time.device]
         alike = [each for each in predictions if each.settings == settings]
-        newer = torch.stack([(time.max() > each.time.max()).float() for each in predictions]) if predictions else None
         same = [_equal(each.tensors, tensors) & (time < each.time).all() for each in alike]
+        newer = [time.max() > each.time.max() for each in predictions]
         # One read of the device for everything: which predictions this call may continue, and which have ended.
-        flags = torch.cat([torch.stack(same).float() if same else time.new_empty(0).float(),
-                           time.new_empty(0).float() if newer is None else newer]).tolist()  # fmt: skip
+        flags = torch.stack([*same, *newer]).tolist() if predictions else []
         found = next((each for each, yes in zip(alike, flags, strict=False) if yes), None)
         if found is not None:
             found.time = time.clone()
@@ -218,21 +221,18 @@ class ReferenceKeeper:
         predictions.append(_Prediction(settings, tuple(x.clone() for x in tensors), time.clone(), stores))
         return predictions[-1]
 
-    def _timesteps(self) -> Any:
-        pipe = None if self.pipe is None else self.pipe()
-        return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    def _scheduler(self) -> Any:
+        return getattr(None if self.pipe is None else self.pipe(), "scheduler", None)
 
     def _total(self) -> int | None:
         """Return the number of steps of the running edit, or None if it is not known."""
-        timesteps = self._timesteps()
+        timesteps = getattr(self._scheduler(), "timesteps", None)
         return None if timesteps is None else len(timesteps)
 
     def _is_last_step(self) -> bool:
         """Return True if the scheduler of the pipeline is at its last step: decoding then needs the memory."""
-        timesteps = self._timesteps()
-        pipe = None if self.pipe is None else self.pipe()
-        step = getattr(getattr(pipe, "scheduler", None), "step_index", None)
-        return timesteps is not None and (step or 0) == len(timesteps) - 1
+        total, step = self._total(), getattr(self._scheduler(), "step_index", None)
+        return total is not None and (step or 0) == total - 1
 
 
 def _equal(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> Tensor:

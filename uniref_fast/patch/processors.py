@@ -72,7 +72,7 @@ def _refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> 
     if first.dtype not in SELF_CHECK_TOLERANCE:
         return f"{first.dtype} is not one of float32, float16, bfloat16"
     if state.impl in ops.ATTENTION_LIBRARIES and site.name.endswith(".attn"):
-        return ops.attention_unavailable(state.impl, first.new_empty(0, 1, head_dim))
+        return ops.attention_unavailable(state.impl, first.flatten(0, -2)[:, None, :head_dim])
     if state.impl is not None and state.impl not in ops.ATTENTION_LIBRARIES:
         return ops.unavailable(state.impl, first, head_dim)
     if ops.choose(None, first, head_dim) == "reference":
@@ -86,8 +86,8 @@ def _untraceable(state: PatchState) -> str | None:
         return "torch.export: a program that is exported runs without this package"
     if state.parts is not None:
         return "mode='fast' inside torch.compile"
-    if state.impl == "reference":
-        return "impl='reference' inside torch.compile"
+    if state.impl == "reference" or state.impl in ops.ATTENTION_LIBRARIES:
+        return f"impl={state.impl!r} inside torch.compile"
     return None
 
 
@@ -179,7 +179,7 @@ class PatchedAttention:
             return reason
         if arguments[2] is not None:
             return "a text mask inside torch.compile, which cannot plan from its values"
-        return self.code_refusal(str(arguments[0].dtype), str(arguments[0].device))
+        return self.traced_refusal(str(arguments[0].dtype), str(arguments[0].device))
 
     def _run(
         self,
@@ -196,8 +196,7 @@ class PatchedAttention:
         if reason := self.refusal(attn, image, text, mask, attention_mask, rotary):
             return self._refuse(reason, original)
         assert text is not None and rotary is not None  # else refused
-        kept = self.state.calls.kept is not None and self.state.calls.kept.kept
-        comparable = self.state.visibility == "full" and not kept and _checkable(self.site, image)
+        comparable = self.state.visibility == "full" and not self.state.in_kept_step and _checkable(self.site, image)
         calls = Calls(attn, inputs=comparable)
         fused = self._fused(calls, image, text, mask, rotary)
         if isinstance(fused, str):
@@ -254,12 +253,14 @@ class PatchedAttention:
 
     def _shared_input(self, linear: Any, x: Tensor) -> Tensor:
         """Return the input of the projections of a stream, quantised once for all of them if they are in 8 bits."""
-        return quantised_input(x, self.state.impl) if is_quantised(linear) else x
+        if self.state.parts is None or not is_quantised(linear):
+            return x
+        return quantised_input(x, self.state.impl)
 
     def _refuse(self, reason: str, original: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         if self.state.visibility != "full":
             raise RuntimeError(self._impossible(reason))
-        if self.state.calls.kept is not None and self.state.calls.kept.kept:
+        if self.state.in_kept_step:
             raise RuntimeError(
                 f"{self.site.name} must run the original ({reason}), which needs the references, and this step has "
                 "kept them; call unpatch, or patch with keep_references=False"
@@ -274,7 +275,7 @@ class PatchedAttention:
 
     def refusal(self, attn: Any, image: Tensor, *others: Any) -> str | None:
         """Return the reason why this call must run the original, or None."""
-        return self.call_refusal(attn, image, *others) or self.code_refusal(str(image.dtype), str(image.device))
+        return self.call_refusal(attn, image, *others) or self._code_refusal(image.dtype, image.device)
 
     def call_refusal(
         self, attn: Any, image: Tensor, text: Tensor | None, mask: Tensor | None, attention_mask: Any, rotary: Any
@@ -311,17 +312,16 @@ class PatchedAttention:
             return f"attention backend {active!r} is active in this process"
         return None
 
-    def code_refusal(self, dtype: str, device: str) -> str | None:
-        """Return the reason why the code of this place needs the original, or None.
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return the reason why the code of this place needs the original, or None."""
+        return attention_change() or changed_qk_norm(self.attn, dtype, device)
 
-        torch.compile does not trace it, but runs it once for each trace.
+    def traced_refusal(self, dtype: str, device: str) -> str | None:
+        """Return `_code_refusal` for the names of a dtype and a device.
 
-        Args:
-            dtype: Name of the dtype of the streams.
-            device: Name of their device.
+        torch.compile does not trace it, but runs it once for each trace, with constants as arguments.
         """
-        found = getattr(torch, dtype.removeprefix("torch."))
-        return attention_change() or changed_qk_norm(self.attn, found, torch.device(device))
+        return self._code_refusal(getattr(torch, dtype.removeprefix("torch.")), torch.device(device))
 
 
 def register_processor() -> None:
@@ -337,7 +337,7 @@ def register_processor() -> None:
     AttentionProcessorRegistry.register(PatchedAttention, stock)
     for place in (PatchedAttention, PatchedBlock):
         torch.compiler.assume_constant_result(place.record_trace)
-        torch.compiler.assume_constant_result(place.code_refusal)
+        torch.compiler.assume_constant_result(place.traced_refusal)
     torch.compiler.assume_constant_result(PatchedAttention.settings_refusal)
 
 
@@ -415,7 +415,7 @@ class PatchedBlock:
         """Run the block as torch.compile traces it: the fused operators, or the original, in the graph."""
         image = arguments[0]
         reason = _untraceable(self.state) or self.call_refusal(*arguments)
-        reason = reason or self.code_refusal(str(image.dtype), str(image.device))
+        reason = reason or self.traced_refusal()
         calls = Calls(self.block, inputs=False)
         if reason is None:
             fused = self._fused(calls, self.state.impl or ops.choose(None, image), *arguments)
@@ -456,7 +456,7 @@ class PatchedBlock:
 
     def refusal(self, image: Tensor, *others: Any) -> str | None:
         """Return the reason why this call must run the original, or None."""
-        return self.call_refusal(image, *others) or self.code_refusal(str(image.dtype), str(image.device))
+        return self.call_refusal(image, *others) or self.traced_refusal()
 
     def call_refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
         """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
@@ -474,7 +474,7 @@ class PatchedBlock:
             return "modulate_index does not have one value per token"
         return None
 
-    def code_refusal(self, dtype: str, device: str) -> str | None:
+    def traced_refusal(self) -> str | None:
         """Return the reason why the code of this place needs the original, or None; see `PatchedAttention`."""
         block = self.block
         if self._methods() != self.methods:

@@ -80,6 +80,11 @@ class PatchState:
         self.calls = _Calls()
         self.shapes = _Shapes()
 
+    @property
+    def in_kept_step(self) -> bool:
+        """True while a forward runs that takes the keys and values of references from the store."""
+        return self.calls.kept is not None and self.calls.kept.kept
+
     def remember_shapes(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Store the image sizes of a call of the transformer (a forward pre-hook)."""
         self.calls.img_shapes = kwargs.get("img_shapes", args[4] if len(args) > 4 else None)
