@@ -88,7 +88,7 @@ def test_a_command_that_cannot_start(here, capsys, args, message):
         (["--initial", NOWHERE], "neither lora/ nor transformer/"),
         (["--recipe", "lora", "--model", "builtin"], "the recipe does not suit model = builtin"),
         (["--lora-rank", "257"], "lora_rank = 257 is more than the width 256 of the layers 'to_q'"),
-        (["--lora-rank", "4", "--lora-targets", "to_q,to_z"], "no Linear layer of model = builtin has the name 'to_z'"),
+        (["--lora-rank", "4", "--lora-targets", "to_q,to_z"], "no Linear layer of the transformer has the name 'to_z'"),
         (["--stages.0.sequence-parallel", "3"], "sequence_parallel = 3 does not work for 1 rank(s) and 4 attention"),
         (["--memory-gib", "0.01"], "needs"),
     ],

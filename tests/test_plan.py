@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,7 +104,8 @@ def test_a_known_model_is_planned_without_torch_and_without_a_network(tmp_path):
         "heavy = {'torch', 'diffusers', 'transformers', 'triton', 'huggingface_hub'} & set(sys.modules)\n"
         "assert status == 0 and not heavy, (status, heavy)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "20.4 billion parameters" in result.stdout and not list(tmp_path.iterdir())
 
@@ -226,7 +228,11 @@ def test_the_last_line_starts_the_run(capsys, rows):
         (["--recipe", "lora", "--gpu-memory", "0"], "gpu_memory must be above 0, got 0"),
         (["--recipe", "lora", "--model", "nobody/model"], "no model of the hub that was downloaded to this machine"),
         (["--recipe", "lora", "--model", "builtin"], "the recipe does not suit model = builtin"),
-        (["--recipe", "tiny", "--lora-rank", "8", "--lora-targets", "to_x"], "no Linear layer"),
+        (
+            ["--recipe", "tiny", "--lora-rank", "8", "--lora-targets", "to_q,to_z"],
+            "no Linear layer of the transformer has the name 'to_z'",
+        ),
+        (["--recipe", "tiny", "--lora-rank", "257"], "lora_rank = 257 is more than the width 256 of the layers 'to_q'"),
         (["--recipe", "lora", "--data", "no/such.jsonl"], "no/such.jsonl"),
         (["--recipe", "lora", "--nproc", "3", "--gpu-memory", "141"], "packs = 8 cannot be shared equally by 3"),
     ],
@@ -240,7 +246,8 @@ def test_rows_that_cannot_be_used_are_counted(capsys, rows):
     (rows.parent / "out3.png").write_bytes(b"no image")
     assert planned(capsys, "--recipe", "tiny", "--data", rows)["broken_rows"] == 1
     assert (
-        "30 rows, 1 cannot be used (see uniref-fast data check)" in run(capsys, "--recipe", "tiny", "--data", rows)[1]
+        "30 rows; 1 of those that were read cannot be used (see uniref-fast data check)"
+        in run(capsys, "--recipe", "tiny", "--data", rows)[1]
     )
     for path in rows.parent.glob("out*.png"):
         path.unlink()

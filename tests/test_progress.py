@@ -25,8 +25,9 @@ def soon(monkeypatch):
 
 def wait_for(capsys, text):
     """Return what is on stderr once it has a text, which a thread prints."""
-    seen = ""
+    seen, end = "", time.monotonic() + 60
     while text not in seen:
+        assert time.monotonic() < end, seen
         time.sleep(0.01)
         seen += capsys.readouterr().err
     return seen
@@ -75,11 +76,21 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream := Terminal())
     bar = running("encoding", 4, "row")
     bar.after = 0.0
+
+    def wait(text):
+        end = time.monotonic() + 60
+        while text not in stream.getvalue():
+            assert time.monotonic() < end, stream.getvalue()
+            time.sleep(0.01)
+
     with bar:
         bar.update(3)
-        while "3/4" not in stream.getvalue():
-            time.sleep(0.01)
-    assert "encoding:  75%" in stream.getvalue()
+        wait("encoding:  75%")
+        bar.phase("writing", 2, "file")
+        wait("writing:   0%")
+        bar.phase("waiting")
+        wait("waiting: ")
+    assert "0/2" in stream.getvalue() and "waiting:   0%" not in stream.getvalue()
 
 
 # ---- commands ----

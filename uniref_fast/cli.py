@@ -177,8 +177,10 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
     add("--true-cfg-scale", type=float, metavar="SCALE",
         help="True CFG scale; 1 turns guidance off. (default: 1 for the built-in model, 4 for others)")  # fmt: skip
     add("--budget", type=int, metavar="SIDE",
-        help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together. (default: that "
-        "of the last run of --lora or --initial, else each reference is scaled as diffusers does)")  # fmt: skip
+        help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together"
+        + (". (default: each reference is scaled as diffusers does)" if sizes else
+           ", or 0 to scale each as diffusers does. (default: that of the last run of --lora or --initial, else each "
+           "reference is scaled as diffusers does)"))  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
     model = parser.add_argument_group("Model")
     model.add_argument(
@@ -325,7 +327,8 @@ def _trained_pipeline(args: argparse.Namespace, device: str, dtype: torch.dtype)
     from uniref_fast.runs import run_folder
 
     runs = tuple(run_folder(path) for path in args.initial)
-    given = {"budget": args.budget, "visibility": args.visibility, "lora": tuple(args.lora)}
+    given = {"budget": args.budget, "visibility": args.visibility, "lora": tuple(args.lora),
+             "keep_references": args.keep_references, "drift": args.drift}  # fmt: skip
     config = EvalConfig((), Path(), model=args.model, initial=runs, **given)
     check_runs(runs, args.model)
     check_adapters(config.adapters, args.model, runs)  # before anything is loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -42,7 +43,7 @@ def local_or_hub(name: str, given: str) -> str:
             f"{given}: {why}{', and the model is not in the cache' if offline else ''}; give a local folder, or "
             f"download it first with: hf download {name}"
         )
-    if offline is None:
+    if offline is None and not int(os.environ.get("RANK", 0)):
         print(f"{why}; {name} is read from the cache, {folder}", file=sys.stderr)
     return folder
 

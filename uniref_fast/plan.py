@@ -103,7 +103,9 @@ def text(plan: RunPlan) -> str:
 def _data(plan: RunPlan) -> str:
     if plan.rows is None:
         return "none given; figures are those of full packs. Give --data PATH for those of your rows"
-    broken = f", {plan.broken} cannot be used (see uniref-fast data check)" if plan.broken else ""
+    broken = (
+        f"; {plan.broken} of those that were read cannot be used (see uniref-fast data check)" if plan.broken else ""
+    )
     return f"{plan.rows} rows{broken}"
 
 

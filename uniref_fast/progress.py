@@ -6,8 +6,8 @@
             ...
             bar.update()
 
-Work that ends within a second shows nothing. Longer work shows a progress bar on a terminal, and a line there or in a
-file after that second and then every five seconds: "encoding: 24 of 96 rows".
+Work that ends within a second shows nothing. Longer work shows a progress bar on a terminal. Elsewhere it prints a line
+after that second and then every five seconds: "encoding: 24 of 96 rows".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, TypeVar
+from typing import TypeVar
 
 __all__ = ["announce", "announce_import", "running", "tracked"]
 
@@ -88,21 +88,21 @@ class running:  # noqa: N801 - a context manager, as those of contextlib
     def _show(self, ended: threading.Event) -> None:
         if ended.wait(self.after):
             return
-        if self.total is not None and sys.stderr.isatty():
-            self._show_bar(self.total, ended)
+        if sys.stderr.isatty():
+            self._show_bar(ended)
             return
         announce(self._line())
         while not ended.wait(EVERY):
             announce(self._line())
 
-    def _show_bar(self, total: int, ended: threading.Event) -> None:
+    def _show_bar(self, ended: threading.Event) -> None:
         from tqdm import tqdm
 
-        options: dict[str, Any] = {"unit": self.unit or "it", "leave": False, "dynamic_ncols": True}
-        with tqdm(total=total, desc=self.what, file=sys.stderr, **options) as bar:
-            while True:
-                bar.update(self.done - bar.n)
-                bar.refresh()
+        with tqdm(file=sys.stderr, leave=False, dynamic_ncols=True) as bar:
+            while True:  # the phase may have changed
+                bar.total, bar.n, bar.unit = self.total, self.done, self.unit or "it"
+                bar.bar_format = "{desc}{elapsed}" if self.total is None else None
+                bar.set_description(self.what)
                 if ended.wait(0.2):
                     return
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.data.dataset import Dataset
-from uniref_fast.training.core.launch import BUILTIN_ROWS, BUILTIN_SIZE
+from uniref_fast.training.core.launch import BUILTIN_ROWS, builtin_rows
 from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 
@@ -59,7 +59,7 @@ def row_tokens(config: Recipe, size: ModelSize, target: bool, element: int) -> R
     generated = BUILTIN_ROWS["train"] * config.data.count("builtin")
     read: list[Sizes] = list(_generated(config.seed)) if generated else []
     broken, first = 0, ""
-    step = max(len(dataset) // MOST, 1) if dataset else 1
+    step = -(-len(dataset) // MOST) if dataset else 1
     for index in range(0, len(dataset) if dataset else 0, step):
         assert dataset is not None
         try:
@@ -109,9 +109,9 @@ def _tokens(stage: BudgetStage, size: ModelSize, row: Sizes) -> tuple[int, int, 
 
 def _generated(seed: int) -> Iterator[Sizes]:
     """Yield the sizes of some rows of the built-in data, which a run generates when it starts."""
-    from uniref_fast.scenes.make import MakeConfig, artworks, sample
+    from uniref_fast.scenes.make import sample
 
-    made = MakeConfig(artworks("shipped"), size=BUILTIN_SIZE, seed=seed, references=(1, 2, 3), pictures="simple")
+    made = builtin_rows(seed)
     for index in range(GENERATED):
         row = sample("train", index, made)
         yield row.target.size, [image.size for image in row.references], row.instruction

@@ -29,6 +29,7 @@ from uniref_fast.training.core.processes import end_with_launcher, explain_to_la
 from uniref_fast.training.core.recipe import Recipe
 
 if TYPE_CHECKING:
+    from uniref_fast.scenes.make import MakeConfig
     from uniref_fast.training.core.checkpoint import Newest
     from uniref_fast.training.core.distributed import Ranks
     from uniref_fast.training.core.trainer import Trainer
@@ -111,8 +112,10 @@ def _launch(
     if not int(os.environ.get("RANK", 0)):
         announce(f"{name}: recipe {parsed.recipe}, model {parsed.config.model}, folder {parsed.extra.out}")
         announce_import("PyTorch", "torch")
+    resumes = parsed.extra.resume == "auto" and (parsed.extra.out / CONFIG_FILE).exists()
     try:
-        check_suitability(parsed.config, int(os.environ.get("WORLD_SIZE", 1)))
+        if not resumes:  # the settings of a resumed run are known when its checkpoint has been found
+            check_suitability(parsed.config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         return _failed(name, error, 2)
     import torch.distributed as dist
@@ -149,14 +152,19 @@ def _train(
     """Build the trainer, train until the last step or a signal, and return the trainer."""
     import torch
 
-    torch.manual_seed(parsed.config.seed)
+    from uniref_fast.training.core.suitability import check_suitability
+
     out, alone = parsed.extra.out, not parsed.extra.read_only
     with locked(out, ranks) if alone else contextlib.nullcontext():
         with running("verifying the newest checkpoint", shown=not ranks.rank):
             newest = find(parsed.extra, ranks, parsed.config.keep)
         with _no_data_of_failed_start(out) if alone and ranks.rank == 0 else contextlib.nullcontext():
             before = recorded(newest, out, ranks)
-            config = with_data(with_recorded(parsed.config, before, parsed.given, out), out, ranks)
+            config = with_recorded(parsed.config, before, parsed.given, out)
+            if before:
+                check_suitability(config, ranks.size)
+            config = with_data(config, out, ranks)
+            torch.manual_seed(config.seed)
             changed = accept(config, newest, before, out)
             run = make(config, ranks, parsed.extra, newest.step)
             try:
@@ -260,6 +268,13 @@ def _adopted(run: Path, targets: Sequence[str]) -> dict[str, Any]:
     return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": tuple(targets) if same else layers}
 
 
+def builtin_rows(seed: int) -> MakeConfig:
+    """Return the configuration of the rows that "builtin" among the data stands for."""
+    from uniref_fast.scenes.make import MakeConfig, artworks
+
+    return MakeConfig(artworks("shipped"), size=BUILTIN_SIZE, seed=seed, references=(1, 2, 3), pictures="simple")
+
+
 def with_data(config: C, out: Path, ranks: Ranks) -> C:
     """Return the configuration with "builtin" data generated and replaced by paths. All ranks."""
     if not config.data:
@@ -267,16 +282,13 @@ def with_data(config: C, out: Path, ranks: Ranks) -> C:
     if "builtin" not in config.data:
         return config
     from uniref_fast.scenes.dataset import write_dataset
-    from uniref_fast.scenes.make import MakeConfig, artworks, sample
+    from uniref_fast.scenes.make import sample
 
     folder = out / "data"
     problem = None
     if ranks.rank == 0 and not (folder / "train.jsonl").exists():
         try:
-            made = MakeConfig(
-                artworks("shipped"), size=BUILTIN_SIZE, seed=config.seed, references=(1, 2, 3), pictures="simple"
-            )
-            write_dataset(folder, made, BUILTIN_ROWS, config.workers, force=False, generate=sample)
+            write_dataset(folder, builtin_rows(config.seed), BUILTIN_ROWS, config.workers, force=False, generate=sample)
         except (OSError, ValueError, RuntimeError) as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from uniref_fast.builtin.store import model_folder, recorded_areas
 
-__all__ = ["KNOWN", "ModelSize", "model_size"]
+__all__ = ["BYTES", "KNOWN", "ModelSize", "model_size"]
 
 VISION_TOKEN = 28  # side in pixels of a token of the text encoder's vision tower
+OUTPUT_AREA = 1024 * 1024  # pixels of the images of the released models
 CONDITION_AREA = 384 * 384  # pixels of a reference for the text encoder, as diffusers scales it
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -60,7 +61,7 @@ class ModelSize:
         outside = (256 + 1) * width + (width + 1) * width + self.joint_attention_dim
         outside += (self.in_channels + 1) * width + (self.joint_attention_dim + 1) * width + (width + 1) * 2 * width
         outside += (width + 1) * self.patch_size**2 * self.out_channels
-        return self.num_layers * (matrices + 4 * head) + outside
+        return matrices + self.num_layers * 4 * head + outside
 
     @property
     def picture_tokens(self) -> int:
@@ -75,28 +76,38 @@ class ModelSize:
             targets: Names of the Linear layers that get an adapter; a layer's name ends with one of them.
 
         Raises:
-            ValueError: No layer has one of the names.
+            ValueError: No layer has one of the names, or the rank is larger than the width of a layer.
         """
-
-        def sizes(linears: dict[str, tuple[int, int]]) -> int:
-            chosen = (shape for name, shape in linears.items() if any(f".{name}".endswith(f".{t}") for t in targets))
-            return sum(rank * (rows + columns) for rows, columns in chosen)
-
-        total = self.num_layers * sizes(self._block_linears()) + sizes(self._outer_linears())
-        if not total:
-            raise ValueError(f"lora_targets {list(targets)}: no Linear layer of the transformer has one of these names")
-        return total
+        linears = self._block_linears() | self._outer_linears()
+        chosen: dict[str, tuple[int, int]] = {}
+        for target in targets:
+            fitting = {name: sides for name, sides in linears.items() if f".{name}".endswith(f".{target}")}
+            if not fitting:
+                kinds = sorted({kind for name in linears if not (kind := name.rpartition(".")[2]).isdecimal()})
+                raise ValueError(
+                    f"lora_targets: no Linear layer of the transformer has the name {target!r}; there are "
+                    f"{', '.join(kinds)}, and net.0.proj and net.2 of the MLPs"
+                )
+            narrowest = min(map(min, fitting.values()))
+            if rank > narrowest:
+                raise ValueError(
+                    f"lora_rank = {rank} is more than the width {narrowest} of the layers {target!r}; give at most that"
+                )
+            chosen |= fitting
+        return sum(rank * (rows + columns) for rows, columns in chosen.values())
 
     def _block_linears(self) -> dict[str, tuple[int, int]]:
-        """Return (rows, columns) of the weights of a block's Linear layers, by name."""
+        """Return (rows, columns) of the weights of the blocks' Linear layers, by name."""
         width = self.num_attention_heads * self.attention_head_dim
         attention = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out")
-        found = {f"attn.{name}": (width, width) for name in attention}
+        block = {f"attn.{name}": (width, width) for name in attention}
         for stream in ("img", "txt"):
-            found[f"{stream}_mod.1"] = (6 * width, width)
-            found[f"{stream}_mlp.net.0.proj"] = (4 * width, width)
-            found[f"{stream}_mlp.net.2"] = (width, 4 * width)
-        return found
+            block[f"{stream}_mod.1"] = (6 * width, width)
+            block[f"{stream}_mlp.net.0.proj"] = (4 * width, width)
+            block[f"{stream}_mlp.net.2"] = (width, 4 * width)
+        return {
+            f"transformer_blocks.{i}.{name}": sides for i in range(self.num_layers) for name, sides in block.items()
+        }
 
     def _outer_linears(self) -> dict[str, tuple[int, int]]:
         width = self.num_attention_heads * self.attention_head_dim
@@ -108,6 +119,24 @@ class ModelSize:
             "norm_out.linear": (2 * width, width),
             "proj_out": (self.patch_size**2 * self.out_channels, width),
         }
+
+    @classmethod
+    def of(cls, transformer: Mapping[str, Any], areas: Mapping[str, int]) -> ModelSize:
+        """Return the sizes that the configuration of a transformer and the image areas of its model tell.
+
+        Args:
+            transformer: Configuration of the transformer; a value that it lacks is diffusers' default.
+            areas: Image areas that the model records, as the built-in model does; empty for others.
+        """
+        names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
+                 "joint_attention_dim")  # fmt: skip
+        return cls(
+            **{name: int(transformer[name]) for name in names if transformer.get(name) is not None},
+            condition_area=areas.get("condition_image_area", CONDITION_AREA),
+            reference_area=areas.get("vae_image_area", OUTPUT_AREA),
+            output_side=math.isqrt(areas.get("output_area", OUTPUT_AREA)),
+            small=bool(areas),
+        )
 
 
 KNOWN = {name: ModelSize() for name in ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")}
@@ -129,18 +158,12 @@ def model_size(name: str) -> ModelSize:
     try:
         transformer = _config(folder / "transformer")
         areas = recorded_areas(_config(folder, "model_index.json"), transformer)
-        numbers = {key: int(transformer[key]) for key in ("num_layers", "num_attention_heads", "attention_head_dim",
-                                                          "in_channels", "out_channels", "patch_size",
-                                                          "joint_attention_dim")}  # fmt: skip
+        size = ModelSize.of(transformer, areas)
         pixels = 2 ** len(_config(folder / "vae")["temperal_downsample"])
         encoders = sum(_parameters(folder / part) for part in ("text_encoder", "vae"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name}: the sizes of the model cannot be read: {error}") from None
-    area, output = areas.get("condition_image_area", CONDITION_AREA), areas.get("output_area", 1024**2)
-    return ModelSize(
-        **numbers, encoders=encoders, token_side=2 * pixels, condition_area=area,
-        reference_area=areas.get("vae_image_area", 1024**2), output_side=math.isqrt(output), small=bool(areas),
-    )  # fmt: skip
+    return replace(size, encoders=encoders, token_side=2 * pixels)
 
 
 def _folder(name: str) -> Path:

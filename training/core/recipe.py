@@ -73,8 +73,8 @@ class Recipe:
         data: Files or folders of dataset rows; "builtin" generates a small dataset with the shipped emoji.
         weights: Number of times that a row of each path of `data` is used per epoch, such as 0.5 for every other epoch;
             empty uses each row once.
-        heldout: Files of rows that are never trained on, for the validation loss and the sample grids; each file is
-            reported under its name.
+        heldout: Files of rows that are never trained on, for the validation loss, the PSNR of samples and the
+            sample grids; each file is reported under its name.
         image_folder: Folder that relative image paths of the rows refer to; none uses the folder of the row's file.
         columns: Roles of columns whose names are not known, as ROLE=COLUMN pairs, such as
             instruction=prompt,references=refs.

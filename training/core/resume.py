@@ -4,8 +4,8 @@ The state of a checkpoint holds the settings that it was written with. A setting
 the trained weights, the order of rows or the packs another meaning; it *may change* if it only affects later steps.
 `model`, `initial` and `data` may name other places with the same content, which is compared where it is read
 (`TrainedModel.frozen`, `Dataset.fingerprint`). A setting that no flag gives keeps the value of the run, whatever the
-default of its recipe is now. Each change that makes a difference to later steps is recorded as an
-event of the run.
+default of its recipe is now, except places and the use of the machine (`OF_THE_COMMAND`). Each change that makes a
+difference to later steps is recorded as an event of the run.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ MAY_CHANGE = frozenset({
 
 # settings that a resumed run takes from its command, also where no flag gives them
 OF_THE_COMMAND = frozenset({
-    "model", "initial", "data", "heldout", "image_folder", "vae.out", "vae.data",
+    "model", "initial", "data", "heldout", "image_folder",
     "cache", "workers", "memory_gib", "compile", "tensorboard", "wandb",
+    "judge.url", "judge.key_variable", "judge.replay", "judge.concurrency", "judge.timeout", "judge.attempts",
+    "judge.backoff", "judge.backoff_limit", "judge.patience",
 })  # fmt: skip
 
 RENAMED = {  # former names of settings, which old runs have recorded
@@ -133,7 +135,6 @@ def kept(before: Mapping[str, Any], now: Mapping[str, Any], given: Collection[st
         for name, (old, _) in changes(before, now).items()
         if name not in given
         and _setting(name) not in OF_THE_COMMAND
-        and not name.startswith("judge.")
         and (same_stages or not name.startswith("stages."))
     }
 
@@ -176,7 +177,7 @@ def _with(now: Recipe, name: str, old: Any) -> Callable[[], Recipe] | None:
     if match is None or int(match[1]) >= len(now.stages):
         return None
     number, stages = int(match[1]), list(now.stages)
-    if old is None and match[2] in ("budget", "steps", "lr", "target_side"):  # the stage is new
+    if old is None and match[2] in ("steps", "lr", "target_side"):  # the stage is new
         return None
 
     def before() -> Recipe:

@@ -72,7 +72,7 @@ class MSGRPO(Recipe):
         keep_references: Compute the references once per rollout instead of in every step. It needs references that
             depend on nothing that changes between steps: a visibility other than "full", and a model with zero_cond_t.
             The replay computes them again, so the check that ratios are 1 fails where a matrix product depends on its
-            number of rows; leave it off then.
+            number of rows; leave it off then. Ranks that share a pack compute the references in every step.
 
     Attributes: Sampler
         sampler: Sampler of the steps that add noise: "sde" (the stochastic differential equation of the flow) or "cps"

@@ -24,7 +24,7 @@ from uniref_fast.guidance import guide
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
-from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule, dependence
+from uniref_fast.models.kept_references import KeptReferences
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.sde import Sampler, Transition, log_density, transition
@@ -282,7 +282,7 @@ def velocities(
         times: Time t of each member.
         image: Image stream of the pack, `[N_image, C]`, whose targets are overwritten; None allocates a new one, which
             a backward needs.
-        kept: Store of the references of each sequence, of whose steps this call is the next one; None computes the
+        kept: Stores of the references, one for each sequence; this call is their next step. None computes the
             references.
     """
     if image is None:
@@ -317,14 +317,9 @@ def denoise(
         seed: Seed of the noise.
         keep_references: Compute the references in the first step only. Ranks that share a pack compute them in every
             step all the same.
-
-    Raises:
-        ValueError: If the references depend on anything that changes between steps, and are to be kept.
     """
-    kept = None
-    if keep_references and packed.parallel is None:
-        RefreshSchedule.of(True, None, dependence(pack.layout, packed.visibility))  # raises if it would not be exact
-        kept = [KeptReferences() for _ in range(pack.layout.num_samples)]
+    keep = keep_references and packed.parallel is None  # `RolloutGenerator` has checked that this is exact
+    kept = [KeptReferences() for _ in range(pack.layout.num_samples)] if keep else None
     image = pack.image([member.latents for member in pack.members])  # a step changes only the rows of the targets
     for i in range(len(pack.members[0].group.sigmas) - 1):
         times = [member.group.sigmas[i] for member in pack.members]

@@ -247,6 +247,15 @@ def test_flags_and_places_are_those_of_the_command(tmp_path):
     assert changed.stages == stages
 
 
+def test_a_run_keeps_its_judge_and_takes_the_place_of_the_command(tmp_path):
+    """The model that scores belongs to the run; where it is served, and how patiently it is asked, to the command."""
+    now = MSGRPO_RECIPES["lora"]()
+    old = dataclasses.replace(now.judge, url="http://old/v1", model="old", samples=3, temperature=0.7, patience=1.0)
+    found = resumed(dataclasses.replace(now, judge=old), now, (), tmp_path).judge
+    assert (found.model, found.samples) == ("old", 3)
+    assert (found.url, found.patience) == (now.judge.url, now.judge.patience)
+
+
 def test_stages_of_another_number_are_those_of_the_command(tmp_path):
     now = SFT_RECIPES["tiny"]()
     before = dataclasses.replace(now, stages=now.stages[:1], weight_decay=0.5)

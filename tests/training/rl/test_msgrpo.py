@@ -318,6 +318,6 @@ def test_a_run_waits_out_an_outage_and_its_resume_repeats_no_call(data, judged_w
 def test_wrong_input_is_refused_in_one_line(data, tmp_path, capfd, more, message):
     assert msgrpo.main(flags(data, tmp_path / "run", *more)) == 2
     error = capfd.readouterr().err
-    line = [line for line in error.splitlines() if line.startswith("msgrpo: ")][-1]
+    (line,) = [line for line in error.splitlines() if line.startswith("msgrpo: ") and "msgrpo: recipe " not in line]
     assert message in line and "Traceback" not in error
     assert "pack-tokens" in more[0] or not (tmp_path / "run").exists(), "a run that is refused leaves no folder"
