@@ -104,6 +104,9 @@ class Recipe:
         dtype: Data type of the computation.
         weight_dtype: Data type in which the trained weights are kept and updated.
         memory_gib: Memory of a rank in GiB that packs are planned for; none uses what the device has.
+        encoders: Place of the text encoder and the VAE during training: "resident" keeps them on the device; "free"
+            encodes all that the run needs before the first step and then frees them; none frees them if `cache` is
+            set.
         compile: Compile the MLPs of all blocks, and the attention projections that have an adapter, with torch.compile;
             the operators between them are fused in any case.
 
@@ -163,6 +166,7 @@ class Recipe:
     max_skipped: int = 10
     max_broken: int = 100
     memory_gib: float | None = None
+    encoders: Literal["resident", "free"] | None = None
     compile: bool = False
     tensorboard: bool = True
     wandb: bool = False
@@ -227,6 +231,10 @@ class Recipe:
     def resolve_alpha(self) -> float | None:
         """Return `lora_alpha`, or the rank of the adapter where it is None."""
         return float(self.lora_rank) if self.lora_alpha is None and self.lora_rank is not None else self.lora_alpha
+
+    def resolve_encoders(self) -> Literal["resident", "free"]:
+        """Return where the encoders are during training: "free" if they are freed before the first step."""
+        return self.encoders or "resident"
 
     def resolve_sampling(self) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""
