@@ -6,8 +6,8 @@ Each launcher is called with meta tensors of real sizes. Triton's compilation ho
 the launch would compile, specialisation included, and it is compiled to a cubin for the chosen architecture. Checks:
 
 - no spills (no local-memory instruction, no stack), shared memory within the chip's limit for one block;
-- tensor-core instructions in attention: HMMA on sm_80, HMMA and QMMA on sm_89, HGMMA and QGMMA (wgmma) on
-  sm_90, UTC*MMA (tcgen05) on sm_100;
+- tensor-core instructions of the kernel's data type in attention: for 16 bits HMMA on sm_80 and sm_89, HGMMA (wgmma) on
+  sm_90, UTCHMMA (tcgen05) on sm_100; for 8 bits QMMA, QGMMA and UTCQMMA, and none of 16 bits beside them;
 - 128-bit global loads and stores in the memory-bound kernels, and no 8-bit or 16-bit ones.
 
 Speed and results are not checked. The exit status is 1 if a check fails.
@@ -47,7 +47,9 @@ from uniref_fast.kernels.segment_attention_config import AttentionConfig, Attent
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a block may use
 TENSOR_MEMORY_COLUMNS = 512  # sm_100
-TENSOR_CORE = {80: r"\bHMMA\.", 89: r"\b[HQ]MMA\.", 90: r"\b[HQ]GMMA\.", 100: r"\bUTC\w*MMA\b"}
+TENSOR_CORE = {  # instructions for 16 bits (H) and for 8 bits (Q)
+    80: r"\b{}MMA\.", 89: r"\b{}MMA\.", 90: r"\b{}GMMA\.", 100: r"\bUTC{}MMA\b",
+}  # fmt: skip
 
 TEXT, IMAGE, HEADS, CHANNELS = 1024, 16384, 24, 3072  # Qwen-Image-Edit with a target and three references at 1024^2
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -57,17 +59,17 @@ Launcher = Callable[..., object]
 
 FP8_FLOOR = 89  # conversions to e4m3
 
-# Requirements of a kernel: tensor-core instructions, and the widths of its widest load and store in bits. No access may
-# be narrower than 32 bits, except in a kernel that stores so little that 16 are expected.
-MATMUL = (True, 128, 128)
-STREAM = (False, 128, 128)
+# Requirements of a kernel: its kind of tensor-core instructions, and the widths of its widest load and store in bits.
+# No access may be narrower than 32 bits, except in a kernel that stores so little that 16 are expected.
+MATMUL = ("H", 128, 128)
+STREAM = (None, 128, 128)
 EXPECTED = {
     "segment_attention_kernel": MATMUL,
-    "segment_attention_fp8_kernel": MATMUL,
+    "segment_attention_fp8_kernel": ("Q", 128, 128),
     "dq_kernel": MATMUL,
     "dkdv_kernel": MATMUL,
-    "delta_kernel": (False, 128, 32),
-    "sum_tiles_kernel": (False, 128, 16),
+    "delta_kernel": (None, 128, 32),
+    "sum_tiles_kernel": (None, 128, 16),
 }
 
 
@@ -95,12 +97,13 @@ class Report:
     shared: int
     tensor_memory: int
     tensor_core: int
+    other_tensor_core: int
     widest_load: int
     widest_store: int
     narrow: int
 
     def violations(self) -> list[str]:
-        matmul, load, store = EXPECTED.get(self.kernel, STREAM)
+        kind, load, store = EXPECTED.get(self.kernel, STREAM)
         found = []
         if self.spills or self.stack:
             found.append(f"{self.spills} local-memory instructions, {self.stack} bytes of stack")
@@ -108,8 +111,10 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[self.arch]}")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
             found.append(f"{self.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY_COLUMNS}")
-        if matmul and not self.tensor_core:
-            found.append(f"no {TENSOR_CORE[self.arch]} instruction")
+        if kind and not self.tensor_core:
+            found.append(f"no instruction {TENSOR_CORE[self.arch].format(kind)}")
+        if self.other_tensor_core:
+            found.append(f"{self.other_tensor_core} tensor-core instructions of another data type")
         if self.widest_load < load or self.widest_store < store:
             found.append(f"global access: loads of {self.widest_load} bits, stores of {self.widest_store} bits")
         if self.narrow and min(load, store) >= 32:
@@ -177,6 +182,8 @@ def _report(case: Case, arch: int, name: str, kernel) -> Report:
         path.write_bytes(kernel.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", path)
         sass = _tool("cuobjdump", "-sass", path)
+    kind = EXPECTED.get(name, STREAM)[0]
+    wanted, all_kinds = (len(re.findall(TENSOR_CORE[arch].format(one), sass)) for one in (kind or r"\w*", r"\w*"))
     accesses = [(op, _width(suffix)) for op, suffix in re.findall(r"\b(LDG|LDGSTS|STG)\.(E\S*)", sass)]
     return Report(
         case=case,
@@ -188,7 +195,8 @@ def _report(case: Case, arch: int, name: str, kernel) -> Report:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         shared=kernel.metadata.shared,
         tensor_memory=getattr(kernel.metadata, "tmem_size", None) or 0,
-        tensor_core=len(re.findall(TENSOR_CORE[arch], sass)),
+        tensor_core=wanted,
+        other_tensor_core=all_kinds - wanted,
         widest_load=max((width for op, width in accesses if op != "STG"), default=0),
         widest_store=max((width for op, width in accesses if op == "STG"), default=0),
         narrow=sum(width < 32 for _, width in accesses),

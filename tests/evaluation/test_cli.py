@@ -50,6 +50,8 @@ def test_wrong_commands(data, benchmark_rows, whole, tmp_path, capsys, monkeypat
         ([file, "--limit", 0], "limit must be at least 1, got 0"),
         ([file, "--keep-references", 3, "--drift", 0.1], 'drift is the tolerance of keep_references = "auto", got 3'),
         ([file, "--keep-references", 0], "true, false, auto or a number of steps from 1, got '0'"),
+        ([file, "--mode", "fast", "--device", "cpu"], "it needs e4m3 matrix products"),
+        ([file, "--mode", "fast", "--baseline", "input"], "baseline input runs no transformer"),
         ([file, "--num-inference-steps", 0], "num_inference_steps must be at least 1"),
         ([file, "--budget", 3], "budget is the side of a square in pixels, at least 16; got 3"),
         ([file, "--budget", 1024**2], "for 1048576 pixels give 1024"),

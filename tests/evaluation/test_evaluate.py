@@ -16,6 +16,7 @@ from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.evaluation import evaluate as module
 from uniref_fast.evaluation.evaluate import evaluate
+from uniref_fast.patch import patch
 from uniref_fast.rewards.scene import scene_details
 from uniref_fast.rewards.types import AXES
 from uniref_fast.scenes.scene import crop_box
@@ -98,6 +99,7 @@ def test_the_input_baseline_is_the_background_reference_or_grey(config, tmp_path
         ("visibility", "reference_causal", lambda request, options: options["visibility"]),
         ("pack_tokens", 999, lambda request, options: options["pack_tokens"]),
         ("keep_references", "2", lambda request, options: options["keep_references"]),
+        ("impl", "reference", lambda request, options: options["impl"]),
     ],
 )
 def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypatch, name, value, seen):
@@ -121,7 +123,26 @@ def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypat
     if name == "keep_references":
         assert after["settings"][name] == [2, None, None] and name not in before["settings"]
     for one in given if name not in ("pack_tokens", "keep_references") else ():
-        assert after["settings"][one] == given[one] != before["settings"][one]
+        assert after["settings"][one] == given[one] != before["settings"].get(one)
+
+
+def test_a_model_in_8_bits_is_evaluated(config, whole, tmp_path, monkeypatch):
+    """The weights are quantised once, and the results are those of `edit` in this mode, not the exact ones."""
+    patched = []
+
+    def counted(pipe, **options):
+        patched.append(options)
+        return patch(pipe, **options)
+
+    monkeypatch.setattr(module, "patch", counted)
+    few = replace(config, limit=2, data=config.data[:1], grid=0, batch=1, mode="fast", impl="reference")
+    found = evaluate(replace(few, out=tmp_path / "out"))
+    assert patched == [{"mode": "fast", "impl": "reference"}]
+    assert (found["settings"]["mode"], found["settings"]["impl"]) == ("fast", "reference")
+    exact = json.loads((whole / "results.json").read_text())
+    assert "mode" not in exact["settings"]
+    for row, before in zip(found["rows"], exact["rows"], strict=False):
+        assert row["psnr"] != before["psnr"] and abs(row["psnr"] - before["psnr"]) < 0.5
 
 
 def test_the_grid_has_the_given_number_of_rows_of_each_file(config, whole, tmp_path):

@@ -44,6 +44,9 @@ class EvalConfig:
             through the autoencoder; "untrained", the built-in model before training.
         visibility: Attention policy of the model; none takes that of the last adapter or run, else "full".
         dtype: Data type of the model; none takes float32 on a CPU and bfloat16 on a GPU.
+        mode: Arithmetic of the model: "exact", or "fast" for Linears of the blocks and attention in 8 bits.
+        impl: Implementation forced on every operation, such as "reference", which emulates the mode "fast" on a CPU;
+            none takes the fastest.
         device: Device of the model, such as cpu or cuda:0; none takes a GPU if there is one.
 
     Attributes: Sampling
@@ -98,6 +101,8 @@ class EvalConfig:
     columns: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
+    mode: Literal["exact", "fast"] = "exact"
+    impl: Literal["reference", "native", "triton", "dense", "flash", "cudnn_flex"] | None = None
     batch: int = 8
     pack_tokens: int = 32768
     keep_references: str | None = None
@@ -124,6 +129,8 @@ class EvalConfig:
             raise ValueError(f"baseline untrained is for the built-in model only, got model = {self.model}")
         if self.baseline is not None and (self.initial or self.lora):
             raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial and lora")
+        if self.mode == "fast" and not self.runs_model:
+            raise ValueError(f"baseline {self.baseline} runs no transformer, so mode fast has no effect; leave it out")
         if self.drift is not None and self.keep != "auto":
             raise ValueError(f'drift is the tolerance of keep_references = "auto", got {self.keep_references}')
         for name in self.rewards:

@@ -39,8 +39,10 @@ from uniref_fast.evaluation.config import EvalConfig
 from uniref_fast.evaluation.journal import Journal
 from uniref_fast.evaluation.metrics import measure, own_reward_record, reward_record, through_vae
 from uniref_fast.evaluation.requests import EvalRequest, encoder_refusal, eval_request, input_baseline, rows_by_file
+from uniref_fast.fast import check_supported
 from uniref_fast.files import created_folders, write_whole
 from uniref_fast.models.single_frame import single_frame
+from uniref_fast.patch import patch
 from uniref_fast.progress import running
 from uniref_fast.request import EditRequest, image_areas, validated
 from uniref_fast.rewards.functions import reward_function
@@ -87,6 +89,8 @@ class _Evaluation:
                     "another folder"
                 )
         self.device, self.dtype = models.on_device(config.device, config.dtype)
+        if config.mode == "fast":
+            check_supported(self.device, config.impl)
         with running("reading the rows", shown=progress):
             self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
             self.files = rows_by_file(self.dataset, config.limit, config.language)
@@ -198,6 +202,8 @@ class _Evaluation:
             "device": torch.device(self.device).type,
             **({"lora": [f"{one.given}:{one.scale:g}" for one in self.adapters]} if self.adapters else {}),
             **({"rewards": list(config.rewards)} if config.rewards else {}),
+            **({"mode": config.mode} if config.mode != "exact" else {}),
+            **({"impl": config.impl} if config.impl and config.runs_model else {}),
             **({"keep_references": [config.keep, config.drift, config.keep_dtype]} if config.keep else {}),
         }
 
@@ -272,6 +278,8 @@ class _Evaluation:
         with running("hashing the weights", shown=progress):
             digest = models.weights_digest(self.pipe)
         self.journal.check_weights(digest)
+        if config.mode == "fast":
+            patch(self.pipe, mode="fast", impl=config.impl)  # once, instead of in each call of edit()
 
     def _edit_batch(self, label: str, indices: Sequence[int]) -> Iterator[tuple[dict[str, Any], EvalRequest | None]]:
         """Generate the images of a batch and yield the beginning of each unfinished row's record with its request.
@@ -343,6 +351,8 @@ class _Evaluation:
             budget=self.budget,
             pack_tokens=config.pack_tokens,
             visibility=config.resolve_visibility(),
+            mode=config.mode,
+            impl=config.impl,
             progress=False,
             keep_references=config.keep,
             drift=config.drift,
