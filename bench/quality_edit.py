@@ -10,7 +10,6 @@ Every setting edits the same rows from the same noise. Differences to the exact 
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ def main() -> None:
     parser.add_argument("--model", default="builtin", help="diffusers folder or hub id")
     parser.add_argument("--initial", type=Path, action="append", default=[], help="training run to load")
     parser.add_argument("--rows", type=int, default=128, help="number of rows, from the beginning")
-    parser.add_argument("--steps", type=int, default=12, help="number of denoising steps")
+    parser.add_argument("--num-inference-steps", type=int, default=12, help="number of denoising steps")
     parser.add_argument("--dtype", default="bfloat16", help="data type of the model")
     parser.add_argument(
         "--setting", action="append", default=[], choices=SETTINGS, help="settings besides the exact one"
@@ -74,7 +73,7 @@ def main() -> None:
     rows = [
         eval_request(
             pipe, dataset[i], (args.data.name, i), target_side=TARGET_SIDE, budget=BUDGET, seed=0,
-            num_inference_steps=args.steps, true_cfg_scale=1.0,
+            num_inference_steps=args.num_inference_steps, true_cfg_scale=1.0,
         )
         for i in range(min(args.rows, len(dataset)))
     ]  # fmt: skip
@@ -83,16 +82,16 @@ def main() -> None:
         "model": args.model,
         "zero_cond_t": bool(pipe.transformer.config.zero_cond_t),
         "rows": len(rows),
-        "num_inference_steps": args.steps,
+        "num_inference_steps": args.num_inference_steps,
         "dtype": args.dtype,
         "settings": {},
     }
     exact: list = []
     for name in dict.fromkeys(("exact", *(args.setting or SETTINGS))):
-        images, report, seconds = run(pipe, rows, options_of(SETTINGS[name], pipe.transformer))
+        images, report = run(pipe, rows, options_of(SETTINGS[name], pipe.transformer))
         records = measures(pipe, rows, images)
         exact = exact or [images, records]
-        found["settings"][name] = summary(records, images, *exact, report, args.steps) | {"seconds": round(seconds, 1)}
+        found["settings"][name] = summary(records, images, *exact, report, args.num_inference_steps)
         print(name, json.dumps(found["settings"][name]), flush=True)
     if args.results is not None:
         path = results_path(args.results, args.what)
@@ -109,14 +108,14 @@ def options_of(setting, transformer):
 
 
 def run(pipe, rows, options):
-    """Edit all rows in batches; return the images, the reports of the references and the seconds."""
-    images, reports, start = [], [], time.perf_counter()
+    """Edit all rows in batches; return the images and the reports of the references."""
+    images, reports = [], []
     with single_frame(pipe.vae):
         for first in range(0, len(rows), BATCH):
             report, batch = EditReport(), [row.request for row in rows[first : first + BATCH]]
             images += edit(pipe, batch, budget=BUDGET, progress=False, report=report, **options)
             reports += report.references
-    return images, reports, time.perf_counter() - start
+    return images, reports
 
 
 def measures(pipe, rows, images):

@@ -104,7 +104,7 @@ def test_forward_and_backward(library, name, case, dtype):
 @pytest.mark.parametrize("case", PLANS)
 @pytest.mark.parametrize("impl", ["flash", "cudnn_flex"])
 def test_on_a_gpu(impl, case, dtype, dim):
-    """The installed library itself; run under every generation of FlashAttention that is installed."""
+    """The installed library itself; of several generations of FlashAttention, the preferred one."""
     adapter = flash_attention if impl == "flash" else flex_attention
     if why := adapter.unavailable(torch.empty(1, 2, dim, dtype=dtype, device="cuda")):
         pytest.skip(why)

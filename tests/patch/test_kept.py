@@ -57,9 +57,9 @@ def test_the_pipeline_equals_edit(builtin_pipe):
     (expected,) = uniref_fast.edit(builtin_pipe, [request], report=report, **options)
     patched = uniref_fast.patch(builtin_pipe, keep_references=2)
     assert max_relative_error(edited(builtin_pipe), expected) < 1e-4
-    assert [steps.refreshed for steps in patched.reference_steps] == [(0, 2), (0, 2)]
+    assert [steps.refreshed for steps in patched.references] == [(0, 2), (0, 2)]
     drifts = [steps.drift for steps in report.references]
-    assert [steps.drift for steps in patched.reference_steps] == [pytest.approx(drift, rel=1e-3) for drift in drifts]
+    assert [steps.drift for steps in patched.references] == [pytest.approx(drift, rel=1e-3) for drift in drifts]
     assert "references      prediction 2: references computed in 2 of 4 steps (0, 2); drift" in str(patched)
     assert not patched.fallbacks and not patched.references_not_kept
     predictions = builtin_pipe.transformer._uniref_fast.state.calls.predictions
@@ -79,7 +79,7 @@ def test_edits_do_not_see_each_other(builtin_pipe):
     report = uniref_fast.patch(builtin_pipe, keep_references="auto")
     for variant, expected in zip(variants, alone, strict=True):
         assert torch.equal(edited(builtin_pipe, **variant), expected), variant
-        assert len(report.reference_steps) == 2 and all(steps.refreshed[0] == 0 for steps in report.reference_steps)
+        assert len(report.references) == 2 and all(steps.refreshed[0] == 0 for steps in report.references)
 
 
 def test_a_kept_step_equals_the_packed_model(make_transformer):
@@ -101,7 +101,7 @@ def test_samples_of_a_batch_compute_their_references_together(make_transformer):
     model = make_transformer(True)
     report = uniref_fast.patch(model, keep_references="auto", drift=0.2)
     outs = [call(model, 1 - step / 20, batch=2) for step in range(8)]
-    (steps,) = report.reference_steps
+    (steps,) = report.references
     model._uniref_fast.state.calls.predictions[0].stores[1].schedule = RefreshSchedule(every=1)
     assert not is_kept(call(model, 0.5, batch=2)) and not is_kept(call(model, 0.4, batch=2)), "one sample decides"
     assert [i for i, out in enumerate(outs) if not is_kept(out)] == list(steps.refreshed)
@@ -163,7 +163,7 @@ def test_without_a_change_they_stay(make_transformer):
     report = uniref_fast.patch(model, keep_references=6)
     kept = [is_kept(call(model, t, text_seed=text)) for t in (0.9, 0.8, 0.7) for text in (1, 2)]
     assert kept == [False, False, True, True, True, True]
-    assert [steps.refreshed for steps in report.reference_steps] == [(0,), (0,)]
+    assert [steps.refreshed for steps in report.references] == [(0,), (0,)]
 
 
 def test_memory_of_an_ended_edit_is_freed(make_transformer):
@@ -283,5 +283,5 @@ def test_8_bits(make_transformer):
         model = make_transformer(True)
         report = uniref_fast.patch(model, keep_references=2, keep_dtype=dtype)
         outs.append([call(model, t) for t in (0.9, 0.8)][1])
-        outs.append(report.reference_steps[0].kept_bytes)
+        outs.append(report.references[0].kept_bytes)
     assert is_kept(outs[0]) and 0 < max_relative_error(outs[2], outs[0]) < 0.01 and outs[3] < 0.3 * outs[1]

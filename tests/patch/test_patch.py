@@ -651,7 +651,7 @@ def test_deepcopy_of_a_patched_model_is_independent(make_transformer, keep):
     assert max_relative_error(run(clone), run(make_transformer(True))) < ROUNDING
     own = clone._uniref_fast.state.report
     assert not own.references_not_kept and not report.references_not_kept
-    assert own is not report and len(own.reference_steps) == bool(keep)
+    assert own is not report and len(own.references) == bool(keep)
 
 
 def test_attention_processor_is_registered(make_transformer):

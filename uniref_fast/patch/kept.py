@@ -154,7 +154,7 @@ class ReferenceKeeper:
         forward.rows.finish()
         number = calls.predictions.index(prediction)
         store = prediction.stores[0]
-        reports = self.state.report.reference_steps
+        reports = self.state.report.references
         reports[number:] = [
             ReferenceReport(None, f"prediction {number + 1}", store.steps, tuple(store.refreshed), tuple(store.drifts),
                             sum(each.nbytes for each in prediction.stores))
@@ -216,7 +216,7 @@ class ReferenceKeeper:
         if len(predictions) >= PREDICTIONS:
             predictions.clear()
         if not predictions:
-            self.state.report.reference_steps.clear()
+            self.state.report.references.clear()
         stores = [KeptReferences(self.schedule, self.dtype, self._total()) for _ in range(len(image))]
         predictions.append(_Prediction(settings, tuple(x.clone() for x in tensors), time.clone(), stores))
         return predictions[-1]

@@ -66,7 +66,7 @@ class PatchReport:
         reason: Reason of that choice.
         sites: The patched places, each with its counters.
         notes: Places that were not patched, and why.
-        reference_steps: Steps of the last edit that computed the references, for each prediction of guidance; empty
+        references: Steps of the last edit that computed the references, for each prediction of guidance; empty
             without `keep_references`.
         references_not_kept: Calls of the transformer that computed the references and kept nothing, by reason.
         eight_bit: Numbers of Linears and of attentions in 8 bits; None for the mode "exact".
@@ -80,7 +80,7 @@ class PatchReport:
     reason: str
     sites: list[Site]
     notes: list[str] = field(default_factory=list)
-    reference_steps: list[ReferenceReport] = field(default_factory=list)
+    references: list[ReferenceReport] = field(default_factory=list)
     references_not_kept: Counter[str] = field(default_factory=Counter)
     eight_bit: tuple[int, int] | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -133,7 +133,7 @@ class PatchReport:
         lines += [f"  compiled        {count} traces of the original: {reason}" for reason, count in originals]
         lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
         lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
-        lines += [f"  references      {steps}" for steps in self.reference_steps]
+        lines += [f"  references      {steps}" for steps in self.references]
         lines += [f"  not kept        {n} x {reason}" for reason, n in self.references_not_kept.most_common()]
         error = self.max_rel_error
         checked = sum(s.max_rel_error is not None for s in self.sites)
