@@ -17,6 +17,8 @@ from uniref_fast import EditRequest, builtin
 from uniref_fast.adapters import Adapter, adapter_visibility, apply_adapters, check_adapters, fuse_adapters
 from uniref_fast.cli import main
 from uniref_fast.loading import load_pipeline
+from uniref_fast.training.core.base import LIBRARIES
+from uniref_fast.training.core.frozen_base import quantise_base
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -229,6 +231,15 @@ def test_fusing_computes_in_float32_and_rounds_once(run):
     expected = exact.transformer.state_dict()
     for name, tensor in pipe.transformer.state_dict().items():
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_adapters_are_not_fused_into_quantised_weights(run, base):
+    pytest.importorskip(LIBRARIES[base])
+    pipe = builtin.load()
+    quantise_base(pipe.transformer, base, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"quantised weights \(transformer_blocks.0.*16 or 32 bits"):
+        fuse_adapters(pipe, [Adapter.parse(str(run))], None)
 
 
 def test_a_fused_model_of_the_stock_class_is_loaded_by_diffusers(run, tmp_path):

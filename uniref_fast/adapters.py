@@ -175,10 +175,16 @@ def fuse_adapters(pipe: Any, adapters: Sequence[Adapter], below: Path | None) ->
         below: Run whose transformer replaces that of the pipeline, see `check_adapters`; None keeps it.
 
     Raises:
-        ValueError: A file cannot be read or does not fit the model.
+        ValueError: A file cannot be read or does not fit the model, or the weights of the transformer are quantised.
     """
     import torch
 
+    quantised = [name for name, p in pipe.transformer.named_parameters() if type(p) is not torch.nn.Parameter]
+    if quantised:
+        raise ValueError(
+            f"adapters cannot be fused into quantised weights ({quantised[0]}, ...), which would round them once more; "
+            "fuse them into the model with weights of 16 or 32 bits, and quantise the result"
+        )
     dtype = pipe.transformer.dtype
     pipe.transformer.float()
     apply_adapters(pipe, adapters, below, (), torch.float32)

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from uniref_fast import PackedQwenImage, Sample, SelfLayout
 from uniref_fast.models.sequence_parallel import SequenceParallel
+from uniref_fast.training.core.base import QUANTISED
 from uniref_fast.training.core.distributed import Ranks, global_norm, shard
+from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters
 from uniref_fast.training.core.processes import leave
 from uniref_fast.training.supervised.flow_matching import FlowBatch, sample_errors
 
@@ -65,12 +67,14 @@ def add_adapter(model: QwenImageTransformer2DModel) -> None:
     model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_out.0", "net.2"]))
 
 
-def run(ranks: Ranks, sequence: int, checkpointing: bool, lora: bool) -> dict[str, torch.Tensor]:
+def run(ranks: Ranks, sequence: int, checkpointing: bool, kind: str) -> dict[str, torch.Tensor]:
     model = make_model()
-    if lora:
+    if kind in QUANTISED:
+        quantise_base(model, kind, torch.float32, ranks.device)
+    if kind != "full":
         add_adapter(model)
     packed = PackedQwenImage(model, checkpointing=checkpointing)
-    shard(packed, ranks, torch.float32)
+    shard(packed, ranks, torch.float32, [*quantised_parameters(packed)])
     ranks.share_sequences(packed, sequence)
     loss = torch.zeros(())
     for number in range(ranks.replica, len(PACKS), ranks.replicas):
@@ -112,7 +116,9 @@ def gathered(group: dist.ProcessGroup, bounds: list[int]) -> dict[str, torch.Ten
 
 
 def main(folder: str, *cases: str) -> None:
-    """Each case is "<ranks that share a pack>-<kept or recomputed>-<full or lora>"; one file of results each.
+    """Each case is "<ranks that share a pack>-<kept or recomputed>-<kind>"; one file of results each.
+
+    The kind is full (all weights are trained), lora, or a quantised base under a LoRA (nf4, int8, fp8).
 
     Or "rows-<bounds with dashes>", for as many ranks as there are parts; one file of results each and a rank.
     """
@@ -126,7 +132,7 @@ def main(folder: str, *cases: str) -> None:
                 save_file(gathered(group, bounds), f"{folder}/{ranks.rank}-{case}.safetensors")
             continue
         sequence, blocks, kind = case.split("-")
-        result = run(ranks, int(sequence), blocks == "recomputed", kind == "lora")
+        result = run(ranks, int(sequence), blocks == "recomputed", kind)
         if ranks.rank == 0:
             save_file(result, f"{folder}/{ranks.size}-{case}.safetensors")
     dist.destroy_process_group()

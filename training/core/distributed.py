@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +102,22 @@ class Ranks:
         return values[0]
 
 
-def shard(model: PackedQwenImage, ranks: Ranks, compute: torch.dtype) -> None:
-    """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32."""
+def shard(
+    model: PackedQwenImage, ranks: Ranks, compute: torch.dtype, whole: Collection[torch.nn.Parameter] = ()
+) -> None:
+    """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32.
+
+    Args:
+        model: The packed model.
+        ranks: Ranks of the run.
+        compute: Dtype of the computation.
+        whole: Frozen parameters that stay whole on every rank, and where they are.
+    """
     # Inputs have the right dtype already: casting them would round the rotary tables, which are always float32.
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         # The outermost module too: weights that stay gathered after a validation would be the averaged ones.
-        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(module, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True, ignored_params=set(whole))
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     # Blocks return views of their modulation; nothing here writes to them.

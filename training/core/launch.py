@@ -337,6 +337,7 @@ def recorded(newest: Newest, out: Path, ranks: Ranks) -> dict[str, Any]:
     before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
     if not before or newest.step is None:
         return {}
+    before.setdefault("base", None)  # older versions have no other; a setting that is absent may change
     initial = before.get("initial")
     before["visibility"] = (
         newest.state.get("visibility")

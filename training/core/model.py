@@ -15,13 +15,14 @@ from torch import Tensor
 
 from uniref_fast.files import whole_folder
 from uniref_fast.layout import Sample
-from uniref_fast.loading import load_pipeline, load_run
+from uniref_fast.loading import load_pipeline, load_run, load_transformer
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
 from uniref_fast.runs import base_run, check_export
 from uniref_fast.training.core.distributed import Ranks, shard
 from uniref_fast.training.core.export import ExportError, add_adapter, write_weights
+from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
 from uniref_fast.training.core.recipe import Recipe
 
 __all__ = ["TrainedModel"]
@@ -38,7 +39,8 @@ class TrainedModel:
         pipe: The pipeline; its encoders are frozen and whole on every rank.
         packed: The packed transformer, sharded.
         parameters: Trained parameters by their names in the transformer.
-        frozen: Digest of the weights that are not trained, of transformer and encoders.
+        frozen: Digest of the weights that are not trained, of transformer and encoders, before they are quantised.
+        whole: Frozen parameters that are not sharded: every rank has a copy.
 
     Raises:
         ValueError: The model or the initial run cannot be loaded, or does not fit the configuration.
@@ -63,9 +65,14 @@ class TrainedModel:
         self._frames = contextlib.ExitStack()  # images, never videos, as long as the model lives
         self._frames.enter_context(single_frame(self.pipe.vae))
         if config.initial is not None:
-            self._load_initial(config.initial, compute)
+            self._load_below(config.initial, compute)
         transformer = self.pipe.transformer
         transformer.requires_grad_(config.lora_rank is None)
+        self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)  # of the weights in the files
+        if config.base is not None:
+            quantise_base(transformer, config.base, compute, ranks.device)
+        if config.initial is not None:
+            self._load_adapter(config.initial, compute)
         if config.lora_rank is not None:
             self._add_adapter()
         for parameter in transformer.parameters():
@@ -73,17 +80,23 @@ class TrainedModel:
                 parameter.data = parameter.data.to(master)
         if config.initial is not None and (config.initial / "lora").is_dir():
             self._unrounded(config.initial / "lora")
-        self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)
         self.packed = PackedQwenImage(transformer, visibility=config.visibility or "full", for_training=True)
         if config.compile:
             _compile_blocks(transformer)
-        shard(self.packed, ranks, compute)  # moves a block at a time to the device
+        self.whole = [*quantised_parameters(self.packed)]
+        shard(self.packed, ranks, compute, self.whole)  # moves a block at a time to the device
 
-    def _load_initial(self, run: Path, dtype: torch.dtype) -> None:
-        """Load what an earlier run exported; training continues its adapter, and adds no second one."""
+    def _load_below(self, run: Path, dtype: torch.dtype) -> None:
+        """Load the whole transformer that an earlier run exported, or that its adapter was trained on top of."""
         check_export(run)
+        below = base_run(run)
+        if below is not None:
+            load_transformer(self.pipe, below, dtype, given=f"initial = {run}", model=self.config.model)
+
+    def _load_adapter(self, run: Path, dtype: torch.dtype) -> None:
+        """Load the adapter that an earlier run exported; training continues it, and adds no second one."""
         given, model = f"initial = {run}", self.config.model
-        if not load_run(self.pipe, run, dtype, base=base_run(run), adapter="default", given=given, model=model):
+        if not load_run(self.pipe, run, dtype, base=None, adapter="default", given=given, model=model):
             return
         found, alpha = self.pipe.transformer.peft_config["default"], self.config.resolve_alpha()
         if found.r != self.config.lora_rank:
@@ -130,13 +143,15 @@ class TrainedModel:
     def sharded_bytes(self) -> int:
         """Return the bytes that the ranks share: weights, float32 gradients, two moments and the average."""
         extra = 3 if self.config.ema is None else 4
-        weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters())
+        whole = {id(parameter) for parameter in self.whole}
+        weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters() if id(p) not in whole)
         return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
 
     def fixed_bytes(self) -> int:
-        """Return the bytes that every rank holds: text encoder and VAE."""
+        """Return the bytes that every rank holds: text encoder and VAE, and weights that are not sharded."""
         parts = (self.pipe.vae, self.pipe.text_encoder)
-        return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        encoders = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        return encoders + stored_bytes(self.whole)
 
     def export(self, folder: Path) -> None:
         """Write the trained weights in the format of diffusers: `lora/`, for `load_lora_weights`, or `transformer/`.

@@ -103,6 +103,8 @@ class Recipe:
     Attributes: Memory and precision
         dtype: Data type of the computation.
         weight_dtype: Data type in which the trained weights are kept and updated.
+        base: Data type in which the frozen weights of the Linear layers of all blocks are kept under an adapter: bf16,
+            int8 or fp8 (torchao), or nf4 (bitsandbytes); none keeps them in `dtype`.
         memory_gib: Memory of a rank in GiB that packs are planned for; none uses what the device has.
         encoders: Place of the text encoder and the VAE during training: "resident" keeps them on the device; "free"
             encodes all that the run needs before the first step and then frees them; none frees them if `cache` is
@@ -146,6 +148,7 @@ class Recipe:
                                      "to_add_out", "net.0.proj", "net.2")  # fmt: skip
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     warmup: int = 500

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from uniref_fast import PackedQwenImage
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.testing import assert_within_budget
+from uniref_fast.training.core.base import QUANTISED
+from uniref_fast.training.core.frozen_base import dequantised, quantise_base
 from uniref_fast.training.supervised.flow_matching import sample_errors
 
 pytestmark = pytest.mark.slow
@@ -21,6 +23,7 @@ WORKER = Path(__file__).resolve().parents[2] / "helpers" / "mesh_worker.py"
 # Where rows are cut, for two and for three ranks: even parts; uneven ones; an empty part at the beginning, in the
 # middle and at the end; one rank that has all; one row.
 BOUNDS = ("0-4-8", "0-2-7", "0-6-7", "0-0-1", "0-5-5", "0-2-4-6", "0-1-6-9", "0-0-2-5", "0-3-3-4", "0-1-4-4", "0-0-7-7")
+QUANTISED_CASES = ("1-kept-nf4", "2-recomputed-nf4", "1-recomputed-int8", "2-kept-fp8")
 
 
 def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -39,10 +42,20 @@ def four_ranks(tmp_path_factory):
     return folder, run_ranks(4, folder, "2-kept-full", "2-recomputed-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
 
 
-def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
-    """Loss, norm and gradients without any sharding."""
+def alone(dtype: torch.dtype, kind: str) -> dict[str, torch.Tensor]:
+    """Loss, norm and gradients without any sharding; of a quantised base, with the values that its weights stand for.
+
+    With plain Linears, so that neither the library of the quantised ones nor their gradient has a part in it.
+    """
     model = mesh_worker.make_model()
-    if lora:
+    if kind in QUANTISED:
+        quantised = mesh_worker.make_model()
+        quantise_base(quantised, kind, torch.float32, torch.device("cpu"))
+        for name, layer in quantised.transformer_blocks.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                plain = model.transformer_blocks.get_submodule(name)
+                plain.weight.data = dequantised(layer.weight, torch.float32)
+    if kind != "full":
         mesh_worker.add_adapter(model)
     packed = PackedQwenImage(model.to(dtype), impl="reference" if dtype == torch.float64 else None)
     loss = 0.0
@@ -62,14 +75,17 @@ def alone(dtype: torch.dtype, lora: bool) -> dict[str, torch.Tensor]:
 
 
 def test_gradients_equal_one_rank(tmp_path, four_ranks):
-    """Data parallel x sequence parallel in {1x1, 2x1, 1x2, 2x2}; the sharing changes within one run of the ranks."""
+    """Data parallel x sequence parallel in {1x1, 2x1, 1x2, 2x2}; the sharing changes within one run of the ranks.
+
+    With a quantised base too, whose packed values FSDP2 would otherwise cast and cut into parts without their scales.
+    """
     runs = {
-        1: run_ranks(1, tmp_path, "1-kept-full", "1-recomputed-full"),
-        2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full"),
+        1: run_ranks(1, tmp_path, "1-kept-full", "1-recomputed-full", "1-kept-nf4", "1-kept-int8"),
+        2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full", *QUANTISED_CASES),
         4: four_ranks[1],
     }
-    expected = {kind: [alone(dtype, kind == "lora") for dtype in (torch.float32, torch.float64)]
-                for kind in ("full", "lora")}  # fmt: skip
+    expected = {kind: [alone(dtype, kind) for dtype in (torch.float32, torch.float64)]
+                for kind in ("full", "lora", *QUANTISED)}  # fmt: skip
     for size, results in runs.items():
         for case, result in results.items():
             eager, oracle = expected[case.rsplit("-", 1)[1]]

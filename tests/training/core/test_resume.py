@@ -51,7 +51,7 @@ def test_no_decision_is_double_or_about_nothing():
 
 
 OTHER = {"lora_rank": 8, "lora_alpha": 32.0, "lora_targets": ("to_q",), "dtype": "float32", "weight_dtype": "bfloat16",
-         "ema": 0.5, "visibility": "reference_causal", "seed": 5, "weights": (2.0,), "cost": "flops",
+         "base": "nf4", "ema": 0.5, "visibility": "reference_causal", "seed": 5, "weights": (2.0,), "cost": "flops",
          "columns": ("instruction=prompt",)}  # fmt: skip
 
 
@@ -114,6 +114,18 @@ def test_a_setting_that_an_older_version_did_not_have_is_no_change(tmp_path):
     newest = Newest(10, {"config": {**old, "gone": 3}, "visibility": "full"}, [])
     after = dataclasses.replace(before, lora_alpha=3.0, visibility="full")
     assert accept(after, newest, tmp_path) == {}
+
+
+def test_a_run_of_a_version_without_a_base_has_the_dtype_of_the_computation(tmp_path):
+    config = dataclasses.replace(SFT_RECIPES["lora"](), visibility="full")
+    old = data(config)
+    del old["base"]
+    newest = Newest(10, {"config": old, "visibility": "full"}, [])
+    assert accept(config, newest, tmp_path) == {}
+    with pytest.raises(
+        ValueError, match="the dtype of the frozen weights under the adapter is fixed: base is none, no"
+    ):
+        accept(dataclasses.replace(config, base="nf4"), newest, tmp_path)
 
 
 def test_the_change_of_a_renamed_setting_is_found(tmp_path):

@@ -531,9 +531,34 @@ def test_lora_with_measured_costs_and_recomputed_blocks(data, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
+def test_an_adapter_on_a_quantised_base_resumes_exactly_and_is_exported_like_any_other(data, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    out, half, more = tmp_path / "run", tmp_path / "half", ("--lora-rank", 2, "--base", "nf4")
+    more += ("--eval-every", 2, "--eval-samples", 2, "--heldout", data / "heldout.jsonl")
+    assert sft.main(flags(data, out, *more)) == 0
+    shutil.copytree(out, half)
+    shutil.rmtree(half / "checkpoints" / "step-000004")
+    shutil.rmtree(half / "lora")
+    assert sft.main(flags(data, half, *more[:2], "--base", "int8", "--resume", "auto")) == 2
+    assert (
+        "the dtype of the frozen weights under the adapter is fixed: base is nf4, not int8" in capsys.readouterr().err
+    )
+    assert (
+        sft.main(["--recipe", "tiny", "--data", str(data / "train.jsonl"), "--out", str(half), "--resume", "auto"]) == 0
+    )
+    assert losses(half) == losses(out), "bit for bit"
+    assert identical(adapter(half), adapter(out))
+    assert cli.main(["export", str(out), "--out", str(tmp_path / "copy")]) == 0
+    assert identical(adapter(tmp_path / "copy"), adapter(out))
+    builtin.load().load_lora_weights(str(out / "lora"), use_safetensors=True)  # a plain base
+    assert sft.main(flags(data, tmp_path / "after", "--initial", out, "--base", "nf4", steps=2)) == 0
+    assert adapter(tmp_path / "after").keys() == adapter(out).keys()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--base", "nf4"), "this run trains all weights; give --lora-rank"),
         (("--pack-tokens", "5"), "did you mean --stages.0.pack-tokens"),
         (("--stpes", "5"), "did you mean --steps"),
         (("--stages.0.sequence-parallel", "2"), "these do: 1"),
