@@ -27,7 +27,7 @@ LEVELS = [
     {"loading"},
     {"patch"},
     {"skeleton", "costs"},
-    {"adapters", "edit", "estimate"},
+    {"adapters", "edit", "estimate", "lora"},
     {"flags"},
     {"data"},
     {"scenes"},

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from uniref_fast.builtin import is_builtin_folder
 from uniref_fast.loading import load_transformer
 from uniref_fast.runs import base_run, export_hint, read_field, trained_sizes, trained_visibility
@@ -19,7 +17,15 @@ from uniref_fast.runs import base_run, export_hint, read_field, trained_sizes, t
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Adapter", "adapter_sizes", "adapter_visibility", "apply_adapters", "check_adapters", "fuse_adapters"]
+__all__ = [
+    "Adapter",
+    "adapter_file",
+    "adapter_sizes",
+    "adapter_visibility",
+    "apply_adapters",
+    "check_adapters",
+    "fuse_adapters",
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Adapter:
             factor = math.nan
         if not math.isfinite(factor):
             raise ValueError(f"--lora {text}: the scale after the colon must be a finite number, got {scale!r}")
-        file = _file(path, text)
+        file = adapter_file(path, f"--lora {text}")
         run = (
             file.parent.parent
             if file.parent.name == "lora" and (file.parent.parent / "config.json").is_file()
@@ -66,10 +72,19 @@ class Adapter:
         return cls(path, file, factor, run)
 
 
-def _file(path: Path, text: str) -> Path:
+def adapter_file(path: Path, given: str) -> Path:
+    """Return the safetensors file of an adapter.
+
+    Args:
+        path: The file, a folder that holds one, or the folder of a training run.
+        given: Name of the path in messages.
+
+    Raises:
+        ValueError: The path holds no adapter, or several.
+    """
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"--lora {text}: an adapter is a .safetensors file, got {path.name}")
+            raise ValueError(f"{given}: an adapter is a .safetensors file, got {path.name}")
         return path
     folder = path / "lora" if (path / "lora").is_dir() else path
     files = sorted(folder.glob("*.safetensors"))
@@ -79,7 +94,7 @@ def _file(path: Path, text: str) -> Path:
         advice = "give the folder or the file of one adapter"
         if not whole and (path / "checkpoints").is_dir():  # a run that was stopped before its end
             advice = export_hint(path)
-        raise ValueError(f"--lora {text}: {folder} has {found}{whole}; {advice}")
+        raise ValueError(f"{given}: {folder} has {found}{whole}; {advice}")
     return files[0]
 
 
@@ -141,21 +156,12 @@ def apply_adapters(
     names, scales = list(active), [1.0] * len(active)
     for number, adapter in enumerate(adapters):
         name = f"lora{number}"
-        where = {"weight_name": adapter.file.name, "use_safetensors": True}
         try:
-            with _quiet_diffusers():
-                pipe.load_lora_weights(str(adapter.file.parent), adapter_name=name, **where)
-        except SafetensorError as error:
-            raise ValueError(
-                f"--lora {adapter.given}: {adapter.file.name} is truncated or not a safetensors file ({error}); copy "
-                "or download it again"
-            ) from error
+            held = _load(pipe, adapter, name)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"--lora {adapter.given} {_reason(error)}") from error
-        if name not in pipe.get_list_adapters().get("transformer", []):  # diffusers ignores the keys of other models
-            raise ValueError(f"--lora {adapter.given} holds no weights for {type(pipe.transformer).__name__}")
-        fitting = sum(f".{name}." in key for key, _ in pipe.transformer.named_parameters())
-        if fitting < (held := _lora_tensors(adapter.file)):  # diffusers ignores tensors of missing layers
+        fitting = sum(f".{name}." in key or key.endswith(f".{name}") for key, _ in pipe.transformer.named_parameters())
+        if fitting < held:  # diffusers ignores tensors of missing layers
             raise ValueError(
                 f"--lora {adapter.given}: {held - fitting} of its {held} tensors belong to no layer of this model; it "
                 "was trained for another one"
@@ -164,6 +170,23 @@ def apply_adapters(
         scales.append(adapter.scale)
     if names:
         pipe.set_adapters(names, scales)
+
+
+def _load(pipe: Any, adapter: Adapter, name: str) -> int:
+    """Add an adapter of any known format to a pipeline, and return the number of its tensors."""
+    from uniref_fast.lora.file import read_lora, to_format
+    from uniref_fast.lora.names import FORMATS
+
+    file = read_lora(adapter.file)
+    tensors, _ = to_format(file, FORMATS["diffusers"])
+    # the pipeline's own method knows LoRA only
+    load = pipe.transformer.load_lora_adapter if "lokr" in file.kinds else pipe.load_lora_weights
+    with _quiet_diffusers():
+        if file.format == "diffusers":  # as it is: the factor of its configuration is not rounded
+            load(str(adapter.file.parent), adapter_name=name, weight_name=adapter.file.name, use_safetensors=True)
+        else:
+            load(tensors, adapter_name=name)
+    return len(tensors)
 
 
 def fuse_adapters(pipe: Any, adapters: Sequence[Adapter], below: Path | None) -> None:
@@ -216,14 +239,6 @@ def _quiet_diffusers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _lora_tensors(file: Path) -> int:
-    """Return the number of LoRA matrices in a file (names of diffusers, peft or kohya), without text encoders."""
-    parts = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
-    with safe_open(file, "pt") as found:
-        keys = [key for key in found.keys() if not key.startswith(("text_encoder", "lora_te"))]  # noqa: SIM118
-    return sum(any(part in key for part in parts) for key in keys)
 
 
 def adapter_sizes(adapters: Sequence[Adapter]) -> tuple[int | None, int] | None:

@@ -1,4 +1,4 @@
-"""Command line: `uniref-fast demo | edit | estimate | data | eval | export | fuse | plan | plot | doctor`.
+"""Command line: `uniref-fast demo | edit | estimate | data | eval | export | fuse | lora | plan | plot | doctor`.
 
 Modules that load PyTorch are imported by the command that needs them, so that `--help` is quick.
 """
@@ -21,6 +21,7 @@ from uniref_fast.data import cli as data
 from uniref_fast.data.readers import escape_controls
 from uniref_fast.evaluation import cli as evaluation
 from uniref_fast.files import write_whole
+from uniref_fast.lora import cli as lora
 from uniref_fast.progress import announce, announce_import, running
 from uniref_fast.scenes import make as scenes
 
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             name += " plan"
             return plan.run(words[1:])
         args = _parser().parse_args(words)
-        name += f" {args.command}" + (f" {args.data_command}" if args.command == "data" else "")
+        inner = getattr(args, f"{args.command}_command", None)  # of data and lora
+        name += f" {args.command}" + (f" {inner}" if inner else "")
         return args.run(args)
     except (UsageError, ValueError, TypeError) as error:
         return _failed(name, str(error), 2)
@@ -136,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
                                "A run that was stopped before its end has checkpoints only."))  # fmt: skip
     weights.add_fuse(command("fuse", weights.fuse, "Write a model with LoRA adapters fused into its weights.",
                              "diffusers loads the folder like any other pipeline."))  # fmt: skip
+    lora.add_lora_commands(commands)
     command("plan", None, "Plan a training run: memory, packs, steps, time and disk, before anything is downloaded.")
     plot = command("plot", _plot, "Draw the metrics of training runs.",
                    "Each panel shows one metric or a group of metrics; several runs are overlaid.")  # fmt: skip
