@@ -47,7 +47,7 @@ def meaning(found):
 
 NAMES = (
     "reference_images", "references", "refs", "ref", "ref_images", "reference", "source_images", "sources",
-    "control_images", "control", "conditions", "inputs", "images_in", "input_imgs", "subject", "mask", "a",
+    "control_images", "control", "conditions", "inputs", "images_in", "input_imgs", "subject", "depth", "a",
 )  # fmt: skip
 
 

@@ -101,10 +101,10 @@ def test_files_without_rows(pictures, capsys):
 
 
 def test_a_broken_row_is_reported_once(pictures, capsys):
-    broken = [row(["none.png"] * 5, text="picture 9", seed=1), row(("a.png",), mask="small.png")]
+    broken = [row(["none.png"] * 5, text="picture 9", seed=1), row(("a.png",), depth="small.png")]
     status, notes, out = check(capsys, write_jsonl(pictures / "a.jsonl", broken))
     assert status == 1 and not notes and out.count("a.jsonl:1:") == out.count("a.jsonl:2:") == 1
-    assert "none.png" in out and "key 'mask' holds images" in out
+    assert "none.png" in out and "key 'depth' holds images" in out
 
 
 def test_notes_beyond_the_number_to_show_are_counted(pictures, capsys):

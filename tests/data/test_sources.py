@@ -99,7 +99,7 @@ def test_imagefolders(tmp_path, put, columns, expected, ending):
     [
         {"file_name": "b.png"},
         {"file_name": "b.png", "text": "x", "prompt": "y"},
-        {"file_name": "b.png", "mask_file_name": "r.png", "text": "x"},
+        {"file_name": "b.png", "depth_file_name": "r.png", "text": "x"},
         {"file_name": "r.png", "edited_file_name": "b.png", "text": "x"},  # what is the first?
         {
             "control_file_name": "r.png",
@@ -299,7 +299,7 @@ def test_a_configuration_may_name_a_file_of_rows_and_several_folders(put):
         ("d.toml", "x = [", "d.toml: "),
         ("d.toml", "x = 1", "not a known configuration of data"),
         ("d.yaml", "a: [", "not YAML"),
-        ("d.yaml", "config: {process: [{datasets: [{folder_path: data/t, mask_path: data/c1}]}]}", "has mask_path"),
+        ("d.yaml", "config: {process: [{datasets: [{folder_path: data/t, alpha_mask: true}]}]}", "has alpha_mask"),
         ("d.yaml", "config: {process: []}", "no datasets"),
         ("d.json", '[{"id": "a", "type": "aws", "instance_data_dir": "x"}]', "type 'aws'"),
         ("d.json", '[{"id": "a", "type": "local", "instance_data_dir": "data/t"}]', "caption_strategy None"),

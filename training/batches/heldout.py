@@ -38,9 +38,11 @@ def heldout_datasets(
         used = max(config.eval_samples if config.eval_every else 0, config.sample_count if config.sample_every else 0)
         for i in range(min(used, len(dataset))):
             row = dataset[i]
-            for picture in (*row.references, *([row.target] if row.target else ())):
-                try:
+            try:  # report it now, not in the middle of the run
+                for picture in (*row.references, *([row.target] if row.target else ())):
                     picture.load()
-                except (ValueError, OSError) as error:  # report it now, not in the middle of the run
-                    raise ValueError(f"{row.where}: {error}; repair or remove this held-out row") from error
+                if targets == "required":
+                    row.load_mask()
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{row.where}: {error}; repair or remove this held-out row") from error
     return found

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens
@@ -45,10 +46,18 @@ class Prepared:
         """Task type of the row, for metrics."""
         return self.row.task_type or "none"
 
-    def load(self) -> tuple[Image.Image, list[Image.Image]]:
-        """Return target and references, decoded, in RGB."""
+    def load(self) -> tuple[Image.Image, list[Image.Image], Tensor | None]:
+        """Return target and references, decoded, in RGB, and `load_mask()`."""
         assert self.row.target is not None  # `Encoder.prepare` refuses rows without a target
-        return self.row.target.load(), self.load_references()
+        return self.row.target.load(), self.load_references(), self.load_mask()
+
+    def load_mask(self) -> Tensor | None:
+        """Return the mean of the mask over each token of the target, float32 `[n]`; None if the row has no mask."""
+        pixels = self.row.load_mask()
+        if pixels is None:
+            return None
+        _, height, width = self.sample.target
+        return adaptive_avg_pool2d(torch.tensor(pixels)[None], (height, width)).flatten()
 
     def load_references(self) -> list[Image.Image]:
         """Return the references, decoded, in RGB."""
@@ -63,11 +72,13 @@ class Encoded:
         target: Latents of the clean target, `[n, C]`.
         references: Latents of all references, `[m, C]`; m may be 0.
         text: Prompt embeddings, `[l, D]`.
+        mask: Mean of the mask over each token of the target, float32 `[n]`; None if the row has no mask.
     """
 
     target: Tensor
     references: Tensor
     text: Tensor
+    mask: Tensor | None = None
 
 
 class Encoder:
@@ -122,18 +133,18 @@ class Encoder:
         return Prepared(row, instruction, dropped, made, made.sample(text))
 
     @torch.no_grad()
-    def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image]]) -> Encoded:
+    def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image], Tensor | None]) -> Encoded:
         """Return the tensors of a prepared row.
 
         Args:
             prepared: Row with its sizes.
             images: Result of `prepared.load()`.
         """
-        row, (target, references) = prepared.row, images
+        row, (target, references, mask) = prepared.row, images
         assert row.target is not None
         latents = self._latents(row.where, row.target, target, prepared.geometry.size)
         clean, text = self.encode_conditions(prepared, references)
-        return Encoded(latents, clean, text)
+        return Encoded(latents, clean, text, None if mask is None else mask.to(self.device))
 
     @torch.no_grad()
     def encode_conditions(

@@ -330,6 +330,9 @@ class RLTrainer(Trainer):
         config = self.config
         for name, reason in left_out([self.prompts.dataset, *self.validation.datasets.values()]):
             self.monitor.event(self.step, "left out", where=name, reason=reason)
+        if self.prompts.dataset.has_masks:
+            message = "the rows have masks, which are not used: rewards judge whole images"
+            self.monitor.event(self.step, "masks", message=message)
         if config.visibility not in (None, "full") and not trained_visibility(config.initial):
             message = (
                 f"nothing says that the model was trained with it; {config.visibility} is only for models that were"

@@ -18,7 +18,7 @@ from uniref_fast.schedule import shift_time
 from uniref_fast.training.batches.samples import Encoded, Prepared
 from uniref_fast.training.core.model import TrainedModel
 
-__all__ = ["FlowBatch", "assemble_batch", "flow_batch", "partial_errors", "sample_errors", "sample_t"]
+__all__ = ["FlowBatch", "assemble_batch", "flow_batch", "loss_weights", "partial_errors", "sample_errors", "sample_t"]
 
 
 def sample_t(generator: torch.Generator, mean: float, std: float, shift: float) -> float:
@@ -37,6 +37,8 @@ class FlowBatch:
         t: Time of each sample, float32 `[S]`.
         velocity: Velocities of the targets' tokens, by sample, float32 `[N_target, C]`.
         layout: Layout of the pack.
+        weights: Weights of the targets' tokens in the loss, float32 `[N_target]`, with mean 1 in each sample; None if
+            no sample has a mask.
     """
 
     image: Tensor
@@ -44,6 +46,21 @@ class FlowBatch:
     t: Tensor
     velocity: Tensor
     layout: SelfLayout
+    weights: Tensor | None = None
+
+
+def loss_weights(mask: Tensor, outside: float) -> Tensor:
+    """Return the weights of the tokens of a target in the loss, float32 `[n]`, with mean 1.
+
+    A token with the mask m has the weight `outside + (1 - outside) m`, divided by the mean of all of them, so that a
+    sample counts as much with a small mask as without a mask.
+
+    Args:
+        mask: Mean of the mask over each token, from 0 to 1, `[n]`; not 0 everywhere.
+        outside: Weight of a token that the mask leaves out.
+    """
+    weights = outside + (1 - outside) * mask.double()
+    return (weights * (len(weights) / weights.sum())).float()
 
 
 def flow_batch(
@@ -54,6 +71,7 @@ def flow_batch(
     noises: Sequence[Tensor],
     layout: SelfLayout,
     dtype: torch.dtype,
+    weights: Sequence[Tensor | None] = (),
 ) -> FlowBatch:
     """Mix each target with its noise at its time, and concatenate the samples of a pack.
 
@@ -65,6 +83,7 @@ def flow_batch(
         noises: Noise of each target, `[n, C]`.
         layout: Layout of the samples in this order.
         dtype: Dtype of the model's inputs.
+        weights: `loss_weights` of each sample, `[n]`, None for a sample without a mask; empty if no sample has one.
     """
     noisy, velocity = [], []
     for x0, t, noise in zip(targets, times, noises, strict=True):
@@ -72,12 +91,17 @@ def flow_batch(
         noisy.append(((1 - t) * x0 + t * noise).to(dtype))
         velocity.append(noise - x0)
     device = targets[0].device
+    of_tokens = None
+    if any(weight is not None for weight in weights):
+        pairs = zip(weights, targets, strict=True)
+        of_tokens = torch.cat([torch.ones(len(x), device=device) if w is None else w.to(device) for w, x in pairs])
     return FlowBatch(
         layout.image_stream(noisy, [clean.to(dtype) for clean in references]),
         torch.cat([text.to(dtype) for text in texts]),
         torch.tensor(times, dtype=torch.float32, device=device),
         torch.cat(velocity),
         layout,
+        of_tokens,
     )
 
 
@@ -86,6 +110,7 @@ def assemble_batch(
     samples: Sequence[tuple[Prepared, Encoded]],
     times: Sequence[float],
     noises: Sequence[Tensor],
+    mask_weight_outside: float = 0.0,
 ) -> FlowBatch:
     """Pack encoded samples, with their times and noise, for a model.
 
@@ -94,7 +119,9 @@ def assemble_batch(
         samples: Sizes and tensors of each sample.
         times: Time t of each sample, in [0, 1].
         noises: Noise of each target, `[n, C]`.
+        mask_weight_outside: Weight of the tokens that a mask leaves out, from 0 to 1.
     """
+    masks = [encoded.mask for _, encoded in samples]
     return flow_batch(
         [encoded.target for _, encoded in samples],
         [encoded.references for _, encoded in samples],
@@ -103,11 +130,12 @@ def assemble_batch(
         noises,
         model.packed.layout([prepared.sample for prepared, _ in samples]),
         getattr(torch, model.config.dtype),
+        [None if mask is None else loss_weights(mask, mask_weight_outside) for mask in masks],
     )
 
 
 def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
-    """Run the model and return this rank's part of each sample's mean squared error, float32 `[S]`.
+    """Run the model and return this rank's part of each sample's error, float32 `[S]`, see `sample_errors`.
 
     Ranks that share a pack each compute the error of their own rows of the targets; their parts add up to the error.
 
@@ -123,7 +151,7 @@ def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
 
 
 def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] | None = None) -> Tensor:
-    """Return the mean squared error of each sample, float32 `[S]`.
+    """Return the error of each sample, float32 `[S]`: the mean over its tokens of weight x mean squared error.
 
     Args:
         prediction: Velocities of the targets' tokens, `[N_target, C]`, or its rows from bounds[0] to bounds[1]; each
@@ -133,6 +161,8 @@ def sample_errors(prediction: Tensor, batch: FlowBatch, bounds: tuple[int, int] 
     """
     first, last = bounds or (0, len(batch.velocity))
     squares = (prediction.float() - batch.velocity[first:last]).square().mean(1)
+    if batch.weights is not None:
+        squares = squares * batch.weights[first:last]
     # one sum per sample: the order of additions in index_add is not fixed on a GPU
     parts = zip(batch.layout.split_targets(squares, first), batch.layout.targets, strict=True)
     return torch.stack([part.sum() / target.length for part, target in parts])

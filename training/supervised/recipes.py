@@ -27,6 +27,10 @@ class SFT(Recipe):
             guidance.
         drop_references: Share of samples, from 0 to 1, that are trained without their references.
 
+    Attributes: Masks
+        mask_weight_outside: Weight, from 0 to 1, of what the mask of a row leaves out of the loss, next to a weight of
+            1 for what is white; rows without a mask are not affected.
+
     Attributes: Memory and precision
         cost: Cost model that balances packs between ranks: "measured" times this machine when the run starts, "flops"
             counts operations.
@@ -36,14 +40,16 @@ class SFT(Recipe):
     t_std: float = 1.0
     drop_text: float = 0.1
     drop_references: float = 0.05
+    mask_weight_outside: float = 0.0
     cost: Literal["measured", "flops"] = "measured"
     visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("drop_text", "drop_references"):
+        for name in ("drop_text", "drop_references", "mask_weight_outside"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a share from 0 to 1, got {getattr(self, name)}")
+                what = "weight" if name == "mask_weight_outside" else "share"
+                raise ValueError(f"{name} must be a {what} from 0 to 1, got {getattr(self, name)}")
         self._at_least({"t_std": 0})
 
 

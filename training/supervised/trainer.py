@@ -175,7 +175,8 @@ class SFTTrainer(Trainer):
                 times.append(sample_t(draw(config.seed, "t", key), config.t_mean, config.t_std, shift))
                 noises.append(torch.randn(shape, generator=draw(config.seed, "noise", key)))
             samples = [(step_packs.prepared[key], encoded[key]) for key in keys]
-            yield keys, assemble_batch(self.model, samples, times, noises) if keys else None
+            outside = config.mask_weight_outside
+            yield keys, assemble_batch(self.model, samples, times, noises, outside) if keys else None
 
     def _backward(self, keys: list[PackKey], batch: FlowBatch | None, samples: int) -> list[tuple[PackKey, float]]:
         """Add the gradient of a pack; return this rank's part of each sample's error."""

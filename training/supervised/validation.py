@@ -133,7 +133,7 @@ class Validation:
             t = torch.sigmoid(self.config.t_mean + self.config.t_std * torch.special.ndtri(quantile)).item()
             times.append(shift_time(t, shift))
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))
-        return assemble_batch(self.model, chosen, times, noises)
+        return assemble_batch(self.model, chosen, times, noises, self.config.mask_weight_outside)
 
     def samples(self, pack_tokens: int) -> list[HeldoutSample]:
         """Generate the results of the first `sample_count` rows of each file. All ranks.

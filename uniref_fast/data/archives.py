@@ -3,7 +3,8 @@
 Members whose names are equal up to the first dot are one sample. A sample is a row if it has `KEY.json`, `KEY.txt`,
 `KEY.input_N.*` or `KEY.output.*`. Its JSON either names members (of any sample, relative to it or to the top of the
 archive) under the keys of a known format, or has no images. In the second case the images are `KEY.input_0.png`,
-`KEY.input_1.jpg`, ... and `KEY.output.png`, and the instruction is in the JSON or in `KEY.txt`. Keys may have dots:
+`KEY.input_1.jpg`, ... and `KEY.output.png`, a mask of the target is `KEY.mask.png`, and the instruction is in the JSON
+or in `KEY.txt`. Keys may have dots:
 `v1.5_002.output.png` belongs to the sample `v1.5_002`.
 
 Nothing is extracted: a member is a range of bytes in the archive, or is decompressed in memory when it is read. A
@@ -32,7 +33,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from uniref_fast.data.formats import IMAGE_SUFFIXES, TEXT_KEYS, is_image_key
+from uniref_fast.data.formats import IMAGE_SUFFIXES, MASK_KEYS, TEXT_KEYS, is_image_key
 from uniref_fast.data.images import ImageSource
 from uniref_fast.data.readers import BOM, BrokenFileError, RawRow, Reader, from_json, printable
 
@@ -42,6 +43,7 @@ LARGEST = 1 << 30  # bytes of the largest member of a zip, which is decompressed
 
 NUMBERED = re.compile(r"input_(\d+)\.\w+")
 OUTPUT = re.compile(r"output\.\w+")
+MASK = re.compile(r"mask\.\w+")
 DOTTED = re.compile(r"(.+?)\.(json|txt|input_\d+\.\w+|output\.\w+)")  # rest of a name whose key contains a dot
 
 
@@ -108,13 +110,15 @@ class TarReader(Reader):
         if any(is_image_key(name) and value is not None for name, value in values.items()):
             self._check_all_named(key, values)
             return RawRow(values, functools.partial(self._find_beside, posixpath.dirname(key)))
-        return RawRow(_with_members(values, key, ends), self._source)  # members by their full names
+        row = _with_members(values, key, ends)
+        self._named |= {_kind(f"{key}.{end}") for end in ends if MASK.fullmatch(end)}
+        return RawRow(row, self._source)  # members by their full names
 
     def _check_all_named(self, key: str, values: Mapping[str, Any]) -> None:
         """Raise ValueError if the JSON leaves out an image of its sample, which would be dropped silently."""
         named = set()
         for name, value in values.items():
-            if is_image_key(name):
+            if is_image_key(name) or name in MASK_KEYS:
                 for item in value if isinstance(value, list) else [value]:
                     if isinstance(item, str):
                         named.add(self._member_named(posixpath.dirname(key), item))
@@ -324,16 +328,18 @@ def _with_members(values: Mapping[str, Any], key: str, ends: list[str]) -> dict[
     """Return a canonical row whose images are the sample's own members."""
     numbered = sorted((int(match[1]), end) for end in ends if (match := NUMBERED.fullmatch(end)))
     outputs = [end for end in ends if OUTPUT.fullmatch(end)]
-    used = {end for _, end in numbered} | set(outputs)
+    masks = [end for end in ends if MASK.fullmatch(end)]
+    used = {*(end for _, end in numbered), *outputs, *masks}
     others = [f".{end}" for end in ends if end not in used and f".{end}".lower().endswith(IMAGE_SUFFIXES)]
     if others:
         raise ValueError(
-            f"members {others} are neither .input_0, .input_1, ... nor .output, and no JSON states their role"
+            f"members {others} are neither .input_0, .input_1, ... nor .output or .mask, and no JSON states their role"
         )
     if [number for number, _ in numbered] != list(range(len(numbered))):
         raise ValueError(f"inputs must be .input_0, .input_1, ... once each, got {[f'.{end}' for _, end in numbered]}")
-    if len(outputs) > 1:
-        raise ValueError(f"several outputs: {outputs}")
+    for several, what in ((outputs, "outputs"), (masks, "masks")):
+        if len(several) > 1:
+            raise ValueError(f"several {what}: {several}")
     texts = [values[name] for name in TEXT_KEYS if values.get(name) is not None]
     if len(texts) > 1:
         raise ValueError(f"several instructions: {[name for name in TEXT_KEYS if values.get(name) is not None]}")
@@ -341,4 +347,4 @@ def _with_members(values: Mapping[str, Any], key: str, ends: list[str]) -> dict[
     row["input_images"] = [f"{key}.{end}" for _, end in numbered]
     row["output_image"] = f"{key}.{outputs[0]}" if outputs else None
     row["instruction"] = texts[0] if texts else None
-    return row
+    return {**row, "mask": f"{key}.{masks[0]}"} if masks else row

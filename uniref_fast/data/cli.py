@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uniref_fast.data.notes import Note, Notes, row_notes
+from uniref_fast.data.notes import Note, Notes, mask_notes, row_notes
 from uniref_fast.progress import running, tracked
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ Size = tuple[int, int]  # (width, height) in pixels
 
 COLUMNS_HELP = (
     "Roles of columns whose names are not known, as ROLE=COLUMN pairs with commas between them, such as "
-    "instruction=prompt,references=refs. The roles are instruction, references, target, task_type, key, language and "
-    "ignore; references and ignore may have several columns."
+    "instruction=prompt,references=refs. The roles are instruction, references, target, mask, task_type, key, language "
+    "and ignore; references and ignore may have several columns."
 )
 FOLDER_HELP = "Folder that relative image paths of the rows refer to. (default: the folder of the row's file)"
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (3, 1), (1, 3))
@@ -55,7 +55,11 @@ def add_data_commands(commands: Any) -> Any:
         "--targets", choices=("required", "optional"), default="required",
         help="Rows without a target are valid if targets are optional. (default: %(default)s)",
     )  # fmt: skip
-    check.add_argument("--decode", action="store_true", help="Decode every image instead of reading only its header.")
+    check.add_argument(
+        "--decode",
+        action="store_true",
+        help="Decode every image instead of reading only its header. Masks are decoded in any case.",
+    )
     check.add_argument(
         "--show",
         type=int,
@@ -78,6 +82,10 @@ def add_data_commands(commands: Any) -> Any:
     convert.add_argument(
         "--control-folder", type=Path, action="append", default=[], metavar="DIR",
         help="Folder of references that have the names of the targets; repeat the flag for more references, in order.",
+    )  # fmt: skip
+    convert.add_argument(
+        "--mask-folder", type=Path, metavar="DIR",
+        help="Folder of masks that have the names of the targets: white is trained, black is not.",
     )  # fmt: skip
     convert.add_argument(
         "--caption-ending", default=".txt", metavar="ENDING", help="Ending of the caption files. (default: %(default)s)"
@@ -104,6 +112,7 @@ class _Found:
     targets: list[Size] = field(default_factory=list)
     references: list[Size] = field(default_factory=list)
     joint_areas: list[int] = field(default_factory=list)  # pixels of all references of a row that has any
+    masks: list[float] = field(default_factory=list)  # share of its target that each mask covers
     broken: list[dict[str, str]] = field(default_factory=list)
     notes: Notes = field(default_factory=Notes)
 
@@ -139,15 +148,18 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError(
             "give either paths, or --target-folder and --control-folder; paths and --target-folder exclude each other"
         )
-    if args.control_folder and args.target_folder is None:
-        raise ValueError("--control-folder needs --target-folder, the folder of the target images")
+    for flag, given in (("--control-folder", args.control_folder), ("--mask-folder", args.mask_folder)):
+        if given and args.target_folder is None:
+            raise ValueError(f"{flag} needs --target-folder, the folder of the target images")
     if args.out.suffix.lower() != ".jsonl":
         raise ValueError(f"--out must be a .jsonl file, got {args.out}")
     out = local_path(args.out)
     paths: list[Any] = list(args.paths)
     if args.target_folder is not None:
         ending = "." + args.caption_ending.lower().lstrip(".")
-        paths = [Pairs(local_path(args.target_folder), tuple(map(local_path, args.control_folder)), ending)]
+        controls = tuple(map(local_path, args.control_folder))
+        masks = None if args.mask_folder is None else local_path(args.mask_folder)
+        paths = [Pairs(local_path(args.target_folder), controls, ending, masks=masks)]
     try:
         with running("reading the files"):
             dataset = Dataset(paths, args.image_folder, "optional", args.columns)
@@ -192,12 +204,14 @@ def _measure(dataset: Dataset, decode: bool, ignored: Collection[str]) -> _Found
             continue
         if isinstance(outcome, Exception):
             raise outcome
-        target, references, task_type, notes = outcome
+        target, references, covered, task_type, notes = outcome
         found.notes.add(notes)
         found.notes.add_keys(name for name, role in roles.items() if role is None and name not in ignored)
         found.counts[len(references)] += 1
         found.task_types[task_type] += 1
         found.references += references
+        if covered is not None:
+            found.masks.append(covered)
         if target is not None:
             found.targets.append(target)
         if references:
@@ -205,11 +219,28 @@ def _measure(dataset: Dataset, decode: bool, ignored: Collection[str]) -> _Found
     return found
 
 
-def _inspect(dataset: Dataset, decode: bool, index: int) -> tuple[Size | None, list[Size], str | None, list[Note]]:
-    """Return the sizes of a row's target and references, its task type and notes; raise RowError if it is broken."""
+def _inspect(
+    dataset: Dataset, decode: bool, index: int
+) -> tuple[Size | None, list[Size], float | None, str | None, list[Note]]:
+    """Return what a row holds; raise RowError if it is broken.
+
+    Returns:
+        Sizes of the target and of the references, the share of the target that its mask covers, the task type, and
+        notes.
+    """
+    from uniref_fast.data.dataset import RowError
+
     row = dataset[index]
     target, references = row.sizes(decode)
-    return target, references, row.task_type, row_notes(row, target, references)
+    notes = row_notes(row, target, references)
+    try:
+        mask = row.load_mask()
+    except ValueError as error:
+        raise RowError(row.where, error) from error
+    if mask is None:
+        return target, references, None, row.task_type, notes
+    notes += mask_notes(row, float(mask.max()))
+    return target, references, float(mask.mean(dtype="float64")), row.task_type, notes
 
 
 def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
@@ -238,6 +269,12 @@ def _facts(dataset: Dataset, found: _Found, show: int) -> dict[str, Any]:
         "task_types": {kind or "": count for kind, count in found.task_types.most_common()},
         "target_sizes": measured(found.targets),
         "reference_sizes": measured(found.references),
+        "masks": {
+            "rows": len(found.masks),
+            "covered": dict(zip(("min", "median", "max"), np.percentile(found.masks, (0, 50, 100)), strict=True))
+            if found.masks
+            else {},
+        },
         "joint_reference_area": dict(zip((f"p{p}" for p in PERCENTILES), areas, strict=False)),
         "errors": found.broken[:show],
         "notes": found.notes.facts(show),
@@ -268,6 +305,11 @@ def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
         lines.append(f"{label:<18}{sizes['pictures']:,}, pixels min / median / max {spread}")
         shares = (f"{name} {count / sizes['pictures']:.0%}" for name, count in list(sizes["ratios"].items())[:6])
         lines.append(f"{'  aspect ratios':<18}{', '.join(shares)}")
+    if covered := facts["masks"]["covered"]:
+        spread = " / ".join(f"{value:.1%}" for value in covered.values())
+        lines.append(f"masks             {len(found.masks):,}, share of the target min / median / max {spread}")
+        if whole := len(dataset) - len(found.broken) - len(found.masks):
+            lines.append(f"  {whole:,} row(s) without a mask train on the whole target")
     if facts["joint_reference_area"]:
         areas = (f"{name} {area:,} ({math.isqrt(area)}^2)" for name, area in facts["joint_reference_area"].items())
         lines.append(f"joint area        {', '.join(areas)}")
@@ -288,7 +330,7 @@ def _report(dataset: Dataset, found: _Found, show: int) -> list[str]:
 
 def _by_role(columns: Counter[tuple[str, str | None]]) -> list[tuple[tuple[str, str | None], int]]:
     """Return the columns by role: instruction, references, target, others, and those that are not read."""
-    order = ("instruction", "references", "references, the last is the target", "target")
+    order = ("instruction", "references", "references, the last is the target", "target", "mask")
 
     def rank(item: tuple[tuple[str, str | None], int]) -> tuple[int, str, str]:
         (name, role), _ = item

@@ -10,7 +10,7 @@ from uniref_fast.data.formats import FORMATS, Format, likely_roles, matches, rec
 
 __all__ = ["ROLES", "Columns"]
 
-ROLES = ("instruction", "references", "target", "task_type", "key", "language", "ignore")
+ROLES = ("instruction", "references", "target", "mask", "task_type", "key", "language", "ignore")
 SEVERAL = ("references", "ignore")  # may be given for more than one column
 
 
@@ -106,6 +106,7 @@ class Columns:
             task=next(iter(named["task_type"]), form.task),
             language=next(iter(named["language"]), form.language),
             key=next(iter(named["key"]), None),
+            mask=next(iter(named["mask"]), form.mask),
             unread=(*form.unread, *named["ignore"]),
             ambiguous=False,
         )

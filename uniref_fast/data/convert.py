@@ -93,5 +93,7 @@ def _values(row: Row, index: int, folder: Path, images: Path) -> dict[str, Any]:
         "output_image": None if row.target is None else path_of(row.target, "out"),
         "instruction": row.instruction,
     }
+    if row.mask is not None:
+        values["mask"] = path_of(row.mask, "mask")
     values |= {name: getattr(row, name) for name in ("task_type", "key", "scene") if getattr(row, name) is not None}
     return values

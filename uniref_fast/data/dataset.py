@@ -1,7 +1,8 @@
 """Datasets for training and evaluation: rows with an instruction, references in order, and a target.
 
 The canonical row is {"input_images": [paths], "output_image": path, "instruction": text, "task_type": text}, with any
-number of references, also none; `formats` lists the other names of keys that are recognised. Files are .jsonl
+number of references, also none, and possibly a "mask" of the target, whose white part is trained; `formats` lists the
+other names of keys that are recognised. Files are .jsonl
 (.ndjson), .json, .csv, .parquet, .tar, .tar.gz and .zip, or folders of these; folders of images with captions are read
 too (`pairs`).
 
@@ -76,7 +77,10 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """Content of a row; its images have not been read yet."""
+    """Content of a row; its images have not been read yet.
+
+    `mask` weighs the pixels of the target in the loss of supervised fine-tuning: white counts, black does not.
+    """
 
     instruction: str
     references: tuple[ImageSource, ...]
@@ -87,6 +91,7 @@ class Row:
     artworks: Mapping[str, ImageSource] = field(default_factory=dict, repr=False, hash=False)
     key: str | None = None
     language: str | None = None
+    mask: ImageSource | None = None
 
     def sizes(self, decode: bool = False) -> tuple[Size | None, list[Size]]:
         """Return the sizes (width, height) in pixels of the target, None without one, and of the references.
@@ -98,7 +103,8 @@ class Row:
             decode: Decode all pixels instead of reading the headers only.
 
         Raises:
-            RowError: An image cannot be read, or is too elongated for the text encoder.
+            RowError: An image cannot be read, or is too elongated for the text encoder, or the mask does not have the
+                shape of the target.
         """
 
         def size(source: ImageSource) -> Size:
@@ -111,9 +117,30 @@ class Row:
             return width, height
 
         try:
-            return None if self.target is None else size(self.target), [size(source) for source in self.references]
+            target = None if self.target is None else size(self.target)
+            if self.mask is not None and target is not None:
+                check_mask_size(self.mask.name, self.mask.size(), target)
+                if decode:
+                    self.load_mask()
+            return target, [size(source) for source in self.references]
         except ValueError as error:
             raise RowError(self.where, error) from error
+
+    def load_mask(self) -> np.ndarray | None:
+        """Return the mask as weights of pixels, float32 `[height, width]` from 0 to 1; None if the row has none.
+
+        Raises:
+            ValueError: The mask cannot be read, or leaves out the whole target.
+        """
+        if self.mask is None:
+            return None
+        weights = self.mask.load_mask()
+        if not weights.any():
+            raise ValueError(
+                f"{self.mask.name}: the mask is black everywhere, so that nothing of the target counts; paint white "
+                "what is trained, or leave the mask of this row out"
+            )
+        return weights
 
 
 class Dataset:
@@ -201,6 +228,14 @@ class Dataset:
         except RecursionError:
             raise RowError(where, "a value is nested too deeply") from None
 
+    @property
+    def has_masks(self) -> bool:
+        """True if one of the first rows of a file has a mask."""
+        return any(
+            form is not None and any(not keys.isdisjoint(form.mask_keys) for keys in reader.keys(SAMPLE))
+            for reader, form in zip(self._readers, self._formats, strict=True)
+        )
+
     def roles(self, index: int) -> dict[str, str | None]:
         """Return the role of each key of a row, such as "references"; None for a key that is not read.
 
@@ -267,8 +302,23 @@ class Dataset:
                 f'no target image: {hint}; only targets="optional" (reinforcement learning) accepts such rows'
             )
         artworks = _artworks(content.scene, raw)
+        mask = None if content.mask is None else _source(*content.mask, raw)
         return Row(content.instruction, references, target, content.task_type, where, content.scene, artworks,
-                   content.key, content.language)  # fmt: skip
+                   content.key, content.language, mask)  # fmt: skip
+
+
+def check_mask_size(name: str, mask: Size, target: Size) -> None:
+    """Check that a mask has the size of its target, or is its scaled version up to the rounding of a side.
+
+    Raises:
+        ValueError: The aspect ratios differ.
+    """
+    (width, height), (mask_width, mask_height) = target, mask
+    if abs(mask_width * height - mask_height * width) > max(*target, *mask):
+        raise ValueError(
+            f"{name}: the mask is {mask_width} x {mask_height} pixels, and the target {width} x {height}; a mask needs "
+            "the size of its target, or another size of the same aspect ratio"
+        )
 
 
 def left_out(datasets: Iterable[Dataset], most: int = 20) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ __all__ = [
     "FORMATS",
     "IMAGE_SUFFIXES",
     "KEYS",
+    "MASK_KEYS",
     "TEXT_KEYS",
     "Format",
     "RowContent",
@@ -46,6 +47,7 @@ class Format:
         language: Key of the language of the instruction.
         more: Keys of further references, one image or a list each, which follow those of `references`.
         key: Key of the row's own name; None uses the first of `KEYS` that the row has.
+        mask: Key of the mask of the target; None uses those of `MASK_KEYS`.
     """
 
     name: str
@@ -60,6 +62,13 @@ class Format:
     language: str | None = None
     more: tuple[str, ...] = ()
     key: str | None = None
+    mask: str | None = None
+
+    @property
+    def mask_keys(self) -> tuple[str, ...]:
+        """Keys of the mask of the target; a row has at most one of them."""
+        known = (key for key in MASK_KEYS if key != self.text and key not in self.unread and not self.owns(key))
+        return (self.mask,) if self.mask else tuple(known)
 
     def owns(self, key: str) -> bool:
         """Return True if the key belongs to the format and is not the text."""
@@ -78,6 +87,7 @@ class Format:
                  "task_type": "task type", self.task: "task type", self.language: "language",
                  "scene": "scene"}  # fmt: skip
         names |= {key: "key" for key in ((self.key,) if self.key else KEYS)}
+        names |= dict.fromkeys(self.mask_keys, "mask")
         return "references" if self._holds_references(key) else names.get(key)
 
     def __str__(self) -> str:
@@ -123,6 +133,7 @@ FORMATS = (
 )
 
 KEYS = ("key", "case_id", "id", "idx")  # keys of a row's own name; the first that a row has counts
+MASK_KEYS = ("mask", "mask_path", "loss_mask")  # keys of the mask of the target, in rows of every format
 PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")  # Qwen's processors replace them with the tokens of an image
 TEXT_KEYS = ("instruction", "prompt", "caption")
 IMAGE_SUFFIXES = (
@@ -139,7 +150,7 @@ def is_image_key(key: str) -> bool:
 def matches(form: Format, keys: Collection[str]) -> bool:
     """Return True if rows with these keys can be of the format: its keys are present, and no other format's keys."""
     return form.text in keys and all(key in keys for key in form.required) and all(
-        form.owns(key) for key in keys if is_image_key(key) and key not in form.unread
+        form.owns(key) for key in keys if is_image_key(key) and key not in (*form.unread, form.mask)
     )  # fmt: skip
 
 
@@ -171,18 +182,26 @@ def _imagefolder(keys: Collection[str]) -> Format:
     targets = [key for key, words in files.items() if words & TARGET_WORDS]
     references = [key for key, words in files.items() if words & REFERENCE_WORDS and key not in targets]
     plain = [key for key, words in files.items() if not words]
+    masks = [key for key, words in files.items() if words & MASK_WORDS and key not in (*targets, *references)]
     targets = targets or plain
     references.sort(key=lambda key: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", key)])
     alike = {re.sub(r"\d+", "", key) for key in references}
-    if len(texts) != 1 or len(targets) != 1 or len(alike) > 1 or len(targets + references) < len(files):
+    if (
+        len(texts) != 1
+        or len(targets) != 1
+        or len(alike) > 1
+        or len(masks) > 1
+        or len(targets + references + masks) < len(files)
+    ):
         raise ValueError(
             f"the columns {sorted(keys)} of this imagefolder are ambiguous: one of "
             f"{', '.join(IMAGEFOLDER_TEXTS)} must be the instruction, and file_name or output_file_name the target, "
-            "with references such as input_file_name; give the roles with columns such as instruction=text,"
-            "references=input_file_name,target=file_name (--columns)"
+            "with references such as input_file_name and a mask such as mask_file_name; give the roles with columns "
+            "such as instruction=text,references=input_file_name,target=file_name (--columns)"
         )
     first = references[0] if references else "input_file_name"
-    return Format("imagefolder", texts[0], first, targets[0], more=tuple(references[1:]))
+    return Format("imagefolder", texts[0], first, targets[0], more=tuple(references[1:]),
+                  mask=next(iter(masks), None))  # fmt: skip
 
 
 def likely_roles(keys: Collection[str]) -> tuple[tuple[str, ...], ...]:
@@ -219,6 +238,7 @@ REFERENCE_WORDS = {"before", "condition", "conditioning", "control", "input", "i
 TARGET_WORDS = {"after", "answer", "edited", "expected", "gt", "ground", "out", "output", "outputs", "result",
                 "results", "target", "targets", "truth"}  # fmt: skip
 
+MASK_WORDS = {"mask", "masks"}
 
 _IMAGE_KEYS = (
     REFERENCE_WORDS | TARGET_WORDS | {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos"}
@@ -228,6 +248,8 @@ _IMAGE_KEYS = (
 def nearest_key(key: str, form: Format) -> tuple[str, str]:
     """Return (role, key of the format) that an unknown key of images most probably stands for."""
     words = _words(key)
+    if words & MASK_WORDS:
+        return "mask", form.mask or MASK_KEYS[0]
     if form.target is not None and words & TARGET_WORDS:
         return "target", form.target
     return "references", form.references.removesuffix("#")
@@ -245,6 +267,7 @@ class RowContent:
         scene: Description of the scene, not checked, or None.
         key: Name of the row in the dataset, or None.
         language: Language of the instruction, or None.
+        mask: (name for messages, value) of the mask of the target, or None.
     """
 
     instruction: str
@@ -254,6 +277,7 @@ class RowContent:
     scene: Mapping[str, Any] | None = None
     key: str | None = None
     language: str | None = None
+    mask: tuple[str, Any] | None = None
 
     @staticmethod
     def parse(
@@ -290,9 +314,21 @@ class RowContent:
         instruction = _instruction(values, form, len(references))
         own_names = (form.key,) if form.key else KEYS
         key, language = next((values[key] for key in own_names if key in values), None), values.get(form.language or "")
-        return RowContent(
-            instruction, references, target, task_type, _object(values.get("scene")), _label(key), _label(language)
+        return RowContent(instruction, references, target, task_type, _object(values.get("scene")), _label(key),
+                          _label(language), _mask(values, form))  # fmt: skip
+
+
+def _mask(values: Mapping[str, Any], form: Format) -> tuple[str, Any] | None:
+    """Return (name for messages, value) of the mask of a row, or None."""
+    given = [key for key in form.mask_keys if key in values]
+    if len(given) > 1:
+        raise ValueError(f"a row has one mask, got {' and '.join(given)}")
+    if given and not isinstance(values[given[0]], (str, bytes, dict)):
+        raise ValueError(
+            f"{given[0]} must be one image that weighs the target in the loss, got {values[given[0]]!r:.80}; leave a "
+            f"key of another meaning out with --columns ignore={given[0]}"
         )
+    return (given[0], values[given[0]]) if given else None
 
 
 def _label(value: Any) -> str | None:
@@ -313,7 +349,8 @@ def _object(value: Any) -> Mapping[str, Any] | None:
 def _refuse_unread_images(values: Mapping[str, Any], form: Format, names_file: Callable[[str], bool]) -> None:
     """Raise ValueError if a key that is not read holds images, which would be left out silently."""
     for key, value in values.items():
-        if form.owns(key) or key in (form.text, form.key, form.language, "task_type", *form.unread, *KEYS):
+        others = (form.text, form.key, form.language, "task_type", *form.mask_keys, *form.unread, *KEYS)
+        if form.owns(key) or key in others:
             continue
         if key in TEXT_KEYS and isinstance(value, str):
             continue

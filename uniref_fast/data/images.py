@@ -99,6 +99,14 @@ class ImageSource:
             )
         return self._with(functools.partial(_upright, mode=mode))
 
+    def load_mask(self) -> np.ndarray:
+        """Return the upright image as weights of its pixels, float32 `[height, width]` from 0 to 1.
+
+        White is 1 and black is 0; colours count by their brightness (ITU-R BT.601). If a pixel is transparent, the
+        alpha channel is the mask instead: opaque is 1, and colours do not count.
+        """
+        return self._with(_weights)
+
     def _with(self, use: Callable[[Image.Image], Result]) -> Result:
         """Return the result of `use` on the opened image; if that fails, on a PNG without its metadata."""
         try:
@@ -204,6 +212,25 @@ def _upright(image: Image.Image, mode: str) -> Image.Image:
     return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
 
 
+def _weights(image: Image.Image) -> np.ndarray:
+    image.load()
+    turn = _orientation(image)
+    if _is_16_bit_grey(image):
+        values = np.asarray(image).astype(np.float32) / 65535
+    else:
+        values = np.asarray(_alpha(image) or _rgb(image).convert("L")).astype(np.float32) / 255
+    weights = Image.fromarray(values)
+    return np.asarray(weights.transpose(UPRIGHT[turn]) if turn in UPRIGHT else weights)
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    """Return the alpha channel of an image with a transparent pixel; None for other images."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return alpha if np.asarray(alpha).min() < 255 else None
+
+
 def _without_metadata(content: bytes) -> bytes | None:
     """Return a PNG with only the chunks that its pixels need and an intact orientation; None for other formats.
 
@@ -259,9 +286,13 @@ def _metadata_behind_pixels(file: BinaryIO | None) -> bool:
         file.seek(before)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _is_16_bit_grey(image: Image.Image) -> bool:
     # Pillow before 12 opens grey PNGs and PGMs of 16 bits as "I"
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if _is_16_bit_grey(image):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")  # convert alone would clip
     if image.mode in ("I", "F"):
         raise ValueError(f"mode {image.mode!r} has no defined range; store 8 or 16 bits a channel")

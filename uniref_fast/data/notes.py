@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from uniref_fast.data.dataset import Row
 
-__all__ = ["KINDS", "TRAINED_REFERENCES", "Note", "Notes", "pictures_named", "row_notes"]
+__all__ = ["KINDS", "TRAINED_REFERENCES", "Note", "Notes", "mask_notes", "pictures_named", "row_notes"]
 
 TRAINED_REFERENCES = 3
 """Largest number of references that Qwen-Image-Edit-2509 and 2511 were trained with."""
 
+DIM = 0.5  # weight that the largest one of a mask should reach; masks of labels 0 and 1 are nearly black
 SMALLEST = 16  # pixels; a token of the transformer covers 16 x 16 of them
 KINDS = {
     "picture_number": "row(s) name a picture that they do not have",
     "many_references": f"row(s) have more references than the {TRAINED_REFERENCES} that Qwen-Image-Edit-2509 and 2511 "
     "were trained with; train on such rows before you edit with them",
     "small_image": f"row(s) have an image with a side under {SMALLEST} pixels, too small to show anything",
+    "dim_mask": "row(s) have a mask that is nowhere white",
     "unread_key": "row(s) have a key that no command reads",
     "empty_file": "file(s) have no rows",
 }
@@ -125,6 +127,14 @@ def row_notes(row: Row, target: tuple[int, int] | None, references: Sequence[tup
         if min(width, height) < SMALLEST:
             notes.append(Note("small_image", row.where, f"{source.name} is {width} x {height} pixels"))
     return notes
+
+
+def mask_notes(row: Row, brightest: float) -> list[Note]:
+    """Return the notes about the mask of a row, from the largest weight of its pixels."""
+    if brightest >= DIM:
+        return []
+    text = f"its brightest pixel is {round(brightest * 255)} of 255; store 255 for what is trained in full"
+    return [Note("dim_mask", row.where, text)]
 
 
 def pictures_named(text: str) -> set[int]:

@@ -2,6 +2,7 @@
 
 ai-toolkit, SimpleTuner and musubi-tuner store their data like this: `target/0001.jpg` with `target/0001.txt`, and
 references `control_1/0001.png`, `control_2/0001.png`, ..., or `control/0001_0.png`, `control/0001_1.png`, ...
+A mask of a target has its name in a folder `mask`, or is `0001-masklabel.png` beside it, as OneTrainer keeps it.
 `pairs_of` recognises such folders by their names; `configured` reads the folders that configuration files name.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ __all__ = ["Pairs", "PairsReader", "configured", "is_backend_list", "pairs_of"]
 
 CONTROL = re.compile(r"(?:control|conditioning|condition|cond|reference|ref|source|src|input)s?"
                      r"(?:[ _-]?(?:images?|imgs?))?[ _-]?(\d*)", re.IGNORECASE)  # fmt: skip
+MASKS = re.compile(r"(?:loss[ _-]?)?masks?(?:[ _-]?(?:images?|imgs?))?", re.IGNORECASE)
+MASK_LABEL = "-masklabel"  # end of the name of a mask beside its target
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Pairs:
         ending: Suffix of the caption files, with its dot.
         default: Caption of images without a caption file; if it is None, these are broken rows.
         jsonl: File of rows that replaces all of the above.
+        masks: Folder of the masks of the targets, or None; a target without a mask counts as a whole.
     """
 
     targets: Path
@@ -42,6 +46,7 @@ class Pairs:
     ending: str = ".txt"
     default: str | None = None
     jsonl: Path | None = None
+    masks: Path | None = None
 
 
 @dataclass
@@ -64,6 +69,10 @@ class PairsReader(Reader):
         super().__init__(pairs.targets, name, pairs.targets)
         self._pairs = pairs
         targets = _images(pairs.targets, name)
+        self._masks = {stem: path for stem in targets if (path := targets.get(stem + MASK_LABEL)) is not None}
+        targets = {stem: path for stem, path in targets.items() if path not in self._masks.values()}
+        if pairs.masks is not None:
+            self._masks |= _masks(pairs.masks, targets.keys(), name)
         self._stems = sorted(targets)
         self._targets = [targets[stem] for stem in self._stems]
         found = [_references(folder, targets.keys(), name) for folder in pairs.controls]
@@ -96,12 +105,15 @@ class PairsReader(Reader):
             "input_images": [str(path.absolute()) for paths in self._references[number] for path in paths],
             "output_image": str(self._targets[number].absolute()),
         }
-        return RawRow(values, _absolute)
+        mask = self._masks.get(self._stems[number])
+        return RawRow(values if mask is None else {**values, "mask": str(mask.absolute())}, _absolute)
 
     def content(self) -> str:
         digest = hashlib.sha256()
         for number, target in enumerate(self._targets):
             names = [target.name, *(path.name for paths in self._references[number] for path in paths)]
+            if (mask := self._masks.get(self._stems[number])) is not None:
+                names.append(f"mask {mask.name}")
             digest.update("\0".join(map(printable, names)).encode() + b"\n")
             try:
                 digest.update(self._caption(number).encode("utf-8", "backslashreplace"))
@@ -127,7 +139,7 @@ def pairs_of(folder: Path) -> Pairs:
     """Return the folders of targets and references inside a folder, recognised by their names.
 
     Targets are in the folder itself or in its only folder of captioned images that is not named like references.
-    References are in folders such as `control`, `control_1`, `reference_2`.
+    References are in folders such as `control`, `control_1`, `reference_2`, masks of the targets in one such as `mask`.
 
     Raises:
         ValueError: There are no captioned images, or the meaning of a folder is ambiguous.
@@ -135,18 +147,20 @@ def pairs_of(folder: Path) -> Pairs:
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     with_images = [path for path in (folder, *inside) if any(map(_is_image, _files(path)))]
     controls = [path for path in with_images if path != folder and CONTROL.fullmatch(path.name)]
-    targets = [path for path in with_images if path not in controls and _has_captions(path)]
-    others = [path for path in with_images if path not in controls and path not in targets]
+    masks = [path for path in with_images if path != folder and MASKS.fullmatch(path.name)]
+    targets = [path for path in with_images if path not in (*controls, *masks) and _has_captions(path)]
+    others = [path for path in with_images if path not in (*controls, *masks, *targets)]
     if not targets:
         raise ValueError("no image has a caption file (0001.jpg with 0001.txt), and there is no file of rows")
     numbers = [_number(path) for path in controls]
-    if len(targets) > 1 or others or len(set(numbers)) < len(numbers):
+    if len(targets) > 1 or others or len(set(numbers)) < len(numbers) or len(masks) > 1:
         names = ", ".join("." if path == folder else path.name for path in with_images)
         raise ValueError(
             f"images lie in several folders ({names}), and their names do not distinguish targets from references; "
-            f"name them target, control_1, control_2, ... or convert them: {_command(folder)}"
+            f"name them target, control_1, control_2, ... and mask, or convert them: {_command(folder)}"
         )
-    return Pairs(targets[0], tuple(path for _, path in sorted(zip(numbers, controls, strict=True))))
+    controls = [path for _, path in sorted(zip(numbers, controls, strict=True))]
+    return Pairs(targets[0], tuple(controls), masks=next(iter(masks), None))
 
 
 def configured(path: Path, data: Any) -> ConfiguredFolders:
@@ -180,6 +194,7 @@ def _musubi(path: Path, data: Mapping[str, Any]) -> ConfiguredFolders:
     for number, entry in enumerate(data["datasets"], start=1):
         where = f"datasets entry {number}"
         _refuse(entry, where, ("video_directory", "video_jsonl_file", "multiple_target", "subsets"))
+        _refuse_alpha_masks(entry, where)
         _note_repeats(found, entry, where, ("num_repeats",))
         if "image_jsonl_file" in entry:
             file = _resolved(entry["image_jsonl_file"], path, where)
@@ -190,7 +205,8 @@ def _musubi(path: Path, data: Mapping[str, Any]) -> ConfiguredFolders:
         ending = entry.get("caption_extension", general.get("caption_extension", ".txt"))
         controls = [_resolved(entry["control_directory"], path, where)] if entry.get("control_directory") else []
         targets = _resolved(entry["image_directory"], path, where)
-        found.pairs.append(Pairs(targets, tuple(controls), _ending(ending)))
+        masks = _resolved(entry["mask_directory"], path, where) if entry.get("mask_directory") else None
+        found.pairs.append(Pairs(targets, tuple(controls), _ending(ending), masks=masks))
     return found
 
 
@@ -209,8 +225,15 @@ def _simpletuner(path: Path, data: list[dict[str, Any]]) -> ConfiguredFolders:
         names = [names] if isinstance(names, str) else names
         if missing := [name for name in names if name not in by_id]:
             raise ValueError(f"{where} names conditioning_data {missing[0]!r}, which is not in the file")
-        controls = [_resolved(by_id[name].get("instance_data_dir"), path, f"the backend {name!r}") for name in names]
-        found.pairs.append(Pairs(_resolved(entry.get("instance_data_dir"), path, where), tuple(controls)))
+        folders = {
+            name: _resolved(by_id[name].get("instance_data_dir"), path, f"the backend {name!r}") for name in names
+        }
+        masks = [name for name in names if by_id[name].get("conditioning_type") == "mask"]
+        if len(masks) > 1:
+            raise ValueError(f"{where} names several backends of masks, {', '.join(masks)}; a target has one mask")
+        targets = _resolved(entry.get("instance_data_dir"), path, where)
+        controls = tuple(folder for name, folder in folders.items() if name not in masks)
+        found.pairs.append(Pairs(targets, controls, masks=folders[masks[0]] if masks else None))
     if not found.pairs:
         raise ValueError("has no backend of images")
     return found
@@ -222,7 +245,8 @@ def _ai_toolkit(path: Path, config: Mapping[str, Any]) -> ConfiguredFolders:
     for job in process if isinstance(process, list) else []:
         for number, entry in enumerate(job.get("datasets") or [], start=1):
             where = f"datasets entry {number}"
-            _refuse(entry, where, ("mask_path", "unconditional_path", "inpaint_path", "clip_image_path"))
+            _refuse(entry, where, ("unconditional_path", "inpaint_path", "clip_image_path"))
+            _refuse_alpha_masks(entry, where)
             _note_repeats(found, entry, where, ("num_repeats",))
             if entry.get("trigger_word") or job.get("trigger_word"):
                 found.notes.append(f"{where}: trigger_word is not added to the captions")
@@ -231,7 +255,13 @@ def _ai_toolkit(path: Path, config: Mapping[str, Any]) -> ConfiguredFolders:
             controls = [_resolved(one, path, where) for one in (given if isinstance(given, list) else [given])]
             default = entry.get("default_caption")
             targets = _resolved(entry.get("folder_path"), path, where)
-            found.pairs.append(Pairs(targets, tuple(controls), _ending(entry.get("caption_ext", "txt")), default))
+            masks = _resolved(entry["mask_path"], path, where) if entry.get("mask_path") else None
+            if masks and entry.get("mask_min_value"):
+                least = entry["mask_min_value"]
+                found.notes.append(f"{where}: mask_min_value = {least} is not followed; train with "
+                                   f"--mask-weight-outside {least}")  # fmt: skip
+            ending = _ending(entry.get("caption_ext", "txt"))
+            found.pairs.append(Pairs(targets, tuple(controls), ending, default, masks=masks))
     if not found.pairs:
         raise ValueError("has no datasets under config.process[].datasets")
     return found
@@ -241,6 +271,14 @@ def _refuse(entry: Mapping[str, Any], where: str, keys: Iterable[str]) -> None:
     if given := [key for key in keys if entry.get(key)]:
         raise ValueError(
             f"{where} has {given[0]}, which rows for image editing cannot express; remove it to read the rest"
+        )
+
+
+def _refuse_alpha_masks(entry: Mapping[str, Any], where: str) -> None:
+    if given := [key for key in ("alpha_mask", "invert_mask") if entry.get(key)]:
+        raise ValueError(
+            f"{where} has {given[0]}, which is not followed; write the masks as images of their own, white where the "
+            "target is trained, and give their folder"
         )
 
 
@@ -323,6 +361,14 @@ def _references(folder: Path, stems: Iterable[str], name: str) -> dict[str, list
             names = _shown(sorted(path.name for path in paths.values()))
             raise BrokenFileError(name, f"references of {stem} in {folder} must be {stem}_0, {stem}_1, ... got {names}")
     return {stem: [paths[number] for number in sorted(paths, key=lambda n: n or 0)] for stem, paths in numbered.items()}
+
+
+def _masks(folder: Path, stems: Collection[str], name: str) -> dict[str, Path]:
+    """Return the mask of each target that has one: the image with its name."""
+    found = _images(folder, name)
+    if lonely := sorted(path.name for stem, path in found.items() if stem not in stems):
+        raise BrokenFileError(name, f"{len(lonely):,} masks of {folder} have no target of their name: {_shown(lonely)}")
+    return found
 
 
 def _number(folder: Path) -> int:

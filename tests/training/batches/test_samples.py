@@ -1,6 +1,7 @@
 """Rows to tensors: sizes known before anything is encoded, tensors as the pipeline makes them, cached or not."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,42 @@ def test_a_row_that_the_text_encoder_refuses_is_named(builtin_pipe, monkeypatch)
         encoder.encode_conditions(prepared, prepared.load_references())
 
 
+# ---- masks ----
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_mask_is_averaged_over_the_tokens_of_the_target(builtin_pipe, scale):
+    """In the order of the latents, also if the mask is larger than its target."""
+    size, patch = (48, 32), builtin_pipe.vae_scale_factor * 2
+    values = np.random.default_rng(0).integers(0, 256, (size[1] * scale, size[0] * scale), dtype=np.uint8)
+    masked = replace(row(2, target=size), mask=source(size, image=Image.fromarray(values), name="mask"))
+    encoder = encoder_of(builtin_pipe, drop_references=1.0)
+    prepared = encoder.prepare(masked, (0, 0), 48, 64)
+    _, h, w = prepared.sample.target
+    assert (h, w) == (32 // patch, 48 // patch) and h != w and prepared.dropped
+    tokens = (values / 255).reshape(h, patch * scale, w, patch * scale).mean((1, 3)).reshape(-1)
+    encoded = encoder.encode(prepared, prepared.load())
+    assert encoded.mask.dtype == torch.float32 and len(encoded.mask) == len(encoded.target)
+    np.testing.assert_allclose(encoded.mask, tokens, rtol=1e-5)
+    plain = encoded_by(encoder, row(2, target=size), target_side=64)[1]
+    assert plain.mask is None and same(plain, encoded)
+
+
+def test_a_white_mask_is_exactly_1_on_every_token_of_a_scaled_target(builtin_pipe):
+    white = replace(row(0, target=(97, 61)), mask=source((97, 61), image=Image.new("L", (97, 61), 255)))
+    _, encoded = encoded_by(encoder_of(builtin_pipe), white, target_side=48)
+    assert encoded.mask.eq(1).all() and len(encoded.mask) > 4
+
+
+def test_a_single_white_pixel_is_not_lost(builtin_pipe):
+    image = Image.new("L", (97, 61))
+    image.putpixel((96, 30), 255)
+    _, encoded = encoded_by(
+        encoder_of(builtin_pipe), replace(row(0, target=(97, 61)), mask=source((97, 61), image=image)), target_side=48
+    )
+    assert encoded.mask.gt(0).any()
+
+
 # ---- text ----
 
 
@@ -81,7 +118,7 @@ def test_the_length_of_a_text_is_known_before_it_is_encoded(builtin_pipe, refere
     encoder = encoder_of(builtin_pipe)
     prepared = encoder.prepare(row(references, instruction), (0, 0), 48, 16)
     sizes = prepared.geometry.condition_sizes
-    _, images = prepared.load()
+    _, images, _ = prepared.load()
     resized = [builtin_pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)]
     embeddings, mask = builtin_pipe.encode_prompt(prompt=instruction, image=resized or None)
     assert mask is None and prepared.sample.text == embeddings.shape[1] == prompt_tokens(
@@ -141,7 +178,7 @@ def test_shares_of_0_and_1_are_never_and_always(builtin_pipe):
 @pytest.mark.parametrize("references", [0, 1, 3])
 def test_latents_are_those_that_the_pipeline_denoises_with(builtin_pipe, references):
     prepared, encoded = encoded_by(encoder_of(builtin_pipe), row(references), side=64)
-    target, images = prepared.load()
+    target, images, _ = prepared.load()
     geometry = prepared.geometry
 
     def latents(images, sizes):

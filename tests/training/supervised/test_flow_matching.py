@@ -9,7 +9,7 @@ import torch
 
 from uniref_fast.keyed_random import draw, uniform
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.training.supervised.flow_matching import flow_batch, sample_errors, sample_t
+from uniref_fast.training.supervised.flow_matching import flow_batch, loss_weights, sample_errors, sample_t
 
 # one with references, one token alone, none, and two of different sizes: the targets' rows are not consecutive
 SAMPLES = [
@@ -137,6 +137,83 @@ def test_low_precision_predictions_are_compared_in_float32():
     batch, _ = batch_of(SAMPLES, [0.5] * 4)
     errors = sample_errors(batch.velocity.bfloat16(), batch)
     assert errors.dtype == torch.float32 and 0 < errors.max() < 1e-4
+
+
+# ---- masks ----
+
+
+def masked(samples, masks, outside=0.0, seed=0):
+    """A batch whose samples have these masks, None for none, and a prediction."""
+    batch, _ = batch_of(samples, [0.5] * len(samples), seed)
+    tokens_of = batch.velocity.split([tokens(s.target) for s in samples])
+    weights = [None if mask is None else loss_weights(torch.tensor(mask), outside) for mask in masks]
+    again = flow_batch(
+        [torch.zeros_like(v) for v in tokens_of], [torch.zeros(tokens(*s.references), CHANNELS) for s in samples],
+        [torch.zeros(s.text, 6) for s in samples], [0.5] * len(samples), tokens_of, batch.layout, torch.float32,
+        weights,
+    )  # fmt: skip
+    return again, torch.randn(batch.velocity.shape, generator=torch.Generator().manual_seed(seed + 1))
+
+
+MASKS = [[0.0, 1.0, 0.5, 0.0, 0.0, 0.25], None, [0.0] * 15 + [1.0], [0.1, 0.2, 0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.1, 1.0])
+def test_a_mask_weighs_the_tokens_of_its_sample(outside):
+    """The error is the weighted mean, so that a small mask makes the gradient of its sample no smaller."""
+    batch, prediction = masked(SAMPLES, MASKS, outside)
+    lengths = [tokens(s.target) for s in SAMPLES]
+    squares = (prediction.double() - batch.velocity.double()).square().mean(1).split(lengths)
+    for found, own, mask in zip(sample_errors(prediction, batch), squares, MASKS, strict=True):
+        weights = (
+            torch.ones(len(own)).double() if mask is None else outside + (1 - outside) * torch.tensor(mask).double()
+        )
+        expected = (weights * own).sum() / weights.sum()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    for weights in batch.weights.split(lengths):
+        assert weights.double().mean().item() == pytest.approx(1, rel=1e-6)
+    if outside == 1:
+        assert batch.weights.eq(1).all()
+
+
+@pytest.mark.parametrize("outside", [0.0, 0.1, 0.3, 1 / 3, 0.7])
+def test_a_white_mask_is_exactly_no_mask(outside):
+    for n in (1, 7, 4096, 16383):
+        assert loss_weights(torch.ones(n), outside).eq(1).all()
+    plain, prediction = masked(SAMPLES, [None] * 4)
+    white, _ = masked(SAMPLES, [[1.0] * 6, None, [1.0] * 16, [1.0] * 5], outside)
+    assert plain.weights is None and white.weights is not None
+    assert torch.equal(sample_errors(prediction, white), sample_errors(prediction, plain))
+
+
+def test_a_mask_changes_no_other_sample_of_the_pack():
+    batch, prediction = masked(SAMPLES, MASKS)
+    plain, _ = masked(SAMPLES, [None] * 4)
+    errors, unmasked = sample_errors(prediction, batch), sample_errors(prediction, plain)
+    assert torch.equal(errors[1], unmasked[1]) and not errors.eq(unmasked)[[0, 2, 3]].any()
+    start = 0
+    for i, n in enumerate([6, 1, 16, 5]):
+        alone = masked([Sample(1, SAMPLES[i].target)], [MASKS[i]])[0]
+        object.__setattr__(alone, "velocity", batch.velocity[start : start + n])
+        assert torch.equal(sample_errors(prediction[start : start + n], alone)[0], errors[i]), "to the last bit"
+        start += n
+
+
+def test_what_a_mask_leaves_out_has_no_gradient():
+    batch, prediction = masked(SAMPLES, MASKS)
+    prediction.requires_grad_()
+    sample_errors(prediction, batch).sum().backward()
+    left_out = torch.tensor(
+        [value == 0 for n, mask in zip((6, 1, 16, 5), MASKS, strict=True) for value in mask or [1] * n]
+    )
+    assert prediction.grad[left_out].eq(0).all() and prediction.grad[~left_out].ne(0).all()
+
+
+@pytest.mark.parametrize("cuts", [[0, 14, 28], [0, 6, 7, 28], [0, 0, 3, 28, 28]])
+def test_masked_parts_of_ranks_add_up(cuts):
+    batch, prediction = masked(SAMPLES, MASKS, 0.1)
+    parts = [sample_errors(prediction[a:b], batch, (a, b)) for a, b in itertools.pairwise(cuts)]
+    torch.testing.assert_close(sum(parts), sample_errors(prediction, batch))
 
 
 # ---- t ----

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
@@ -498,6 +499,57 @@ def test_broken_rows_are_named_and_passed_over(data, tmp_path):
     assert [event["where"] for event in events(tmp_path / "run", "left out")] == ["about.json"]
     found = {event["where"].rsplit("/")[-1] for event in events(tmp_path / "run", "broken row")}
     assert {"train.jsonl:3"} <= found <= {"train.jsonl:2", "train.jsonl:3"}, "line 2 is named when its images are read"
+
+
+def with_masks(data, folder, mask_of):
+    """A copy of the data whose rows have the masks that `mask_of(number, size)` returns; None for no mask."""
+    shutil.copytree(data, folder)
+    for name in ("train", "heldout"):
+        rows = list(map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()))
+        for i, row in enumerate(rows):
+            if (mask := mask_of(i, Image.open(folder / row["output_image"]).size)) is not None:
+                row["mask"] = f"{name}-{i}-mask.png"
+                mask.save(folder / row["mask"])
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_white_masks_change_nothing(data, whole, tmp_path):
+    folder = with_masks(data, tmp_path / "data", lambda i, size: Image.new("L", size, 255) if i % 3 else None)
+    assert sft.main(flags(folder, tmp_path / "run", "--mask-weight-outside", 0.2)) == 0
+    equal_to(whole, tmp_path / "run")
+
+
+def test_masks_weigh_the_loss_and_broken_ones_are_broken_rows(data, tmp_path):
+    def mask_of(i, size):
+        if i == 7:
+            return Image.new("L", (500, 20), 255)
+        mask = Image.new("L", size)
+        mask.paste(0 if i == 5 else 255, (0, 0, 20, 64))
+        return mask if i % 2 else None
+
+    folder, out = with_masks(data, tmp_path / "data", mask_of), tmp_path / "run"
+    for name, rows in (("train", slice(12)), ("heldout", slice(1, 2))):
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()[rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    more = ("--heldout", folder / "heldout.jsonl", "--eval-every", 4)
+    assert sft.main(flags(folder, out, *more)) == 0
+    broken = {event["where"].rsplit(":")[-1]: event["reason"] for event in events(out, "broken row")}
+    assert set(broken) == {"6", "8"}
+    assert "train-5-mask.png: the mask is black everywhere" in broken["6"]
+    assert "train-7-mask.png: the mask is 500 x 20 pixels, and the target " in broken["8"]
+
+    before, final = losses(out), weights(out)
+    shutil.rmtree(out / "checkpoints/step-000004")
+    shutil.rmtree(out / "transformer")
+    assert sft.main(flags(folder, out, *more, "--resume", "auto")) == 0
+    assert losses(out) == before and all(torch.equal(tensor, final[name]) for name, tensor in weights(out).items())
+
+    assert sft.main(flags(folder, tmp_path / "unmasked", *more, "--mask-weight-outside", 1, steps=2)) == 0
+    masked, unmasked = (next(r["eval/heldout"] for r in records(run) if "eval/heldout" in r)
+                        for run in (out, tmp_path / "unmasked"))  # fmt: skip
+    assert masked != unmasked, "the held-out loss is masked as the loss of training is"
+    assert losses(tmp_path / "unmasked")[0] != before[0]
 
 
 def test_heldout_loss_and_samples(data, tmp_path):
