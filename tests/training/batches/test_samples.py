@@ -75,7 +75,7 @@ def test_a_row_that_the_text_encoder_refuses_is_named(builtin_pipe, monkeypatch)
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_a_mask_is_averaged_over_the_tokens_of_the_target(builtin_pipe, scale):
-    """In the order of the latents, also if the mask is larger than its target."""
+    """The means are in the order of the latents, also if the mask is larger than its target."""
     size, patch = (48, 32), builtin_pipe.vae_scale_factor * 2
     values = np.random.default_rng(0).integers(0, 256, (size[1] * scale, size[0] * scale), dtype=np.uint8)
     masked = replace(row(2, target=size), mask=source(size, image=Image.fromarray(values), name="mask"))

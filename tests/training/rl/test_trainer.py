@@ -318,6 +318,18 @@ def own_data(data, tmp_path):
     return Path(shutil.copytree(data, tmp_path / "data"))
 
 
+def test_masks_are_reported_as_not_used(own_data, tmp_path):
+    for name, masked in (("plain", False), ("masked", True)):
+        path = own_data / "train.jsonl"
+        rows = map(json.loads, path.read_text().splitlines())
+        lines = [json.dumps(row | ({"mask": row["output_image"]} if masked else {})) for row in rows]
+        path.write_text("\n".join(lines))
+        with trainer_of(own_data, tmp_path / name) as trainer:
+            trainer.begin()
+            assert trainer.prompts.dataset[0].mask is not None or not masked
+        assert len(events(tmp_path / name, "masks")) == masked
+
+
 def test_rows_that_cannot_be_used_are_replaced_and_named(own_data, tmp_path, monkeypatch):
     """A damaged image, a row larger than a pack, an image token, a row that only the text encoder refuses."""
     path = own_data / "train.jsonl"
