@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniref_fast
 from uniref_fast import EditRequest
+from uniref_fast.edit_loop import EditLoop
 
 edit_module = importlib.import_module("uniref_fast.edit")
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
@@ -57,17 +58,17 @@ def test_the_detector_sees_reads(monkeypatch):
 @pytest.mark.parametrize("keep", [False, 2])
 def test_no_step_of_an_edit_reads_a_value(builtin_pipe, monkeypatch, keep):
     """Check all steps but the first, also where a request ends and the others are packed again."""
-    steps, predict = [], edit_module._predict
+    steps, predict = [], EditLoop._predict
 
-    def predicted(model, jobs, packs, step):
-        steps.append(step)
-        if step == 0:
-            return predict(model, jobs, packs, step)
+    def predicted(loop, packs):
+        steps.append(max(edit.steps for edit in loop.edits))
+        if steps == [0]:
+            return predict(loop, packs)
         refuse_reads(monkeypatch)
         with NoReads():
-            return predict(model, jobs, packs, step)
+            return predict(loop, packs)
 
-    monkeypatch.setattr(edit_module, "_predict", predicted)
+    monkeypatch.setattr(EditLoop, "_predict", predicted)
     undone = edit_module._decode
     monkeypatch.setattr(edit_module, "_decode", lambda *arguments: (monkeypatch.undo(), undone(*arguments))[1])
     uniref_fast.edit(builtin_pipe, REQUESTS, progress=False, keep_references=keep)

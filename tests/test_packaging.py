@@ -27,6 +27,7 @@ LEVELS = [
     {"loading"},
     {"patch"},
     {"skeleton", "costs"},
+    {"edit_loop"},
     {"adapters", "edit", "estimate", "lora"},
     {"flags"},
     {"data"},

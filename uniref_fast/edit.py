@@ -7,24 +7,20 @@ are two sequences of a pack. The result of a request does not depend on the othe
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
 import math
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from uniref_fast.budget import check_budget
+from uniref_fast.edit_loop import Edit, EditLoop, encoded_edit
 from uniref_fast.edit_report import EditReport
-from uniref_fast.encode import decode_image, encoded_prompt, image_latents, to_rgb
+from uniref_fast.encode import decode_image
 from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
-from uniref_fast.guidance import guide, is_guided
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.guidance import is_guided
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.kept_references import (
     KeepDtype,
@@ -34,7 +30,6 @@ from uniref_fast.models.kept_references import (
     dependence,
 )
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
-from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
 from uniref_fast.progress import tracked
@@ -126,11 +121,11 @@ def edit(
     with torch.no_grad(), eight_bit(transformer, None if patched_parts(transformer) else parts):
         shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")
         prepared = tracked(list(zip(requests, geometries, schedulers, strict=True)), "encoding", "request", shown=shown)
-        jobs = [_prepare(pipe, *each) for each in prepared]
+        jobs = [encoded_edit(pipe, *each) for each in prepared]
         for job, schedule in zip(jobs, keeping, strict=True):
             if schedule is not None:
                 job.kept = [KeptReferences(schedule, keep_dtype, len(job.timesteps)) for _ in job.samples]
-        exact = [_copy(job) for job in jobs] if report is not None and report.compare else []
+        exact = [job.copy() for job in jobs] if report is not None and report.compare else []
         errors: dict[str, float] = {}
         with recorded_errors(errors) if parts is not None and report is not None else contextlib.nullcontext():
             _denoise(pipe, model, jobs, pack_tokens, progress)
@@ -190,47 +185,8 @@ def _refresh_schedules(
     return [RefreshSchedule.of(keep, drift, dependence(layout, model.visibility)) for layout in layouts]
 
 
-@dataclass
-class _Job:
-    """A request in the denoising loop.
-
-    Attributes:
-        request: The request.
-        geometry: Sizes of the request.
-        prompts: Embeddings `[l, D]` of the prompt and, with guidance, of the negative prompt.
-        samples: Sample of the layout for each of these prompts.
-        references: Latents of all references, `[m, C]`.
-        latents: Latents of the result after the steps so far, `[1, n, C]`, as the scheduler and the VAE expect.
-        scheduler: Scheduler of the request.
-        timesteps: Timesteps of the scheduler.
-        step_options: Options of `scheduler.step`: the generator, if it has that argument.
-        kept: Kept references of each of the samples, or None if they are computed in every step.
-    """
-
-    request: EditRequest
-    geometry: Geometry
-    prompts: list[Tensor]
-    samples: list[Sample]
-    references: Tensor
-    latents: Tensor
-    scheduler: Any
-    timesteps: Tensor
-    step_options: dict[str, Any]
-    kept: list[KeptReferences] | None = None
-
-
-def _copy(job: _Job) -> _Job:
-    """Return a job that runs the same edit from the beginning, without kept references."""
-    options = dict(job.step_options)
-    if isinstance(options.get("generator"), torch.Generator):
-        generator = options["generator"]
-        options["generator"] = torch.Generator(generator.device).set_state(generator.get_state())
-    scheduler = copy.deepcopy(job.scheduler)
-    return replace(job, latents=job.latents.clone(), scheduler=scheduler, step_options=options, kept=None)
-
-
 def _latent_errors(
-    pipe: Any, model: PackedQwenImage, jobs: list[_Job], exact: list[_Job], pack_tokens: int | None, progress: bool
+    pipe: Any, model: PackedQwenImage, jobs: list[Edit], exact: list[Edit], pack_tokens: int | None, progress: bool
 ) -> list[float]:
     """Run the exact edits, and return the relative errors of the latents of jobs that have run."""
     if not exact:
@@ -240,43 +196,6 @@ def _latent_errors(
         _denoise(pipe, same, exact, pack_tokens, progress)
     pairs = [(job.latents.float(), other.latents.float()) for job, other in zip(jobs, exact, strict=True)]
     return [((result - expected).norm() / expected.norm()).item() for result, expected in pairs]
-
-
-def _prepare(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> _Job:
-    """Encode prompt and references with the pipeline's own methods, and draw the noise."""
-    images = [to_rgb(image) for image in request.images]
-    prompts, texts = zip(*(
-        encoded_prompt(pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask)
-        for text, embeds, mask in request.texts
-    ), strict=True)  # fmt: skip
-    generator = request.generator
-    if request.seed is not None:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
-    # In the pipeline, stochastic schedulers draw from the global generator; here they use the request's seed.
-    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    samples = [sizes.sample(text) for text in texts]
-    return _Job(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options)
-
-
-def _latents(
-    pipe: Any, request: EditRequest, sizes: Geometry, images: list[Any], dtype: torch.dtype, generator: Any
-) -> tuple[Tensor, Tensor]:
-    """Return the starting noise `[1, n, C]` and the packed latents of the references `[m, C]`."""
-    pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
-    own = is_own_method(pipe, "prepare_latents")
-    if pairs and not own:  # a replaced method gets the same arguments as in the pipeline
-        pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
-    width, height = sizes.size
-    channels = pipe.transformer.config.in_channels // 4
-    latents, packed = pipe.prepare_latents(
-        pixels, 1, channels, height, width, dtype, pipe._execution_device, generator, request.latents
-    )
-    if not own:
-        return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-    # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
-    parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in pairs]
-    return latents, torch.cat([latents[0, :0], *parts])
 
 
 def _warn_of_guidance(requests: Sequence[EditRequest]) -> None:
@@ -305,80 +224,22 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
         )
 
 
-@dataclass(frozen=True)
-class _Pack:
-    """Sequences that run as one forward of the model: one per job, or two for a job with guidance.
-
-    Attributes:
-        jobs: Job of each sequence.
-        prompts: Prompt embeddings of each sequence, `[l, D]`.
-        layout: Layout of the pack.
-        image: Image stream, `[N_image, C]`. References are written once, targets before each step.
-        kept: Kept references of each sequence, or None if nothing is kept.
-    """
-
-    jobs: tuple[_Job, ...]
-    prompts: tuple[Tensor, ...]
-    layout: SelfLayout
-    image: Tensor
-    kept: tuple[KeptReferences | None, ...] | None
-
-
-def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[_Job], pack_tokens: int | None, progress: bool) -> None:
+def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:
     hook = getattr(model.transformer, "_hf_hook", None)
     if hook is not None:  # model offloading: load the weights, as a call of the model itself would
         hook.pre_forward(model.transformer)
-    steps = max(len(job.timesteps) for job in jobs)
-    active: list[_Job] = []
-    packs: list[_Pack] = []
-    bar = pipe.progress_bar(total=steps) if progress else None
-    for step in range(steps):
-        running = [job for job in jobs if step < len(job.timesteps)]
-        if len(running) != len(active):  # jobs end, and none is added
-            active, packs = running, _packs(model, running, pack_tokens)
-        for job, velocities in zip(active, _predict(model, active, packs, step), strict=True):
-            velocity = velocities[0]
-            if job.request.guided:
-                velocity = guide(velocities[0], velocities[1], job.request.true_cfg_scale)
-            stepped = job.scheduler.step(
-                velocity[None], job.timesteps[step], job.latents, return_dict=False, **job.step_options
-            )[0]
-            job.latents = stepped.to(job.latents.dtype)
+    loop = EditLoop(model, pack_tokens)
+    loop.join(*jobs)
+    bar = pipe.progress_bar(total=max(len(job.timesteps) for job in jobs)) if progress else None
+    while loop.edits:
+        loop.step()
         if bar is not None:
             bar.update()
     if bar is not None:
         bar.close()
 
 
-def _packs(model: PackedQwenImage, jobs: list[_Job], pack_tokens: int | None) -> list[_Pack]:
-    """Put the sequences of jobs into packs of at most `pack_tokens`, in order."""
-    rows = [(job, *each) for job in jobs for each in zip(job.prompts, job.samples, _kept(job), strict=True)]
-    packs = []
-    for indices in next_fit([sample.length for _, _, sample, _ in rows], pack_tokens):
-        owners, prompts, samples, kept = zip(*(rows[i] for i in indices), strict=True)
-        layout = model.layout(samples)
-        image = layout.image_stream([job.latents[0] for job in owners], [job.references for job in owners])
-        packs.append(_Pack(owners, prompts, layout, image, kept if any(kept) else None))
-    return packs
-
-
-def _kept(job: _Job) -> Sequence[KeptReferences | None]:
-    return job.kept or [None] * len(job.samples)
-
-
-def _predict(model: PackedQwenImage, jobs: list[_Job], packs: list[_Pack], step: int) -> list[list[Tensor]]:
-    """Return the velocities `[n, C]` of each job: one, or two with guidance."""
-    velocities: list[Tensor] = []
-    for pack in packs:
-        pack.layout.write_targets(pack.image, [job.latents[0] for job in pack.jobs])
-        text = torch.cat(pack.prompts)
-        t = torch.stack([job.timesteps[step].to(job.latents.dtype) / 1000 for job in pack.jobs])
-        velocities += pack.layout.split_targets(model(pack.image, text, t, pack.layout, pack.kept))
-    at = iter(velocities)
-    return [[next(at) for _ in job.prompts] for job in jobs]
-
-
-def _decode(pipe: Any, job: _Job, output_type: str) -> Any:
+def _decode(pipe: Any, job: Edit, output_type: str) -> Any:
     if output_type == "latent":
         return job.latents
     return decode_image(pipe, job.latents, job.geometry.size, output_type)

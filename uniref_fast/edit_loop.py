@@ -1,0 +1,221 @@
+"""The packed denoising loop of edits, which edits join and leave between two steps.
+
+    loop = EditLoop(model, pack_tokens=None)
+    loop.join(edit)
+    while loop.edits:
+        for finished in loop.step():
+            ...
+
+A result does not depend on the edits that run beside it, and so not on when they join or leave.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uniref_fast.encode import encoded_prompt, image_latents, to_rgb
+from uniref_fast.guidance import guide
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.kept_references import KeptReferences
+from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.packing import next_fit
+from uniref_fast.patch.stock import is_own_method
+from uniref_fast.request import EditRequest, Geometry
+
+__all__ = ["Edit", "EditLoop", "encoded_edit"]
+
+
+@dataclass(eq=False)
+class Edit:
+    """A request in the denoising loop.
+
+    Attributes:
+        request: The request.
+        geometry: Sizes of the request.
+        prompts: Embeddings `[l, D]` of the prompt and, with guidance, of the negative prompt.
+        samples: Sample of the layout for each of these prompts.
+        references: Latents of all references, `[m, C]`.
+        latents: Latents of the result after the steps so far, `[1, n, C]`, as the scheduler and the VAE expect.
+        scheduler: Scheduler of the request.
+        timesteps: Timesteps of the scheduler.
+        step_options: Options of `scheduler.step`: the generator, if it has that argument.
+        kept: Kept references of each of the samples, or None if they are computed in every step.
+        steps: Number of steps so far.
+    """
+
+    request: EditRequest
+    geometry: Geometry
+    prompts: list[Tensor]
+    samples: list[Sample]
+    references: Tensor
+    latents: Tensor
+    scheduler: Any
+    timesteps: Tensor
+    step_options: dict[str, Any]
+    kept: list[KeptReferences] | None = None
+    steps: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.steps >= len(self.timesteps)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of its sequences."""
+        return sum(sample.length for sample in self.samples)
+
+    @property
+    def stores(self) -> Sequence[KeptReferences | None]:
+        """Kept references of each of the samples; None for one whose references are computed in every step."""
+        return self.kept or [None] * len(self.samples)
+
+    def copy(self) -> Edit:
+        """Return the same edit with latents, scheduler and generator of its own, and without kept references."""
+        options = dict(self.step_options)
+        if isinstance(options.get("generator"), torch.Generator):
+            generator = options["generator"]
+            options["generator"] = torch.Generator(generator.device).set_state(generator.get_state())
+        scheduler = copy.deepcopy(self.scheduler)
+        return replace(self, latents=self.latents.clone(), scheduler=scheduler, step_options=options, kept=None)
+
+
+def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> Edit:
+    """Encode prompt and references with the pipeline's own methods, and draw the noise.
+
+    Args:
+        pipe: Pipeline of the request.
+        request: A checked request.
+        sizes: Sizes of the request.
+        scheduler: Scheduler of the request, with its timesteps.
+    """
+    images = [to_rgb(image) for image in request.images]
+    prompts, texts = zip(*(
+        encoded_prompt(pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask)
+        for text, embeds, mask in request.texts
+    ), strict=True)  # fmt: skip
+    generator = request.generator
+    if request.seed is not None:
+        generator = torch.Generator("cpu").manual_seed(request.seed)
+    latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
+    # In the pipeline, stochastic schedulers draw from the global generator; here they use the request's seed.
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    samples = [sizes.sample(text) for text in texts]
+    return Edit(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options)
+
+
+def _latents(
+    pipe: Any, request: EditRequest, sizes: Geometry, images: list[Any], dtype: torch.dtype, generator: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the starting noise `[1, n, C]` and the packed latents of the references `[m, C]`."""
+    pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
+    own = is_own_method(pipe, "prepare_latents")
+    if pairs and not own:  # a replaced method gets the same arguments as in the pipeline
+        pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
+    width, height = sizes.size
+    channels = pipe.transformer.config.in_channels // 4
+    latents, packed = pipe.prepare_latents(
+        pixels, 1, channels, height, width, dtype, pipe._execution_device, generator, request.latents
+    )
+    if not own:
+        return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
+    # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
+    parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in pairs]
+    return latents, torch.cat([latents[0, :0], *parts])
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """Sequences that run as one forward of the model: one per edit, or two for an edit with guidance.
+
+    Attributes:
+        edits: Edit of each sequence.
+        prompts: Prompt embeddings of each sequence, `[l, D]`.
+        layout: Layout of the pack.
+        image: Image stream, `[N_image, C]`. References are written once, targets before each step.
+        kept: Kept references of each sequence, or None if nothing is kept.
+    """
+
+    edits: tuple[Edit, ...]
+    prompts: tuple[Tensor, ...]
+    layout: SelfLayout
+    image: Tensor
+    kept: tuple[KeptReferences | None, ...] | None
+
+
+@dataclass
+class EditLoop:
+    """Edits that run together, one denoising step of each at a time.
+
+    Attributes:
+        model: The packed transformer.
+        pack_tokens: Largest number of tokens in one pack; a step then runs as several packs. None puts all sequences
+            into one pack.
+        edits: Edits that are not finished, in the order in which they joined.
+    """
+
+    model: PackedQwenImage
+    pack_tokens: int | None = None
+    edits: list[Edit] = field(default_factory=list)
+    _packs: list[_Pack] | None = field(default=None, repr=False)  # None if the edits have changed since they were built
+
+    def join(self, *edits: Edit) -> None:
+        """Add edits, which run from the next step on."""
+        self.edits += edits
+        self._packs = None
+
+    def leave(self, edits: Iterable[Edit]) -> None:
+        """Remove edits, finished or not."""
+        gone = set(edits)
+        if gone:
+            self.edits = [edit for edit in self.edits if edit not in gone]
+            self._packs = None
+
+    def step(self) -> list[Edit]:
+        """Run the next denoising step of every edit, and return the edits that are finished, which leave the loop."""
+        if not self.edits:
+            return []
+        if self._packs is None:
+            self._packs = self._build_packs()
+        for edit, velocities in zip(self.edits, self._predict(self._packs), strict=True):
+            velocity = velocities[0]
+            if edit.request.guided:
+                velocity = guide(velocities[0], velocities[1], edit.request.true_cfg_scale)
+            stepped = edit.scheduler.step(
+                velocity[None], edit.timesteps[edit.steps], edit.latents, return_dict=False, **edit.step_options
+            )[0]
+            edit.latents = stepped.to(edit.latents.dtype)
+            edit.steps += 1
+        finished = [edit for edit in self.edits if edit.is_finished]
+        self.leave(finished)
+        return finished
+
+    def _build_packs(self) -> list[_Pack]:
+        """Put the sequences of the edits into packs of at most `pack_tokens`, in order."""
+        rows = [
+            (edit, *each) for edit in self.edits for each in zip(edit.prompts, edit.samples, edit.stores, strict=True)
+        ]
+        packs = []
+        for indices in next_fit([sample.length for _, _, sample, _ in rows], self.pack_tokens):
+            owners, prompts, samples, kept = zip(*(rows[i] for i in indices), strict=True)
+            layout = self.model.layout(samples)
+            image = layout.image_stream([edit.latents[0] for edit in owners], [edit.references for edit in owners])
+            packs.append(_Pack(owners, prompts, layout, image, kept if any(kept) else None))
+        return packs
+
+    def _predict(self, packs: Sequence[_Pack]) -> list[list[Tensor]]:
+        """Return the velocities `[n, C]` of each edit: one, or two with guidance."""
+        velocities: list[Tensor] = []
+        for pack in packs:
+            pack.layout.write_targets(pack.image, [edit.latents[0] for edit in pack.edits])
+            text = torch.cat(pack.prompts)
+            t = torch.stack([edit.timesteps[edit.steps].to(edit.latents.dtype) / 1000 for edit in pack.edits])
+            velocities += pack.layout.split_targets(self.model(pack.image, text, t, pack.layout, pack.kept))
+        at = iter(velocities)
+        return [[next(at) for _ in edit.prompts] for edit in self.edits]
