@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             name += " plan"
             return plan.run(words[1:])
+        if words[:2] == ["data", "encode"]:  # likewise
+            from uniref_fast import encode_rows
+
+            name += " data encode"
+            return encode_rows.run(words[2:])
         args = _parser().parse_args(words)
         inner = getattr(args, f"{args.command}_command", None)  # of data and lora
         name += f" {args.command}" + (f" {inner}" if inner else "")
@@ -131,6 +136,8 @@ def _parser() -> argparse.ArgumentParser:
     make = data_commands.add_parser("make", help=summary, description=summary)
     scenes.add_arguments(make)
     make.set_defaults(run=scenes.run)
+    summary = "Encode the images and prompts of a dataset into the cache of training."
+    data_commands.add_parser("encode", help=summary, description=summary)
     evaluation.add_arguments(
         command("eval", evaluation.run, "Evaluate a model on held-out rows or a public benchmark.")
     )

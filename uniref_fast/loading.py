@@ -14,7 +14,8 @@ from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
 from uniref_fast.progress import running
 
-__all__ = ["configuration", "defaults", "load_pipeline", "load_run", "load_transformer", "model_errors"]
+__all__ = ["configuration", "defaults", "load_encoders", "load_pipeline", "load_run", "load_transformer",
+           "model_errors"]  # fmt: skip
 
 
 def defaults(name: str) -> tuple[int, float]:
@@ -50,6 +51,28 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
             pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}")
         check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
         return pipe.to(device)
+
+
+def load_encoders(name: str, dtype: Any, device: str) -> Any:
+    """Load a pipeline to encode with: its transformer has a configuration and no weights.
+
+    Arguments and errors are those of `load_pipeline`.
+    """
+    import torch
+    from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+
+    if name == "builtin":
+        return load_pipeline(name, dtype, device)
+    _, config = configuration(name)
+    with torch.device("meta"):
+        transformer = QwenImageTransformer2DModel.from_config(config)
+    with running(f"loading the encoders of the model {name}", shown=not int(os.environ.get("RANK", 0))):
+        with model_errors(name) as place:
+            pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}", transformer=transformer)
+        check_pipeline(pipe, f"--model {name}")
+        for part in (pipe.vae, pipe.text_encoder):
+            part.to(device)
+        return pipe
 
 
 def configuration(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -158,8 +181,16 @@ def _named(given: str, model: str) -> Iterator[None]:
         raise ValueError(f"{given} could not be loaded into the model {model}: {first}") from error
 
 
-def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str) -> Any:
-    """Load a pipeline from safetensors files only: pickled weights of other people could run code."""
+def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **parts: Any) -> Any:
+    """Load a pipeline from safetensors files only: pickled weights of other people could run code.
+
+    Args:
+        pipeline_class: Class of the pipeline.
+        name: Folder or hub id.
+        dtype: Dtype of the weights.
+        given: Name of the pipeline in messages.
+        **parts: Components that are not loaded, by name.
+    """
     from diffusers import QwenImageTransformer2DModel
 
     from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, recorded_areas
@@ -171,7 +202,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str) -> 
     check_configuration(given, index, config)
     if recorded_areas(index, config):  # a built-in model, saved by any pipeline class
         pipeline_class = SmallQwenImageEditPlusPipeline
-    options, kind = {"dtype": dtype, "use_safetensors": True}, (index.get("processor") or [None, None])[1]
+    options, kind = {"dtype": dtype, "use_safetensors": True, **parts}, (index.get("processor") or [None, None])[1]
     # transformers' own processor needs torchvision, for its videos
     if importlib.util.find_spec("torchvision") is None or kind == BuiltinProcessor.__name__:
         pipe = pipeline_class.from_pretrained(name, processor=None, **options)
@@ -179,7 +210,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str) -> 
     else:
         pipe = pipeline_class.from_pretrained(name, **options)
     for part, module in pipe.components.items():
-        missing = missing_weights(module)
+        missing = [] if part in parts else missing_weights(module)
         if missing:
             raise ValueError(
                 f"{given}: {part} has no file for {len(missing)} of its weights ({missing[0]}, ...); it may "

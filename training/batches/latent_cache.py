@@ -6,13 +6,17 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from uniref_fast.files import write_whole
 
-__all__ = ["TensorCache"]
+__all__ = ["CacheError", "TensorCache"]
+
+
+class CacheError(OSError):
+    """A tensor that must be kept could not be written into the cache."""
 
 
 class TensorCache:
@@ -20,10 +24,13 @@ class TensorCache:
 
     Args:
         folder: Folder of the safetensors files; None keeps nothing.
+
+    Attributes:
+        required: Raise CacheError if a tensor cannot be written; otherwise this is a warning.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+        self.folder, self.required = folder, False
         self.hits = self.misses = 0
 
     def get(
@@ -41,7 +48,7 @@ class TensorCache:
         """
         if self.folder is None:
             return make()
-        path = self.folder / key[:2] / f"{key}.safetensors"
+        path = self._path(key)
         try:
             tensor = load_file(path)["tensor"]
             if shape is not None and tensor.shape != shape:
@@ -59,9 +66,24 @@ class TensorCache:
             content = save({"tensor": tensor.detach().cpu().contiguous()})
             write_whole(path, lambda file: file.write(content), cache=True)
         except OSError as error:
+            if self.required:
+                reason = error.strerror or error
+                raise CacheError(error.errno, f"the cache cannot be written: {reason}", str(self.folder)) from error
             warnings.warn(
                 f"the cache {self.folder} cannot be written ({error.strerror or error}); tensors that it lacks are "
                 "computed each time",
                 stacklevel=2,
             )
         return tensor
+
+    def holds(self, key: str, shape: tuple[int, ...]) -> bool:
+        """Return True if a file holds the tensor of a key whole; only its header is read."""
+        try:
+            with safe_open(self._path(key), "pt") as file:  # compares the length of the file with the header
+                return tuple(file.get_slice("tensor").get_shape()) == tuple(shape)
+        except (SafetensorError, OSError):
+            return False
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key}.safetensors"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from uniref_fast.data.dataset import Row, RowError
+from uniref_fast.data.images import ImageSource
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.guidance import EMPTY_PROMPT
@@ -20,7 +22,25 @@ from uniref_fast.layout import Sample
 from uniref_fast.request import Geometry, geometry, target_size
 from uniref_fast.training.batches.latent_cache import TensorCache
 
-__all__ = ["Encoded", "Encoder", "Prepared"]
+__all__ = ["Encoded", "Encoder", "Form", "Prepared"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Sizes and conditions that a row is encoded with.
+
+    Attributes:
+        budget: Joint pixel budget of the references: budget x budget pixels for all of them together; None scales each
+            reference as diffusers does.
+        target_side: Largest area of the target: target_side x target_side pixels.
+        no_text: The instruction is replaced by the empty prompt.
+        no_references: The references are left out.
+    """
+
+    budget: int | None
+    target_side: int
+    no_text: bool = False
+    no_references: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,19 +138,28 @@ class Encoder:
         Raises:
             RowError: The row cannot be trained on; the message names its place.
         """
+        return self.prepare_form(row, self.form(key, budget, target_side), rollout)
+
+    def form(self, key: Sequence[int], budget: int | None, target_side: int) -> Form:
+        """Return the form that the sample of a key has; arguments as for `prepare`."""
+        no_text = uniform(self.seed, "drop text", key) < self.drop_text
+        no_references = uniform(self.seed, "drop references", key) < self.drop_references
+        return Form(budget, target_side, no_text, no_references)
+
+    def prepare_form(self, row: Row, form: Form, rollout: bool = False) -> Prepared:
+        """Return a row with its sizes in a form; arguments and errors as for `prepare`."""
         if row.target is None and not rollout:
             raise RowError(row.where, "no target image to train on")
-        dropped = uniform(self.seed, "drop references", key) < self.drop_references
-        instruction = EMPTY_PROMPT if uniform(self.seed, "drop text", key) < self.drop_text else row.instruction
+        instruction = EMPTY_PROMPT if form.no_text else row.instruction
         try:
             own, sizes = row.sizes()
-            sizes = [] if dropped else sizes
-            width, height = target_size(own, sizes, target_side)
-            made = geometry(self.pipe, sizes, width=width, height=height, budget=budget)
+            sizes = [] if form.no_references else sizes
+            width, height = target_size(own, sizes, form.target_side)
+            made = geometry(self.pipe, sizes, width=width, height=height, budget=form.budget)
             text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
         except ValueError as error:
             raise error if isinstance(error, RowError) else RowError(row.where, error) from error
-        return Prepared(row, instruction, dropped, made, made.sample(text))
+        return Prepared(row, instruction, form.no_references, made, made.sample(text))
 
     @torch.no_grad()
     def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image], Tensor | None]) -> Encoded:
@@ -165,16 +194,12 @@ class Encoder:
         where = prepared.row.where
         parts = [self._latents(where, *each) for each in zip(sources, references, made.reference_sizes, strict=True)]
         none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=device, dtype=self._dtype)
-        digests = [source.digest() for source in sources] if self.cache.folder else []
         words = prepared.instruction if instruction is None else instruction
-        key = content_key(self._text, words, digests, made.condition_sizes)
         seen = made.condition_sizes
+        digests = [source.digest() for source in sources] if self.cache.folder else []
         try:
-            tokens = prompt_tokens(self.pipe, words, seen) if self.cache.folder else 0
-            shape = tokens, self.pipe.transformer.config.joint_attention_dim
-            text = self.cache.get(
-                key, lambda: prompt_embeddings(self.pipe, words, references, seen, device), shape, where
-            )
+            key, shape = self._text_entry(words, digests, seen) if self.cache.folder else ("", (0, 0))
+            text = self.cache.get(key, lambda: self._embeddings(words, references, seen), shape, where)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
@@ -183,9 +208,47 @@ class Encoder:
             raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
         return torch.cat([none, *parts]), text.to(device)
 
-    def _latents(self, where: str, source: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        key = content_key(self._vae, source.digest(), size) if self.cache.folder else ""
+    def missing(
+        self, prepared: Prepared, target: bool, texts: Sequence[str], digest: Callable[[ImageSource], str]
+    ) -> dict[str, int]:
+        """Return the bytes of the tensors of a prepared row that the cache lacks, by their keys.
+
+        Args:
+            prepared: Row with its sizes.
+            target: The latents of the target are needed too.
+            texts: Texts besides the instruction that are encoded with the references.
+            digest: Function that returns the digest of an image.
+        """
+        sources = [] if prepared.dropped else prepared.row.references
+        sized = list(zip(sources, prepared.geometry.reference_sizes, strict=True))
+        if target and prepared.row.target is not None:
+            sized.append((prepared.row.target, prepared.geometry.size))
+        entries = [self._latents_entry(digest(source), size) for source, size in sized]
+        digests, seen = [digest(source) for source in sources], prepared.geometry.condition_sizes
+        entries += [self._text_entry(words, digests, seen) for words in (prepared.instruction, *texts)]
+        return {
+            key: math.prod(shape) * self._dtype.itemsize for key, shape in entries if not self.cache.holds(key, shape)
+        }
+
+    def _latents(self, where: str, source: ImageSource, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        key, shape = self._latents_entry(source.digest(), size) if self.cache.folder else ("", (0, 0))
+        return self.cache.get(key, lambda: self._image_latents(image, size), shape, where).to(self.device)
+
+    def _latents_entry(self, digest: str, size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+        """Return the key and the shape of the latents of an image."""
         patch = self.pipe.vae_scale_factor * 2
         shape = size[0] // patch * (size[1] // patch), self.pipe.transformer.config.in_channels
-        made = self.cache.get(key, lambda: image_latents(self.pipe, image, size, self.device), shape, where)
-        return made.to(self.device)
+        return content_key(self._vae, digest, size), shape
+
+    def _text_entry(
+        self, words: str, digests: list[str], sizes: Sequence[tuple[int, int]]
+    ) -> tuple[str, tuple[int, int]]:
+        """Return the key and the shape of the embeddings of a text with references of (width, height) pixels."""
+        shape = prompt_tokens(self.pipe, words, sizes), self.pipe.transformer.config.joint_attention_dim
+        return content_key(self._text, words, digests, sizes), shape
+
+    def _image_latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
+        return image_latents(self.pipe, image, size, self.device)
+
+    def _embeddings(self, words: str, references: list[Image.Image], sizes: Sequence[tuple[int, int]]) -> Tensor:
+        return prompt_embeddings(self.pipe, words, references, sizes, self.device)
