@@ -29,6 +29,7 @@ from uniref_fast.models.kept_references import (
     check_keep_dtype,
     dependence,
 )
+from uniref_fast.models.module_hooks import is_offloaded
 from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
@@ -157,6 +158,11 @@ def _eight_bit_parts(
         raise ValueError('mode="fast" builds its own packed model; leave model out')
     check_supported(device, impl)
     if installed is None:
+        if any(is_offloaded(module, whole=False) for module in transformer.modules()):
+            raise ValueError(
+                'mode="fast" quantises the weights, and offloading by block or by layer holds them elsewhere; without '
+                'offloading, call patch(pipe, mode="fast") first, and then enable it'
+            )
         return eight_bit_parts(transformer, modules_to_not_convert, impl)
     if modules_to_not_convert is not None or impl != installed.impl:
         raise ValueError(
@@ -225,9 +231,6 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
 
 
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:
-    hook = getattr(model.transformer, "_hf_hook", None)
-    if hook is not None:  # model offloading: load the weights, as a call of the model itself would
-        hook.pre_forward(model.transformer)
     loop = EditLoop(model, pack_tokens)
     loop.join(*jobs)
     bar = pipe.progress_bar(total=max(len(job.timesteps) for job in jobs)) if progress else None

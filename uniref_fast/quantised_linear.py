@@ -156,6 +156,13 @@ class QuantisedWeight(_EightBit):
                 return weight._like(weight.original.detach().clone(), weight.e4m3.clone(), weight.row_scale.clone())
             if func is aten._to_copy.default:
                 return weight._moved(kwargs.get("device"), kwargs.get("dtype"))
+            if func is aten._pin_memory.default:  # this and the next two: offloading with a stream
+                return weight._like(weight.original, weight.e4m3.pin_memory(), weight.row_scale.pin_memory())
+            if func is aten.is_pinned.default:
+                return weight.e4m3.is_pinned()
+            if func is aten.record_stream.default:
+                weight.e4m3.record_stream(args[1])
+                return weight.row_scale.record_stream(args[1])
             if func in (aten.add_.Tensor, aten.sub_.Tensor, aten.copy_.default):
                 original = weight.original.detach()
                 others = map(_unquantised, args[1:])

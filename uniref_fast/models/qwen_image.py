@@ -22,6 +22,7 @@ from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
@@ -153,8 +154,9 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: ForwardContext)
     def heads(linear: Any, x: Tensor) -> Tensor:
         return linear(x).unflatten(-1, (-1, head_dim))  # [n, H, D]
 
-    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
+    # In the order of diffusers, in which offloading fetches weights in advance.
     image_qkv = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
+    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
     if context.parallel is not None:
         text_qkv, image_qkv = _all_rows(text_qkv, context, "text"), _all_rows(image_qkv, context, "image")
     return joint_qkv(attn, image_qkv, text_qkv, context)
@@ -171,17 +173,18 @@ def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext)
         text_qkv: Projections of the text stream, `[N_text, H, D]` each.
         context: Context of the forward.
     """
-    q, k, v = ops.qk_norm_rope(
-        text_qkv,
-        image_qkv,
-        qk_norm_weights(attn, "text"),
-        qk_norm_weights(attn, "image"),
-        context.layout,
-        context.rotary,
-        eps=qk_norm_eps(attn),
-        rounding=context.rounding,
-        impl=context.impl,
-    )
+    with onloaded(attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):  # their weights are read
+        q, k, v = ops.qk_norm_rope(
+            text_qkv,
+            image_qkv,
+            qk_norm_weights(attn, "text"),
+            qk_norm_weights(attn, "image"),
+            context.layout,
+            context.rotary,
+            eps=qk_norm_eps(attn),
+            rounding=context.rounding,
+            impl=context.impl,
+        )
     if context.references is not None:
         k, v = context.references.keys_and_values(attn, k, v)
     return q, k, v
@@ -274,7 +277,8 @@ class PackedBlock(nn.Module):
                 lambda x, y, *rest: self._run([*x], [*y], *rest), *inputs,
                 use_reentrant=False, context_fn=_keep_attention,
             )  # fmt: skip
-        return self._run(streams, residuals, temb, context)
+        with onloaded(self.block):
+            return self._run(streams, residuals, temb, context)
 
     def _run(
         self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
@@ -334,7 +338,9 @@ class PackedBlock(nn.Module):
             mod.scale2, rows, block.img_norm2.eps, impl,
         )  # fmt: skip
         del out
+        _skip(block.attn.to_add_out)
         hidden = feed_forward(block.img_mlp, hidden, impl)
+        _skip(block.txt_mlp)
         return _clipped(ops.gate_residual(image, hidden, mod.gate2, rows, impl=impl))
 
 
@@ -433,8 +439,19 @@ class PackedQwenImage(nn.Module):
         Raises:
             ValueError: If shapes differ from the layout's, or the layout is not one of this model.
         """
-        model = self.transformer
         self._check(image, text, timestep, layout)
+        with onloaded(self.transformer):
+            return self._predict(image, text, timestep, layout, kept)
+
+    def _predict(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | None,
+    ) -> Tensor:
+        model = self.transformer
         rotary = layout.rotary(model.config.axes_dims_rope, image.device)
         references = None if kept is None else self._references(layout, kept)
         if references is not None:
@@ -493,6 +510,13 @@ class PackedQwenImage(nn.Module):
                 f"the layout was built with zero_cond_t={layout.clean_references}, the model has {config.zero_cond_t}; "
                 "build it with the model's own `layout(samples)`"
             )
+
+
+def _skip(part: nn.Module) -> None:
+    """Run the hooks of a part that is not needed, because offloading with prefetch counts on a call of every module."""
+    for module in part.modules():
+        with onloaded(module):
+            pass
 
 
 @dataclass(frozen=True)

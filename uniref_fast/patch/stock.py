@@ -17,8 +17,16 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from uniref_fast.models.module_hooks import device_of_hooks, is_offloaded
 from uniref_fast.models.qwen_image import qk_norm_eps
-from uniref_fast.patch.guards import QK_NORMS, active_backend, active_modes, attention_change, norm_change
+from uniref_fast.patch.guards import (
+    QK_NORMS,
+    active_backend,
+    active_modes,
+    attention_change,
+    innermost_forward,
+    norm_change,
+)
 from uniref_fast.patch.processors import PatchedAttention, PatchedBlock
 
 __all__ = ["REPLACED_MODULES", "Replaced", "deviations", "is_own_method", "weight_hooks"]
@@ -37,6 +45,7 @@ class Replaced:
         methods: Methods of that class whose work the packed forward does.
         calls: Submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
         reads: Attributes that the packed forward reads.
+        onloaded: True if the packed forward runs the hooks of the module that move its weights.
     """
 
     path: str
@@ -44,6 +53,7 @@ class Replaced:
     methods: tuple[str, ...] = ("forward",)
     calls: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    onloaded: bool = False
 
 
 _BLOCK, _ATTN = "transformer_blocks.*", "transformer_blocks.*.attn"
@@ -52,21 +62,21 @@ _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"
 REPLACED_MODULES = (
     Replaced(
         "", f"{_QWEN}:QwenImageTransformer2DModel",
-        calls=("img_in", "txt_norm", "txt_in", "time_text_embed", "proj_out"), reads=("config",),
+        calls=("img_in", "txt_norm", "txt_in", "time_text_embed", "proj_out"), reads=("config",), onloaded=True,
     ),
     Replaced("pos_embed", f"{_QWEN}:QwenEmbedRope", ("forward", "_compute_video_freqs")),
     Replaced("norm_out", f"{_NORMS}:AdaLayerNormContinuous", calls=("silu", "linear")),
     Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
     Replaced(
         _BLOCK, f"{_QWEN}:QwenImageTransformerBlock", ("forward", "_modulate"),
-        calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"),
+        calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"), onloaded=True,
     ),
     *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",))
       for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
     Replaced(
         _ATTN, "diffusers.models.attention_processor:Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim"),
     ),
-    *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"))
+    *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"), onloaded=True)
       for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
 )  # fmt: skip
 """All modules that the packed forward replaces; it calls the other modules inside the transformer."""
@@ -98,14 +108,9 @@ def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
         if id(module) not in replaced:
             yield from _called_module(name, module)
     yield from _settings(transformer)
-    moved = hasattr(transformer, "_hf_hook")  # offloading by whole models brings the weights before the first step
+    yield from _other_devices(transformer, device)
     for name, block in transformer.transformer_blocks.named_children():
-        where = f"transformer_blocks.{name}.attn"
-        yield from _processor(where, block.attn.processor)
-        for norm in (getattr(block.attn, norm) for norm in QK_NORMS):
-            weight = None if moved or norm is None else norm.weight
-            if weight is not None and weight.device != device:
-                yield f"{where} has a QK norm with its weight on {weight.device}, not {device}; offload by whole models"
+        yield from _processor(f"transformer_blocks.{name}.attn", block.attn.processor)
 
 
 def is_own_method(owner: Any, name: str) -> bool:
@@ -114,11 +119,9 @@ def is_own_method(owner: Any, name: str) -> bool:
     It returns False for a method that was set on the instance or on the class, and for one of a subclass in another
     package. A method that `patch` installed counts as the one that it replaced.
     """
-    bound = vars(owner).get(name)
+    bound = getattr(*innermost_forward(owner)) if name == "forward" else vars(owner).get(name)
     if isinstance(getattr(bound, "__self__", None), PatchedBlock):
         bound = bound.__self__.original
-    elif name == "forward" and hasattr(owner, "_hf_hook"):
-        bound = getattr(owner, "_old_forward", bound)
     bound = getattr(bound, "_torchdynamo_orig_callable", bound)  # torch.compile computes the same
     function = getattr(type(owner), name)
     if bound is not None and bound != types.MethodType(function, owner):
@@ -166,8 +169,8 @@ def _replaced_module(name: str, module: Any, part: Replaced) -> Iterator[str]:
     if type(module) is not expected:
         yield f"{name} is a {type(module).__name__}, not a {kind}"
         return
-    if hooks := _hooks(module, whole_model=name == "the transformer"):
-        yield f"{name} has hooks ({', '.join(hooks)}) of a cache, offloading or your own"
+    if hooks := _hooks(module, moving=part.onloaded):
+        yield f"{name} has hooks ({', '.join(hooks)}) of a cache, a guider or your own"
     for method in part.methods:
         if not is_own_method(module, method):
             yield f"{name}.{method} was replaced by code that is not diffusers' own"
@@ -183,21 +186,21 @@ def _called_module(name: str, module: nn.Module) -> Iterator[str]:
         yield f"{name} has hooks ({', '.join(hooks)}), which would see the tokens of all samples as one [N, C] tensor"
 
 
-def _hooks(module: nn.Module, *, called: bool = False, whole_model: bool = False) -> list[str]:
+def _hooks(module: nn.Module, *, called: bool = False, moving: bool = False) -> list[str]:
     """Return names of the hooks of a module that a packed forward would skip or, if it is `called`, disturb.
 
     Args:
         module: The module.
         called: True for a module that the packed forward calls: hooks that only move or cast weights then do no harm.
-        whole_model: True for the transformer itself: hooks that offload the whole model then do no harm.
+        moving: True for a module whose hooks that move weights the packed forward runs.
     """
     names: list[str] = []
     registry = getattr(module, "_diffusers_hook", None)
     if registry is not None:
-        names += [hook for hook in registry.hooks if not (called and hook in weight_hooks())]
+        names += [hook for hook in registry.hooks if not ((called or moving) and hook in weight_hooks())]
     if hook := getattr(module, "_hf_hook", None):
         own = _root(type(hook).__module__) == "accelerate"
-        if not own or not (called or (whole_model and _offloads(hook))):
+        if not own or not (called or (moving and _moves(hook))):
             names.append(f"accelerate's {type(hook).__name__}" if own else type(hook).__name__)
     hooks = {**module._forward_pre_hooks, **module._forward_hooks}
     for patched in getattr(getattr(module, "_uniref_fast", None), "hooks", ()):  # hooks of `patch`
@@ -218,10 +221,29 @@ def weight_hooks() -> frozenset[str]:
     ))  # fmt: skip
 
 
-def _offloads(hook: Any) -> bool:
-    from accelerate.hooks import CpuOffload, SequentialHook
+def _moves(hook: Any) -> bool:
+    """Return True if a hook of accelerate moves weights and does no more."""
+    from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook
 
-    return all(map(_offloads, hook.hooks)) if isinstance(hook, SequentialHook) else isinstance(hook, CpuOffload)
+    if isinstance(hook, SequentialHook):
+        return all(map(_moves, hook.hooks))
+    return type(hook) in (AlignDevicesHook, CpuOffload)
+
+
+def _other_devices(transformer: Any, device: torch.device) -> Iterator[str]:
+    """Describe modules that would not be on the pipeline's device when they are used."""
+    for name, module in transformer.named_modules():
+        place = device_of_hooks(module)
+        if place is not None and (place.type, place.index or 0) != (device.type, device.index or 0):
+            yield f"{name or 'the transformer'} is brought to {place} by its hooks, and the pipeline runs on {device}"
+    for name, block in transformer.transformer_blocks.named_children():
+        norms = [(path, getattr(block.attn, path)) for path in QK_NORMS]
+        for path, norm in norms:
+            weight = None if norm is None else norm.weight
+            if weight is None or (weight.device.type, weight.device.index or 0) == (device.type, device.index or 0):
+                continue
+            if not any(map(is_offloaded, (transformer, block, norm))):
+                yield f"transformer_blocks.{name}.attn.{path} has its weight on {weight.device}, not {device}"
 
 
 def _foreign(hooks: dict[int, Any]) -> list[str]:

@@ -1,0 +1,83 @@
+"""Hooks that move weights, for modules whose weights are used although the module is not called.
+
+Offloading of diffusers and accelerate puts hooks around `module.forward`: they bring the weights to the device before a
+call, move them away after it, and fetch those of the next module in advance. The packed forward computes what the
+transformer, its blocks and their QK norms compute without calling them, so it runs their hooks itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["device_of_hooks", "is_offloaded", "onloaded"]
+
+_NO_HOOKS = contextlib.nullcontext()
+
+
+def onloaded(*modules: nn.Module | None) -> contextlib.AbstractContextManager[None]:
+    """Return a context that runs the hooks of modules as calls of these modules would: a part before, a part after it.
+
+    The hooks see no arguments, so they must be hooks that move weights (`patch.stock.deviations` checks it). As in a
+    call, nothing runs after an error.
+
+    Args:
+        *modules: Modules in the order in which diffusers calls them; None stands for a missing one.
+    """
+    hooked = [each for each in modules if each is not None and _may_have_hooks(each)]
+    return _hooks_run(hooked) if hooked else _NO_HOOKS
+
+
+@contextlib.contextmanager
+def _hooks_run(modules: list[nn.Module]) -> Iterator[None]:
+    called = [(module, hook) for module in modules for hook in _hooks(module)]
+    for module, hook in called:
+        hook.pre_forward(module)
+    yield
+    for module, hook in reversed(called):
+        hook.post_forward(module, None)
+
+
+def device_of_hooks(module: nn.Module) -> torch.device | None:
+    """Return the device to which the hooks of a module bring its weights; None if they bring them nowhere."""
+    for hook in _parts(module):
+        device = getattr(hook, "execution_device", None)
+        device = getattr(getattr(hook, "group", None), "onload_device", None) if device is None else device
+        if device is not None:
+            return torch.device(device)
+    return None
+
+
+def is_offloaded(module: nn.Module, *, whole: bool = True) -> bool:
+    """Return True if hooks of a module keep its weights elsewhere between calls.
+
+    Args:
+        module: The module.
+        whole: Count hooks that bring the whole model and leave it on the device after a call.
+    """
+    return any(
+        getattr(hook, "offload", False) or hasattr(hook, "group") or (whole and type(hook).__name__ == "CpuOffload")
+        for hook in _parts(module)
+    )
+
+
+def _may_have_hooks(module: nn.Module) -> bool:
+    own = vars(module)
+    return "_hf_hook" in own or "_diffusers_hook" in own
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """Return the hooks of accelerate and diffusers of a module, the outermost first."""
+    own = vars(module)
+    registry = own.get("_diffusers_hook")
+    added = [] if registry is None else [registry.hooks[name] for name in reversed(registry._hook_order)]
+    return [own["_hf_hook"], *added] if "_hf_hook" in own else added
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    """Return the hooks of a module, those of accelerate's `SequentialHook` one by one."""
+    return [part for hook in _hooks(module) for part in getattr(hook, "hooks", (hook,))]
