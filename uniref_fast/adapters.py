@@ -160,7 +160,17 @@ def apply_adapters(
             held = _load(pipe, adapter, name)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"--lora {adapter.given} {_reason(error)}") from error
-        fitting = sum(f".{name}." in key or key.endswith(f".{name}") for key, _ in pipe.transformer.named_parameters())
+        matrices = [
+            value
+            for key, value in pipe.transformer.named_parameters()
+            if f".{name}." in key or key.endswith(f".{name}")
+        ]
+        if stored := next((value.dtype for value in matrices if value.dtype.itemsize < 2), None):
+            raise ValueError(
+                f"--lora {adapter.given} would be stored as {stored}, in which nothing can be computed, as the layers "
+                "below are (enable_layerwise_casting); apply adapters first and enable layerwise casting afterwards"
+            )
+        fitting = len(matrices)
         if fitting < held:  # diffusers ignores tensors of missing layers
             raise ValueError(
                 f"--lora {adapter.given}: {held - fitting} of its {held} tensors belong to no layer of this model; it "

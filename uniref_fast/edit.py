@@ -19,7 +19,7 @@ from uniref_fast.budget import check_budget
 from uniref_fast.edit_loop import Edit, EditLoop, encoded_edit
 from uniref_fast.edit_report import EditReport
 from uniref_fast.encode import decode_image
-from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
+from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts, quantised_before
 from uniref_fast.guidance import is_guided
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.kept_references import (
@@ -34,6 +34,7 @@ from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
 from uniref_fast.progress import tracked
+from uniref_fast.quantised import row_dependence
 from uniref_fast.quantised_linear import exact_products, recorded_errors
 from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
 from uniref_fast.schedule import denoising_schedule
@@ -107,6 +108,8 @@ def edit(
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     requests = validated(requests, pipe)
     _warn_of_guidance(requests)
+    if len(requests) > 1 and (reason := row_dependence(transformer)):
+        warnings.warn(f"each result depends a little on the other requests: {reason}", stacklevel=2)
     geometries = [request_geometry(pipe, request, budget) for request in requests]
     schedulers = []  # all of them before any model runs, because a scheduler may refuse its schedule
     for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
@@ -133,6 +136,7 @@ def edit(
         if report is not None:
             latent_errors = _latent_errors(pipe, model, jobs, exact, pack_tokens, progress)
             report.fill([job.kept or () for job in jobs], errors, latent_errors)
+            report.note = quantised_before(transformer) if parts is not None else None
         for job in jobs:
             job.kept = None  # decoding needs the memory
         results = [_decode(pipe, job, output_type) for job in tracked(jobs, "decoding", "result", shown=shown)]

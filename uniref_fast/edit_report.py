@@ -59,12 +59,15 @@ class EditReport:
             `|8 bits - 16 bits| / |16 bits|`.
         latent_errors: Relative error of the final latents of each request, `|result - exact| / |exact|`. The exact edit
             keeps no references and computes in 16 bits. Empty without `compare`.
+        note: Sentence on the Linears that `mode="fast"` has left as they are, because another library has quantised
+            them; None if there is none.
     """
 
     compare: bool = False
     references: list[ReferenceReport] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     latent_errors: list[float] = field(default_factory=list)
+    note: str | None = None
 
     def fill(
         self, kept: Sequence[Sequence[KeptReferences]], errors: dict[str, float], latent_errors: list[float]
@@ -90,5 +93,6 @@ class EditReport:
         lines = [*map(str, self.references)] or ["references computed in every step"]
         if self.errors:
             lines.append(f"{len(self.errors)} parts in 8 bits: {describe_errors(self.errors)}")
+        lines += [self.note] if self.note else []
         lines += [f"request {i}: error of the latents {error:.2%}" for i, error in enumerate(self.latent_errors, 1)]
         return "\n".join(lines)

@@ -2,12 +2,13 @@
 
 Linears of the blocks get a `QuantisedWeight`, and the attention of a block is computed by `ops.attention_fp8`. The
 parts named in `modules_to_not_convert` stay in 16 bits, by default the first and the last block and the modulation.
-Embeddings and the output layers are not in blocks and always stay.
+Embeddings and the output layers are not in blocks and always stay. So do Linears that another library has quantised.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from torch import nn
 
 from uniref_fast.ops._dispatch import one_of
 from uniref_fast.ops.fp8 import FP8_CAPABILITY
+from uniref_fast.quantised import stored_format
 from uniref_fast.quantised_linear import QuantisedWeight, base_linear, is_quantised
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "eight_bit",
     "eight_bit_parts",
     "quantise",
+    "quantised_before",
     "restore",
     "saved_bytes",
     "unsupported",
@@ -98,7 +101,7 @@ def unsupported(device: torch.device | str, impl: str | None) -> str | None:
 def eight_bit_parts(
     transformer: Any, modules_to_not_convert: Sequence[str] | None = None, impl: str | None = None
 ) -> EightBitParts:
-    """Choose the parts of a transformer that compute in 8 bits.
+    """Choose the parts of a transformer that compute in 8 bits: no Linears that another library has quantised.
 
     Args:
         transformer: A `QwenImageTransformer2DModel`, on any device.
@@ -108,15 +111,17 @@ def eight_bit_parts(
         impl: Implementation, "reference", "triton" or None.
 
     Raises:
-        ValueError: If a name fits no module, or a weight cannot be quantised.
+        ValueError: If a name fits no module.
     """
     kept = default_16bit(transformer) if modules_to_not_convert is None else tuple(modules_to_not_convert)
     attention = [
         f"transformer_blocks.{name}.attn.processor" for name, _ in transformer.transformer_blocks.named_children()
     ]
-    linears = [name for name, linear in _block_linears(transformer) if _fits(linear)]
-    candidates = [*linears, *attention]
-    for pattern in kept:
+    names = [name for name, _ in _linears_of_any_class(transformer)]
+    linears = [name for name, linear in _block_linears(transformer)
+               if _fits(linear) and (is_quantised(linear) or stored_format(linear) is None)]  # fmt: skip
+    candidates = [*names, *attention]
+    for pattern in () if modules_to_not_convert is None else kept:
         if not any(_is_in(pattern, name) for name in candidates):
             known = sorted({part for name in candidates for part in name.split(".") if not part.isdigit()})
             near = get_close_matches(pattern.rpartition(".")[2], known, 3)
@@ -141,7 +146,14 @@ def _fits(linear: nn.Linear) -> bool:
 
 
 def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the Linears of the blocks; of a layer of peft the one inside, under the name of the layer."""
+    """Yield the Linears of PyTorch in the blocks; of a layer of peft the one inside, under the name of the layer."""
+    for name, module in _linears_of_any_class(transformer):
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def _linears_of_any_class(transformer: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the Linears of the blocks, those of other classes included; of a layer of peft the one inside."""
     inside = ""  # name of the layer of peft that is being passed
     for name, module in transformer.transformer_blocks.named_modules(prefix="transformer_blocks"):
         if inside and name.startswith(inside):
@@ -149,8 +161,18 @@ def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
         base = base_linear(module)
         if base is not module:
             inside, module = f"{name}.", base
-        if isinstance(module, nn.Linear):
+        if hasattr(module, "in_features") and hasattr(module, "out_features"):
             yield name, module
+
+
+def quantised_before(transformer: Any) -> str | None:
+    """Return a sentence on the Linears of the blocks that another library has quantised, or None if there is none."""
+    linears = [linear for _, linear in _linears_of_any_class(transformer) if not is_quantised(linear)]
+    found = Counter(stored for linear in linears if (stored := stored_format(linear)) is not None)
+    if not found:
+        return None
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found.items())
+    return f"{found.total()} Linears of the blocks are quantised already and stay as they are: {kinds}"
 
 
 def quantise(transformer: Any, parts: EightBitParts, *, to_host: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["compute_dtype", "largest_cast", "planned_bytes", "stored_tensors"]
+__all__ = ["compute_dtype", "largest_cast", "planned_bytes", "row_dependence", "stored_format", "stored_tensors"]
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
@@ -44,6 +44,46 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif type(value).__module__.split(".")[0] == "bitsandbytes":  # the state of a 4-bit weight, itself nested
         for inner in vars(value).values():
             yield from _tensors_in(inner)
+
+
+def stored_format(linear: Any) -> str | None:
+    """Return the name of the format that a Linear stores its weight in; None for a weight of 16 bits or more.
+
+    Args:
+        linear: A Linear of any class: one with `in_features` and `out_features`.
+    """
+    weight = getattr(linear, "weight", None)
+    if not isinstance(weight, Tensor):  # the Linears of SVDQuant and AWQ have packed parameters under other names
+        return type(linear).__name__
+    if type(weight).__module__.startswith("torch.distributed"):  # a shard of a weight
+        return None
+    if (
+        sum(t.untyped_storage().nbytes() for t in stored_tensors(weight))
+        >= 2 * linear.in_features * linear.out_features
+    ):
+        return None
+    if type(linear) is not nn.Linear:
+        return type(linear).__name__
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return str(weight.dtype).removeprefix("torch.") if plain else type(weight).__name__
+
+
+def row_dependence(module: nn.Module) -> str | None:
+    """Return the reason why a row's product depends on the other rows of a call, or None if no Linear is known to."""
+    part: Any
+    for name, part in module.named_modules():
+        weight = getattr(part, "weight", None)
+        if type(part).__name__ == "Linear8bitLt" and part.state.threshold > 0:
+            return (
+                f"{name} and other Linears of bitsandbytes compute all values of a channel in 16 bits if one of them "
+                f"is {part.state.threshold:g} or more (llm_int8_threshold=0 turns this off)"
+            )
+        scaled = getattr(getattr(weight, "act_quant_kwargs", None), "granularity", None)
+        if type(scaled).__name__ == "PerTensor":
+            return (
+                f"{name} and other Linears of torchao have one scale for all rows (granularity=PerRow() has one each)"
+            )
+    return None
 
 
 def largest_cast(module: nn.Module) -> int:

@@ -74,6 +74,11 @@ def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = Fal
     supported = ["QwenImageTransformer2DModel", "QwenImageEditPlusPipeline"]
     if isinstance(getattr(model, "module", None), Stock):
         raise TypeError(f"{given} is not supported: it wraps a {supported[0]}; use its attribute `module`")
+    if given.startswith("Nunchaku"):
+        raise TypeError(
+            f"{given} is not supported: its blocks call kernels that compute several Linears and the operations "
+            f"between them at once. Load a checkpoint of diffusers' NunchakuLiteQuantizationConfig as a {supported[0]}"
+        )
     near = get_close_matches(given, supported, n=1, cutoff=0.5)
     raise TypeError(
         f"{given} is not supported: it must be a {supported[0]} (exactly that class) or a pipeline holding one, "

@@ -8,7 +8,15 @@ from typing import Any, Literal
 import torch
 
 from uniref_fast import ops
-from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit_parts, quantise, restore
+from uniref_fast.fast import (
+    EightBitParts,
+    check_mode,
+    check_supported,
+    eight_bit_parts,
+    quantise,
+    quantised_before,
+    restore,
+)
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, check_keep_dtype, dependence
 from uniref_fast.models.qwen_image import find_transformer
@@ -163,6 +171,8 @@ class _Installation:
             quantise(transformer, parts, to_host=True)
             self.hooks.append(transformer.register_state_dict_post_hook(_with_exact_weights))
             report.eight_bit = len(parts.linears), len(parts.attention)
+            if note := quantised_before(transformer):
+                report.notes.append(note)
         if visibility != "full" or schedule is not None:
             self.hooks.append(transformer.register_forward_pre_hook(self.state.remember_shapes, with_kwargs=True))
         if schedule is not None:
