@@ -17,6 +17,7 @@ from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.training.core.base import QUANTISED
 from uniref_fast.training.core.distributed import Ranks, global_norm, shard
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters
+from uniref_fast.training.core.offload import Offloading
 from uniref_fast.training.core.processes import leave
 from uniref_fast.training.supervised.flow_matching import FlowBatch, sample_errors
 
@@ -68,13 +69,15 @@ def add_adapter(model: QwenImageTransformer2DModel) -> None:
 
 
 def run(ranks: Ranks, sequence: int, checkpointing: bool, kind: str) -> dict[str, torch.Tensor]:
+    kind, _, host = kind.partition(".")
     model = make_model()
     if kind in QUANTISED:
         quantise_base(model, kind, torch.float32, ranks.device)
     if kind != "full":
         add_adapter(model)
     packed = PackedQwenImage(model, checkpointing=checkpointing)
-    shard(packed, ranks, torch.float32, [*quantised_parameters(packed)])
+    offloading = Offloading({number: packed.blocks[number] for number in ((0, 2) if host else ())}, ranks.device)
+    shard(packed, ranks, torch.float32, {*quantised_parameters(packed), *offloading.parameters})
     ranks.share_sequences(packed, sequence)
     loss = torch.zeros(())
     for number in range(ranks.replica, len(PACKS), ranks.replicas):
@@ -118,7 +121,8 @@ def gathered(group: dist.ProcessGroup, bounds: list[int]) -> dict[str, torch.Ten
 def main(folder: str, *cases: str) -> None:
     """Each case is "<ranks that share a pack>-<kept or recomputed>-<kind>"; one file of results each.
 
-    The kind is full (all weights are trained), lora, or a quantised base under a LoRA (nf4, int8, fp8).
+    The kind is full (all weights are trained), lora, or a quantised base under a LoRA (nf4, int8, fp8); with ".host"
+    behind it, the frozen weights of two blocks are on the host.
 
     Or "rows-<bounds with dashes>", for as many ranks as there are parts; one file of results each and a rank.
     """

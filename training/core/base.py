@@ -12,7 +12,7 @@ from typing import Literal
 
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["LIBRARIES", "QUANTISED", "Base", "base_bytes", "check_base"]
+__all__ = ["LIBRARIES", "QUANTISED", "Base", "base_bytes", "check_base", "offloaded_blocks", "resident_blocks"]
 
 Base = Literal["bf16", "int8", "fp8", "nf4"]
 LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
@@ -43,6 +43,32 @@ def base_bytes(base: Base | None, rows: int, columns: int, element: int) -> int:
     return numbers + rows * (5 if base == "int8" else 4)
 
 
+def offloaded_blocks(layers: int, count: int) -> tuple[int, ...]:
+    """Return the numbers of the blocks whose frozen weights are on the host, ascending.
+
+    They lie evenly between the others, whose computation hides the copies.
+
+    Args:
+        layers: Number of blocks of the model.
+        count: Number of blocks on the host, `offload_blocks`.
+
+    Raises:
+        ValueError: The model has fewer blocks.
+    """
+    if count > layers:
+        raise ValueError(f"offload_blocks = {count} is more than the {layers} blocks of the model; give at most that")
+    return tuple((2 * i + 1) * layers // (2 * count) for i in range(count))
+
+
+def resident_blocks(layers: int, count: int) -> int:
+    """Return the number of blocks whose frozen weights are on the device at the same time.
+
+    These are all others, the one that is used, and the one that is fetched ahead. Arguments are those of
+    `offloaded_blocks`.
+    """
+    return layers - count + min(count, 2)
+
+
 def check_base(config: Recipe) -> None:
     """Check that a run has a frozen base where a setting needs one, and that the library of its kind is installed.
 
@@ -52,6 +78,11 @@ def check_base(config: Recipe) -> None:
     Raises:
         ValueError: The run trains all weights, or the library is missing.
     """
+    if config.offload_blocks and config.lora_rank is None:
+        raise ValueError(
+            f"offload_blocks = {config.offload_blocks} moves frozen weights, and this run trains all weights; give "
+            "--lora-rank to train an adapter on top, or leave --offload-blocks out"
+        )
     if config.base is None:
         return
     if config.lora_rank is None:

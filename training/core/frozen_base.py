@@ -7,7 +7,7 @@ A Linear layer stays a module that is called, so adapters and the packed forward
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,7 +56,9 @@ def dequantised(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return whole.detach().to(dtype)
 
 
-def quantise_base(transformer: Any, base: Base, dtype: torch.dtype, device: torch.device) -> None:
+def quantise_base(
+    transformer: Any, base: Base, dtype: torch.dtype, device: torch.device, host: Collection[int] = ()
+) -> None:
     """Store the weights of the Linear layers of all blocks in fewer bits, before an adapter is added.
 
     One weight at a time is copied to the device and quantised there, so that the device never holds the whole model in
@@ -67,12 +69,14 @@ def quantise_base(transformer: Any, base: Base, dtype: torch.dtype, device: torc
         base: Kind of the base.
         dtype: Dtype of the computation.
         device: Device that quantises; quantised weights stay on it.
+        host: Numbers of the blocks whose quantised weights go back to the host.
     """
-    for block in transformer.transformer_blocks:
+    for number, block in enumerate(transformer.transformer_blocks):
+        place = torch.device("cpu") if number in host else device
         for parent in list(block.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) is nn.Linear:
-                    setattr(parent, name, _quantised(layer, base, dtype, device))
+                    setattr(parent, name, _quantised(layer, base, dtype, device, place))
     if base == "nf4":  # peft chooses its layer by this attribute, which diffusers sets on models that it has quantised
         transformer.is_loaded_in_4bit = True
 
@@ -88,19 +92,21 @@ def stored_bytes(parameters: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _quantised(layer: nn.Linear, base: Base, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def _quantised(
+    layer: nn.Linear, base: Base, dtype: torch.dtype, device: torch.device, place: torch.device
+) -> nn.Module:
     """Return a Linear layer with the quantised weight of another one, and the bias of that layer itself."""
     weight = layer.weight.detach()
     if base == "nf4":
-        return _four_bit(layer, weight.to(device), dtype)
-    weight = weight.to(torch.bfloat16) if base == "bf16" else _torchao(weight.to(device), base)
+        return _four_bit(layer, weight.to(device), dtype, place)
+    weight = weight.to(torch.bfloat16) if base == "bf16" else _torchao(weight.to(device), base).to(place)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if base != "bf16" or dtype != torch.bfloat16:
         layer.__class__ = FrozenLinear
     return layer
 
 
-def _four_bit(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+def _four_bit(layer: nn.Linear, weight: Tensor, dtype: torch.dtype, place: torch.device) -> nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     new: Any = Linear4bit(
@@ -108,7 +114,7 @@ def _four_bit(layer: nn.Linear, weight: Tensor, dtype: torch.dtype) -> nn.Module
     )
     new.bias = layer.bias
     packed: Any = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    new.weight = packed.to(weight.device)  # quantises it, also on the device where it is
+    new.weight = packed.to(weight.device).to(place)  # the first quantises it, also on the device where it is
     new.quant_state = new.weight.quant_state
     # On the CPU, a call without gradients would pack the weights for another kernel, whose results have other bits and
     # no gradients, and which later steps of training would then use too.

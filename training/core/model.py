@@ -20,9 +20,11 @@ from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
 from uniref_fast.runs import base_run, check_export
+from uniref_fast.training.core.base import offloaded_blocks
 from uniref_fast.training.core.distributed import Ranks, shard
 from uniref_fast.training.core.export import ExportError, add_adapter, write_weights
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
+from uniref_fast.training.core.offload import Offloading
 from uniref_fast.training.core.recipe import Recipe
 
 __all__ = ["TrainedModel"]
@@ -40,7 +42,8 @@ class TrainedModel:
         packed: The packed transformer, sharded.
         parameters: Trained parameters by their names in the transformer.
         frozen: Digest of the weights that are not trained, of transformer and encoders, before they are quantised.
-        whole: Frozen parameters that are not sharded: every rank has a copy.
+        whole: Frozen parameters on the device that are not sharded: every rank has a copy.
+        offloading: Blocks whose frozen weights are on the host.
 
     Raises:
         ValueError: The model or the initial run cannot be loaded, or does not fit the configuration.
@@ -69,8 +72,9 @@ class TrainedModel:
         transformer = self.pipe.transformer
         transformer.requires_grad_(config.lora_rank is None)
         self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)  # of the weights in the files
+        host = offloaded_blocks(len(transformer.transformer_blocks), config.offload_blocks)
         if config.base is not None:
-            quantise_base(transformer, config.base, compute, ranks.device)
+            quantise_base(transformer, config.base, compute, ranks.device, host)
         if config.initial is not None:
             self._load_adapter(config.initial, compute)
         if config.lora_rank is not None:
@@ -83,8 +87,11 @@ class TrainedModel:
         self.packed = PackedQwenImage(transformer, visibility=config.visibility or "full", for_training=True)
         if config.compile:
             _compile_blocks(transformer)
-        self.whole = [*quantised_parameters(self.packed)]
-        shard(self.packed, ranks, compute, self.whole)  # moves a block at a time to the device
+        self.offloading = Offloading({number: self.packed.blocks[number] for number in host}, ranks.device)
+        away = {id(parameter) for parameter in self.offloading.parameters}
+        self.whole = [parameter for parameter in quantised_parameters(self.packed) if id(parameter) not in away]
+        whole = [*self.whole, *self.offloading.parameters]
+        shard(self.packed, ranks, compute, whole)  # moves a block at a time to the device
 
     def _load_below(self, run: Path, dtype: torch.dtype) -> None:
         """Load the whole transformer that an earlier run exported, or that its adapter was trained on top of."""
@@ -143,15 +150,15 @@ class TrainedModel:
     def sharded_bytes(self) -> int:
         """Return the bytes that the ranks share: weights, float32 gradients, two moments and the average."""
         extra = 3 if self.config.ema is None else 4
-        whole = {id(parameter) for parameter in self.whole}
+        whole = {id(parameter) for parameter in (*self.whole, *self.offloading.parameters)}
         weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters() if id(p) not in whole)
         return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
 
     def fixed_bytes(self) -> int:
-        """Return the bytes that every rank holds: text encoder and VAE, and weights that are not sharded."""
+        """Return the bytes on the device of every rank: text encoder and VAE, and weights that are not sharded."""
         parts = (self.pipe.vae, self.pipe.text_encoder)
         encoders = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-        return encoders + stored_bytes(self.whole)
+        return encoders + stored_bytes(self.whole) + self.offloading.device_bytes
 
     def export(self, folder: Path) -> None:
         """Write the trained weights in the format of diffusers: `lora/`, for `load_lora_weights`, or `transformer/`.

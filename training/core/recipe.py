@@ -105,6 +105,8 @@ class Recipe:
         weight_dtype: Data type in which the trained weights are kept and updated.
         base: Data type in which the frozen weights of the Linear layers of all blocks are kept under an adapter: bf16,
             int8 or fp8 (torchao), or nf4 (bitsandbytes); none keeps them in `dtype`.
+        offload_blocks: Number of blocks whose frozen weights are kept on the host under an adapter, and are fetched one
+            block ahead of their use; 0 keeps all of them on the device.
         memory_gib: Memory of a rank in GiB that packs are planned for; none uses what the device has.
         encoders: Place of the text encoder and the VAE during training: "resident" keeps them on the device; "free"
             encodes all that the run needs before the first step and then frees them; none frees them if `cache` is
@@ -149,6 +151,7 @@ class Recipe:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
+    offload_blocks: int = 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     warmup: int = 500
@@ -179,7 +182,7 @@ class Recipe:
             raise ValueError("a run needs at least one stage")
         least = {"packs": 1, "save_every": 1, "keep": 1, "eval_every": 0, "sample_every": 0, "eval_samples": 1,
                  "sample_count": 0, "sample_num_inference_steps": 2, "max_skipped": 1, "max_broken": 0,
-                 "workers": 1, "warmup": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
+                 "workers": 1, "offload_blocks": 0, "warmup": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
         self._at_least(least)
         Columns.of(self.columns)
         if self.weights and len(self.weights) != len(self.data):

@@ -73,7 +73,7 @@ MAY_CHANGE = frozenset({
     "heldout", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count",
     "sample_num_inference_steps", "sample_true_cfg_scale", "tensorboard", "wandb", "alarm", "vae.save_every",
     # the use of the machine
-    "cache", "workers", "memory_gib", "encoders", "compile",
+    "cache", "workers", "memory_gib", "encoders", "compile", "offload_blocks",
     # the limits at which the run ends
     "max_skipped", "max_broken", "max_failures",
     # a step of MSGRPO: its rollouts and updates use the same settings, and no later step uses its results
@@ -90,7 +90,7 @@ MAY_CHANGE = frozenset({
 # settings that a resumed run takes from its command, also where no flag gives them
 OF_THE_COMMAND = frozenset({
     "model", "initial", "data", "heldout", "image_folder",
-    "cache", "workers", "memory_gib", "encoders", "compile", "tensorboard", "wandb",
+    "cache", "workers", "memory_gib", "encoders", "compile", "offload_blocks", "tensorboard", "wandb",
     "judge.url", "judge.key_variable", "judge.replay", "judge.concurrency", "judge.timeout", "judge.attempts",
     "judge.backoff", "judge.backoff_limit", "judge.patience",
 })  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from uniref_fast.builtin import recorded_areas
-from uniref_fast.training.core.base import check_base
+from uniref_fast.training.core.base import check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.recipe import Recipe
 
@@ -23,8 +23,8 @@ def check_suitability(config: Recipe, ranks: int) -> None:
 
     Raises:
         ValueError: The model does not exist or is of another kind, the images of a stage are far larger or smaller than
-            those of the model, the ranks cannot share a pack as a stage says, the adapter does not fit the layers, or
-            the dtype of the base needs an adapter or a library that is missing.
+            those of the model, the ranks cannot share a pack as a stage says, the adapter does not fit the layers, the
+            frozen base needs an adapter or a library that is missing, or has fewer blocks than are offloaded.
     """
     from uniref_fast.loading import configuration
 
@@ -32,6 +32,7 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     index, transformer = configuration(config.model)
     size = ModelSize.of(transformer, recorded_areas(index, transformer))
     check_sizes(config, size.output_side)
+    offloaded_blocks(size.num_layers, config.offload_blocks)
     if any(stage.sequence_parallel is not None for stage in config.stages):
         from uniref_fast.training.core.memory import sharing_degrees
 
