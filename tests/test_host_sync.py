@@ -1,7 +1,5 @@
 """Check that no step of an edit waits for the device: nothing reads a value of a tensor on the host."""
 
-import importlib
-
 import pytest
 import torch
 from PIL import Image
@@ -10,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import uniref_fast
 from uniref_fast import EditRequest
 from uniref_fast.edit_loop import EditLoop
+from uniref_fast.edit_session import EditSession
 
-edit_module = importlib.import_module("uniref_fast.edit")
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
 OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
 IMAGES = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
@@ -69,8 +67,8 @@ def test_no_step_of_an_edit_reads_a_value(builtin_pipe, monkeypatch, keep):
             return predict(loop, packs)
 
     monkeypatch.setattr(EditLoop, "_predict", predicted)
-    undone = edit_module._decode
-    monkeypatch.setattr(edit_module, "_decode", lambda *arguments: (monkeypatch.undo(), undone(*arguments))[1])
+    undone = EditSession.decode
+    monkeypatch.setattr(EditSession, "decode", lambda *arguments: (monkeypatch.undo(), undone(*arguments))[1])
     uniref_fast.edit(builtin_pipe, REQUESTS, progress=False, keep_references=keep)
     assert steps == [0, 1, 2, 3]
 

@@ -27,7 +27,7 @@ LEVELS = [
     {"loading"},
     {"patch"},
     {"skeleton", "costs"},
-    {"edit_loop"},
+    {"edit_loop", "edit_session"},
     {"adapters", "edit", "estimate", "lora"},
     {"flags"},
     {"data"},

@@ -7,7 +7,6 @@ are two sequences of a pack. The result of a request does not depend on the othe
 from __future__ import annotations
 
 import contextlib
-import math
 import numbers
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,29 +14,19 @@ from typing import Any, Literal
 
 import torch
 
-from uniref_fast.budget import check_budget
-from uniref_fast.edit_loop import Edit, EditLoop, encoded_edit
+from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_report import EditReport
-from uniref_fast.encode import decode_image
-from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts, quantised_before
+from uniref_fast.edit_session import EditSession
+from uniref_fast.fast import quantised_before
 from uniref_fast.guidance import is_guided
-from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.kept_references import (
     KeepDtype,
-    KeptReferences,
-    RefreshSchedule,
-    check_keep_dtype,
-    dependence,
 )
-from uniref_fast.models.module_hooks import is_offloaded
-from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
-from uniref_fast.patch.install import patched_parts
-from uniref_fast.patch.stock import deviations, is_own_method
+from uniref_fast.models.qwen_image import PackedQwenImage
 from uniref_fast.progress import tracked
 from uniref_fast.quantised import row_dependence
 from uniref_fast.quantised_linear import exact_products, recorded_errors
-from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
-from uniref_fast.schedule import denoising_schedule
+from uniref_fast.request import EditRequest
 from uniref_fast.visibility import Rule
 
 __all__ = ["edit"]
@@ -99,100 +88,50 @@ def edit(
         ValueError: If a request or the pipeline cannot run, before any work is done.
         TypeError: If a request or the pipeline has the wrong type, likewise.
     """
-    _check_options(output_type, pack_tokens, budget)
-    check_pipeline(pipe)
-    transformer = find_transformer(pipe)
-    device = pipe._execution_device
-    _refuse_changes(pipe, transformer, device)
-    if torch.is_autocast_enabled(device.type):
-        raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
-    requests = validated(requests, pipe)
-    _warn_of_guidance(requests)
-    if len(requests) > 1 and (reason := row_dependence(transformer)):
-        warnings.warn(f"each result depends a little on the other requests: {reason}", stacklevel=2)
-    geometries = [request_geometry(pipe, request, budget) for request in requests]
-    schedulers = []  # all of them before any model runs, because a scheduler may refuse its schedule
-    for i, (request, sizes) in enumerate(zip(requests, geometries, strict=True)):
-        _check_latents(pipe, request, sizes, f"request {i + 1}")
-        tokens = math.prod(sizes.grid(sizes.size))
-        schedulers.append(denoising_schedule(pipe.scheduler, tokens, request.num_inference_steps, device))
-    parts = _eight_bit_parts(transformer, device, impl, mode, modules_to_not_convert, model)
-    model = model or PackedQwenImage(
-        transformer, visibility=visibility, impl=impl, attention_8bit=parts.attention if parts else ()
+    _check_options(output_type, pack_tokens)
+    session = EditSession(
+        pipe,
+        budget=budget,
+        visibility=visibility,
+        impl=impl,
+        model=model,
+        keep_references=keep_references,
+        drift=drift,
+        keep_dtype=keep_dtype,
+        mode=mode,
+        modules_to_not_convert=modules_to_not_convert,
     )
-    check_keep_dtype(keep_dtype)
-    keeping = _refresh_schedules(model, geometries, keep_references, drift)
-    with torch.no_grad(), eight_bit(transformer, None if patched_parts(transformer) else parts):
-        shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")
-        prepared = tracked(list(zip(requests, geometries, schedulers, strict=True)), "encoding", "request", shown=shown)
-        jobs = [encoded_edit(pipe, *each) for each in prepared]
-        for job, schedule in zip(jobs, keeping, strict=True):
-            if schedule is not None:
-                job.kept = [KeptReferences(schedule, keep_dtype, len(job.timesteps)) for _ in job.samples]
-        exact = [job.copy() for job in jobs] if report is not None and report.compare else []
+    if torch.is_autocast_enabled(session.device.type):
+        raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
+    checked = session.check(requests)
+    _warn_of_guidance([each.request for each in checked])
+    if len(checked) > 1 and (reason := row_dependence(session.model.transformer)):
+        warnings.warn(f"each result depends a little on the other requests: {reason}", stacklevel=2)
+    shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")
+    with session.computing():
+        edits = [session.encode(each) for each in tracked(checked, "encoding", "request", shown=shown)]
+        exact = [each.copy() for each in edits] if report is not None and report.compare else []
         errors: dict[str, float] = {}
-        with recorded_errors(errors) if parts is not None and report is not None else contextlib.nullcontext():
-            _denoise(pipe, model, jobs, pack_tokens, progress)
+        with recorded_errors(errors) if session.parts is not None and report is not None else contextlib.nullcontext():
+            _denoise(pipe, session.model, edits, pack_tokens, progress)
         if report is not None:
-            latent_errors = _latent_errors(pipe, model, jobs, exact, pack_tokens, progress)
-            report.fill([job.kept or () for job in jobs], errors, latent_errors)
-            report.note = quantised_before(transformer) if parts is not None else None
-        for job in jobs:
-            job.kept = None  # decoding needs the memory
-        results = [_decode(pipe, job, output_type) for job in tracked(jobs, "decoding", "result", shown=shown)]
+            latent_errors = _latent_errors(pipe, session.model, edits, exact, pack_tokens, progress)
+            report.fill([each.kept or () for each in edits], errors, latent_errors)
+            report.note = quantised_before(session.model.transformer) if session.parts is not None else None
+        for each in edits:
+            each.kept = None  # decoding needs the memory
+        results = [session.decode(each, output_type) for each in tracked(edits, "decoding", "result", shown=shown)]
     pipe.maybe_free_model_hooks()
     return results
 
 
-def _eight_bit_parts(
-    transformer: Any,
-    device: torch.device,
-    impl: str | None,
-    mode: str,
-    modules_to_not_convert: Sequence[str] | None,
-    model: PackedQwenImage | None,
-) -> EightBitParts | None:
-    """Return the parts that compute in 8 bits, or None for the mode "exact"."""
-    installed = patched_parts(transformer)
-    if not check_mode(mode, modules_to_not_convert):
-        if installed is not None:
-            raise ValueError('the pipeline is patched with mode="fast"; give edit() the same mode, or unpatch first')
-        return None
-    if model is not None:
-        raise ValueError('mode="fast" builds its own packed model; leave model out')
-    check_supported(device, impl)
-    if installed is None:
-        if any(is_offloaded(module, whole=False) for module in transformer.modules()):
-            raise ValueError(
-                'mode="fast" quantises the weights, and offloading by block or by layer holds them elsewhere; without '
-                'offloading, call patch(pipe, mode="fast") first, and then enable it'
-            )
-        return eight_bit_parts(transformer, modules_to_not_convert, impl)
-    if modules_to_not_convert is not None or impl != installed.impl:
-        raise ValueError(
-            f"the pipeline is patched with mode='fast' and impl={installed.impl!r}; give edit() the same impl, and no "
-            "modules_to_not_convert: those of the patch hold"
-        )
-    return installed
-
-
-def _check_options(output_type: Any, pack_tokens: Any, budget: Any) -> None:
+def _check_options(output_type: Any, pack_tokens: Any) -> None:
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
-    if budget is not None:
-        check_budget(budget)
     if pack_tokens is not None and not isinstance(pack_tokens, numbers.Real):
         raise TypeError(f"pack_tokens must be a number, got {pack_tokens!r}")
     if pack_tokens is not None and pack_tokens < 1:
         raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
-
-
-def _refresh_schedules(
-    model: PackedQwenImage, geometries: Sequence[Geometry], keep: bool | int | str, drift: float | None
-) -> list[RefreshSchedule | None]:
-    """Return for each request when its references are computed again; None where nothing is kept."""
-    layouts = [model.layout([sizes.sample(1)]) for sizes in geometries]
-    return [RefreshSchedule.of(keep, drift, dependence(layout, model.visibility)) for layout in layouts]
 
 
 def _latent_errors(
@@ -222,18 +161,6 @@ def _warn_of_guidance(requests: Sequence[EditRequest]) -> None:
         warnings.warn(f"request {i}: {reason}; classifier-free guidance is off", stacklevel=3)
 
 
-def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str) -> None:
-    if request.latents is None:
-        return
-    _, height, width = sizes.grid(sizes.size)
-    expected = [1, height * width, pipe.transformer.config.in_channels]
-    if list(request.latents.shape) != expected:
-        raise ValueError(
-            f"{where}: latents have shape {list(request.latents.shape)}, a {sizes.size[0]} x {sizes.size[1]} result "
-            f"needs {expected}"
-        )
-
-
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:
     loop = EditLoop(model, pack_tokens)
     loop.join(*jobs)
@@ -244,21 +171,3 @@ def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[Edit], pack_tokens: i
             bar.update()
     if bar is not None:
         bar.close()
-
-
-def _decode(pipe: Any, job: Edit, output_type: str) -> Any:
-    if output_type == "latent":
-        return job.latents
-    return decode_image(pipe, job.latents, job.geometry.size, output_type)
-
-
-def _refuse_changes(pipe: Any, transformer: Any, device: torch.device) -> None:
-    """Raise ValueError if the pipeline's call or code in its transformer was changed: the packed loop would skip it."""
-    found = next(deviations(transformer, device), None)
-    if found is None and not is_own_method(pipe, "__call__"):
-        found = f"{type(pipe).__name__}.__call__ is not diffusers' own"
-    if found is not None:
-        raise ValueError(
-            f"{found}. edit() runs all requests through one packed forward, which would skip this; undo it, or call "
-            "the pipeline (patched or not) request by request"
-        )

@@ -1,0 +1,196 @@
+"""A pipeline with the options of `edit`: checks requests, encodes them, decodes results."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from uniref_fast.budget import check_budget
+from uniref_fast.edit_loop import Edit, encoded_edit
+from uniref_fast.encode import decode_image
+from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
+from uniref_fast.model_kind import check_pipeline
+from uniref_fast.models.kept_references import (
+    KeepDtype,
+    KeptReferences,
+    RefreshSchedule,
+    check_keep_dtype,
+    dependence,
+)
+from uniref_fast.models.module_hooks import is_offloaded
+from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.patch.install import patched_parts
+from uniref_fast.patch.stock import deviations, is_own_method
+from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
+from uniref_fast.schedule import denoising_schedule
+from uniref_fast.visibility import Rule
+
+__all__ = ["CheckedRequest", "EditSession"]
+
+
+@dataclass(frozen=True, eq=False)
+class CheckedRequest:
+    """A request that can run.
+
+    Attributes:
+        request: The request.
+        geometry: Its sizes.
+        scheduler: Scheduler of its own, with its timesteps.
+        refresh: When its references are computed again; None computes them in every step.
+    """
+
+    request: EditRequest
+    geometry: Geometry
+    scheduler: Any
+    refresh: RefreshSchedule | None
+
+
+class EditSession:
+    """A pipeline with the options of `edit`, checked once for all requests.
+
+    Args:
+        pipe: A `QwenImageEditPlusPipeline`, patched or not. It must not be used by anything else meanwhile.
+        budget, visibility, impl, model, keep_references, drift, keep_dtype, mode, modules_to_not_convert: Options of
+            `uniref_fast.edit`.
+
+    Attributes:
+        pipe: The pipeline.
+        device: Device on which it computes.
+        model: The packed transformer.
+        parts: Parts that compute in 8 bits; None for the mode "exact".
+
+    Raises:
+        ValueError: If the pipeline or an option cannot be used; the message says why.
+        TypeError: If the pipeline has a class that is not supported.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        budget: int | None = None,
+        visibility: str | Rule = "full",
+        impl: str | None = None,
+        model: PackedQwenImage | None = None,
+        keep_references: bool | int | Literal["auto"] = False,
+        drift: float | None = None,
+        keep_dtype: KeepDtype | None = None,
+        mode: str = "exact",
+        modules_to_not_convert: Sequence[str] | None = None,
+    ) -> None:
+        if budget is not None:
+            check_budget(budget)
+        check_keep_dtype(keep_dtype)
+        check_pipeline(pipe)
+        transformer = find_transformer(pipe)
+        self.pipe, self.budget, self.device = pipe, budget, pipe._execution_device
+        self.keep_references, self.drift, self.keep_dtype = keep_references, drift, keep_dtype
+        _refuse_changes(pipe, transformer, self.device)
+        self.parts = _eight_bit_parts(transformer, self.device, impl, mode, modules_to_not_convert, model)
+        self.model = model or PackedQwenImage(
+            transformer, visibility=visibility, impl=impl, attention_8bit=self.parts.attention if self.parts else ()
+        )
+
+    def check(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> list[CheckedRequest]:
+        """Check requests without running a model.
+
+        Args:
+            requests: `EditRequest`s, or mappings of its fields.
+
+        Raises:
+            ValueError: If a request cannot run; the message names the request and the problem.
+            TypeError: If a request or a field has the wrong type, likewise.
+        """
+        checked = []
+        for i, request in enumerate(validated(requests, self.pipe), start=1):
+            sizes = request_geometry(self.pipe, request, self.budget)
+            _check_latents(self.pipe, request, sizes, f"request {i}")
+            tokens = math.prod(sizes.grid(sizes.size))
+            scheduler = denoising_schedule(self.pipe.scheduler, tokens, request.num_inference_steps, self.device)
+            checked.append(CheckedRequest(request, sizes, scheduler, self._refresh(sizes)))
+        return checked
+
+    def _refresh(self, sizes: Geometry) -> RefreshSchedule | None:
+        layout = self.model.layout([sizes.sample(1)])
+        return RefreshSchedule.of(self.keep_references, self.drift, dependence(layout, self.model.visibility))
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute without gradients, and with weights in 8 bits in the mode "fast"; `encode` and `decode` need it."""
+        transformer = self.model.transformer
+        with torch.no_grad(), eight_bit(transformer, None if patched_parts(transformer) else self.parts):
+            yield
+
+    def encode(self, checked: CheckedRequest) -> Edit:
+        """Encode a request, and return it as an edit for the denoising loop."""
+        edit = encoded_edit(self.pipe, checked.request, checked.geometry, checked.scheduler)
+        if checked.refresh is not None:
+            edit.kept = [KeptReferences(checked.refresh, self.keep_dtype, len(edit.timesteps)) for _ in edit.samples]
+        return edit
+
+    def decode(self, edit: Edit, output_type: str) -> Any:
+        """Return the result of a finished edit as the `output_type` of `uniref_fast.edit`."""
+        if output_type == "latent":
+            return edit.latents
+        return decode_image(self.pipe, edit.latents, edit.geometry.size, output_type)
+
+
+def _eight_bit_parts(
+    transformer: Any,
+    device: torch.device,
+    impl: str | None,
+    mode: str,
+    modules_to_not_convert: Sequence[str] | None,
+    model: PackedQwenImage | None,
+) -> EightBitParts | None:
+    """Return the parts that compute in 8 bits, or None for the mode "exact"."""
+    installed = patched_parts(transformer)
+    if not check_mode(mode, modules_to_not_convert):
+        if installed is not None:
+            raise ValueError('the pipeline is patched with mode="fast"; give edit() the same mode, or unpatch first')
+        return None
+    if model is not None:
+        raise ValueError('mode="fast" builds its own packed model; leave model out')
+    check_supported(device, impl)
+    if installed is None:
+        if any(is_offloaded(module, whole=False) for module in transformer.modules()):
+            raise ValueError(
+                'mode="fast" quantises the weights, and offloading by block or by layer holds them elsewhere; without '
+                'offloading, call patch(pipe, mode="fast") first, and then enable it'
+            )
+        return eight_bit_parts(transformer, modules_to_not_convert, impl)
+    if modules_to_not_convert is not None or impl != installed.impl:
+        raise ValueError(
+            f"the pipeline is patched with mode='fast' and impl={installed.impl!r}; give edit() the same impl, and no "
+            "modules_to_not_convert: those of the patch hold"
+        )
+    return installed
+
+
+def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str) -> None:
+    if request.latents is None:
+        return
+    _, height, width = sizes.grid(sizes.size)
+    expected = [1, height * width, pipe.transformer.config.in_channels]
+    if list(request.latents.shape) != expected:
+        raise ValueError(
+            f"{where}: latents have shape {list(request.latents.shape)}, a {sizes.size[0]} x {sizes.size[1]} result "
+            f"needs {expected}"
+        )
+
+
+def _refuse_changes(pipe: Any, transformer: Any, device: torch.device) -> None:
+    """Raise ValueError if the pipeline's call or code in its transformer was changed: the packed loop would skip it."""
+    found = next(deviations(transformer, device), None)
+    if found is None and not is_own_method(pipe, "__call__"):
+        found = f"{type(pipe).__name__}.__call__ is not diffusers' own"
+    if found is not None:
+        raise ValueError(
+            f"{found}. edit() runs all requests through one packed forward, which would skip this; undo it, or call "
+            "the pipeline (patched or not) request by request"
+        )
