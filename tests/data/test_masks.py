@@ -114,6 +114,8 @@ def test_columns_name_or_ignore_a_mask(masked):
     path = write_jsonl(masked / "a.jsonl", [row(matte="m.png", mask="r.png")])
     found = Dataset(path, columns=["mask=matte", "ignore=mask"])
     assert is_half(found[0]) and found.roles(0)["mask"] is None
+    ignored = Dataset(path, columns=["ignore=mask", "ignore=matte"])
+    assert ignored[0].mask is None and ignored.roles(0)["mask"] is None and not ignored.has_masks
     with pytest.raises(RowError, match="key 'mask' holds images"):
         Dataset(path, columns=["mask=matte"])[0]
     with pytest.raises(RowError, match="key 'matte' holds images"):
