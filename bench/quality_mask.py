@@ -83,7 +83,7 @@ def psnrs(folder: Path, out: Path) -> dict[str, float]:
     for i in range(ROWS):
         wanted, result = (
             np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) / 255
-            for path in (folder / f"heldout-{i}.png", out / "images" / "heldout" / f"{i:05}.png")
+            for path in (folder / f"heldout-{i}.png", out / "images" / "heldout" / f"{i}.png")
         )
         squares = ((wanted - result) ** 2).mean(2)
         for where, chosen in (("inside", inside()), ("outside", ~inside())):

@@ -75,6 +75,8 @@ class Recipe:
             empty uses each row once.
         heldout: Files of rows that are never trained on, for the validation loss, the PSNR of samples and the
             sample grids; each file is reported under its name.
+        validate: Files or folders of rows with your own prompts and pictures, which need no targets: a grid of their
+            results is drawn before the first step and every `sample_every` steps, always with the same noise.
         image_folder: Folder that relative image paths of the rows refer to; none uses the folder of the row's file.
         columns: Roles of columns whose names are not known, as ROLE=COLUMN pairs, such as
             instruction=prompt,references=refs.
@@ -117,7 +119,8 @@ class Recipe:
     Attributes: Validation
         eval_every: Number of steps between validations on the held-out rows; 0 turns them off.
         eval_samples: Number of held-out rows of each file that a validation uses.
-        sample_every: Number of steps between sample grids; 0 turns them off.
+        sample_every: Number of steps between sample grids, the first of which is drawn before training; 0 turns them
+            off.
         sample_count: Number of held-out rows of each file that samples are generated for, for their PSNR at each
             validation and for the sample grids.
         sample_num_inference_steps: Number of denoising steps of a sample; none takes that of `uniref-fast eval`: 8 for
@@ -140,6 +143,7 @@ class Recipe:
     data: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()
     heldout: tuple[str, ...] = ()
+    validate: tuple[str, ...] = ()
     image_folder: Path | None = None
     columns: tuple[str, ...] = ()
     steps: int | None = None

@@ -70,7 +70,7 @@ MAY_CHANGE = frozenset({
     "warmup", "schedule", "max_grad_norm", "t_mean", "t_std", "drop_text", "drop_references",
     "mask_weight_outside",
     # evaluation, checkpoints and logs
-    "heldout", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count",
+    "heldout", "validate", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count",
     "sample_num_inference_steps", "sample_true_cfg_scale", "tensorboard", "wandb", "alarm", "vae.save_every",
     # the use of the machine
     "cache", "workers", "memory_gib", "encoders", "compile", "offload_blocks",
@@ -89,7 +89,7 @@ MAY_CHANGE = frozenset({
 
 # settings that a resumed run takes from its command, also where no flag gives them
 OF_THE_COMMAND = frozenset({
-    "model", "initial", "data", "heldout", "image_folder",
+    "model", "initial", "data", "heldout", "validate", "image_folder",
     "cache", "workers", "memory_gib", "encoders", "compile", "offload_blocks", "tensorboard", "wandb",
     "judge.url", "judge.key_variable", "judge.replay", "judge.concurrency", "judge.timeout", "judge.attempts",
     "judge.backoff", "judge.backoff_limit", "judge.patience",

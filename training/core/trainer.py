@@ -27,8 +27,11 @@ from uniref_fast.training.core.memory import MemoryPlan, check_packs, device_mem
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.monitor import Monitor, peak_flops
 from uniref_fast.training.core.recipe import Recipe, stage_at
+from uniref_fast.training.core.sampling import PromptSamples, prompt_rows
 
 __all__ = ["DivergedError", "Trainer"]
+
+PROMPTS = "prompts"  # name of the grid of the user's own prompts
 
 
 class DivergedError(RuntimeError):
@@ -56,6 +59,7 @@ class Trainer:
     def __init__(self, config: Recipe, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         self.config, self.ranks, self.out = config, ranks, out
         self.progress = running(shown=ranks.rank == 0)  # of the work that runs now
+        prompts = prompt_rows(config)  # a wrong file is reported before the model is loaded
         self.model = TrainedModel(config, ranks)
         self.parameters = list(self.model.parameters.values())
         self.optimizer = torch.optim.AdamW(
@@ -74,6 +78,7 @@ class Trainer:
         # (budget, target_side) of a stage -> tokens of its packs, of the run that is resumed
         kept = {(budget, target): tokens for budget, target, tokens in self.saved.get("packs", ())}
         self.plans = self._plans(kept)
+        self.prompt_samples = None if prompts is None else PromptSamples(prompts, config, self.model)
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
             out,
@@ -212,17 +217,22 @@ class Trainer:
         """
         config = self.config
         figures = config.eval_every and (self.step % config.eval_every == 0 or done)
-        grid = config.sample_every and ((self.step and self.step % config.sample_every == 0) or done)
+        grid = config.sample_every and (self.step % config.sample_every == 0 or done)
+        prompts = grid and self.prompt_samples is not None
         if resumed and (figures or grid):
             monitor = self.monitor
-            found = monitor.logged(self.step, "eval/"), monitor.has_image(self.step, "heldout")
-            logged, drawn = self.ranks.broadcast(found)
-            figures, grid = figures and not logged, grid and not drawn
-        if figures or grid:
+            found = monitor.logged(self.step, "eval/"), *(monitor.has_image(self.step, n) for n in ("heldout", PROMPTS))
+            logged, drawn, prompts_drawn = self.ranks.broadcast(found)
+            figures, grid, prompts = figures and not logged, grid and not drawn, prompts and not prompts_drawn
+        if figures or grid or prompts:
             self._enter_stage()
             self.model.packed.eval()
             with self._averaged(), self.progress.of(f"validating at step {self.step}"):
-                complete = self.validate(bool(figures), bool(grid))
+                complete = self.validate(bool(figures), bool(grid)) if figures or grid else True
+                if complete and prompts and self.prompt_samples is not None:
+                    plan = self.plans[self.stage]
+                    sheet = self.prompt_samples.grid(plan.pack_tokens // plan.sequence_parallel)
+                    self.monitor.image(self.step, PROMPTS, sheet)
             self.model.packed.train()
             if not complete:
                 self.stopping = True

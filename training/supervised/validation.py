@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from uniref_fast.edit import edit
 from uniref_fast.evaluation.aggregate import statistic
 from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.evaluation.report import sampling_text
@@ -18,11 +17,11 @@ from uniref_fast.evaluation.requests import EvalRequest, eval_request
 from uniref_fast.keyed_random import draw
 from uniref_fast.packing import next_fit
 from uniref_fast.schedule import resolution_shift, shift_time
-from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.samples import Encoded, Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.model import TrainedModel
+from uniref_fast.training.core.sampling import generate, sample_grid, sampling_settings
 from uniref_fast.training.supervised.flow_matching import (
     FlowBatch,
     assemble_batch,
@@ -74,13 +73,7 @@ class Validation:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
         self.datasets = heldout_datasets(files, config)
         self.stage = config.validation_stage
-        steps, scale = config.resolve_sampling()
-        self.settings: dict[str, Any] = {
-            "num_inference_steps": steps,
-            "true_cfg_scale": scale,
-            "budget": self.stage.budget,
-            "target_side": self.stage.target_side,
-        }
+        self.settings = sampling_settings(config)
         self._encoded: dict[str, list[tuple[Prepared, Encoded | None]]] = {}
 
     @torch.no_grad()
@@ -149,19 +142,8 @@ class Validation:
                 asked.append((name, eval_request(self.model.pipe, dataset[i], (name, i), seed=0, **self.settings)))
         if not asked:
             return []
-        packed = self.model.packed
-        parallel, packed.parallel = packed.parallel, None
-        try:
-            images = edit(
-                self.model.pipe,
-                [one.request for _, one in asked],
-                budget=self.stage.budget,
-                model=packed,
-                pack_tokens=pack_tokens,
-                progress=False,
-            )
-        finally:
-            packed.parallel = parallel
+        requests = [one.request for _, one in asked]
+        images = generate(self.model, requests, self.stage.budget, pack_tokens)
         found = []
         for (name, one), image in zip(asked, images, strict=True):
             assert one.target is not None  # `heldout_datasets` refuses rows without a target
@@ -174,15 +156,9 @@ class Validation:
 
     def grid(self, samples: Sequence[HeldoutSample]) -> Image.Image:
         """Draw result, target and references of each sample as a labelled image, with the settings above them."""
-        lines, texts = [], []
-        for i, sample in enumerate(samples, start=1):
-            request = sample.request
-            assert request.target is not None
-            shown = [(f"picture {j}", image) for j, image in enumerate(request.request.images, start=1)]
-            result = (f"{i}. result {sample.psnr:.1f} dB", sample.image)
-            lines.append([result, (sample.file, request.target), *shown])
-            texts.append(f"{i}. {request.row.instruction}")
-        return contact_sheet(lines, heading=self.settings_text(samples), caption="\n".join(texts), cell=160)
+        return sample_grid(
+            self.settings, [(f"result {one.psnr:.1f} dB", one.file, one.request, one.image) for one in samples]
+        )
 
 
 class DeclineDetector:

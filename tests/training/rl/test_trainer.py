@@ -330,6 +330,19 @@ def test_masks_are_reported_as_not_used(own_data, tmp_path):
         assert len(events(tmp_path / name, "masks")) == masked
 
 
+def test_own_prompts_are_drawn_before_the_first_step(own_data, tmp_path):
+    rows = [json.loads(line) for line in (own_data / "train.jsonl").read_text().splitlines()[:2]]
+    prompts = own_data / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({**row, "output_image": None}) for row in rows))
+    out = tmp_path / "run"
+    with trainer_of(own_data, out, "--validate", prompts, "--sample-every", 2, "--sample-count", 1) as trainer:
+        trainer._validate()
+        (out / "samples" / "prompts-000000.png").rename(tmp_path / "first.png")
+        trainer._validate(resumed=True)
+    assert (out / "samples" / "prompts-000000.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+    assert (out / "samples" / "heldout-000000.png").exists()
+
+
 def test_rows_that_cannot_be_used_are_replaced_and_named(own_data, tmp_path, monkeypatch):
     """A damaged image, a row larger than a pack, an image token, a row that only the text encoder refuses."""
     path = own_data / "train.jsonl"

@@ -555,6 +555,9 @@ def test_masks_weigh_the_loss_and_broken_ones_are_broken_rows(data, tmp_path):
 def test_heldout_loss_and_samples(data, tmp_path):
     more = ("--heldout", data / "heldout.jsonl", "--eval-every", 6, "--sample-every", 6, "--eval-samples", 4)
     more += ("--sample-count", 2, "--sample-num-inference-steps", 2, "--cache", tmp_path / "cache")
+    prompts = {"input_images": [str(data / "1-0.png")], "instruction": "my own prompt"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompts) + "\n" + json.dumps(prompts | {"input_images": []}))
+    more += ("--validate", tmp_path / "prompts.jsonl")
     assert sft.main(flags(data, tmp_path / "run", *more, steps=6)) == 0
     first, last = [record for record in records(tmp_path / "run") if "eval/heldout" in record]
     assert (first["step"], last["step"]) == (0, 6) and last["eval/heldout"] < first["eval/heldout"]
@@ -570,9 +573,18 @@ def test_heldout_loss_and_samples(data, tmp_path):
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert found["settings"]["budget"] == 96 and found["settings"]["target_side"] == 64
     assert found["overall"]["all"]["psnr"]["mean"] == pytest.approx(last["psnr/heldout"], abs=1e-3)
-    assert (tmp_path / "run" / "samples" / "heldout-000006.png").stat().st_size > 1000
+    grids = {path.stem: path for path in (tmp_path / "run" / "samples").iterdir()}
+    assert set(grids) == {f"{name}-00000{step}" for name in ("heldout", "prompts") for step in (0, 6)}
+    assert all(path.stat().st_size > 1000 for path in grids.values())
+    drawn = {name: path.read_bytes() for name, path in grids.items()}
+    assert drawn["prompts-000000"] != drawn["prompts-000006"]
+    grids["prompts-000006"].unlink()
+    kept = grids["heldout-000006"].stat().st_mtime_ns
+    assert sft.main(flags(data, tmp_path / "run", *more, "--resume", "auto", steps=6)) == 0
+    assert grids["prompts-000006"].read_bytes() == drawn["prompts-000006"], "the noise is always the same"
+    assert grids["heldout-000006"].stat().st_mtime_ns == kept, "only what the folder lacks is drawn again"
     assert list((tmp_path / "cache").rglob("*.safetensors"))
-    (event,) = events(tmp_path / "run", "cache")
+    event, *_ = events(tmp_path / "run", "cache")
     assert event["misses"] > 0
 
 
@@ -616,6 +628,7 @@ def test_an_adapter_on_a_quantised_base_resumes_exactly_and_is_exported_like_any
         (("--stages.0.sequence-parallel", "2"), "these do: 1"),
         (("--memory-gib", "0.01"), "GiB"),
         (("--data", "nothing.jsonl"), "no such file"),
+        (("--validate", "nothing.jsonl"), "validate: no such file or folder: nothing.jsonl"),
         (("--lora-rank", "4", "--lora-targets", "nowhere"), "lora_targets"),
         (("--model", "no/such/folder"), "no such folder"),
         (("--steps", "1"), "2 stages"),

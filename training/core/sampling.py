@@ -1,0 +1,128 @@
+"""Samples of a run: edits by the model that is trained, and a grid of the user's own prompts and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from uniref_fast.data.dataset import Dataset
+from uniref_fast.edit import edit
+from uniref_fast.evaluation.report import sampling_text
+from uniref_fast.evaluation.requests import EvalRequest, eval_request
+from uniref_fast.request import EditRequest
+from uniref_fast.sheets import contact_sheet
+from uniref_fast.training.core.model import TrainedModel
+from uniref_fast.training.core.recipe import Recipe
+
+__all__ = ["MOST_PROMPTS", "PromptSamples", "generate", "prompt_rows", "sample_grid", "sampling_settings"]
+
+MOST_PROMPTS = 32
+"""Largest number of rows of `validate`: each is sampled at every validation."""
+
+
+def sampling_settings(config: Recipe) -> dict[str, Any]:
+    """Return the settings of `eval_request` that all samples of a run have: those of its last stage."""
+    steps, scale = config.resolve_sampling()
+    stage = config.validation_stage
+    return {
+        "num_inference_steps": steps,
+        "true_cfg_scale": scale,
+        "budget": stage.budget,
+        "target_side": stage.target_side,
+    }
+
+
+def generate(
+    model: TrainedModel, requests: Sequence[EditRequest], budget: int | None, pack_tokens: int
+) -> list[Image.Image]:
+    """Return the results of requests with the weights that the model has now. All ranks; each generates all of them.
+
+    Args:
+        model: Model of the run.
+        requests: The requests.
+        budget: Joint pixel budget of their references; None scales each as diffusers does.
+        pack_tokens: Largest number of tokens in a pack; a larger sample has a pack of its own.
+    """
+    packed = model.packed
+    parallel, packed.parallel = packed.parallel, None
+    try:
+        return edit(model.pipe, list(requests), budget=budget, model=packed, pack_tokens=pack_tokens, progress=False)
+    finally:
+        packed.parallel = parallel
+
+
+def sample_grid(settings: dict[str, Any], samples: Sequence[tuple[str, str, EvalRequest, Image.Image]]) -> Image.Image:
+    """Draw result, target and references of each sample as a labelled image, with the settings above them.
+
+    Args:
+        settings: Result of `sampling_settings`.
+        samples: Titles of the result and of the target, request and result of each sample. A request without a target
+            has no picture of it.
+    """
+    lines, texts = [], []
+    for i, (title, target_title, request, image) in enumerate(samples, start=1):
+        line = [(f"{i}. {title}", image)]
+        if request.target is not None:
+            line.append((target_title, request.target))
+        lines.append(line + [(f"picture {j}", shown) for j, shown in enumerate(request.request.images, start=1)])
+        texts.append(f"{i}. {request.row.instruction}")
+    heading = sampling_text(settings, [image.size for *_, image in samples])
+    return contact_sheet(lines, heading=heading, caption="\n".join(texts), cell=160)
+
+
+def prompt_rows(config: Recipe) -> Dataset | None:
+    """Open the rows of `validate`, and read their images; None if there are none.
+
+    Raises:
+        ValueError: A file cannot be read, a row is broken, or there are no rows or too many.
+    """
+    if not config.validate:
+        return None
+    try:
+        dataset = Dataset(config.validate, config.image_folder, "optional", config.columns)
+    except ValueError as error:
+        raise ValueError(f"validate: {error}") from error
+    files = ", ".join(config.validate)
+    if not 0 < len(dataset) <= MOST_PROMPTS:
+        raise ValueError(
+            f"validate: {files} has {len(dataset):,} rows, and each is sampled at every validation; give from 1 to "
+            f"{MOST_PROMPTS} rows"
+        )
+    for i in range(len(dataset)):
+        try:
+            dataset[i].sizes(decode=True)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{error}; repair or remove this row of validate") from error
+    return dataset
+
+
+class PromptSamples:
+    """Samples of the rows of `validate`, the user's own prompts and pictures, with the same noise at every step.
+
+    Args:
+        dataset: Result of `prompt_rows`.
+        config: Configuration of the run.
+        model: Model of the run.
+
+    Raises:
+        ValueError: A row cannot be edited.
+    """
+
+    def __init__(self, dataset: Dataset, config: Recipe, model: TrainedModel) -> None:
+        self.model, self.settings = model, sampling_settings(config)
+        self._requests = [
+            eval_request(model.pipe, dataset[i], ("validate", i), seed=0, **self.settings) for i in range(len(dataset))
+        ]
+
+    def grid(self, pack_tokens: int) -> Image.Image:
+        """Generate a sample of each row, and draw them as a labelled image. All ranks.
+
+        Args:
+            pack_tokens: Largest number of tokens in a pack; a larger sample has a pack of its own.
+        """
+        requests = [one.request for one in self._requests]
+        images = generate(self.model, requests, self.settings["budget"], pack_tokens)
+        samples = zip(self._requests, images, strict=True)
+        return sample_grid(self.settings, [("result", "target", one, image) for one, image in samples])
