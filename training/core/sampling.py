@@ -59,7 +59,7 @@ def sample_grid(settings: dict[str, Any], samples: Sequence[tuple[str, str, Eval
     Args:
         settings: Result of `sampling_settings`.
         samples: Titles of the result and of the target, request and result of each sample. A request without a target
-            has no picture of it.
+            is shown without one.
     """
     lines, texts = [], []
     for i, (title, target_title, request, image) in enumerate(samples, start=1):
