@@ -63,13 +63,17 @@ def test_sizes_of_the_built_in_model_are_those_of_its_weights(builtin_pipe):
 def test_an_adapter_has_the_parameters_that_peft_adds(targets):
     from diffusers import QwenImageTransformer2DModel
 
-    from uniref_fast.training.core.export import add_adapter
+    from uniref_fast.training.core.adapter import add_adapter
 
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(num_layers=2, num_attention_heads=3, attention_head_dim=128)
         add_adapter(model, 4, 4.0, targets)
+        other = QwenImageTransformer2DModel(num_layers=2, num_attention_heads=3, attention_head_dim=128)
+        add_adapter(other, 300, 4.0, targets, "lokr")
     added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     assert ModelSize(num_layers=2, num_attention_heads=3).adapter(4, targets) == added
+    added = sum(p.numel() for name, p in other.named_parameters() if "lokr_" in name)
+    assert ModelSize(num_layers=2, num_attention_heads=3).adapter(300, targets, "lokr") == added, "of any rank"
     with pytest.raises(ValueError, match="no Linear layer of the transformer"):
         ModelSize().adapter(4, ("to_qq",))
 

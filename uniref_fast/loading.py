@@ -153,8 +153,20 @@ def load_run(
     if not (run / "lora").is_dir():
         return False
     with _named(given, model):
-        pipe.load_lora_weights(str(run / "lora"), adapter_name=adapter, use_safetensors=True)
+        # the pipeline's own method knows LoRA only
+        load = pipe.transformer.load_lora_adapter if _is_lokr(run / "lora") else pipe.load_lora_weights
+        load(str(run / "lora"), adapter_name=adapter, use_safetensors=True)
     return True
+
+
+def _is_lokr(folder: Path) -> bool:
+    """Return True if the file of an adapter in a folder has tensors of a LoKr."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as opened:
+            return any(".lokr_" in key for key in opened.keys())  # noqa: SIM118
+    return False
 
 
 def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: str = "the model") -> None:

@@ -20,6 +20,7 @@ from uniref_fast import flags
 from uniref_fast.gpu_memory import size_text
 from uniref_fast.run_plan import PlanOptions, RunPlan, StagePlan, make_plan
 from uniref_fast.training.core import resume
+from uniref_fast.training.core.adapter import NAMES
 from uniref_fast.training.core.launch import with_adapter, with_visibility
 from uniref_fast.training.core.model_size import BYTES
 from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
@@ -79,7 +80,8 @@ def text(plan: RunPlan) -> str:
     share = plan.trained / size.transformer
     what = "all weights"
     if config.lora_rank is not None:
-        what = f"LoRA of rank {config.lora_rank}, alpha {config.resolve_alpha():g}, {share:.2%} of the transformer"
+        what = f"{NAMES[config.adapter]} of rank {config.lora_rank}, alpha {config.resolve_alpha():g}"
+        what += f", {share:.2%} of the transformer"
     lines = [
         f"model       {config.model}: {_count(size.transformer)} parameters of the transformer, "
         f"{_count(size.encoders)} of the encoders; {size_text(whole)} in {config.dtype}",

@@ -170,7 +170,11 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
     """
     size = model_size(config.model)
     check_sizes(config, size.output_side)
-    trained = size.transformer if config.lora_rank is None else size.adapter(config.lora_rank, config.lora_targets)
+    trained = (
+        size.transformer
+        if config.lora_rank is None
+        else size.adapter(config.lora_rank, config.lora_targets, config.adapter)
+    )
     shared = _shared(config, size, trained)
     fixed = size.encoders * BYTES[config.dtype]
 

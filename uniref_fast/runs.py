@@ -34,8 +34,8 @@ def check_export(run: Path) -> None:
         raise ValueError(f"initial = {run} has neither lora/ nor transformer/; {export_hint(run)}")
 
 
-def adapter_settings(run: Path) -> tuple[int, float, tuple[str, ...]] | None:
-    """Return the rank, the alpha and the sorted target layers of the adapter of a run, as its file records them.
+def adapter_settings(run: Path) -> tuple[str, int, float, tuple[str, ...]] | None:
+    """Return the kind, the rank, the alpha and the sorted target layers of the adapter of a run, as its file says.
 
     None if the run has no adapter, or if the file does not record all of them, as one of another program.
     """
@@ -45,9 +45,13 @@ def adapter_settings(run: Path) -> tuple[int, float, tuple[str, ...]] | None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):  # refused when loaded
             with safe_open(file, framework="numpy") as opened:
                 found = json.loads(opened.metadata()["lora_adapter_metadata"])
-            rank, alpha, targets = (found[f"transformer.{name}"] for name in ("r", "lora_alpha", "target_modules"))
+            lokr = found.get("transformer.peft_type") == "LOKR"
+            names = ("r", "alpha" if lokr else "lora_alpha", "target_modules")
+            rank, alpha, targets = (found[f"transformer.{name}"] for name in names)
+            used = [kind for kind in ("dora", "rslora") if found.get(f"transformer.use_{kind}")]
+            kind = "lokr" if lokr else used[0] if used else "lora"
             if isinstance(targets, list):
-                return int(rank), float(alpha), tuple(sorted(targets))
+                return kind, int(rank), float(alpha), tuple(sorted(targets))
     return None
 
 

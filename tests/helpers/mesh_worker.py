@@ -60,12 +60,17 @@ def make_batch(number: int, dtype: torch.dtype = torch.float32) -> FlowBatch:
     return FlowBatch(image, text, t, randn(targets, 64), layout)
 
 
-def add_adapter(model: QwenImageTransformer2DModel) -> None:
-    from peft import LoraConfig
+def add_adapter(model: QwenImageTransformer2DModel, kind: str = "lora") -> None:
+    from peft import LoKrConfig, LoraConfig
 
     model.requires_grad_(False)
     torch.manual_seed(1)
-    model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "to_out.0", "net.2"]))
+    targets = ["to_q", "to_out.0", "net.2"]
+    if kind == "lokr":
+        model.add_adapter(LoKrConfig(r=4, init_weights=False, target_modules=targets))
+    else:
+        model.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets, use_dora=kind == "dora"))
+    model.eval()
 
 
 def run(ranks: Ranks, sequence: int, checkpointing: bool, kind: str) -> dict[str, torch.Tensor]:
@@ -74,7 +79,7 @@ def run(ranks: Ranks, sequence: int, checkpointing: bool, kind: str) -> dict[str
     if kind in QUANTISED:
         quantise_base(model, kind, torch.float32, ranks.device)
     if kind != "full":
-        add_adapter(model)
+        add_adapter(model, kind)
     packed = PackedQwenImage(model, checkpointing=checkpointing)
     offloading = Offloading({number: packed.blocks[number] for number in ((0, 2) if host else ())}, ranks.device)
     shard(packed, ranks, torch.float32, {*quantised_parameters(packed), *offloading.parameters})
@@ -121,8 +126,8 @@ def gathered(group: dist.ProcessGroup, bounds: list[int]) -> dict[str, torch.Ten
 def main(folder: str, *cases: str) -> None:
     """Each case is "<ranks that share a pack>-<kept or recomputed>-<kind>"; one file of results each.
 
-    The kind is full (all weights are trained), lora, or a quantised base under a LoRA (nf4, int8, fp8); with ".host"
-    behind it, the frozen weights of two blocks are on the host.
+    The kind is full (all weights are trained), lora, dora, lokr, or a quantised base under a LoRA (nf4, int8, fp8);
+    with ".host" behind it, the frozen weights of two blocks are on the host.
 
     Or "rows-<bounds with dashes>", for as many ranks as there are parts; one file of results each and a rank.
     """

@@ -150,9 +150,11 @@ def test_each_format_keeps_the_bits_of_a_file_without_scale(tmp_path, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", NAMES)
 def test_each_format_keeps_the_product_of_a_scaled_file(tmp_path, form, dtype):
-    """Alpha 3 with rank 4 needs one rounding where there is no alpha; alpha 2 ** -12 would leave float16 if it were
-    multiplied into one matrix alone."""
-    for alpha in (3.0, 4 * 2.0**-16):
+    """Alpha 3 with rank 4 needs one rounding where there is no alpha.
+
+    A factor of 2 ** -20 would leave the range of float16 if it were multiplied into one matrix alone.
+    """
+    for alpha in (3.0, 4 * 2.0**-20):
         source = written(tmp_path / f"{alpha}.safetensors", "kohya", matrices(dtype=dtype), alpha)
         middle = convert(source, tmp_path / f"{alpha}-{form}.safetensors", form)
         exact = (alpha != 3.0 and dtype != torch.float16) or NAMES[form][2] is not None

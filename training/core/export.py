@@ -10,7 +10,7 @@ import contextlib
 import json
 import shlex
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from torch import Tensor
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.files import check_new_folder, whole_folder
 from uniref_fast.runs import base_run
+from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks
 
-__all__ = ["ExportError", "Exported", "add_adapter", "command_for", "export_checkpoint", "write_weights"]
+__all__ = ["ExportError", "Exported", "command_for", "export_checkpoint", "write_weights"]
 
 CONFIG_FILE = "config.json"
 FOLDERS = ("lora", "transformer")
@@ -158,23 +159,6 @@ def write_weights(
     )
 
 
-def add_adapter(transformer: Any, rank: int, alpha: float, targets: Sequence[str]) -> None:
-    """Add a new LoRA adapter to a transformer. Raises ValueError if no layer has one of the names in `targets`."""
-    from peft import LoraConfig
-
-    try:
-        transformer.add_adapter(
-            LoraConfig(
-                r=rank,
-                lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too
-                init_lora_weights="gaussian",
-                target_modules=list(targets),
-            )
-        )
-    except ValueError as error:
-        raise ValueError(f"lora_targets {list(targets)}: {error}") from error
-
-
 def _check_folders(run: Path, step: int | None, out: Path | None) -> list[int]:
     """Check the folders of an export before PyTorch's process group starts; return the steps of the checkpoints."""
     if not run.is_dir():
@@ -233,7 +217,8 @@ def _empty_transformer(config: Mapping[str, Any]) -> Any:
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(found)
         if config["lora_rank"] is not None and not (initial is not None and (initial / "lora").is_dir()):
-            add_adapter(transformer, config["lora_rank"], config["lora_alpha"], config["lora_targets"])
+            kind = config.get("adapter", "lora")  # older versions have no other
+            add_adapter(transformer, config["lora_rank"], config["lora_alpha"], config["lora_targets"], kind)
     if config["lora_rank"] is not None and not hasattr(transformer, "peft_config"):
         assert initial is not None  # training continued the adapter of that run, with the configuration in its file
         with warnings.catch_warnings():

@@ -227,7 +227,7 @@ def with_visibility(config: C) -> C:
 
 
 def with_adapter(config: C, given: Collection[str] = ()) -> C:
-    """Return the configuration with the rank, alpha and targets of the adapter of the initial run, if it has one.
+    """Return the configuration with kind, rank, alpha and targets of the adapter of the initial run, if it has one.
 
     Args:
         config: Configuration of the run.
@@ -265,9 +265,10 @@ def _adopted(run: Path, targets: Sequence[str]) -> dict[str, Any]:
     found = adapter_settings(run)
     if found is None:
         return {}
-    rank, alpha, layers = found
+    kind, rank, alpha, layers = found
     same = set(layers) == set(targets)
-    return {"lora_rank": rank, "lora_alpha": alpha, "lora_targets": tuple(targets) if same else layers}
+    layers = tuple(targets) if same else layers
+    return {"adapter": kind, "lora_rank": rank, "lora_alpha": alpha, "lora_targets": layers}
 
 
 def builtin_rows(seed: int) -> MakeConfig:
@@ -338,6 +339,7 @@ def recorded(newest: Newest, out: Path, ranks: Ranks) -> dict[str, Any]:
     if not before or newest.step is None:
         return {}
     before.setdefault("base", None)  # older versions have no other; a setting that is absent may change
+    before.setdefault("adapter", "lora")
     initial = before.get("initial")
     before["visibility"] = (
         newest.state.get("visibility")

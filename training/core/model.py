@@ -20,9 +20,10 @@ from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
 from uniref_fast.runs import base_run, check_export
+from uniref_fast.training.core.adapter import add_adapter, is_adapter, peft_alpha
 from uniref_fast.training.core.base import offloaded_blocks
 from uniref_fast.training.core.distributed import Ranks, shard
-from uniref_fast.training.core.export import ExportError, add_adapter, write_weights
+from uniref_fast.training.core.export import ExportError, write_weights
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
 from uniref_fast.training.core.offload import Offloading
 from uniref_fast.training.core.recipe import Recipe
@@ -108,7 +109,7 @@ class TrainedModel:
         found, alpha = self.pipe.transformer.peft_config["default"], self.config.resolve_alpha()
         if found.r != self.config.lora_rank:
             raise ValueError(f"the adapter of {run} has rank {found.r}; set lora_rank to it, or fuse it first")
-        kept = [f"lora_alpha = {found.lora_alpha}"] * (found.lora_alpha != alpha)
+        kept = [f"lora_alpha = {peft_alpha(found)}"] * (peft_alpha(found) != alpha)
         kept += ["lora_targets"] * (set(found.target_modules) != set(self.config.lora_targets))
         if kept and self.ranks.rank == 0:
             print(f"training continues the adapter of {run}, which keeps its {' and '.join(kept)}", file=sys.stderr)
@@ -130,10 +131,11 @@ class TrainedModel:
         assert config.lora_rank is not None and alpha is not None
         if hasattr(transformer, "peft_config"):  # the adapter of the initial run
             for name, parameter in transformer.named_parameters():
-                parameter.requires_grad_("lora_" in name)
-            return
-        torch.manual_seed(config.seed)  # all ranks draw the same weights
-        add_adapter(transformer, config.lora_rank, alpha, config.lora_targets)
+                parameter.requires_grad_(is_adapter(name))
+        else:
+            torch.manual_seed(config.seed)  # all ranks draw the same weights
+            add_adapter(transformer, config.lora_rank, alpha, config.lora_targets, config.adapter)
+        transformer.eval()  # in training mode, a LoKr of peft draws a number in each call, and rarely leaves itself out
 
     def idle_forward(self) -> Tensor:
         """Run the smallest possible pack and return its prediction, `[1, C]`.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast.builtin.store import model_folder, recorded_areas
+from uniref_fast.training.core.adapter import layer_parameters
 
 __all__ = ["BYTES", "KNOWN", "ModelSize", "model_size"]
 
@@ -68,12 +69,13 @@ class ModelSize:
         """Approximate number of text tokens of a reference: its picture, and the words that announce it."""
         return self.condition_area // VISION_TOKEN**2 + 7
 
-    def adapter(self, rank: int, targets: Sequence[str]) -> int:
-        """Return the number of parameters of a LoRA adapter.
+    def adapter(self, rank: int, targets: Sequence[str], kind: str = "lora") -> int:
+        """Return the number of parameters of an adapter.
 
         Args:
             rank: Rank of the adapter.
             targets: Names of the Linear layers that get an adapter; a layer's name ends with one of them.
+            kind: Kind of the adapter.
 
         Raises:
             ValueError: No layer has one of the names, or the rank is larger than the width of a layer.
@@ -89,12 +91,12 @@ class ModelSize:
                     f"{', '.join(kinds)}, and net.0.proj and net.2 of the MLPs"
                 )
             narrowest = min(map(min, fitting.values()))
-            if rank > narrowest:
+            if rank > narrowest and kind != "lokr":
                 raise ValueError(
                     f"lora_rank = {rank} is more than the width {narrowest} of the layers {target!r}; give at most that"
                 )
             chosen |= fitting
-        return sum(rank * (rows + columns) for rows, columns in chosen.values())
+        return sum(layer_parameters(kind, rank, rows, columns) for rows, columns in chosen.values())
 
     def _block_linears(self) -> dict[str, tuple[int, int]]:
         """Return (rows, columns) of the weights of the blocks' Linear layers, by name."""

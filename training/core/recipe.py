@@ -64,8 +64,10 @@ class Recipe:
             id of the Hugging Face hub.
         initial: Folder of an earlier run whose `transformer/` or `lora/` this run continues; none starts from `model`.
             An adapter keeps its rank, alpha and targets: other values on the command line are refused.
-        lora_rank: Rank of the LoRA adapter; none trains all weights of the transformer.
-        lora_alpha: Alpha of the LoRA adapter, whose update is multiplied by lora_alpha / lora_rank; none takes the
+        adapter: Kind of the adapter: lora; rslora, whose update is multiplied by lora_alpha / sqrt(lora_rank); dora,
+            which also trains the norms of the rows of each weight; or lokr, a Kronecker product.
+        lora_rank: Rank of the adapter; none trains all weights of the transformer.
+        lora_alpha: Alpha of the adapter, whose update is multiplied by lora_alpha / lora_rank; none takes the
             rank, so that the factor is 1.
         lora_targets: Names of the Linear layers that get an adapter.
 
@@ -148,6 +150,7 @@ class Recipe:
     columns: tuple[str, ...] = ()
     steps: int | None = None
     packs: int = 8
+    adapter: Literal["lora", "rslora", "dora", "lokr"] = "lora"
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",

@@ -39,6 +39,7 @@ class Fixed:
 
 FIXED = {
     # the trained tensors and their meaning
+    "adapter": Fixed("the kind of the adapter"),
     "lora_rank": Fixed("the rank of the adapter"),
     "lora_alpha": Fixed("the scale of the adapter"),
     "lora_targets": Fixed("the choice of layers that have an adapter"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from uniref_fast.builtin import recorded_areas
+from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.recipe import Recipe
@@ -29,6 +30,7 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     from uniref_fast.loading import configuration
 
     check_base(config)
+    check_adapter(config)
     index, transformer = configuration(config.model)
     size = ModelSize.of(transformer, recorded_areas(index, transformer))
     check_sizes(config, size.output_side)
@@ -39,7 +41,7 @@ def check_suitability(config: Recipe, ranks: int) -> None:
         for stage in config.stages:
             sharing_degrees(stage, ranks, size)
     if config.lora_rank is not None and (config.initial is None or not (config.initial / "lora").is_dir()):
-        size.adapter(config.lora_rank, config.lora_targets)
+        size.adapter(config.lora_rank, config.lora_targets, config.adapter)
 
 
 def check_sizes(config: Recipe, own: int) -> None:

@@ -24,6 +24,7 @@ WORKER = Path(__file__).resolve().parents[2] / "helpers" / "mesh_worker.py"
 # middle and at the end; one rank that has all; one row.
 BOUNDS = ("0-4-8", "0-2-7", "0-6-7", "0-0-1", "0-5-5", "0-2-4-6", "0-1-6-9", "0-0-2-5", "0-3-3-4", "0-1-4-4", "0-0-7-7")
 FROZEN_CASES = ("1-kept-nf4", "2-recomputed-nf4.host", "1-recomputed-int8.host", "2-kept-fp8", "1-kept-lora.host")
+ADAPTER_CASES = ("1-recomputed-dora", "2-kept-dora.host", "1-kept-lokr", "2-recomputed-lokr")
 
 
 def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -56,7 +57,7 @@ def alone(dtype: torch.dtype, kind: str) -> dict[str, torch.Tensor]:
                 plain = model.transformer_blocks.get_submodule(name)
                 plain.weight.data = dequantised(layer.weight, torch.float32)
     if kind != "full":
-        mesh_worker.add_adapter(model)
+        mesh_worker.add_adapter(model, kind)
     packed = PackedQwenImage(model.to(dtype), impl="reference" if dtype == torch.float64 else None)
     loss = 0.0
     for number in range(len(mesh_worker.PACKS)):
@@ -82,11 +83,11 @@ def test_gradients_equal_one_rank(tmp_path, four_ranks):
     """
     runs = {
         1: run_ranks(1, tmp_path, "1-kept-full", "1-recomputed-full", "1-kept-nf4", "1-kept-int8"),
-        2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full", *FROZEN_CASES),
+        2: run_ranks(2, tmp_path, "1-kept-full", "2-kept-full", "2-recomputed-full", *ADAPTER_CASES, *FROZEN_CASES),
         4: four_ranks[1],
     }
     expected = {kind: [alone(dtype, kind) for dtype in (torch.float32, torch.float64)]
-                for kind in ("full", "lora", *QUANTISED)}  # fmt: skip
+                for kind in ("full", "lora", "dora", "lokr", *QUANTISED)}  # fmt: skip
     for size, results in runs.items():
         for case, result in results.items():
             eager, oracle = expected[case.rsplit("-", 1)[1].removesuffix(".host")]

@@ -108,11 +108,13 @@ def test_msgrpo_refuses_kl_for_an_adapter_that_training_continues(tmp_path):
 # ---- the adapter of the initial run ----
 
 
-def adapter(path, rank=8, alpha=16.0, targets=("to_q", "to_k"), **config):
+def adapter(path, rank=8, alpha=16.0, targets=("to_q", "to_k"), **peft):
     """Write the folder of a run with an adapter, as far as the launcher reads it."""
-    run = run_folder(path, **config)
+    run = run_folder(path)
     (run / "lora").mkdir()
-    found = {"transformer.r": rank, "transformer.lora_alpha": alpha, "transformer.target_modules": list(targets)}
+    name = "alpha" if peft.get("peft_type") == "LOKR" else "lora_alpha"
+    peft |= {"r": rank, name: alpha, "target_modules": list(targets)}
+    found = {f"transformer.{name}": value for name, value in peft.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(found)}
     save_file({"x": np.zeros(1, np.float32)}, run / "lora" / "pytorch_lora_weights.safetensors", metadata)
     return run
@@ -132,6 +134,16 @@ def test_targets_that_are_the_same_keep_their_order(tmp_path):
     targets = SFT_CONFIG.lora_targets
     config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run", targets=targets[::-1]))
     assert launch.with_adapter(config).lora_targets == targets
+
+
+def test_the_kind_of_the_adapter_is_that_of_the_initial_run(tmp_path):
+    config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run", use_dora=True))
+    assert launch.with_adapter(config).adapter == "dora"
+    lokr = adapter(tmp_path / "lokr", peft_type="LOKR", alpha=4.0)
+    found = launch.with_adapter(dataclasses.replace(SFT_CONFIG, initial=lokr))
+    assert (found.adapter, found.lora_rank, found.lora_alpha) == ("lokr", 8, 4.0)
+    with pytest.raises(ValueError, match="whose adapter is dora, not rslora; leave --adapter out"):
+        launch.with_adapter(dataclasses.replace(config, adapter="rslora"), {"adapter"})
 
 
 @pytest.mark.parametrize(

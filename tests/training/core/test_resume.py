@@ -50,7 +50,8 @@ def test_no_decision_is_double_or_about_nothing():
     assert not set(resume.FIXED) & resume.MAY_CHANGE
 
 
-OTHER = {"lora_rank": 8, "lora_alpha": 32.0, "lora_targets": ("to_q",), "dtype": "float32", "weight_dtype": "bfloat16",
+OTHER = {"adapter": "dora", "lora_rank": 8, "lora_alpha": 32.0, "lora_targets": ("to_q",),
+         "dtype": "float32", "weight_dtype": "bfloat16",
          "base": "nf4", "ema": 0.5, "visibility": "reference_causal", "seed": 5, "weights": (2.0,), "cost": "flops",
          "columns": ("instruction=prompt",)}  # fmt: skip
 
@@ -126,6 +127,16 @@ def test_a_run_of_a_version_without_a_base_has_the_dtype_of_the_computation(tmp_
         ValueError, match="the dtype of the frozen weights under the adapter is fixed: base is none, no"
     ):
         accept(dataclasses.replace(config, base="nf4"), newest, tmp_path)
+
+
+def test_a_run_of_a_version_without_kinds_of_adapters_has_a_lora(tmp_path):
+    config = dataclasses.replace(SFT_RECIPES["lora"](), visibility="full")
+    old = data(config)
+    del old["adapter"]
+    newest = Newest(10, {"config": old, "visibility": "full"}, [])
+    assert accept(config, newest, tmp_path) == {}
+    with pytest.raises(ValueError, match="the kind of the adapter is fixed: adapter is lora, not dora"):
+        accept(dataclasses.replace(config, adapter="dora"), newest, tmp_path)
 
 
 def test_the_change_of_a_renamed_setting_is_found(tmp_path):

@@ -595,6 +595,36 @@ def test_lora_with_measured_costs_and_recomputed_blocks(data, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "lora").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_an_adapter_of_another_kind_resumes_exactly_and_is_used_everywhere(data, tmp_path, capsys, kind):
+    out, half, more = tmp_path / "run", tmp_path / "half", ("--lora-rank", 4, "--adapter", kind)
+    more += ("--eval-every", 2, "--eval-samples", 2, "--heldout", data / "heldout.jsonl", "--lora-alpha", 6)
+    assert sft.main(flags(data, out, *more)) == 0
+    shutil.copytree(out, half)
+    shutil.rmtree(half / "checkpoints" / "step-000004")
+    shutil.rmtree(half / "lora")
+    assert sft.main(flags(data, half, "--lora-rank", 4, "--adapter", "lora", "--resume", "auto")) == 2
+    assert f"the kind of the adapter is fixed: adapter is {kind}, not lora" in capsys.readouterr().err
+    assert (
+        sft.main(["--recipe", "tiny", "--data", str(data / "train.jsonl"), "--out", str(half), "--resume", "auto"]) == 0
+    )
+    assert losses(half) == losses(out), "bit for bit"
+    assert identical(adapter(half), adapter(out))
+    assert cli.main(["export", str(out), "--out", str(tmp_path / "copy")]) == 0
+    assert identical(adapter(tmp_path / "copy"), adapter(out))
+    images = []
+    for number, given in enumerate(("--initial", "--lora")):
+        image = tmp_path / f"{number}.png"
+        command = ["edit", given, str(tmp_path / "copy"), "--prompt", "x", "--num-inference-steps", "2"]
+        assert cli.main([*command, "--out", str(image)]) == 0
+        images.append(image.read_bytes())
+    assert images[0] == images[1]
+    assert sft.main(flags(data, tmp_path / "after", "--initial", tmp_path / "copy", steps=2)) == 0
+    assert adapter(tmp_path / "after").keys() == adapter(out).keys()
+    assert cli.main(["export", str(tmp_path / "after"), "--out", str(tmp_path / "next")]) == 0
+    assert identical(adapter(tmp_path / "next"), adapter(tmp_path / "after"))
+
+
 def test_an_adapter_on_a_quantised_base_resumes_exactly_and_is_exported_like_any_other(data, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     out, half, more = tmp_path / "run", tmp_path / "half", ("--lora-rank", 2, "--base", "nf4")
