@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = [
+    "adapter_kind",
     "adapter_settings",
     "base_run",
     "check_export",
@@ -45,14 +48,23 @@ def adapter_settings(run: Path) -> tuple[str, int, float, tuple[str, ...]] | Non
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SafetensorError):  # refused when loaded
             with safe_open(file, framework="numpy") as opened:
                 found = json.loads(opened.metadata()["lora_adapter_metadata"])
-            lokr = found.get("transformer.peft_type") == "LOKR"
-            names = ("r", "alpha" if lokr else "lora_alpha", "target_modules")
-            rank, alpha, targets = (found[f"transformer.{name}"] for name in names)
-            used = [kind for kind in ("dora", "rslora") if found.get(f"transformer.use_{kind}")]
-            kind = "lokr" if lokr else used[0] if used else "lora"
+            found = {name.removeprefix("transformer."): value for name, value in found.items()}
+            kind = adapter_kind(found)
+            rank, alpha, targets = (
+                found["r"],
+                found["alpha" if kind == "lokr" else "lora_alpha"],
+                found["target_modules"],
+            )
             if isinstance(targets, list):
                 return kind, int(rank), float(alpha), tuple(sorted(targets))
     return None
+
+
+def adapter_kind(config: Mapping[str, Any]) -> str:
+    """Return the kind of an adapter, lora, rslora, dora or lokr, from its configuration of peft."""
+    if config.get("peft_type") == "LOKR":
+        return "lokr"
+    return next((kind for kind in ("dora", "rslora") if config.get(f"use_{kind}")), "lora")
 
 
 def run_folder(path: Path) -> Path:

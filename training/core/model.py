@@ -19,7 +19,7 @@ from uniref_fast.loading import load_pipeline, load_run, load_transformer
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
-from uniref_fast.runs import base_run, check_export
+from uniref_fast.runs import adapter_kind, base_run, check_export
 from uniref_fast.training.core.adapter import add_adapter, is_adapter, peft_alpha
 from uniref_fast.training.core.base import offloaded_blocks
 from uniref_fast.training.core.distributed import Ranks, shard
@@ -107,6 +107,9 @@ class TrainedModel:
         if not load_run(self.pipe, run, dtype, base=None, adapter="default", given=given, model=model):
             return
         found, alpha = self.pipe.transformer.peft_config["default"], self.config.resolve_alpha()
+        kind = adapter_kind(found.to_dict())
+        if kind != self.config.adapter:
+            raise ValueError(f"the adapter of {run} is a {kind}; give --adapter {kind}, or fuse it first")
         if found.r != self.config.lora_rank:
             raise ValueError(f"the adapter of {run} has rank {found.r}; set lora_rank to it, or fuse it first")
         kept = [f"lora_alpha = {peft_alpha(found)}"] * (peft_alpha(found) != alpha)

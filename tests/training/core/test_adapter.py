@@ -6,9 +6,11 @@ import mesh_worker
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from uniref_fast import PackedQwenImage, builtin
 from uniref_fast.adapters import Adapter, apply_adapters
+from uniref_fast.cli import main
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.lora.file import read_lora
 from uniref_fast.runs import adapter_settings
@@ -85,7 +87,7 @@ def test_gradients_are_those_of_the_stock_transformer(kind, rank):
     "kind", ["dora", "lokr", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "rslora"))]
 )
 def test_an_adapter_begins_as_nothing_and_is_loaded_as_it_was_trained(ranks, tmp_path, kind):
-    """By diffusers alone, by `--lora`, and by `--initial` of another run, whose weights are equal bit for bit."""
+    """diffusers alone, `--lora` and `--initial` of another run load it; the weights of that run are equal bits."""
     plain = predicted(PackedQwenImage(builtin.load(torch.float32).transformer))
     config = dataclasses.replace(CONFIG, adapter=kind, lora_alpha=6.0)
     model = TrainedModel(config, ranks)
@@ -110,6 +112,24 @@ def test_an_adapter_begins_as_nothing_and_is_loaded_as_it_was_trained(ranks, tmp
     assert again.parameters.keys() == model.parameters.keys()
     assert all(torch.equal(local(again.parameters[n]), local(p)) for n, p in model.parameters.items())
     assert torch.equal(predicted(again.packed), expected)
+
+
+def test_an_adapter_of_another_program_is_continued(ranks, tmp_path):
+    """Its file is converted into the folder of a run, and its kind has to be that of the command."""
+    layer = "transformer_blocks.1.attn.to_k"
+    flat = f"lora_unet_{layer.replace('.', '_')}"
+    up = torch.randn(256, 4)
+    save_file(
+        {f"{flat}.lora_down.weight": torch.randn(4, 256), f"{flat}.lora_up.weight": up}, tmp_path / "a.safetensors"
+    )
+    run = tmp_path / "run"
+    arguments = ["convert", str(tmp_path / "a.safetensors"), str(run / "lora" / "b.safetensors")]
+    assert main(["lora", *arguments, "--to", "diffusers"]) == 0
+    model = TrainedModel(dataclasses.replace(CONFIG, initial=run), ranks)
+    assert {name.rpartition(".lora_")[0] for name in model.parameters} == {layer}
+    assert torch.equal(local(model.parameters[f"{layer}.lora_B.default.weight"]), up)
+    with pytest.raises(ValueError, match=r"the adapter of .* is a lora; give --adapter lora, or fuse it first"):
+        TrainedModel(dataclasses.replace(CONFIG, initial=run, adapter="lokr"), ranks)
 
 
 @pytest.mark.slow
