@@ -115,7 +115,7 @@ def test_an_adapter_begins_as_nothing_and_is_loaded_as_it_was_trained(ranks, tmp
 
 
 def test_an_adapter_of_another_program_is_continued(ranks, tmp_path):
-    """Its file is converted into the folder of a run, and its kind has to be that of the command."""
+    """Convert its file into the folder of a run; the kind of the command has to be that of the file."""
     layer = "transformer_blocks.1.attn.to_k"
     flat = f"lora_unet_{layer.replace('.', '_')}"
     up = torch.randn(256, 4)
