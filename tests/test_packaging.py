@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 # training, a folder below it), imports units of its own level or of a level above it in this list.
 LEVELS = [
     {"memo", "guidance", "packing", "meta_device", "gpu_memory", "speeds", "hub", "progress"},
-    {"layout", "budget", "testing", "native", "quantised", "files", "keyed_random", "fingerprint", "sheets", "runs"},
+    {"quantised", "quantisation"},
+    {"layout", "budget", "testing", "native", "files", "keyed_random", "fingerprint", "sheets", "runs"},
     {"visibility"},
     {"tuning"},
     {"kernels"},

@@ -370,3 +370,76 @@ def test_compiled_blocks(folder, name):
         assert relative(stock(model), expected) < LOOP_ERROR
     assert report.traces and not report.traced_originals
     torch._dynamo.reset()
+
+
+# ---- pipelines that this package loads, estimates, the doctor
+
+
+@pytest.mark.parametrize("name", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_a_pipeline_is_loaded_in_fewer_bits(tmp_path, name):
+    """`estimate` knows the bytes before and after; a transformer that is loaded later is quantised likewise."""
+    from uniref_fast import builtin
+    from uniref_fast.fingerprint import fingerprint
+    from uniref_fast.loading import load_pipeline, load_transformer
+
+    given = requests()[1:]
+    folder = builtin.store.model_folder()
+    planned = uniref_fast.estimate(folder, given, quantisation=name).stages
+    whole = uniref_fast.estimate(folder, given).stages
+    pipe = load_pipeline("builtin", DTYPE, "cpu", name)
+    measured = uniref_fast.estimate(pipe, given).stages
+    for part in (0, 2):
+        assert 0.4 < planned[part].weight_bytes / whole[part].weight_bytes < 0.8
+        assert planned[part].weight_bytes == pytest.approx(measured[part].weight_bytes, rel=0.02)
+    assert planned[2].activation_bytes == measured[2].activation_bytes > whole[2].activation_bytes
+    blocks = pipe.transformer.transformer_blocks.modules()
+    assert all(stored_format(part) for part in blocks if hasattr(part, "in_features"))
+    assert stored_format(pipe.transformer.proj_out) is None
+    plain = builtin.load(DTYPE)
+    pipe.set_progress_bar_config(disable=True)
+    before = edited(pipe, given)[0]
+    assert 0 < relative(before, edited(plain, given)[0]) < 0.1
+    digest, weight = fingerprint(pipe.transformer), pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    weight.qdata[0, 0] = 0
+    assert fingerprint(pipe.transformer) != digest
+    plain.transformer.save_pretrained(tmp_path / "transformer")
+    load_transformer(pipe, tmp_path, DTYPE, given="initial")
+    assert torch.equal(edited(pipe, given)[0], before)
+    with pytest.raises(ValueError, match="is loaded, and its weights count as they are stored"):
+        uniref_fast.estimate(pipe, given, quantisation=name)
+
+
+def test_formats_that_cannot_be_loaded_are_refused(monkeypatch, tmp_path):
+    from uniref_fast import quantisation
+    from uniref_fast.loading import load_pipeline
+
+    with pytest.raises(ValueError, match=r"nf4 needs a GPU: .* int8 and fp8 work"):
+        load_pipeline("builtin", DTYPE, "cpu", "nf4")
+    with pytest.raises(ValueError, match=r"is quantised already .*torchao.*; leave out the quantisation"):
+        quantisation.check_unquantised("--model x", {"quantization_config": {"quant_method": "torchao"}})
+    with pytest.raises(ValueError, match="unknown quantisation 'int3'; known: int8, fp8, nf4"):
+        quantisation.planned_configs("int3")
+    monkeypatch.setitem(quantisation.PACKAGES, "torchao", "no-such-package")
+    with pytest.raises(ValueError, match="int8 needs torchao, which is not installed: pip install no-such-package"):
+        load_pipeline("builtin", DTYPE, "cpu", "int8")
+    assert quantisation.trials("cpu")["torchao int8"] == "not installed: pip install no-such-package"
+
+
+def test_the_doctor_tries_each_format(monkeypatch):
+    from uniref_fast import quantisation
+    from uniref_fast.doctor import facts, report
+
+    found = facts()
+    tried = found["quantised"]["cpu"]
+    assert tried["torchao int8"] is None and tried["GGUF"] is None
+    assert tried["bitsandbytes nf4"] == "diffusers loads it onto a GPU only; the library itself runs"
+    assert "CUDA" in tried["torchao float8 dynamic"]
+    text = report(found)
+    assert "torchao int8            works" in text and "quantised weights on cpu" in text
+    assert found["versions"]["torchao"] in text
+
+    def broken(linear, device):
+        raise OSError("undefined symbol: _Z3foo\nmore")
+
+    monkeypatch.setitem(quantisation._FORMATS, "GGUF", ("gguf", broken))
+    assert quantisation.trials("cpu")["GGUF"] == "OSError: undefined symbol: _Z3foo"

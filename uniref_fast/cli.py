@@ -219,6 +219,7 @@ def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
         help="Attention policy, for models that were trained with another than full. (default: that of the run of the "
         "last --lora, else of the last --initial, else full)")  # fmt: skip
     _add_keep(parser)
+    _add_quantisation(add)
     add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
 
@@ -228,7 +229,14 @@ def _add_estimate(model: Any) -> None:
     add("--device", metavar="NAME",
         help="Device whose measured times are used: cpu or cuda of this machine, or the name of a measured device such "
         "as h100-80gb-hbm3. (default: cuda if there is a GPU, else cpu)")  # fmt: skip
+    _add_quantisation(add)
     add("--gpu-memory", type=float, metavar="GB", help="Memory of a GPU that the edit has to fit.")
+
+
+def _add_quantisation(add: Any) -> None:
+    add("--quantisation", choices=("int8", "fp8", "nf4"),
+        help="Format in which text encoder and transformer are stored: int8 or fp8 (torchao), or nf4 (bitsandbytes, on "
+        "a GPU). (default: 16 or 32 bits, or as the model is stored)")  # fmt: skip
 
 
 def _add_keep(parser: argparse.ArgumentParser) -> None:
@@ -342,7 +350,8 @@ def _trained_pipeline(args: argparse.Namespace, device: str, dtype: torch.dtype)
     config = EvalConfig((), Path(), model=args.model, initial=runs, **given)
     check_runs(runs, args.model)
     check_adapters(config.adapters, args.model, runs)  # before anything is loaded
-    pipe = load(args.model, runs, False, device, str(dtype).removeprefix("torch."), config.adapters)
+    name = str(dtype).removeprefix("torch.")
+    pipe = load(args.model, runs, False, device, name, config.adapters, args.quantisation)
     pipe.set_progress_bar_config()  # an evaluation shows no bar of its own for each image
     return pipe, config.resolve_visibility(), config.resolve_sizes()[0]
 
@@ -366,10 +375,12 @@ def _estimate(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     with model_errors(args.model) as place, running(f"reading the configuration of {args.model}"):
-        pipe = builtin.load(dtype) if args.model == "builtin" else place
+        pipe = place
+        if args.model == "builtin":
+            pipe = builtin.load(dtype) if args.quantisation is None else builtin.store.model_folder()
         result = estimate(
             pipe, [request], image_sizes=[sizes], budget=args.budget, device=device, mode=args.mode,
-            keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
+            keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype, quantisation=args.quantisation,
         )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict() | {"fits": None if memory is None else fits(result.peak_bytes, memory)}))

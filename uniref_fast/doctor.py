@@ -12,6 +12,8 @@ import torch
 from uniref_fast import __version__, native, ops
 from uniref_fast.fast import unsupported
 from uniref_fast.ops import flash_attention, flex_attention
+from uniref_fast.quantisation import PACKAGES as QUANTISERS
+from uniref_fast.quantisation import trials
 
 __all__ = ["facts", "report"]
 
@@ -24,9 +26,11 @@ def facts() -> dict[str, Any]:
     "served" maps a device and a dtype, such as "cpu float32", to the implementation that serves it and the reason.
     "eight_bit" maps a device to the reason why it cannot compute in 8 bits, or to None.
     "libraries" maps an implementation of attention to the version of its library, or to how to install it.
+    "quantised" maps a device to formats of quantised weights, each with the reason why a product with it does not work
+    there, or None.
     """
     versions = {"python": platform.python_version(), "uniref_fast": __version__}
-    for name in PACKAGES:
+    for name in (*PACKAGES, *QUANTISERS.values()):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -54,12 +58,13 @@ def facts() -> dict[str, Any]:
         "served": served,
         "eight_bit": {kind: unsupported(kind, None) for kind in kinds},
         "libraries": {"flash": flash_attention.installed(), "cudnn_flex": flex_attention.installed()},
+        "quantised": {kind: trials(kind) for kind in kinds},
     }
 
 
 def report(facts: dict[str, Any]) -> str:
     """Return the facts as text."""
-    lines = ["versions", *(f"  {name:<14}{version}" for name, version in facts["versions"].items())]
+    lines = ["versions", *(f"  {name:<16}{version}" for name, version in facts["versions"].items())]
     lines += ["devices", *(f"  {device}" for device in facts["devices"])]
     if len(facts["devices"]) == 1:
         lines.append("  no CUDA device: Triton kernels are not used")
@@ -70,6 +75,9 @@ def report(facts: dict[str, Any]) -> str:
     lines += [f"  {kind:<16}{why or 'e4m3 products by torch._scaled_mm'}" for kind, why in facts["eight_bit"].items()]
     lines.append("libraries of attention, by implementation")
     lines += [f"  {implementation:<11}{found}" for implementation, found in facts["libraries"].items()]
+    for kind, formats in facts["quantised"].items():
+        lines.append(f"quantised weights on {kind} (docs/quantised.md)")
+        lines += [f"  {name:<24}{reason or 'works'}" for name, reason in formats.items()]
     return "\n".join(lines)
 
 

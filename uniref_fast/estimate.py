@@ -164,6 +164,7 @@ def estimate(
     keep_references: bool | int | Literal["auto"] = False,
     drift: float | None = None,
     keep_dtype: KeepDtype | None = None,
+    quantisation: str | None = None,
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
@@ -183,6 +184,8 @@ def estimate(
         keep_references: Steps that compute the references, as for `edit`.
         drift: Tolerance of `keep_references="auto"`, as for `edit`.
         keep_dtype: Data type of kept keys and values, as for `edit`.
+        quantisation: Format in which text encoder and transformer will be stored, "int8", "fp8" or "nf4", as by
+            `uniref-fast edit --quantisation`; for a folder or hub id. A loaded pipeline counts as it is stored.
 
     Raises:
         ValueError: If `edit` would raise one before any work is done.
@@ -190,7 +193,12 @@ def estimate(
         OSError: If a configuration of a folder or hub id cannot be read.
     """
     if isinstance(pipe, (str, os.PathLike)):
-        pipe = skeleton(pipe)
+        pipe = skeleton(pipe, quantisation=quantisation)
+    elif quantisation is not None:
+        raise ValueError(
+            "quantisation plans a pipeline that is given by its folder or hub id; this one is loaded, and its weights "
+            "count as they are stored"
+        )
     check_pipeline(pipe)
     transformer = find_transformer(pipe)
     if pack_tokens is not None and pack_tokens < 1:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniref_fast.quantised import stored_tensors
+
 __all__ = ["content_key", "fingerprint"]
 
 
@@ -18,12 +20,16 @@ def content_key(*parts: Any) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hex digest of a model's configuration and of dtype, shape, first and last values of each weight."""
+    """Return a hex digest of a model's configuration and of dtype, shape, first and last values of each weight.
+
+    Of a quantised weight, these are those of the tensors that it is stored in.
+    """
     config: Any = model.config
     text = config.to_json_string() if hasattr(config, "to_json_string") else json.dumps(dict(config), default=str)
     digest = hashlib.sha256(text.encode())
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
-        digest.update(f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + ends.numpy().tobytes())
+        for tensor in stored_tensors(parameter):
+            flat = tensor.detach().as_subclass(torch.Tensor).flatten()
+            ends = torch.cat([flat[:8], flat[-8:]]).float().cpu()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + ends.numpy().tobytes())
     return digest.hexdigest()

@@ -28,13 +28,15 @@ def defaults(name: str) -> tuple[int, float]:
     return (8, 1.0) if name == "builtin" or is_builtin_folder(name) else (50, 4.0)
 
 
-def load_pipeline(name: str, dtype: Any, device: str) -> Any:
+def load_pipeline(name: str, dtype: Any, device: str, quantisation: str | None = None) -> Any:
     """Load a pipeline onto a device.
 
     Args:
         name: "builtin", a diffusers folder, or a hub id.
         dtype: Dtype of the weights.
         device: Device of the pipeline.
+        quantisation: Format in which text encoder and transformer are stored (`uniref_fast.quantisation.NAMES`), or
+            None for `dtype`.
 
     Raises:
         ValueError: If the name is not a model, cannot be loaded, or is a model of another kind; the message has one
@@ -42,13 +44,18 @@ def load_pipeline(name: str, dtype: Any, device: str) -> Any:
     """
     from uniref_fast import builtin
 
+    options = {}
+    if quantisation is not None:
+        from uniref_fast.quantisation import pipeline_config
+
+        options["quantization_config"] = pipeline_config(quantisation, dtype, device)
     with running(f"loading the model {name}", shown=not int(os.environ.get("RANK", 0))):
         if name == "builtin":
-            return builtin.load(dtype, device)
+            return builtin.load(dtype, device, **options)
         with model_errors(name) as place:
             from diffusers import DiffusionPipeline
 
-            pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}")
+            pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}", **options)
         check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
         return pipe.to(device)
 
@@ -170,13 +177,18 @@ def _is_lokr(folder: Path) -> bool:
 
 
 def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: str = "the model") -> None:
-    """Replace a pipeline's transformer by the one in `folder/transformer`; arguments and errors as for `load_run`."""
+    """Replace a pipeline's transformer by the one in `folder/transformer`; arguments and errors as for `load_run`.
+
+    It is quantised in the same way as the transformer that it replaces.
+    """
     kind, device = type(pipe.transformer), pipe.transformer.device
+    quantised = getattr(pipe.transformer.config, "quantization_config", None)
+    options = {} if quantised is None else {"quantization_config": quantised}
     with _named(given, model):
         config = kind.load_config(folder / "transformer")
     check_transformer(f"{given}, put on {model},", config)  # before any weights are read
     with _named(given, model):
-        loaded = kind.from_pretrained(folder / "transformer", torch_dtype=dtype, use_safetensors=True)
+        loaded = kind.from_pretrained(folder / "transformer", torch_dtype=dtype, use_safetensors=True, **options)
     pipe.transformer = loaded.to(device)
     check_pipeline(pipe, f"{given}, put on {model},")
 
@@ -193,7 +205,7 @@ def _named(given: str, model: str) -> Iterator[None]:
         raise ValueError(f"{given} could not be loaded into the model {model}: {first}") from error
 
 
-def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **parts: Any) -> Any:
+def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **more: Any) -> Any:
     """Load a pipeline from safetensors files only: pickled weights of other people could run code.
 
     Args:
@@ -201,7 +213,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **p
         name: Folder or hub id.
         dtype: Dtype of the weights.
         given: Name of the pipeline in messages.
-        **parts: Components that are not loaded, by name.
+        **more: Further arguments of `from_pretrained`, such as components that are not loaded, by name.
     """
     from diffusers import QwenImageTransformer2DModel
 
@@ -212,9 +224,13 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **p
     check_configuration(given, index)  # before anything else is read
     config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
     check_configuration(given, index, config)
+    if "quantization_config" in more:
+        from uniref_fast.quantisation import check_unquantised
+
+        check_unquantised(given, config)
     if recorded_areas(index, config):  # a built-in model, saved by any pipeline class
         pipeline_class = SmallQwenImageEditPlusPipeline
-    options, kind = {"dtype": dtype, "use_safetensors": True, **parts}, (index.get("processor") or [None, None])[1]
+    options, kind = {"dtype": dtype, "use_safetensors": True, **more}, (index.get("processor") or [None, None])[1]
     # transformers' own processor needs torchvision, for its videos
     if importlib.util.find_spec("torchvision") is None or kind == BuiltinProcessor.__name__:
         pipe = pipeline_class.from_pretrained(name, processor=None, **options)
@@ -222,7 +238,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **p
     else:
         pipe = pipeline_class.from_pretrained(name, **options)
     for part, module in pipe.components.items():
-        missing = [] if part in parts else missing_weights(module)
+        missing = [] if part in more else missing_weights(module)
         if missing:
             raise ValueError(
                 f"{given}: {part} has no file for {len(missing)} of its weights ({missing[0]}, ...); it may "

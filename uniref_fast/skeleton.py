@@ -10,16 +10,19 @@ import torch
 
 from uniref_fast import builtin
 from uniref_fast.model_kind import check_configuration
+from uniref_fast.quantisation import check_unquantised, planned_configs
 
 __all__ = ["skeleton"]
 
 
-def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Any:
+def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, quantisation: str | None = None) -> Any:
     """Return a pipeline without weights: models on the meta device; tokenizer, processor and scheduler loaded.
 
     Args:
         name: A diffusers pipeline folder or hub id.
         dtype: Dtype of the parameters on the meta device.
+        quantisation: Format that text encoder and transformer will be quantised to (`uniref_fast.quantisation.NAMES`);
+            None for the one that their configurations name, if any.
 
     Raises:
         OSError: If a configuration is missing or cannot be loaded.
@@ -32,6 +35,10 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
     transformer = diffusers.QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
     check_configuration(str(name), index, transformer)
     parts: dict[str, Any] = {}
+    planned = {}
+    if quantisation is not None:
+        check_unquantised(str(name), transformer)
+        planned = planned_configs(quantisation)
     for part, spec in index.items():
         if not (isinstance(spec, (list, tuple)) and len(spec) == 2):
             continue
@@ -51,7 +58,17 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> An
                 model = part_class(part_class.config_class.from_pretrained(name, subfolder=part))
             for parameter in model.parameters():  # buffers, such as rotary frequencies, stay as they are
                 parameter.data = parameter.data.to(dtype)
+            if part in planned:
+                _register(model, planned[part])
             parts[part] = model
     if areas := builtin.recorded_areas(index, getattr(parts.get("transformer"), "config", {})):
         return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
     return getattr(diffusers, index["_class_name"])(**parts)
+
+
+def _register(model: Any, config: dict[str, Any]) -> None:
+    """Add the configuration of a quantisation to that of a model."""
+    if hasattr(model, "register_to_config"):
+        model.register_to_config(quantization_config=config)
+    else:
+        model.config.quantization_config = config

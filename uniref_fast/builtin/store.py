@@ -84,7 +84,7 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
     return folder
 
 
-def load(dtype=None, device: str = "cpu"):
+def load(dtype=None, device: str = "cpu", **options):
     """Load the built-in pipeline (a SmallQwenImageEditPlusPipeline) without any network access.
 
     It uses the trained weights of the package (`assets/model`) if they are present. Otherwise it builds the untrained
@@ -94,6 +94,7 @@ def load(dtype=None, device: str = "cpu"):
     Args:
         dtype: Dtype of the weights; None for float32.
         device: Device of the pipeline.
+        **options: Further arguments of `from_pretrained`, such as `quantization_config`.
     """
     import torch
 
@@ -102,7 +103,7 @@ def load(dtype=None, device: str = "cpu"):
     folder = str(model_folder())
     with _no_progress_bars():
         pipe = SmallQwenImageEditPlusPipeline.from_pretrained(
-            folder, dtype=dtype or torch.float32, local_files_only=True
+            folder, dtype=dtype or torch.float32, local_files_only=True, **options
         )
     return pipe.to(device)
 

@@ -25,7 +25,7 @@ SHOWN = 10  # broken rows that are listed
 FIELDS = (
     "image_folder", "columns", "language", "limit",
     "model", "initial", "lora", "baseline", "visibility", "dtype", "device",
-    "mode", "impl",
+    "quantisation", "mode", "impl",
     "num_inference_steps", "true_cfg_scale", "seed", "budget", "target_side", "width", "height", "batch", "pack_tokens",
     "keep_references", "drift", "keep_dtype",
     "rewards", "grid", "against",

@@ -74,10 +74,11 @@ def check_comparable(settings: Record, other: Record) -> None:
 def differing_settings(settings: Record, other: Record) -> list[str]:
     """Return the other settings that differ and may explain a difference, as "true_cfg_scale: 4.0 there, 1.0 here"."""
     names = ("true_cfg_scale", "budget", "target_side", "width", "height", "visibility", "dtype", "device",
-             "mode", "impl", "keep_references")  # fmt: skip
+             "quantisation", "mode", "impl", "keep_references")  # fmt: skip
     pairs = {name: (other.get(name), settings.get(name)) for name in names}
     both_run = None not in (other.get("true_cfg_scale"), settings.get("true_cfg_scale"))  # otherwise one runs no model
-    skipped = () if both_run else ("true_cfg_scale", "visibility", "dtype", "device", "mode", "impl", "keep_references")
+    of_a_run = ("true_cfg_scale", "visibility", "dtype", "device", "quantisation", "mode", "impl", "keep_references")
+    skipped = () if both_run else of_a_run
     return [
         f"{n}: {there} there, {here} here" for n, (there, here) in pairs.items() if there != here and n not in skipped
     ]

@@ -47,6 +47,8 @@ class EvalConfig:
         mode: Arithmetic of the model: "exact", or "fast" for Linears of the blocks and attention in 8 bits.
         impl: Implementation forced on every operation, such as "reference", which emulates the mode "fast" on a CPU;
             none takes the fastest.
+        quantisation: Format in which text encoder and transformer are stored: "int8" or "fp8" (torchao), or "nf4"
+            (bitsandbytes, on a GPU); none takes `dtype`, or the format of the model's files.
         device: Device of the model, such as cpu or cuda:0; none takes a GPU if there is one.
 
     Attributes: Sampling
@@ -101,6 +103,7 @@ class EvalConfig:
     columns: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
+    quantisation: Literal["int8", "fp8", "nf4"] | None = None
     mode: Literal["exact", "fast"] = "exact"
     impl: Literal["reference", "native", "triton", "dense", "flash", "cudnn_flex"] | None = None
     batch: int = 8
@@ -129,6 +132,8 @@ class EvalConfig:
             raise ValueError(f"baseline untrained is for the built-in model only, got model = {self.model}")
         if self.baseline is not None and (self.initial or self.lora):
             raise ValueError(f"baseline {self.baseline} runs no trained transformer; leave out initial and lora")
+        if self.quantisation is not None and self.baseline is not None:
+            raise ValueError(f"baseline {self.baseline} runs no quantised transformer; leave out quantisation")
         if self.mode == "fast" and not self.runs_model:
             raise ValueError(f"baseline {self.baseline} runs no transformer, so mode fast has no effect; leave it out")
         if self.drift is not None and self.keep != "auto":

@@ -202,6 +202,7 @@ class _Evaluation:
             "device": torch.device(self.device).type,
             **({"lora": [f"{one.given}:{one.scale:g}" for one in self.adapters]} if self.adapters else {}),
             **({"rewards": list(config.rewards)} if config.rewards else {}),
+            **({"quantisation": config.quantisation} if config.quantisation else {}),
             **({"mode": config.mode} if config.mode != "exact" else {}),
             **({"impl": config.impl} if config.impl and config.runs_model else {}),
             **({"keep_references": [config.keep, config.drift, config.keep_dtype]} if config.keep else {}),
@@ -271,7 +272,9 @@ class _Evaluation:
     def _load(self, progress: bool) -> None:
         config = self.config
         untrained = config.baseline == "untrained"
-        self.pipe = models.load(config.model, config.initial, untrained, self.device, self.dtype, self.adapters)
+        self.pipe = models.load(
+            config.model, config.initial, untrained, self.device, self.dtype, self.adapters, config.quantisation
+        )
         if config.runs_model:
             validated([EditRequest("x", num_inference_steps=config.resolve_sampling()[0])], self.pipe)
         self.target_side = self.settings["target_side"] or math.isqrt(image_areas(self.pipe)[-1])

@@ -41,6 +41,7 @@ def load(
     device: str,
     dtype: str,
     adapters: Sequence[Adapter] = (),
+    quantisation: str | None = None,
 ) -> Any:
     """Load a pipeline that is ready to edit.
 
@@ -51,12 +52,13 @@ def load(
         device: Name of the device, see `on_device`.
         dtype: Name of the dtype, see `on_device`.
         adapters: Adapters that are applied after the runs, in order.
+        quantisation: Format in which text encoder and transformer are stored, see `load_pipeline`.
 
     Raises:
         ValueError, TypeError: A folder is missing, cannot be read, or does not fit the model.
     """
     kind = getattr(torch, dtype)
-    pipe = load_pipeline(model, kind, device)
+    pipe = load_pipeline(model, kind, device, quantisation)
     if untrained:  # keep the autoencoder, which bounds the PSNR of any transformer
         pipe.transformer = components.pipeline(0, kind).transformer.to(device)
     active: list[str] = []
