@@ -375,7 +375,7 @@ def _estimate(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     with model_errors(args.model) as place, running(f"reading the configuration of {args.model}"):
-        pipe = place
+        pipe: Any = place
         if args.model == "builtin":
             pipe = builtin.load(dtype) if args.quantisation is None else builtin.store.model_folder()
         result = estimate(

@@ -193,7 +193,7 @@ FORMATS = {
         ),
         "bitsandbytes",
     ),
-    "bitsandbytes int8": Format(_bitsandbytes(load_in_8bit=True), "bitsandbytes"),
+    "bitsandbytes int8": Format(_bitsandbytes(load_in_8bit=True), "bitsandbytes", by_row=False),
     "bitsandbytes int8, threshold 0": Format(_bitsandbytes(load_in_8bit=True, llm_int8_threshold=0.0), "bitsandbytes"),
     "GGUF Q8_0": Format(_gguf("Q8_0"), "gguf"),
     "GGUF Q4_0": Format(_gguf("Q4_0"), "gguf"),
