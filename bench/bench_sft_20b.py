@@ -17,14 +17,20 @@ from uniref_fast.costs import transformer_flops
 from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.testing import max_relative_error
+from uniref_fast.training.core.base import offloaded_blocks
 from uniref_fast.training.core.monitor import peak_flops
+from uniref_fast.training.core.offload import Offloading
 
 CUDA = torch.cuda.is_available()
 
 
-def make_step(model, sample, which):
-    """A function of no arguments that takes one optimizer step and returns the prediction."""
+def make_step(model, sample, which, host=()):
+    """A function of no arguments that takes one optimizer step and returns the prediction.
+
+    The frozen weights of the blocks with the numbers `host` are on the host.
+    """
     packed = PackedQwenImage(model, checkpointing=True)
+    Offloading({number: packed.blocks[number] for number in host}, model.device)
     layout = packed.layout([sample])
     device, dtype = model.device, torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
@@ -64,6 +70,27 @@ def sample_of(side, tiny):
     sizes = fit_to_budget([(4000, 3000), (3000, 4000), (2048, 2048)], side)
     grids = [(1, height // 16, width // 16) for width, height in sizes]
     return Sample(text, (1, target_side // 16, target_side // 16), tuple(grids))
+
+
+@pytest.mark.parametrize("base", [None, "int8", "fp8", "nf4"])
+@pytest.mark.parametrize("host", [0, 30])
+def test_step_on_a_frozen_base(timed, benchmark, make_20b, base, host, tiny):
+    """A model for each dtype of the base and number of blocks on the host, before the others, whose model stays."""
+    benchmark.group = "20B LoRA step by frozen base, budget of 1024x1024"
+    model = make_20b(rank=64, base=base)
+    numbers = offloaded_blocks(model.config.num_layers, min(host, 1) if tiny else host)
+    step, flops = make_step(model, sample_of(1024, tiny), "ours", numbers)
+    step()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = torch.cuda.max_memory_allocated() if CUDA else 0
+    timed(step, step, flops=flops, dtype=torch.bfloat16, graph=False)
+    benchmark.extra_info.update(base=base, offload_blocks=host, peak_gib=peak / 2**30)
+    del step, model
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")

@@ -276,8 +276,8 @@ SHAPE_20B = {
 }
 
 
-def make_model(shape, device, rank=None):
-    """Random bfloat16 weights that were never in float32, and with a rank a LoRA in float32."""
+def make_model(shape, device, rank=None, base=None):
+    """Random bfloat16 weights that were never in float32, quantised if asked for, and with a rank a LoRA in float32."""
     from diffusers import QwenImageTransformer2DModel
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
@@ -292,6 +292,10 @@ def make_model(shape, device, rank=None):
         else:
             torch.nn.init.normal_(parameter, std=0.02, generator=generator)
     model.requires_grad_(False)
+    if base is not None:
+        from uniref_fast.training.core.frozen_base import quantise_base
+
+        quantise_base(model, base, torch.bfloat16, torch.device(device))
     if rank is None:
         return model
     from peft import LoraConfig
@@ -315,7 +319,7 @@ SHAPE_TINY = SHAPE_20B | {
 
 @pytest.fixture(scope="session")
 def make_20b(tiny):
-    """Makes a transformer of the size of Qwen-Image-Edit on the GPU, with a LoRA of `rank` or none."""
+    """Makes a transformer of the size of Qwen-Image-Edit on the GPU, with a LoRA of `rank` or none, on a `base`."""
     if tiny:
         return functools.partial(make_model, SHAPE_TINY, "cpu")
     if not CUDA or torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:

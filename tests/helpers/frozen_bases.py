@@ -1,5 +1,7 @@
 """Small models with an adapter on a quantised base, and their gradients."""
 
+import dataclasses
+
 import mesh_worker
 import pytest
 import torch
@@ -37,11 +39,13 @@ def linears(model):
     return [(f"transformer_blocks.{name}", layer) for name, layer in blocks if isinstance(layer, torch.nn.Linear)]
 
 
-def backward(packed, number=0, dtype=torch.float32):
+def backward(packed, number=0, dtype=torch.float32, device=CPU):
     """Return the velocity of a pack and the gradients of the adapter by name."""
     for parameter in packed.parameters():
         parameter.grad = None
     batch = mesh_worker.make_batch(number, dtype)
+    moved = {name: getattr(batch, name).to(device) for name in ("image", "text", "t", "velocity")}
+    batch = dataclasses.replace(batch, **moved)
     velocity = packed(batch.image, batch.text, batch.t, batch.layout)
     sample_errors(velocity, batch).sum().backward()
     named = packed.transformer.named_parameters()

@@ -30,9 +30,9 @@ def poison(tensor, size=None):
     torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(255)
 
 
-def offloaded(model, blocks, checkpointing=False):
+def offloaded(model, blocks, checkpointing=False, device=CPU):
     packed = PackedQwenImage(model, for_training=True, checkpointing=checkpointing)
-    return packed, Offloading({number: packed.blocks[number] for number in blocks}, CPU)
+    return packed, Offloading({number: packed.blocks[number] for number in blocks}, device)
 
 
 def model_on(base):
@@ -106,6 +106,20 @@ def test_two_blocks_are_on_the_device_at_most(base, monkeypatch):
     ]  # fmt: skip
     assert all(ahead for *_, ahead, _ in seen[1:])
     assert offloading.device_bytes == sum(sorted(each.nbytes for each in weights)[-2:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("base", [None, "int8", "nf4"])
+def test_copies_on_a_stream_arrive_before_they_are_used(base, checkpointing):
+    needs(base)
+    device = torch.device("cuda")
+    plain, model = model_on(base).to(device), model_on(base).to(device)
+    expected = backward(PackedQwenImage(plain, for_training=True, checkpointing=checkpointing), device=device)
+    packed, _ = offloaded(model, (0, 1, 2), checkpointing, device)
+    for _ in range(3):
+        assert equal(backward(packed, device=device), expected)
 
 
 @pytest.mark.parametrize("base", KINDS)

@@ -172,8 +172,11 @@ def test_two_ranks_share_packs(data, tmp_path):
 # ---- the on-policy check ----
 
 
-def test_check_ratio_prints_every_timestep_and_trains_nothing(data, tmp_path, capsys):
-    assert msgrpo.main(flags(data, tmp_path / "run", "--check-ratio", "true")) == 0
+@pytest.mark.parametrize("more", [(), ("--base", "nf4", "--offload-blocks", 3)])
+def test_check_ratio_prints_every_timestep_and_trains_nothing(data, tmp_path, capsys, more):
+    if more:
+        pytest.importorskip("bitsandbytes")
+    assert msgrpo.main(flags(data, tmp_path / "run", "--check-ratio", "true", *more)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[::5]] == ["stage 0", "stage 1"] and len(lines) == 2 * (2 + 3)
     assert all("1.000000000" in line for start in (2, 7) for line in lines[start : start + 3])
