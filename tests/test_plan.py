@@ -114,14 +114,23 @@ def test_a_known_model_is_planned_without_torch_and_without_a_network(tmp_path):
     assert "20.4 billion parameters" in result.stdout and not list(tmp_path.iterdir())
 
 
-def test_the_recipe_lora_needs_one_gpu_of_141_gb_or_two_of_80(capsys):
+def test_the_recipe_lora_needs_one_gpu_of_80_gb(capsys):
     """The help of the recipe says so."""
-    assert run(capsys, "--recipe", "lora", "--gpu-memory", 141)[0] == 0
-    assert run(capsys, "--recipe", "lora", "--gpu-memory", 80, "--nproc", 2)[0] == 0
     status, text, _ = run(capsys, "--recipe", "lora", "--gpu-memory", 80)
+    assert status == 0 and "blocks and attention recomputed, inputs kept" in text
+    assert "1 rank(s) per pack, blocks kept would need" in text, "the reason for recomputing"
+    status, text, _ = run(capsys, "--recipe", "lora", "--gpu-memory", 48)
     assert status == 1 and "does not fit: a pack of 14848 tokens" in text
-    assert "it fits 2 GPUs of 80 GB (--nproc 2); it fits 1 GPU(s) of 96 GB (--gpu-memory 96)" in text
-    assert "nine tenths of a GPU of 96 GB, the smallest that the run fits" in run(capsys, "--recipe", "lora")[1]
+    assert "it fits 4 GPUs of 48 GB (--nproc 4); it fits 1 GPU(s) of 80 GB (--gpu-memory 80)" in text
+    assert "nine tenths of a GPU of 80 GB, the smallest that the run fits" in run(capsys, "--recipe", "lora")[1]
+
+
+def test_the_sizes_of_the_stages_that_fit_are_offered_for_the_others(capsys):
+    status, text, _ = run(capsys, "--recipe", "lora", "--gpu-memory", 72)
+    assert status == 1 and text.count("does not fit") == 1
+    flags = ["--stages.2.budget", "1536"]
+    assert f"fits        no; stage 0, 1 fits; train the others with its sizes: {' '.join(flags)}; it fits 2" in text
+    assert run(capsys, "--recipe", "lora", "--gpu-memory", 72, *flags)[0] == 0
 
 
 def test_the_parts_of_the_memory_are_the_whole(capsys):

@@ -22,6 +22,7 @@ from uniref_fast.run_plan import PlanOptions, RunPlan, StagePlan, make_plan
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.adapter import NAMES
 from uniref_fast.training.core.launch import with_adapter, with_visibility
+from uniref_fast.training.core.memory import RECOMPUTATION
 from uniref_fast.training.core.model_size import BYTES
 from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
@@ -119,11 +120,11 @@ def _stage_lines(run_plan: RunPlan, number: int, stage: StagePlan) -> list[str]:
     if stage.plan is None:
         return [*lines, f"            does not fit: {stage.problem}"]
     plan = stage.plan
-    blocks = "recomputed" if plan.checkpointing else "kept"
+    blocks = RECOMPUTATION[plan.checkpointing]
     lines.append(
         f"            packs of up to {plan.pack_tokens} tokens, {_packs(run_plan)}, {plan.sequence_parallel} "
-        f"process(es) a pack, blocks {blocks}; activations {size_text(stage.activations)}, together "
-        f"{size_text(plan.bytes_needed)}"
+        f"process(es) a pack, {blocks}; activations {size_text(stage.activations)}, together "
+        f"{size_text(plan.bytes_needed)}{plan.reason.partition(' GiB')[2]}"
     )
     if stage.row_tokens is not None and stage.steps_per_epoch is not None:
         epoch = stage.steps_per_epoch

@@ -9,6 +9,7 @@ from typing import Any
 from uniref_fast import gpu_memory, speeds
 from uniref_fast.packing import next_fit
 from uniref_fast.training.core import memory
+from uniref_fast.training.core.base import QUANTISED, base_bytes, offloaded_blocks, resident_blocks
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.core.suitability import check_sizes
@@ -170,17 +171,17 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
     """
     size = model_size(config.model)
     check_sizes(config, size.output_side)
+    offloaded_blocks(size.num_layers, config.offload_blocks)
     trained = (
         size.transformer
         if config.lora_rank is None
         else size.adapter(config.lora_rank, config.lora_targets, config.adapter)
     )
-    shared = _shared(config, size, trained)
-    fixed = size.encoders * BYTES[config.dtype]
+    shared, fixed = _shared(config, size, trained), _fixed(config, size)
 
     def planned(ranks: int, available: int) -> list[memory.MemoryPlan | str]:
-        return [_memory_plan(config, size, stage, ranks, available, fixed, sum(shared.values()))
-                for stage in config.stages]  # fmt: skip
+        held = sum(fixed.values()), sum(shared.values())
+        return [_memory_plan(config, size, trained, stage, ranks, available, *held) for stage in config.stages]
 
     def fitting(ranks: int, gigabytes: float) -> bool:
         plans = planned(ranks, int(gigabytes * 2**30 * gpu_memory.USABLE))
@@ -196,7 +197,7 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
 
         tokens = row_tokens(config, size, kind == "sft", BYTES[config.dtype])
     speed = _speed(kind, config, options, size, [p for p in plans if isinstance(p, memory.MemoryPlan)])
-    held = {name: count // ranks for name, count in shared.items()} | {"encoders": fixed}
+    held = {name: count // ranks for name, count in shared.items()} | fixed
     stages, ends = [], [0, *config.ends()]
     for number, (stage, plan) in enumerate(zip(config.stages, plans, strict=True)):
         lengths = [] if tokens is None else _used(config, stage, tokens.lengths[number], tokens.references)
@@ -205,7 +206,8 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
         stages.append(_stage(config, stage, steps, plan, sum(held.values()), lengths, rows, speed.value))
     advice: list[str] = []
     if any(isinstance(plan, str) for plan in plans):
-        advice = _advice(fitting, options)
+        fits = [isinstance(plan, memory.MemoryPlan) for plan in plans]
+        advice = [*filter(None, [memory.smaller_stages(config.stages, fits)]), *_advice(fitting, options)]
     disk = _disk(config, trained) | ({"cache": tokens.cache_bytes} if tokens and config.cache else {})
     whole, broken = (None, 0) if tokens is None else (tokens.rows, tokens.broken)
     return RunPlan(kind, recipe, config, size, trained, ranks, available, source, held, tuple(stages), whole, broken,
@@ -215,9 +217,31 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
 def _shared(config: Recipe, size: ModelSize, trained: int) -> dict[str, int]:
     """Return the bytes that the ranks share, by part; the sum is `TrainedModel.sharded_bytes`."""
     element, master = BYTES[config.dtype], BYTES[config.weight_dtype]
-    frozen = 0 if config.lora_rank is None else size.transformer * element
+    frozen = 0
+    if config.lora_rank is not None:  # the weights of blocks are shared if they are neither quantised nor on the host
+        blocks = 0 if config.base in QUANTISED else size.num_layers - config.offload_blocks
+        numbers = sum(rows * columns for rows, columns in size.block_linears().values())
+        frozen = (size.transformer - size.num_layers * numbers) * element + blocks * _base_of_a_block(config, size)
     more = 3 if config.ema is None else 4
     return {"weights": frozen + trained * master, "gradients and optimizer": trained * 4 * more}
+
+
+def _fixed(config: Recipe, size: ModelSize) -> dict[str, int]:
+    """Return the bytes that every rank holds, by part; the sum is `TrainedModel.fixed_bytes`."""
+    found, away = {}, config.offload_blocks
+    if config.base in QUANTISED:
+        blocks = resident_blocks(size.num_layers, away)
+        found[f"{config.base} base"] = blocks * _base_of_a_block(config, size)
+    elif away:
+        found["fetched blocks"] = resident_blocks(away, away) * _base_of_a_block(config, size)
+    if config.resolve_encoders() == "resident":
+        found["encoders"] = size.encoders * BYTES[config.dtype]
+    return found
+
+
+def _base_of_a_block(config: Recipe, size: ModelSize) -> int:
+    """Return the bytes of the frozen weights of the Linear layers of a block."""
+    return sum(base_bytes(config.base, *sides, BYTES[config.dtype]) for sides in size.block_linears().values())
 
 
 def _memory(config: Recipe, options: PlanOptions, size: ModelSize, sizes: Sequence[int]) -> tuple[int, str]:
@@ -232,14 +256,31 @@ def _memory(config: Recipe, options: PlanOptions, size: ModelSize, sizes: Sequen
 
 
 def _memory_plan(
-    config: Recipe, size: ModelSize, stage: BudgetStage, ranks: int, available: int, fixed: int, sharded: int
+    config: Recipe,
+    size: ModelSize,
+    trained: int,
+    stage: BudgetStage,
+    ranks: int,
+    available: int,
+    fixed: int,
+    sharded: int,
 ) -> memory.MemoryPlan | str:
     """Return the plan of a stage, or the reason why it does not fit."""
     memory.sharing_degrees(stage, ranks, size)  # raises ValueError for a number of ranks that cannot work
+    element, block, in_block = BYTES[config.dtype], size.block, size.block
+    if config.lora_rank is not None:
+        in_block = trained // size.num_layers
+        block += in_block
+    numbers = [rows * columns for rows, columns in size.block_linears().values()]
+    quantised = max(numbers) if config.base in QUANTISED else 0
+    if config.base in QUANTISED or config.offload_blocks == size.num_layers:
+        block -= sum(numbers)
     try:
         return memory.plan_memory(
-            stage, size, ranks=ranks, memory=available, fixed=fixed, sharded=sharded, element=BYTES[config.dtype],
-            patch=size.token_side, sequences=config.sequences, reference_area=size.reference_area,
+            stage, size, ranks=ranks, memory=available, fixed=fixed, sharded=sharded, element=element,
+            gathered=memory.gathered_bytes(block, in_block, element, ranks, quantised), update=4 * trained,
+            vae_width=size.vae_width, encoding=config.resolve_encoders() == "resident", patch=size.token_side,
+            sequences=config.sequences, reference_area=size.reference_area,
         )  # fmt: skip
     except ValueError as error:
         return str(error)

@@ -73,7 +73,7 @@ def add_adapter(model: QwenImageTransformer2DModel, kind: str = "lora") -> None:
     model.eval()
 
 
-def run(ranks: Ranks, sequence: int, checkpointing: bool, kind: str) -> dict[str, torch.Tensor]:
+def run(ranks: Ranks, sequence: int, checkpointing: bool | str, kind: str) -> dict[str, torch.Tensor]:
     kind, _, host = kind.partition(".")
     model = make_model()
     if kind in QUANTISED:
@@ -124,7 +124,7 @@ def gathered(group: dist.ProcessGroup, bounds: list[int]) -> dict[str, torch.Ten
 
 
 def main(folder: str, *cases: str) -> None:
-    """Each case is "<ranks that share a pack>-<kept or recomputed>-<kind>"; one file of results each.
+    """Each case is "<ranks that share a pack>-<kept, recomputed, inputs or host>-<kind>"; one file of results each.
 
     The kind is full (all weights are trained), lora, dora, lokr, or a quantised base under a LoRA (nf4, int8, fp8);
     with ".host" behind it, the frozen weights of two blocks are on the host.
@@ -141,7 +141,7 @@ def main(folder: str, *cases: str) -> None:
                 save_file(gathered(group, bounds), f"{folder}/{ranks.rank}-{case}.safetensors")
             continue
         sequence, blocks, kind = case.split("-")
-        result = run(ranks, int(sequence), blocks == "recomputed", kind)
+        result = run(ranks, int(sequence), {"kept": False, "recomputed": True}.get(blocks, blocks), kind)
         if ranks.rank == 0:
             save_file(result, f"{folder}/{ranks.size}-{case}.safetensors")
     dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """The packed model against diffusers, sample by sample."""
 
+import weakref
+
 import pytest
 import torch
 from patching import ROUNDING
@@ -7,6 +9,7 @@ from patching import ROUNDING
 from uniref_fast import native
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.qwen_image import HostCopy
 from uniref_fast.testing import assert_within_budget, max_relative_error
 
 SIZES = [(1, 4, 6), (1, 3, 5), (1, 1, 1), (1, 2, 9), (1, 7, 7), (1, 1, 8), (1, 5, 2)]  # target, then references 1..6
@@ -224,3 +227,32 @@ def test_gradients_of_a_pack_are_the_sum_of_single_ones(make_transformer, impl):
     for name, grad in ours.items():
         scale = max(stock_grads[name].abs().max().item(), 1e-3 * largest)
         assert (grad - stock_grads[name]).abs().max().item() < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_have_the_same_bits_wherever_inputs_are_kept(make_transformer, dtype):
+    model = make_transformer(True, dtype=dtype)
+    samples = [Sample(7, (1, 4, 3), ((1, 2, 5),)), Sample(1, (1, 1, 1))]
+    image, text, t = torch.randn(23, 64).to(dtype), torch.randn(8, 48).to(dtype), torch.tensor([0.3, 0.9])
+    found = {}
+    for checkpointing in (True, "inputs", "host"):
+        ours = PackedQwenImage(model, checkpointing=checkpointing)
+        model.zero_grad()
+        prediction = ours(image, text, t, ours.layout(samples))
+        prediction.float().square().mean().backward()
+        named = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+        found[checkpointing] = {"prediction": prediction.detach()} | dict(named)
+    for checkpointing, results in found.items():
+        assert results.keys() == found[True].keys() and len(results) > 100
+        assert [name for name, each in results.items() if not torch.equal(each, found[True][name])] == [], checkpointing
+
+
+def test_a_copy_in_host_memory_stands_for_a_tensor_that_is_freed():
+    tensor = torch.randn(4, 3, requires_grad=True) * 2
+    values, gone = tensor.detach().clone(), weakref.ref(tensor)
+    copy = HostCopy(tensor)
+    assert copy.take() is tensor
+    del tensor
+    assert gone() is None
+    for again in (copy.take(), copy.take()):
+        assert torch.equal(again, values) and again.requires_grad and again.is_leaf

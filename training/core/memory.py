@@ -1,28 +1,52 @@
-"""The memory plan of a stage: tokens of a pack, ranks that share a pack, and whether blocks are recomputed.
+"""The memory plan of a stage: tokens of a pack, ranks that share a pack, and what is recomputed in the backward.
 
-A rank holds its share of weights, gradients and optimizer state, and the activations that the backward keeps for its
-part of a pack. Activations are counted in widths (heads x head dimension) per token; a test compares the count with
-what autograd holds.
+A rank holds its share of weights, gradients and optimizer state, the weights of one or two gathered blocks, and the
+activations that the backward keeps for its part of a pack. Activations are counted in widths (heads x head dimension)
+per token. Tests compare the plan with the tracked memory of the model code at the size of Qwen-Image-Edit
+(`tracked_memory`) and with what autograd holds.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uniref_fast.gpu_memory import USABLE
-from uniref_fast.training.core.recipe import BudgetStage
+from uniref_fast.training.core.recipe import BudgetStage, Checkpointing
 
 if TYPE_CHECKING:  # the command `plan` starts without torch
     import torch
 
-__all__ = ["MemoryPlan", "activation_bytes", "check_packs", "device_memory", "machine_memory", "plan_memory"]
+__all__ = [
+    "RECOMPUTATION",
+    "MemoryPlan",
+    "activation_bytes",
+    "check_packs",
+    "coding_bytes",
+    "device_memory",
+    "gathered_bytes",
+    "machine_memory",
+    "plan_memory",
+    "plan_stages",
+    "smaller_stages",
+]
 
-KEPT = 22  # widths per token that a block keeps: see `activation_bytes`
-KEPT_RECOMPUTED = 2
+RECOMPUTATION: dict[Checkpointing, str] = {
+    False: "blocks kept",
+    True: "blocks recomputed, their inputs and attention kept",
+    "inputs": "blocks and attention recomputed, inputs kept",
+    "host": "blocks and attention recomputed, inputs in host memory",
+}
+"""Values of `BudgetStage.checkpointing` in words, the one that takes the least time first."""
+
+KEPT = 21  # widths per token that a block keeps: see `activation_bytes`
+KEPT_RECOMPUTED: dict[Checkpointing, int] = {True: 2, "inputs": 1, "host": 0}
+RECOMPUTING = 24  # widths per token of the block that is recomputed, gradients of activations included
+FETCHED = 3  # widths per token of inputs on their way to host memory and back
+ENCODED, DECODED = 9.1, 17.1  # numbers per pixel that the VAE holds at its peak, in widths of its first layer
 REFERENCES = 3  # of the largest sample without a joint budget: the models were trained with up to three
 TEXT_TOKENS = 1536  # room in the largest sample for the prompt and six pictures of about 190 tokens
 
@@ -34,31 +58,66 @@ class MemoryPlan:
     Attributes:
         pack_tokens: Largest number of tokens in a pack.
         sequence_parallel: Number of ranks that share a pack.
-        checkpointing: Recompute blocks in the backward.
+        checkpointing: Recomputation in the backward, as in `BudgetStage`.
         bytes_needed: Estimated memory of a rank, in bytes.
         reason: Explanation of the choice.
     """
 
     pack_tokens: int
     sequence_parallel: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     bytes_needed: int
     reason: str
 
 
-def activation_bytes(config: Any, tokens: int, checkpointing: bool, element: int) -> int:
+def activation_bytes(config: Any, tokens: int, checkpointing: Checkpointing, element: int, shared: bool = False) -> int:
     """Return the bytes that the backward of one pack keeps, on a rank that holds `tokens` of its tokens.
 
-    A block keeps, in widths per token: its input and the normed input (2), q, k, v before norm and rotary (3; without
-    the exchange between ranks only q and k) and after (3), attention's result twice, in joint and in stream order (2;
-    once for a single sample), the branch, the stream after it and its normed form (3), the 4x hidden layer before and
-    after GELU (8), the second branch (1). A recomputed block keeps its input and attention's result (2), and one block
-    at a time keeps everything; gradients take the place of the activations that they free.
+    A block keeps, in widths per token: its input and the normed input (2), q and k before norm and rotary (2; q, k, v
+    with the exchange between ranks that share a pack) and q, k, v after (3), attention's result twice, in joint and in
+    stream order (2; once for a single sample), the branch, the stream after it and its normed form (3), the 4x hidden
+    layer before and after GELU (8), the second branch (1). A recomputed block keeps its input and, unless attention is
+    recomputed too, attention's result. One block at a time keeps everything, beside the gradients of activations.
+
+    Args:
+        config: Configuration of the transformer.
+        tokens: Number of tokens on the rank.
+        checkpointing: Recomputation in the backward, as in `BudgetStage`.
+        element: Bytes per number.
+        shared: Ranks share the pack.
     """
     width = config.num_attention_heads * config.attention_head_dim
     blocks = config.num_layers
-    widths = KEPT_RECOMPUTED * blocks + KEPT if checkpointing else KEPT * blocks
+    widths = (KEPT + shared) * blocks
+    if checkpointing is not False:
+        widths = KEPT_RECOMPUTED[checkpointing] * blocks + RECOMPUTING + shared
+        widths += FETCHED * (checkpointing == "host")
     return tokens * width * widths * element
+
+
+def gathered_bytes(block: int, trained: int, element: int, ranks: int, quantised: int = 0) -> int:
+    """Return the bytes of the blocks that FSDP2 gathers at a time: two if there are several ranks, else one.
+
+    Args:
+        block: Number of parameters of a block that are sharded.
+        trained: Number of them that are trained. Their gradients exist twice, whole, when they are reduced in float32.
+        element: Bytes per number in the computation.
+        ranks: Number of ranks.
+        quantised: Number of parameters of the largest quantised weight, which is dequantised by way of a copy.
+    """
+    return block * element * (1 if ranks == 1 else 2) + trained * (element + 4) + 2 * quantised * element
+
+
+def coding_bytes(width: int, element: int, encoded: int, decoded: int) -> int:
+    """Return the bytes that the VAE needs at its peak for the largest images of a stage.
+
+    Args:
+        width: Channels of the first layer of the VAE.
+        element: Bytes per number.
+        encoded: Pixels of the largest image that is encoded.
+        decoded: Pixels of the largest image that is decoded.
+    """
+    return int(max(ENCODED * encoded, DECODED * decoded) * width * element)
 
 
 def device_memory(device: torch.device, limit_gib: float | None) -> int:
@@ -97,6 +156,10 @@ def plan_memory(
     fixed: int,
     sharded: int,
     element: int,
+    gathered: int = 0,
+    update: int = 0,
+    vae_width: int = 0,
+    encoding: bool = True,
     patch: int = 16,
     sequences: int = 1,
     reference_area: int = 1024**2,
@@ -108,9 +171,13 @@ def plan_memory(
         config: Configuration of the transformer.
         ranks: Number of ranks of the run.
         memory: Memory of a rank, in bytes.
-        fixed: Bytes that every rank holds: text encoder and VAE.
+        fixed: Bytes that every rank holds, such as the text encoder and the VAE.
         sharded: Bytes that the ranks share: weights, gradients, optimizer state and averages.
         element: Bytes per number in the computation.
+        gathered: Bytes of gathered blocks (`gathered_bytes`).
+        update: Bytes that the update of the weights needs for a moment, and that the ranks share.
+        vae_width: Channels of the first layer of the VAE.
+        encoding: Images are encoded while the run trains. Samples are decoded in any case.
         patch: Side of a token in pixels.
         sequences: Sequences that a sample takes in a pack; two with guidance.
         reference_area: Pixels of a reference in a stage without a joint budget.
@@ -122,22 +189,27 @@ def plan_memory(
     budget = math.isqrt(REFERENCES * reference_area) if stage.budget is None else stage.budget
     largest = sequences * ((budget**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
     wanted = stage.pack_tokens or largest
-    free = memory - fixed - sharded // ranks
+    held = fixed + sharded // ranks
+    # Images are encoded and weights are updated while no activations are kept.
+    reference, target = reference_area if stage.budget is None else stage.budget**2, stage.target_side**2
+    encoded = max(reference, target) if encoding else 0
+    other = max(coding_bytes(vae_width, element, encoded, target), update // ranks)
     # Sharing a pack costs exchanges in every block, recomputing costs a second forward. The first option that fits is
-    # the cheapest: within a degree of sharing, keep the activations if possible.
-    recomputation = (False, True) if stage.checkpointing is None else (stage.checkpointing,)
+    # the cheapest: within a degree of sharing, keep as many activations as possible.
+    recomputation = list(RECOMPUTATION) if stage.checkpointing is None else [stage.checkpointing]
     options = [(degree, again) for degree in sharing_degrees(stage, ranks, config) for again in recomputation]
+    before, least = "", 0
     for degree, checkpointing in options:
-        per_token = activation_bytes(config, 1, checkpointing, element) / degree
-        fitting = int(free / per_token) if free > 0 else 0
-        if fitting >= wanted:
+        per_token = activation_bytes(config, 1, checkpointing, element, degree > 1) / degree
+        least = held + max(other, int(gathered + wanted * per_token))
+        how = f"{degree} rank(s) per pack, {RECOMPUTATION[checkpointing]}"
+        if least <= memory:
+            fitting = int((memory - held - gathered) / per_token)
             tokens = stage.pack_tokens or largest * min(fitting // largest, 4)
-            needed = int(memory - free + tokens * per_token)
-            how = f"{degree} rank(s) per pack, blocks {'recomputed' if checkpointing else 'kept'}"
-            reason = f"{how}: {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB"
+            needed = held + max(other, int(gathered + tokens * per_token))
+            reason = f"{how}: {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB{before}"
             return MemoryPlan(tokens, degree, checkpointing, needed, reason)
-    degree, checkpointing = options[-1]
-    least = memory - free + activation_bytes(config, wanted, checkpointing, element) / degree
+        before = f"; {how} would need {least / 2**30:.1f} GiB"
     twice = ", twice for guidance" if sequences > 1 else ""
     raise ValueError(
         f"a pack of {wanted} tokens (references of {budget} x {budget} pixels together, targets of "
@@ -145,6 +217,52 @@ def plan_memory(
         f"there are {memory / 2**30:.1f}; use more ranks, a LoRA, smaller sides, or set the stage's "
         "pack_tokens"
     )
+
+
+def plan_stages(stages: Sequence[BudgetStage], plan: Callable[[BudgetStage], MemoryPlan]) -> list[MemoryPlan]:
+    """Plan all stages of a run.
+
+    Args:
+        stages: Stages of the run.
+        plan: Function that plans a stage, or raises ValueError if it does not fit.
+
+    Raises:
+        ValueError: A stage does not fit; the message says which ones do, and the flags with which the others fit too.
+    """
+    found: list[MemoryPlan] = []
+    problems: dict[int, str] = {}
+    for number, stage in enumerate(stages):
+        try:
+            found.append(plan(stage))
+        except ValueError as error:
+            problems[number] = str(error)
+    if problems:
+        advice = smaller_stages(stages, [i not in problems for i in range(len(stages))])
+        lines = [f"stage {i} does not fit the memory: {problem}" for i, problem in problems.items()]
+        raise ValueError("; ".join([*lines, advice] if advice else lines))
+    return found
+
+
+def smaller_stages(stages: Sequence[BudgetStage], fits: Sequence[bool]) -> str:
+    """Return the flags that give the sizes of the last stage that fits to those that do not.
+
+    Args:
+        stages: Stages of the run.
+        fits: Whether each of them fits.
+
+    Returns:
+        A part of a message; it is empty if all stages fit, or none does.
+    """
+    if all(fits) or not any(fits):
+        return ""
+    flags, best = [], max(i for i, fit in enumerate(fits) if fit)
+    for number, stage in enumerate(stages):
+        for name in () if fits[number] else ("budget", "target_side", "pack_tokens"):
+            value = getattr(stages[best], name)
+            if value != getattr(stage, name):
+                flags.append(f"--stages.{number}.{name.replace('_', '-')} {'none' if value is None else value}")
+    fitting = ", ".join(str(number) for number, fit in enumerate(fits) if fit)
+    return f"stage {fitting} fits; train the others with its sizes: {' '.join(flags)}"
 
 
 def sharing_degrees(stage: BudgetStage, ranks: int, config: Any) -> list[int]:

@@ -21,10 +21,11 @@ from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
 from uniref_fast.runs import adapter_kind, base_run, check_export
 from uniref_fast.training.core.adapter import add_adapter, is_adapter, peft_alpha
-from uniref_fast.training.core.base import offloaded_blocks
+from uniref_fast.training.core.base import QUANTISED, offloaded_blocks
 from uniref_fast.training.core.distributed import Ranks, shard
 from uniref_fast.training.core.export import ExportError, write_weights
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
+from uniref_fast.training.core.memory import gathered_bytes
 from uniref_fast.training.core.offload import Offloading
 from uniref_fast.training.core.recipe import Recipe
 
@@ -159,9 +160,29 @@ class TrainedModel:
         weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters() if id(p) not in whole)
         return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
 
+    def gathered_bytes(self) -> int:
+        """Return the bytes of the blocks that are gathered at a time."""
+        whole = {id(p) for p in (*self.whole, *self.offloading.parameters)}
+        element = getattr(torch, self.config.dtype).itemsize
+        found = quantised = 0
+        if self.config.base in QUANTISED:
+            layers = self.pipe.transformer.transformer_blocks[0].modules()
+            linears = [x for x in layers if isinstance(x, torch.nn.Linear)]
+            quantised = max(layer.in_features * layer.out_features for layer in linears)
+        for block in self.packed.blocks:
+            sharded = [p for p in block.parameters() if id(p) not in whole]
+            trained = sum(p.numel() for p in sharded if p.requires_grad)
+            numbers = sum(p.numel() for p in sharded)
+            found = max(found, gathered_bytes(numbers, trained, element, self.ranks.size, quantised))
+        return found
+
+    def update_bytes(self) -> int:
+        """Return the bytes that the update of all weights needs for a moment, which the ranks share."""
+        return 4 * sum(p.numel() for p in self.parameters.values())
+
     def fixed_bytes(self) -> int:
         """Return the bytes on the device of every rank: text encoder and VAE, and weights that are not sharded."""
-        parts = (self.pipe.vae, self.pipe.text_encoder)
+        parts = (self.pipe.vae, self.pipe.text_encoder) if self.config.resolve_encoders() == "resident" else ()
         encoders = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
         return encoders + stored_bytes(self.whole) + self.offloading.device_bytes
 

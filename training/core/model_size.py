@@ -33,6 +33,7 @@ class ModelSize:
         patch_size: Side of a token in latent pixels.
         joint_attention_dim: Width of the prompt embeddings.
         encoders: Number of parameters of the text encoder and the VAE.
+        vae_width: Channels of the first layer of the VAE.
         token_side: Side of a token in pixels.
         condition_area: Pixels of a reference for the text encoder.
         reference_area: Pixels of a reference for the VAE where a stage has no joint budget.
@@ -48,6 +49,7 @@ class ModelSize:
     patch_size: int = 2
     joint_attention_dim: int = 3584
     encoders: int = 8_292_166_656 + 126_892_531  # Qwen2.5-VL-7B and the VAE of Qwen-Image
+    vae_width: int = 96
     token_side: int = 16
     condition_area: int = CONDITION_AREA
     reference_area: int = 1024**2
@@ -57,12 +59,11 @@ class ModelSize:
     @property
     def transformer(self) -> int:
         """Number of parameters of the transformer."""
-        width, head = self.num_attention_heads * self.attention_head_dim, self.attention_head_dim
-        matrices = sum(rows * columns + rows for rows, columns in self._block_linears().values())
+        width = self.num_attention_heads * self.attention_head_dim
         outside = (256 + 1) * width + (width + 1) * width + self.joint_attention_dim
         outside += (self.in_channels + 1) * width + (self.joint_attention_dim + 1) * width + (width + 1) * 2 * width
         outside += (width + 1) * self.patch_size**2 * self.out_channels
-        return matrices + self.num_layers * 4 * head + outside
+        return self.num_layers * self.block + outside
 
     @property
     def picture_tokens(self) -> int:
@@ -80,7 +81,7 @@ class ModelSize:
         Raises:
             ValueError: No layer has one of the names, or the rank is larger than the width of a layer.
         """
-        linears = self._block_linears() | self._outer_linears()
+        linears = self._linears()
         chosen: dict[str, tuple[int, int]] = {}
         for target in targets:
             fitting = {name: sides for name, sides in linears.items() if f".{name}".endswith(f".{target}")}
@@ -98,8 +99,14 @@ class ModelSize:
             chosen |= fitting
         return sum(layer_parameters(kind, rank, rows, columns) for rows, columns in chosen.values())
 
-    def _block_linears(self) -> dict[str, tuple[int, int]]:
-        """Return (rows, columns) of the weights of the blocks' Linear layers, by name."""
+    @property
+    def block(self) -> int:
+        """Number of parameters of a block."""
+        matrices = sum(rows * columns + rows for rows, columns in self.block_linears().values())
+        return matrices + 4 * self.attention_head_dim
+
+    def block_linears(self) -> dict[str, tuple[int, int]]:
+        """Return (rows, columns) of the weights of the Linear layers of one block, by their names in it."""
         width = self.num_attention_heads * self.attention_head_dim
         attention = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out")
         block = {f"attn.{name}": (width, width) for name in attention}
@@ -107,9 +114,13 @@ class ModelSize:
             block[f"{stream}_mod.1"] = (6 * width, width)
             block[f"{stream}_mlp.net.0.proj"] = (4 * width, width)
             block[f"{stream}_mlp.net.2"] = (width, 4 * width)
-        return {
-            f"transformer_blocks.{i}.{name}": sides for i in range(self.num_layers) for name, sides in block.items()
-        }
+        return block
+
+    def _linears(self) -> dict[str, tuple[int, int]]:
+        """Return (rows, columns) of the weights of all Linear layers, by name."""
+        block = self.block_linears().items()
+        blocks = {f"transformer_blocks.{i}.{name}": sides for i in range(self.num_layers) for name, sides in block}
+        return blocks | self._outer_linears()
 
     def _outer_linears(self) -> dict[str, tuple[int, int]]:
         width = self.num_attention_heads * self.attention_head_dim
@@ -161,11 +172,12 @@ def model_size(name: str) -> ModelSize:
         transformer = _config(folder / "transformer")
         areas = recorded_areas(_config(folder, "model_index.json"), transformer)
         size = ModelSize.of(transformer, areas)
-        pixels = 2 ** len(_config(folder / "vae")["temperal_downsample"])
+        vae = _config(folder / "vae")
+        pixels, width = 2 ** len(vae["temperal_downsample"]), int(vae["base_dim"])
         encoders = sum(_parameters(folder / part) for part in ("text_encoder", "vae"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name}: the sizes of the model cannot be read: {error}") from None
-    return replace(size, encoders=encoders, token_side=2 * pixels)
+    return replace(size, encoders=encoders, vae_width=width, token_side=2 * pixels)
 
 
 def _folder(name: str) -> Path:

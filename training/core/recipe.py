@@ -12,7 +12,10 @@ from uniref_fast.budget import check_budget
 from uniref_fast.data.columns import Columns
 from uniref_fast.loading import defaults
 
-__all__ = ["BudgetStage", "Recipe", "stage_at"]
+__all__ = ["BudgetStage", "Checkpointing", "Recipe", "stage_at"]
+
+Checkpointing = Literal[False, True, "inputs", "host"]
+"""Recomputation of the transformer blocks in the backward pass, see `BudgetStage.checkpointing`."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,9 @@ class BudgetStage:
         pack_tokens: Largest number of tokens in a pack; none plans what fits the memory, up to four of the largest
             samples.
         sequence_parallel: Number of ranks that share a pack; none plans the smallest number that fits the memory.
-        checkpointing: Recompute the transformer blocks in the backward pass; none does so only if the memory requires
-            it.
+        checkpointing: Recomputation of the transformer blocks in the backward pass: "false" keeps all activations,
+            "true" the inputs and the attention of blocks, "inputs" the inputs alone, and "host" keeps the inputs in
+            host memory; none plans the first of these that fits the memory. The last three give the same bits.
     """
 
     budget: int | None
@@ -38,7 +42,7 @@ class BudgetStage:
     target_side: int = 1024
     pack_tokens: int | None = None
     sequence_parallel: int | None = None
-    checkpointing: bool | None = None
+    checkpointing: Checkpointing | None = None
 
     def __post_init__(self) -> None:
         if self.budget is not None:

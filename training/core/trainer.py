@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -23,7 +24,7 @@ from uniref_fast.training.core.checkpoint import Checkpoints
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.export import ExportError
-from uniref_fast.training.core.memory import MemoryPlan, check_packs, device_memory, plan_memory
+from uniref_fast.training.core.memory import MemoryPlan, check_packs, device_memory, plan_memory, plan_stages
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.monitor import Monitor, peak_flops
 from uniref_fast.training.core.recipe import Recipe, stage_at
@@ -342,21 +343,26 @@ class Trainer:
         memory = device_memory(ranks.device, config.memory_gib)
         if ranks.device.type == "cpu" and config.memory_gib is None:
             memory //= ranks.size
-        plans = [
-            plan_memory(
-                replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.budget, stage.target_side))),
-                self.model.pipe.transformer.config,
-                ranks=ranks.size,
-                memory=memory,
-                fixed=self.model.fixed_bytes(),
-                sharded=self.model.sharded_bytes(),
-                element=getattr(torch, config.dtype).itemsize,
-                patch=self.model.pipe.vae_scale_factor * 2,
-                sequences=config.sequences,
-                reference_area=image_areas(self.model.pipe)[1],
-            )
-            for stage in config.stages
-        ]
+        model, vae = self.model, self.model.pipe.vae
+        stages = [replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.budget, stage.target_side)))
+                  for stage in config.stages]  # fmt: skip
+        plan = functools.partial(
+            plan_memory,
+            config=model.pipe.transformer.config,
+            ranks=ranks.size,
+            memory=memory,
+            fixed=model.fixed_bytes(),
+            sharded=model.sharded_bytes(),
+            element=getattr(torch, config.dtype).itemsize,
+            gathered=model.gathered_bytes(),
+            update=model.update_bytes(),
+            vae_width=vae.config.base_dim,
+            encoding=config.resolve_encoders() == "resident",
+            patch=model.pipe.vae_scale_factor * 2,
+            sequences=config.sequences,
+            reference_area=image_areas(model.pipe)[1],
+        )
+        plans = plan_stages(stages, plan)
         check_packs(config.packs, ranks.size, plans)
         return self.ranks.broadcast(plans)
 

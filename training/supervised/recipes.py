@@ -116,8 +116,7 @@ def builtin_more() -> SFT:
 
 def lora() -> SFT:
     """Train a LoRA adapter of Qwen-Image-Edit on your own rows, with a joint budget of 1024 x 1024, then 1536 x 1536,
-    then 2048 x 2048 pixels for the references: on 1, 2, 4 or 8 GPUs; by the planned memory one of 141 GB or two of 80
-    GB.
+    then 2048 x 2048 pixels for the references: on 1, 2, 4 or 8 GPUs; by the planned memory one of 80 GB is enough.
     """
     return SFT(
         stages=(BudgetStage(1024, 2000, 1e-4), BudgetStage(1536, 1000, 1e-4), BudgetStage(2048, 500, 5e-5)),

@@ -21,6 +21,7 @@ from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.rows import check_same_rows
 from uniref_fast.training.batches.samples import Encoded, Encoder
 from uniref_fast.training.core.distributed import Ranks
+from uniref_fast.training.core.memory import RECOMPUTATION
 from uniref_fast.training.core.monitor import GroupedMean
 from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.supervised.flow_matching import FlowBatch, assemble_batch, partial_errors, sample_t
@@ -236,7 +237,8 @@ class SFTTrainer(Trainer):
         # Times are measured up to the tokens that a rank has of a pack in the stage with the smallest packs, which fit
         # the memory of every stage, and with recomputation if any stage needs it.
         most = min(plan.pack_tokens // plan.sequence_parallel for plan in self.plans)
-        self.model.packed.checkpointing = any(plan.checkpointing for plan in self.plans)
+        levels = list(RECOMPUTATION)
+        self.model.packed.checkpointing = max((plan.checkpointing for plan in self.plans), key=levels.index)
         self.ranks.share_sequences(self.model.packed, 1)
         samples, seconds = [], []
         with self.progress.of("measuring the cost of packs"):

@@ -102,7 +102,7 @@ class ForwardContext:
         impl: Implementation forced on every op, or None.
         rounding: "once" or "eager", see `ops.norm_modulate`.
         for_training: Choose attention by the cost of forward and backward, also where no gradient is computed.
-        checkpointing: Recompute blocks in the backward.
+        checkpointing: Recomputation of blocks in the backward, see `PackedQwenImage`.
         fuse_residual: A block leaves its last residual to the first norm of the next block.
         parallel: Communication between the ranks that share the pack, or None.
     """
@@ -117,7 +117,7 @@ class ForwardContext:
     rounding: ops.Rounding = "once"
     for_training: bool = False
     # memory and ranks
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     fuse_residual: bool = True
     parallel: SequenceParallel | None = None
 
@@ -243,6 +243,31 @@ def project_image(attn: Any, out: Tensor) -> Tensor:
     return out
 
 
+HOST = "cpu"  # device of the copies in host memory
+
+
+class HostCopy:
+    """A tensor that is taken on its device once, and afterwards from a copy in host memory.
+
+    Args:
+        tensor: The tensor, on any device. It is freed once it has been taken and is not used elsewhere.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device, self.requires_grad = tensor.device, tensor.requires_grad
+        self.first: Tensor | None = tensor
+        # Pinned memory is copied by the stream of the computation, in order with the use of the tensor.
+        self.copy = torch.empty_like(tensor, device=HOST, pin_memory=tensor.is_cuda, requires_grad=False)
+        self.copy.copy_(tensor.detach(), non_blocking=True)
+
+    def take(self) -> Tensor:
+        """Return the tensor at the first call, and a copy with the same values on the same device at later calls."""
+        first, self.first = self.first, None
+        if first is not None:
+            return first
+        return self.copy.to(self.device, non_blocking=True, copy=True).requires_grad_(self.requires_grad)
+
+
 class PackedBlock(nn.Module):
     """A double-stream block over a pack.
 
@@ -277,13 +302,25 @@ class PackedBlock(nn.Module):
             targets' rows of the image stream, `[n_target, C]`.
         """
         if context.checkpointing and torch.is_grad_enabled():
-            inputs = tuple(streams), tuple(residuals), temb, context  # kept for the second run, in the backward
-            return checkpoint(
-                lambda x, y, *rest: self._run([*x], [*y], *rest), *inputs,
-                use_reentrant=False, context_fn=_keep_attention,
-            )  # fmt: skip
+            return self._recomputed(streams, residuals, temb, context)
         with onloaded(self.block):
             return self._run(streams, residuals, temb, context)
+
+    def _recomputed(
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        """Run the block, and once more in the backward, for which its inputs are kept."""
+        kept = tuple(map(HostCopy, streams) if context.checkpointing == "host" else streams)
+        streams.clear()
+
+        def run(
+            kept: Sequence[Any], residuals: Sequence[DeferredResidual], temb: Tensor, context: ForwardContext
+        ) -> Any:
+            inputs = [x.take() if isinstance(x, HostCopy) else x for x in kept]
+            return self._run(inputs, [*residuals], temb, context)
+
+        more: Any = {"context_fn": _keep_attention} if context.checkpointing is True else {}
+        return checkpoint(run, kept, tuple(residuals), temb, context, use_reentrant=False, **more)
 
     def _run(
         self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
@@ -356,8 +393,8 @@ class PackedQwenImage(nn.Module):
         transformer: The diffusers model whose parameters are used. It is not changed. Add adapters first.
         visibility: Policy name or rule (`uniref_fast.visibility`). Anything but "full" needs a model trained for it.
         impl: Implementation forced on every op. None chooses by device.
-        checkpointing: Keep only the input and the attention output of each block for the backward, and recompute the
-            rest.
+        checkpointing: Recomputation of blocks in the backward. True keeps the input of each block and the output of its
+            attention, "inputs" the input alone, "host" the input in host memory; False keeps everything.
         for_training: Always choose attention by the cost of forward and backward, so that a forward without gradients
             equals one with gradients bit for bit.
         attention_8bit: Names of the attention that is computed in 8 bits, such as
@@ -380,7 +417,7 @@ class PackedQwenImage(nn.Module):
         *,
         visibility: str | Rule = "full",
         impl: str | None = None,
-        checkpointing: bool = False,
+        checkpointing: bool | str = False,
         for_training: bool = False,
         attention_8bit: Collection[str] = (),
     ) -> None:

@@ -40,7 +40,7 @@ def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torc
 def four_ranks(tmp_path_factory):
     """Return a folder and the results of four ranks, which are shared: starting ranks takes longest."""
     folder = tmp_path_factory.mktemp("four")
-    return folder, run_ranks(4, folder, "2-kept-full", "2-recomputed-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
+    return folder, run_ranks(4, folder, "2-kept-full", "2-host-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
 
 
 def alone(dtype: torch.dtype, kind: str) -> dict[str, torch.Tensor]:

@@ -17,13 +17,16 @@ from uniref_fast import builtin
 from uniref_fast.evaluation.model import check_runs
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
+from uniref_fast.run_plan import PlanOptions, make_plan
 from uniref_fast.runs import base_run
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core import model as trained_models
+from uniref_fast.training.core.base import LIBRARIES
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.export import ExportError
+from uniref_fast.training.core.memory import activation_bytes
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised import validation
@@ -422,3 +425,22 @@ def test_a_plan_counts_the_bytes_that_the_model_holds(trained, fields):
     held = dict(plan.held)
     assert held.pop("encoders") == model.fixed_bytes()
     assert sum(held.values()) == model.sharded_bytes()
+
+
+@pytest.mark.parametrize(
+    ("base", "offload_blocks", "rank"),
+    [(None, 0, None), (None, 0, 4), (None, 2, 4), (None, 4, 4), ("bf16", 1, 4), ("int8", 0, 4), ("nf4", 2, 4)],
+)
+def test_a_plan_counts_the_bytes_of_the_model(trained, base, offload_blocks, rank):
+    """`uniref-fast plan` knows the sizes from configurations; the trainer plans with those of its model."""
+    if base in LIBRARIES:
+        pytest.importorskip(LIBRARIES[base])
+    model = trained(base=base, offload_blocks=offload_blocks, lora_rank=rank)
+    stage = dataclasses.replace(model.config.stages[0], pack_tokens=10**6, checkpointing="host")
+    config = dataclasses.replace(model.config, stages=(stage,), visibility="full")
+    plan = make_plan("sft", "tiny", config, PlanOptions(gpu_memory=1000))
+    assert sum(plan.held.values()) == pytest.approx(model.fixed_bytes() + model.sharded_bytes(), rel=1e-4)
+    activations = activation_bytes(plan.size, 10**6, "host", 4)
+    gathered = plan.stages[0].plan.bytes_needed - sum(plan.held.values()) - activations
+    assert gathered == pytest.approx(model.gathered_bytes(), rel=1e-3)
+    assert model.gathered_bytes() > 4 * plan.size.block * (rank is None)
