@@ -7,6 +7,9 @@
 // A lane never meets another lane, and key tiles start at interval starts: a query's bits depend on its own q and on
 // its own keys only, and not on the other samples of the pack, tile or thread.
 //
+// Of a causal interval, a panel of queries reads the keys up to its last query. A key behind a query has the score -inf
+// and the probability 0 exactly, which changes no sum: the bits do not depend on how the range was cut into tiles.
+//
 // attention_pairs.h does the same with Q, K, P and V in bfloat16.
 #pragma once
 
@@ -114,6 +117,17 @@ UF_NOINLINE void multiply_keys(const float* queries, const float* keys, int64_t 
   }
 }
 
+// Scores of keys that a query does not see become -inf: lane l sees the keys up to `last` + l.
+UF_NOINLINE void hide_keys(float* scores, int64_t n, int64_t last) {
+  for (int64_t key = last < 0 ? 0 : last + 1; key < n; key++)
+    for (int64_t lane = 0; lane < min_of(key - last, PANEL); lane++) scores[key * PANEL + lane] = minus_infinity();
+}
+
+// The probability of a key whose score is -inf is 0, where exp2_scaled gives 2^-100.
+UF_INLINE vf without_hidden(vf probability, vf score) {
+  return score == splat(minus_infinity()) ? vf{} : probability;
+}
+
 // Updates the maximum of a row with n more keys; alpha is the factor for the sums taken under the old maximum.
 template <int V>
 UF_INLINE void raise_maximum(const float* scores, int64_t n, float factor, float limit, float* row_max, vf* m,
@@ -128,8 +142,8 @@ UF_INLINE void raise_maximum(const float* scores, int64_t n, float factor, float
 }
 
 // scores -> probabilities 2^(factor * (score - max)), max over the row so far. Subtracting first keeps large scores
-// exact. Zero up to a multiple of MR keys.
-template <int V>
+// exact. Zero up to a multiple of MR keys, and for keys that hide_keys has hidden.
+template <int V, bool HIDDEN>
 UF_NOINLINE void exponentiate(float* scores, int64_t n, float factor, float* row_max, float* row_sum, vf* alpha) {
   const float limit = -100.0f / factor;
   vf m[V], sum[V] = {};
@@ -137,7 +151,8 @@ UF_NOINLINE void exponentiate(float* scores, int64_t n, float factor, float* row
   for (int64_t key = 0; key < n; key++)
     for (int j = 0; j < V; j++) {
       float* s = scores + key * PANEL + j * W;
-      const vf p = exp2_scaled(load(s) - m[j], factor, limit);
+      vf p = exp2_scaled(load(s) - m[j], factor, limit);
+      if (HIDDEN) p = without_hidden(p, load(s));
       sum[j] += p;
       store(s, p);
     }
@@ -180,11 +195,18 @@ struct Wide {
   static void pack_kv(const uf::Attention& a, int64_t begin, int64_t n, int64_t head, const Buffers& b) {
     pack_keys_values<T>(a, begin, n, head, b);
   }
+  // Adds n keys to the sums of a panel, whose lane l sees the keys up to `last` + l.
   template <int V>
-  static void attend(const Buffers& b, int64_t panel, int64_t n, int64_t dim, float factor) {
+  static void attend(const Buffers& b, int64_t panel, int64_t n, int64_t last, int64_t dim, float factor) {
     vf alpha[V];
+    float *row_max = b.row_max + panel * PANEL, *row_sum = b.row_sum + panel * PANEL;
     multiply_keys<V>(b.queries + panel * PANEL * dim, b.keys, dim, b.scores, PANEL, n, dim, DOT<T>);
-    exponentiate<V>(b.scores, n, factor, b.row_max + panel * PANEL, b.row_sum + panel * PANEL, alpha);
+    if (last + 1 < n) {
+      hide_keys(b.scores, n, last);
+      exponentiate<V, true>(b.scores, n, factor, row_max, row_sum, alpha);
+    } else {
+      exponentiate<V, false>(b.scores, n, factor, row_max, row_sum, alpha);
+    }
     multiply_values<V>(b.values, b.scores, b.out + panel * PANEL * dim, n, dim, alpha);
   }
 };
@@ -211,9 +233,10 @@ void attend_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head
   // Not 0: 0 * -inf, where -inf is the maximum before the first key, is NaN.
   const float factor = a.scale * LOG2E > 0.0f ? a.scale * LOG2E : 1e-30f;
   if (tile.first < tile.last) Operands::pack_q(a, tile, head, b);
-  for (int64_t interval = tile.first; interval < tile.last; interval++) {
-    const int64_t end = a.kv_ranges[2 * interval + 1];
-    for (int64_t key = a.kv_ranges[2 * interval]; key < end; key += KEYS) {
+  for (int64_t i = tile.first; i < tile.last; i++) {
+    const uf::Interval interval = uf::interval_at(a.kv_ranges, i);
+    const int64_t end = interval.causal ? interval.begin + tile.offset + n : interval.end;
+    for (int64_t key = interval.begin; key < end; key += KEYS) {
       const int64_t keys = min_of(end - key, KEYS);
       Operands::pack_kv(a, key, keys, head, b);
       const int64_t next = key + keys, next_end = min_of(next + KEYS, end);
@@ -221,9 +244,13 @@ void attend_tile(const uf::Attention& a, const uf::QueryTile& tile, int64_t head
         prefetch_rows<T>(a.k, next, next_end, panel, panels, head, a.dim);
         prefetch_rows<T>(a.v, next, next_end, panel, panels, head, a.dim);
         const int64_t left = n - panel * PANEL;
-        if (left > 2 * W) Operands::template attend<3>(b, panel, keys, a.dim, factor);
-        else if (left > W) Operands::template attend<2>(b, panel, keys, a.dim, factor);
-        else Operands::template attend<1>(b, panel, keys, a.dim, factor);
+        // The last key of this tile that the panel's first query sees; it may lie before or behind the tile.
+        const int64_t last = interval.causal ? interval.begin + tile.offset + panel * PANEL - key : KEYS;
+        const int64_t seen = min_of(keys, last + min_of(left, PANEL));
+        if (seen <= 0) continue;
+        if (left > 2 * W) Operands::template attend<3>(b, panel, seen, last, a.dim, factor);
+        else if (left > W) Operands::template attend<2>(b, panel, seen, last, a.dim, factor);
+        else Operands::template attend<1>(b, panel, seen, last, a.dim, factor);
       }
     }
   }

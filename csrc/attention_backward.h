@@ -7,7 +7,7 @@
 //   dQ [query, d] += dS . K                                    summed over tasks, each waiting for its turn
 //
 // Tasks add to a tile of dQ in the order of their keys, on any thread, and blocks and tiles have fixed sizes and start
-// where ranges start: the bits depend neither on threads nor on the rest of the pack. A task only waits for tasks of
+// where ranges start (of a causal interval, a block adds 0 to tiles that do not see it): the bits depend neither on threads nor on the rest of the pack. A task only waits for tasks of
 // lower number, and tasks start in order of number, so at least one can always proceed.
 #pragma once
 
@@ -106,6 +106,13 @@ UF_NOINLINE void differentiate(float* p, float* ds, int64_t n, const float* lse,
     }
 }
 
+// P and dS of keys that a query does not see become 0: query i sees the lanes up to `last` + i.
+UF_NOINLINE void hide_lanes(float* p, float* ds, int64_t n, int64_t last) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t lane = last + i < 0 ? 0 : last + i + 1; lane < PANEL; lane++)
+      p[i * PANEL + lane] = ds[i * BLOCK + lane] = 0.0f;
+}
+
 // out[d][lane] += rows^T [d, query] . x [query, lane]
 template <int V>
 UF_NOINLINE void add_transposed(const float* rows, int64_t stride, const float* x, int64_t x_stride, float* out,
@@ -152,31 +159,33 @@ UF_NOINLINE void multiply_rows(const float* ds, const float* keys, float* dq, in
 }
 
 template <int V>
-void backward_panel(const BackwardBuffers& b, int64_t panel, int64_t queries, float scale, int64_t dot) {
+void backward_panel(const BackwardBuffers& b, int64_t panel, int64_t queries, int64_t last, float scale, int64_t dot) {
   const int64_t at = panel * PANEL * b.dim;
   float* ds = b.ds + panel * PANEL;
   multiply_keys<V>(b.keys_t + at, b.queries, b.stride, b.p, PANEL, queries, b.dim, dot);
   multiply_keys<V>(b.values_t + at, b.grads, b.stride, ds, BLOCK, queries, b.dim, dot);
   differentiate<V>(b.p, ds, queries, b.lse, b.delta, scale);
+  if (last < PANEL - 1) hide_lanes(b.p, ds, queries, last);
   add_transposed<V>(b.grads, b.stride, b.p, PANEL, b.dv_t + at, queries, b.dim);
   add_transposed<V>(b.queries, b.stride, ds, BLOCK, b.dk_t + at, queries, b.dim);
 }
 
-// Computes the shares of one tile of queries and one block of keys in all gradients; dq is left in the buffers.
+// Computes the shares of one tile of queries and one block of keys in all gradients; dq is left in the buffers. Query i
+// sees the keys up to `last` + i of the block.
 template <class T>
-void backward_tile(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t last, int64_t keys, int64_t head,
-                   const BackwardBuffers& b) {
+void backward_tile(const uf::AttentionBackward& a, int64_t begin, int64_t n, int64_t end, int64_t keys, int64_t last,
+                   int64_t head, const BackwardBuffers& b) {
   load_tile<T>(a, begin, n, head, b);
-  const int64_t next = begin + n, next_end = min_of(next + TILE, last), panels = (keys + PANEL - 1) / PANEL;
+  const int64_t next = begin + n, next_end = min_of(next + TILE, end), panels = (keys + PANEL - 1) / PANEL;
   const uf::View sum = {a.dq_sum, b.padded, a.nq * b.padded};
   for (int64_t panel = 0; panel < panels; panel++) {
     prefetch_rows<T>(a.q, next, next_end, panel, panels, head, b.dim);
     prefetch_rows<T>(a.grad_out, next, next_end, panel, panels, head, b.dim);
     if (a.dq_sum) prefetch_rows<float>(sum, begin, next, panel, panels, head, b.dim);
-    const int64_t left = keys - panel * PANEL, rows = round_up(n, MR);
-    if (left > 2 * W) backward_panel<3>(b, panel, rows, a.scale, DOT<T>);
-    else if (left > W) backward_panel<2>(b, panel, rows, a.scale, DOT<T>);
-    else backward_panel<1>(b, panel, rows, a.scale, DOT<T>);
+    const int64_t left = keys - panel * PANEL, rows = round_up(n, MR), seen = last - panel * PANEL;
+    if (left > 2 * W) backward_panel<3>(b, panel, rows, seen, a.scale, DOT<T>);
+    else if (left > W) backward_panel<2>(b, panel, rows, seen, a.scale, DOT<T>);
+    else backward_panel<1>(b, panel, rows, seen, a.scale, DOT<T>);
   }
   int64_t d = 0;
   for (; d + VQ * W <= b.padded; d += VQ * W) multiply_rows<VQ>(b.ds, b.keys + d, b.dq + d, b.stride, n, keys);
@@ -214,7 +223,12 @@ void backward_block(const uf::AttentionBackward& a, const uf::KeyBlock& block, i
     const uf::QuerySpan& span = a.spans[s];
     for (int64_t i = 0, begin = span.begin; begin < span.end; i++, begin += TILE) {
       const int64_t n = min_of(span.end - begin, TILE);
-      backward_tile<T>(a, begin, n, span.end, keys, head, b);
+      const int64_t last = span.causal ? i * TILE - block.index * BLOCK : BLOCK;
+      if (last + n > 0) {
+        backward_tile<T>(a, begin, n, span.end, keys, last, head, b);
+      } else {  // none of its queries sees a key of the block, but the tile waits for its turn
+        for (int64_t d = 0; d < n * b.stride; d++) b.dq[d] = 0.0f;
+      }
       add_dq<T>(a, begin, n, head, span.before + block.index, span.turns, a.done + head * a.n_tiles + span.tile + i, b);
     }
   }

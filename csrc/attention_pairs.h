@@ -65,8 +65,9 @@ UF_NOINLINE void multiply_key_pairs(const word* queries, const word* keys, float
   }
 }
 
-// scores [key][lane] -> pairs of probabilities [key / 2][lane], in place; zero up to a multiple of MR keys.
-template <int V>
+// scores [key][lane] -> pairs of probabilities [key / 2][lane], in place; zero up to a multiple of MR keys, and for keys
+// that hide_keys has hidden.
+template <int V, bool HIDDEN>
 UF_NOINLINE void exponentiate_pairs(float* scores, int64_t n, float factor, float* row_max, float* row_sum,
                                     vf* alpha) {
   const float limit = -100.0f / factor;
@@ -75,8 +76,9 @@ UF_NOINLINE void exponentiate_pairs(float* scores, int64_t n, float factor, floa
   for (int64_t key = 0; key < round_up(n, MR); key += 2)
     for (int j = 0; j < V; j++) {
       const float* s = scores + key * PANEL + j * W;
-      const vf first = key < n ? exp2_scaled(load(s) - m[j], factor, limit) : vf{};
-      const vf second = key + 1 < n ? exp2_scaled(load(s + PANEL) - m[j], factor, limit) : vf{};
+      vf first = key < n ? exp2_scaled(load(s) - m[j], factor, limit) : vf{};
+      vf second = key + 1 < n ? exp2_scaled(load(s + PANEL) - m[j], factor, limit) : vf{};
+      if (HIDDEN) first = without_hidden(first, load(s)), second = without_hidden(second, load(s + PANEL));
       sum[j] += first + second;
       const vu pair = make_pairs(first, second);
       __builtin_memcpy(scores + key / 2 * PANEL + j * W, &pair, sizeof pair);  // rows below 2 * key are read
@@ -144,11 +146,16 @@ struct Pairs {
   }
 
   template <int V>
-  static void attend(const Buffers& b, int64_t panel, int64_t n, int64_t dim, float factor) {
+  static void attend(const Buffers& b, int64_t panel, int64_t n, int64_t last, int64_t dim, float factor) {
     vf alpha[V];
-    float* row_max = b.row_max + panel * PANEL;
+    float *row_max = b.row_max + panel * PANEL, *row_sum = b.row_sum + panel * PANEL;
     multiply_key_pairs<V>(words(b.queries) + panel * PANEL * (dim / 2), words(b.keys), b.scores, n, dim / 2);
-    exponentiate_pairs<V>(b.scores, n, factor, row_max, b.row_sum + panel * PANEL, alpha);
+    if (last + 1 < n) {
+      hide_keys(b.scores, n, last);
+      exponentiate_pairs<V, true>(b.scores, n, factor, row_max, row_sum, alpha);
+    } else {
+      exponentiate_pairs<V, false>(b.scores, n, factor, row_max, row_sum, alpha);
+    }
     multiply_value_pairs<V>(words(b.values), words(b.scores), b.out + panel * PANEL * dim, round_up(n, MR) / 2, dim,
                             alpha);
   }

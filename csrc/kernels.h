@@ -1,5 +1,5 @@
 // Arguments that native.cpp (the C ABI, compiled once) passes to level.cpp (the kernels, compiled once per ISA level).
-// Plain data only. Strides are in elements. Offsets are 64-bit everywhere: many references make big tensors.
+// Plain data, and how it is read. Strides are in elements. Offsets are 64-bit everywhere: many references make big tensors.
 #pragma once
 
 #include <stdint.h>
@@ -14,9 +14,22 @@ struct View {
   int64_t token_stride, head_stride;
 };
 
-// Rows [begin, end) of q, which see the key intervals [first, last) of kv_ranges.
+// An interval of an AttentionPlan. Of a causal one, which is stored with the start -1 - begin, row i of its range sees
+// the rows begin .. begin + i. (In a transpose, row j is seen by the rows begin + j .. end - 1.)
+struct Interval {
+  int64_t begin, end;
+  bool causal;
+};
+
+// Always inlined, as simd.h asks of all code that several levels use.
+static inline __attribute__((always_inline)) Interval interval_at(const int32_t* intervals, int64_t i) {
+  const int64_t begin = intervals[2 * i];
+  return {begin < 0 ? -1 - begin : begin, intervals[2 * i + 1], begin < 0};
+}
+
+// Rows [begin, end) of q, `offset` rows behind the start of their range, see the key intervals [first, last).
 struct QueryTile {
-  int64_t begin, end, first, last, work;
+  int64_t begin, end, first, last, work, offset;
 };
 
 struct Attention {
@@ -43,6 +56,7 @@ struct KeyBlock {
 // Rows [begin, end) of q that see a key range. `turns` key blocks see them, `before` of them before the range's first.
 struct QuerySpan {
   int64_t begin, end;
+  bool causal;   // query i sees key j of the key range for j <= i
   int64_t tile;  // number of its first tile
   int64_t before, turns;
 };

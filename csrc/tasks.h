@@ -42,10 +42,11 @@ inline int collect_ranges(const Table& table, int64_t nq, int64_t nk, std::vecto
     if (ptr[r] < 0 || ptr[r + 1] < ptr[r] || ptr[r + 1] > table.n_intervals) return kBadKeyRange;
     int64_t keys = 0, previous = 0;
     for (int64_t i = ptr[r]; i < ptr[r + 1]; i++) {
-      const int64_t first = table.intervals[2 * i], last = table.intervals[2 * i + 1];
-      if (first < previous || last < first || last > nk) return kBadKeyRange;
-      keys += last - first;
-      previous = last;
+      const Interval seen = interval_at(table.intervals, i);
+      if (seen.begin < previous || seen.end < seen.begin || seen.end > nk) return kBadKeyRange;
+      if (seen.causal && seen.end - seen.begin != end - begin) return kBadKeyRange;
+      keys += seen.end - seen.begin;
+      previous = seen.end;
     }
     if (begin < end) ranges.push_back({begin, end, ptr[r], ptr[r + 1], keys});
   }
@@ -81,7 +82,7 @@ inline int64_t cut_tiles(const std::vector<Range>& ranges, const Kernels& kernel
     largest = std::max(largest, step / panel);
     for (int64_t begin = r.begin; begin < r.end; begin += step) {
       const int64_t end = std::min(begin + step, r.end);
-      tiles.push_back({begin, end, r.first, r.last, (end - begin) * r.keys});
+      tiles.push_back({begin, end, r.first, r.last, (end - begin) * r.keys, begin - r.begin});
     }
   }
   std::stable_sort(tiles.begin(), tiles.end(),
@@ -96,15 +97,18 @@ inline int64_t find_range(const std::vector<Range>& ranges, int64_t begin, int64
   return found != ranges.end() && found->begin == begin && found->end == end ? found - ranges.begin() : -1;
 }
 
-// True if one interval of the range holds the keys [begin, end).
-inline bool sees(const Range& range, const int32_t* intervals, int64_t begin, int64_t end) {
+// True if one interval of the range holds the keys [begin, end); a causal one must be these keys, and be wanted.
+inline bool sees(const Range& range, const int32_t* intervals, int64_t begin, int64_t end, bool causal) {
   int64_t low = range.first, high = range.last;
   while (low < high) {  // the first interval that ends behind `begin`
     const int64_t middle = (low + high) / 2;
     if (intervals[2 * middle + 1] > begin) high = middle;
     else low = middle + 1;
   }
-  return low < range.last && intervals[2 * low] <= begin && end <= intervals[2 * low + 1];
+  if (low == range.last) return false;
+  const Interval seen = interval_at(intervals, low);
+  if (seen.causal != causal) return false;
+  return causal ? seen.begin == begin && seen.end == end : seen.begin <= begin && end <= seen.end;
 }
 
 struct BackwardTasks {
@@ -134,13 +138,14 @@ inline int cut_backward(const std::vector<Range>& ranges, const int32_t* kv_rang
     const int64_t blocks = (end - begin + kKeyBlock - 1) / kKeyBlock, first = tasks.spans.size();
     int64_t previous = 0;
     for (int64_t i = transpose.ptr[r]; i < transpose.ptr[r + 1]; i++) {
-      const int64_t from = transpose.intervals[2 * i], to = transpose.intervals[2 * i + 1];
+      const Interval span = interval_at(transpose.intervals, i);
+      const int64_t from = span.begin, to = span.end;
       if (from < previous || to < from) return kBadTranspose;
       previous = to;
       if (from == to || begin == end) continue;
       const int64_t range = find_range(ranges, from, to);
-      if (range < 0 || !sees(ranges[range], kv_ranges, begin, end)) return kBadTranspose;
-      tasks.spans.push_back({from, to, tile[range], turns[range], 0});
+      if (range < 0 || !sees(ranges[range], kv_ranges, begin, end, span.causal)) return kBadTranspose;
+      tasks.spans.push_back({from, to, span.causal, tile[range], turns[range], 0});
       owner.push_back(range);
       turns[range] += blocks;
       tasks.shared |= turns[range] > 1;

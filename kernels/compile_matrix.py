@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -130,9 +131,10 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
         made.append(Case(name, dtype, head_dim, functools.partial(launch, *args)))
 
     for dim in head_dims:
-        for dtype in (torch.bfloat16, torch.float16):
-            case("attention", _attention, dim, dtype, dtype=dtype, head_dim=dim)
-            case("attention_backward", _attention_backward, dim, dtype, dtype=dtype, head_dim=dim)
+        for dtype, causal in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+            suffix = "_causal" if causal else ""
+            case("attention" + suffix, _attention, dim, dtype, causal, dtype=dtype, head_dim=dim)
+            case("attention_backward" + suffix, _attention_backward, dim, dtype, causal, dtype=dtype, head_dim=dim)
         case("qk_norm_rope", _qk_norm_rope, dim, head_dim=dim)
         case("qk_norm_rope_eager", _qk_norm_rope, dim, True, head_dim=dim)
         for weight_grads in (True, False):
@@ -164,7 +166,8 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
         case("gate_residual_norm_modulate_fp8", _any_arch, both, x, y, gate, shift, scale, rows, 1e-6)
         case("quantize_fp8", _any_arch, fp8.quantize_fp8, x)
         for dim in head_dims:
-            case("attention_fp8", _attention_fp8, dim, head_dim=dim)
+            case("attention_fp8", _attention_fp8, dim, False, head_dim=dim)
+            case("attention_fp8_causal", _attention_fp8, dim, True, head_dim=dim)
         case("gelu_fp8", _any_arch, fp8.gelu_fp8, _meta(IMAGE, 4 * CHANNELS))
     return made
 
@@ -206,33 +209,34 @@ def _report(case: Case, arch: int, name: str, kernel) -> Report:
 # ---- launches ----
 
 
-def _attention(head_dim: int, dtype: torch.dtype, arch: int) -> object:
+def _attention(head_dim: int, dtype: torch.dtype, causal: bool, arch: int) -> object:
     config = segment_attention_config.pick_config(head_dim, dtype, divmod(arch, 10))
     q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(3))
     launcher: Launcher = segment_attention.segment_attention
-    return launcher(q, k, v, _tables(4, 7, 140, config), head_dim**-0.5)
+    return launcher(q, k, v, _tables(4, 7, 140, config, causal), head_dim**-0.5)
 
 
-def _attention_fp8(head_dim: int, arch: int) -> object:
-    config = segment_attention_config.pick_fp8_config(head_dim, divmod(arch, 10))
+def _attention_fp8(head_dim: int, causal: bool, arch: int) -> object:
+    config = segment_attention_config.pick_fp8_config(head_dim, divmod(arch, 10), causal)
     q, k, v = (_meta(TEXT + IMAGE, HEADS, head_dim) for _ in range(3))
     launcher: Launcher = segment_attention_fp8.segment_attention_fp8
-    return launcher(q, k, v, _tables(4, 7, 140, config), head_dim**-0.5)
+    return launcher(q, k, v, _tables(4, 7, 140, config, causal), head_dim**-0.5)
 
 
-def _attention_backward(head_dim: int, dtype: torch.dtype, arch: int) -> object:
+def _attention_backward(head_dim: int, dtype: torch.dtype, causal: bool, arch: int) -> object:
     config = segment_attention_config.pick_backward_config(head_dim, dtype, divmod(arch, 10))
     tensors = [_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(5)]
     lse = _meta(HEADS, TEXT + IMAGE, dtype=torch.float32)
     launcher: Launcher = segment_attention_backward.segment_attention_backward
-    tables = _tables(4, 7, 140, config.dq), _tables(5, 9, 280, config.dkdv)
+    tables = _tables(4, 7, 140, config.dq, causal), _tables(5, 9, 280, config.dkdv, causal)
     return launcher(*tensors, lse, *tables, head_dim**-0.5)
 
 
-def _tables(ranges: int, intervals: int, tiles: int, config: AttentionConfig) -> AttentionTables:
-    """Return tables of a plan with so many ranges, intervals and tiles."""
+def _tables(ranges: int, intervals: int, tiles: int, config: AttentionConfig, causal: bool) -> AttentionTables:
+    """Return tables of a plan with so many ranges, intervals and tiles, with or without causal intervals."""
     shapes = (ranges, 2), (ranges + 1,), (intervals, 2), (tiles, 2)
-    return AttentionTables.from_operands([_meta(*shape, dtype=torch.int32) for shape in shapes], astuple(config))
+    spans, pointers, seen, first_rows = (_meta(*shape, dtype=torch.int32) for shape in shapes)
+    return AttentionTables(spans, pointers, seen, first_rows, config, causal)
 
 
 def _qk_norm_rope(head_dim: int, *rest) -> object:

@@ -39,6 +39,9 @@ def attention_products(count: int, ranges: str, pointers: str, intervals: str) -
 
 def visible_pairs(ranges: torch.Tensor, pointers: torch.Tensor, intervals: torch.Tensor) -> int:
     """Return the number of visible (query, key) pairs per head from the tables of a plan."""
-    keys = torch.nn.functional.pad((intervals[:, 1] - intervals[:, 0]).long().cumsum(0), (1, 0))
+    start, end = intervals.long().unbind(1)
+    length = end - torch.where(start < 0, -1 - start, start)
+    keys = torch.nn.functional.pad(length.cumsum(0), (1, 0))
     seen = keys[pointers.long()].diff()
-    return int(((ranges[:, 1] - ranges[:, 0]) * seen).sum())
+    hidden = torch.where(start < 0, length * (length - 1) // 2, 0)  # of a causal interval
+    return int(((ranges[:, 1] - ranges[:, 0]) * seen).sum() - hidden.sum())

@@ -15,6 +15,10 @@ kernel is better for a plan of one or two big rectangles.
 
 Query tiles start at range starts and key tiles at interval starts, and only the last key tile of an interval is
 masked. So the arithmetic of a range depends on its own lengths alone: a sample is bit-identical alone and in any pack.
+
+A causal interval has as many rows as its range, and query i of the range sees its keys j <= i. Key tiles that all
+queries of a tile see are as above, those that only some see are masked, the others are not read. A plan without causal
+intervals is compiled without any of this (CAUSAL).
 """
 
 from __future__ import annotations
@@ -32,9 +36,16 @@ __all__ = ["segment_attention"]
 
 
 @triton.jit
-def _attend(b_acc, b_max, b_sum, b_q, p_k, s_kn, p_v, s_vn, length, qk_scale, TAIL: tl.constexpr, BN: tl.constexpr):
-    """Add one key tile to the online softmax in base 2; if TAIL, only the first `length` keys are visible."""
+def _attend(
+    b_acc, b_max, b_sum, b_q, p_k, s_kn, p_v, s_vn, length, ahead, qk_scale,
+    TAIL: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Add one key tile to the online softmax in base 2; if TAIL, only the first `length` keys are visible.
+
+    If also CAUSAL, query m of the tile sees the keys n <= ahead + m of them.
+    """
     D: tl.constexpr = b_q.shape[1]
+    BM: tl.constexpr = b_q.shape[0]
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
     if TAIL:
@@ -45,7 +56,9 @@ def _attend(b_acc, b_max, b_sum, b_q, p_k, s_kn, p_v, s_vn, length, qk_scale, TA
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
     if TAIL:
         b_s = tl.where(o_n[None, :] < length, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)  # [BM], finite: a tile has at least one visible key
+        if CAUSAL:
+            b_s = tl.where(o_n[None, :] <= ahead + tl.arange(0, BM)[:, None], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * qk_scale)  # [BM], finite: each query sees a key of its first tile
     b_p = tl.exp2(b_s * qk_scale - b_new[:, None])  # [BM, BN]
     b_alpha = tl.exp2(b_max - b_new)  # [BM], 0 at the first tile
     b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
@@ -77,6 +90,7 @@ def segment_attention_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     # The tile index runs fastest: programs in flight share one head, whose keys and values then stay in L2.
     i_tile = tl.program_id(0)
@@ -86,6 +100,8 @@ def segment_attention_kernel(
     last_row = tl.load(p_q_ranges + 2 * i_r + 1)
     first_interval = tl.load(p_kv_ptr + i_r)
     last_interval = tl.load(p_kv_ptr + i_r + 1)
+    if CAUSAL:
+        first_of_range = tl.load(p_q_ranges + 2 * i_r)
 
     o_m = tl.arange(0, BM)
     o_d = tl.arange(0, D)
@@ -103,17 +119,35 @@ def segment_attention_kernel(
     for i in range(first_interval, last_interval):
         start = tl.load(p_kv_ranges + 2 * i)
         end = tl.load(p_kv_ranges + 2 * i + 1)
-        tail = start + (end - start) // BN * BN
+        if CAUSAL:
+            causal = start < 0
+            start = tl.where(causal, -1 - start, start)
+            # Keys that the first query of the tile sees, and keys that one of its queries sees.
+            first_sees = tl.where(causal, first_row - first_of_range + 1, end - start)
+            length = tl.minimum(end - start, first_sees + BM - 1)
+            tail = start + tl.minimum(first_sees, length) // BN * BN
+            last = start + length
+        else:
+            tail = start + (end - start) // BN * BN
         for i_n in range(start, tail, BN):
             key = tl.cast(i_n, tl.int64)  # an int, which has no `.to`, when interpreted
             b_acc, b_max, b_sum = _attend(
-                b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, BN, qk_scale, False, BN
-            )
-        if tail < end:
+                b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, BN, 0, qk_scale,
+                False, False, BN,
+            )  # fmt: skip
+        if CAUSAL:
+            for i_n in range(tail, last, BN):
+                key = tl.cast(i_n, tl.int64)
+                b_acc, b_max, b_sum = _attend(
+                    b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, end - i_n,
+                    start + first_sees - 1 - i_n, qk_scale, True, True, BN,
+                )  # fmt: skip
+        elif tail < end:
             key = tail.to(tl.int64)
             b_acc, b_max, b_sum = _attend(
-                b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, end - tail, qk_scale, True, BN
-            )
+                b_acc, b_max, b_sum, b_q, p_k + key * s_kn, s_kn, p_v + key * s_vn, s_vn, end - tail, 0, qk_scale,
+                True, False, BN,
+            )  # fmt: skip
 
     # A range without keys has sum 0 and maximum -inf: out 0, lse -inf.
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -161,7 +195,7 @@ def segment_attention(
             lse, lse.stride(0),
             *tables.plan_tensors, tiles,
             scale * math.log2(math.e),
-            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
+            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N, CAUSAL=tables.causal,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out, lse

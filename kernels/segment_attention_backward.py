@@ -10,6 +10,9 @@ Each tile of dq, dk or dv is summed by one program in a fixed order: no atomics,
 start at range starts, and the tiles that a program loops over start at interval starts: a sample's gradients are the
 same bits alone and in any pack.
 
+A causal interval (`segment_attention.py`) is masked in every tile, and tiles without a visible pair are left out. A
+plan without causal intervals is compiled without any of this (CAUSAL).
+
 The loops mask the loads of every tile and do not handle the last tile of an interval apart: by the compiler's report,
 two copies of the loop body spill registers, and comparing row numbers does not.
 """
@@ -77,6 +80,7 @@ def dkdv_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -85,6 +89,8 @@ def dkdv_kernel(
     last_row = tl.load(p_k_ranges + 2 * i_r + 1)
     first_span = tl.load(p_q_ptr + i_r)
     last_span = tl.load(p_q_ptr + i_r + 1)
+    if CAUSAL:
+        first_of_range = tl.load(p_k_ranges + 2 * i_r)
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -104,6 +110,11 @@ def dkdv_kernel(
     for i in range(first_span, last_span):
         start = tl.load(p_q_spans + 2 * i)
         end = tl.load(p_q_spans + 2 * i + 1)
+        if CAUSAL:
+            causal = start < 0
+            # The first query that sees a key of the tile is aligned with its first key.
+            start = tl.where(causal, -1 - start + first_row - first_of_range, start)
+            first_sees = tl.where(causal, start, start - BN)  # key n is seen from this query + n on
         for i_m in range(start, end, BM):
             query = tl.cast(i_m, tl.int64)  # an int, which has no `.to`, when interpreted
             m_m = o_m < end - i_m
@@ -117,6 +128,8 @@ def dkdv_kernel(
             # Read after S, and delta after dv, they take no registers while the products before them run.
             b_lse2 = tl.load(p_lse2 + query + o_m, mask=m_m, other=0.0)
             b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")  # [BN, BM]
+            if CAUSAL:
+                b_s = tl.where(o_n[:, None] <= i_m - first_sees + o_m[None, :], b_s, float("-inf"))
             b_p = tl.exp2(b_s * qk_scale - b_lse2[None, :])  # [BN, BM]
             b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")  # [BN, D]
             b_delta = tl.load(p_delta + query + o_m, mask=m_m, other=0.0)
@@ -150,6 +163,7 @@ def dq_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -158,6 +172,8 @@ def dq_kernel(
     last_row = tl.load(p_q_ranges + 2 * i_r + 1)
     first_interval = tl.load(p_kv_ptr + i_r)
     last_interval = tl.load(p_kv_ptr + i_r + 1)
+    if CAUSAL:
+        first_of_range = tl.load(p_q_ranges + 2 * i_r)
 
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
@@ -177,6 +193,12 @@ def dq_kernel(
     for i in range(first_interval, last_interval):
         start = tl.load(p_kv_ranges + 2 * i)
         end = tl.load(p_kv_ranges + 2 * i + 1)
+        if CAUSAL:
+            causal = start < 0
+            start = tl.where(causal, -1 - start, start)
+            # The first query of the tile sees the keys before this one, each next query sees one more.
+            unseen = tl.where(causal, start + first_row - first_of_range + 1, end)
+            end = tl.minimum(end, unseen + BM - 1)
         for i_n in range(start, end, BN):
             key = tl.cast(i_n, tl.int64)
             m_n = o_n < end - i_n
@@ -189,6 +211,8 @@ def dq_kernel(
             b_p = tl.exp2(b_s * qk_scale - b_lse2[:, None])  # [BM, BN]
             # Past the interval s is 0, and P may be inf: dS is selected, not multiplied by 0.
             b_ds = tl.where(m_n[None, :], b_p * (b_dp - b_delta[:, None]), 0.0)  # [BM, BN]
+            if CAUSAL:
+                b_ds = tl.where(o_n[None, :] - o_m[:, None] < unseen - i_n, b_ds, 0.0)
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")  # [BM, D]
 
     m_m = first_row + o_m < last_row
@@ -251,14 +275,14 @@ def segment_attention_backward(
             dq_kernel[(q_tiles.shape[0], heads)](
                 *operands, dq, dq.stride(0), dq.stride(1),
                 *by_query.plan_tensors, q_tiles, *scales,
-                D=head_dim, BM=dq_config.BLOCK_M, BN=dq_config.BLOCK_N,
+                D=head_dim, BM=dq_config.BLOCK_M, BN=dq_config.BLOCK_N, CAUSAL=by_query.causal,
                 num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
             )  # fmt: skip
         if dk.numel():
             dkdv_kernel[(k_tiles.shape[0], heads)](
                 *operands, dk, dv, dk.stride(0), dk.stride(1),
                 *by_key.plan_tensors, k_tiles, *scales,
-                D=head_dim, BM=dkdv_config.BLOCK_M, BN=dkdv_config.BLOCK_N,
+                D=head_dim, BM=dkdv_config.BLOCK_M, BN=dkdv_config.BLOCK_N, CAUSAL=by_key.causal,
                 num_warps=dkdv_config.num_warps, num_stages=dkdv_config.num_stages,
             )  # fmt: skip
     return dq, dk, dv

@@ -61,6 +61,7 @@ class AttentionTables:
         intervals: Half-open, sorted, disjoint and non-empty intervals of rows, int32 [M, 2].
         tiles: Range and first row of each tile in launch order, int32 [T, 2]; None for the native kernels.
         config: Launch parameters that the tiles were cut for; None for the native kernels, which cut no tiles.
+        causal: True if some intervals are causal; their start s is stored as -1 - s.
     """
 
     ranges: torch.Tensor
@@ -68,22 +69,23 @@ class AttentionTables:
     intervals: torch.Tensor
     tiles: torch.Tensor | None = None
     config: AttentionConfig | None = None
+    causal: bool = False
 
     @classmethod
     def uncut(cls, plan: AttentionPlan, device: torch.device | str) -> AttentionTables:
         """Return the tables of a plan without tiles."""
-        return cls(*plan.tensors(device))
+        return cls(*plan.tensors(device), causal=bool(plan.causal))
 
     @classmethod
     def by_query(cls, plan: AttentionPlan, device: torch.device | str, config: AttentionConfig) -> AttentionTables:
         """Return the tables of a plan with tiles of `config.BLOCK_M` query rows."""
-        return cls(*plan.tensors(device), plan.tiles(config.BLOCK_M, device), config)
+        return cls(*plan.tensors(device), plan.tiles(config.BLOCK_M, device), config, bool(plan.causal))
 
     @classmethod
     def by_key(cls, plan: AttentionPlan, device: torch.device | str, config: AttentionConfig) -> AttentionTables:
         """Return the tables of the transpose of a plan with tiles of `config.BLOCK_N` key rows."""
         transpose = plan.transpose
-        return cls(*transpose.tensors(device), transpose.tiles(config.BLOCK_N, device), config)
+        return cls(*transpose.tensors(device), transpose.tiles(config.BLOCK_N, device), config, bool(plan.causal))
 
     @property
     def plan_tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -93,14 +95,16 @@ class AttentionTables:
     def operands(self) -> tuple[list[torch.Tensor], list[int]]:
         """Return the tables as arguments of a `torch.library` op, which takes no dataclass: tensors and integers."""
         tiles = [] if self.tiles is None else [self.tiles]
-        return [*self.plan_tensors, *tiles], [] if self.config is None else list(astuple(self.config))
+        numbers = [] if self.config is None else [*astuple(self.config), int(self.causal)]
+        return [*self.plan_tensors, *tiles], numbers
 
     @classmethod
-    def from_operands(cls, tensors: Sequence[torch.Tensor], config: Sequence[int]) -> AttentionTables:
-        """Return the tables that `operands` gave."""
+    def from_operands(cls, tensors: Sequence[torch.Tensor], numbers: Sequence[int]) -> AttentionTables:
+        """Return the tables that `operands` gave; without numbers, for the native kernels, `causal` is not known."""
         ranges, pointers, intervals, *tiles = tensors
+        *config, causal = numbers or (0,)
         launch = AttentionConfig(*config) if config else None
-        return cls(ranges, pointers, intervals, tiles[0] if tiles else None, launch)
+        return cls(ranges, pointers, intervals, tiles[0] if tiles else None, launch, bool(causal))
 
     def launch(self, device: torch.device) -> tuple[torch.Tensor, AttentionConfig]:
         """Return the tiles and the launch parameters for a Triton kernel, after checks of all tables."""
@@ -125,12 +129,13 @@ def pick_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) 
     return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=stages)
 
 
-def pick_fp8_config(head_dim: int, capability: tuple[int, int]) -> AttentionConfig:
-    """Launch parameters of the forward in 8 bits; they do not depend on the dtype of its inputs and output.
+def pick_fp8_config(head_dim: int, capability: tuple[int, int], causal: bool) -> AttentionConfig:
+    """Launch parameters of the forward in 8 bits, for a plan with or without causal intervals.
 
-    All are from the compiler's report: the largest tiles that do not spill.
+    They do not depend on the dtype of its inputs and output. All are from the compiler's report: the largest tiles that
+    do not spill.
     """
-    keys = 64 if head_dim < 128 or capability[0] in (8, 9) else 32
+    keys = 64 if head_dim < 128 or capability[0] in ((8,) if causal else (8, 9)) else 32
     return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=3 if capability[0] in (9, 10) else 2)
 
 

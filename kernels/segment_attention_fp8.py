@@ -1,7 +1,8 @@
 """Attention over ragged ranges in 8 bits: q, k, v and P in e4m3, sums in float32; forward only.
 
-The formula and the reason for its scales are in `uniref_fast/ops/attention_fp8.py`, tiles and tables are those of
-`segment_attention.py`. The largest P of a query is relative to the largest score so far, as in every online softmax.
+The formula and the reason for its scales are in `uniref_fast/ops/attention_fp8.py`, tiles, tables and causal intervals
+are those of `segment_attention.py`. The largest P of a query is relative to the largest score so far, as in every
+online softmax.
 
 Bytes: q, k, v are read once in 16 bits and written once in 8 bits with a scale per token and head; attention then reads
 half of what it reads in 16 bits.
@@ -28,10 +29,15 @@ LARGEST_POWER = tl.constexpr(8.0)  # P is at most 2^8, below the 448 of e4m3
 def _attend(
     b_acc, b_max, b_sum, b_q, b_q_scale,
     p_k, s_kn, p_k_scale, p_v, s_vn, p_v_scale, length,
-    TAIL: tl.constexpr, BN: tl.constexpr,
+    ahead,
+    TAIL: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Add one key tile to the online softmax in base 2; if TAIL, only the first `length` keys are visible."""
+    """Add one key tile to the online softmax in base 2; if TAIL, only the first `length` keys are visible.
+
+    If also CAUSAL, query m of the tile sees the keys n <= ahead + m of them.
+    """
     D: tl.constexpr = b_q.shape[1]
+    BM: tl.constexpr = b_q.shape[0]
     o_n = tl.arange(0, BN)
     o_d = tl.arange(0, D)
     if TAIL:
@@ -46,6 +52,8 @@ def _attend(
     b_t = b_t * b_k_scale[None, :] * b_q_scale[:, None] + tl.log2(b_v_scale)[None, :]
     if TAIL:
         b_t = tl.where(o_n[None, :] < length, b_t, float("-inf"))
+        if CAUSAL:
+            b_t = tl.where(o_n[None, :] <= ahead + tl.arange(0, BM)[:, None], b_t, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_t, 1))  # [BM]
     b_p = tl.exp2(b_t - (b_new - LARGEST_POWER)[:, None])  # [BM, BN]
     b_alpha = tl.exp2(b_max - b_new)  # [BM], 0 at the first tile
@@ -80,6 +88,7 @@ def segment_attention_fp8_kernel(
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
     i_tile = tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -88,6 +97,8 @@ def segment_attention_fp8_kernel(
     last_row = tl.load(p_q_ranges + 2 * i_r + 1)
     first_interval = tl.load(p_kv_ptr + i_r)
     last_interval = tl.load(p_kv_ptr + i_r + 1)
+    if CAUSAL:
+        first_of_range = tl.load(p_q_ranges + 2 * i_r)
 
     o_m = tl.arange(0, BM)
     o_d = tl.arange(0, D)
@@ -108,18 +119,34 @@ def segment_attention_fp8_kernel(
     for i in range(first_interval, last_interval):
         start = tl.load(p_kv_ranges + 2 * i)
         end = tl.load(p_kv_ranges + 2 * i + 1)
-        tail = start + (end - start) // BN * BN
+        if CAUSAL:
+            causal = start < 0
+            start = tl.where(causal, -1 - start, start)
+            # Keys that the first query of the tile sees, and keys that one of its queries sees.
+            first_sees = tl.where(causal, first_row - first_of_range + 1, end - start)
+            length = tl.minimum(end - start, first_sees + BM - 1)
+            tail = start + tl.minimum(first_sees, length) // BN * BN
+            last = start + length
+        else:
+            tail = start + (end - start) // BN * BN
         for i_n in range(start, tail, BN):
             key = tl.cast(i_n, tl.int64)  # an int, which has no `.to`, when interpreted
             b_acc, b_max, b_sum = _attend(
                 b_acc, b_max, b_sum, b_q, b_q_scale, p_k + key * s_kn, s_kn, p_k_scale + key,
-                p_v + key * s_vn, s_vn, p_v_scale + key, BN, False, BN,
+                p_v + key * s_vn, s_vn, p_v_scale + key, BN, 0, False, False, BN,
             )  # fmt: skip
-        if tail < end:
+        if CAUSAL:
+            for i_n in range(tail, last, BN):
+                key = tl.cast(i_n, tl.int64)
+                b_acc, b_max, b_sum = _attend(
+                    b_acc, b_max, b_sum, b_q, b_q_scale, p_k + key * s_kn, s_kn, p_k_scale + key,
+                    p_v + key * s_vn, s_vn, p_v_scale + key, end - i_n, start + first_sees - 1 - i_n, True, True, BN,
+                )  # fmt: skip
+        elif tail < end:
             key = tail.to(tl.int64)
             b_acc, b_max, b_sum = _attend(
                 b_acc, b_max, b_sum, b_q, b_q_scale, p_k + key * s_kn, s_kn, p_k_scale + key,
-                p_v + key * s_vn, s_vn, p_v_scale + key, end - tail, True, BN,
+                p_v + key * s_vn, s_vn, p_v_scale + key, end - tail, 0, True, False, BN,
             )  # fmt: skip
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)  # a range without keys: out 0
@@ -161,7 +188,7 @@ def segment_attention_fp8(
             out, out.stride(0), out.stride(1),
             *tables.plan_tensors, tiles,
             scale * math.log2(math.e),
-            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N,
+            D=head_dim, BM=config.BLOCK_M, BN=config.BLOCK_N, CAUSAL=tables.causal,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interleaved import diffusers_mask, interleaved
 
 from uniref_fast.layout import Kind, Sample, SelfLayout
-from uniref_fast.visibility import POLICIES, AttentionPlan, plan, target_plan
+from uniref_fast.visibility import POLICIES, AttentionPlan, block_causal, plan, query_plan, target_plan
 
 side = st.integers(1, 5)
 grids = st.tuples(st.just(1), side, side)
@@ -27,12 +28,19 @@ def odd_even(query, key):
     return (query.index + query.sample) % 2 == (key.index + key.sample) % 2
 
 
-def mask_of(plan):
+def causal_by_parity(query, key):
+    """A user's rule in which also images are causal, and a causal segment sees later segments."""
+    return "causal" if query == key and query.index % 2 else odd_even(query, key)
+
+
+def mask_of(plan, transposed=False):
     mask = torch.zeros(plan.num_queries, plan.num_keys, dtype=torch.bool)
-    for (start, end), keys in zip(plan.ranges, plan.intervals, strict=True):
-        for a, b in keys:
+    for index, ((start, end), keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
+        for at, (a, b) in enumerate(keys):
             assert not mask[start:end, a:b].any(), "intervals overlap"
             mask[start:end, a:b] = True
+            if plan.causal and plan.causal[index] == at:
+                mask[start:end, a:b] = mask[start:end, a:b].triu() if transposed else mask[start:end, a:b].tril()
     return mask
 
 
@@ -40,13 +48,15 @@ def mask_of_rule(layout, rule):
     mask = torch.zeros(layout.joint_length, layout.joint_length, dtype=torch.bool)
     for query in layout.segments:
         for key in layout.segments:
-            if rule(query, key):
-                mask[query.joint_start : query.joint_end, key.joint_start : key.joint_end] = True
+            if sight := rule(query, key):
+                block = torch.ones(query.length, key.length, dtype=torch.bool)
+                block = block.tril() if sight == "causal" else block
+                mask[query.joint_start : query.joint_end, key.joint_start : key.joint_end] = block
     return mask
 
 
 @settings(max_examples=200, deadline=None)
-@given(packs, st.sampled_from([*POLICIES, odd_even]), st.booleans())
+@given(packs, st.sampled_from([*POLICIES, odd_even, causal_by_parity]), st.booleans())
 def test_intervals_equal_the_rule(pack, visibility, shared):
     if shared:  # two samples of one group with the same references
         pack = [*pack, Sample(3, (1, 2, 2), ((1, 2, 2),), group=1), Sample(1, (1, 3, 1), ((1, 2, 2),), group=1)]
@@ -58,14 +68,16 @@ def test_intervals_equal_the_rule(pack, visibility, shared):
     compiled = plan(layout, visibility)
     expected = mask_of_rule(layout, POLICIES.get(visibility, visibility) if isinstance(visibility, str) else visibility)
     assert torch.equal(mask_of(compiled), expected)
-    assert torch.equal(mask_of(compiled.transpose), expected.T)
+    assert torch.equal(mask_of(compiled.transpose, transposed=True), expected.T)
     assert compiled.area == compiled.transpose.area == int(expected.sum())
     edges = [edge for span in compiled.ranges for edge in span]
     assert edges[0] == 0 and edges[-1] == layout.joint_length and edges[1:-1:2] == edges[2::2]  # cover, in order
     owner = {edge: s.sample for s in layout.segments for edge in (s.joint_start, -s.joint_end)}
-    for keys in compiled.intervals:  # sorted, and merged within a sample: touching intervals belong to two samples
+    # Sorted, and merged within a sample: touching intervals belong to two samples, or one is causal.
+    for keys, causal in zip(compiled.intervals, compiled.causal or [-1] * len(compiled.ranges), strict=True):
         assert all(a < b for a, b in keys)
-        assert all(x[1] < y[0] or owner[-x[1]] != owner[y[0]] for x, y in itertools.pairwise(keys))
+        own = keys[causal] if causal >= 0 else None
+        assert all(x[1] < y[0] or owner[-x[1]] != owner[y[0]] or own in (x, y) for x, y in itertools.pairwise(keys))
     assert plan(layout, visibility) is compiled
 
 
@@ -137,3 +149,84 @@ def test_an_empty_interval_is_seen_by_nobody_in_the_transpose():
     compiled = AttentionPlan(((0, 2), (2, 4)), (((1, 1), (3, 4)), ((0, 4),)), 4, 4)
     assert compiled.transpose.ranges == ((0, 3), (3, 4))
     assert compiled.transpose.intervals == (((2, 4),), ((0, 2), (2, 4)))
+
+
+# ---- causal intervals ----
+
+CAUSAL_SAMPLES = [
+    "t5 r2x3 t4 x3x3",
+    "t1 r1x1 r2x2 t3 p2 x1x1",  # images next to each other are two blocks; padding is seen by nothing
+    "x2x2",
+    "t3 t2 r1x2 x1x3",  # two runs of text are one causal sequence
+    "r2x2 t7 x2x1",
+    "t2 r1x3 t1 r2x1 t1 r1x1 t1 r1x2 t1 r1x4 t1 r3x1 t2 x2x2",  # six images
+]
+
+
+def test_block_causal_is_the_mask_of_diffusers():
+    layout = interleaved(*CAUSAL_SAMPLES)
+    compiled = plan(layout, block_causal)
+    mask = diffusers_mask(layout)
+    assert torch.equal(mask_of(compiled), mask) and torch.equal(mask_of(compiled.transpose, transposed=True), mask.T)
+    assert compiled.area == compiled.transpose.area == int(mask.sum())
+    assert compiled.transpose.causal_intervals.keys() == {
+        compiled.ranges[i] for i in compiled.causal_intervals.values()
+    }
+
+
+@pytest.mark.parametrize("sample", CAUSAL_SAMPLES)
+def test_a_causal_plan_does_not_depend_on_its_pack(sample):
+    alone, packed = interleaved(sample), interleaved("t3 x2x2", sample, "t9 x1x1")
+    for get in (lambda p: p, lambda p: p.transpose):
+        a, b = get(plan(alone, block_causal)), get(plan(packed, block_causal))
+        inside = [i for i, (start, _) in enumerate(b.ranges) if 7 <= start < 7 + alone.joint_length]
+        assert [tuple(x - 7 for x in b.ranges[i]) for i in inside] == list(a.ranges)
+        assert [tuple((x - 7, y - 7) for x, y in b.intervals[i]) for i in inside] == list(a.intervals)
+        assert [b.causal[i] for i in inside] == list(a.causal or [-1] * len(inside))
+
+
+def test_neighbours_of_a_causal_segment_do_not_join_it():
+    """The second text sees the same intervals as the first one, but all of them wholly."""
+    layout = interleaved("t4 t4 x1x1")
+    compiled = plan(layout, lambda q, k: k.index == 0 and k.kind is Kind.TEXT and ("causal" if q == k else True))
+    assert compiled.ranges == ((0, 4), (4, 9)) and compiled.intervals == (((0, 4),),) * 2
+    assert compiled.causal == (0, -1)
+
+
+def test_plans_of_some_queries_keep_their_causal_intervals():
+    layout = interleaved(*CAUSAL_SAMPLES)
+    mask = mask_of(plan(layout, block_causal))
+    for kept in (layout.segments[2:4], layout.segments[1::2], layout.segments[-5:], layout.text_segments):
+        rows = [row for segment in kept for row in range(segment.joint_start, segment.joint_end)]
+        compiled = query_plan(layout, block_causal, kept)
+        assert torch.equal(mask_of(compiled), mask[rows]) and compiled.num_keys == layout.joint_length
+        assert torch.equal(mask_of(compiled.transpose, transposed=True), mask[rows].T)
+    assert not target_plan(layout, block_causal).causal, "targets see everything, so the kernels need no causal mask"
+
+
+def test_a_plan_without_causal_intervals_says_so():
+    assert AttentionPlan(((0, 2),), (((0, 2),),), 2, 2, (-1,)).causal == ()
+    assert plan(interleaved("r1x2 x1x1"), block_causal).causal == ()
+
+
+@pytest.mark.parametrize(
+    "ranges, intervals, causal, message",
+    [
+        (((0, 3),), (((0, 3),),), (0, -1), "2 entries for 1 ranges"),
+        (((0, 3),), (((0, 3),),), (1,), "cannot be number 1"),
+        (((0, 3),), (((0, 3),),), (-2,), "cannot be number -2"),
+        (((0, 3),), (((0, 4),),), (0,), r"as many rows as its range.*\[0, 4\).*\[0, 3\)"),
+        (((0, 0), (0, 3)), (((1, 1),), ()), (0, -1), "at least one"),
+        (((0, 3), (3, 6)), (((0, 3),), ((0, 3),)), (0, 0), "of two ranges share keys"),
+        (((0, 3), (3, 6)), (((0, 3),), ((2, 5),)), (0, -1), "ends at 2, inside the causal interval"),
+        (((0, 3), (3, 6)), (((1, 4),), ((0, 3),)), (0, -1), "ends at 3, inside the causal interval"),
+    ],
+)
+def test_causal_intervals_are_validated(ranges, intervals, causal, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionPlan(ranges, intervals, 6, 6, causal)
+
+
+def test_only_a_segment_and_itself_can_be_causal():
+    with pytest.raises(ValueError, match="two different segments"):
+        plan(interleaved("t2 x1x2"), lambda query, key: "causal")

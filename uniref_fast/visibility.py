@@ -1,8 +1,9 @@
 """Attention visibility: a rule over pairs of segments, compiled to intervals.
 
-A rule is a function `sees(query, key) -> bool` of two `Segment`s. `plan(layout, visibility)` compiles it to an
-`AttentionPlan`: ranges of query rows and, for each range, the sorted intervals of key rows that these queries see.
-There is no mask tensor. For one sample with text `t`, target `x` and references `a`, `b` the policies are
+A rule is a function `sees(query, key)` of two `Segment`s that returns True, False or, for a segment and itself,
+"causal": each token of the segment then sees itself and the tokens before it. `plan(layout, visibility)` compiles the
+rule to an `AttentionPlan`: ranges of query rows and, for each range, the sorted intervals of key rows that these
+queries see. There is no mask tensor. For one sample with text `t`, target `x` and references `a`, `b` the policies are
 
               full             reference_causal    reference_isolated
           keys t x a b             t x a b              t x a b
@@ -14,6 +15,16 @@ There is no mask tensor. For one sample with text `t`, target `x` and references
 `group_shared` is `reference_causal` for a group of samples that share one copy of their references. Results are then
 equal bit for bit between a group alone and the same group in any pack, but not between a group and its samples alone:
 the first sample of a group has the references next to it in the joint sequence, the others have not.
+
+`block_causal` is a rule for models whose text and images alternate in one causal sequence (Qwen-Image-2.1). It is no
+policy, because the models of the policies put the references behind the target. For text `t`, image `a`, text `u` and
+target `x`, where `/` is a block in which each token sees itself and the tokens before it:
+
+          keys t a u x
+        t      / . . .
+        a      # # . .
+        u      # # / .
+        x      # # # #
 """
 
 from __future__ import annotations
@@ -23,15 +34,16 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import memo
 
-__all__ = ["POLICIES", "AttentionPlan", "Rule", "plan", "query_plan", "rule_of", "target_plan"]
+__all__ = ["POLICIES", "AttentionPlan", "Rule", "block_causal", "plan", "query_plan", "rule_of", "target_plan"]
 
-Rule = Callable[[Segment, Segment], bool]
+Rule = Callable[[Segment, Segment], bool | Literal["causal"]]
 
 
 def full(query: Segment, key: Segment) -> bool:
@@ -62,12 +74,26 @@ def group_shared(query: Segment, key: Segment) -> bool:
     return full(query, key)
 
 
+def block_causal(query: Segment, key: Segment) -> bool | Literal["causal"]:
+    """Each segment sees the segments of its sample up to itself, an image all of itself and a text itself causally.
+
+    The mask of diffusers' `build_qwenimage21_block_causal_mask`, for segments in the order of the sequence.
+    """
+    if not full(query, key) or key.joint_start > query.joint_start:
+        return False
+    return "causal" if query == key and query.kind.is_text else True
+
+
 POLICIES: dict[str, Rule] = {
     "full": full,
     "reference_causal": reference_causal,
     "reference_isolated": reference_isolated,
     "group_shared": group_shared,
 }
+
+
+Span = tuple[int, int]
+"""Half-open range of rows `[start, end)`."""
 
 
 @dataclass(frozen=True)
@@ -77,27 +103,51 @@ class AttentionPlan:
     Attributes:
         ranges: Query ranges in ascending order, which cover every query row once.
         intervals: Key intervals of each range, ascending and disjoint; may be empty. Intervals that touch belong to
-            different samples (in a transpose, to different ranges).
+            different samples (in a transpose, to different ranges), or one of them is causal.
         num_queries: Rows of q.
         num_keys: Rows of k and v.
+        causal: Position of the causal interval of each range in its list of intervals, or -1; empty if no range has
+            one. The causal interval `[t, t + n)` of a range `[s, s + n)` has as many rows as the range, and query
+            `s + i` sees its key `t + j` for `j <= i`. Every other interval of the plan holds all keys of a causal
+            interval or none.
+
+    Raises:
+        ValueError: If a causal interval does not fit its range, or another interval ends between its keys.
     """
 
-    ranges: tuple[tuple[int, int], ...]
-    intervals: tuple[tuple[tuple[int, int], ...], ...]
+    ranges: tuple[Span, ...]
+    intervals: tuple[tuple[Span, ...], ...]
     num_queries: int
     num_keys: int
+    causal: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.causal:
+            _check_causal(self)
+            if max(self.causal) < 0:
+                object.__setattr__(self, "causal", ())
+
+    @functools.cached_property
+    def causal_intervals(self) -> dict[Span, int]:
+        """The causal intervals, and the number of the range that each belongs to."""
+        return {self.intervals[index][at]: index for index, at in enumerate(self.causal) if at >= 0}
 
     @functools.cached_property
     def area(self) -> int:
         """Number of (query, key) pairs that are computed, per head."""
-        return sum(
+        rectangles = sum(
             (end - start) * sum(b - a for a, b in keys)
             for (start, end), keys in zip(self.ranges, self.intervals, strict=True)
         )
+        return rectangles - sum((b - a) * (b - a - 1) // 2 for a, b in self.causal_intervals)
 
     @functools.cached_property
     def transpose(self) -> AttentionPlan:
-        """The same relation read from the keys: for each key range the query intervals that see it (dK, dV)."""
+        """The same relation read from the keys: for each key range the query intervals that see it (dK, dV).
+
+        A causal interval becomes a range with a causal interval of queries, in which key j is seen by the queries
+        `i >= j`: in a transpose, the condition of `causal` is the other way around.
+        """
         # One sweep over the interval edges that keeps the set of ranges which see the current keys. Its cost is linear
         # in the size of the result.
         opened: dict[int, list[int]] = {0: [], self.num_keys: []}
@@ -112,11 +162,16 @@ class AttentionPlan:
         for a, b in itertools.pairwise(sorted({*opened, *closed})):
             seen_by.difference_update(closed.get(a, ()))
             seen_by.update(opened.get(a, ()))
-            rows.append(((a, b), tuple(self.ranges[index] for index in sorted(seen_by))))
+            seen = sorted(seen_by)
+            owner = self.causal_intervals.get((a, b))
+            rows.append(((a, b), tuple(self.ranges[i] for i in seen), -1 if owner is None else seen.index(owner)))
         return _make_plan(rows, self.num_keys, self.num_queries)
 
     def tensors(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2]."""
+        """Return the plan on a device: `q_ranges` int32 [R, 2], `kv_ptr` int32 [R + 1], `kv_ranges` int32 [M, 2].
+
+        A causal interval is stored with the start `-1 - start`.
+        """
         return memo(self, _plan_tensors, torch.device(device))
 
     def tiles(self, block: int, device: torch.device | str) -> torch.Tensor:
@@ -132,7 +187,8 @@ def rule_of(visibility: str | Rule) -> Rule:
     """Return the rule of a visibility.
 
     Args:
-        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment)` that returns True, False or, for
+            a segment and itself, "causal".
 
     Raises:
         ValueError: If the name is unknown, or the object cannot be called.
@@ -148,10 +204,12 @@ def plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
 
     Args:
         layout: Layout of the pack; rows of the plan are rows of its joint sequence.
-        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment)` that returns True, False or, for
+            a segment and itself, "causal".
 
     Raises:
-        ValueError: If the visibility is unknown, or cannot be used with shared references.
+        ValueError: If the visibility is unknown, cannot be used with shared references, or is "causal" between two
+            segments.
     """
     return memo(layout, _compile, visibility)
 
@@ -163,19 +221,32 @@ def _compile(layout: SelfLayout, visibility: str | Rule) -> AttentionPlan:
             f"samples of this layout share references, which only the first of a group sees under {visibility!r}; "
             'use "group_shared", a rule of your own, or a layout with shared_references=False'
         )
-    rows: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = []
+    rows: list[_Row] = []
     owners: list[int] = []
     for query in layout.segments:
-        span = (query.joint_start, query.joint_end)
-        keys = _intervals([key for key in layout.segments if rule(query, key)])
+        row = _row(layout, rule, query)
         # Neighbours of one sample that see the same keys become one range. Samples are never joined, neither here nor
         # in the intervals, so that tiles do not depend on the other samples of a pack.
-        if rows and owners[-1] == query.sample and rows[-1][1] == keys and rows[-1][0][1] == span[0]:
-            rows[-1] = ((rows[-1][0][0], span[1]), keys)
+        if rows and owners[-1] == query.sample and rows[-1][1:] == (row[1], -1) and rows[-1][0][1] == row[0][0]:
+            rows[-1] = ((rows[-1][0][0], row[0][1]), *row[1:])
         else:
-            rows.append((span, keys))
+            rows.append(row)
             owners.append(query.sample)
     return _make_plan(rows, layout.joint_length, layout.joint_length)
+
+
+def _row(layout: SelfLayout, rule: Rule, query: Segment) -> _Row:
+    """Return what the queries of one segment see."""
+    seen = [(key, sight) for key in layout.segments if (sight := rule(query, key))]
+    causal = [key for key, sight in seen if sight == "causal"]
+    if any(key != query for key in causal):
+        raise ValueError(
+            f'a rule returned "causal" for two different segments, {query} and {causal[0]}; only a segment and itself '
+            "can be causal"
+        )
+    own = (query.joint_start, query.joint_end)
+    intervals = _intervals([key for key, _ in seen], query if causal else None)
+    return own, intervals, intervals.index(own) if causal and query.length else -1
 
 
 def target_plan(layout: SelfLayout, visibility: str | Rule = "full") -> AttentionPlan:
@@ -198,32 +269,68 @@ def query_plan(layout: SelfLayout, visibility: str | Rule, segments: Sequence[Se
 
     Args:
         layout: Layout of the pack.
-        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment) -> bool`.
+        visibility: One of `POLICIES`, or a function `sees(query_segment, key_segment)` that returns True, False or, for
+            a segment and itself, "causal".
         segments: Segments of the layout, in the order of the queries.
     """
     whole = plan(layout, visibility)
-    rows: list[tuple[tuple[int, int], tuple[tuple[int, int], ...]]] = []
+    rows: list[_Row] = []
     at, last, end = 0, -1, -1
     for segment in segments:
         index = bisect.bisect_right(whole.ranges, segment.joint_start, key=lambda span: span[0]) - 1
         span = (at, at + segment.length)
+        seen = whole.intervals[index], whole.causal[index] if whole.causal else -1
         if index == last and end == segment.joint_start:
-            rows[-1] = ((rows[-1][0][0], span[1]), whole.intervals[index])
+            rows[-1] = ((rows[-1][0][0], span[1]), *seen)
         else:
-            rows.append((span, whole.intervals[index]))
+            rows.append((span, *seen))
         at, last, end = span[1], index, segment.joint_end
     return _make_plan(rows, at, layout.joint_length)
 
 
-def _make_plan(rows: list, num_queries: int, num_keys: int) -> AttentionPlan:
-    return AttentionPlan(tuple(span for span, _ in rows), tuple(keys for _, keys in rows), num_queries, num_keys)
+_Row = tuple[Span, tuple[Span, ...], int]
+"""Range of queries, its key intervals, and which of them is causal or -1."""
 
 
-def _intervals(keys: list[Segment]) -> tuple[tuple[int, int], ...]:
-    """Return the spans of segments in joint order; spans of one sample that touch become one."""
-    merged: list[tuple[int, int]] = []
+def _make_plan(rows: list[_Row], num_queries: int, num_keys: int) -> AttentionPlan:
+    ranges, intervals, causal = zip(*rows, strict=True) if rows else ((), (), ())
+    return AttentionPlan(ranges, intervals, num_queries, num_keys, causal)
+
+
+def _check_causal(plan: AttentionPlan) -> None:
+    if len(plan.causal) != len(plan.ranges):
+        raise ValueError(f"causal has {len(plan.causal)} entries for {len(plan.ranges)} ranges; it needs one for each")
+    found: list[Span] = []
+    for (start, end), keys, at in zip(plan.ranges, plan.intervals, plan.causal, strict=True):
+        if not -1 <= at < len(keys):
+            raise ValueError(f"range [{start}, {end}) has {len(keys)} intervals, its causal one cannot be number {at}")
+        if at >= 0:
+            a, b = keys[at]
+            if b - a != end - start or a == b:
+                raise ValueError(
+                    f"a causal interval has as many rows as its range, at least one; got [{a}, {b}) for the range "
+                    f"[{start}, {end})"
+                )
+            found.append((a, b))
+    found.sort()
+    for (a, b), (c, d) in itertools.pairwise(found):
+        if b > c:
+            raise ValueError(f"the causal intervals [{a}, {b}) and [{c}, {d}) of two ranges share keys")
+    for keys in plan.intervals:
+        for edge in itertools.chain.from_iterable(span for span in keys if span[0] < span[1]):
+            at = bisect.bisect_left(found, (edge, edge)) - 1  # the last one that starts before the edge
+            if at >= 0 and edge < found[at][1]:
+                raise ValueError(
+                    f"an interval starts or ends at {edge}, inside the causal interval [{found[at][0]}, {found[at][1]})"
+                )
+
+
+def _intervals(keys: list[Segment], causal: Segment | None) -> tuple[Span, ...]:
+    """Return the spans of segments in joint order; spans of one sample that touch become one, except a causal one."""
+    merged: list[Span] = []
     for i, key in enumerate(keys):
-        if i and keys[i - 1].sample == key.sample and merged[-1][1] == key.joint_start:
+        joins = i and keys[i - 1].sample == key.sample and merged[-1][1] == key.joint_start
+        if joins and causal not in (key, keys[i - 1]):
             merged[-1] = (merged[-1][0], key.joint_end)
         else:
             merged.append((key.joint_start, key.joint_end))
@@ -232,9 +339,12 @@ def _intervals(keys: list[Segment]) -> tuple[tuple[int, int], ...]:
 
 def _plan_tensors(plan: AttentionPlan, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pointers = [0]
-    flat: list[tuple[int, int]] = []
-    for keys in plan.intervals:
+    flat: list[Span] = []
+    for index, keys in enumerate(plan.intervals):
         flat += keys
+        if plan.causal and (at := plan.causal[index]) >= 0:
+            start, end = keys[at]
+            flat[pointers[-1] + at] = (-1 - start, end)
         pointers.append(len(flat))
     q_ranges = torch.tensor(plan.ranges, dtype=torch.int32, device="cpu").reshape(-1, 2)
     kv_ranges = torch.tensor(flat, dtype=torch.int32, device="cpu").reshape(-1, 2)
@@ -246,6 +356,8 @@ def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.
     tiles = []
     for index, ((start, end), keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
         work = sum(b - a for a, b in keys)
+        if plan.causal and plan.causal[index] >= 0:
+            work -= (end - start) // 2  # on average
         tiles += [(-work, index, row) for row in range(start, end, block)]
     tiles.sort()
     table = torch.tensor([tile[1:] for tile in tiles], dtype=torch.int32, device="cpu")

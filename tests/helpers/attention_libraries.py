@@ -80,8 +80,11 @@ def _spans(cu_q, cu_k):
     return [(slice(*q), slice(*k)) for q, k in zip(*(cu.unfold(0, 2, 1).tolist() for cu in (cu_q, cu_k)), strict=True)]
 
 
-def _everything(q, k):
-    return torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device)
+def _visible(q, k, causal):
+    """Everything, or, as in the libraries, a causal mask that is aligned with the last query and key."""
+    assert type(causal) is bool
+    everything = torch.ones(q.shape[0], k.shape[0], dtype=torch.bool, device=q.device)
+    return everything.tril(k.shape[0] - q.shape[0]) if causal else everything
 
 
 # ---- FlashAttention ----
@@ -101,14 +104,14 @@ def _check(q, k, v, cu_q, cu_k, max_q, max_k, deterministic):
     assert deterministic is True
 
 
-def _flash_forward(q, k, v, cu_q, cu_k, scale):
+def _flash_forward(q, k, v, cu_q, cu_k, scale, causal):
     out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], q.shape[0]), torch.nan, device=q.device)
     for rows, keys in _spans(cu_q, cu_k):
-        out[rows], lse[:, rows] = _attend(q[rows], k[keys], v[keys], _everything(q[rows], k[keys]), scale)
+        out[rows], lse[:, rows] = _attend(q[rows], k[keys], v[keys], _visible(q[rows], k[keys], causal), scale)
     return out, lse
 
 
-def _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, scale):
+def _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, scale, causal):
     assert grad.dtype == out.dtype == q.dtype and grad.shape == out.shape == q.shape
     assert grad.stride(-1) == out.stride(-1) == 1
     assert lse.dtype == torch.float32 and lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous()
@@ -116,7 +119,7 @@ def _flash_backward(grad, q, k, v, out, lse, cu_q, cu_k, scale):
     for rows, keys in _spans(cu_q, cu_k):
         of_rows = (x[rows] for x in (grad, q))
         shares = _differentiate(
-            *of_rows, k[keys], v[keys], out[rows], lse[:, rows], _everything(q[rows], k[keys]), scale
+            *of_rows, k[keys], v[keys], out[rows], lse[:, rows], _visible(q[rows], k[keys], causal), scale
         )
         for total, share, at in zip(grads, shares, (rows, keys, keys), strict=True):
             total[at] = share
@@ -136,9 +139,9 @@ def _flash_2(counts):
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
-        assert dropout_p == 0 and not causal and softmax_scale is not None and not torch.is_grad_enabled()
+        assert dropout_p == 0 and softmax_scale is not None and not torch.is_grad_enabled()
         counts["forward"] += 1
-        out, lse = _flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        out, lse = _flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
         return (out, lse, torch.empty(0)) if return_attn_probs else out
 
     def _flash_attn_varlen_backward(
@@ -147,9 +150,10 @@ def _flash_2(counts):
         rng_state=None, zero_tensors=False,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
-        assert dropout_p == 0 and not causal and window_size_left == window_size_right == -1 and softcap == 0
+        assert dropout_p == 0 and window_size_left == window_size_right == -1 and softcap == 0
         counts["backward"] += 1
-        _into((dq, dk, dv), _flash_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, softmax_scale))
+        grads = _flash_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        _into((dq, dk, dv), grads)
         return torch.empty(0)
 
     functions = {f.__name__: f for f in (flash_attn_varlen_func, _flash_attn_varlen_backward)}
@@ -165,9 +169,9 @@ def _flash_3(counts):
         sm_margin=0, return_attn_probs=False,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
-        assert not causal and seqused_q is seqused_k is None and softmax_scale is not None
+        assert seqused_q is seqused_k is None and softmax_scale is not None
         counts["forward"] += 1
-        out, lse = _flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        out, lse = _flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
         return (out, lse) if return_attn_probs else out
 
     def _flash_attn_backward(
@@ -176,9 +180,10 @@ def _flash_3(counts):
         window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
-        assert sequed_q is sequed_k is None and is_causal is False and q.shape[-1] <= 192
+        assert sequed_q is sequed_k is None and q.shape[-1] <= 192
         counts["backward"] += 1
-        _into((dq, dk, dv), _flash_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, softmax_scale))
+        grads = _flash_backward(dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, is_causal)
+        _into((dq, dk, dv), grads)
         return torch.empty(0)
 
     functions = {f.__name__: f for f in (flash_attn_varlen_func, _flash_attn_backward)}
@@ -196,9 +201,9 @@ def _flash_4(counts):
         gather_bwd_token_chunk=None,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
-        assert not causal and softmax_scale is not None and q.shape[-1] <= 128
+        assert softmax_scale is not None and q.shape[-1] <= 128
         counts["forward"] += 1
-        out, lse = _flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        out, lse = _flash_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
         return out, (lse if return_lse else None)
 
     def _flash_attn_bwd(
@@ -211,9 +216,9 @@ def _flash_4(counts):
         learnable_sink=None,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic)
-        assert dlse is None and not causal
+        assert dlse is None
         counts["backward"] += 1
-        return tuple(_flash_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale))
+        return tuple(_flash_backward(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal))
 
     functions = {f.__name__: f for f in (flash_attn_varlen_func, _flash_attn_bwd)}
     modules = {name: _module(name) for name in ("flash_attn", "flash_attn.cute")}

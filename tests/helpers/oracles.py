@@ -14,16 +14,25 @@ from uniref_fast.testing import assert_within_budget
 
 
 def visible_keys(plan):
-    """Yield ((first query, end), visible key rows) for each range of an `AttentionPlan` or of its three tables."""
+    """Yield ((first query, end), key rows, hidden) for each range of an `AttentionPlan` or of its three tables.
+
+    `hidden`, bool [queries, keys], is True where a query does not see a key of a causal interval; None without one.
+    """
     if isinstance(plan, tuple):
         ranges, pointers, flat = (table.tolist() for table in plan)
-        seen = [flat[first:last] for first, last in itertools.pairwise(pointers)]
+        spans = [(a, b, False) if a >= 0 else (-1 - a, b, True) for a, b in flat]
+        seen = [spans[first:last] for first, last in itertools.pairwise(pointers)]
     else:
-        ranges, seen = plan.ranges, plan.intervals
+        causal = plan.causal or [-1] * len(plan.ranges)
+        ranges = plan.ranges
+        seen = [[(*s, n == at) for n, s in enumerate(keys)] for keys, at in zip(plan.intervals, causal, strict=True)]
     for (start, end), intervals in zip(ranges, seen, strict=True):
-        rows = [row for interval in intervals for row in range(*interval)]
+        rows = [row for a, b, _ in intervals for row in range(a, b)]
+        # The query that is aligned with a key, and that is the first to see it.
+        first = [row - a if causal else 0 for a, b, causal in intervals for row in range(a, b)]
+        hidden = torch.arange(end - start)[:, None] < torch.tensor(first)
         if rows and start < end:
-            yield (start, end), rows
+            yield (start, end), rows, hidden if hidden.any() else None
 
 
 def attention(q, k, v, plan, scale=None):
@@ -31,8 +40,10 @@ def attention(q, k, v, plan, scale=None):
     scale = q.shape[2] ** -0.5 if scale is None else scale
     out = torch.zeros_like(q)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=q.dtype, device=q.device)
-    for (start, end), rows in visible_keys(plan):
+    for (start, end), rows, hidden in visible_keys(plan):
         scores = torch.einsum("mhd,nhd->hmn", q[start:end], k[rows]) * scale
+        if hidden is not None:
+            scores = scores.masked_fill(hidden.to(q.device), -math.inf)
         out[start:end] = torch.einsum("hmn,nhd->mhd", scores.softmax(-1), v[rows])
         lse[:, start:end] = scores.logsumexp(-1)
     return out, lse
@@ -44,11 +55,13 @@ def library_attention(q, k, v, plan, scale=None):
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros_like(q)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=wide, device=q.device)
-    for (start, end), rows in visible_keys(plan):
+    for (start, end), rows, hidden in visible_keys(plan):
         part = [x.transpose(0, 1) for x in (q[start:end], k[rows], v[rows])]
-        result = F.scaled_dot_product_attention(*(x[None] for x in part), scale=scale)
+        mask = None if hidden is None else ~hidden.to(q.device)
+        result = F.scaled_dot_product_attention(*(x[None] for x in part), attn_mask=mask, scale=scale)
         out[start:end] = result[0].transpose(0, 1)
-        lse[:, start:end] = (part[0].to(wide) @ part[1].to(wide).transpose(1, 2) * scale).logsumexp(-1)
+        scores = part[0].to(wide) @ part[1].to(wide).transpose(1, 2) * scale
+        lse[:, start:end] = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).logsumexp(-1)
     return out, lse
 
 

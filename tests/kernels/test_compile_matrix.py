@@ -27,18 +27,19 @@ def python(*arguments: str, interpret: bool = False) -> subprocess.CompletedProc
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_attention_compiles_without_violations(arch):
     """The kernels that fill the registers. `make kernels` compiles all, and with the newest Triton."""
-    launches = ("attention", "attention_backward")
+    launches = ("attention", "attention_backward", "attention_causal", "attention_backward_causal")
     result = python(*MATRIX, "--arch", arch, "--head-dim", "128", "--only", *launches, "--jobs", "1")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     _, _, *lines, last = result.stdout.splitlines()
-    assert last == "4 launches, 0 violations"
-    assert len(lines) == 8 and all(f"sm_{arch}" in line for line in lines), result.stdout
+    assert last == "8 launches, 0 violations"
+    assert len(lines) == 16 and all(f"sm_{arch}" in line for line in lines), result.stdout
 
 
 @pytest.mark.parametrize("arch", ["89", "90", "100"])
 def test_attention_in_8_bits_compiles_without_violations(arch):
-    result = python(*MATRIX, "--arch", arch, "--head-dim", "128", "--only", "attention_fp8", "--jobs", "1")
-    assert result.returncode == 0 and "1 launches, 0 violations" in result.stdout, f"{result.stdout}\n{result.stderr}"
+    names = ("attention_fp8", "attention_fp8_causal")
+    result = python(*MATRIX, "--arch", arch, "--head-dim", "128", "--only", *names, "--jobs", "1")
+    assert result.returncode == 0 and "2 launches, 0 violations" in result.stdout, f"{result.stdout}\n{result.stderr}"
     assert "segment_attention_fp8_kernel" in result.stdout
 
 

@@ -14,13 +14,13 @@ if importlib.util.find_spec("triton") is None:
 
 from uniref_fast.kernels import launch_metadata
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.visibility import POLICIES, plan
+from uniref_fast.visibility import POLICIES, block_causal, plan
 
 KERNEL = SimpleNamespace(name="a_kernel")
 PACK = [Sample(1, (1, 5, 7), ((1, 1, 1), (1, 3, 2))), Sample(((3, True), (2, False)), (1, 4, 4), ((1, 4, 2),))]
 
 
-@pytest.mark.parametrize("visibility", list(POLICIES))
+@pytest.mark.parametrize("visibility", [*POLICIES, block_causal])
 def test_visible_pairs_are_the_area_of_the_plan(visibility):
     compiled = plan(SelfLayout.qwen(PACK), visibility)
     for each in (compiled, compiled.transpose):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import random
 
 import pytest
@@ -57,8 +58,10 @@ def gradient_formula(grad_out, q, k, v, out, lse, plan):
     """Return dq, dk and dv in plain PyTorch in q's dtype, with P recomputed from lse as in the kernels."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     scale, delta = q.shape[2] ** -0.5, (grad_out * out).sum(-1).T
-    for (start, end), rows in visible_keys(plan):
+    for (start, end), rows, hidden in visible_keys(plan):
         scores = torch.einsum("mhd,nhd->hmn", q[start:end], k[rows]) * scale
+        if hidden is not None:
+            scores = scores.masked_fill(hidden.to(q.device), -math.inf)
         p = (scores - lse[:, start:end, None]).exp()
         ds = p * (torch.einsum("mhd,nhd->hmn", grad_out[start:end], v[rows]) - delta[:, start:end, None])
         dq[start:end] = scale * torch.einsum("hmn,nhd->mhd", ds, k[rows])
@@ -125,7 +128,28 @@ def pack_of(plans):
         ranges += [(start + query, end + query) for start, end in plan.ranges]
         intervals += [tuple((start + key, end + key) for start, end in spans) for spans in plan.intervals]
         query, key = query + plan.num_queries, key + plan.num_keys
-    return AttentionPlan(tuple(ranges), tuple(intervals), query, key)
+    causal = tuple(itertools.chain.from_iterable(plan.causal or [-1] * len(plan.ranges) for plan in plans))
+    return AttentionPlan(tuple(ranges), tuple(intervals), query, key, causal)
+
+
+def causal(before, length, after=0):
+    """Queries that see some keys, then keys up to themselves, then more keys; nobody else sees anything."""
+    edges = [0, before, before + length, before + length + after]
+    keys = [span for span in itertools.pairwise(edges) if span[0] < span[1]]
+    return AttentionPlan(((0, length),), (tuple(keys),), length, edges[-1], (int(before > 0),))
+
+
+def block_causal(*lengths):
+    """Text and images in turn: each part sees all earlier ones, text up to itself, images all of themselves."""
+    edges = [0, *itertools.accumulate(lengths)]
+    spans = tuple(itertools.pairwise(edges))
+    texts = [n % 2 == 0 for n in range(len(spans))]
+    keys = tuple(
+        ((0, a), (a, b)) if text and a else ((a, b),) if text else ((0, b),)
+        for (a, b), text in zip(spans, texts, strict=True)
+    )
+    flags = tuple(int(a > 0) if text else -1 for (a, _), text in zip(spans, texts, strict=True))
+    return AttentionPlan(spans, keys, edges[-1], edges[-1], flags)
 
 
 def group_shared(references, samples):
@@ -158,6 +182,9 @@ PLANS = {
     ),
     "cross": AttentionPlan(((0, 5),), (((2, 21),),), 5, 40),  # queries of another length than keys, hidden keys
     "group_shared": group_shared(20, [1, 17, 3, 16, 2, 5, 4]),  # one reference tile and a bit, seen by eight ranges
+    # One token; key tiles that all, some and no queries see; a row past a tile; keys before, and on both sides.
+    "causal": pack_of([causal(0, 1), causal(0, 32), causal(0, 49), causal(17, 33), causal(3, 18, 20)]),
+    "block_causal": pack_of([block_causal(5, 20, 17), block_causal(33, 1, 1, 1, 16, 2), block_causal(1)]),
     "reference_causal": pack_of([reference_causal(5, 19), reference_causal(33, 16), reference_causal(1, 2)]),
 }
 
@@ -189,6 +216,19 @@ def test_head_dims_and_rectangular_tiles(head_dim, dtype, device):
     plan = block_diagonal([33, 20])
     q, k, v = qkv(53, 53, 1, head_dim, dtype, device)
     out, lse = check_forward(q, k, v, plan, wide)
+    for dq, dkdv in ((wide, tall), (tall, wide)):
+        check_backward(q, k, v, out, lse, plan, BackwardConfig(dq=dq, dkdv=dkdv))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_causal_intervals_in_rectangular_tiles(dtype, device):
+    """A tile of queries ends inside a tile of keys, and in other tiles, the other way around."""
+    wide = AttentionConfig(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=1)
+    tall = AttentionConfig(BLOCK_M=16, BLOCK_N=32, num_warps=4, num_stages=1)
+    plan = block_causal(33, 2, 37)
+    q, k, v = qkv(plan.num_queries, plan.num_keys, 1, 16, dtype, device)
+    for config in (wide, tall):
+        out, lse = check_forward(q, k, v, plan, config)
     for dq, dkdv in ((wide, tall), (tall, wide)):
         check_backward(q, k, v, out, lse, plan, BackwardConfig(dq=dq, dkdv=dkdv))
 
@@ -254,6 +294,8 @@ def test_bit_identical_alone_and_in_any_pack(dtype, device):
         PLANS["several_intervals"],
         PLANS["cross"],
         reference_causal(5, 32),
+        block_causal(19, 5, 34, 2),
+        causal(7, 20),
     ]
     samples = [[*qkv(plan.num_queries, plan.num_keys, 1, 16, dtype, device)] for plan in plans]
     for sample in samples:
@@ -267,7 +309,7 @@ def test_bit_identical_alone_and_in_any_pack(dtype, device):
         return [out, lse.T, dq], dkdv
 
     alone = [run(sample, plan) for sample, plan in zip(samples, plans, strict=True)]
-    for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 0, 2]):
+    for order in ([0, 1, 2, 3, 4, 5, 6], [4, 6, 2, 0, 5, 3, 1]):
         inputs = [torch.cat(parts) for parts in zip(*(samples[i] for i in order), strict=True)]
         results = run(inputs, pack_of([plans[i] for i in order]))
         for kind, rows in enumerate(("num_queries", "num_keys")):
@@ -309,6 +351,24 @@ def test_invisible_rows_may_hold_anything(bad, device):
     for gradient, clean_gradient in zip(dkdv, clean_dkdv, strict=True):
         assert torch.equal(gradient[visible], clean_gradient[visible])
         assert not gradient[[0, 23, *range(41, 50)]].any(), "nobody sees these"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_follows_a_causal_interval_may_be_anything(device):
+    """The rows behind the last causal key, which share its tile, and keys behind all queries of a tile."""
+    plan, kept = causal(5, 20), slice(None, 10)
+    inputs = qkv(20, 40, 1, 16, torch.float32, device)
+    wider = AttentionPlan(plan.ranges, plan.intervals, 20, 40, plan.causal)
+    clean = run_attention(*inputs, wider)
+    q, k, v = (x.clone() for x in inputs)
+    k[25:], v[25:] = float("nan"), float("inf")
+    assert all(torch.equal(a, b) for a, b in zip(run_attention(q, k, v, wider), clean, strict=True))
+    gradients, clean_gradients = (run_backward(clean[0], *x, *clean, wider) for x in ((q, k, v), inputs))
+    assert torch.equal(gradients[0], clean_gradients[0])
+    assert all(torch.equal(a[:25], b[:25]) for a, b in zip(gradients[1:], clean_gradients[1:], strict=True))
+    k[21:25] += 3.0  # keys of later queries only
+    v[21:25] -= 2.0
+    assert torch.equal(run_attention(q, k, v, wider)[0][kept], clean[0][kept])
 
 
 def test_offsets_beyond_32_bits(device):

@@ -55,6 +55,8 @@ PLANS = {
     "tile_borders": one_range(17, 33),  # a row and a key past a tile
     "two_intervals": AttentionPlan(((0, 20), (20, 49)), (((0, 20), (40, 49)), ((3, 4), (20, 49))), 49, 49),
     "no_keys": AttentionPlan(((0, 3), (3, 20)), (((0, 5),), ()), 20, 20),
+    # Causal over several tiles, between two intervals that all of its queries see.
+    "causal": AttentionPlan(((0, 37), (37, 49)), (((2, 7), (7, 44), (44, 49)), ((2, 7), (7, 44))), 49, 49, (1, -1)),
     "no_key_at_all": AttentionPlan(((0, 2),), ((),), 2, 0),
 }
 

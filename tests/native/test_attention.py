@@ -41,7 +41,7 @@ def strided(*shape, dtype):
 
 
 def make_plan(*ranges):
-    """(first query, last query, [key intervals]) -> q_ranges, kv_ptr, kv_ranges."""
+    """(first query, last query, [key intervals]) -> q_ranges, kv_ptr, kv_ranges; -1 - start is causal."""
     ptr, intervals = [0], []
     for _, _, keys in ranges:
         intervals += keys
@@ -190,18 +190,106 @@ def test_attention_bad_tensors():
         run(q.to("meta"), q, q, *plan, 1.0)
 
 
+# ---- causal intervals ----
+
+
+def causal_sample(at, lengths):
+    """Text and images in turn, from row `at`: each part sees the earlier ones, text itself causally."""
+    ranges, start = [], at
+    for number, length in enumerate(lengths):
+        end = start + length
+        if number % 2:
+            ranges.append((start, end, [(at, end)]))
+        else:
+            ranges.append((start, end, [*([(at, start)] if start > at else []), (-1 - start, end)]))
+        start = end
+    return ranges
+
+
+# Around a panel of 24 or 48 queries, a tile of 64 keys and a block of 192 keys; one token; and panels whose last query
+# is aligned with a key in the middle of a tile.
+CAUSAL_LENGTHS = ((1,), (2, 3, 1, 1), (24, 5, 25), (48, 1, 47, 64, 49), (65, 9, 63), (191, 3, 193), (300, 20, 100))
+
+
+def test_causal_sizes(dtype, level):
+    for lengths in CAUSAL_LENGTHS:
+        n = sum(lengths)
+        q, k, v = (strided(n, max(2, 120 // n), 40, dtype=dtype) for _ in range(3))
+        check_attention(q, k, v, make_plan(*causal_sample(0, lengths)), level)
+        if n > 1:  # a single key has no dq and dk: test_backward_single_tokens
+            check_backward(q, k, v, make_plan(*causal_sample(0, lengths)), level)
+
+
+def test_causal_before_other_intervals(dtype, level):
+    """The causal keys lie before and between keys that all queries see, and a later range sees them all."""
+    q, k, v = (strided(n, 3, 24, dtype=dtype) for n in (130, 150, 150))
+    plan = make_plan((0, 70, [(-1, 70), (130, 150)]), (70, 130, [(0, 70), (-1 - 70, 130)]))
+    check_attention(q, k, v, plan, level)
+    check_backward(q, k, v, plan, level)
+
+
+def test_causal_packing_and_threads(dtype, level, threads):
+    """Samples of any length alone, and behind others on any number of threads: the same bits."""
+    samples = [*CAUSAL_LENGTHS, (300,), (97, 211, 43)]
+    starts = [sum(map(sum, samples[:i])) for i in range(len(samples))]
+    q, k, v, grad = (torch.randn(sum(map(sum, samples)), 2, 32).to(dtype) for _ in range(4))
+    packed = make_plan(*(r for at, lengths in zip(starts, samples, strict=True) for r in causal_sample(at, lengths)))
+
+    def run(rows, plan):
+        mine = [x[rows] for x in (q, k, v)]
+        out, lse = native.segment_attention(*mine, *plan, 0.2, level=level)
+        return [out, lse.T, *backward(grad[rows], *mine, plan, 0.2, level)]
+
+    whole = run(slice(None), packed)
+    for count in (2, 5):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run(slice(None), packed), whole, strict=True))
+    for at, lengths in zip(starts, samples, strict=True):
+        rows = slice(at, at + sum(lengths))
+        for a, b in zip(run(rows, make_plan(*causal_sample(0, lengths))), whole, strict=True):
+            assert torch.equal(a, b[rows])
+
+
+def test_causal_queries_do_not_see_later_keys(dtype, level):
+    """A later key has the probability 0 and not 2^-100, which is the kernel's exponential of -inf."""
+    q, k, v = (torch.zeros(100, 1, 16, dtype=dtype), *torch.randn(2, 100, 1, 16).to(dtype))
+    v[:60] = 0.0
+    plan = make_plan((0, 100, [(-1, 100)]))
+    out, _ = native.segment_attention(q, k, v, *plan, 0.25, level=level)
+    assert (out[:60] == 0).all() and out[60:].any(-1).all()
+    v[60:] = 3e38
+    out, _ = native.segment_attention(q, k, v, *plan, 0.25, level=level)
+    assert (out[:60] == 0).all()
+
+
+def test_causal_bad_plans():
+    q = torch.randn(10, 1, 8)
+    for ranges in ([(0, 6, [(-1, 5)])], [(0, 6, [(0, 3), (-2, 7)])], [(0, 6, [(-6, 11)])]):
+        with pytest.raises(ValueError, match="kv_ranges"):
+            native.segment_attention(q, q, q, *make_plan(*ranges), 1.0)
+    plan = make_plan((0, 6, [(-1, 6)]), (6, 10, [(0, 6)]))
+    out, lse = native.segment_attention(q, q, q, *plan, 1.0)
+    good = transpose(plan, 10, 10)
+    assert good[2].tolist() == [[-1, 6], [6, 10]]
+    for spans in ([[0, 6], [6, 10]], [[-1, 6], [-7, 10]]):  # causal on one side only
+        with pytest.raises(ValueError, match="transpose"):
+            tables = *plan, *good[:2], torch.tensor(spans, dtype=torch.int32)
+            native.segment_attention_backward(q, q, q, q, out, lse, *tables, 1.0)
+
+
 # ---- gradients ----
 
 
 def transpose(plan, queries, keys):
     """The tables of the same plan read from the keys."""
     q_ranges, ptr, intervals = (x.tolist() for x in plan)
-    rows = sorted(
-        (tuple(span), tuple((a, b) for a, b in intervals[first:last] if a < b))
-        for span, first, last in zip(q_ranges, ptr[:-1], ptr[1:], strict=True)
-    )
-    spans, seen = zip(*rows, strict=True)
-    return AttentionPlan(spans, seen, queries, keys).transpose.tensors("cpu")
+    rows = []
+    for span, first, last in zip(q_ranges, ptr[:-1], ptr[1:], strict=True):
+        seen = [(a, b) for a, b in intervals[first:last] if a < b]
+        causal = next((at for at, (a, _) in enumerate(seen) if a < 0), -1)
+        rows.append((tuple(span), tuple((-1 - a if a < 0 else a, b) for a, b in seen), causal))
+    spans, seen, causal = zip(*sorted(rows), strict=True)
+    return AttentionPlan(spans, seen, queries, keys, causal).transpose.tensors("cpu")
 
 
 def gradients_of(formula, dtype, grad, q, k, v, plan, scale):

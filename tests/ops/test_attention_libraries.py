@@ -10,13 +10,14 @@ import attention_libraries
 import oracles
 import pytest
 import torch
+from interleaved import interleaved
 
 from uniref_fast import doctor, ops, tuning
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.ops import flash_attention, flex_attention
 from uniref_fast.testing import assert_within_budget
-from uniref_fast.visibility import POLICIES, AttentionPlan, plan, target_plan
+from uniref_fast.visibility import POLICIES, AttentionPlan, block_causal, plan, query_plan, target_plan
 
 # Ragged on purpose: no text, one token of text, 1 x 1 images, no references, text with masked positions in the middle.
 PACK = [
@@ -33,7 +34,14 @@ GROUPS = [
 ]
 GROUPED = SelfLayout.qwen(GROUPS, shared_references=True)
 PLANS = {name: plan(GROUPED if name == "group_shared" else SelfLayout.qwen(PACK), name) for name in POLICIES}
+CAUSAL = interleaved("t5 r2x3 t4 x3x3", "t1 r1x1 r2x2 t3 p2 x1x1", "x2x2", "t3 t2 r1x2 x1x3")
 PLANS |= {
+    "block_causal": plan(CAUSAL, block_causal),
+    "text of block_causal": query_plan(CAUSAL, block_causal, CAUSAL.text_segments),
+    # The causal interval lies before, between and behind intervals of other ranges, which are causal or not.
+    "causal anywhere": AttentionPlan(
+        ((0, 4), (4, 7), (7, 9)), (((0, 3), (3, 7), (7, 12)), ((0, 3), (3, 7)), ((3, 7), (8, 10))), 9, 12, (1, 0, -1)
+    ),
     "targets only": target_plan(SelfLayout.qwen(PACK), "full"),
     "targets of groups": target_plan(GROUPED, "group_shared"),
     # Queries without keys at both ends and in the middle, keys without queries, an empty range and an empty interval,
@@ -118,7 +126,7 @@ def test_on_a_gpu(impl, case, dtype, dim):
     "case, calls",
     [
         *(("full", 1), ("reference_causal", 2), ("reference_isolated", 2), ("group_shared", 2)),
-        *(("targets only", 1), ("targets of groups", 2)),
+        *(("targets only", 1), ("targets of groups", 2), ("block_causal", 4)),
     ],
 )
 def test_number_of_calls(library, case, calls):

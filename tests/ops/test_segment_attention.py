@@ -1,20 +1,22 @@
 """segment_attention as users call it: every implementation, forward and backward, against float64; which one serves."""
 
 import dataclasses
+import random
 
 import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from interleaved import diffusers_mask, interleaved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from uniref_fast import native, ops, tuning
 from uniref_fast.kernels.segment_attention_config import AttentionConfig
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops import _dispatch, dense_attention
-from uniref_fast.ops.segment_attention import _operands
+from uniref_fast.ops.segment_attention import NUMBERS, _operands
 from uniref_fast.testing import assert_within_budget, max_relative_error
-from uniref_fast.visibility import POLICIES, AttentionPlan, plan
+from uniref_fast.visibility import POLICIES, AttentionPlan, block_causal, plan, query_plan
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -117,6 +119,102 @@ def test_queries_without_keys_and_keys_without_queries(impl, dtype):
         assert d[1:4].any() and not d[:1].any() and not d[4:].any()
 
 
+# ---- causal intervals ----
+
+# As the model has them, with text of one token, images next to each other, padding, and no text at all.
+CAUSAL_PACK = "t5 r3x4 t1 r1x1 r2x5 t20 x5x7", "t1 x1x1", "r2x2 t70 p3 x2x9", "x2x3"
+
+
+def causal_check(impl, dtype, compiled, mask):
+    """Compare out, lse and gradients with one dense softmax under an explicit mask, in float64."""
+    x, g = inputs(compiled, dtype, heads=1, dim=64)
+    out, lse = ops.segment_attention(*x, compiled, return_lse=True, impl=impl)
+
+    def masked(*x):
+        part = [t.transpose(0, 1)[None] for t in x]
+        return F.scaled_dot_product_attention(*part, attn_mask=mask.to(DEVICE))[0].transpose(0, 1)
+
+    tensors = [t.detach() for t in x]
+    oracle, eager = masked(*(t.double() for t in tensors)), masked(*tensors)
+    assert_within_budget(out, eager, oracle, f"{impl} out")
+    scores = torch.einsum("mhd,nhd->hmn", *(t.double() for t in tensors[:2])) * x[0].shape[2] ** -0.5
+    exact_lse = scores.masked_fill(~mask.to(DEVICE), float("-inf")).logsumexp(-1)
+    loose = impl == "dense" and dtype != torch.float32  # as above
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-3 if loose else 1e-5, atol=1e-3 if loose else 1e-5)
+    grads = torch.autograd.grad(out, x, g)
+    budget = zip(
+        "qkv", grads, *(oracles.gradients(masked, tensors, [g], t) for t in (dtype, torch.float64)), strict=True
+    )
+    for name, got, theirs, expected in budget:
+        assert_within_budget(got, theirs, expected, f"{impl} gradient of {name}")
+
+
+@each_case
+def test_causal_forward_and_backward(impl, dtype):
+    layout = interleaved(*CAUSAL_PACK)
+    causal_check(impl, dtype, plan(layout, block_causal), diffusers_mask(layout))
+
+
+@each_case
+def test_causal_queries_without_the_prefix(impl, dtype):
+    """Kept keys: the queries are those of the later segments, the keys are all; the same bits as in the whole."""
+    layout = interleaved("t5 r3x4 t20 t3 r2x5 t17 x2x7", "t9 r2x2 t2 x1x3")
+    kept = [s for s in layout.segments if s.joint_start >= 17]
+    rows = torch.tensor([row for s in kept for row in range(s.joint_start, s.joint_end)], device=DEVICE)
+    whole, part = plan(layout, block_causal), query_plan(layout, block_causal, kept)
+    assert part.causal and part.num_queries < part.num_keys
+    causal_check(impl, dtype, part, diffusers_mask(layout)[rows.cpu()])
+    (q, k, v), _ = inputs(whole, dtype, heads=1, dim=32)
+    out = ops.segment_attention(q, k, v, whole, impl=impl)
+    assert torch.equal(ops.segment_attention(q[rows], k, v, part, impl=impl), out[rows])
+
+
+@each_case
+def test_causal_packing_invariance(impl, dtype):
+    """Samples with texts of any length and 0 to 6 images: the same bits alone and in a pack, gradients too."""
+    rng = random.Random(0)
+    longest, count = (30, 4) if impl == "triton" and not CUDA else (300, 12)  # interpreted kernels are slow
+    samples = []
+    for images in range(count):
+        parts = [f"t{rng.randint(1, longest)} r{rng.randint(1, 7)}x{rng.randint(1, 9)}" for _ in range(images % 7)]
+        samples.append(" ".join([*parts, f"t{rng.randint(1, longest)}", f"x{rng.randint(1, 9)}x{rng.randint(1, 9)}"]))
+    packed = plan(interleaved(*samples), block_causal)
+    x, g = inputs(packed, dtype, heads=1, dim=16)
+    results = [out := ops.segment_attention(*x, packed, impl=impl), *torch.autograd.grad(out, x, g)]
+    at = 0
+    for sample in samples:
+        alone = plan(interleaved(sample), block_causal)
+        rows = slice(at, at := at + alone.num_queries)
+        own = [t.detach()[rows].requires_grad_() for t in x]
+        own_results = [out := ops.segment_attention(*own, alone, impl=impl), *torch.autograd.grad(out, own, g[rows])]
+        for a, b in zip(results, own_results, strict=True):
+            assert torch.equal(a[rows], b), sample
+
+
+def test_causal_gradients_of_all_orders():
+    """gradcheck and gradgradcheck of the reference, and a Jacobian-vector product."""
+    compiled = plan(interleaved("t3 r1x2 t2 x1x2"), block_causal)
+    q, k, v = (rand(compiled.num_queries, 1, 2, dtype=torch.float64).requires_grad_() for _ in range(3))
+
+    def attend(q, k, v):
+        return ops.segment_attention(q, k, v, compiled)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v)) and torch.autograd.gradgradcheck(attend, (q, k, v))
+    tangents = [torch.randn_like(q) for _ in range(3)]
+    _, change = torch.func.jvp(attend, tuple(x.detach() for x in (q, k, v)), tuple(tangents))
+    jacobians = torch.func.jacrev(attend, (0, 1, 2))(*(x.detach() for x in (q, k, v)))
+    expected = sum(torch.tensordot(j, t, 3) for j, t in zip(jacobians, tangents, strict=True))
+    torch.testing.assert_close(change, expected)
+
+
+def test_plans_without_causal_intervals_launch_the_kernels_as_before():
+    """The flag, which is a constant of the kernels, is the last number of each launch."""
+    x = [rand(5, 1, 16, dtype=torch.float16)] * 3
+    for rule, flag in ((block_causal, 1), ("full", 0)):
+        numbers = _operands(x[0], plan(interleaved("t2 x1x3"), rule), "triton", True)[3]
+        assert [numbers[NUMBERS * i - 1] for i in (1, 2, 3)] == [flag] * 3 and len(numbers) == 3 * NUMBERS
+
+
 LAUNCHES = [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": 4, "num_stages": 1} for m, n in ((16, 16), (32, 16), (16, 32))]
 
 
@@ -160,15 +258,15 @@ def test_torch_library_contract(impl, dtype):
     """Schema, fake, autograd and dispatch agree with what the op does (torch.library.opcheck)."""
     if impl == "reference":
         pytest.skip("plain PyTorch, not an op")
-    compiled = plan(SelfLayout.qwen(PACK), "reference_causal")
-    x, _ = inputs(compiled, dtype, heads=1, dim=32)
-    if impl == "dense":
-        op = torch.ops.uniref_fast.dense_attention.default
-        args = (*x, dense_attention.rectangles_of(compiled), 0.2)
-    else:
-        op = torch.ops.uniref_fast.segment_attention.default
-        args = (*x, *_operands(x[0], compiled, impl, True), 0.2, impl)
-    torch.library.opcheck(op, args)
+    for compiled in (plan(SelfLayout.qwen(PACK), "reference_causal"), plan(interleaved("t9 r2x2 x1x3"), block_causal)):
+        x, _ = inputs(compiled, dtype, heads=1, dim=32)
+        if impl == "dense":
+            op = torch.ops.uniref_fast.dense_attention.default
+            args = (*x, dense_attention.rectangles_of(compiled), 0.2)
+        else:
+            op = torch.ops.uniref_fast.segment_attention.default
+            args = (*x, *_operands(x[0], compiled, impl, True), 0.2, impl)
+        torch.library.opcheck(op, args)
 
 
 @pytest.mark.slow
@@ -176,6 +274,7 @@ def test_torch_library_contract(impl, dtype):
 def test_under_torch_compile(impl):
     """Plans change between calls of one compiled function; one graph break, in the planning."""
     plans = [plan(SelfLayout.qwen([Sample(3, (1, 4, n))])) for n in (4, 5)]
+    plans.append(plan(interleaved("t3 r1x4 t6 x2x2"), block_causal))
 
     def attend(q, k, v, compiled):
         return ops.segment_attention(q * 1.5, k, v, compiled, impl=impl).sin()
@@ -189,16 +288,17 @@ def test_under_torch_compile(impl):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("name", ["cudnn", "flash"])
-def test_gpu_libraries_take_our_calls(name):
+def test_gpu_libraries_take_our_calls(name, causal):
     """The calls fit the schemas of PyTorch and return the shapes that the merging expects (fake tensors, no GPU)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         q, k = (torch.empty(1, 3, n, 64, dtype=torch.bfloat16, device="cuda") for n in (40, 56))
-        out, lse = dense_attention._FORWARD[name](q, k, k, 0.125)
+        out, lse = dense_attention._FORWARD[name](q, k, k, causal, 0.125)
         assert out.shape == q.shape and lse.shape == (1, 3, 40) and lse.dtype == torch.float32
-        grads = dense_attention._BACKWARD[name](q, q, k, k, out, lse, 0.125)
+        grads = dense_attention._BACKWARD[name](q, q, k, k, out, lse, causal, 0.125)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
 
 

@@ -35,8 +35,10 @@ def segment_attention(
     """Compute `softmax(scale * q k^T) v`; queries of range r see the key rows of `kv_ranges[kv_ptr[r]:kv_ptr[r + 1]]`.
 
     q [Nq, H, D], k and v [Nk, H, D], D a multiple of 8; q_ranges int32 [R, 2], kv_ptr int32 [R + 1], kv_ranges int32
-    [M, 2], half-open. Returns out [Nq, H, D] and lse float32 [H, Nq] (natural logarithm). Queries without keys give
-    0 and -inf. A query's bits depend on its own row and its own keys only: not on the rest of the pack, nor on threads.
+    [M, 2], half-open. An interval with a start of -1 - s is causal: it starts at s, is as long as its range, and query
+    i of the range sees its keys up to i. Returns out [Nq, H, D] and lse float32 [H, Nq] (natural logarithm). Queries
+    without keys give 0 and -inf. A query's bits depend on its own row and its own keys only: not on the rest of the
+    pack, nor on threads.
     """
     lib, level_id = use_level(level)
     dtype, (queries, heads, dim), keys = _attention_shapes(q, k, v)

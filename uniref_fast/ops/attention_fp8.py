@@ -22,7 +22,7 @@ from uniref_fast.kernels import segment_attention_config as configs
 from uniref_fast.kernels.segment_attention_config import AttentionTables
 from uniref_fast.ops._dispatch import define_op, observed, unit_stride
 from uniref_fast.ops.fp8 import FP8, _choose, _quantize
-from uniref_fast.ops.segment_attention import REFERENCE_ROWS, _capability, checked_scale
+from uniref_fast.ops.segment_attention import REFERENCE_ROWS, _capability, causally_hidden, checked_scale
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["attention_fp8", "attention_fp8_reference"]
@@ -54,7 +54,7 @@ def attention_fp8(
     if _choose(impl, q, k, v, head_dim=q.shape[-1]) == "reference":
         return attention_fp8_reference(q, k, v, plan, scale)
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    config = configs.pick_fp8_config(q.shape[-1], _capability(q))
+    config = configs.pick_fp8_config(q.shape[-1], _capability(q), bool(plan.causal))
     tensors, launch = AttentionTables.by_query(plan, q.device, config).operands()
     run = torch.ops.uniref_fast.attention_fp8 if observed(q, k, v) else _attention_fp8
     return run(q, k, v, tensors, launch, scale)
@@ -67,9 +67,8 @@ def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
     q_scale, k_scale, v_scale = (s.view(x.shape[:2]).T for s, x in ((q_scale, q), (k_scale, k), (v_scale, v)))  # [H, N]
     factors = q_scale * (scale * math.log2(math.e))
     outs = [q[:0]]
-    for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
-        intervals = tuple((a, b) for a, b in intervals if a < b)
-        if not intervals:
+    for index, ((start, end), intervals) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
+        if not any(a < b for a, b in intervals):
             outs.append(torch.zeros_like(q[start:end]))
             continue
         keys, values = (torch.cat([x[a:b] for a, b in intervals]) for x in (k8, v8))
@@ -78,6 +77,9 @@ def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
             rows = slice(first, min(first + REFERENCE_ROWS, end))
             logits = torch.einsum("qhd,khd->hqk", q8[rows], keys) * of_key
             logits = logits * factors[:, rows, None] + of_value.log2()
+            if plan.causal and plan.causal[index] >= 0:
+                hidden = causally_hidden(plan, index, first - start, logits.shape[1], q.device)
+                logits = logits.masked_fill(hidden, -math.inf)
             p = torch.exp2(logits - logits.amax(-1, keepdim=True) + LARGEST_POWER)
             out = torch.einsum("hqk,khd->hqd", p.to(FP8).to(torch.float32), values)
             outs.append((out / (p / of_value).sum(-1, keepdim=True)).transpose(0, 1).to(q.dtype))

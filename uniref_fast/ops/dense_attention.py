@@ -3,6 +3,8 @@
     rectangle i:   out_i, lse_i = attention(q[range], k[interval_i], v[interval_i])
     merged:        lse = log sum_i exp(lse_i),   out = sum_i exp(lse_i - lse) out_i
 
+A causal interval is a square, which the library masks itself (`is_causal`).
+
 The backward gives the merged out and lse to each rectangle, and the library's own backward computes from them that
 rectangle's exact share of dq, dk, dv. This is best for a plan of a few big rectangles, which cuDNN and FlashAttention
 run at the speed of the machine. On a GPU the library decides whether its backward is deterministic.
@@ -31,13 +33,19 @@ GPU_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def rectangles_of(plan: AttentionPlan) -> list[int]:
-    """Return (first query, end, first key, end) of every rectangle as one flat list, by query range."""
+    """Return (first query, end, first key, end) of every rectangle as one flat list, by query range.
+
+    The first key k of a causal interval is given as -1 - k.
+    """
     return memo(plan, _plan_rectangles)
 
 
 def _plan_rectangles(plan: AttentionPlan) -> list[int]:
-    pairs = zip(plan.ranges, plan.intervals, strict=True)
-    return [edge for span, keys in pairs for interval in keys for edge in (*span, *interval)]
+    flat = []
+    for index, (span, keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
+        for at, (start, end) in enumerate(keys):
+            flat += [*span, -1 - start if plan.causal and plan.causal[index] == at else start, end]
+    return flat
 
 
 def backend(x: Tensor) -> str | None:
@@ -61,36 +69,42 @@ def backend(x: Tensor) -> str | None:
 _Grads = tuple[Tensor, Tensor, Tensor]
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+def _cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
-def _cpu_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> _Grads:
+def _cpu_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> _Grads:
     backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
     return backward(
-        g, q, k, v, out, lse.to(torch.float64 if q.dtype == torch.float64 else lse.dtype), 0.0, False, scale=scale
+        g, q, k, v, out, lse.to(torch.float64 if q.dtype == torch.float64 else lse.dtype), 0.0, causal, scale=scale
     )
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
 
 
-def _flash_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> _Grads:
+def _flash_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> _Grads:
     backward, unused = aten._scaled_dot_product_flash_attention_backward, _no_dropout(q)
     sizes = (q.shape[2], k.shape[2])
-    return backward(g, q, k, v, out, lse, None, None, *sizes, 0.0, False, unused, unused, scale=scale)
+    return backward(g, q, k, v, out, lse, None, None, *sizes, 0.0, causal, unused, unused, scale=scale)
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
     return out, lse.squeeze(-1)
 
 
-def _cudnn_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> _Grads:
+def _cudnn_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> _Grads:
     backward, unused = aten._scaled_dot_product_cudnn_attention_backward, _no_dropout(q)
     sizes, lse = (q.shape[2], k.shape[2]), lse.unsqueeze(-1)
-    return backward(g, q, k, v, out, lse, unused, unused, None, None, None, *sizes, 0.0, False, scale=scale)
+    return backward(g, q, k, v, out, lse, unused, unused, None, None, None, *sizes, 0.0, causal, scale=scale)
 
 
 def _no_dropout(q: Tensor) -> Tensor:
@@ -110,15 +124,15 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, rectangles: Sequence[int], 
     library = _backend(q)
     rects = list(_rectangles(rectangles))
     if _covered_once(rects, q.shape[0]):
-        attend = _FORWARD[_for_rectangle(library, rects[0])]
-        out, lse = attend(*(_heads_first(x[a:b]) for x, (a, b) in zip((q, k, v), _spans(rects[0]), strict=True)), scale)
+        attend, (_, _, c, d, causal) = _FORWARD[_for_rectangle(library, rects[0])], rects[0]
+        out, lse = attend(_heads_first(q), _heads_first(k[c:d]), _heads_first(v[c:d]), causal, scale)
         return _tokens_first(out).contiguous(), lse[0].to(torch.float32).contiguous()
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -math.inf, dtype=torch.float32, device=q.device)
     sums: Tensor | None = None
-    for i, (a, b, c, d) in enumerate(rects):
+    for i, (a, b, c, d, causal) in enumerate(rects):
         attend = _FORWARD[_for_rectangle(library, rects[i])]
-        part, part_lse = attend(_heads_first(q[a:b]), _heads_first(k[c:d]), _heads_first(v[c:d]), scale)
+        part, part_lse = attend(_heads_first(q[a:b]), _heads_first(k[c:d]), _heads_first(v[c:d]), causal, scale)
         part, part_lse = _tokens_first(part), part_lse[0].to(torch.float32)
         continues = i + 1 < len(rects) and rects[i + 1][:2] == (a, b)
         if sums is None and not continues:
@@ -141,20 +155,20 @@ def _dense_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     library = _backend(q)
     rects = list(_rectangles(rectangles))
-    if _covered_once(rects, q.shape[0]) and rects[0][2:] == (0, k.shape[0]):
+    if _covered_once(rects, q.shape[0]) and rects[0][2:4] == (0, k.shape[0]):
         differentiate = _BACKWARD[_for_rectangle(library, rects[0])]
-        dense = differentiate(*(_heads_first(x) for x in (grad, q, k, v, out)), lse[None], scale)
+        dense = differentiate(*(_heads_first(x) for x in (grad, q, k, v, out)), lse[None], rects[0][4], scale)
         dq, dk, dv = (_tokens_first(x).contiguous() for x in dense)
         return dq, dk, dv
     # Rows with several shares add them up in float32.
     shared_q = len({rect[:2] for rect in rects}) < len(rects)
-    keys = sorted({rect[2:] for rect in rects})
+    keys = sorted({rect[2:4] for rect in rects})
     shared_k = len(keys) < len(rects) or any(a[1] > b[0] for a, b in itertools.pairwise(keys))
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.zeros(q.shape, dtype=wide if shared_q else q.dtype, device=q.device)
     dk, dv = (torch.zeros(k.shape, dtype=wide if shared_k else k.dtype, device=k.device) for _ in range(2))
     for rect in rects:
-        (a, b, c, d), differentiate = rect, _BACKWARD[_for_rectangle(library, rect)]
+        (a, b, c, d, causal), differentiate = rect, _BACKWARD[_for_rectangle(library, rect)]
         queries = (_heads_first(x[a:b]) for x in (grad, q))
         dense = differentiate(
             *queries,
@@ -162,6 +176,7 @@ def _dense_attention_backward(
             _heads_first(v[c:d]),
             _heads_first(out[a:b]),
             lse[:, a:b].contiguous()[None],
+            causal,
             scale,
         )
         for total, part, rows in zip((dq, dk, dv), dense, (slice(a, b), slice(c, d), slice(c, d)), strict=True):
@@ -201,21 +216,23 @@ def _backend(x: Tensor) -> str:
     return name
 
 
-def _for_rectangle(library: str, rect: tuple[int, int, int, int]) -> str:
+_Rectangle = tuple[int, int, int, int, bool]
+"""First query, end, first key, end, and whether query i sees only the keys up to i."""
+
+
+def _for_rectangle(library: str, rect: _Rectangle) -> str:
     """Return the library for one rectangle: cuDNN gets no single query and no single key, as in PyTorch itself."""
-    a, b, c, d = rect
+    a, b, c, d, _ = rect
     return "flash" if library == "cudnn" and 1 in (b - a, d - c) else library
 
 
-def _rectangles(flat: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
-    return ((flat[i], flat[i + 1], flat[i + 2], flat[i + 3]) for i in range(0, len(flat), 4))
+def _rectangles(flat: Sequence[int]) -> Iterator[_Rectangle]:
+    for i in range(0, len(flat), 4):
+        a, b, c, d = flat[i : i + 4]
+        yield (a, b, -1 - c, d, True) if c < 0 else (a, b, c, d, False)
 
 
-def _spans(rect: tuple[int, int, int, int]) -> tuple[tuple[int, int], ...]:
-    return rect[:2], rect[2:], rect[2:]
-
-
-def _covered_once(rects: list[tuple[int, int, int, int]], queries: int) -> bool:
+def _covered_once(rects: list[_Rectangle], queries: int) -> bool:
     return len(rects) == 1 and rects[0][:2] == (0, queries)
 
 

@@ -4,6 +4,8 @@
     call:       sequences whose queries and whose keys are disjoint, in one launch of the library
     merged:     lse = log sum_i exp(lse_i),   out = sum_i exp(lse_i - lse) out_i   over the calls i of a query
 
+Causal intervals are one more call, with a sequence for each and the library's own causal mask.
+
 Every visible (query, key) pair is in one sequence of one call, so no key is copied or read twice for queries that share
 it. Visibility "full" is one call, "reference_causal", "reference_isolated" and "group_shared" are two. Rows of a call
 that are no contiguous part of the pack are gathered first, which costs one copy of these rows.
@@ -82,12 +84,16 @@ class Generation:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Cumulative lengths of a call's sequences, int32 on the device, and the longest ones."""
+    """Cumulative lengths of a call's sequences, int32 on the device, and the longest ones.
+
+    With `causal`, each sequence has as many keys as queries, and query i sees the keys up to i.
+    """
 
     cu_q: Tensor
     cu_k: Tensor
     max_q: int
     max_k: int
+    causal: bool
 
 
 # ---- the three generations; positions instead of names for arguments whose names differ between versions ----
@@ -97,8 +103,9 @@ def _forward(attend: Callable) -> Callable:
     """Return the forward of a call, which the generations 2 and 3 have in common."""
 
     def forward(q: Tensor, k: Tensor, v: Tensor, n: Lengths, scale: float) -> tuple[Tensor, Tensor]:
+        lengths = n.cu_q, n.cu_k, n.max_q, n.max_k
         return attend(
-            q, k, v, n.cu_q, n.cu_k, n.max_q, n.max_k, softmax_scale=scale, deterministic=True, return_attn_probs=True
+            q, k, v, *lengths, softmax_scale=scale, causal=n.causal, deterministic=True, return_attn_probs=True
         )[:2]
 
     return forward
@@ -116,7 +123,7 @@ def _generation_2() -> tuple[Callable, Callable]:
             *(grad, q, k, v, out, lse, dq, dk, dv, n.cu_q, n.cu_k, n.max_q, n.max_k),
             dropout_p=0.0,
             softmax_scale=scale,
-            causal=False,
+            causal=n.causal,
             window_size_left=-1,
             window_size_right=-1,
             softcap=0.0,
@@ -137,8 +144,8 @@ def _generation_3() -> tuple[Callable, Callable]:
         grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, n: Lengths, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        lengths, causal = (n.cu_q, n.cu_k, None, None, n.max_q, n.max_k), False
-        differentiate(grad, q, k, v, out, lse, *lengths, dq, dk, dv, scale, causal, deterministic=True)
+        lengths = n.cu_q, n.cu_k, None, None, n.max_q, n.max_k
+        differentiate(grad, q, k, v, out, lse, *lengths, dq, dk, dv, scale, n.causal, deterministic=True)
         return dq, dk, dv
 
     return _forward(attend), backward
@@ -147,12 +154,12 @@ def _generation_3() -> tuple[Callable, Callable]:
 def _generation_4() -> tuple[Callable, Callable]:
     module = importlib.import_module("flash_attn.cute.interface")
     attend, differentiate = module.flash_attn_varlen_func, module._flash_attn_bwd
-    names = ("softmax_scale", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "deterministic")
+    names = ("softmax_scale", "causal", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "deterministic")
     _require(attend, *names, "return_lse")
     _require(differentiate, *names)
 
     def options(n: Lengths, scale: float) -> dict[str, Any]:
-        return dict(zip(names, (scale, n.cu_q, n.cu_k, n.max_q, n.max_k, True), strict=True))
+        return dict(zip(names, (scale, n.causal, n.cu_q, n.cu_k, n.max_q, n.max_k, True), strict=True))
 
     def forward(q: Tensor, k: Tensor, v: Tensor, n: Lengths, scale: float) -> tuple[Tensor, Tensor]:
         return attend(q, k, v, **options(n, scale), return_lse=True)[:2]
@@ -258,6 +265,7 @@ class _Call:
     sequences: list[tuple[tuple[int, ...], list[Span]]]
     queries: set[int]
     end: int
+    causal: bool = False
 
 
 def _plan_calls(plan: AttentionPlan) -> list[_Call]:
@@ -265,7 +273,7 @@ def _plan_calls(plan: AttentionPlan) -> list[_Call]:
     users: dict[Span, list[int]] = {}
     for index, (span, keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
         for interval in keys:
-            if span[0] < span[1] and interval[0] < interval[1]:
+            if span[0] < span[1] and interval[0] < interval[1] and plan.causal_intervals.get(interval) != index:
                 users.setdefault(interval, []).append(index)
     sequences: dict[tuple[int, ...], list[Span]] = {}
     for interval, seen_by in users.items():
@@ -282,6 +290,10 @@ def _plan_calls(plan: AttentionPlan) -> list[_Call]:
         call.sequences.append((queries, intervals))
         call.queries.update(queries)
         call.end = intervals[-1][1]
+    if plan.causal:
+        call = _Call([], set(plan.causal_intervals.values()), plan.num_keys, causal=True)
+        call.sequences += [((index,), [interval]) for interval, index in sorted(plan.causal_intervals.items())]
+        calls.append(call)
     return calls
 
 
@@ -290,9 +302,9 @@ def _first_and_longest(sequence: tuple[list[Span], tuple[int, ...]]) -> tuple[in
     return keys[0][0], -keys[-1][1], queries
 
 
-NUMBERS = 6
+NUMBERS = 7
 """Integers that describe one call in the arguments of the op: the start and the end of its queries and of its keys, the
-start -1 if they are gathered, and the longest sequence of both."""
+start -1 if they are gathered, the longest sequence of both, and whether it is causal."""
 
 
 def operands(plan: AttentionPlan, device: torch.device, generation: int) -> tuple[list[Tensor], list[int]]:
@@ -318,7 +330,7 @@ def _tables(plan: AttentionPlan, device: torch.device) -> tuple[list[Tensor], li
             numbers += [start, end]
             longest.append(max(lengths))
             all_spans += spans
-        numbers += longest
+        numbers += [*longest, int(call.causal)]
     return tensors, [int(_overlap(spans)) for spans in seen] + numbers
 
 
@@ -369,8 +381,8 @@ class _Rows:
 def _calls(tables: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[tuple[_Rows, _Rows, Lengths]]:
     for i in range(len(tables) // 4):
         cu_q, rows_q, cu_k, rows_k = tables[4 * i : 4 * i + 4]
-        a, b, c, d, max_q, max_k = numbers[3 + NUMBERS * i : 3 + NUMBERS * (i + 1)]
-        yield _Rows(a, b, rows_q), _Rows(c, d, rows_k), Lengths(cu_q, cu_k, max_q, max_k)
+        a, b, c, d, max_q, max_k, causal = numbers[3 + NUMBERS * i : 3 + NUMBERS * (i + 1)]
+        yield _Rows(a, b, rows_q), _Rows(c, d, rows_k), Lengths(cu_q, cu_k, max_q, max_k, bool(causal))
 
 
 # ---- the op ----

@@ -126,19 +126,26 @@ def _tables(plan: AttentionPlan, device: torch.device) -> tuple[list[Tensor], li
     if not any(keys for _, keys in ranges):
         return [], [0, 0, next(_handles)]
     starts_q, starts_k = _sequences(plan)
+    causal = {plan.ranges[index]: interval for interval, index in plan.causal_intervals.items()}
     ends: list[list[int]] = []
     blind: list[int] = []
+    lengths: list[int] = []
     for (start, end), keys in ranges:
         first = starts_k[bisect.bisect_right(starts_q, start) - 1]
-        points = [row - first for interval in keys for row in interval]
-        ends.append(points[1:] if points and points[0] == 0 else [0, *points])
+        own = causal.get((start, end))
+        lengths += (
+            [1] * (end - start) if own else [end - start]
+        )  # the queries of a causal interval have masks of their own
+        for i in range(end - start if own else 1):
+            seen = [(a, a + i + 1) if (a, b) == own else (a, b) for a, b in keys]
+            points = [row - first for interval in seen for row in interval]
+            ends.append(points[1:] if points and points[0] == 0 else [0, *points])
         if not keys:
             blind += range(start, end)
     width = max(map(len, ends))  # odd, as all lengths are
     padded = torch.tensor([points + points[-1:] * (width - len(points)) for points in ends], dtype=torch.int32)
-    lengths = torch.tensor([end - start for (start, end), _ in ranges])
     tensors = [
-        padded.repeat_interleave(lengths, dim=0).T.contiguous()[None],
+        padded.repeat_interleave(torch.tensor(lengths), dim=0).T.contiguous()[None],
         torch.tensor(starts_q, dtype=torch.int32),
         torch.tensor(starts_k, dtype=torch.int32),
         torch.tensor(blind, dtype=torch.int64),

@@ -55,8 +55,8 @@ DENSE_RECTANGLES, DENSE_PAIRS = 4, 1024 * 1024
 """Largest number of rectangles, and smallest mean number of pairs, for which the library is chosen on a GPU without a
 table. From published figures of fused library attention against Triton kernels."""
 
-NUMBERS = len(dataclasses.fields(configs.AttentionConfig))
-"""Integers that describe one launch in the arguments of the op."""
+NUMBERS = len(dataclasses.fields(configs.AttentionConfig)) + 1
+"""Integers that describe one launch in the arguments of the op: its parameters, and whether some interval is causal."""
 
 REFERENCE_ROWS = 512
 """Number of query rows that the reference computes at a time, which limits the memory of its logits."""
@@ -282,18 +282,39 @@ def segment_attention_reference(
     """Compute the specification, a dense softmax per query range, in float64 for float64 inputs and else in float32."""
     compute = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=torch.float32)]
-    for (start, end), intervals in zip(plan.ranges, plan.intervals, strict=True):
+    for index, ((start, end), intervals) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
         if not intervals:
             outs.append(torch.zeros_like(q[start:end]))
             lses.append(torch.full((q.shape[1], end - start), -math.inf, device=q.device))
             continue
         keys, values = (torch.cat([x[a:b] for a, b in intervals]).to(compute) for x in (k, v))
-        for rows in q[start:end].split(REFERENCE_ROWS):
+        for first in range(0, end - start, REFERENCE_ROWS):
+            rows = q[start + first : min(start + first + REFERENCE_ROWS, end)]
             logits = torch.einsum("qhd,khd->hqk", rows.to(compute), keys) * scale
+            if plan.causal and plan.causal[index] >= 0:
+                hidden = causally_hidden(plan, index, first, rows.shape[0], q.device)
+                logits = logits.masked_fill(hidden, -math.inf)
             outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
             # No gradient, as in the other implementations, except where a missing derivative would silently be zero.
             lses.append((logits if inside_transform() else logits.detach()).logsumexp(-1).to(torch.float32))
     return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def causally_hidden(plan: AttentionPlan, index: int, first: int, count: int, device: torch.device) -> Tensor:
+    """Return which keys of a range some of its queries do not see, bool `[count, keys of all its intervals]`.
+
+    Args:
+        plan: Plan with causal intervals.
+        index: Number of a range with a causal interval.
+        first: First of the queries, counted from the start of the range.
+        count: Number of the queries.
+        device: Device of the result.
+    """
+    lengths = [b - a for a, b in plan.intervals[index]]
+    before, own = sum(lengths[: plan.causal[index]]), lengths[plan.causal[index]]
+    query = torch.arange(first, first + count, device=device)[:, None]
+    hidden = torch.arange(own, device=device) > query
+    return torch.nn.functional.pad(hidden, (before, sum(lengths) - before - own))
 
 
 def _triton_config(q: Tensor) -> configs.AttentionConfig:
@@ -310,7 +331,9 @@ def _triton_backward_config(q: Tensor) -> configs.BackwardConfig:
 
 @torch.compiler.assume_constant_result  # traced code gives it names, and gets what the tables of the device say
 def launch_numbers(dtype: str, head_dim: int, device: str, backward: bool) -> tuple[list[int], list[int]]:
-    """Return the rows of a tile and the launch parameters of the Triton kernels: forward, then dq and dkdv.
+    """Return the rows of a tile and the launch numbers of the Triton kernels: forward, then dq and dkdv.
+
+    The numbers are those of a plan without causal intervals.
 
     Args:
         dtype: Name of the dtype, such as "torch.bfloat16".
@@ -325,7 +348,7 @@ def launch_numbers(dtype: str, head_dim: int, device: str, backward: bool) -> tu
         both = _triton_backward_config(q)
         launches += [both.dq, both.dkdv]
         rows += [both.dq.BLOCK_M, both.dkdv.BLOCK_N]
-    return rows, [number for launch in launches for number in dataclasses.astuple(launch)]
+    return rows, [number for launch in launches for number in (*dataclasses.astuple(launch), 0)]
 
 
 def _capability(q: Tensor) -> tuple[int, int]:
