@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["device_of_hooks", "is_offloaded", "onloaded"]
+__all__ = ["device_of_hooks", "is_offloaded", "may_have_hooks", "onloaded"]
 
 _NO_HOOKS = contextlib.nullcontext()
 
@@ -28,7 +28,9 @@ def onloaded(*modules: nn.Module | None) -> contextlib.AbstractContextManager[No
     Args:
         *modules: Modules in the order in which diffusers calls them; None stands for a missing one.
     """
-    hooked = [each for each in modules if each is not None and _may_have_hooks(each)]
+    if torch.compiler.is_compiling():  # only blocks whose QK norms have no hooks are compiled
+        return _NO_HOOKS
+    hooked = [each for each in modules if each is not None and may_have_hooks(each)]
     return _hooks_run(hooked) if hooked else _NO_HOOKS
 
 
@@ -65,7 +67,8 @@ def is_offloaded(module: nn.Module, *, whole: bool = True) -> bool:
     )
 
 
-def _may_have_hooks(module: nn.Module) -> bool:
+def may_have_hooks(module: nn.Module) -> bool:
+    """Return False only for a module without hooks of diffusers and accelerate."""
     own = vars(module)
     return "_hf_hook" in own or "_diffusers_hook" in own
 

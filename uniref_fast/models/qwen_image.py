@@ -9,7 +9,8 @@ R rows of the modulation table. A rank has n rows of a stream: all of them, or i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -20,10 +21,12 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.compiled_block import TracedContext, compiler_of, traced_context
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
-from uniref_fast.models.module_hooks import onloaded
+from uniref_fast.models.module_hooks import may_have_hooks, onloaded
 from uniref_fast.models.sequence_parallel import SequenceParallel
+from uniref_fast.quantised_linear import is_quantised
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
 __all__ = [
@@ -278,6 +281,9 @@ class PackedBlock(nn.Module):
         last: True for the last block of a model, of whose output only the targets' rows are used.
         attention_8bit: Name of its attention if that is computed in 8 bits, or an empty string. Linears are in 8 bits
             if their weights are (`uniref_fast.fast`).
+
+    Attributes:
+        compiled: Compiled code of the block, which `compile` sets, or None.
     """
 
     block: Any
@@ -285,9 +291,19 @@ class PackedBlock(nn.Module):
     def __init__(self, block: Any, last: bool = False, attention_8bit: str = "") -> None:
         super().__init__()
         self.block, self.last, self.attention_8bit = block, last, attention_8bit
+        self.compiled: Callable[..., Any] | None = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block; the arguments are those of `torch.compile`."""
+        self.compiled = torch.compile(self._run, *args, **kwargs)
 
     def forward(
-        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
+        self,
+        streams: list[Tensor],
+        residuals: list[DeferredResidual],
+        temb: Tensor,
+        context: ForwardContext,
+        traced: TracedContext | None = None,
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         """Run the block. It empties both lists, so that each tensor is freed as soon as it has been used.
 
@@ -296,6 +312,7 @@ class PackedBlock(nn.Module):
             residuals: Residuals of both streams that the block before has left, or none.
             temb: Timestep embedding, `[R, C]`.
             context: Context of the forward.
+            traced: The same context for compiled code; None runs the block uncompiled.
 
         Returns:
             The streams and the residuals that are left to the next block. The last block returns one stream, the
@@ -304,6 +321,10 @@ class PackedBlock(nn.Module):
         if context.checkpointing and torch.is_grad_enabled():
             return self._recomputed(streams, residuals, temb, context)
         with onloaded(self.block):
+            if traced is not None and self.compiled is not None:
+                for table in (temb, *(gate for _, gate in residuals)):
+                    torch._dynamo.maybe_mark_dynamic(table, 0)  # packs of 2 and 3 samples share a graph
+                return self.compiled(streams, residuals, temb, traced)
             return self._run(streams, residuals, temb, context)
 
     def _recomputed(
@@ -323,7 +344,11 @@ class PackedBlock(nn.Module):
         return checkpoint(run, kept, tuple(residuals), temb, context, use_reentrant=False, **more)
 
     def _run(
-        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
+        self,
+        streams: list[Tensor],
+        residuals: list[DeferredResidual],
+        temb: Tensor,
+        context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         block, impl = self.block, context.impl
         mods = _modulation(block, temb, context.layout)
@@ -431,10 +456,14 @@ class PackedQwenImage(nn.Module):
         object.__setattr__(self, "transformer", transformer)
         last = len(transformer.transformer_blocks) - 1
         attention = [f"transformer_blocks.{i}.attn.processor" for i in range(last + 1)]
-        self.blocks = nn.ModuleList(
+        blocks = [
             PackedBlock(block, i == last, attention[i] if attention[i] in attention_8bit else "")
             for i, block in enumerate(transformer.transformer_blocks)
-        )
+        ]
+        for packed in blocks:  # as the user has compiled the blocks of diffusers, or the whole model
+            if compiler := compiler_of(packed.block) or compiler_of(transformer):
+                packed.compiled = compiler(packed._run)
+        self.blocks = nn.ModuleList(blocks)
         self.embed_and_head = nn.ModuleList(
             getattr(transformer, name)
             for name in ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
@@ -444,6 +473,15 @@ class PackedQwenImage(nn.Module):
         self.checkpointing = checkpointing
         self.for_training = for_training
         self.parallel: SequenceParallel | None = None
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every block; the arguments are those of `torch.compile`.
+
+        One block is compiled for all of them: once for the first, the last and the others, and again when a size
+        changes for the first time. A model whose transformer was compiled has compiled blocks from the beginning.
+        """
+        for packed in self.blocks:
+            packed.compile(*args, **kwargs)
 
     def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
         """Return the layout of a pack for this model (`SelfLayout.qwen` with the model's `zero_cond_t`).
@@ -519,8 +557,11 @@ class PackedQwenImage(nn.Module):
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
         temb = model.time_text_embed(timestep, streams[0])  # [R, C]
         residuals: list[DeferredResidual] = []
+        traced = self._traced(context, streams[0])
+        if traced is not None and len(temb) == 1:
+            temb = temb.repeat(2, 1)  # a size of 1 would be a constant of the graph; no row refers to the second one
         for block in self.blocks:
-            streams, residuals = block(streams, residuals, temb, context)
+            streams, residuals = block(streams, residuals, temb, context, traced)
         if references is not None:
             references.finish()
         # streams[0] now holds the targets' rows alone, [n_target, C]
@@ -529,6 +570,27 @@ class PackedQwenImage(nn.Module):
         return model.proj_out(
             ops.norm_modulate(streams[0], shift, scale, rows, model.norm_out.norm.eps, impl=self.impl)
         )
+
+    def _traced(self, context: ForwardContext, image: Tensor) -> TracedContext | None:
+        """Return the context of compiled blocks; None, with a warning, if blocks were compiled and cannot be used."""
+        if all(packed.compiled is None for packed in self.blocks):
+            return None
+        attn = self.transformer.transformer_blocks[0].attn
+        q = image.new_empty(0, attn.heads, attn.inner_dim // attn.heads)
+        modules = self.transformer.transformer_blocks.modules()
+        traced: TracedContext | str
+        if any(is_quantised(module) for module in modules):
+            traced = "Linears compute in 8 bits"
+        elif any(
+            may_have_hooks(norm) for block in self.transformer.transformer_blocks for norm in qk_norms(block.attn)
+        ):
+            traced = "hooks move the weights of the QK norms"
+        else:
+            traced = traced_context(context, q)
+        if isinstance(traced, str):
+            warnings.warn(f"the packed forward ran its blocks uncompiled, because {traced}", stacklevel=4)
+            return None
+        return traced
 
     def _references(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> ReferenceRows:
         if torch.is_grad_enabled():
@@ -573,10 +635,12 @@ class Modulation:
     gate2: Tensor
 
 
-def _modulation(block: Any, temb: Tensor, layout: SelfLayout) -> tuple[Modulation, Modulation]:
+def _modulation(block: Any, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
     """Return (image, text) modulation of a block; text always uses the sampled timesteps, the first S rows."""
     image = block.img_mod(temb).chunk(6, dim=-1)
-    text = block.txt_mod(temb[: layout.num_samples]).chunk(6, dim=-1)
+    if not isinstance(layout, TracedContext):  # a graph would be compiled again for one sample
+        temb = temb[: layout.num_samples]
+    text = block.txt_mod(temb).chunk(6, dim=-1)
     return Modulation(*image), Modulation(*text)
 
 
@@ -594,6 +658,12 @@ def _keep_attention() -> Any:
         return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def qk_norms(attn: Any) -> list[nn.Module]:
+    """Return the QK norms that an attention has."""
+    norms = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+    return [norm for norm in norms if norm is not None]
 
 
 def qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
@@ -616,7 +686,7 @@ def qk_norm_eps(attn: Any) -> float:
     return eps[0] if eps else 1e-6
 
 
-def stream_rows(joint: Tensor, layout: SelfLayout, stream: str) -> Tensor:
+def stream_rows(joint: Tensor, layout: SelfLayout | TracedContext, stream: str) -> Tensor:
     """Return the rows of one stream out of the joint sequence: a view for one sample, one gather for a pack.
 
     Args:
@@ -624,6 +694,8 @@ def stream_rows(joint: Tensor, layout: SelfLayout, stream: str) -> Tensor:
         layout: Layout of the pack.
         stream: "text" or "image".
     """
+    if isinstance(layout, TracedContext):
+        return joint.index_select(0, layout.joint_index(stream))
     segments = layout.text_segments if stream == "text" else layout.image_segments
     if not segments:
         return joint[:0]

@@ -43,10 +43,12 @@ from uniref_fast.ops.dense_attention import backend, dense_attention, rectangles
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = [
+    "PreparedPlan",
     "attention_unavailable",
     "checked_scale",
     "explain_attention",
     "launch_numbers",
+    "prepare_plan",
     "segment_attention",
     "segment_attention_reference",
 ]
@@ -67,7 +69,7 @@ def segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: AttentionPlan,
+    plan: AttentionPlan | PreparedPlan,
     *,
     scale: float | None = None,
     impl: str | None = None,
@@ -80,7 +82,7 @@ def segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: AttentionPlan,
+    plan: AttentionPlan | PreparedPlan,
     *,
     scale: float | None = None,
     return_lse: bool,
@@ -93,7 +95,7 @@ def segment_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: AttentionPlan,
+    plan: AttentionPlan | PreparedPlan,
     *,
     scale: float | None = None,
     return_lse: bool = False,
@@ -114,7 +116,8 @@ def segment_attention(
         q: `[Nq, H, D]`; float32, bfloat16, float16 (float64 with the reference).
         k, v: `[Nk, H, D]`, same dtype and device. Tokens and heads may be strided; a last dimension that is not
             contiguous is copied.
-        plan: Plan from `uniref_fast.visibility.plan`, with `plan.num_queries == Nq` and `plan.num_keys == Nk`.
+        plan: Plan from `uniref_fast.visibility.plan`, with `plan.num_queries == Nq` and `plan.num_keys == Nk`, or a
+            plan that `prepare_plan` has prepared for one of our kernels, with `impl` and `backward`.
         scale: Positive factor on the logits, `1 / sqrt(D)` by default.
         return_lse: Also return the log-sum-exp of the scaled logits, float32 `[H, Nq]` (natural logarithm).
         impl: "reference", "native", "triton", or a library: "dense" (PyTorch's fused attention, one call per
@@ -128,10 +131,14 @@ def segment_attention(
         -inf. Differentiable in q, k and v; lse carries no gradient outside of `torch.func` and forward mode.
     """
     scale = checked_scale(q, k, v, plan, scale)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    impl, tables = _prepare(q.detach(), plan, impl, needs_grad, backward)
+    if isinstance(plan, PreparedPlan):
+        impl, tables = plan.impl, plan.operands
+    else:
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        impl, tables = _prepare(q.detach(), plan, impl, needs_grad, backward)
     q, k, v = (unit_stride(x) for x in (q, k, v))
     if impl == "reference":
+        assert isinstance(plan, AttentionPlan), "only plans for our kernels are prepared"
         out, lse = segment_attention_reference(q, k, v, plan, scale)
     elif impl == "dense":
         dense = torch.ops.uniref_fast.dense_attention if observed(q, k, v) else dense_attention
@@ -148,7 +155,7 @@ def segment_attention(
     return (out, lse) if return_lse else out
 
 
-def checked_scale(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float | None) -> float:
+def checked_scale(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | PreparedPlan, scale: float | None) -> float:
     """Return the factor on the logits, `1 / sqrt(D)` for None.
 
     Raises:
@@ -158,7 +165,7 @@ def checked_scale(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: f
         raise ValueError(
             f"q must be [Nq, H, D] and k, v [Nk, H, D]; got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
-    if (q.shape[0], k.shape[0]) != (plan.num_queries, plan.num_keys):
+    if not isinstance(plan, PreparedPlan) and (q.shape[0], k.shape[0]) != (plan.num_queries, plan.num_keys):
         raise ValueError(
             f"the plan is for {plan.num_queries} queries and {plan.num_keys} keys, got {q.shape[0]} and {k.shape[0]}"
         )
@@ -237,6 +244,45 @@ def _choose(
 Operands = tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]
 """Tables of the forward, of dq and of dk and dv as the op takes them, and the launch parameters of all three; of a
 library, its tables in the first place and its numbers in the last."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedPlan:
+    """A plan as the operands of one of our kernels, so that torch.compile can trace attention under any plan.
+
+    Attributes:
+        impl: The kernel, "native" or "triton".
+        operands: Its tables and launch parameters.
+    """
+
+    impl: str
+    operands: Operands
+
+
+def prepare_plan(q: Tensor, plan: AttentionPlan, impl: str, *, backward: bool) -> PreparedPlan:
+    """Prepare a plan before code that uses it is traced.
+
+    Args:
+        q: Tensor `[N, H, D]` with the head dimension, dtype and device of the queries.
+        plan: The plan.
+        impl: "native" or "triton".
+        backward: Prepare the backward as well.
+    """
+    return memo(plan, _prepared, q.device, q.dtype, q.shape[-1], impl, backward)
+
+
+def _prepared(
+    plan: AttentionPlan, device: torch.device, dtype: torch.dtype, head_dim: int, impl: str, backward: bool
+) -> PreparedPlan:
+    from torch._dynamo.decorators import mark_unbacked  # slow to import
+
+    q = torch.empty(0, 1, head_dim, dtype=dtype, device=device)
+    *tables, numbers = _operands(q, plan, impl, backward)
+    # Copies, because a graph would also depend on the sizes of the tensors that the tables are views of.
+    of_forward, of_dq, of_dkdv = ([table.clone() for table in each] for each in tables)
+    for table in (*of_forward, *of_dq, *of_dkdv):
+        mark_unbacked(table, 0)  # only the operator reads a table, so its size is no reason to compile again
+    return PreparedPlan(impl, (of_forward, of_dq, of_dkdv, numbers))
 
 
 @torch.compiler.disable  # work on the host, kept with the plan: the only graph break of a compiled caller
