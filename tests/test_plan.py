@@ -246,6 +246,10 @@ def test_the_last_line_starts_the_run(capsys, rows):
             "no Linear layer of the transformer has the name 'to_z'",
         ),
         (["--recipe", "tiny", "--lora-rank", "257"], "lora_rank = 257 is more than the width 256 of the layers 'to_q'"),
+        (
+            ["--recipe", "tiny", "--adapter", "dora"],
+            "adapter = dora is a kind of adapter, and this run",
+        ),
         (["--recipe", "lora", "--data", "no/such.jsonl"], "no/such.jsonl"),
         (["--recipe", "lora", "--nproc", "3", "--gpu-memory", "141"], "packs = 8 cannot be shared equally by 3"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniref_fast.builtin import is_builtin_folder
-from uniref_fast.loading import load_transformer
+from uniref_fast.loading import inference_mode, load_transformer
 from uniref_fast.runs import base_run, export_hint, read_field, trained_sizes, trained_visibility
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ def _load(pipe: Any, adapter: Adapter, name: str) -> int:
             load(str(adapter.file.parent), adapter_name=name, weight_name=adapter.file.name, use_safetensors=True)
         else:
             load(tensors, adapter_name=name)
+    inference_mode(pipe.transformer)
     return len(tensors)
 
 

@@ -14,8 +14,8 @@ from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
 from uniref_fast.progress import running
 
-__all__ = ["configuration", "defaults", "load_encoders", "load_pipeline", "load_run", "load_transformer",
-           "model_errors"]  # fmt: skip
+__all__ = ["configuration", "defaults", "inference_mode", "load_encoders", "load_pipeline", "load_run",
+           "load_transformer", "model_errors"]  # fmt: skip
 
 
 def defaults(name: str) -> tuple[int, float]:
@@ -163,7 +163,17 @@ def load_run(
         # the pipeline's own method knows LoRA only
         load = pipe.transformer.load_lora_adapter if _is_lokr(run / "lora") else pipe.load_lora_weights
         load(str(run / "lora"), adapter_name=adapter, use_safetensors=True)
+    inference_mode(pipe.transformer)
     return True
+
+
+def inference_mode(transformer: Any) -> None:
+    """Take the layers of new adapters out of training mode, in which a LoKr draws a random number in each call."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in transformer.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.eval()  # type: ignore[attr-defined]  # a module too
 
 
 def _is_lokr(folder: Path) -> bool:

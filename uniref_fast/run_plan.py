@@ -9,6 +9,7 @@ from typing import Any
 from uniref_fast import gpu_memory, speeds
 from uniref_fast.packing import next_fit
 from uniref_fast.training.core import memory
+from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import QUANTISED, base_bytes, offloaded_blocks, resident_blocks
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
@@ -172,6 +173,7 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
     size = model_size(config.model)
     check_sizes(config, size.output_side)
     offloaded_blocks(size.num_layers, config.offload_blocks)
+    check_adapter(config)
     trained = (
         size.transformer
         if config.lora_rank is None

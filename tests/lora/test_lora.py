@@ -240,6 +240,9 @@ def test_lokr(tmp_path, model, prefix, joiner):
     close(loaded_changes(model, load), changes)
     close(loaded_changes(model, ours(tmp_path / "a.safetensors")), changes)
     close(loaded_changes(model, ours(out)), changes)
+    pipe = builtin.load()
+    ours(out)(pipe)
+    assert not any(module.training for module in pipe.transformer.modules()), "a LoKr would draw random numbers"
     back = load_file(convert(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "kohya"))
     same = {key for key in back if not key.endswith("alpha")}
     assert len(same) == 8 and all(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uniref_fast.files import whole_folder
 from uniref_fast.layout import Sample
-from uniref_fast.loading import load_pipeline, load_run, load_transformer
+from uniref_fast.loading import inference_mode, load_pipeline, load_run, load_transformer
 from uniref_fast.models import PackedQwenImage
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
@@ -139,7 +139,7 @@ class TrainedModel:
         else:
             torch.manual_seed(config.seed)  # all ranks draw the same weights
             add_adapter(transformer, config.lora_rank, alpha, config.lora_targets, config.adapter)
-        transformer.eval()  # in training mode, a LoKr of peft draws a number in each call, and rarely leaves itself out
+        inference_mode(transformer)  # in training mode, a LoKr leaves itself out in one of 2**24 calls
 
     def idle_forward(self) -> Tensor:
         """Run the smallest possible pack and return its prediction, `[1, C]`.
