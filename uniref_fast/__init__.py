@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from uniref_fast.budget import fit_to_budget
     from uniref_fast.edit import edit
     from uniref_fast.edit_report import EditReport
+    from uniref_fast.engine import Engine
     from uniref_fast.estimate import estimate
     from uniref_fast.layout import Sample, SelfLayout
     from uniref_fast.models import PackedQwenImage
@@ -27,6 +28,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "EditReport",
     "EditRequest",
+    "Engine",
     "PackedQwenImage",
     "PatchReport",
     "Sample",
@@ -42,6 +44,7 @@ __all__ = [
 _MODULE_OF = {  # public name -> module that defines it
     "EditReport": "edit_report",
     "EditRequest": "request",
+    "Engine": "engine",
     "PackedQwenImage": "models",
     "PatchReport": "patch",
     "Sample": "layout",

@@ -16,7 +16,7 @@ import torch
 
 from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_report import EditReport
-from uniref_fast.edit_session import EditSession
+from uniref_fast.edit_session import EditSession, check_output_type
 from uniref_fast.fast import quantised_before
 from uniref_fast.guidance import is_guided
 from uniref_fast.models.kept_references import (
@@ -126,8 +126,7 @@ def edit(
 
 
 def _check_options(output_type: Any, pack_tokens: Any) -> None:
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+    check_output_type(output_type)
     if pack_tokens is not None and not isinstance(pack_tokens, numbers.Real):
         raise TypeError(f"pack_tokens must be a number, got {pack_tokens!r}")
     if pack_tokens is not None and pack_tokens < 1:

@@ -48,6 +48,7 @@ class Edit:
         step_options: Options of `scheduler.step`: the generator, if it has that argument.
         kept: Kept references of each of the samples, or None if they are computed in every step.
         steps: Number of steps so far.
+        velocity: Velocity `[n, C]` of the last step, after guidance; None before the first one.
     """
 
     request: EditRequest
@@ -61,6 +62,7 @@ class Edit:
     step_options: dict[str, Any]
     kept: list[KeptReferences] | None = None
     steps: int = 0
+    velocity: Tensor | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -75,6 +77,13 @@ class Edit:
     def stores(self) -> Sequence[KeptReferences | None]:
         """Kept references of each of the samples; None for one whose references are computed in every step."""
         return self.kept or [None] * len(self.samples)
+
+    def predicted_latents(self) -> Tensor:
+        """Return the latents at t = 0 to which the last velocity leads, `[1, n, C]`."""
+        if self.velocity is None or self.is_finished:
+            return self.latents
+        t = self.timesteps[self.steps].to(self.latents.dtype) / 1000
+        return self.latents - t * self.velocity.to(self.latents.dtype)
 
     def copy(self) -> Edit:
         """Return the same edit with latents, scheduler and generator of its own, and without kept references."""
@@ -177,6 +186,20 @@ class EditLoop:
             self.edits = [edit for edit in self.edits if edit not in gone]
             self._packs = None
 
+    @property
+    def largest_pack(self) -> int | None:
+        """Number of tokens of the largest pack with several sequences; None if each pack is one sequence."""
+        sizes = (pack.layout.joint_length for pack in self._packs or () if len(pack.edits) > 1)
+        return max(sizes, default=None)
+
+    def set_pack_tokens(self, pack_tokens: int) -> None:
+        """Set the largest number of tokens in one pack for the next steps."""
+        self.pack_tokens, self._packs = pack_tokens, None
+
+    def rebuild(self) -> None:
+        """Build the packs again, because kept references of an edit were replaced."""
+        self._packs = None
+
     def step(self) -> list[Edit]:
         """Run the next denoising step of every edit, and return the edits that are finished, which leave the loop."""
         if not self.edits:
@@ -190,7 +213,7 @@ class EditLoop:
             stepped = edit.scheduler.step(
                 velocity[None], edit.timesteps[edit.steps], edit.latents, return_dict=False, **edit.step_options
             )[0]
-            edit.latents = stepped.to(edit.latents.dtype)
+            edit.latents, edit.velocity = stepped.to(edit.latents.dtype), velocity
             edit.steps += 1
         finished = [edit for edit in self.edits if edit.is_finished]
         self.leave(finished)

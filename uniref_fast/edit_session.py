@@ -30,7 +30,7 @@ from uniref_fast.request import EditRequest, Geometry, request_geometry, validat
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule
 
-__all__ = ["CheckedRequest", "EditSession"]
+__all__ = ["CheckedRequest", "EditSession", "check_output_type"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +138,12 @@ class EditSession:
         if output_type == "latent":
             return edit.latents
         return decode_image(self.pipe, edit.latents, edit.geometry.size, output_type)
+
+
+def check_output_type(output_type: Any) -> None:
+    """Raise ValueError unless the value is an `output_type` of `uniref_fast.edit`."""
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
 
 
 def _eight_bit_parts(

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
 
 __all__ = [
     "condition_tokens",
@@ -20,6 +21,7 @@ __all__ = [
     "image_latents",
     "prompt_embeddings",
     "prompt_tokens",
+    "text_lengths",
     "text_runs",
     "to_rgb",
 ]
@@ -167,3 +169,19 @@ def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
     """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
     processor = pipe.processor.image_processor
     return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
+
+
+def text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
+    """Return the numbers of text tokens of the prompt and, with guidance, of the negative prompt, without encoding.
+
+    Args:
+        pipe: Pipeline of the request.
+        request: A checked request.
+        sizes: Sizes of the request.
+    """
+    lengths = []
+    for text, embeds, mask in request.texts:
+        runs = prompt_tokens(pipe, text or "", sizes.condition_sizes) if embeds is None else (
+            text_runs(embeds.shape[-2], mask))  # fmt: skip
+        lengths.append(runs if isinstance(runs, int) else sum(length for length, _ in runs))
+    return lengths

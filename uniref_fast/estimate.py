@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from uniref_fast.costs import text_encoder_cost, transformer_flops, transformer_peak, vae_cost, weight_bytes
-from uniref_fast.encode import prompt_tokens, text_runs
+from uniref_fast.encode import text_lengths
 from uniref_fast.fast import check_mode, eight_bit_parts, saved_bytes
 from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
@@ -205,7 +205,7 @@ def estimate(
         raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
     requests = validated(requests, pipe)
     sizes = _geometries(pipe, requests, image_sizes, budget)
-    texts = [_text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
+    texts = [text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
     samples = [[size.sample(text) for text in lengths] for size, lengths in zip(sizes, texts, strict=True)]
     saved = _saved_bytes(transformer, mode, modules_to_not_convert)
     model = PackedQwenImage(transformer, visibility=visibility)
@@ -324,13 +324,3 @@ def _geometries(
             check_size(size, f"request {i}: image {j}")
         geometries.append(geometry(pipe, sizes, width=request.width, height=request.height, budget=budget))
     return geometries
-
-
-def _text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:
-    """Return the numbers of text tokens of the prompt and, with guidance, of the negative prompt."""
-    lengths = []
-    for text, embeds, mask in request.texts:
-        runs = prompt_tokens(pipe, text or "", sizes.condition_sizes) if embeds is None else (
-            text_runs(embeds.shape[-2], mask))  # fmt: skip
-        lengths.append(runs if isinstance(runs, int) else sum(length for length, _ in runs))
-    return lengths

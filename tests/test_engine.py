@@ -1,0 +1,455 @@
+"""Engine: edits that arrive over time, each equal to `edit` alone."""
+
+import asyncio
+import random
+import threading
+from concurrent.futures import CancelledError, wait
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import uniref_fast
+from uniref_fast import EditRequest, Engine
+from uniref_fast.builtin import load
+from uniref_fast.edit_loop import EditLoop
+from uniref_fast.edit_session import EditSession
+from uniref_fast.engine import EngineClosedError, QueueFullError, tokens_in_memory
+from uniref_fast.engine_queue import MAX_OVERTAKEN
+
+pytestmark = pytest.mark.usefixtures("threads")
+
+LIMIT = 60  # seconds that a test waits before it fails
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load(torch.bfloat16)
+
+
+def picture(color, width=60, height=40):
+    image = Image.new("RGB", (width, height), color)
+    image.paste("white", (width // 4, height // 4, width // 2, height // 2))
+    return image
+
+
+def drawn(seed, **fields):
+    """Return a request with a random size, number of references and of steps, with guidance or without."""
+    rng = random.Random(seed)
+    images = [picture(color, rng.randint(30, 90), rng.randint(30, 90)) for color in ("red", "green", "blue")]
+    given = dict(
+        images=images[: rng.randint(0, 3)],
+        seed=seed,
+        height=rng.choice([32, 48, 64]),
+        width=rng.choice([32, 48, 64]),
+        num_inference_steps=rng.randint(2, 5),
+        negative_prompt=rng.choice([None, " "]),
+        true_cfg_scale=2.0,
+    )
+    return EditRequest("make it " + " ".join(["night"] * rng.randint(1, 5)), **(given | fields))
+
+
+def alone(pipe, request, **options):
+    with np.errstate(all="ignore"):
+        return uniref_fast.edit(pipe, [request], progress=False, output_type="latent", **options)[0]
+
+
+class Gate:
+    """An `on_progress` that holds the worker after a step until it is opened."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, progress):
+        self.reached.set()
+        assert self.opened.wait(LIMIT)
+
+
+def held(engine, **fields):
+    """Submit a request and return its future and its gate, with the worker held after its first step."""
+    gate = Gate()
+    future = engine.submit(drawn(99, **({"num_inference_steps": 3} | fields)), gate, output_type="latent")
+    assert gate.reached.wait(LIMIT)
+    return future, gate
+
+
+@pytest.mark.filterwarnings("ignore:request 1")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_tokens": 150}, {"keep_references": "auto"}, {"mode": "fast", "impl": "reference"}],
+    ids=["default", "small packs", "kept references", "8 bits"],
+)
+def test_arrivals_at_any_time_give_the_bits_of_edit_alone(pipe, options):
+    """Requests of several threads join and leave a running loop; some are cancelled."""
+    requests = [drawn(seed) for seed in range(10)]
+    futures = {}
+    with Engine(pipe, **options) as engine:
+
+        def client(numbers):
+            rng = random.Random(numbers[0])
+            for number in numbers:
+                first = threading.Event()
+                futures[number] = engine.submit(requests[number], lambda _, e=first: e.set(), output_type="latent")
+                if rng.random() < 0.5:
+                    first.wait(LIMIT)
+                if number % 5 == 4:
+                    futures[number].cancel()
+
+        threads = [threading.Thread(target=client, args=(range(i, 10, 3),)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LIMIT)
+    own = {name: value for name, value in options.items() if name != "max_tokens"}
+    for number, future in futures.items():
+        if not future.cancelled():
+            assert torch.equal(future.result(0), alone(pipe, requests[number], **own)), number
+    stats = engine.stats()
+    assert stats.finished + stats.cancelled == 10 and stats.waiting == stats.running == stats.failed == 0
+    assert sum(future.cancelled() for future in futures.values()) == stats.cancelled <= 2
+
+
+def test_edits_join_a_running_loop_and_leave_it(pipe, monkeypatch):
+    sizes, step = [], EditLoop.step
+
+    def counted(loop):
+        sizes.append(len(loop.edits))
+        return step(loop)
+
+    monkeypatch.setattr(EditLoop, "step", counted)
+    with Engine(pipe) as engine:
+        first, gate = held(engine)
+        second = engine.submit(drawn(1, num_inference_steps=2))
+        gate.opened.set()
+        assert second.result(LIMIT).size and first.result(LIMIT) is not None
+    assert sizes == [1, 2, 2]
+
+
+def test_results_of_each_output_type(pipe):
+    request = drawn(3, num_inference_steps=2)
+    with Engine(pipe) as engine:
+        for kind in ("pil", "np", "pt"):
+            result = engine.submit(request, output_type=kind).result(LIMIT)
+            (expected,) = uniref_fast.edit(pipe, [request], progress=False, output_type=kind)
+            assert type(result) is type(expected)
+            assert torch.equal(result, expected) if kind == "pt" else np.array_equal(result, expected)
+
+
+# ---- the queue ----
+
+
+def test_first_come_first_served_with_bounded_overtaking(pipe):
+    """A request that does not fit is overtaken by small ones for a while only, and then runs alone."""
+    small = {"height": 32, "width": 32, "images": [], "negative_prompt": None, "num_inference_steps": 2}
+    order = []
+    with Engine(pipe, max_tokens=140) as engine:
+        running, gate = held(engine, **(small | {"num_inference_steps": 30}))
+        large = engine.submit(drawn(1, height=96, width=96, images=[], negative_prompt=None), output_type="latent")
+        assert engine.stats().tokens < 140
+        large.add_done_callback(lambda _: order.append("large"))
+        futures = [engine.submit(drawn(i, **small), output_type="latent") for i in range(3 * MAX_OVERTAKEN)]
+        for future in futures:
+            future.add_done_callback(lambda _: order.append("small"))
+        gate.opened.set()
+        wait([large, *futures, running], LIMIT)
+    assert order.index("large") == MAX_OVERTAKEN, order
+    assert torch.equal(large.result(0), alone(pipe, drawn(1, height=96, width=96, images=[], negative_prompt=None)))
+
+
+def test_priorities(pipe):
+    """A higher priority starts first; one priority keeps its order."""
+    started = []
+    with Engine(pipe, max_tokens=1) as engine:  # each request runs alone
+        _, gate = held(engine)
+        for name, priority in (("a", 0), ("b", 1), ("c", 1), ("d", 0)):
+            engine.submit(drawn(1, num_inference_steps=2), lambda _, name=name: started.append(name), priority=priority)
+        gate.opened.set()
+    assert started == [name for name in "bcad" for _ in range(2)]
+
+
+def test_a_full_queue(pipe):
+    with Engine(pipe, max_tokens=1, max_waiting=2) as engine:
+        _, gate = held(engine)
+        waiting = [engine.submit(drawn(i, num_inference_steps=2)) for i in range(2)]
+        with pytest.raises(QueueFullError, match="2 requests are waiting"):
+            engine.submit(drawn(5))
+        waiting[0].cancel()  # makes room
+        assert engine.stats().waiting == 1
+        engine.submit(drawn(6, num_inference_steps=2))
+        gate.opened.set()
+    assert engine.stats().finished == 3 and engine.stats().cancelled == 1
+
+
+# ---- ends ----
+
+
+def test_cancelling(pipe):
+    with Engine(pipe, max_tokens=1) as engine:
+        running, gate = held(engine)
+        waiting = engine.submit(drawn(2))
+        assert waiting.cancel() and running.cancel()
+        gate.opened.set()
+        with pytest.raises(CancelledError):
+            running.result(LIMIT)
+        assert engine.submit(drawn(3, num_inference_steps=2)).result(LIMIT)
+    assert engine.stats().cancelled == 2 and engine.stats().steps == 1 + 2
+
+
+def test_asyncio(pipe):
+    request = drawn(4, num_inference_steps=2)
+
+    async def run(engine):
+        task = asyncio.ensure_future(asyncio.wrap_future(engine.submit(request, output_type="latent")))
+        _, gate = await asyncio.to_thread(held, engine)
+        cancelled = asyncio.ensure_future(asyncio.wrap_future(engine.submit(drawn(5))))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        gate.opened.set()
+        return await task
+
+    with Engine(pipe) as engine:
+        assert torch.equal(asyncio.run(run(engine)), alone(pipe, request))
+    assert engine.stats().cancelled == 1
+
+
+def test_closing(pipe):
+    engine = Engine(pipe)
+    future = engine.submit(drawn(1, num_inference_steps=2))
+    engine.close()
+    engine.close()
+    assert future.result(0)
+    with pytest.raises(EngineClosedError, match="closed"):
+        engine.submit(drawn(1))
+    engine = Engine(pipe, max_tokens=1)
+    running, gate = held(engine)
+    waiting = engine.submit(drawn(2))
+    threading.Timer(0.1, gate.opened.set).start()
+    engine.close(drain=False)
+    assert running.cancelled() and waiting.cancelled() and not engine._thread.is_alive()
+
+
+def test_an_error_in_the_block_cancels_what_is_left(pipe):
+    with pytest.raises(KeyError), Engine(pipe) as engine:
+        future, gate = held(engine)
+        gate.opened.set()
+        raise KeyError
+    assert future.done()
+
+
+@pytest.mark.parametrize(
+    "request_, error, message",
+    [
+        ({"prompt": ""}, ValueError, "no prompt"),
+        ({"prompt": "x", "steps": 3}, ValueError, "unknown fields"),
+        ({"prompt": "x", "images": ["cup.png"]}, TypeError, "PIL image"),
+        ({"prompt": "x", "latents": torch.zeros(1, 3, 3)}, ValueError, "latents have shape"),
+        (7, TypeError, "EditRequest"),
+    ],
+)
+def test_wrong_requests_are_refused_when_they_are_submitted(pipe, request_, error, message):
+    with Engine(pipe) as engine, pytest.raises(error, match=message):
+        engine.submit(request_)
+
+
+def test_wrong_options(pipe):
+    for options, message in (
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+        ({"max_waiting": 1.5}, "max_waiting must be"),
+        ({"keep_dtype": "int4"}, "keep_dtype"),
+        ({"mode": "fast"}, "e4m3"),
+        ({"budget": 3}, "budget"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(pipe, **options)
+    with Engine(pipe) as engine, pytest.raises(ValueError, match="output_type"):
+        engine.submit(drawn(1), output_type="gif")
+
+
+# ---- failures ----
+
+
+def test_a_request_that_cannot_be_encoded_fails_alone(pipe, monkeypatch):
+    encode = EditSession.encode
+
+    def failing(session, checked):
+        if checked.request.seed == 2:
+            raise RuntimeError("damaged picture")
+        return encode(session, checked)
+
+    monkeypatch.setattr(EditSession, "encode", failing)
+    with Engine(pipe) as engine:
+        _, gate = held(engine)
+        futures = [engine.submit(drawn(seed, num_inference_steps=2)) for seed in (1, 2, 3)]
+        gate.opened.set()
+        with pytest.raises(RuntimeError, match="damaged picture"):
+            futures[1].result(LIMIT)
+        assert futures[0].result(LIMIT) and futures[2].result(LIMIT)
+    assert engine.stats().failed == 1 and engine.stats().finished == 3
+
+
+@pytest.mark.parametrize("keep", [False, "auto"])
+def test_a_step_that_fails_ends_one_edit_and_no_other(pipe, monkeypatch, keep):
+    """The others get the same bits, also where a step that failed had changed their kept references."""
+    requests = [drawn(seed, num_inference_steps=4) for seed in (1, 2, 3)]
+    predict = EditLoop._predict
+
+    def failing(loop, packs):
+        velocities = predict(loop, packs)
+        if any(edit.request.seed == 2 and edit.steps == 2 for edit in loop.edits):
+            raise RuntimeError("device-side fault")
+        return velocities
+
+    monkeypatch.setattr(EditLoop, "_predict", failing)
+    with Engine(pipe, keep_references=keep) as engine:
+        _, gate = held(engine)
+        futures = [engine.submit(request, output_type="latent") for request in requests]
+        gate.opened.set()
+        with pytest.raises(RuntimeError, match="device-side fault"):
+            futures[1].result(LIMIT)
+        results = [futures[i].result(LIMIT) for i in (0, 2)]
+    monkeypatch.undo()
+    for result, request in zip(results, (requests[0], requests[2]), strict=True):
+        assert torch.equal(result, alone(pipe, request, keep_references=keep))
+
+
+def test_a_step_that_fails_for_the_pack_only(pipe, monkeypatch, caplog):
+    """Each edit runs alone from then on, and the results have the same bits."""
+    requests = [drawn(seed, num_inference_steps=3) for seed in (1, 2)]
+    predict = EditLoop._predict
+
+    def failing(loop, packs):
+        if any(len(pack.edits) > 1 for pack in packs):
+            raise RuntimeError("unlucky shape")
+        return predict(loop, packs)
+
+    monkeypatch.setattr(EditLoop, "_predict", failing)
+    with Engine(pipe, keep_references=2) as engine:
+        futures = [engine.submit(request, output_type="latent") for request in requests]
+        results = [future.result(LIMIT) for future in futures]
+    assert "each runs alone from now on" in caplog.text
+    monkeypatch.undo()
+    for result, request in zip(results, requests, strict=True):
+        assert torch.equal(result, alone(pipe, request, keep_references=2))
+
+
+def test_steps_that_fail_again_and_again_end(pipe, monkeypatch):
+    """A fault that no edit shows alone cannot keep the engine busy forever."""
+    predict = EditLoop._predict
+
+    def failing(loop, packs):
+        if loop is engine._loop:
+            raise RuntimeError("fault")
+        return predict(loop, packs)
+
+    monkeypatch.setattr(EditLoop, "_predict", failing)
+    with Engine(pipe, keep_references=2) as engine:
+        future = engine.submit(drawn(1, images=[picture("red")], num_inference_steps=3))
+        with pytest.raises(RuntimeError, match="fault"):
+            future.result(LIMIT)
+
+
+def test_out_of_memory_halves_the_packs(pipe, monkeypatch, caplog):
+    """The step that failed runs again in smaller packs, and a sequence that is too large alone fails alone."""
+    model_type = type(EditSession(pipe).model)
+    forward, packs = model_type.forward, []
+
+    def limited(model, image, text, t, layout, kept=None):
+        packs.append(layout.joint_length)
+        if layout.joint_length > 120:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(model, image, text, t, layout, kept)
+
+    small = {"height": 48, "width": 48, "images": [], "num_inference_steps": 2}
+    requests = [drawn(seed, **small) for seed in range(6)]
+    monkeypatch.setattr(model_type, "forward", limited)
+    with Engine(pipe, keep_references=2) as engine:
+        _, gate = held(engine, **small)
+        futures = [engine.submit(request, output_type="latent") for request in requests]
+        too_large = engine.submit(drawn(7, height=128, width=128))
+        gate.opened.set()
+        with pytest.raises(torch.OutOfMemoryError):
+            too_large.result(LIMIT)
+        results = [future.result(LIMIT) for future in futures]
+        later = len(packs)
+        engine.submit(requests[0]).result(LIMIT)
+        assert max(packs[later:]) <= 120 and engine.max_tokens <= max(packs)
+    assert "out of memory with a pack of" in caplog.text
+    monkeypatch.undo()
+    for result, request in zip(results, requests, strict=True):
+        assert torch.equal(result, alone(pipe, request, keep_references=2))
+
+
+def test_encoding_without_memory_waits_until_an_edit_has_left(pipe, monkeypatch):
+    encode, tries = EditSession.encode, []
+
+    def limited(session, checked):
+        tries.append(checked.request.seed)
+        if len(engine._loop.edits) > 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(session, checked)
+
+    monkeypatch.setattr(EditSession, "encode", limited)
+    with Engine(pipe) as engine:
+        first, gate = held(engine)
+        second = engine.submit(drawn(1, num_inference_steps=2))
+        gate.opened.set()
+        assert second.result(LIMIT) and first.done()
+    assert tries == [99, 1, 1]
+
+
+def test_a_fault_of_the_engine_reaches_every_future(pipe, monkeypatch):
+    def broken(engine):
+        raise MemoryError("fault")
+
+    engine = Engine(pipe)
+    first, gate = held(engine)
+    second = engine.submit(drawn(1))
+    monkeypatch.setattr(Engine, "_step", broken)
+    gate.opened.set()
+    for future in (first, second):
+        with pytest.raises(MemoryError):
+            future.result(LIMIT)
+    with pytest.raises(EngineClosedError, match="has failed: fault"):
+        engine.submit(drawn(1))
+    engine.close()
+
+
+# ---- progress ----
+
+
+def test_progress_and_previews(pipe):
+    seen, images = [], []
+
+    def on_progress(progress):
+        seen.append((progress.steps, progress.num_inference_steps))
+        images.append(progress.preview())
+
+    with Engine(pipe) as engine:
+        result = engine.submit(drawn(1, num_inference_steps=4), on_progress).result(LIMIT)
+    assert seen == [(i, 4) for i in (1, 2, 3, 4)]
+    assert np.array_equal(images[-1], result) and not np.array_equal(images[0], result)
+
+
+def test_an_error_in_on_progress_ends_its_edit_only(pipe):
+    def on_progress(progress):
+        raise ZeroDivisionError
+
+    with Engine(pipe) as engine:
+        _, gate = held(engine)
+        futures = [engine.submit(drawn(1, num_inference_steps=2), each) for each in (on_progress, None)]
+        gate.opened.set()
+        with pytest.raises(ZeroDivisionError):
+            futures[0].result(LIMIT)
+        assert futures[1].result(LIMIT)
+
+
+# ---- memory ----
+
+
+def test_tokens_that_fit_the_memory(pipe):
+    """Twice the memory holds twice the tokens, and kept references leave room for fewer."""
+    model = EditSession(pipe).model
+    some = tokens_in_memory(model, 1 << 30)
+    assert abs(tokens_in_memory(model, 1 << 31) - 2 * some) <= 1
+    assert tokens_in_memory(model, 1 << 30, kept=True) < some and tokens_in_memory(model, 0) == 1

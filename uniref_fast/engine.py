@@ -1,0 +1,447 @@
+"""`Engine(pipe)` runs edits that arrive over time in one packed denoising loop, which they join and leave.
+
+    with uniref_fast.Engine(pipe, max_tokens=32768) as engine:
+        future = engine.submit(EditRequest("make it night", [street], seed=1))
+        image = future.result()
+
+One worker thread owns the pipeline. Between two denoising steps, finished edits leave the loop and waiting ones join
+it. An image equals the image of `edit` for the same request alone, with the same implementation of each operation,
+whatever else was running (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from uniref_fast.costs import transformer_peak
+from uniref_fast.edit_loop import Edit, EditLoop
+from uniref_fast.edit_session import EditSession, check_output_type
+from uniref_fast.encode import text_lengths
+from uniref_fast.engine_queue import EditProgress, Job, Queue
+from uniref_fast.layout import Sample
+from uniref_fast.models.kept_references import KeepDtype, KeptReferences
+from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest
+from uniref_fast.visibility import Rule
+
+__all__ = ["EditProgress", "Engine", "EngineClosedError", "EngineStats", "QueueFullError", "tokens_in_memory"]
+
+MAX_FAILURES = 16
+"""Number of steps that may fail, without an edit that finishes between them, until the running edits fail."""
+
+MEMORY_SHARE = 0.8
+"""Part of the free memory that packs are planned for; encoding and decoding need some of the rest."""
+
+log = logging.getLogger(__name__)
+
+
+class QueueFullError(RuntimeError):
+    """Error of `submit`: as many requests are waiting as `max_waiting` allows."""
+
+
+class EngineClosedError(RuntimeError):
+    """Error of `submit`: the engine was closed or has failed."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """State of an engine.
+
+    Attributes:
+        waiting: Requests that wait.
+        running: Edits in the denoising loop.
+        tokens: Tokens of these edits.
+        finished: Edits that have a result.
+        failed: Edits that ended with an error.
+        cancelled: Edits that were cancelled.
+        steps: Steps of the denoising loop.
+    """
+
+    waiting: int
+    running: int
+    tokens: int
+    finished: int
+    failed: int
+    cancelled: int
+    steps: int
+
+
+class Engine:
+    """Run edits that arrive over time in one packed denoising loop.
+
+    Its methods may be called from any thread. In asyncio use `await asyncio.wrap_future(engine.submit(request))`.
+
+    Args:
+        pipe: A `QwenImageEditPlusPipeline`, patched or not. Nothing else may use it until the engine is closed.
+        max_tokens: Largest number of tokens of the edits that run together. A request with more tokens runs alone.
+            None takes what fits the free memory of a CUDA device (`tokens_in_memory`), and has no limit on a CPU.
+        max_waiting: Largest number of requests that wait; None has no limit.
+        budget, visibility, impl, keep_references, drift, keep_dtype, mode, modules_to_not_convert: Options of
+            `uniref_fast.edit`, for all requests. The mode "fast" quantises the weights until the engine is closed.
+
+    Raises:
+        ValueError: If the pipeline or an option cannot be used; the message says why.
+        TypeError: If the pipeline has a class that is not supported.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        max_tokens: int | None = None,
+        *,
+        max_waiting: int | None = None,
+        budget: int | None = None,
+        visibility: str | Rule = "full",
+        impl: str | None = None,
+        keep_references: bool | int | Literal["auto"] = False,
+        drift: float | None = None,
+        keep_dtype: KeepDtype | None = None,
+        mode: str = "exact",
+        modules_to_not_convert: Sequence[str] | None = None,
+    ) -> None:
+        for name, value in (("max_tokens", max_tokens), ("max_waiting", max_waiting)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number from 1, or None, got {value!r}")
+        self._session = EditSession(
+            pipe,
+            budget=budget,
+            visibility=visibility,
+            impl=impl,
+            keep_references=keep_references,
+            drift=drift,
+            keep_dtype=keep_dtype,
+            mode=mode,
+            modules_to_not_convert=modules_to_not_convert,
+        )
+        if max_tokens is None and self._session.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self._session.device)[0]
+            max_tokens = tokens_in_memory(self._session.model, free, kept=keep_references is not False)
+        self.max_tokens, self.max_waiting = max_tokens, max_waiting
+        self._loop = EditLoop(self._session.model, max_tokens)
+        self._running: dict[Edit, Job] = {}
+        self._queue, self._joining = Queue(), 0
+        self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
+        self._steps = self._failures = 0
+        self._most_edits: int | None = None  # encoding ran out of memory beside so many: wait until one has left
+        self._changed = threading.Condition()  # guards the queue, the counts and what follows
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="uniref_fast.Engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.close, drain=False)
+
+    # ---- the caller's side ----
+
+    def submit(
+        self,
+        request: EditRequest | Mapping[str, Any],
+        on_progress: Callable[[EditProgress], object] | None = None,
+        *,
+        priority: int = 0,
+        output_type: str = "pil",
+    ) -> Future[Any]:
+        """Queue a request and return the future of its result.
+
+        `future.cancel()` works until the result is there: a running edit leaves the loop after the current step.
+
+        Args:
+            request: An `EditRequest`, or a mapping of its fields.
+            on_progress: Function that the worker thread calls after each step of this edit. All edits wait for it. An
+                exception that it raises ends this edit and becomes the exception of the future.
+            priority: Requests of a higher priority start first; those of one priority start in order of arrival.
+            output_type: "pil", "np", "pt" or "latent", as for `uniref_fast.edit`.
+
+        Raises:
+            ValueError: If the request cannot run; the message says why.
+            TypeError: If the request or a field has the wrong type, likewise.
+            QueueFullError: If `max_waiting` requests are waiting.
+            EngineClosedError: If the engine was closed or has failed.
+        """
+        check_output_type(output_type)
+        (checked,) = self._session.check([request])
+        job = Job(checked, output_type, Future(), on_progress, priority)
+        with self._changed:
+            if self._failure is not None:
+                raise EngineClosedError(f"the engine has failed: {self._failure}") from self._failure
+            if self._closing:
+                raise EngineClosedError("the engine is closed")
+            if self.max_waiting is not None and self._waiting() >= self.max_waiting:
+                raise QueueFullError(f"{self.max_waiting} requests are waiting, as many as max_waiting allows")
+            self._queue.add(job)
+            self._changed.notify_all()
+        return job.future
+
+    def stats(self) -> EngineStats:
+        """Return the numbers of waiting, running and ended edits."""
+        with self._changed:
+            return EngineStats(
+                waiting=self._waiting(),
+                running=len(self._running),
+                tokens=sum(edit.tokens for edit in self._running),
+                steps=self._steps,
+                **self._ended,
+            )
+
+    def close(self, drain: bool = True) -> None:
+        """Stop taking requests, and return when no edit is left. It may be called again.
+
+        Args:
+            drain: Finish all requests that were submitted. False cancels them, the running ones after the current step.
+        """
+        with self._changed:
+            self._closing = True
+            if not drain:
+                for job in (*self._queue.jobs, *self._running.values()):
+                    job.future.cancel()
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        atexit.unregister(self.close)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
+
+    def _waiting(self) -> int:
+        return self._joining + sum(not job.future.cancelled() for job in self._queue.jobs)
+
+    # ---- the worker's side ----
+
+    def _work(self) -> None:
+        try:
+            with self._session.computing():
+                while self._wait():
+                    self._remove_cancelled()
+                    self._admit()
+                    self._step()
+        except BaseException as error:  # a fault of the engine itself: nobody waits for a result that never comes
+            log.exception("the engine has failed")
+            with self._changed:
+                self._failure = error
+                left = [*self._queue.jobs, *self._running.values()]
+                self._queue.jobs.clear()
+                self._running.clear()
+            for job in left:
+                self._end(job, error=error)
+
+    def _wait(self) -> bool:
+        """Wait until there is something to run. Return False if the engine is closed and has nothing left."""
+        if not self._loop.edits:
+            with self._changed:
+                idle = not self._queue.jobs
+            if idle:
+                self._session.pipe.maybe_free_model_hooks()
+        with self._changed:
+            while not self._loop.edits and not self._queue.jobs:
+                if self._closing:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _remove_cancelled(self) -> None:
+        with self._changed:
+            waiting = [job for job in self._queue.jobs if job.future.cancelled()]
+            self._queue.jobs = [job for job in self._queue.jobs if job not in waiting]
+            running = [edit for edit, job in self._running.items() if job.future.cancelled()]
+            jobs = waiting + [self._running.pop(edit) for edit in running]
+        self._loop.leave(running)
+        for job in jobs:
+            self._end(job)
+
+    def _admit(self) -> None:
+        """Encode waiting requests that fit, and add them to the loop."""
+        self._count_tokens()
+        if self._most_edits is not None and len(self._loop.edits) >= self._most_edits:
+            return
+        self._most_edits = None
+        while True:
+            with self._changed:
+                job = self._queue.take(self._fits)
+                if job is None:
+                    return
+                self._joining = 1
+            try:
+                edit = self._session.encode(job.checked)
+            except torch.OutOfMemoryError as error:
+                if not self._loop.edits:
+                    self._end(job, error=error)
+                    continue
+                self._most_edits = len(self._loop.edits)
+                with self._changed:
+                    self._queue.jobs.insert(0, job)
+                self._free_memory()
+                return
+            except Exception as error:
+                self._end(job, error=error)
+                continue
+            finally:
+                with self._changed:
+                    self._joining = 0
+            if edit.kept is not None:
+                job.first = edit.copy()
+            self._loop.join(edit)
+            with self._changed:
+                self._running[edit] = job
+
+    def _count_tokens(self) -> None:
+        """Count the tokens of waiting requests. A request whose prompt cannot be encoded fails."""
+        with self._changed:
+            uncounted = [job for job in self._queue.jobs if job.tokens is None]
+        for job in uncounted:
+            request, sizes = job.checked.request, job.checked.geometry
+            try:
+                job.tokens = sum(
+                    sizes.sample(length).length for length in text_lengths(self._session.pipe, request, sizes)
+                )
+            except Exception as error:
+                with self._changed:
+                    self._queue.jobs.remove(job)
+                self._end(job, error=error)
+
+    def _fits(self, job: Job) -> bool:
+        if job.tokens is None:
+            return False
+        return not self._loop.edits or self.max_tokens is None or (
+            sum(edit.tokens for edit in self._loop.edits) + job.tokens <= self.max_tokens)  # fmt: skip
+
+    def _step(self) -> None:
+        """Run a step, and end the edits that have finished or failed."""
+        edits = list(self._loop.edits)
+        if not edits:
+            return
+        before = {edit: edit.steps for edit in edits}
+        failed: dict[Edit, Exception] = {}
+        try:
+            self._loop.step()
+        except Exception as error:
+            failed = self._recover(error, [edit for edit in edits if edit.steps == before[edit]])
+        with self._changed:
+            self._steps += 1
+        for edit in edits:
+            if edit in failed or edit.steps <= before[edit]:
+                continue
+            job = self._running[edit]
+            try:
+                self._report(job, edit)
+                if edit.is_finished:
+                    edit.kept = None  # decoding needs the memory
+                    result = self._session.decode(edit, job.output_type)
+                    self._remove(edit)
+                    self._end(job, result=result)
+                    self._failures = 0
+            except Exception as error:
+                failed[edit] = error
+        for edit, reason in failed.items():
+            self._end(self._remove(edit), error=reason)
+
+    def _recover(self, error: Exception, edits: Sequence[Edit]) -> dict[Edit, Exception]:
+        """Continue after a step that has failed, in smaller packs or without the edits that fail alone.
+
+        Args:
+            error: The error of the step.
+            edits: Edits that have not made the step.
+
+        Returns:
+            Edits that have failed, with their errors.
+        """
+        self._failures += 1
+        if self._failures > MAX_FAILURES:
+            return dict.fromkeys(edits, error)
+        failed: dict[Edit, Exception] = {}
+        if not (isinstance(error, torch.OutOfMemoryError) and self._halve_packs()):
+            failed = self._step_alone(edits)
+            if not failed:
+                log.warning("a step has failed that works for each edit alone; each runs alone from now on: %s", error)
+                self._loop.set_pack_tokens(1)
+        for edit in edits:
+            if edit not in failed and edit.kept is not None:  # its stores may be half written
+                self._restart(edit)
+        return failed
+
+    def _halve_packs(self) -> bool:
+        """Halve the size of packs after an out-of-memory error. Return False if each pack is one sequence already."""
+        largest = self._loop.largest_pack
+        self._free_memory()
+        if largest is None:
+            return False
+        limit = max(largest // 2, 1)
+        log.warning("out of memory with a pack of %d tokens; packs have at most %d tokens from now on", largest, limit)
+        self._loop.set_pack_tokens(limit)
+        self.max_tokens = limit if self.max_tokens is None else min(limit, self.max_tokens)
+        return True
+
+    def _free_memory(self) -> None:
+        if self._session.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _step_alone(self, edits: Sequence[Edit]) -> dict[Edit, Exception]:
+        """Run the step of each edit alone, in packs of one sequence, and return those that fail."""
+        failed: dict[Edit, Exception] = {}
+        for edit in edits:
+            alone = EditLoop(self._session.model, pack_tokens=1)
+            alone.join(edit)
+            try:
+                alone.step()
+            except Exception as error:
+                failed[edit] = error
+        return failed
+
+    def _restart(self, edit: Edit) -> None:
+        """Run an edit from its first step again, because its kept references may be of a step that failed."""
+        first = self._running[edit].first
+        assert first is not None and edit.kept is not None
+        fresh = first.copy()
+        edit.latents, edit.scheduler, edit.step_options = fresh.latents, fresh.scheduler, fresh.step_options
+        edit.kept = [KeptReferences(store.schedule, store.dtype, store.total) for store in edit.kept]
+        edit.steps = 0
+        self._loop.rebuild()
+
+    def _report(self, job: Job, edit: Edit) -> None:
+        if job.on_progress is not None:
+            preview = replace(edit, latents=edit.predicted_latents())
+            job.on_progress(EditProgress(edit.steps, len(edit.timesteps), lambda: self._session.decode(preview, "pil")))
+
+    def _remove(self, edit: Edit) -> Job:
+        self._loop.leave([edit])
+        with self._changed:
+            return self._running.pop(edit)
+
+    def _end(self, job: Job, result: Any = None, error: BaseException | None = None) -> None:
+        """Give the future of a job its result or its error, unless it was cancelled."""
+        kept = job.future.set_running_or_notify_cancel()
+        kind = "cancelled" if not kept else "finished" if error is None else "failed"
+        with self._changed:
+            self._ended[kind] += 1
+        if kept and error is not None:
+            job.future.set_exception(error)
+        elif kept:
+            job.future.set_result(result)
+
+
+def tokens_in_memory(model: PackedQwenImage, free: int, *, kept: bool = False) -> int:
+    """Return the number of tokens of a pack whose forward fits the free memory of a device.
+
+    Args:
+        model: The packed transformer, whose weights are on the device already.
+        free: Free bytes.
+        kept: Keys and values of references are kept over steps; any token may be one of a reference.
+    """
+    side = 64
+    sample = Sample(1, (1, side, side))
+    bytes_each = transformer_peak(model.transformer, model.layout([sample])) / sample.length
+    if kept:
+        config = model.transformer.config
+        width = config.num_attention_heads * config.attention_head_dim
+        bytes_each += 2 * config.num_layers * width * compute_dtype(model.transformer).itemsize
+    return max(int(free * MEMORY_SHARE / bytes_each), 1)
