@@ -343,6 +343,13 @@ def test_scales_in_attributes_count(builtin_pipe):
         ({"quant_method": "quanto", "weights_dtype": "int8"}, 8),
         ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, 8),
         ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, 4.25),
+        (
+            {
+                "quant_method": "torchao",
+                "quant_type": {"default": {"_type": "IntxWeightOnlyConfig", "_data": {"weight_dtype": "int4"}}},
+            },
+            8.1875,
+        ),
     ],
 )
 def test_weights_of_a_folder_count_as_its_configuration_says(tmp_path, config, bits):

@@ -20,6 +20,7 @@ import uniref_fast
 from uniref_fast import EditReport, EditRequest, PackedQwenImage, Sample
 from uniref_fast.adapters import Adapter, apply_adapters
 from uniref_fast.builtin.components import TEXT_DIM
+from uniref_fast.costs import weight_bytes
 from uniref_fast.quantised import row_dependence, stored_format
 from uniref_fast.quantised_linear import base_linear, is_quantised
 from uniref_fast.testing import assert_within_budget
@@ -182,11 +183,23 @@ def test_patched_and_packed_forwards_are_within_the_budget(shared, name):
         assert_within_budget(sample, expected[0, :targets], oracle[0, :targets], "packed")
 
 
+BYTES = {"nf4": 4 / 8 + 2 / 64, "nf4 double": 4 / 8 + 1 / 64, "Q8_0": 34 / 32, "Q4_0": 18 / 32, "int4": 1 + 3 / 32,
+         "casting": 1, "interface": 4 / 8 + 2 / 32 + 2 * 8 * 2 / 256}  # fmt: skip
+"""Bytes per weight of the formats, but for small tables; those of 8 bits have scales of rows in addition, and the
+scales of nf4 have 32 bits until a CPU has used them."""
+
+
 @every_format
 def test_the_blocks_are_stored_in_the_format(shared, name):
+    """`estimate` counts the bytes that the format has by its definition."""
     model = shared(name)
     linears = [module for module in model.transformer_blocks.modules() if hasattr(module, "in_features")]
     assert len(linears) == 3 * 14 and None not in map(stored_format, linears)
+    numbers = sum(linear.in_features * linear.out_features for linear in linears)
+    rest = sum(p.numel() for key, p in build().transformer_blocks.named_parameters() if p.ndim == 1)
+    per_weight = (weight_bytes(model.transformer_blocks) - 2 * rest) / numbers
+    expected = next((count for words, count in BYTES.items() if name.endswith(words)), 1)
+    assert expected * 0.97 <= per_weight <= expected * 1.1
     assert stored_format(torch.nn.Linear(4, 4)) is None is stored_format(torch.nn.Linear(4, 4).bfloat16())
 
 

@@ -151,6 +151,8 @@ def _bits(module: nn.Module) -> Fraction | None:
         return 4 + (Fraction(8, 64) + Fraction(32, 64 * 256) if double else Fraction(32, 64))
     names = {"quanto": "weights_dtype", "torchao": "quant_type"}
     kind = str(config.get(names.get(method, ""), config.get("weights", ""))).lower()
+    if "intx" in kind:  # torchao keeps its values of fewer bits in a byte each
+        return 8 + Fraction(24, 128)
     for bits, words in ((8, ("int8", "float8", "uint8")), (4, ("int4", "uint4")), (2, ("int2", "uint2"))):
         if any(word in kind for word in words):
             # a scale (and for fewer bits a zero point) for 128 weights, of 16 bits each

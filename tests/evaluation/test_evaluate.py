@@ -126,6 +126,23 @@ def test_each_setting_reaches_the_edit(config, builtin_pipe, tmp_path, monkeypat
         assert after["settings"][one] == given[one] != before["settings"].get(one)
 
 
+def test_a_quantised_model_is_evaluated(config, tmp_path, monkeypatch):
+    """The pipeline has quantised weights, and the settings of the results name the format."""
+    pytest.importorskip("torchao")
+    seen, few = [], replace(config, limit=1, data=config.data[:1], grid=0, reward="none")
+
+    def record(pipe, requests, **options):
+        seen.append(type(pipe.transformer.transformer_blocks[0].attn.to_q.weight).__name__)
+        return [Image.new("RGB", (request.width, request.height)) for request in requests]
+
+    monkeypatch.setattr(module, "edit", record)
+    found = evaluate(replace(few, quantisation="int8", out=tmp_path / "a"))
+    assert seen == ["Int8Tensor"] and found["settings"]["quantisation"] == "int8"
+    assert "quantisation" not in evaluate(replace(few, out=tmp_path / "b"))["settings"]
+    with pytest.raises(ValueError, match="baseline vae runs no quantised transformer"):
+        replace(few, quantisation="int8", baseline="vae")
+
+
 def test_a_model_in_8_bits_is_evaluated(config, whole, tmp_path, monkeypatch):
     """The weights are quantised once, and the results are those of `edit` in this mode, not the exact ones."""
     patched = []
