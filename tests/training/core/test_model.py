@@ -22,10 +22,11 @@ from uniref_fast.runs import base_run
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core import model as trained_models
-from uniref_fast.training.core.base import LIBRARIES
+from uniref_fast.training.core.base import LIBRARIES, base_bytes, resident_blocks
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.export import ExportError
+from uniref_fast.training.core.frozen_base import FrozenLinear
 from uniref_fast.training.core.memory import activation_bytes
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
@@ -143,6 +144,19 @@ def test_bytes(trained):
     assert model.sharded_bytes() == frozen * 2 + few * 4 * 4 and 0 < few < frozen / 20
     encoders = (model.pipe.vae, model.pipe.text_encoder)
     assert model.fixed_bytes() == sum(p.numel() * 2 for part in encoders for p in part.parameters())
+
+
+@pytest.mark.parametrize("away", [0, 3])
+def test_bytes_of_a_quantised_base_with_blocks_on_the_host(trained, away):
+    """Every rank has the quantised weights of the blocks on its device, two of those on the host included."""
+    pytest.importorskip("torchao")
+    model, plain = (trained(lora_rank=2, base=base, offload_blocks=n) for base, n in (("int8", away), (None, 0)))
+    linears = [layer for layer in model.packed.blocks[0].block.modules() if isinstance(layer, FrozenLinear)]
+    block = sum(base_bytes("int8", *layer.weight.shape, 4) for layer in linears)
+    layers = len(model.packed.blocks)
+    assert model.fixed_bytes() - plain.fixed_bytes() == resident_blocks(layers, away) * block
+    numbers = sum(layer.weight.numel() for layer in linears)
+    assert plain.sharded_bytes() - model.sharded_bytes() == layers * numbers * 4
 
 
 # ---- written for diffusers ----

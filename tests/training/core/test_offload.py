@@ -54,7 +54,7 @@ def equal(first, second):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("base", [None, "int8", "nf4"])
-@pytest.mark.parametrize("blocks", [(1,), (0, 2), (0, 1, 2)])
+@pytest.mark.parametrize("blocks", [(1,), (0, 1, 2)])
 def test_gradients_are_the_same_bit_for_bit(poisoned, base, checkpointing, blocks):
     needs(base)
     plain = PackedQwenImage(model_on(base), for_training=True, checkpointing=checkpointing)
