@@ -3,9 +3,9 @@
     pytest bench/bench_attention.py --benchmark-only [-k "forward and bfloat16"]
 
 Peers: PyTorch's attention as one would use it without this library (a call per sample, or one call with a boolean mask
-where visibility is not full), each of its backends, compiled FlexAttention with the cost of its block mask counted, and
-FlashAttention and cuDNN's flex attention when installed, as `impl="flash"` and `impl="cudnn_flex"` call them. The
-group's first member is the baseline of its ratios.
+where visibility is not full), a call per segment where text is causal, each of its backends, compiled FlexAttention
+with the cost of its block mask counted, and FlashAttention and cuDNN's flex attention when installed, as `impl="flash"`
+and `impl="cudnn_flex"` call them. The group's first member is the baseline of its ratios.
 """
 
 import functools
@@ -21,7 +21,7 @@ from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops.segment_attention import segment_attention_reference
 from uniref_fast.testing import max_relative_error
-from uniref_fast.visibility import plan
+from uniref_fast.visibility import AttentionPlan, plan
 
 CUDA = torch.cuda.is_available()
 # Tokens a side of an image, text tokens, heads: Qwen-Image-Edit at 1024^2, or something a CPU ends in seconds.
@@ -47,6 +47,18 @@ def ragged(count):
     ]
 
 
+def text_and_images():
+    """Text, three images, text and the target of Qwen-Image-2.1: each sees what is before it, text itself causally."""
+    lengths = [200, *[SIDE * SIDE] * 3, 100, SIDE * SIDE]
+    spans = tuple(itertools.pairwise([0, *itertools.accumulate(lengths)]))
+    keys = [((0, end),) for _, end in spans]
+    for text in (0, 4):
+        keys[text] = tuple(span for span in ((0, spans[text][0]), spans[text]) if span[0] < span[1])
+    total = spans[-1][1]
+    return AttentionPlan(spans, tuple(keys), total, total, (0, -1, -1, -1, 1, -1))
+
+
+CAUSAL_TEXT = "causal text of 200, 3 images, text of 100, target"
 LAYOUTS = {
     **{f"one sample, {k} references": (one(k), "full") for k in (range(9) if CUDA else (0, 3))},
     **{f"ragged pack of {n}": (ragged(n), "full") for n in ((2, 8, 32) if CUDA else (8,))},
@@ -55,6 +67,7 @@ LAYOUTS = {
         [Sample(TEXT // 4, image(0.5), (image(0.5),) * 3, group=0)] * 16,
         "group_shared",
     ),
+    CAUSAL_TEXT: (text_and_images(), "block_causal"),
     "128 samples of 23 tokens": ([Sample(3, (1, 4, 4), ((1, 2, 2),)) for _ in range(128)], "full"),
 }
 if not CUDA:  # the size that the goal for CPUs names
@@ -65,7 +78,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-MEMBERS = ["sdpa", *(f"sdpa {name}" for name in BACKENDS if CUDA), "flex compiled"]
+MEMBERS = ["sdpa", "sdpa by segment", *(f"sdpa {name}" for name in BACKENDS if CUDA), "flex compiled"]
 MEMBERS += ["triton" if CUDA else "native", "dense", "flash", "cudnn_flex", "dispatch"]
 
 
@@ -88,6 +101,24 @@ def sdpa(compiled, visibility):
     return lambda q, k, v: _sdpa(q, k, v, attn_mask=mask)
 
 
+def by_segment(compiled):
+    """A call per segment, with a mask for text, as diffusers does by default."""
+    mask, rows = (
+        visible(compiled),
+        [(slice(*span), slice(keys[-1][1])) for span, keys in zip(compiled.ranges, compiled.intervals, strict=True)],
+    )
+
+    def attend(q, k, v):
+        return torch.cat(
+            [
+                _sdpa(q[row], k[seen], v[seen], attn_mask=mask[row, seen] if causal >= 0 else None)
+                for (row, seen), causal in zip(rows, compiled.causal, strict=True)
+            ]
+        )
+
+    return attend
+
+
 def _sdpa(q, k, v, **options):
     return F.scaled_dot_product_attention(*map(heads_first, (q, k, v)), **options)[0].transpose(0, 1)
 
@@ -97,6 +128,8 @@ def visible(compiled):
     for (start, end), keys in zip(compiled.ranges, compiled.intervals, strict=True):
         for a, b in keys:
             mask[start:end, a:b] = True
+    for (a, b), index in compiled.causal_intervals.items():
+        mask[slice(*compiled.ranges[index]), a:b].tril_()
     return mask
 
 
@@ -111,13 +144,25 @@ def flex(compiled, visibility):
         [[any(a <= x and y <= b for a, b in keys) for x, y in columns] for keys in compiled.intervals], device=device
     )
 
+    # The difference of query and key from which on they see each other: none, or that of the diagonal.
+    least = torch.full(seen.shape, -(2**31))
+    for i, index in enumerate(compiled.causal_intervals.get(span, -1) for span in columns):
+        if index >= 0:
+            least[index, i] = compiled.ranges[index][0] - columns[i][0]
+    least = least.to(device)
+
     def rule(batch, head, query, key):
         return seen[of_query[query], of_key[key]]
+
+    def causal_rule(batch, head, query, key):
+        return rule(batch, head, query, key) & (query - key >= least[of_query[query], of_key[key]])
 
     kernel, made = (torch.compile(function, dynamic=False) for function in (flex_attention, create_block_mask))
 
     def attend(q, k, v):  # compiled, since eager makes the whole mask in int64: 19 GiB for 30,000 tokens
-        mask = made(rule, None, None, compiled.num_queries, compiled.num_keys, device=device)
+        mask = made(
+            causal_rule if compiled.causal else rule, None, None, compiled.num_queries, compiled.num_keys, device=device
+        )
         return kernel(*map(heads_first, (q, k, v)), block_mask=mask)[0].transpose(0, 1)
 
     return attend
@@ -133,6 +178,10 @@ def member(name, compiled, visibility, backward, dtype):
         q = torch.empty(1, HEADS, DIM, dtype=dtype, device="cuda" if CUDA else "cpu")
         if why := ops.attention_unavailable(name, q):
             pytest.skip(why)
+    if name == "sdpa by segment":
+        if not compiled.causal:
+            pytest.skip("shown where text is causal")
+        return by_segment(compiled)
     if name.startswith("sdpa"):
         attend, backend = sdpa(compiled, visibility), BACKENDS.get(name.removeprefix("sdpa").strip())
         if backend is None:
@@ -157,7 +206,9 @@ def test_attention(benchmark, timed, device, direction, layout, dtype, whose):
     samples, visibility = LAYOUTS[layout]
     if "24 heads" in layout and (direction == "backward" or dtype != torch.bfloat16):
         pytest.skip("shown forward in bfloat16 only: it takes seconds a call")
-    compiled = plan(SelfLayout.qwen(samples, shared_references=visibility == "group_shared"), visibility)
+    compiled = samples
+    if not isinstance(compiled, AttentionPlan):
+        compiled = plan(SelfLayout.qwen(samples, shared_references=visibility == "group_shared"), visibility)
     heads = 24 if "24 heads" in layout else HEADS
     torch.manual_seed(0)
     x = [torch.randn(compiled.num_queries, heads, DIM, device=device).to(dtype) for _ in range(3)]

@@ -212,7 +212,8 @@ def dq_kernel(
             # Past the interval s is 0, and P may be inf: dS is selected, not multiplied by 0.
             b_ds = tl.where(m_n[None, :], b_p * (b_dp - b_delta[:, None]), 0.0)  # [BM, BN]
             if CAUSAL:
-                b_ds = tl.where(o_n[None, :] - o_m[:, None] < unseen - i_n, b_ds, 0.0)
+                # In this form, registers do not spill; with the sum on the side of o_m they do on 8.9.
+                b_ds = tl.where((o_n + (i_n - unseen))[None, :] < o_m[:, None], b_ds, 0.0)
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")  # [BM, D]
 
     m_m = first_row + o_m < last_row
