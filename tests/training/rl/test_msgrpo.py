@@ -105,6 +105,16 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_group_resumes_exactly(data, wh
     assert_same_run(out, whole)
 
 
+@pytest.mark.parametrize("kind", ["dora", "lokr"])
+def test_an_adapter_of_another_kind_is_on_policy_and_turned_off_for_the_divergence(data, tmp_path, kind):
+    """A replay repeats its rollout, and the policy before the run has no divergence from that of its first step."""
+    out = tmp_path / "run"
+    assert msgrpo.main(flags(data, out, "--adapter", kind, "--kl", 0.1, steps=2)) == 0
+    first, second = steps_of(out)
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-6
+    assert any(".lokr_w1" in name or "magnitude" in name for name in weights(out))
+
+
 @pytest.fixture
 def begun(whole, tmp_path):
     """A copy of the whole run as it was after its first step."""
