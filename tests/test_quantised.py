@@ -359,6 +359,19 @@ def test_a_transformer_of_nunchaku_is_refused():
         uniref_fast.patch(model)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchao int8", "bitsandbytes nf4", "GGUF Q4_0"])
+def test_group_offloading(folder, pipe_of, name):
+    """The hooks of a block run in `edit` as in the pipeline, and change no bits of the result."""
+    pipe, request = pipe_of(load(name, folder)), requests()[1]
+    (expected,) = edited(pipe, [request])
+    device = torch.device("cpu")
+    pipe.transformer.enable_group_offload(device, device, offload_type="block_level", num_blocks_per_group=1)
+    assert torch.equal(edited(pipe, [request])[0], expected)
+    report = uniref_fast.patch(pipe)
+    assert relative(call(pipe, request), expected) < LOOP_ERROR and not report.fallbacks
+
+
 # ---- save, compile
 
 
