@@ -1,12 +1,13 @@
 """Measure that a LoRA adapter with masks learns what is inside the masks, and keeps the model as it is outside of them.
 
-    python bench/quality_mask.py [--seeds 3] [--steps 120] [--results bench/results]
+    python bench/quality_mask.py [--seeds 3] [--steps 300] [--results bench/results]
 
-The rows are scenes that the built-in model can edit. Each target gets a drawn sun in a corner, which is wanted, and its
-other pixels are wrong: red and blue are swapped. The masks are white in the corner. For each seed the rows are drawn
-again, and the recipe `tiny` trains one adapter with the masks and one with `--mask-weight-outside 1`, which counts the
-whole target. The PSNR of held-out rows is measured against the target with a sun and correct colours, inside and
-outside of the mask. Times are CPU seconds of the processes.
+The rows are scenes with one reference that the built-in model can edit, and targets with an orange square in a
+corner, which the model does not know. Every third target is right. The others are wrong in their right half, where
+red and blue are swapped; their masks are white on the left half. For each seed the rows are drawn again, and the
+recipe `tiny` trains one adapter with the masks and one with `--mask-weight-outside 1`, which counts all targets as a
+whole. The PSNR of held-out rows is measured against right targets, inside and outside of the mask. Times are CPU
+seconds of the processes.
 """
 
 from __future__ import annotations
@@ -22,58 +23,47 @@ from typing import Any
 
 import numpy as np
 from conftest import machine, results_path, write_results
-from PIL import Image, ImageDraw
+from PIL import Image
 from quality_lora import ROOT, run
 
 from uniref_fast.scenes.make import sample
 from uniref_fast.training.core.launch import builtin_rows
 
-ROWS, SIDE, CORNER = 24, 64, 24
+ROWS, SIDE, CORNER, ORANGE = 24, 64, 24, (250, 140, 30)
+PACK = 400  # tokens of a pack: two rows
 SPLITS = {"train": "train", "heldout": "heldout_objects"}  # name of a file -> split of the scenes
 VARIANTS = {"masked": 0, "unmasked": 1}  # name -> mask_weight_outside
-
-
-def sun() -> Image.Image:
-    """Return the drawing of the corner, in RGBA."""
-    large = Image.new("RGBA", (CORNER * 8, CORNER * 8))
-    pen = ImageDraw.Draw(large)
-    middle, radius = CORNER * 4, CORNER * 4 - 8
-    for ray in range(12):
-        x, y = (radius * f(ray * math.pi / 6) + middle for f in (math.cos, math.sin))
-        pen.line((middle, middle, x, y), fill=(250, 120, 20), width=12)
-    inner = radius * 2 // 3
-    pen.ellipse((middle - inner, middle - inner, middle + inner, middle + inner), fill=(255, 215, 40))
-    return large.resize((CORNER, CORNER), Image.Resampling.LANCZOS)
 
 
 def inside() -> np.ndarray:
     """Return the mask, `[SIDE, SIDE]`, True inside."""
     found = np.zeros((SIDE, SIDE), dtype=bool)
-    found[:CORNER, :CORNER] = True
+    found[:, : SIDE // 2] = True
     return found
 
 
 def write_rows(folder: Path, seed: int) -> None:
     """Draw the rows to train on, and the held-out rows with their wanted targets."""
-    drawing, mask = sun(), inside()
+    mask = inside()
     Image.fromarray(mask).convert("L").save(folder / "mask.png")
     for name, split in SPLITS.items():
         lines, made, index = [], builtin_rows(seed), 0
         while len(lines) < ROWS:
             scene, index = sample(split, index, made), index + 1
-            if scene.target.size != (SIDE, SIDE):
+            if scene.target.size != (SIDE, SIDE) or len(scene.references) != 1:
                 continue
             wanted = scene.target.convert("RGB")
-            wanted.paste(drawing, (0, 0), drawing)
+            wanted.paste(ORANGE, (0, 0, CORNER, CORNER))
             pixels = np.asarray(wanted)
-            wrong = np.where(mask[..., None], pixels, pixels[..., ::-1])
+            wrong = name == "train" and len(lines) % 3 > 0
+            given = np.where(mask[..., None], pixels, pixels[..., ::-1]) if wrong else pixels
             stem = f"{name}-{len(lines)}"
             references = [f"{stem}-{i}.png" for i in range(len(scene.references))]
             for file, image in zip(references, scene.references, strict=True):
                 image.save(folder / file)
-            (wanted if name == "heldout" else Image.fromarray(wrong)).save(folder / f"{stem}.png")
+            Image.fromarray(given).save(folder / f"{stem}.png")
             row = {"input_images": references, "output_image": f"{stem}.png", "instruction": scene.instruction}
-            lines.append(json.dumps(row | ({"mask": "mask.png"} if name == "train" else {})) + "\n")
+            lines.append(json.dumps(row | ({"mask": "mask.png"} if wrong else {})) + "\n")
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
@@ -99,8 +89,9 @@ def measured(seed: int, steps: int, folder: Path) -> dict[str, Any]:
     found = {"before": psnrs(folder, folder / "before")}
     for name, outside in VARIANTS.items():
         seconds += run("training/sft.py", "--recipe", "tiny", "--lora-rank", 8, "--data", folder / "train.jsonl",
-                       "--mask-weight-outside", outside, "--seed", seed, "--steps", steps, "--eval-every", 0,
-                       "--sample-every", 0, "--out", folder / name)  # fmt: skip
+                       "--mask-weight-outside", outside, "--seed", seed, "--steps", steps, "--packs", 1,
+                       "--stages.0.pack-tokens", PACK, "--stages.1.pack-tokens", PACK,
+                       "--eval-every", 0, "--sample-every", 0, "--out", folder / name)  # fmt: skip
         seconds += run(*evaluate, "--lora", folder / name, "--out", folder / f"{name}-eval")
         found[name] = psnrs(folder, folder / f"{name}-eval")
     return {"seed": seed, "cpu_seconds": round(seconds, 1), "psnr": found}
@@ -109,7 +100,7 @@ def measured(seed: int, steps: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="Number of seeds, each with its own rows.")
-    parser.add_argument("--steps", type=int, default=120, help="Number of steps of each run.")
+    parser.add_argument("--steps", type=int, default=300, help="Number of steps of each run.")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="Folder of the results.")
     args = parser.parse_args()
     rows = []
