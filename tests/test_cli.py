@@ -185,6 +185,8 @@ BAD = [
     (["--keep-references", "true", "--image", "ok.png"], "not be exact"),
     (["--keep-references", "2", "--drift", "0.1"], "drift is the tolerance"),
     (["--device", "cuda:99"], "cuda"),
+    (["--offload", "block", "--device", "cpu"], "makes room on a GPU, and the model is on the CPU"),
+    (["--offload", "model", "--mode", "fast", "--device", "cpu"], "without --mode fast and --quantisation"),
 ]
 
 

@@ -12,7 +12,8 @@ from offloading import CPU, Offloading
 from PIL import Image
 
 import uniref_fast
-from uniref_fast import EditRequest
+from uniref_fast import EditRequest, builtin
+from uniref_fast.loading import offload
 from uniref_fast.quantised_linear import QuantisedWeight
 from uniref_fast.testing import max_relative_error
 
@@ -102,6 +103,18 @@ def test_model_offloading(pipe, expected):
     assert_equal(run(pipe), expected)
     assert pipe._all_hooks, "the hooks are in place for the next call"
     pipe.remove_all_hooks()  # other tests share the encoders
+
+
+@pytest.mark.parametrize("how", ["model", "block"])
+def test_offloading_of_all_parts(builtin_pipe, expected, how):
+    """`uniref-fast edit --offload` enables what the pipeline supports, for each of its parts."""
+    pipe = builtin.load()
+    offload(pipe, how, CPU)
+    assert_equal(run(pipe), expected)
+    assert all(
+        any(hasattr(module, "_diffusers_hook" if how == "block" else "_hf_hook") for module in part.modules())
+        for part in (pipe.text_encoder, pipe.transformer, pipe.vae)
+    )
 
 
 def test_offloading_to_disk(pipe, expected, tmp_path):

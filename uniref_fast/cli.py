@@ -222,6 +222,9 @@ def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
     _add_quantisation(add)
     add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
+    add("--offload", choices=("model", "block"),
+        help="Keep the weights in host memory, and bring to the GPU one model after the other, or one block of the "
+        "transformer after the other. (default: all weights stay on the GPU)")  # fmt: skip
 
 
 def _add_estimate(model: Any) -> None:
@@ -318,6 +321,11 @@ def _edit(args: argparse.Namespace) -> int:
     keep = parse_keep_references(args.keep_references)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_device(device)
+    if args.offload and (args.mode == "fast" or args.quantisation):
+        raise UsageError(f"--offload {args.offload} needs the weights as they are stored, without --mode fast and "
+                         "--quantisation; leave one out")  # fmt: skip
+    if args.offload and device == "cpu":
+        raise UsageError(f"--offload {args.offload} makes room on a GPU, and the model is on the CPU; leave it out")
     dtype = getattr(torch, args.dtype) if args.dtype else (torch.bfloat16 if device != "cpu" else torch.float32)
     pipe, visibility, budget = _trained_pipeline(args, device, dtype)
     request = EditRequest(images=images, seed=args.seed, **_request_fields(args))
@@ -342,6 +350,7 @@ def _trained_pipeline(args: argparse.Namespace, device: str, dtype: torch.dtype)
     from uniref_fast.adapters import check_adapters
     from uniref_fast.evaluation.config import EvalConfig
     from uniref_fast.evaluation.model import check_runs, load
+    from uniref_fast.loading import offload
     from uniref_fast.runs import run_folder
 
     runs = tuple(run_folder(path) for path in args.initial)
@@ -351,7 +360,10 @@ def _trained_pipeline(args: argparse.Namespace, device: str, dtype: torch.dtype)
     check_runs(runs, args.model)
     check_adapters(config.adapters, args.model, runs)  # before anything is loaded
     name = str(dtype).removeprefix("torch.")
-    pipe = load(args.model, runs, False, device, name, config.adapters, args.quantisation)
+    place = "cpu" if args.offload else device
+    pipe = load(args.model, runs, False, place, name, config.adapters, args.quantisation)
+    if args.offload:
+        offload(pipe, args.offload, device)
     pipe.set_progress_bar_config()  # an evaluation shows no bar of its own for each image
     return pipe, config.resolve_visibility(), config.resolve_sizes()[0]
 

@@ -14,8 +14,17 @@ from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
 from uniref_fast.progress import running
 
-__all__ = ["configuration", "defaults", "inference_mode", "load_encoders", "load_pipeline", "load_run",
-           "load_transformer", "model_errors"]  # fmt: skip
+__all__ = [
+    "configuration",
+    "defaults",
+    "inference_mode",
+    "load_encoders",
+    "load_pipeline",
+    "load_run",
+    "load_transformer",
+    "model_errors",
+    "offload",
+]  # fmt: skip
 
 
 def defaults(name: str) -> tuple[int, float]:
@@ -80,6 +89,28 @@ def load_encoders(name: str, dtype: Any, device: str) -> Any:
         for part in (pipe.vae, pipe.text_encoder):
             part.to(device)
         return pipe
+
+
+def offload(pipe: Any, how: str, device: Any) -> None:
+    """Keep the weights of a pipeline where they are, and bring them to a device while they are used.
+
+    Args:
+        pipe: A `QwenImageEditPlusPipeline` in host memory.
+        how: "model" brings one of text encoder, transformer and VAE at a time; "block" brings single blocks of the
+            transformer and single layers of the others, on a GPU each while the one before computes.
+        device: The device.
+    """
+    import torch
+    from diffusers.hooks import apply_group_offloading
+
+    device = torch.device(device)
+    if how == "model":
+        pipe.enable_model_cpu_offload(device=device)
+        return
+    stream = device.type == "cuda"
+    pipe.transformer.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
+    for part in (pipe.text_encoder, pipe.vae):
+        apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream)
 
 
 def configuration(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -464,6 +464,7 @@ class PackedQwenImage(nn.Module):
             if compiler := compiler_of(packed.block) or compiler_of(transformer):
                 packed.compiled = compiler(packed._run)
         self.blocks = nn.ModuleList(blocks)
+        self._linears: list[nn.Linear] | None = None  # of the blocks, if they are compiled
         self.embed_and_head = nn.ModuleList(
             getattr(transformer, name)
             for name in ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
@@ -577,9 +578,10 @@ class PackedQwenImage(nn.Module):
             return None
         attn = self.transformer.transformer_blocks[0].attn
         q = image.new_empty(0, attn.heads, attn.inner_dim // attn.heads)
-        modules = self.transformer.transformer_blocks.modules()
+        if self._linears is None:
+            self._linears = [m for m in self.transformer.transformer_blocks.modules() if isinstance(m, nn.Linear)]
         traced: TracedContext | str
-        if any(is_quantised(module) for module in modules):
+        if any(map(is_quantised, self._linears)):
             traced = "Linears compute in 8 bits"
         elif any(
             may_have_hooks(norm) for block in self.transformer.transformer_blocks for norm in qk_norms(block.attn)
