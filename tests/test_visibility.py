@@ -29,8 +29,8 @@ def odd_even(query, key):
 
 
 def causal_by_parity(query, key):
-    """A user's rule in which also images are causal, and a causal segment sees later segments."""
-    return "causal" if query == key and query.index % 2 else odd_even(query, key)
+    """A user's rule in which also images are causal, and a causal segment sees both of its neighbours."""
+    return "causal" if query == key and query.index % 2 else query.sample == key.sample or odd_even(query, key)
 
 
 def mask_of(plan, transposed=False):
