@@ -65,8 +65,8 @@ def edit(
         output_type: "pil", "np" (float32 `[H, W, 3]`, 0 to 1), "pt" (`[3, H, W]`, 0 to 1, the pipeline's dtype), or
             "latent" (packed latents `[1, N, C]`).
         progress: Show the pipeline's progress bar.
-        model: Packed model to run, such as a sharded one, with its own visibility and impl. None builds one from the
-            pipeline's transformer.
+        model: Packed model to run, such as a sharded one, with its own visibility and impl. It computes in the dtype of
+            the embeddings that requests give. None builds one from the pipeline's transformer.
         keep_references: Keep the keys and values of references over denoising steps, so that most steps compute text
             and target only (docs/fast.md). A number n computes the references in every n-th step, "auto" as often as
             `drift` requires. True computes them once, which needs a model for which this is exact. False computes them

@@ -95,7 +95,7 @@ class Edit:
         return replace(self, latents=self.latents.clone(), scheduler=scheduler, step_options=options, kept=None)
 
 
-def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any) -> Edit:
+def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any, cast: bool = True) -> Edit:
     """Encode prompt and references with the pipeline's own methods, and draw the noise.
 
     Args:
@@ -103,10 +103,13 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
         request: A checked request.
         sizes: Sizes of the request.
         scheduler: Scheduler of the request, with its timesteps.
+        cast: Cast the request's embeddings to the dtype of the pipeline's transformer.
     """
     images = [to_rgb(image) for image in request.images]
     prompts, texts = zip(*(
-        encoded_prompt(pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask)
+        encoded_prompt(
+            pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask, cast=cast
+        )
         for text, embeds, mask in request.texts
     ), strict=True)  # fmt: skip
     generator = request.generator

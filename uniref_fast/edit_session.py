@@ -92,6 +92,7 @@ class EditSession:
         self.keep_references, self.drift, self.keep_dtype = keep_references, drift, keep_dtype
         _refuse_changes(pipe, transformer, self.device)
         self.parts = _eight_bit_parts(transformer, self.device, impl, mode, modules_to_not_convert, model)
+        self._cast = model is None  # the parameters of a given model may have another dtype than its computation
         self.model = model or PackedQwenImage(
             transformer, visibility=visibility, impl=impl, attention_8bit=self.parts.attention if self.parts else ()
         )
@@ -128,7 +129,7 @@ class EditSession:
 
     def encode(self, checked: CheckedRequest) -> Edit:
         """Encode a request, and return it as an edit for the denoising loop."""
-        edit = encoded_edit(self.pipe, checked.request, checked.geometry, checked.scheduler)
+        edit = encoded_edit(self.pipe, checked.request, checked.geometry, checked.scheduler, self._cast)
         if checked.refresh is not None:
             edit.kept = [KeptReferences(checked.refresh, self.keep_dtype, len(edit.timesteps)) for _ in edit.samples]
         return edit

@@ -77,6 +77,7 @@ def encoded_prompt(
     embeds: Tensor | None = None,
     mask: Tensor | None = None,
     device: Any = None,
+    cast: bool = True,
 ) -> tuple[Tensor, int | tuple[tuple[int, bool], ...]]:
     """Encode a prompt with the pipeline's `encode_prompt`, or pass given embeddings through it.
 
@@ -88,6 +89,7 @@ def encoded_prompt(
         embeds: Embeddings `[L, C]` or `[1, L, C]` instead of a prompt.
         mask: Valid rows of `embeds`, `[L]` or `[1, L]`; None for all.
         device: Device of the pipeline; None finds it.
+        cast: Cast `embeds` to the dtype of the transformer.
 
     Returns:
         Embeddings `[n, joint_attention_dim]` without the padding at their end, and n or, if some of the rows are
@@ -99,8 +101,8 @@ def encoded_prompt(
             pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)
         ] or None
     else:
-        resized, dtype = None, compute_dtype(pipe.transformer)
-        embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, dtype)
+        resized = None
+        embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
         mask = None if mask is None else mask.reshape(1, -1).to(device)
     embeds, mask = pipe.encode_prompt(
         prompt=prompt, image=resized, device=device, num_images_per_prompt=1, prompt_embeds=embeds,

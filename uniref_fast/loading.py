@@ -19,6 +19,7 @@ __all__ = [
     "defaults",
     "inference_mode",
     "load_encoders",
+    "load_part",
     "load_pipeline",
     "load_run",
     "load_transformer",
@@ -111,6 +112,28 @@ def offload(pipe: Any, how: str, device: Any) -> None:
     pipe.transformer.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
     for part in (pipe.text_encoder, pipe.vae):
         apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream)
+
+
+def load_part(name: str, part: str, kind: Any, dtype: Any) -> Any:
+    """Load one component of a pipeline into host memory.
+
+    Args:
+        name: "builtin", a diffusers folder, or a hub id.
+        part: Name of the component, such as "vae".
+        kind: Class of the component, of diffusers or of transformers.
+        dtype: Dtype of the weights.
+
+    Raises:
+        ValueError: If the component cannot be loaded; the message has one line.
+    """
+    from diffusers import ModelMixin
+
+    from uniref_fast.builtin.store import model_folder, no_progress_bars
+
+    with model_errors(name) as place, no_progress_bars():
+        folder = model_folder() if name == "builtin" else place
+        options = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+        return kind.from_pretrained(folder, subfolder=part, use_safetensors=True, **options).eval()
 
 
 def configuration(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

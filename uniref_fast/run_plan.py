@@ -210,7 +210,7 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
     if any(isinstance(plan, str) for plan in plans):
         fits = [isinstance(plan, memory.MemoryPlan) for plan in plans]
         advice = [*filter(None, [memory.smaller_stages(config.stages, fits)]), *_advice(fitting, options)]
-    disk = _disk(config, trained) | ({"cache": tokens.cache_bytes} if tokens and config.cache else {})
+    disk = _disk(config, trained) | ({"cache": tokens.cache_bytes} if tokens and _has_cache(config) else {})
     whole, broken = (None, 0) if tokens is None else (tokens.rows, tokens.broken)
     return RunPlan(kind, recipe, config, size, trained, ranks, available, source, held, tuple(stages), whole, broken,
                    speed, disk, tuple(advice), command)  # fmt: skip
@@ -371,6 +371,11 @@ def _works(fitting: Callable[[int, float], bool], ranks: int, gigabytes: float) 
         return fitting(ranks, gigabytes)
     except ValueError:  # this number of ranks cannot share a pack as a stage says
         return False
+
+
+def _has_cache(config: Recipe) -> bool:
+    """Return True if the run keeps what it has encoded."""
+    return config.cache is not None or config.resolve_encoders() == "free"
 
 
 def _disk(config: Recipe, trained: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from uniref_fast.keyed_random import uniform
 from uniref_fast.layout import Sample
 from uniref_fast.request import Geometry, geometry, target_size
 from uniref_fast.training.batches.latent_cache import TensorCache
+from uniref_fast.training.core.encoders import Encoders
 
 __all__ = ["Encoded", "Encoder", "Form", "Prepared"]
 
@@ -110,13 +112,21 @@ class Encoder:
         seed: Seed of the choice of dropped texts and references.
         drop_text: Share of samples whose instruction is replaced by the empty prompt.
         drop_references: Share of samples whose references are left out.
+        encoders: Encoders of the pipeline, which may be freed later; None uses those that the pipeline has.
     """
 
     def __init__(
-        self, pipe: Any, cache: TensorCache, seed: int = 0, drop_text: float = 0.0, drop_references: float = 0.0
+        self,
+        pipe: Any,
+        cache: TensorCache,
+        seed: int = 0,
+        drop_text: float = 0.0,
+        drop_references: float = 0.0,
+        encoders: Encoders | None = None,
     ) -> None:
-        self.pipe, self.cache, self.seed = pipe, cache, seed
-        self.device, self._dtype = pipe._execution_device, pipe.vae.dtype  # these properties search all modules
+        self.pipe, self.cache, self.seed, self.encoders = pipe, cache, seed, encoders
+        self.device = encoders.device if encoders else pipe._execution_device  # a property that searches all modules
+        self._dtype = pipe.vae.dtype
         self.drop_text, self.drop_references = drop_text, drop_references
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
         self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
@@ -189,13 +199,18 @@ class Encoder:
         Raises:
             RowError: The text encoder cannot process the row; the message names its place.
         """
-        made, device = prepared.geometry, self.device
         sources = [] if prepared.dropped else list(prepared.row.references)
-        where = prepared.row.where
-        parts = [self._latents(where, *each) for each in zip(sources, references, made.reference_sizes, strict=True)]
-        none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=device, dtype=self._dtype)
+        sizes, where = prepared.geometry.reference_sizes, prepared.row.where
+        parts = [self._latents(where, *each) for each in zip(sources, references, sizes, strict=True)]
+        none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=self.device, dtype=self._dtype)
+        return torch.cat([none, *parts]), self.encode_text(prepared, references, instruction)
+
+    @torch.no_grad()
+    def encode_text(self, prepared: Prepared, references: list[Image.Image], instruction: str | None = None) -> Tensor:
+        """Return the prompt embeddings of a prepared row, `[l, D]`; arguments and errors as for `encode_conditions`."""
+        sources = [] if prepared.dropped else prepared.row.references
         words = prepared.instruction if instruction is None else instruction
-        seen = made.condition_sizes
+        seen, where = prepared.geometry.condition_sizes, prepared.row.where
         digests = [source.digest() for source in sources] if self.cache.folder else []
         try:
             key, shape = self._text_entry(words, digests, seen) if self.cache.folder else ("", (0, 0))
@@ -203,10 +218,10 @@ class Encoder:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
-            raise RowError(prepared.row.where, f"the text encoder refuses it: {error}") from error
+            raise RowError(where, f"the text encoder refuses it: {error}") from error
         if instruction is None and len(text) != prepared.sample.text:
-            raise RuntimeError(f"{prepared.row.where}: {len(text)} text tokens, {prepared.sample.text} were planned")
-        return torch.cat([none, *parts]), text.to(device)
+            raise RuntimeError(f"{where}: {len(text)} text tokens, {prepared.sample.text} were planned")
+        return text.to(self.device)
 
     def missing(
         self, prepared: Prepared, target: bool, texts: Sequence[str], digest: Callable[[ImageSource], str]
@@ -248,7 +263,9 @@ class Encoder:
         return content_key(self._text, words, digests, sizes), shape
 
     def _image_latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        return image_latents(self.pipe, image, size, self.device)
+        with self.encoders.present("vae") if self.encoders else contextlib.nullcontext():
+            return image_latents(self.pipe, image, size, self.device)
 
     def _embeddings(self, words: str, references: list[Image.Image], sizes: Sequence[tuple[int, int]]) -> Tensor:
-        return prompt_embeddings(self.pipe, words, references, sizes, self.device)
+        with self.encoders.present("text_encoder") if self.encoders else contextlib.nullcontext():
+            return prompt_embeddings(self.pipe, words, references, sizes, self.device)

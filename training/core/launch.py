@@ -93,8 +93,6 @@ def launch(
             recipes, argv, extra=options, prog=f"training/{name}.py", description=description, renamed=resume.RENAMED
         )
         parsed = dataclasses.replace(parsed, config=with_adapter(with_visibility(parsed.config), parsed.given))
-        if parsed.config.encoders == "free":
-            raise ValueError("encoders = free is not available for training yet; leave it out, or give resident")
     except (ValueError, FileNotFoundError) as error:
         return _failed(name, error, 2)
     try:

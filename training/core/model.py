@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from uniref_fast.files import whole_folder
 from uniref_fast.layout import Sample
 from uniref_fast.loading import inference_mode, load_pipeline, load_run, load_transformer
 from uniref_fast.models import PackedQwenImage
-from uniref_fast.models.single_frame import single_frame
 from uniref_fast.progress import running
 from uniref_fast.runs import adapter_kind, base_run, check_export
 from uniref_fast.training.core.adapter import add_adapter, is_adapter, peft_alpha
 from uniref_fast.training.core.base import QUANTISED, offloaded_blocks
 from uniref_fast.training.core.distributed import Ranks, shard
+from uniref_fast.training.core.encoders import Encoders
 from uniref_fast.training.core.export import ExportError, write_weights
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
 from uniref_fast.training.core.memory import gathered_bytes
@@ -38,9 +38,12 @@ class TrainedModel:
     Args:
         config: Configuration of the run: the model, its trained part, and dtypes.
         ranks: Ranks of the run.
+        encode: Function that is called with the model when its encoders can be used and its transformer is still in
+            host memory; encoders that are to be freed are freed after it.
 
     Attributes:
-        pipe: The pipeline; its encoders are frozen and whole on every rank.
+        pipe: The pipeline; its encoders are None while they are freed.
+        encoders: Text encoder and VAE, frozen, and whole on every rank.
         packed: The packed transformer, sharded.
         parameters: Trained parameters by their names in the transformer.
         frozen: Digest of the weights that are not trained, of transformer and encoders, before they are quantised.
@@ -51,11 +54,24 @@ class TrainedModel:
         ValueError: The model or the initial run cannot be loaded, or does not fit the configuration.
     """
 
-    def __init__(self, config: Recipe, ranks: Ranks) -> None:
+    def __init__(self, config: Recipe, ranks: Ranks, encode: Callable[[TrainedModel], None] | None = None) -> None:
         self.config, self.ranks = config, ranks
         compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
         self.pipe = load_pipeline(config.model, compute, "cpu")
         self.pipe.set_progress_bar_config(disable=True)
+        if config.initial is not None:
+            self._load_below(config.initial, compute)
+        self.encoders = Encoders(self.pipe, config.model, compute, ranks.device)
+        free = config.resolve_encoders() == "free"
+        if not free:
+            self.encoders.to_device()
+        if encode is not None:
+            encode(self)  # the transformer is in host memory
+        transformer = self.pipe.transformer
+        transformer.requires_grad_(config.lora_rank is None)
+        self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)  # of the weights in the files
+        if free:
+            self.encoders.free()
         with running("preparing the weights", shown=ranks.rank == 0):
             self._prepare(compute, master)
         self.parameters: dict[str, Tensor] = {
@@ -63,17 +79,8 @@ class TrainedModel:
         }
 
     def _prepare(self, compute: torch.dtype, master: torch.dtype) -> None:
-        """Load the initial weights, add the adapter, and pack and shard the transformer."""
-        config, ranks = self.config, self.ranks
-        for part in (self.pipe.vae, self.pipe.text_encoder):
-            part.requires_grad_(False).to(ranks.device)
-        self._frames = contextlib.ExitStack()  # images, never videos, as long as the model lives
-        self._frames.enter_context(single_frame(self.pipe.vae))
-        if config.initial is not None:
-            self._load_below(config.initial, compute)
-        transformer = self.pipe.transformer
-        transformer.requires_grad_(config.lora_rank is None)
-        self.frozen = _digest(transformer, self.pipe.vae, self.pipe.text_encoder)  # of the weights in the files
+        """Quantise the base, load or add the adapter, and pack and shard the transformer."""
+        config, ranks, transformer = self.config, self.ranks, self.pipe.transformer
         host = offloaded_blocks(len(transformer.transformer_blocks), config.offload_blocks)
         if config.base is not None:
             quantise_base(transformer, config.base, compute, ranks.device, host)
@@ -181,9 +188,8 @@ class TrainedModel:
         return 4 * sum(p.numel() for p in self.parameters.values())
 
     def fixed_bytes(self) -> int:
-        """Return the bytes on the device of every rank: text encoder and VAE, and weights that are not sharded."""
-        parts = (self.pipe.vae, self.pipe.text_encoder) if self.config.resolve_encoders() == "resident" else ()
-        encoders = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+        """Return the bytes on the device of every rank: encoders that are not freed, and weights not sharded."""
+        encoders = 0 if self.encoders.freed else self.encoders.bytes
         return encoders + stored_bytes(self.whole) + self.offloading.device_bytes
 
     def export(self, folder: Path) -> None:

@@ -117,8 +117,8 @@ class Recipe:
             block ahead of their use; 0 keeps all of them on the device.
         memory_gib: Memory of a rank in GiB that packs are planned for; none uses what the device has.
         encoders: Place of the text encoder and the VAE during training: "resident" keeps them on the device; "free"
-            encodes all that the run needs before the first step and then frees them; none frees them if `cache` is
-            set.
+            encodes all that the run needs into `cache` before the first step (without `cache`, into the folder of the
+            run) and then frees them; none frees them if `cache` is set.
         compile: Compile the MLPs of all blocks, and the attention projections that have an adapter, with torch.compile;
             the operators between them are fused in any case.
 
@@ -251,7 +251,7 @@ class Recipe:
 
     def resolve_encoders(self) -> Literal["resident", "free"]:
         """Return where the encoders are during training: "free" if they are freed before the first step."""
-        return self.encoders or "resident"
+        return self.encoders or ("resident" if self.cache is None else "free")
 
     def resolve_sampling(self) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.edit import edit
+from uniref_fast.encode import prompt_embeddings
 from uniref_fast.evaluation.report import sampling_text
 from uniref_fast.evaluation.requests import EvalRequest, eval_request
-from uniref_fast.request import EditRequest
+from uniref_fast.request import EditRequest, request_geometry
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["MOST_PROMPTS", "PromptSamples", "generate", "prompt_rows", "sample_grid", "sampling_settings"]
+__all__ = ["MOST_PROMPTS", "PromptSamples", "embedded", "generate", "prompt_rows", "sample_grid", "sampling_settings"]
 
 MOST_PROMPTS = 32
 """Largest number of rows of `validate`: each is sampled at every validation."""
@@ -48,9 +52,23 @@ def generate(
     packed = model.packed
     parallel, packed.parallel = packed.parallel, None
     try:
-        return edit(model.pipe, list(requests), budget=budget, model=packed, pack_tokens=pack_tokens, progress=False)
+        with model.encoders.present("vae"):
+            return edit(
+                model.pipe, list(requests), budget=budget, model=packed, pack_tokens=pack_tokens, progress=False
+            )
     finally:
         packed.parallel = parallel
+
+
+def embedded(request: EditRequest, texts: Sequence[Tensor]) -> EditRequest:
+    """Return a request that does not need the text encoder.
+
+    Args:
+        request: The request.
+        texts: Embeddings `[l, D]` of its prompt and, with guidance, of its negative prompt.
+    """
+    negative = texts[1] if len(texts) > 1 else None
+    return replace(request, prompt=None, prompt_embeds=texts[0], negative_prompt=None, negative_prompt_embeds=negative)
 
 
 def sample_grid(settings: dict[str, Any], samples: Sequence[tuple[str, str, EvalRequest, Image.Image]]) -> Image.Image:
@@ -115,6 +133,20 @@ class PromptSamples:
         self._requests = [
             eval_request(model.pipe, dataset[i], ("validate", i), seed=0, **self.settings) for i in range(len(dataset))
         ]
+
+    def encode_texts(self) -> None:
+        """Encode the texts of all rows, so that samples do not need the text encoder; the embeddings are kept."""
+        model, found = self.model, []
+        with model.encoders.present("text_encoder"), torch.no_grad():
+            for one in self._requests:
+                request = one.request
+                seen = request_geometry(model.pipe, request).condition_sizes
+                texts = [
+                    prompt_embeddings(model.pipe, text or "", request.images, seen, model.encoders.device).cpu()
+                    for text, _, _ in request.texts
+                ]
+                found.append(replace(one, request=embedded(request, texts)))
+        self._requests = found
 
     def grid(self, pack_tokens: int) -> Image.Image:
         """Generate a sample of each row, and draw them as a labelled image. All ranks.

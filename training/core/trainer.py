@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from uniref_fast.costs import transformer_flops
+from uniref_fast.data.dataset import Dataset
 from uniref_fast.flags import to_json
 from uniref_fast.layout import Sample
 from uniref_fast.progress import running
 from uniref_fast.request import image_areas
-from uniref_fast.training.core.checkpoint import Checkpoints
+from uniref_fast.training.core.checkpoint import Checkpoints, read_state
 from uniref_fast.training.core.distributed import Ranks, global_norm, scale_gradients
 from uniref_fast.training.core.ema import MovingAverage
 from uniref_fast.training.core.export import ExportError
@@ -60,26 +61,26 @@ class Trainer:
     def __init__(self, config: Recipe, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         self.config, self.ranks, self.out = config, ranks, out
         self.progress = running(shown=ranks.rank == 0)  # of the work that runs now
+        self.checkpoints = Checkpoints(out / "checkpoints", ranks, config.keep)
+        self._announced: list[tuple[str, dict[str, Any]]] = []  # events from before the monitor was opened
+        self.prompt_samples: PromptSamples | None = None
         prompts = prompt_rows(config)  # a wrong file is reported before the model is loaded
-        self.model = TrainedModel(config, ranks)
+        self.model = TrainedModel(config, ranks, functools.partial(self._open, resume, prompts))
         self.parameters = list(self.model.parameters.values())
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=1.0, betas=config.betas, weight_decay=config.weight_decay, foreach=True
         )
         self.average = None if config.ema is None else MovingAverage(self.model.parameters, config.ema)
-        self.checkpoints = Checkpoints(out / "checkpoints", ranks, config.keep)
         self.stage = -1
         self.step = 0
         self.skipped = 0  # steps in a row
         self.signalled = 0  # number of the signal that this process received
         self.stopping = False  # all ranks have agreed to stop
         self.saved_at = resume  # step of the last checkpoint
-        self._announced: list[tuple[str, dict[str, Any]]] = []  # events from before the monitor was opened
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
         # (budget, target_side) of a stage -> tokens of its packs, of the run that is resumed
         kept = {(budget, target): tokens for budget, target, tokens in self.saved.get("packs", ())}
         self.plans = self._plans(kept)
-        self.prompt_samples = None if prompts is None else PromptSamples(prompts, config, self.model)
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
             out,
@@ -91,7 +92,35 @@ class Trainer:
             flops_per_second=peak and peak * ranks.size,
         )
 
+    def _open(self, resume: int | None, prompts: Dataset | None, model: TrainedModel) -> None:
+        """Open the rows of the run while the transformer is in host memory, and encode them if encoders are freed."""
+        self.model = model
+        state = {} if resume is None else read_state(self.checkpoints.path(resume))["state"]
+        self.open_rows(resume or 0, state)
+        if prompts is not None:
+            self.prompt_samples = PromptSamples(prompts, self.config, model)
+            if self.config.resolve_encoders() == "free":
+                self.prompt_samples.encode_texts()
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Folder of encoded images and prompts: `cache`, or one of the run if its encoders are freed."""
+        if self.config.cache is None and self.config.resolve_encoders() == "free":
+            return self.out / "cache"
+        return self.config.cache
+
     # ---- defined by a subclass ----
+
+    def open_rows(self, step: int, state: Mapping[str, Any]) -> None:
+        """Open the rows of the run; if `encoders` are freed, encode all rows that the run uses from a step on.
+
+        The encoders can be used, and nothing is on the device yet.
+
+        Args:
+            step: Step that the run continues from.
+            state: State of its checkpoint; empty at the start of a run.
+        """
+        raise NotImplementedError
 
     def train_step(self) -> bool:
         """Run step `self.step` on all ranks.
@@ -343,7 +372,7 @@ class Trainer:
         memory = device_memory(ranks.device, config.memory_gib)
         if ranks.device.type == "cpu" and config.memory_gib is None:
             memory //= ranks.size
-        model, vae = self.model, self.model.pipe.vae
+        model = self.model
         stages = [replace(stage, pack_tokens=stage.pack_tokens or kept.get((stage.budget, stage.target_side)))
                   for stage in config.stages]  # fmt: skip
         plan = functools.partial(
@@ -356,7 +385,7 @@ class Trainer:
             element=getattr(torch, config.dtype).itemsize,
             gathered=model.gathered_bytes(),
             update=model.update_bytes(),
-            vae_width=vae.config.base_dim,
+            vae_width=model.encoders.vae_config.base_dim,
             encoding=config.resolve_encoders() == "resident",
             patch=model.pipe.vae_scale_factor * 2,
             sequences=config.sequences,

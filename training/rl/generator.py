@@ -217,7 +217,8 @@ class RolloutGenerator:
         Returns:
             False if a signal ended it.
         """
-        return self._generate(batch, lambda pack: self._submit(batch, pack, step))
+        with self.model.encoders.present("vae"):
+            return self._generate(batch, lambda pack: self._submit(batch, pack, step))
 
     def _generate(self, batch: Batch, finished: Callable[[RolloutPack], None]) -> bool:
         start, tokens = time.perf_counter(), 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from uniref_fast.data.dataset import Dataset
+from uniref_fast.data.dataset import BrokenRowsError, Dataset
+from uniref_fast.guidance import texts_of
+from uniref_fast.training.batches.encoding import RowForms
 from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.rows import TrainingRows
-from uniref_fast.training.batches.samples import Encoder, Prepared
+from uniref_fast.training.batches.samples import Encoder, Form, Prepared
+from uniref_fast.training.core.recipe import stage_at
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 
 __all__ = ["Prompts"]
@@ -40,7 +43,11 @@ class Prompts:
         return self.rows.state()
 
     def take(
-        self, count: int, stage: RLStage, check: Callable[[PackKey, Prepared], None] = lambda key, prepared: None
+        self,
+        count: int,
+        stage: RLStage,
+        check: Callable[[PackKey, Prepared], None] = lambda key, prepared: None,
+        read: bool = True,
     ) -> tuple[list[tuple[PackKey, Prepared]], list[tuple[str, str]]]:
         """Return the next rows with their sizes, and (place, reason) of broken rows that were skipped.
 
@@ -48,6 +55,7 @@ class Prompts:
             count: Number of rows to return.
             stage: Stage that decides which rows are used, and their sizes.
             check: Function that raises ValueError, with the reason, for a row that cannot be used.
+            read: Read the references too, and pass over rows whose references are damaged.
 
         Raises:
             BrokenRowsError: If more rows are broken than the run allows, or all of them.
@@ -64,7 +72,8 @@ class Prompts:
                 if stage.uses(len(row.references)):
                     prepared = self.encoder.prepare(row, key, stage.budget, stage.target_side, rollout=True)
                     check(key, prepared)
-                    prepared.load_references()  # damaged pictures too are passed over, by all ranks alike
+                    if read:
+                        prepared.load_references()  # damaged pictures too are passed over, by all ranks alike
                     taken.append((key, prepared))
                     continue
             except (ValueError, OSError) as error:
@@ -78,3 +87,31 @@ class Prompts:
                     f'"{stage.references}" needs{last}'
                 )
         return taken, broken
+
+    def upcoming(self, step: int, broken: Mapping[str, str] | None = None) -> list[RowForms]:
+        """Return the rows that the steps from `step` on use, in the order in which they are first used.
+
+        It takes the rows of all these steps, without reading their images. Rows that are too large for a pack are not
+        recognised.
+
+        Args:
+            step: First step.
+            broken: Reasons of rows that cannot be encoded, by their place.
+        """
+        config, wanted = self.config, dict[int, dict[Form, None]]()
+        texts = texts_of("", config.rollout_true_cfg_scale)[1:]
+
+        def check(key: PackKey, prepared: Prepared) -> None:
+            if broken and prepared.row.where in broken:
+                raise ValueError(broken[prepared.row.where])
+
+        for at in range(step, config.total_steps):
+            _, stage = stage_at(config, at)
+            try:
+                taken, _ = self.take(config.prompts, stage, check, read=False)  # type: ignore[arg-type]
+            except BrokenRowsError:  # the run ends there with this error
+                break
+            for key, _ in taken:
+                form = self.encoder.form(key, stage.budget, stage.target_side)
+                wanted.setdefault(key[1], {})[form] = None
+        return [RowForms(self.dataset, i, tuple(forms), False, texts) for i, forms in wanted.items()]

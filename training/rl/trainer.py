@@ -19,11 +19,13 @@ from uniref_fast.costs import transformer_flops
 from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.rewards.types import Failure
 from uniref_fast.runs import trained_visibility
+from uniref_fast.training.batches.encoding import heldout_rows
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.rows import check_same_rows
 from uniref_fast.training.batches.samples import Encoder, Prepared
+from uniref_fast.training.batches.upcoming import encode_ahead
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.rl.generator import Batch, RolloutGenerator
@@ -74,19 +76,32 @@ class RLTrainer(Trainer):
         self.check = check
         self.checked_stage = -1  # stage whose packs and parallel layout are known to be on-policy
         self.monitor.enabled &= not check
-        self.encoder = Encoder(self.model.pipe, TensorCache(config.cache))
-        with self.progress.of("reading the rows"):
-            dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
-        self.prompts = Prompts(dataset, self.encoder, config, self.saved.get("prompts"))
+        self.prompts = Prompts(self.dataset, self.encoder, config, self.saved.get("prompts"))
         self._prompts_state = self.prompts.state()
-        heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
         self.rewards = RewardSet(config, None if check else out / "judge", ranks.rank, self._notify)
         self.generator = RolloutGenerator(
             config, ranks, self.model, self.encoder, self.rewards, lambda: self.signalled > 0, self.progress
         )
-        self.validation = RewardValidation(heldout, config, ranks, self.encoder, self.generator, self.rewards)
+        self.validation = RewardValidation(self.heldout, config, ranks, self.encoder, self.generator, self.rewards)
         self.objective = Objective.from_config(config)
         self.detector = RewardHackingDetector(config.alarm, self.saved.get("alarm") if self._same_scores() else None)
+
+    def open_rows(self, step: int, state: Mapping[str, Any]) -> None:
+        config, model = self.config, self.model
+        self.encoder = Encoder(model.pipe, TensorCache(self.cache_folder), encoders=model.encoders)
+        with self.progress.of("reading the rows"):
+            self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
+        self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
+        if config.resolve_encoders() == "free":
+            shown = max(config.eval_samples * bool(config.eval_every), config.sample_count)
+            heldout = heldout_rows(self.heldout, config, target=False, guided=shown)
+            prompts = Prompts(self.dataset, self.encoder, config, state.get("prompts"))
+            report = encode_ahead(self.encoder, self.ranks, config, prompts.upcoming(step) + heldout)
+            if report.broken:  # other rows take their places
+                prompts = Prompts(self.dataset, self.encoder, config, state.get("prompts"))
+                rows = prompts.upcoming(step, dict(report.broken))
+                encode_ahead(self.encoder, self.ranks, config, rows)
+            self.announce("encoded", rows=report.rows, now=report.encoded, broken=len(report.broken))
 
     def _same_scores(self) -> bool:
         """Return True if the scores before the resume can be compared with those after it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,16 @@ import torch
 from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample
+from uniref_fast.request import image_areas
 from uniref_fast.schedule import resolution_shift
 from uniref_fast.training.batches import packing
+from uniref_fast.training.batches.encoding import RowForms, heldout_rows
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.loader import PackLoader, StepPacks
-from uniref_fast.training.batches.packing import PackKey
+from uniref_fast.training.batches.packing import CostModel, PackKey
 from uniref_fast.training.batches.rows import check_same_rows
 from uniref_fast.training.batches.samples import Encoded, Encoder
+from uniref_fast.training.batches.upcoming import encode_ahead, pack_token_bounds, upcoming_rows
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.memory import RECOMPUTATION
 from uniref_fast.training.core.monitor import GroupedMean
@@ -42,16 +45,36 @@ class SFTTrainer(Trainer):
     def __init__(self, config: SFT, ranks: Ranks, out: Path, resume: int | None = None) -> None:
         super().__init__(config, ranks, out, resume)
         costs = self.saved["costs"] if self.saved else self._costs().as_dict()
-        self.costs = packing.CostModel(**costs)
-        cache = TensorCache(config.cache)
-        with self.progress.of("reading the rows"):
-            dataset = Dataset(config.data, config.image_folder, columns=config.columns)
-        self.encoder = Encoder(self.model.pipe, cache, config.seed, config.drop_text, config.drop_references)
+        self.costs = CostModel(**costs)
         loader_state = self.saved["feeder"] if self.saved else None
-        self.loader = PackLoader(dataset, self.encoder, config, self.plans, self.costs, self._assign, loader_state)
-        files = [Path(path) for path in config.heldout]
-        self.heldout = Validation(files, config, self.model, Encoder(self.model.pipe, cache), ranks)
+        self.loader = PackLoader(self.dataset, self.encoder, config, self.plans, self.costs, self._assign, loader_state)
         self.detector = DeclineDetector(config, self.heldout.settings, self.saved.get("validation"))
+
+    def open_rows(self, step: int, state: Mapping[str, Any]) -> None:
+        config, model, cache = self.config, self.model, TensorCache(self.cache_folder)
+        with self.progress.of("reading the rows"):
+            self.dataset = Dataset(config.data, config.image_folder, columns=config.columns)
+        drops = config.drop_text, config.drop_references
+        self.encoder = Encoder(model.pipe, cache, config.seed, *drops, encoders=model.encoders)
+        plain = Encoder(model.pipe, cache, encoders=model.encoders)
+        self.heldout = Validation([Path(path) for path in config.heldout], config, model, plain, self.ranks)
+        if config.resolve_encoders() == "free":
+            report = encode_ahead(self.encoder, self.ranks, config, self._rows_to_encode(step, state))
+            self.announce("encoded", rows=report.rows, now=report.encoded, broken=len(report.broken))
+
+    def _rows_to_encode(self, step: int, state: Mapping[str, Any]) -> list[RowForms]:
+        """Return all rows that the run uses from a step on, held-out rows included."""
+        config, pipe = self.config, self.model.pipe
+        kept = {(budget, target): tokens for budget, target, tokens in state.get("packs", ())}
+        patch, area = pipe.vae_scale_factor * 2, image_areas(pipe)[1]
+        costs = CostModel(**state["costs"]) if state else CostModel.from_config(pipe.transformer.config)
+        rows = upcoming_rows(
+            self.dataset, self.encoder, config, step,
+            [pack_token_bounds(stage, kept, patch, area) for stage in config.stages], costs, state.get("feeder"),
+            exact=bool(state) or config.cost == "flops", shown=self.ranks.rank == 0,
+        )  # fmt: skip
+        guided = config.sample_count
+        return rows + heldout_rows(self.heldout.datasets, config, target=True, guided=guided)
 
     def begin(self) -> None:
         for name, reason in left_out([self.loader.dataset, *self.heldout.datasets.values()]):
@@ -87,7 +110,7 @@ class SFTTrainer(Trainer):
         self.loader.close()
 
     def finished(self) -> None:
-        if self.config.cache is not None:
+        if self.cache_folder is not None:
             self.monitor.event(self.step, "cache", hits=self.encoder.cache.hits, misses=self.encoder.cache.misses)
 
     def train_step(self) -> bool:
@@ -229,11 +252,11 @@ class SFTTrainer(Trainer):
         sequence = self.plans[stage].sequence_parallel
         return packing.assign(packs, self.ranks.size // sequence)[self.ranks.rank // sequence]
 
-    def _costs(self) -> packing.CostModel:
+    def _costs(self) -> CostModel:
         """Return the costs of samples: operations, or seconds of forward and backward on this machine. All ranks."""
         config = self.model.pipe.transformer.config
         if self.config.cost == "flops":
-            return packing.CostModel.from_config(config)
+            return CostModel.from_config(config)
         # Times are measured up to the tokens that a rank has of a pack in the stage with the smallest packs, which fit
         # the memory of every stage, and with recomputation if any stage needs it.
         most = min(plan.pack_tokens // plan.sequence_parallel for plan in self.plans)
@@ -247,7 +270,7 @@ class SFTTrainer(Trainer):
                 samples.append(sample)
                 seconds.append(min(self._timed(sample) for _ in range(3)))
         self.optimizer.zero_grad(set_to_none=True)
-        return packing.CostModel.fit(samples, self.ranks.broadcast(seconds))
+        return CostModel.fit(samples, self.ranks.broadcast(seconds))
 
     def _timed(self, sample: Sample) -> float:
         config, device = self.model.pipe.transformer.config, self.ranks.device

@@ -14,14 +14,16 @@ from uniref_fast.evaluation.aggregate import statistic
 from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.evaluation.report import sampling_text
 from uniref_fast.evaluation.requests import EvalRequest, eval_request
+from uniref_fast.guidance import texts_of
 from uniref_fast.keyed_random import draw
 from uniref_fast.packing import next_fit
+from uniref_fast.request import EditRequest
 from uniref_fast.schedule import resolution_shift, shift_time
 from uniref_fast.training.batches.heldout import heldout_datasets
-from uniref_fast.training.batches.samples import Encoded, Encoder, Prepared
+from uniref_fast.training.batches.samples import Encoded, Encoder, Form, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.model import TrainedModel
-from uniref_fast.training.core.sampling import generate, sample_grid, sampling_settings
+from uniref_fast.training.core.sampling import embedded, generate, sample_grid, sampling_settings
 from uniref_fast.training.supervised.flow_matching import (
     FlowBatch,
     assemble_batch,
@@ -142,13 +144,21 @@ class Validation:
                 asked.append((name, eval_request(self.model.pipe, dataset[i], (name, i), seed=0, **self.settings)))
         if not asked:
             return []
-        requests = [one.request for _, one in asked]
+        freed = self.model.encoders.freed
+        requests = [self._embedded(one) if freed else one.request for _, one in asked]
         images = generate(self.model, requests, self.stage.budget, pack_tokens)
         found = []
         for (name, one), image in zip(asked, images, strict=True):
             assert one.target is not None  # `heldout_datasets` refuses rows without a target
             found.append(HeldoutSample(name, one, image, psnr(image, one.target)))
         return found
+
+    def _embedded(self, one: EvalRequest) -> EditRequest:
+        """Return a request with the embeddings of its texts, which do not need the text encoder."""
+        prepared = self.encoder.prepare_form(one.row, Form(self.stage.budget, self.stage.target_side), rollout=True)
+        texts = [None, *texts_of("", one.request.true_cfg_scale)[1:]]
+        found = [self.encoder.encode_text(prepared, list(one.request.images), text) for text in texts]
+        return embedded(one.request, found)
 
     def settings_text(self, samples: Sequence[HeldoutSample]) -> str:
         """Return the settings that samples were generated with, in words."""

@@ -70,7 +70,7 @@ def write(pipe, folder: str | os.PathLike, weights: str, **details) -> Path:
     """
     folder = Path(folder)
     with whole_folder(folder) as unfinished:
-        with _no_progress_bars():
+        with no_progress_bars():
             pipe.save_pretrained(unfinished)
         for path in unfinished.rglob("config.json"):  # the place that parts were loaded from is not recorded
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +101,7 @@ def load(dtype=None, device: str = "cpu", **options):
     from .pipeline import SmallQwenImageEditPlusPipeline
 
     folder = str(model_folder())
-    with _no_progress_bars():
+    with no_progress_bars():
         pipe = SmallQwenImageEditPlusPipeline.from_pretrained(
             folder, dtype=dtype or torch.float32, local_files_only=True, **options
         )
@@ -204,7 +204,7 @@ def _status(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _no_progress_bars():
+def no_progress_bars():
     """Turn the progress bars of diffusers and transformers off within the block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

@@ -153,7 +153,7 @@ def test_a_stage_prepares_what_waits_anew(dataset, feed):
 def test_pictures_are_read_ahead(dataset, feed):
     packs = feed(dataset).next(0)
     for key, future in packs.images.items():
-        target, references = future.result(timeout=20)
+        target, references, _ = future.result(timeout=20)
         row = dataset[key[1]]
         assert target.size == row.target.size()
         assert len(references) == (0 if packs.prepared[key].dropped else len(row.references))

@@ -22,6 +22,7 @@ from uniref_fast.runs import base_run
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core import model as trained_models
+from uniref_fast.training.core import sampling
 from uniref_fast.training.core.base import LIBRARIES, base_bytes, resident_blocks
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.ema import MovingAverage
@@ -30,7 +31,6 @@ from uniref_fast.training.core.frozen_base import FrozenLinear
 from uniref_fast.training.core.memory import activation_bytes
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
-from uniref_fast.training.supervised import validation
 from uniref_fast.training.supervised.recipes import SFT
 from uniref_fast.training.supervised.validation import Validation
 
@@ -369,7 +369,7 @@ def test_validations_have_the_sizes_of_the_last_stage_in_every_stage(trained, ra
 
 def test_the_grid_shows_the_settings_of_its_samples(trained, ranks, rows, monkeypatch):
     shown = {}
-    monkeypatch.setattr(validation, "contact_sheet", lambda lines, **texts: shown.update(texts, lines=lines))
+    monkeypatch.setattr(sampling, "contact_sheet", lambda lines, **texts: shown.update(texts, lines=lines))
     stages = (dataclasses.replace(CONFIG.stages[0], budget=None),)
     heldout = held_out(trained(), ranks, [rows / "more.jsonl"], stages=stages, sample_count=1)
     samples = heldout.samples(4096)

@@ -1,3 +1,4 @@
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,10 @@ def make_generator(builtin_pipe):
                   "sample_num_inference_steps": STEPS, "rewards": ("scene",), **fields}  # fmt: skip
         config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", **fields)
         packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.visibility or "full")
-        model = SimpleNamespace(pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks())
+        encoders = SimpleNamespace(present=lambda *names: contextlib.nullcontext())
+        model = SimpleNamespace(
+            pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks(), encoders=encoders
+        )
         model.idle_forward = lambda: TrainedModel.idle_forward(model)
         encoder = Encoder(builtin_pipe, TensorCache(None))
         return RolloutGenerator(config, model.ranks, model, encoder, FakeRewards(), signalled)

@@ -19,6 +19,7 @@ from uniref_fast import cli
 from uniref_fast import flags as configs
 from uniref_fast.training import msgrpo
 from uniref_fast.training.core.distributed import Ranks
+from uniref_fast.training.core.encoders import Encoders
 from uniref_fast.training.rl import generator as generation
 from uniref_fast.training.rl import on_policy
 from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
@@ -54,6 +55,27 @@ def test_export_writes_the_adapter_of_the_run(whole, tmp_path):
     assert cli.main(["export", str(whole), "--step", str(last), "--out", str(tmp_path / "out")]) == 0
     exported, own = weights(tmp_path / "out"), weights(whole)
     assert exported.keys() == own.keys() and all(torch.equal(exported[name], own[name]) for name in own)
+
+
+def test_freed_encoders_change_nothing_and_the_vae_is_there_for_rollouts_only(data, whole, tmp_path, monkeypatch):
+    update, loaded, load = RLTrainer.update, [], Encoders._loaded
+
+    def updated(run, *args):
+        assert run.model.pipe.vae is None and run.model.pipe.text_encoder is None
+        return update(run, *args)
+
+    def watched(encoders, name):
+        loaded.append(name)
+        return load(encoders, name)
+
+    monkeypatch.setattr(RLTrainer, "update", updated)
+    monkeypatch.setattr(Encoders, "_loaded", watched)
+    more = ("--sample-every", 2, "--eval-every", 3, "--encoders", "free", "--cache", tmp_path / "cache")
+    assert msgrpo.main(flags(data, tmp_path / "run", *more)) == 0
+    assert_same_run(tmp_path / "run", whole)
+    assert set(loaded) == {"vae"} and len(loaded) >= 3
+    (event,) = events(tmp_path / "run", "encoded")
+    assert 0 < event["now"] == event["rows"] <= 2 * 3 + 3
 
 
 def test_the_records_of_a_run(whole):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from uniref_fast import builtin, cli, runs
 from uniref_fast import flags as configs
@@ -23,6 +25,7 @@ from uniref_fast.evaluation.model import check_runs
 from uniref_fast.training import sft
 from uniref_fast.training.core import checkpoint, export, launch, model
 from uniref_fast.training.core.distributed import Ranks
+from uniref_fast.training.core.encoders import Encoders
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.supervised import trainer, validation
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
@@ -167,6 +170,50 @@ def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
     shutil.rmtree(half / "transformer")
     assert cli.main(["export", str(half)]) == 0, "the checkpoint of two ranks"
     assert identical(weights(half), weights(whole))
+
+
+@two_ranks
+def test_encoders_are_gone_while_a_run_trains_and_an_encoding_pass_that_was_killed_goes_on(
+    data, whole, tmp_path, monkeypatch
+):
+    """Two ranks begin to encode and are killed; one rank encodes the rest and trains to the same bits."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    begun = subprocess.Popen(
+        [*command, "training/sft.py", *flags(data, out, "--encoders", "free")],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    while len(list((out / "cache").rglob("*.safetensors"))) < 8:
+        assert begun.poll() is None
+        time.sleep(0.01)
+    os.killpg(begun.pid, signal.SIGKILL)
+    begun.wait()
+
+    storages, live = [], []
+    free, step = Encoders.free, trainer.SFTTrainer.train_step
+
+    def freed(encoders):
+        parts = encoders.pipe.vae, encoders.pipe.text_encoder
+        storages.extend(StorageWeakRef(p.untyped_storage()) for part in parts for p in part.parameters())
+        free(encoders)
+
+    def stepped(run):
+        live.append(sum(not storage.expired() for storage in storages))
+        return step(run)
+
+    monkeypatch.setattr(Encoders, "free", freed)
+    monkeypatch.setattr(trainer.SFTTrainer, "train_step", stepped)
+    assert sft.main(flags(data, out, "--encoders", "free", "--resume", "auto")) == 0
+    equal_to(whole, out)
+    assert len(storages) > 50 and live == [0] * 4
+    (event,) = events(out, "encoded")
+    assert 0 < event["now"] < event["rows"] and event["broken"] == 0
+    assert events(out, "cache")[0]["hits"] > 0
+    shutil.rmtree(out / "checkpoints" / "step-000004")
+    shutil.rmtree(out / "transformer")
+    assert sft.main(flags(data, out, "--encoders", "free", "--resume", "auto")) == 0
+    equal_to(whole, out)
+    assert [one["now"] for one in events(out, "encoded")][1:] == [0], "the rows of the last two steps are there"
 
 
 @two_ranks
