@@ -282,3 +282,72 @@ def test_the_settings_of_an_initial_adapter_are_adopted(capsys, tmp_path):
               {"lora_adapter_metadata": json.dumps(metadata)})  # fmt: skip
     found = planned(capsys, "--recipe", "lora", "--initial", tmp_path)
     assert found["parameters"]["trained"] == 60 * 4 * (3072 + 3072)
+
+
+# ---- recipes for GPUs of some sizes, and what a run can change ----
+
+
+@pytest.mark.parametrize("gigabytes", [24, 48, 80])
+def test_the_recipes_for_gpus_fit_them(capsys, gigabytes):
+    found = planned(capsys, "--recipe", f"lora_{gigabytes}gb", "--gpu-memory", gigabytes)
+    assert found["fits"] and "encoders" not in found["held_bytes"]
+    smaller = {24: 16, 48: 24, 80: 48}[gigabytes]
+    assert not planned(capsys, "--recipe", f"lora_{gigabytes}gb", "--gpu-memory", smaller)["fits"]
+
+
+@pytest.mark.parametrize(
+    ("args", "flags"),
+    [
+        (("--gpu-memory", 64), "--encoders free"),
+        (("--gpu-memory", 48), "--encoders free --base int8"),
+        (("--gpu-memory", 48, "--adapter", "dora"), "--encoders free --offload-blocks 20"),
+        (("--gpu-memory", 28), "--encoders free --base nf4"),
+    ],
+)
+def test_a_plan_names_the_settings_with_which_the_run_fits(capsys, args, flags):
+    args = ("--recipe", "lora", *args)
+    status, text, _ = run(capsys, *args)
+    assert status == 1 and f"it fits with {flags}; it fits" in text
+    assert run(capsys, *args, *flags.split())[0] == 0
+
+
+def test_moments_in_8_bits_need_one_process_and_less_memory(capsys):
+    args = ("--recipe", "lora", "--gpu-memory", 80)
+    plain, eight = planned(capsys, *args), planned(capsys, *args, "--optimizer", "adamw8bit")
+    assert plain["held_bytes"]["gradients and optimizer"] == 12 * plain["parameters"]["trained"]
+    assert eight["held_bytes"]["gradients and optimizer"] // eight["parameters"]["trained"] == 6
+    status, _, err = run(capsys, *args, "--optimizer", "adamw8bit", "--nproc", 2)
+    assert status == 2 and "this run has 2 ranks; give --optimizer adamw" in err
+
+
+# ---- the tracked memory in the documents ----
+
+
+def gib(count):
+    return f"{count / 2**30:.1f}"
+
+
+def test_the_documents_show_the_tracked_memory():
+    """The tables of docs/sft.md are the newest results, whose plans are those of this version."""
+    file = sorted((ROOT / "bench" / "results").glob("*-memory-training.json"))[-1]
+    results, page = json.loads(file.read_text()), (ROOT / "docs" / "sft.md").read_text()
+    assert file.name in page and results["date"] in page
+    for row in results["rows"]:
+        assert row["planned_bytes"] == pytest.approx(row["tracked_bytes"], rel=0.05)
+        name = str(row["checkpointing"]).lower()
+        line = f"| {row['budget']} | {row['references']} | `{name}` | {gib(row['tracked_bytes'])} | "
+        assert f"{line}{gib(row['planned_bytes'])} |\n" in page, line
+    for row in results["recipes"]:
+        name = str(row.get("checkpointing")).lower()
+        cells = f"`{name}` | {gib(row['planned_bytes'])}" if row["fits"] else "does not fit |"
+        assert f"| `{row['recipe']}` | {row['budget']} | {cells} |\n" in page, row
+    from uniref_fast.run_plan import PlanOptions, make_plan
+
+    for row in results["recipes"]:
+        config = SFT_RECIPES[row["recipe"]]()
+        tokens = next(each["tokens"] for each in results["rows"]
+                      if (each["budget"], each["references"]) == (row["budget"], 6))  # fmt: skip
+        stage = dataclasses.replace(config.stages[0], budget=row["budget"], pack_tokens=tokens)
+        config = dataclasses.replace(config, stages=(stage,))
+        plan = make_plan("sft", "lora", config, PlanOptions(gpu_memory=row["gpu_gb"])).stages[0].plan
+        assert (plan and plan.bytes_needed) == row.get("planned_bytes"), row

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from uniref_fast import gpu_memory, speeds
@@ -12,6 +12,7 @@ from uniref_fast.training.core import memory
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import QUANTISED, base_bytes, offloaded_blocks, resident_blocks
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
+from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.core.suitability import check_sizes
 from uniref_fast.training.rl.recipes import MSGRPO
@@ -181,12 +182,16 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
     )
     shared, fixed = _shared(config, size, trained), _fixed(config, size)
 
-    def planned(ranks: int, available: int) -> list[memory.MemoryPlan | str]:
-        held = sum(fixed.values()), sum(shared.values())
-        return [_memory_plan(config, size, trained, stage, ranks, available, *held) for stage in config.stages]
+    def planned(ranks: int, available: int, other: Recipe = config) -> list[memory.MemoryPlan | str]:
+        held = sum(_fixed(other, size).values()), sum(_shared(other, size, trained).values())
+        return [_memory_plan(other, size, trained, stage, ranks, available, *held) for stage in other.stages]
 
     def fitting(ranks: int, gigabytes: float) -> bool:
         plans = planned(ranks, int(gigabytes * 2**30 * gpu_memory.USABLE))
+        return all(isinstance(plan, memory.MemoryPlan) for plan in plans)
+
+    def fitting_with(changes: Mapping[str, Any]) -> bool:
+        plans = planned(options.nproc, available, replace(config, **changes))
         return all(isinstance(plan, memory.MemoryPlan) for plan in plans)
 
     ranks = options.nproc
@@ -209,7 +214,8 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
     advice: list[str] = []
     if any(isinstance(plan, str) for plan in plans):
         fits = [isinstance(plan, memory.MemoryPlan) for plan in plans]
-        advice = [*filter(None, [memory.smaller_stages(config.stages, fits)]), *_advice(fitting, options)]
+        advice = [memory.smaller_stages(config.stages, fits), _settings(config, size, ranks, fitting_with)]
+        advice = [*filter(None, advice), *_advice(fitting, options)]
     disk = _disk(config, trained) | ({"cache": tokens.cache_bytes} if tokens and _has_cache(config) else {})
     whole, broken = (None, 0) if tokens is None else (tokens.rows, tokens.broken)
     return RunPlan(kind, recipe, config, size, trained, ranks, available, source, held, tuple(stages), whole, broken,
@@ -224,8 +230,9 @@ def _shared(config: Recipe, size: ModelSize, trained: int) -> dict[str, int]:
         blocks = 0 if config.base in QUANTISED else size.num_layers - config.offload_blocks
         numbers = sum(rows * columns for rows, columns in size.block_linears().values())
         frozen = (size.transformer - size.num_layers * numbers) * element + blocks * _base_of_a_block(config, size)
-    more = 3 if config.ema is None else 4
-    return {"weights": frozen + trained * master, "gradients and optimizer": trained * 4 * more}
+    more = 4 if config.ema is None else 8
+    state = trained * more + moment_bytes(config, trained)
+    return {"weights": frozen + trained * master, "gradients and optimizer": state}
 
 
 def _fixed(config: Recipe, size: ModelSize) -> dict[str, int]:
@@ -268,6 +275,7 @@ def _memory_plan(
     sharded: int,
 ) -> memory.MemoryPlan | str:
     """Return the plan of a stage, or the reason why it does not fit."""
+    check_optimizer(config, ranks)
     memory.sharing_degrees(stage, ranks, size)  # raises ValueError for a number of ranks that cannot work
     element, block, in_block = BYTES[config.dtype], size.block, size.block
     if config.lora_rank is not None:
@@ -275,13 +283,14 @@ def _memory_plan(
         block += in_block
     numbers = [rows * columns for rows, columns in size.block_linears().values()]
     quantised = max(numbers) if config.base in QUANTISED else 0
+    freed = size.encoders * element if config.resolve_encoders() == "free" else 0
     if config.base in QUANTISED or config.offload_blocks == size.num_layers:
         block -= sum(numbers)
     try:
         return memory.plan_memory(
             stage, size, ranks=ranks, memory=available, fixed=fixed, sharded=sharded, element=element,
-            gathered=memory.gathered_bytes(block, in_block, element, ranks, quantised), update=4 * trained,
-            vae_width=size.vae_width, encoding=config.resolve_encoders() == "resident", patch=size.token_side,
+            gathered=memory.gathered_bytes(block, in_block, element, ranks, quantised),
+            update=update_bytes(config, trained), vae_width=size.vae_width, freed=freed, patch=size.token_side,
             sequences=config.sequences, reference_area=size.reference_area,
         )  # fmt: skip
     except ValueError as error:
@@ -366,6 +375,39 @@ def _advice(fitting: Callable[[int, float], bool], options: PlanOptions) -> list
     return found or ["train a LoRA (--lora-rank 16), or lower budget, target_side or pack_tokens of the stages"]
 
 
+def _settings(config: Recipe, size: ModelSize, ranks: int, fits: Callable[[Mapping[str, Any]], bool]) -> str:
+    """Return the settings that need less memory with which a run fits, those that cost the least time first.
+
+    Args:
+        config: Configuration of the run.
+        size: Sizes of the model.
+        ranks: Number of ranks.
+        fits: Function that returns whether the run fits with settings changed.
+    """
+    changes: dict[str, Any] = {}
+    order: tuple[tuple[str, Any], ...] = (("encoders", "free"),)
+    if config.lora_rank is not None:
+        order += (("base", "int8"), ("base", "nf4")) if config.base in (None, "bf16") else ()
+        order += (("optimizer", "adamw8bit"),) if ranks == 1 else ()
+        order += tuple(("offload_blocks", size.num_layers * part // 3) for part in (1, 2, 3))
+    for name, value in order:
+        tried = changes | {name: value}
+        if getattr(config, name) == value:
+            continue
+        try:
+            check_adapter(replace(config, **tried))
+        except ValueError:  # the base does not suit the kind of adapter
+            continue
+        changes = tried
+        if fits(changes):
+            for one in list(changes)[:-1]:  # earlier ones may not be needed any more
+                fewer = {key: each for key, each in changes.items() if key != one}
+                changes = fewer if fits(fewer) else changes
+            flags = (f"--{key.replace('_', '-')} {each}" for key, each in changes.items())
+            return f"it fits with {' '.join(flags)}"
+    return ""
+
+
 def _works(fitting: Callable[[int, float], bool], ranks: int, gigabytes: float) -> bool:
     try:
         return fitting(ranks, gigabytes)
@@ -381,6 +423,7 @@ def _has_cache(config: Recipe) -> bool:
 def _disk(config: Recipe, trained: int) -> dict[str, int]:
     """Return the bytes that a run writes: its checkpoints, one more while it saves, and the trained weights."""
     master = BYTES[config.weight_dtype]
-    checkpoint = trained * master * (3 if config.ema is None else 4)
+    moments = moment_bytes(config, trained) if config.optimizer == "adamw8bit" else 2 * trained * master
+    checkpoint = trained * (master if config.ema is None else master + 4) + moments
     name, element = ("transformer/", BYTES[config.dtype]) if config.lora_rank is None else ("lora/", master)
     return {f"{config.keep + 1} checkpoints": (config.keep + 1) * checkpoint, name: trained * element}

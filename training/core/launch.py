@@ -336,6 +336,7 @@ def recorded(newest: Newest, out: Path, ranks: Ranks) -> dict[str, Any]:
     before = {**ranks.broadcast(newest.state.get("config") or _kept(out))}
     if not before or newest.step is None:
         return {}
+    before.setdefault("optimizer", "adamw")
     before.setdefault("base", None)  # older versions have no other; a setting that is absent may change
     before.setdefault("adapter", "lora")
     initial = before.get("initial")

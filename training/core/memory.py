@@ -159,7 +159,7 @@ def plan_memory(
     gathered: int = 0,
     update: int = 0,
     vae_width: int = 0,
-    encoding: bool = True,
+    freed: int = 0,
     patch: int = 16,
     sequences: int = 1,
     reference_area: int = 1024**2,
@@ -177,7 +177,8 @@ def plan_memory(
         gathered: Bytes of gathered blocks (`gathered_bytes`).
         update: Bytes that the update of the weights needs for a moment, and that the ranks share.
         vae_width: Channels of the first layer of the VAE.
-        encoding: Images are encoded while the run trains. Samples are decoded in any case.
+        freed: Bytes of text encoder and VAE if they encode before the first step, when they are alone on the device,
+            and are freed then; 0 if images are encoded while the run trains. Samples are decoded in any case.
         patch: Side of a token in pixels.
         sequences: Sequences that a sample takes in a pack; two with guidance.
         reference_area: Pixels of a reference in a stage without a joint budget.
@@ -192,8 +193,9 @@ def plan_memory(
     held = fixed + sharded // ranks
     # Images are encoded and weights are updated while no activations are kept.
     reference, target = reference_area if stage.budget is None else stage.budget**2, stage.target_side**2
-    encoded = max(reference, target) if encoding else 0
-    other = max(coding_bytes(vae_width, element, encoded, target), update // ranks)
+    largest_image = max(reference, target)
+    other = max(coding_bytes(vae_width, element, 0 if freed else largest_image, target), update // ranks)
+    first = freed + coding_bytes(vae_width, element, largest_image, 0) if freed else 0
     # Sharing a pack costs exchanges in every block, recomputing costs a second forward. The first option that fits is
     # the cheapest: within a degree of sharing, keep as many activations as possible.
     recomputation = list(RECOMPUTATION) if stage.checkpointing is None else [stage.checkpointing]
@@ -201,12 +203,12 @@ def plan_memory(
     before, least = "", 0
     for degree, checkpointing in options:
         per_token = activation_bytes(config, 1, checkpointing, element, degree > 1) / degree
-        least = held + max(other, int(gathered + wanted * per_token))
+        least = max(first, held + max(other, int(gathered + wanted * per_token)))
         how = f"{degree} rank(s) per pack, {RECOMPUTATION[checkpointing]}"
         if least <= memory:
             fitting = int((memory - held - gathered) / per_token)
             tokens = stage.pack_tokens or largest * min(fitting // largest, 4)
-            needed = held + max(other, int(gathered + tokens * per_token))
+            needed = max(first, held + max(other, int(gathered + tokens * per_token)))
             reason = f"{how}: {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB{before}"
             return MemoryPlan(tokens, degree, checkpointing, needed, reason)
         before = f"; {how} would need {least / 2**30:.1f} GiB"

@@ -27,6 +27,7 @@ from uniref_fast.training.core.export import ExportError, write_weights
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
 from uniref_fast.training.core.memory import gathered_bytes
 from uniref_fast.training.core.offload import Offloading
+from uniref_fast.training.core.optimizer import moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import Recipe
 
 __all__ = ["TrainedModel"]
@@ -162,10 +163,11 @@ class TrainedModel:
 
     def sharded_bytes(self) -> int:
         """Return the bytes that the ranks share: weights, float32 gradients, two moments and the average."""
-        extra = 3 if self.config.ema is None else 4
+        extra = 1 if self.config.ema is None else 2
         whole = {id(parameter) for parameter in (*self.whole, *self.offloading.parameters)}
         weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters() if id(p) not in whole)
-        return weights + sum(p.numel() * 4 * extra for p in self.parameters.values())
+        trained = sum(p.numel() for p in self.parameters.values())
+        return weights + trained * 4 * extra + moment_bytes(self.config, trained)
 
     def gathered_bytes(self) -> int:
         """Return the bytes of the blocks that are gathered at a time."""
@@ -183,9 +185,13 @@ class TrainedModel:
             found = max(found, gathered_bytes(numbers, trained, element, self.ranks.size, quantised))
         return found
 
+    def freed_bytes(self) -> int:
+        """Return the bytes of the encoders if they are not on the device while the run trains, else 0."""
+        return self.encoders.bytes if self.encoders.freed else 0
+
     def update_bytes(self) -> int:
         """Return the bytes that the update of all weights needs for a moment, which the ranks share."""
-        return 4 * sum(p.numel() for p in self.parameters.values())
+        return update_bytes(self.config, sum(p.numel() for p in self.parameters.values()))
 
     def fixed_bytes(self) -> int:
         """Return the bytes on the device of every rank: encoders that are not freed, and weights not sharded."""

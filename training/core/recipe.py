@@ -99,6 +99,8 @@ class Recipe:
         stages: Stages of the curriculum, in order.
 
     Attributes: Optimizer
+        optimizer: Optimizer of the trained weights: adamw, or adamw8bit (bitsandbytes), whose moments take 2 bytes per
+            weight instead of 8, on one rank.
         betas: Decay rates of the two moving averages of AdamW.
         weight_decay: Weight decay of AdamW.
         warmup: Number of steps over which the learning rate rises linearly to its peak.
@@ -163,6 +165,7 @@ class Recipe:
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
     offload_blocks: int = 0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.05
     warmup: int = 500

@@ -45,6 +45,7 @@ FIXED = {
     "lora_targets": Fixed("the choice of layers that have an adapter"),
     "dtype": Fixed("the dtype of the computation"),
     "weight_dtype": Fixed("the dtype of the trained weights"),
+    "optimizer": Fixed("the format of the moments of the optimizer"),
     "base": Fixed("the dtype of the frozen weights under the adapter"),
     "ema": Fixed("whether averaged weights are kept", lambda value: value is not None),
     "visibility": Fixed("the attention of the model", lambda v: "reference_causal" if v == "group_shared" else v),

@@ -8,6 +8,7 @@ from uniref_fast.builtin import recorded_areas
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import ModelSize
+from uniref_fast.training.core.optimizer import check_optimizer
 from uniref_fast.training.core.recipe import Recipe
 
 __all__ = ["check_sizes", "check_suitability"]
@@ -30,6 +31,7 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     from uniref_fast.loading import configuration
 
     check_base(config)
+    check_optimizer(config, ranks)
     check_adapter(config)
     index, transformer = configuration(config.model)
     size = ModelSize.of(transformer, recorded_areas(index, transformer))

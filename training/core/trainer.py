@@ -28,6 +28,7 @@ from uniref_fast.training.core.export import ExportError
 from uniref_fast.training.core.memory import MemoryPlan, check_packs, device_memory, plan_memory, plan_stages
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.monitor import Monitor, peak_flops
+from uniref_fast.training.core.optimizer import make_optimizer
 from uniref_fast.training.core.recipe import Recipe, stage_at
 from uniref_fast.training.core.sampling import PromptSamples, prompt_rows
 
@@ -67,9 +68,7 @@ class Trainer:
         prompts = prompt_rows(config)  # a wrong file is reported before the model is loaded
         self.model = TrainedModel(config, ranks, functools.partial(self._open, resume, prompts))
         self.parameters = list(self.model.parameters.values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1.0, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-        )
+        self.optimizer = make_optimizer(config, self.model.parameters)
         self.average = None if config.ema is None else MovingAverage(self.model.parameters, config.ema)
         self.stage = -1
         self.step = 0
@@ -275,7 +274,7 @@ class Trainer:
         """Clip the gradients, set the learning rate, and step the optimizer."""
         if norm > self.config.max_grad_norm > 0:
             scale_gradients(self.parameters, self.config.max_grad_norm / norm)
-        for group in self.optimizer.param_groups:
+        for group in self.optimizer.groups:
             group["lr"] = self.config.lr(self.step)
         self.optimizer.step()
 
@@ -312,13 +311,8 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return every tensor that training changes, by name; create the optimizer's state where there is none yet."""
-        tensors: dict[str, Tensor] = {}
+        tensors = self.optimizer.tensors()
         for name, parameter in self.model.parameters.items():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-            tensors |= {f"{part}.{name}": state[part] for part in ("exp_avg", "exp_avg_sq")}
             tensors[f"model.{name}"] = parameter.detach()
             if self.average is not None:
                 tensors[f"average.{name}"] = self.average.average[name]
@@ -328,13 +322,12 @@ class Trainer:
         """Write a checkpoint of this step, unless the last checkpoint written or loaded is of this step."""
         if self.saved_at == self.step:
             return
-        updates = [int(self.optimizer.state[p]["step"]) if self.optimizer.state[p] else 0 for p in self.parameters]
         stages = zip(self.config.stages, self.plans, strict=True)
         packs = [(stage.budget, stage.target_side, plan.pack_tokens) for stage, plan in stages]
         state = {
             **self.state(),
             "skipped": self.skipped,
-            "updates": updates,
+            "updates": self.optimizer.updates(),
             "packs": packs,
             "config": json.loads(to_json(self.config)),
             "visibility": self.model.packed.visibility,
@@ -354,8 +347,7 @@ class Trainer:
                 f"{f' with initial = {self.config.initial}' if self.config.initial else ''}; give the model that the "
                 "run started with, or start another run with another --out"
             )
-        for parameter, updates in zip(self.parameters, state["updates"], strict=True):
-            self.optimizer.state[parameter]["step"].fill_(updates)
+        self.optimizer.set_updates(state["updates"])
         self.step, self.skipped = step, state["skipped"]
         return state
 
@@ -386,7 +378,7 @@ class Trainer:
             gathered=model.gathered_bytes(),
             update=model.update_bytes(),
             vae_width=model.encoders.vae_config.base_dim,
-            encoding=config.resolve_encoders() == "resident",
+            freed=model.freed_bytes(),
             patch=model.pipe.vae_scale_factor * 2,
             sequences=config.sequences,
             reference_area=image_areas(model.pipe)[1],

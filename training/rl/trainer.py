@@ -248,7 +248,7 @@ class RLTrainer(Trainer):
                 statistics.add(update, 1 / (config.inner_epochs * config.updates))
                 if self.finite(norm, loss, lambda: [group.prepared.row.where for group in batch.groups]):
                     self.take_step(norm)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
         largest = math.nan if any(map(math.isnan, norms)) else max(norms)
         return statistics, largest, sum(self.ranks.gather(tokens)) // self.ranks.sequence
 

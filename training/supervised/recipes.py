@@ -8,7 +8,18 @@ from typing import Literal
 
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 
-__all__ = ["SFT", "SFT_RECIPES", "builtin", "builtin_more", "lora", "paper", "tiny"]
+__all__ = [
+    "SFT",
+    "SFT_RECIPES",
+    "builtin",
+    "builtin_more",
+    "lora",
+    "lora_24gb",
+    "lora_48gb",
+    "lora_80gb",
+    "paper",
+    "tiny",
+]
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,30 @@ def lora() -> SFT:
     )
 
 
+def lora_24gb() -> SFT:
+    """Train a LoRA adapter of rank 16 on one GPU of 24 GB: base in 4 bits, moments in 8 bits, encoders freed before the
+    first step, and a joint budget of 1024 x 1024, then 1536 x 1536 pixels for the references.
+    """
+    plain = lora()
+    return replace(
+        plain, stages=plain.stages[:2], lora_rank=16, base="nf4", optimizer="adamw8bit", encoders="free", packs=4
+    )
+
+
+def lora_48gb() -> SFT:
+    """Train a LoRA adapter of rank 32 on one GPU of 48 GB: base in 8 bits, encoders freed before the first step; the
+    budgets are those of the recipe `lora`.
+    """
+    return replace(lora(), lora_rank=32, base="int8", encoders="free")
+
+
+def lora_80gb() -> SFT:
+    """Train the adapter of the recipe `lora` on one GPU of 80 GB, with less recomputation: encoders are freed before
+    the first step, and the base stays in bfloat16.
+    """
+    return replace(lora(), encoders="free")
+
+
 def paper() -> SFT:
     """Train all weights of Qwen-Image-Edit with the settings that UniRef-Image-Edit (arXiv 2602.14186) reports: 50,000
     steps of about 512 samples, for a cluster of GPUs.
@@ -142,5 +177,5 @@ def paper() -> SFT:
 
 
 SFT_RECIPES: dict[str, Callable[[], SFT]] = {
-    recipe.__name__: recipe for recipe in (tiny, builtin, builtin_more, lora, paper)
+    recipe.__name__: recipe for recipe in (tiny, builtin, builtin_more, lora, lora_24gb, lora_48gb, lora_80gb, paper)
 }

@@ -148,7 +148,7 @@ class SFTTrainer(Trainer):
             self.take_step(norm)
             if self.average is not None:
                 self.average.update(self.step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self._log_step(step_packs, {**metrics, "lr": self.config.lr(self.step), "grad_norm": norm}, samples, start)
         return True
 
@@ -269,7 +269,7 @@ class SFTTrainer(Trainer):
                 sample = Sample(16, (1, 1, max(tokens - 16, 1)))
                 samples.append(sample)
                 seconds.append(min(self._timed(sample) for _ in range(3)))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return CostModel.fit(samples, self.ranks.broadcast(seconds))
 
     def _timed(self, sample: Sample) -> float:

@@ -248,7 +248,12 @@ def test_memory_beside_the_activations_counts():
             planned(stage, plenty, ranks=1, **more)
     large = dataclasses.replace(small, budget=2048)
     assert planned(large, 10**12, vae_width=96).bytes_needed == coding_bytes(96, 2, 2048**2, 1024**2)
-    assert planned(large, 10**12, vae_width=96, encoding=False).bytes_needed == coding, "samples are decoded"
+    assert planned(large, 10**12, vae_width=96, freed=1).bytes_needed == 1 + coding_bytes(96, 2, 2048**2, 0)
+    small_images = dataclasses.replace(small, budget=64)
+    assert planned(small_images, 10**12, vae_width=96, freed=1).bytes_needed == coding, "samples are decoded"
+    assert planned(small_images, 10**12, vae_width=96, freed=4 * GIB).bytes_needed == 4 * GIB + coding_bytes(
+        96, 2, 1024**2, 0
+    )
     assert gathered_bytes(1000, 10, 2, ranks=1) == 2060 and gathered_bytes(1000, 10, 2, ranks=2) == 4060
     assert gathered_bytes(1000, 10, 2, ranks=1, quantised=7) == 2088
 
@@ -420,7 +425,8 @@ def test_values_at_the_limits_are_taken():
 
 
 def test_recipes_are_complete_and_named_after_themselves():
-    assert list(SFT_RECIPES) == ["tiny", "builtin", "builtin_more", "lora", "paper"]
+    sizes = ["lora", "lora_24gb", "lora_48gb", "lora_80gb"]
+    assert list(SFT_RECIPES) == ["tiny", "builtin", "builtin_more", *sizes, "paper"]
     for name, recipe in SFT_RECIPES.items():
         config = recipe()
         assert config == SFT_RECIPES[name]() and config.ends()[-1] == config.total_steps

@@ -52,7 +52,8 @@ def test_no_decision_is_double_or_about_nothing():
 
 OTHER = {"adapter": "dora", "lora_rank": 8, "lora_alpha": 32.0, "lora_targets": ("to_q",),
          "dtype": "float32", "weight_dtype": "bfloat16",
-         "base": "nf4", "ema": 0.5, "visibility": "reference_causal", "seed": 5, "weights": (2.0,), "cost": "flops",
+         "base": "nf4", "optimizer": "adamw8bit", "ema": 0.5, "visibility": "reference_causal",
+         "seed": 5, "weights": (2.0,), "cost": "flops",
          "columns": ("instruction=prompt",)}  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def gradient(trainer, loss=None):
     if loss is not None:
         loss.backward()
     grads = [torch.zeros(p.shape) if p.grad is None else p.grad.full_tensor() for p in trainer.parameters]
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.zero_grad()
     return torch.cat([grad.flatten() for grad in grads])
 
 

@@ -837,3 +837,17 @@ def test_every_rank_says_what_ended_it(monkeypatch, capsys):
         hint = "Try 'training/sft.py --help'.\n" if rank == "0" else ""
         assert capsys.readouterr().err == f"{expected}\n{hint}"
     assert len(waited) == 1
+
+
+def test_moments_in_8_bits_resume_exactly(data, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    out, half, more = tmp_path / "run", tmp_path / "half", ("--lora-rank", 16, "--optimizer", "adamw8bit")
+    assert sft.main(flags(data, out, *more)) == 0
+    shutil.copytree(out, half)
+    shutil.rmtree(half / "checkpoints" / "step-000004")
+    shutil.rmtree(half / "lora")
+    assert sft.main(flags(data, half, "--lora-rank", 16, "--optimizer", "adamw", "--resume", "auto")) == 2
+    assert "the format of the moments of the optimizer is fixed: optimizer is adamw8bit" in capsys.readouterr().err
+    assert sft.main(flags(data, half, *more, "--resume", "auto")) == 0
+    assert losses(half) == losses(out), "bit for bit"
+    assert identical(adapter(half), adapter(out))
