@@ -129,7 +129,7 @@ def test_the_sizes_of_the_stages_that_fit_are_offered_for_the_others(capsys):
     status, text, _ = run(capsys, "--recipe", "lora", "--gpu-memory", 72)
     assert status == 1 and text.count("does not fit") == 1
     flags = ["--stages.2.budget", "1536"]
-    assert f"fits        no; stage 0, 1 fits; train the others with its sizes: {' '.join(flags)}; it fits 2" in text
+    assert f"fits        no; stage 0, 1 fits; train the others with its sizes: {' '.join(flags)}; it fits with" in text
     assert run(capsys, "--recipe", "lora", "--gpu-memory", 72, *flags)[0] == 0
 
 

@@ -133,7 +133,7 @@ class EightBitAdamW:
         )
         self.groups = self._inner.param_groups
         self._inner.check_overrides()
-        self._inner.initialized = True  # a step would do the rest of it again
+        self._inner.initialized = True  # a step would do the rest again
         for number, own in enumerate(self._own.values()):
             self._inner.init_state(self.groups[0], own, 0, number)
 
