@@ -401,8 +401,7 @@ def test_the_command_refuses_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"], "no part of a file is left"
 
 
-def test_fuse_and_output_of_other_formats(tmp_path, model):
-    """A LoKr is fused like its difference; a scaled file of kohya changes the output as its conversion does."""
+def test_a_scaled_lokr_is_fused_like_its_difference(tmp_path, model):
     tensors, changes = lokr_tensors("lora_unet_", "_")
     save_file(tensors, tmp_path / "a.safetensors")
     pipe = builtin.load()
