@@ -158,8 +158,8 @@ def test_every_phase_of_training_is_shown(shown, rows, tmp_path):
     run, more = tmp_path / "run", ["--tensorboard", "false", "--packs", "1", "--sample-every", "0"]
     args = ["--recipe", "tiny", "--data", rows, "--heldout", rows, "--steps", 2, "--lora-rank", 2, "--out", run]
     assert sft.main(list(map(str, [*args, "--cost", "measured", *more]))) == 0
-    first = ["verifying the newest checkpoint", "loading the model builtin", "preparing the weights"]
-    assert shown[:5] == [*first, "measuring the cost of packs", "reading the rows"]
+    first = ["verifying the newest checkpoint", "loading the model builtin", "reading the rows"]
+    assert shown[:5] == [*first, "preparing the weights", "measuring the cost of packs"]
     phases = ["step 1: reading rows and planning packs", "step 1: encoding", "step 1: forward and backward"]
     for name in (*phases, "writing the checkpoint of step 2", "validating at step 2", "writing the trained weights"):
         assert name in shown, name

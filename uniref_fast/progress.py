@@ -12,6 +12,7 @@ after that second and then every five seconds: "encoding: 24 of 96 rows".
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import TypeVar
 __all__ = ["announce", "announce_import", "running", "tracked"]
 
 T = TypeVar("T")
+IMPORT_LOGGERS = "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"
 AFTER, EVERY = 1.0, 5.0  # seconds until work shows its first line, and between later ones
 
 
@@ -35,9 +37,15 @@ def announce(text: str) -> None:
 
 
 def announce_import(name: str, module: str) -> None:
-    """Announce an import that takes seconds, unless it was done already."""
+    """Announce an import that takes seconds, unless it was done already.
+
+    Warnings that libraries of quantised weights cause while they are imported are not shown: diffusers imports all that
+    are installed, whether a command uses them or not.
+    """
     if module not in sys.modules:
         announce(f"loading {name}")
+    for logger in IMPORT_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
 
 
 class running:  # noqa: N801 - a context manager, as those of contextlib

@@ -116,4 +116,4 @@ def test_notes_beyond_the_number_to_show_are_counted(pictures, capsys):
 
 def test_data_without_notes_has_no_such_section(pictures, capsys):
     status, notes, out = check(capsys, write_jsonl(pictures / "a.jsonl", [row(("a.png", "b.png"), text="picture 2")]))
-    assert status == 0 and notes == {} and "notes" not in out and len(KINDS) == 5
+    assert status == 0 and notes == {} and "notes" not in out and len(KINDS) == 6
