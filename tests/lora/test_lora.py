@@ -211,6 +211,84 @@ def test_factors_of_peft_are_not_lost_and_not_applied_twice(tmp_path, model):
         close(loaded_changes(model, theirs(path)), {n: up @ down for n, (down, up) in matrices().items()})
 
 
+def peft_folder(folder, config):
+    """Write a folder as peft itself does, and return the tensors and the changes of its adapter."""
+    from peft import get_peft_model
+
+    adapted = get_peft_model(builtin.load().transformer, config)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) / 8
+            assert "lora" in name or "hada" in name
+    adapted.save_pretrained(folder)
+    base = adapted.base_model.model
+    layers = {n: m for n, m in base.named_modules() if hasattr(m, "get_delta_weight")}
+    return load_file(folder / "adapter_model.safetensors"), {
+        name: layer.get_delta_weight("default").detach() for name, layer in layers.items()
+    }
+
+
+def test_the_configuration_beside_a_file_of_peft_is_read(tmp_path, model):
+    """The folder that save_pretrained of peft writes has it in adapter_config.json only."""
+    from peft import LoraConfig
+
+    _, expected = peft_folder(tmp_path, LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"]))
+    assert len(expected) == 4
+    close(loaded_changes(model, ours(tmp_path)), expected)
+    out = convert(tmp_path, tmp_path / "out" / "b.safetensors", "diffusers")
+    close(loaded_changes(model, theirs(out)), expected)
+    kept = tmp_path / "adapter_model.safetensors"
+    renamed = {k.replace("base_model.model.", "transformer."): v for k, v in load_file(kept).items()}
+    save_file(renamed, kept)
+    close(loaded_changes(model, ours(tmp_path)), expected)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json holds the factor of the adapter beside it and cannot"):
+        read_lora(kept)
+
+
+def test_the_bias_of_a_lora_is_scaled_and_read_again(tmp_path):
+    """A LoRA with a bias has the key diff_b in ComfyUI, which alpha does not scale."""
+    from peft import LoraConfig
+
+    for alpha in (8, 4):
+        folder = tmp_path / str(alpha)
+        tensors, changes = peft_folder(
+            folder, LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q"], lora_bias=True)
+        )
+        name = "transformer_blocks.1.attn.to_q"
+        bias = tensors[f"base_model.model.{name}.lora_B.bias"] * alpha / 4
+        out = convert(folder, folder / "b" / "b.safetensors", "comfyui")
+        assert torch.equal(load_file(out)[f"diffusion_model.{name}.diff_b"], bias)
+        again = read_lora(out)
+        assert again.format == "comfyui" and again.kinds == {"lora", "full"}
+        close({n: layer.difference() for n, layer in again.layers.items()}, changes)
+    pair = dict(zip(NAMES["diffusers"], next(iter(matrices().values())), strict=False))
+    pair |= {NAMES["diffusers"][1].replace("weight", "bias"): torch.ones(256)}
+    own = pair | {"transformer.transformer_blocks.12.attn.to_out.0.alpha": torch.tensor(2.0)}
+    save_file(own, tmp_path / "a.safetensors")
+    (layer,) = read_lora(tmp_path / "a.safetensors").layers.values()
+    assert torch.equal(layer.tensors["diff_b"], torch.full((256,), 0.5)) and "up_bias" not in layer.tensors
+    with pytest.raises(ValueError, match=r"two changes of the bias of transformer_blocks.12.attn.to_out.0"):
+        refuse(tmp_path, own | {"transformer.transformer_blocks.12.attn.to_out.0.diff_b": torch.ones(256)}, "comfyui")
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_loha_of_peft_keeps_its_factor(tmp_path, model, prefix):
+    """save_lora_adapter of diffusers writes no LoHa that a format of matrices alone has, whatever its keys are."""
+    from peft import LoHaConfig
+
+    config = {"r": 3, "alpha": 6, "target_modules": ["to_q"]}
+    tensors, expected = peft_folder(tmp_path, LoHaConfig(**config))
+    path = tmp_path / "a.safetensors"
+    text = json.dumps({prefix + name: value for name, value in config.items()})
+    renamed = {k.replace("base_model.model.", prefix): v for k, v in tensors.items()}
+    save_file(renamed, path, metadata={"lora_adapter_metadata": text})
+    assert read_lora(path).format is None
+    for file in (path, tmp_path / "adapter_model.safetensors"):
+        close(loaded_changes(model, ours(file)), expected)
+
+
 def lokr_tensors(prefix, joiner, dtype=torch.float32):
     """Return a LoKr of whole and of divided matrices, and the changes that it makes."""
     generator = torch.Generator().manual_seed(1)

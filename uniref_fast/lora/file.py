@@ -22,6 +22,7 @@ from uniref_fast.lora.names import FORMATS, Format, Key, split_key
 __all__ = ["LoraFile", "read_lora", "to_format", "write_lora"]
 
 PEFT = "lora_adapter_metadata"  # entry of the metadata with the configuration of peft, as diffusers writes it
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a folder that peft itself writes
 SHOWN = 3  # keys that an error lists
 UNKNOWN = (
     "Known are the formats {formats} and their variants, with the layers of Qwen-Image's transformer. Remove these "
@@ -62,7 +63,8 @@ def read_lora(path: Path) -> LoraFile:
     """Read a LoRA file of any known format.
 
     Args:
-        path: A safetensors file.
+        path: A safetensors file. Beside an `adapter_model.safetensors` without a configuration of peft, that of
+            `adapter_config.json` is read too.
 
     Raises:
         ValueError: The file is damaged, or some of its tensors are of no known format or layer, are incomplete, or
@@ -86,8 +88,14 @@ def read_lora(path: Path) -> LoraFile:
     known = {key: part for key, part in parts.items() if part is not None}
     if not known:
         raise ValueError(f"{path.name} holds no tensors")
-    layers = _layers(path, known, tensors, _peft_config(metadata))
-    return LoraFile(path, _format_of(known), layers, metadata, next(iter(known)))
+    config, beside = _peft_config(metadata), path.with_name(PEFT_CONFIG)
+    separate = not config and path.name == PEFT_FILE and beside.is_file()
+    if separate:
+        config = _config_file(beside)
+    layers = _layers(path, known, tensors, config)
+    # a reader of the file alone would not know the factors of a separate configuration, whatever the keys are
+    form = None if separate else _format_of(known, set().union(*(layer.kinds for layer in layers.values())))
+    return LoraFile(path, form, layers, metadata, next(iter(known)))
 
 
 def _layers(
@@ -103,7 +111,7 @@ def _layers(
         alpha = float(tensors[found["alpha"]].float()) if "alpha" in found else None
         layer = Layer({part: tensors[key] for part, key in found.items() if part != "alpha"}, alpha)
         _check(path, name, layer)
-        layers[name] = layer if alpha is not None else _with_config(name, layer, config)
+        layers[name] = _with_bias(path, name, layer if alpha is not None else _with_config(name, layer, config))
     return layers
 
 
@@ -130,8 +138,8 @@ def _check(path: Path, name: str, layer: Layer) -> None:
 
 def _peft_scale(name: str, layer: Layer, config: Mapping[str, Any]) -> float:
     """Return the factor that peft's configuration gives a layer; 1 without a configuration."""
-    alpha = "alpha" if "lokr" in layer.kinds else "lora_alpha"
-    if config.get("r") is None or config.get(alpha) is None or layer.kinds & {"loha", "full"}:
+    alpha = "lora_alpha" if "lora" in layer.kinds else "alpha"
+    if config.get("r") is None or config.get(alpha) is None or layer.kinds == {"full"}:
         return 1.0
     rank = _pattern(config.get("rank_pattern"), name, config["r"])
     scale = _pattern(config.get("alpha_pattern"), name, config[alpha])
@@ -152,6 +160,17 @@ def _with_config(name: str, layer: Layer, config: Mapping[str, Any]) -> Layer:
     return Layer({**layer.tensors, "lokr_w1": (first.float() * scale).to(first.dtype)}, None)
 
 
+def _with_bias(path: Path, name: str, layer: Layer) -> Layer:
+    """Return a layer whose bias of the second matrix (`lora_bias` of peft) is a scaled difference of the bias."""
+    if "up_bias" not in layer.tensors:
+        return layer
+    if "diff_b" in layer.tensors:
+        raise ValueError(f"{path.name} holds two changes of the bias of {name}: diff_b, and a bias of the LoRA")
+    tensors = dict(layer.tensors)
+    bias = tensors.pop("up_bias")
+    return Layer({**tensors, "diff_b": (bias.float() * layer.scale).to(bias.dtype)}, layer.alpha)
+
+
 def _pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
     if not patterns:
         return default
@@ -168,9 +187,19 @@ def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {name.removeprefix("transformer."): value for name, value in found.items()}
 
 
-def _format_of(keys: Mapping[str, Key]) -> str | None:
-    """Return the name of the format that has all keys, and needs no others."""
-    return next((form.name for form in FORMATS.values() if all(form.has(*item) for item in keys.items())), None)
+def _config_file(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds the factor of the adapter beside it and cannot be read ({error}); copy or download it again"
+        ) from error
+
+
+def _format_of(keys: Mapping[str, Key], kinds: Collection[str]) -> str | None:
+    """Return the name of the format that has all keys and can hold all kinds of changes, and needs no others."""
+    fitting = (form for form in FORMATS.values() if form.kinds.issuperset(kinds))
+    return next((form.name for form in fitting if all(form.has(*item) for item in keys.items())), None)
 
 
 def write_lora(file: LoraFile, out: Path, form: Format, note: str) -> list[str]:
