@@ -1,22 +1,27 @@
 """Engine: edits that arrive over time, each equal to `edit` alone."""
 
 import asyncio
+import functools
 import random
 import threading
+import types
+import weakref
 from concurrent.futures import CancelledError, wait
 
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import uniref_fast
+import uniref_fast.engine
 from uniref_fast import EditRequest, Engine
 from uniref_fast.builtin import load
 from uniref_fast.edit_loop import EditLoop
 from uniref_fast.edit_session import EditSession
 from uniref_fast.engine import EngineClosedError, QueueFullError, tokens_in_memory
-from uniref_fast.engine_queue import MAX_OVERTAKEN
+from uniref_fast.engine_queue import MAX_OVERTAKEN, Queue
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -232,9 +237,49 @@ def test_closing(pipe):
 def test_an_error_in_the_block_cancels_what_is_left(pipe):
     with pytest.raises(KeyError), Engine(pipe) as engine:
         future, gate = held(engine)
-        gate.opened.set()
+        threading.Timer(0.1, gate.opened.set).start()
         raise KeyError
-    assert future.done()
+    assert future.cancelled()
+
+
+def test_callbacks_may_call_the_engine(pipe):
+    """Closing calls the callbacks of cancelled futures, which may use the engine, also in another thread."""
+    engine = Engine(pipe, max_tokens=1)
+    running, gate = held(engine)
+    waiting, seen = engine.submit(drawn(2)), []
+
+    def callback(_):
+        other = threading.Thread(target=lambda: seen.append(engine.stats().waiting))
+        other.start()
+        other.join(LIMIT)
+        gate.opened.set()
+        engine.close()
+
+    waiting.add_done_callback(callback)
+    closing = threading.Thread(target=engine.close, kwargs={"drain": False}, daemon=True)
+    closing.start()
+    closing.join(LIMIT)
+    assert not closing.is_alive() and seen == [0] and running.done() and waiting.cancelled()
+
+
+def test_closing_while_a_request_is_encoded(pipe, monkeypatch):
+    """The request is cancelled like the others, and those that were cancelled meanwhile are not encoded."""
+    encode, encoded = EditSession.encode, []
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(session, checked):
+        encoded.append(checked.request.seed)
+        inside.set()
+        assert go.wait(LIMIT)
+        return encode(session, checked)
+
+    monkeypatch.setattr(EditSession, "encode", slow)
+    engine = Engine(pipe)
+    futures = [engine.submit(drawn(seed, num_inference_steps=9)) for seed in range(3)]
+    assert inside.wait(LIMIT)
+    threading.Timer(0.1, go.set).start()
+    engine.close(drain=False)
+    assert all(future.cancelled() for future in futures) and encoded == [0] and engine.stats().steps == 0
 
 
 @pytest.mark.parametrize(
@@ -250,6 +295,12 @@ def test_an_error_in_the_block_cancels_what_is_left(pipe):
 def test_wrong_requests_are_refused_when_they_are_submitted(pipe, request_, error, message):
     with Engine(pipe) as engine, pytest.raises(error, match=message):
         engine.submit(request_)
+
+
+@pytest.mark.parametrize("options, message", [({"priority": None}, "priority"), ({"on_progress": 5}, "on_progress")])
+def test_wrong_arguments_of_submit(pipe, options, message):
+    with Engine(pipe) as engine, pytest.raises(TypeError, match=message):
+        engine.submit(drawn(1), **options)
 
 
 def test_wrong_options(pipe):
@@ -333,6 +384,51 @@ def test_a_step_that_fails_for_the_pack_only(pipe, monkeypatch, caplog):
         assert torch.equal(result, alone(pipe, request, keep_references=2))
 
 
+def test_many_bad_requests_do_no_harm(pipe, monkeypatch):
+    """Each of them fails alone, however many there are before a good edit finishes."""
+    predict = EditLoop._predict
+
+    def failing(loop, packs):
+        if any(edit.request.seed == 2 for edit in loop.edits):
+            raise RuntimeError("bad request")
+        return predict(loop, packs)
+
+    monkeypatch.setattr(EditLoop, "_predict", failing)
+    monkeypatch.setattr(uniref_fast.engine, "MAX_FAILURES", 2)
+    small = {"height": 32, "width": 32, "images": [], "negative_prompt": None}
+    bad = drawn(2, **small)
+    with Engine(pipe) as engine:
+        futures = []
+        good = engine.submit(
+            drawn(1, **small, num_inference_steps=8), lambda _: futures.append(engine.submit(bad)), output_type="latent"
+        )
+        assert good.result(LIMIT) is not None
+    assert len(futures) == 8 and all(isinstance(future.exception(0), RuntimeError) for future in futures)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_scheduler_that_fails_in_its_step(pipe, monkeypatch, stochastic):
+    """The scheduler has changed its state before, so the edit starts again; the result has the same bits."""
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=stochastic)
+    monkeypatch.setattr(pipe, "scheduler", scheduler)
+    step, failed, seen = FlowMatchEulerDiscreteScheduler.step, [], []
+    request = drawn(1, num_inference_steps=4)
+    expected = alone(pipe, request)
+
+    @functools.wraps(step)
+    def failing(self, *args, **options):
+        result = step(self, *args, **options)
+        if len(seen) == 2 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("out of memory")
+        return result
+
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", failing)
+    with Engine(pipe) as engine:
+        result = engine.submit(request, lambda p: seen.append(p.steps), output_type="latent").result(LIMIT)
+    assert failed and seen[:2] == [1, 2] and len(seen) > 4 == seen[-1] and torch.equal(result, expected)
+
+
 def test_steps_that_fail_again_and_again_end(pipe, monkeypatch):
     """A fault that no edit shows alone cannot keep the engine busy forever."""
     predict = EditLoop._predict
@@ -398,6 +494,47 @@ def test_encoding_without_memory_waits_until_an_edit_has_left(pipe, monkeypatch)
     assert tries == [99, 1, 1]
 
 
+def test_a_request_that_was_put_back_keeps_its_place():
+    queue = Queue()
+    jobs = [types.SimpleNamespace(priority=priority, order=0, overtaken=0) for priority in (0, 0, 5)]
+    queue.add(jobs[0])
+    queue.add(jobs[1])
+    taken = queue.take(lambda job: True)
+    queue.add(jobs[2])
+    queue.put_back(taken)
+    assert taken is jobs[0] and queue.jobs == [jobs[2], jobs[0], jobs[1]]
+
+
+def test_decoding_without_memory_is_tried_again(pipe, monkeypatch):
+    decode, tries = EditSession.decode, []
+
+    def limited(session, edit, output_type):
+        tries.append(output_type)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(session, edit, output_type)
+
+    monkeypatch.setattr(EditSession, "decode", limited)
+    with Engine(pipe) as engine:
+        assert engine.submit(drawn(1, num_inference_steps=2)).result(LIMIT).size and len(tries) == 2
+
+
+def test_what_a_failed_step_held_is_freed(pipe, monkeypatch):
+    predict, held_tensors = EditLoop._predict, []
+
+    def failing(loop, packs):
+        if len(held_tensors) < 1:
+            activation = torch.zeros(7)
+            held_tensors.append(weakref.ref(activation))
+            raise RuntimeError("fault")
+        assert held_tensors[0]() is None, "alive while the edits run alone"
+        return predict(loop, packs)
+
+    monkeypatch.setattr(EditLoop, "_predict", failing)
+    with Engine(pipe) as engine:
+        assert engine.submit(drawn(1, num_inference_steps=2)).result(LIMIT)
+
+
 def test_a_fault_of_the_engine_reaches_every_future(pipe, monkeypatch):
     def broken(engine):
         raise MemoryError("fault")
@@ -431,15 +568,16 @@ def test_progress_and_previews(pipe):
     assert np.array_equal(images[-1], result) and not np.array_equal(images[0], result)
 
 
-def test_an_error_in_on_progress_ends_its_edit_only(pipe):
+@pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+def test_an_error_in_on_progress_ends_its_edit_only(pipe, error):
     def on_progress(progress):
-        raise ZeroDivisionError
+        raise error
 
     with Engine(pipe) as engine:
         _, gate = held(engine)
         futures = [engine.submit(drawn(1, num_inference_steps=2), each) for each in (on_progress, None)]
         gate.opened.set()
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(error):
             futures[0].result(LIMIT)
         assert futures[1].result(LIMIT)
 

@@ -48,6 +48,7 @@ class Edit:
         step_options: Options of `scheduler.step`: the generator, if it has that argument.
         kept: Kept references of each of the samples, or None if they are computed in every step.
         steps: Number of steps so far.
+        is_interrupted: A step of its scheduler has raised an error, which may have changed its state.
         velocity: Velocity `[n, C]` of the last step, after guidance; None before the first one.
     """
 
@@ -62,6 +63,7 @@ class Edit:
     step_options: dict[str, Any]
     kept: list[KeptReferences] | None = None
     steps: int = 0
+    is_interrupted: bool = False
     velocity: Tensor | None = None
 
     @property
@@ -191,9 +193,10 @@ class EditLoop:
 
     @property
     def largest_pack(self) -> int | None:
-        """Number of tokens of the largest pack with several sequences; None if each pack is one sequence."""
-        sizes = (pack.layout.joint_length for pack in self._packs or () if len(pack.edits) > 1)
-        return max(sizes, default=None)
+        """Number of tokens of the largest pack; None if that is one sequence, which cannot be divided."""
+        sizes = ((pack.layout.joint_length, len(pack.edits)) for pack in self._packs or ())
+        tokens, sequences = max(sizes, default=(0, 1))
+        return tokens if sequences > 1 else None
 
     def set_pack_tokens(self, pack_tokens: int) -> None:
         """Set the largest number of tokens in one pack for the next steps."""
@@ -213,10 +216,12 @@ class EditLoop:
             velocity = velocities[0]
             if edit.request.guided:
                 velocity = guide(velocities[0], velocities[1], edit.request.true_cfg_scale)
+            edit.is_interrupted = True
             stepped = edit.scheduler.step(
                 velocity[None], edit.timesteps[edit.steps], edit.latents, return_dict=False, **edit.step_options
             )[0]
             edit.latents, edit.velocity = stepped.to(edit.latents.dtype), velocity
+            edit.is_interrupted = False
             edit.steps += 1
         finished = [edit for edit in self.edits if edit.is_finished]
         self.leave(finished)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -21,15 +23,17 @@ from typing import Any, Literal
 
 import torch
 
-from uniref_fast.costs import transformer_peak
+from uniref_fast.costs import transformer_peak, weight_bytes
 from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_session import EditSession, check_output_type
 from uniref_fast.encode import text_lengths
 from uniref_fast.engine_queue import EditProgress, Job, Queue
 from uniref_fast.layout import Sample
 from uniref_fast.models.kept_references import KeepDtype, KeptReferences
+from uniref_fast.models.module_hooks import is_offloaded
 from uniref_fast.models.qwen_image import PackedQwenImage
-from uniref_fast.quantised import compute_dtype
+from uniref_fast.patch.install import patched_parts
+from uniref_fast.quantised import compute_dtype, row_dependence
 from uniref_fast.request import EditRequest
 from uniref_fast.visibility import Rule
 
@@ -122,21 +126,28 @@ class Engine:
             mode=mode,
             modules_to_not_convert=modules_to_not_convert,
         )
+        if reason := row_dependence(self._session.model.transformer):
+            warnings.warn(f"each result depends a little on the edits that run beside it: {reason}", stacklevel=2)
         if max_tokens is None and self._session.device.type == "cuda":
-            free = torch.cuda.mem_get_info(self._session.device)[0]
+            free = _free_bytes(self._session)
             max_tokens = tokens_in_memory(self._session.model, free, kept=keep_references is not False)
         self.max_tokens, self.max_waiting = max_tokens, max_waiting
         self._loop = EditLoop(self._session.model, max_tokens)
         self._running: dict[Edit, Job] = {}
-        self._queue, self._joining = Queue(), 0
+        self._queue = Queue()
+        self._joining: list[Job] = []  # the request that is being encoded
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
         self._steps = self._failures = 0
         self._most_edits: int | None = None  # encoding ran out of memory beside so many: wait until one has left
         self._changed = threading.Condition()  # guards the queue, the counts and what follows
         self._closing = False
         self._failure: BaseException | None = None
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, name="uniref_fast.Engine", daemon=True)
         self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
         atexit.register(self.close, drain=False)
 
     # ---- the caller's side ----
@@ -157,7 +168,8 @@ class Engine:
             request: An `EditRequest`, or a mapping of its fields.
             on_progress: Function that the worker thread calls after each step of this edit. All edits wait for it. An
                 exception that it raises ends this edit and becomes the exception of the future.
-            priority: Requests of a higher priority start first; those of one priority start in order of arrival.
+            priority: Whole number. Requests of a higher priority start first, those of one priority in their order of
+                arrival.
             output_type: "pil", "np", "pt" or "latent", as for `uniref_fast.edit`.
 
         Raises:
@@ -167,6 +179,10 @@ class Engine:
             EngineClosedError: If the engine was closed or has failed.
         """
         check_output_type(output_type)
+        if not isinstance(priority, int):
+            raise TypeError(f"priority must be a whole number, got {priority!r}")
+        if on_progress is not None and not callable(on_progress):
+            raise TypeError(f"on_progress must be a function, got {on_progress!r}")
         (checked,) = self._session.check([request])
         job = Job(checked, output_type, Future(), on_progress, priority)
         with self._changed:
@@ -194,17 +210,20 @@ class Engine:
     def close(self, drain: bool = True) -> None:
         """Stop taking requests, and return when no edit is left. It may be called again.
 
+        In `on_progress` and in a callback of a future, which the worker thread runs, it returns at once.
+
         Args:
             drain: Finish all requests that were submitted. False cancels them, the running ones after the current step.
         """
         with self._changed:
             self._closing = True
-            if not drain:
-                for job in (*self._queue.jobs, *self._running.values()):
-                    job.future.cancel()
+            jobs = [] if drain else self._unfinished()
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        for job in jobs:  # without the lock, because callbacks of a future may call the engine
+            job.future.cancel()
+        if threading.current_thread() is self._thread:
+            return
+        self._thread.join()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -214,26 +233,35 @@ class Engine:
         self.close(drain=kind is None)
 
     def _waiting(self) -> int:
-        return self._joining + sum(not job.future.cancelled() for job in self._queue.jobs)
+        return sum(not job.future.cancelled() for job in (*self._joining, *self._queue.jobs))
+
+    def _unfinished(self) -> list[Job]:
+        return [*self._queue.jobs, *self._joining, *self._running.values()]
 
     # ---- the worker's side ----
 
     def _work(self) -> None:
         try:
+            if self._session.device.type == "cuda":  # the current device belongs to a thread
+                torch.cuda.set_device(self._session.device)
             with self._session.computing():
+                self._started.set()
                 while self._wait():
                     self._remove_cancelled()
                     self._admit()
                     self._step()
         except BaseException as error:  # a fault of the engine itself: nobody waits for a result that never comes
-            log.exception("the engine has failed")
+            if self._started.is_set():
+                log.exception("the engine has failed")
             with self._changed:
                 self._failure = error
-                left = [*self._queue.jobs, *self._running.values()]
-                self._queue.jobs.clear()
+                left = self._unfinished()
+                self._queue.jobs, self._joining = [], []
                 self._running.clear()
+            self._loop.leave(list(self._loop.edits))
             for job in left:
                 self._end(job, error=error)
+            self._started.set()
 
     def _wait(self) -> bool:
         """Wait until there is something to run. Return False if the engine is closed and has nothing left."""
@@ -266,32 +294,32 @@ class Engine:
             return
         self._most_edits = None
         while True:
+            self._remove_cancelled()
             with self._changed:
                 job = self._queue.take(self._fits)
                 if job is None:
                     return
-                self._joining = 1
+                self._joining = [job]
             try:
+                if self._loop.edits and is_offloaded(self._session.model.transformer, whole=True):
+                    self._session.pipe.maybe_free_model_hooks()  # encoders and transformer are not loaded together
                 edit = self._session.encode(job.checked)
-            except torch.OutOfMemoryError as error:
-                if not self._loop.edits:
+                job.first = edit.copy()
+            except Exception as error:
+                waits = isinstance(error, torch.OutOfMemoryError) and bool(self._loop.edits)
+                with self._changed:
+                    self._joining = []
+                    if waits:
+                        self._queue.put_back(job)
+                if not waits:
                     self._end(job, error=error)
                     continue
                 self._most_edits = len(self._loop.edits)
-                with self._changed:
-                    self._queue.jobs.insert(0, job)
-                self._free_memory()
+                self._free_memory(error)
                 return
-            except Exception as error:
-                self._end(job, error=error)
-                continue
-            finally:
-                with self._changed:
-                    self._joining = 0
-            if edit.kept is not None:
-                job.first = edit.copy()
             self._loop.join(edit)
             with self._changed:
+                self._joining = []
                 self._running[edit] = job
 
     def _count_tokens(self) -> None:
@@ -321,7 +349,7 @@ class Engine:
         if not edits:
             return
         before = {edit: edit.steps for edit in edits}
-        failed: dict[Edit, Exception] = {}
+        failed: dict[Edit, BaseException] = {}
         try:
             self._loop.step()
         except Exception as error:
@@ -336,16 +364,23 @@ class Engine:
                 self._report(job, edit)
                 if edit.is_finished:
                     edit.kept = None  # decoding needs the memory
-                    result = self._session.decode(edit, job.output_type)
+                    result = self._decode(edit, job.output_type)
                     self._remove(edit)
                     self._end(job, result=result)
                     self._failures = 0
-            except Exception as error:
+            except BaseException as error:  # `on_progress` may raise anything
                 failed[edit] = error
         for edit, reason in failed.items():
             self._end(self._remove(edit), error=reason)
 
-    def _recover(self, error: Exception, edits: Sequence[Edit]) -> dict[Edit, Exception]:
+    def _decode(self, edit: Edit, output_type: str) -> Any:
+        try:
+            return self._session.decode(edit, output_type)
+        except torch.OutOfMemoryError as error:
+            self._free_memory(error)
+        return self._session.decode(edit, output_type)
+
+    def _recover(self, error: Exception, edits: Sequence[Edit]) -> dict[Edit, BaseException]:
         """Continue after a step that has failed, in smaller packs or without the edits that fail alone.
 
         Args:
@@ -355,13 +390,20 @@ class Engine:
         Returns:
             Edits that have failed, with their errors.
         """
+        self._free_memory(error)
         self._failures += 1
         if self._failures > MAX_FAILURES:
+            self._failures = 0
             return dict.fromkeys(edits, error)
-        failed: dict[Edit, Exception] = {}
+        for edit in edits:
+            if edit.is_interrupted:
+                self._restart(edit)
+        failed: dict[Edit, BaseException] = {}
         if not (isinstance(error, torch.OutOfMemoryError) and self._halve_packs()):
             failed = self._step_alone(edits)
-            if not failed:
+            if failed:
+                self._failures = 0
+            elif sum(len(edit.samples) for edit in edits) > 1:
                 log.warning("a step has failed that works for each edit alone; each runs alone from now on: %s", error)
                 self._loop.set_pack_tokens(1)
         for edit in edits:
@@ -370,9 +412,8 @@ class Engine:
         return failed
 
     def _halve_packs(self) -> bool:
-        """Halve the size of packs after an out-of-memory error. Return False if each pack is one sequence already."""
+        """Halve the size of packs after an out-of-memory error. Return False if the largest pack is one sequence."""
         largest = self._loop.largest_pack
-        self._free_memory()
         if largest is None:
             return False
         limit = max(largest // 2, 1)
@@ -381,36 +422,40 @@ class Engine:
         self.max_tokens = limit if self.max_tokens is None else min(limit, self.max_tokens)
         return True
 
-    def _free_memory(self) -> None:
+    def _free_memory(self, error: Exception) -> None:
+        """Free what the calls that have raised an error hold, and what PyTorch keeps for later tensors."""
+        traceback.clear_frames(error.__traceback__)
         if self._session.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _step_alone(self, edits: Sequence[Edit]) -> dict[Edit, Exception]:
+    def _step_alone(self, edits: Sequence[Edit]) -> dict[Edit, BaseException]:
         """Run the step of each edit alone, in packs of one sequence, and return those that fail."""
-        failed: dict[Edit, Exception] = {}
+        failed: dict[Edit, BaseException] = {}
         for edit in edits:
             alone = EditLoop(self._session.model, pack_tokens=1)
             alone.join(edit)
             try:
                 alone.step()
             except Exception as error:
+                self._free_memory(error)
                 failed[edit] = error
         return failed
 
     def _restart(self, edit: Edit) -> None:
-        """Run an edit from its first step again, because its kept references may be of a step that failed."""
+        """Run an edit from its first step again, because a step that failed may have changed its state."""
         first = self._running[edit].first
-        assert first is not None and edit.kept is not None
+        assert first is not None
         fresh = first.copy()
         edit.latents, edit.scheduler, edit.step_options = fresh.latents, fresh.scheduler, fresh.step_options
-        edit.kept = [KeptReferences(store.schedule, store.dtype, store.total) for store in edit.kept]
-        edit.steps = 0
+        if edit.kept is not None:
+            edit.kept = [KeptReferences(store.schedule, store.dtype, store.total) for store in edit.kept]
+        edit.steps, edit.is_interrupted = 0, False
         self._loop.rebuild()
 
     def _report(self, job: Job, edit: Edit) -> None:
         if job.on_progress is not None:
             preview = replace(edit, latents=edit.predicted_latents())
-            job.on_progress(EditProgress(edit.steps, len(edit.timesteps), lambda: self._session.decode(preview, "pil")))
+            job.on_progress(EditProgress(edit.steps, len(edit.timesteps), lambda: self._decode(preview, "pil")))
 
     def _remove(self, edit: Edit) -> Job:
         self._loop.leave([edit])
@@ -427,6 +472,16 @@ class Engine:
             job.future.set_exception(error)
         elif kept:
             job.future.set_result(result)
+
+
+def _free_bytes(session: EditSession) -> int:
+    """Return the bytes that packs can use of a CUDA device, without those of weights that are not there yet."""
+    device, transformer = session.device, session.model.transformer
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    absent = sum(parameter.nbytes for parameter in transformer.parameters() if parameter.device.type != device.type)
+    if session.parts is not None and patched_parts(transformer) is None:
+        absent += weight_bytes(transformer) // 2  # the weights in 8 bits
+    return max(free - absent, 0)
 
 
 def tokens_in_memory(model: PackedQwenImage, free: int, *, kept: bool = False) -> int:

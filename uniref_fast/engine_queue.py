@@ -45,7 +45,8 @@ class Job:
     priority: int
     tokens: int | None = None  # not counted yet
     overtaken: int = 0
-    first: Edit | None = None  # the edit before its first step, if it can be restarted
+    order: int = 0  # of arrival
+    first: Edit | None = None  # the edit before its first step, for a restart
 
 
 class Queue:
@@ -53,10 +54,17 @@ class Queue:
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self._added = 0
 
     def add(self, job: Job) -> None:
-        at = next((i for i, other in enumerate(self.jobs) if other.priority < job.priority), len(self.jobs))
-        self.jobs.insert(at, job)
+        self._added += 1
+        job.order = self._added
+        self.put_back(job)
+
+    def put_back(self, job: Job) -> None:
+        """Add a job again at its place."""
+        self.jobs.append(job)
+        self.jobs.sort(key=lambda each: (-each.priority, each.order))
 
     def take(self, fits: Callable[[Job], bool]) -> Job | None:
         """Remove and return the first job that fits, unless one before it was overtaken `MAX_OVERTAKEN` times."""
