@@ -183,7 +183,7 @@ def test_encoders_are_gone_while_a_run_trains_and_an_encoding_pass_that_was_kill
         [*command, "training/sft.py", *flags(data, out, "--encoders", "free")],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    while len(list((out / "cache").rglob("*.safetensors"))) < 8:
+    while len(list((out / "cache").rglob("*.safetensors"))) < 12:  # more than two unfinished rows can have
         assert begun.poll() is None
         time.sleep(0.01)
     os.killpg(begun.pid, signal.SIGKILL)
