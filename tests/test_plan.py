@@ -13,6 +13,7 @@ from PIL import Image
 
 from uniref_fast import speeds
 from uniref_fast.cli import main
+from uniref_fast.run_plan import _settings
 from uniref_fast.training.core.model_size import KNOWN, ModelSize, model_size
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
@@ -250,6 +251,8 @@ def test_the_last_line_starts_the_run(capsys, rows):
             ["--recipe", "tiny", "--adapter", "dora"],
             "adapter = dora is a kind of adapter, and this run",
         ),
+        (["--recipe", "paper", "--base", "nf4"], "base = nf4 is a dtype of frozen weights, and this run trains all"),
+        (["--recipe", "paper", "--offload-blocks", "60"], "offload_blocks = 60 moves frozen weights, and this run"),
         (["--recipe", "lora", "--data", "no/such.jsonl"], "no/such.jsonl"),
         (["--recipe", "lora", "--nproc", "3", "--gpu-memory", "141"], "packs = 8 cannot be shared equally by 3"),
     ],
@@ -309,6 +312,31 @@ def test_a_plan_names_the_settings_with_which_the_run_fits(capsys, args, flags):
     status, text, _ = run(capsys, *args)
     assert status == 1 and f"it fits with {flags}; it fits" in text
     assert run(capsys, *args, *flags.split())[0] == 0
+
+
+def test_settings_that_the_run_cannot_have_are_not_offered(capsys):
+    """Moments in 8 bits need trained weights in float32; fewer blocks on the host than now would need more memory."""
+    args = ("--recipe", "lora", "--gpu-memory", 16, "--weight-dtype", "bfloat16")
+    status, text, _ = run(capsys, *args)
+    assert status == 1 and "adamw8bit" not in text and "fits        no; " in text
+    tried = []
+
+    def never(changes):
+        tried.append(dict(changes))
+        return False
+
+    config = dataclasses.replace(SFT_RECIPES["lora"](), offload_blocks=30)
+    assert _settings(config, model_size("Qwen/Qwen-Image-Edit-2511"), 1, never) == ""
+    assert [each["offload_blocks"] for each in tried if "offload_blocks" in each] == [40, 60]
+
+
+def test_a_plan_needs_no_library(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    args = ("--recipe", "lora", "--gpu-memory", 28)
+    assert "it fits with --encoders free --base nf4" in run(capsys, *args)[1]
+    for more in (("--optimizer", "adamw8bit"), ("--base", "nf4")):
+        assert run(capsys, *args, *more)[0] == 1
+    assert run(capsys, "--recipe", "lora", "--gpu-memory", 16)[0] == 1
 
 
 def test_moments_in_8_bits_need_one_process_and_less_memory(capsys):

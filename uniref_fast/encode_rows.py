@@ -22,7 +22,7 @@ from uniref_fast.guidance import texts_of
 from uniref_fast.progress import announce_import
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.recipe import Recipe
-from uniref_fast.training.core.suitability import check_suitability
+from uniref_fast.training.core.suitability import check_model
 from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
 
@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     rank = int(os.environ.get("RANK", 0))
     if not rank:
         announce_import("PyTorch", "torch")
-    check_suitability(config, int(os.environ.get("WORLD_SIZE", 1)))
+    check_model(config)  # encoding does not need what check_suitability checks besides
     import torch
     import torch.distributed as dist
 

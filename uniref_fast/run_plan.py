@@ -10,7 +10,7 @@ from uniref_fast import gpu_memory, speeds
 from uniref_fast.packing import next_fit
 from uniref_fast.training.core import memory
 from uniref_fast.training.core.adapter import check_adapter
-from uniref_fast.training.core.base import QUANTISED, base_bytes, offloaded_blocks, resident_blocks
+from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, offloaded_blocks, resident_blocks
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
@@ -172,6 +172,7 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
         ValueError: The recipe does not suit the model, or the model or the data cannot be read.
     """
     size = model_size(config.model)
+    check_base(config)
     check_sizes(config, size.output_side)
     offloaded_blocks(size.num_layers, config.offload_blocks)
     check_adapter(config)
@@ -389,14 +390,16 @@ def _settings(config: Recipe, size: ModelSize, ranks: int, fits: Callable[[Mappi
     if config.lora_rank is not None:
         order += (("base", "int8"), ("base", "nf4")) if config.base in (None, "bf16") else ()
         order += (("optimizer", "adamw8bit"),) if ranks == 1 else ()
-        order += tuple(("offload_blocks", size.num_layers * part // 3) for part in (1, 2, 3))
+        blocks = (size.num_layers * part // 3 for part in (1, 2, 3))
+        order += tuple(("offload_blocks", count) for count in blocks if count > config.offload_blocks)
     for name, value in order:
         tried = changes | {name: value}
         if getattr(config, name) == value:
             continue
         try:
             check_adapter(replace(config, **tried))
-        except ValueError:  # the base does not suit the kind of adapter
+            check_optimizer(replace(config, **tried), ranks)
+        except ValueError:  # the base does not suit the kind of adapter, or the optimizer the trained weights
             continue
         changes = tried
         if fits(changes):

@@ -22,7 +22,7 @@ from uniref_fast.keyed_random import uniform
 from uniref_fast.layout import Sample
 from uniref_fast.request import Geometry, geometry, target_size
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.core.encoders import Encoders
+from uniref_fast.training.core.encoders import EncoderError, Encoders
 
 __all__ = ["Encoded", "Encoder", "Form", "Prepared"]
 
@@ -198,6 +198,7 @@ class Encoder:
 
         Raises:
             RowError: The text encoder cannot process the row; the message names its place.
+            EncoderError: A freed encoder cannot be loaded again, or has changed.
         """
         sources = [] if prepared.dropped else list(prepared.row.references)
         sizes, where = prepared.geometry.reference_sizes, prepared.row.where
@@ -215,7 +216,7 @@ class Encoder:
         try:
             key, shape = self._text_entry(words, digests, seen) if self.cache.folder else ("", (0, 0))
             text = self.cache.get(key, lambda: self._embeddings(words, references, seen), shape, where)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, EncoderError):
             raise
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise RowError(where, f"the text encoder refuses it: {error}") from error

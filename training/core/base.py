@@ -6,7 +6,6 @@ biases and the layers outside of the blocks, keeps the dtype of the computation.
 
 from __future__ import annotations
 
-import importlib.util
 from math import ceil
 from typing import Literal
 
@@ -70,13 +69,15 @@ def resident_blocks(layers: int, count: int) -> int:
 
 
 def check_base(config: Recipe) -> None:
-    """Check that a run has a frozen base where a setting needs one, and that the library of its kind is installed.
+    """Check that a run has a frozen base where a setting needs one.
+
+    `check_suitability` checks that the library of its kind is installed.
 
     Args:
         config: Configuration of the run, with the settings of the adapter that it continues.
 
     Raises:
-        ValueError: The run trains all weights, or the library is missing.
+        ValueError: The run trains all weights.
     """
     if config.offload_blocks and config.lora_rank is None:
         raise ValueError(
@@ -89,10 +90,4 @@ def check_base(config: Recipe) -> None:
         raise ValueError(
             f"base = {config.base} is a dtype of frozen weights, and this run trains all weights; give --lora-rank to "
             "train an adapter on top, or leave --base out"
-        )
-    library = LIBRARIES.get(config.base)
-    if library is not None and importlib.util.find_spec(library) is None:
-        raise ValueError(
-            f"base = {config.base} needs the library {library}, which is not installed: pip install {library}, or give "
-            "another --base"
         )

@@ -13,9 +13,13 @@ from uniref_fast.fingerprint import weights_fingerprint
 from uniref_fast.loading import load_part
 from uniref_fast.models.single_frame import single_frame
 
-__all__ = ["Encoders"]
+__all__ = ["EncoderError", "Encoders"]
 
 PARTS = ("vae", "text_encoder")
+
+
+class EncoderError(RuntimeError):
+    """A freed encoder could not be loaded again, or has changed; no row is the reason, and the run ends."""
 
 
 class Encoders:
@@ -64,7 +68,7 @@ class Encoders:
             *names: Components of the pipeline: "vae", "text_encoder" or both.
 
         Raises:
-            ValueError: An encoder cannot be loaded, or has other weights than when the run was started.
+            EncoderError: An encoder cannot be loaded, or has other weights than when the run was started.
         """
         absent = [name for name in names if getattr(self.pipe, name) is None]
         try:
@@ -82,9 +86,12 @@ class Encoders:
                 self._collect()
 
     def _loaded(self, name: str) -> Any:
-        part = load_part(self.model, name, self._kinds[name], self.dtype).requires_grad_(False)
+        try:
+            part = load_part(self.model, name, self._kinds[name], self.dtype).requires_grad_(False)
+        except (ValueError, OSError) as error:
+            raise EncoderError(f"the {name} of model = {self.model} cannot be loaded again: {error}") from error
         if weights_fingerprint(part) != self._weights[name]:
-            raise ValueError(f"the {name} of model = {self.model} has changed since the run was started")
+            raise EncoderError(f"the {name} of model = {self.model} has changed since the run was started")
         return part
 
     def _collect(self) -> None:

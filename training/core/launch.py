@@ -123,6 +123,7 @@ def _launch(
     from uniref_fast.data.dataset import BrokenRowsError
     from uniref_fast.training.core.checkpoint import CheckpointError
     from uniref_fast.training.core.distributed import Ranks
+    from uniref_fast.training.core.encoders import EncoderError
     from uniref_fast.training.core.export import ExportError
     from uniref_fast.training.core.trainer import DivergedError
 
@@ -137,7 +138,7 @@ def _launch(
         return 128 + stopped if stopped else 0
     except (ValueError, FileNotFoundError) as error:  # the user can correct these
         return _failed(name, error, 2)
-    except (BrokenRowsError, CheckpointError, DivergedError, ExportError, OSError, ImportError) as error:
+    except (BrokenRowsError, CheckpointError, DivergedError, EncoderError, ExportError, OSError, ImportError) as error:
         return _failed(name, error, 1)
     except failures() as error:
         return _failed(name, error, 1)

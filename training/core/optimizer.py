@@ -7,7 +7,6 @@ used.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,11 @@ __all__ = ["EightBitAdamW", "PlainAdamW", "check_optimizer", "make_optimizer", "
 
 
 def moment_bytes(config: Recipe, trained: int) -> int:
-    """Return the bytes of the moments of `trained` parameters: float32, or 8 bits and two scales for 256 values."""
+    """Return the bytes that are planned for the moments of `trained` parameters.
+
+    These are 8 bytes for the two moments of a parameter, which `adamw` keeps in `weight_dtype` (with bfloat16 they take
+    half of that), or with `adamw8bit` 2 bytes and two scales for 256 values.
+    """
     return 8 * trained if config.optimizer == "adamw" else 2 * trained + trained // 32
 
 
@@ -30,15 +33,14 @@ def update_bytes(config: Recipe, trained: int) -> int:
 
 
 def check_optimizer(config: Recipe, ranks: int) -> None:
-    """Check that the optimizer of a run is possible.
+    """Check that the optimizer of a run is possible; `check_suitability` checks that its library is installed.
 
     Args:
         config: Configuration of the run.
         ranks: Number of ranks.
 
     Raises:
-        ValueError: Moments in 8 bits on several ranks, for trained weights that are not float32, or without
-            bitsandbytes.
+        ValueError: Moments in 8 bits on several ranks, or for trained weights that are not float32.
     """
     if config.optimizer == "adamw":
         return
@@ -49,11 +51,6 @@ def check_optimizer(config: Recipe, ranks: int) -> None:
         )
     if config.weight_dtype != "float32":
         raise ValueError(f"optimizer = {config.optimizer} needs --weight-dtype float32, got {config.weight_dtype}")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            f"optimizer = {config.optimizer} needs the library bitsandbytes, which is not installed: pip install "
-            "bitsandbytes, or give --optimizer adamw"
-        )
 
 
 def make_optimizer(config: Recipe, parameters: Mapping[str, Tensor]) -> PlainAdamW | EightBitAdamW:
@@ -62,7 +59,7 @@ def make_optimizer(config: Recipe, parameters: Mapping[str, Tensor]) -> PlainAda
 
 
 class PlainAdamW:
-    """AdamW with moments in float32, sharded as the parameters are.
+    """AdamW with moments in the dtype of the parameters, `weight_dtype`, and sharded as they are.
 
     Args:
         config: Configuration of the run.

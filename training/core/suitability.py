@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 from uniref_fast.builtin import recorded_areas
 from uniref_fast.training.core.adapter import check_adapter
-from uniref_fast.training.core.base import check_base, offloaded_blocks
+from uniref_fast.training.core.base import LIBRARIES, check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.optimizer import check_optimizer
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["check_sizes", "check_suitability"]
+__all__ = ["check_model", "check_sizes", "check_suitability"]
 
 SMALLEST, LARGEST = 1 / 8, 4  # side of a stage's images, relative to those of the model; a budget may be twice as much
 
@@ -26,16 +27,13 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     Raises:
         ValueError: The model does not exist or is of another kind, the images of a stage are far larger or smaller than
             those of the model, the ranks cannot share a pack as a stage says, the adapter does not fit the layers, the
-            frozen base needs an adapter or a library that is missing, or has fewer blocks than are offloaded.
+            frozen base needs an adapter, or has fewer blocks than are offloaded, or a library is missing.
     """
-    from uniref_fast.loading import configuration
-
     check_base(config)
     check_optimizer(config, ranks)
+    _check_libraries(config)
     check_adapter(config)
-    index, transformer = configuration(config.model)
-    size = ModelSize.of(transformer, recorded_areas(index, transformer))
-    check_sizes(config, size.output_side)
+    size = check_model(config)
     offloaded_blocks(size.num_layers, config.offload_blocks)
     if any(stage.sequence_parallel is not None for stage in config.stages):
         from uniref_fast.training.core.memory import sharing_degrees
@@ -44,6 +42,38 @@ def check_suitability(config: Recipe, ranks: int) -> None:
             sharing_degrees(stage, ranks, size)
     if config.lora_rank is not None and (config.initial is None or not (config.initial / "lora").is_dir()):
         size.adapter(config.lora_rank, config.lora_targets, config.adapter)
+
+
+def check_model(config: Recipe) -> ModelSize:
+    """Check that the model exists and that the images of all stages suit it, and return its sizes.
+
+    Args:
+        config: Configuration of the run.
+
+    Raises:
+        ValueError: The model does not exist or is of another kind, or the images of a stage are far larger or smaller
+            than those of the model.
+    """
+    from uniref_fast.loading import configuration
+
+    index, transformer = configuration(config.model)
+    size = ModelSize.of(transformer, recorded_areas(index, transformer))
+    check_sizes(config, size.output_side)
+    return size
+
+
+def _check_libraries(config: Recipe) -> None:
+    """Raise ValueError for a setting that needs a library which is not installed."""
+    needed = {
+        "base": LIBRARIES.get(config.base or ""),
+        "optimizer": "bitsandbytes" if config.optimizer == "adamw8bit" else None,
+    }
+    for name, library in needed.items():
+        if library is not None and importlib.util.find_spec(library) is None:
+            raise ValueError(
+                f"{name} = {getattr(config, name)} needs the library {library}, which is not installed: pip install "
+                f"{library}, or give another --{name}"
+            )
 
 
 def check_sizes(config: Recipe, own: int) -> None:

@@ -19,6 +19,7 @@ from uniref_fast.costs import transformer_flops
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.flags import to_json
 from uniref_fast.layout import Sample
+from uniref_fast.loading import inference_mode
 from uniref_fast.progress import running
 from uniref_fast.request import image_areas
 from uniref_fast.training.core.checkpoint import Checkpoints, read_state
@@ -263,6 +264,7 @@ class Trainer:
                     sheet = self.prompt_samples.grid(plan.pack_tokens // plan.sequence_parallel)
                     self.monitor.image(self.step, PROMPTS, sheet)
             self.model.packed.train()
+            inference_mode(self.model.pipe.transformer)  # the layers of the adapter stay out of training mode
             if not complete:
                 self.stopping = True
                 self.save()

@@ -286,6 +286,32 @@ def test_wrong_commands_are_one_line(words, message, capsys):
     assert f"uniref-fast data encode: error: {message}" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--lora-rank", "4", "--base", "nf4"],
+        ["--optimizer", "adamw8bit"],
+        ["--stages.0.sequence-parallel", "3"],
+        ["--lora-rank", "4", "--offload-blocks", "99"],
+    ],
+)
+def test_settings_that_encoding_does_not_use_are_not_checked(folder, tmp_path, monkeypatch, more):
+    class ReachedError(Exception):
+        """The settings have been checked."""
+
+    def reached(config):
+        raise ReachedError
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("uniref_fast.training.core.distributed.Ranks.start", lambda: OneRank())
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr(encode_rows, "rows_of", reached)
+    flags = ["--recipe", "tiny", "--data", str(folder / "rows.jsonl"), "--cache", str(tmp_path / "cache")]
+    with pytest.raises(ReachedError):
+        encode_rows.run([*flags, *more])
+
+
 def test_the_command_counts_rows_and_broken_rows(folder, tmp_path, capsys, builtin_pipe, monkeypatch):
     data, cache = tmp_path / "data", tmp_path / "cache"
     shutil.copytree(folder, data)

@@ -1,6 +1,8 @@
 """Kinds of adapters: they begin as nothing, have the gradients of diffusers' own forward, and are written for it."""
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import mesh_worker
 import pytest
@@ -13,11 +15,13 @@ from uniref_fast.adapters import Adapter, apply_adapters
 from uniref_fast.cli import main
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.lora.file import read_lora
+from uniref_fast.progress import running
 from uniref_fast.runs import adapter_settings
 from uniref_fast.training.core.adapter import NAMES, add_adapter, check_adapter, is_adapter, layer_parameters
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
+from uniref_fast.training.core.trainer import Trainer
 from uniref_fast.training.supervised.recipes import SFT
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -112,6 +116,23 @@ def test_an_adapter_begins_as_nothing_and_is_loaded_as_it_was_trained(ranks, tmp
     assert again.parameters.keys() == model.parameters.keys()
     assert all(torch.equal(local(again.parameters[n]), local(p)) for n, p in model.parameters.items())
     assert torch.equal(predicted(again.packed), expected)
+
+
+def test_a_lokr_is_out_of_training_mode_after_a_validation(ranks):
+    """A layer of LoKr in training mode would leave itself out at random."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = TrainedModel(dataclasses.replace(CONFIG, adapter="lokr", eval_every=1), ranks)
+    validated = []
+    trainer = SimpleNamespace(
+        config=model.config, step=1, stage=0, model=model, prompt_samples=None, progress=running(shown=False),
+        _enter_stage=lambda: None, _averaged=contextlib.nullcontext,
+        validate=lambda figures, grid: validated.append((figures, model.packed.training)) or True,
+    )  # fmt: skip
+    Trainer._validate(trainer)
+    layers = [module for module in model.pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
+    assert layers and not any(module.training for layer in layers for module in layer.modules())
+    assert validated == [(True, False)] and model.packed.training
 
 
 def test_an_adapter_of_another_program_is_continued(ranks, tmp_path):

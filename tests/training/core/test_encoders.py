@@ -19,7 +19,7 @@ from uniref_fast.training.batches.encoding import EncodingPass, heldout_rows
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder, Form
 from uniref_fast.training.core.distributed import Ranks
-from uniref_fast.training.core.encoders import PARTS, Encoders
+from uniref_fast.training.core.encoders import PARTS, EncoderError, Encoders
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.core.sampling import PromptSamples
@@ -167,9 +167,26 @@ def test_a_model_that_has_changed_meanwhile_is_refused(tmp_path):
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
     message = f"the vae of model = {folder} has changed since the run was started"
-    with pytest.raises(ValueError, match=re.escape(message)), encoders.present("vae"):
+    with pytest.raises(EncoderError, match=re.escape(message)), encoders.present("vae"):
         pytest.fail("another VAE is used")
     assert pipe.vae is None
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_encoder_that_is_gone_is_no_broken_row(tmp_path, rows, name):
+    """The handlers of broken rows let the error pass, so that it ends the run."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder(), folder)
+    pipe = load_pipeline(str(folder), torch.float32, "cpu")
+    encoders = Encoders(pipe, str(folder), torch.float32, torch.device("cpu"))
+    encoder = Encoder(pipe, TensorCache(tmp_path / "cache"), encoders=encoders)
+    encoders.free()
+    shutil.rmtree(folder / name)
+    prepared = encoder.prepare_form(Dataset(rows)[0], Form(48, 32))
+    message = f"the {name} of model = {folder} cannot be loaded again"
+    with pytest.raises(EncoderError, match=re.escape(message)) as error:
+        encoder.encode(prepared, prepared.load())
+    assert not isinstance(error.value, (ValueError, OSError)), "which are those of a broken row"
 
 
 def test_encoders_are_freed_by_default_if_there_is_a_cache(tmp_path):
