@@ -426,7 +426,6 @@ def _has_cache(config: Recipe) -> bool:
 def _disk(config: Recipe, trained: int) -> dict[str, int]:
     """Return the bytes that a run writes: its checkpoints, one more while it saves, and the trained weights."""
     master = BYTES[config.weight_dtype]
-    moments = moment_bytes(config, trained) if config.optimizer == "adamw8bit" else 2 * trained * master
-    checkpoint = trained * (master if config.ema is None else master + 4) + moments
+    checkpoint = trained * (master if config.ema is None else master + 4) + moment_bytes(config, trained)
     name, element = ("transformer/", BYTES[config.dtype]) if config.lora_rank is None else ("lora/", master)
     return {f"{config.keep + 1} checkpoints": (config.keep + 1) * checkpoint, name: trained * element}

@@ -162,7 +162,7 @@ class TrainedModel:
         return self.packed(image, text, torch.full((1,), 0.5, device=device), layout)
 
     def sharded_bytes(self) -> int:
-        """Return the bytes that the ranks share: weights, float32 gradients, two moments and the average."""
+        """Return the bytes that the ranks share: weights, float32 gradients, moments and the average."""
         extra = 1 if self.config.ema is None else 2
         whole = {id(parameter) for parameter in (*self.whole, *self.offloading.parameters)}
         weights = sum(p.numel() * p.element_size() for p in self.pipe.transformer.parameters() if id(p) not in whole)

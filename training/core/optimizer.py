@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from uniref_fast.training.core.model_size import BYTES
 from uniref_fast.training.core.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ __all__ = ["EightBitAdamW", "PlainAdamW", "check_optimizer", "make_optimizer", "
 
 
 def moment_bytes(config: Recipe, trained: int) -> int:
-    """Return the bytes that are planned for the moments of `trained` parameters.
+    """Return the bytes of the moments of `trained` parameters.
 
-    These are 8 bytes for the two moments of a parameter, which `adamw` keeps in `weight_dtype` (with bfloat16 they take
-    half of that), or with `adamw8bit` 2 bytes and two scales for 256 values.
+    The two moments of a parameter have the dtype of the trained weights, or 8 bits and two scales for 256 values.
     """
-    return 8 * trained if config.optimizer == "adamw" else 2 * trained + trained // 32
+    if config.optimizer == "adamw":
+        return 2 * BYTES[config.weight_dtype] * trained
+    return 2 * trained + trained // 32
 
 
 def update_bytes(config: Recipe, trained: int) -> int:

@@ -90,6 +90,18 @@ def test_a_missing_library_is_named(monkeypatch):
     check_optimizer(EIGHT, 1)  # a plan needs no library
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_moments_have_the_dtype_of_the_trained_weights(dtype):
+    config = dataclasses.replace(tiny(), weight_dtype=dtype)
+    weight = torch.nn.Parameter(torch.ones(64, 32, dtype=getattr(torch, dtype)))
+    optimizer = make_optimizer(config, {"weight": weight})
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moments = optimizer.tensors().values()
+    assert {moment.dtype for moment in moments} == {weight.dtype}
+    assert sum(moment.nbytes for moment in moments) == moment_bytes(config, weight.numel())
+
+
 def test_a_run_of_a_version_without_the_setting_used_adamw(tmp_path):
     from uniref_fast.training.core.checkpoint import Newest
 
