@@ -682,9 +682,9 @@ def qk_norm_eps(attn: Any) -> float:
         ValueError: If they differ, because the fused operator takes one.
     """
     norms = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
-    eps = sorted({norm.eps for norm in norms if norm is not None})
-    if len(eps) > 1:
-        raise ValueError(f"the QK norms have different eps: {eps}")
+    eps = [norm.eps for norm in norms if norm is not None]  # not a set: torch 2.13 cannot trace its order
+    if any(value != eps[0] for value in eps):
+        raise ValueError(f"the QK norms have different eps: {sorted(set(eps))}")
     return eps[0] if eps else 1e-6
 
 
