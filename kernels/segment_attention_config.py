@@ -135,7 +135,10 @@ def pick_fp8_config(head_dim: int, capability: tuple[int, int], causal: bool) ->
     They do not depend on the dtype of its inputs and output. All are from the compiler's report: the largest tiles that
     do not spill.
     """
-    keys = 64 if head_dim < 128 or capability[0] in ((8,) if causal else (8, 9)) else 32
+    if causal:
+        keys = 64 if capability[0] == 8 or (capability[0] == 9 and head_dim < 128) else 32
+    else:
+        keys = 64 if head_dim < 128 or capability[0] in (8, 9) else 32
     return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=3 if capability[0] in (9, 10) else 2)
 
 
