@@ -224,7 +224,7 @@ def _attention_fp8(head_dim: int, causal: bool, arch: int) -> object:
 
 
 def _attention_backward(head_dim: int, dtype: torch.dtype, causal: bool, arch: int) -> object:
-    config = segment_attention_config.pick_backward_config(head_dim, dtype, divmod(arch, 10))
+    config = segment_attention_config.pick_backward_config(head_dim, dtype, divmod(arch, 10), causal)
     tensors = [_meta(TEXT + IMAGE, HEADS, head_dim, dtype=dtype) for _ in range(5)]
     lse = _meta(HEADS, TEXT + IMAGE, dtype=torch.float32)
     launcher: Launcher = segment_attention_backward.segment_attention_backward

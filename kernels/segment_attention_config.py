@@ -142,13 +142,15 @@ def pick_fp8_config(head_dim: int, capability: tuple[int, int], causal: bool) ->
     return AttentionConfig(BLOCK_M=128, BLOCK_N=keys, num_warps=8, num_stages=3 if capability[0] in (9, 10) else 2)
 
 
-def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> BackwardConfig:
-    """Launch parameters of the backward for a head size, dtype and compute capability."""
+def pick_backward_config(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], causal: bool = False
+) -> BackwardConfig:
+    """Launch parameters of the backward, for a plan with or without causal intervals."""
     if dtype == torch.float32:
         small = AttentionConfig(BLOCK_M=32, BLOCK_N=32, num_warps=8, num_stages=1)
         return BackwardConfig(dq=small, dkdv=small)
     if capability[0] == 9:
-        return _hopper_backward(head_dim)
+        return _hopper_backward(head_dim, causal)
     # 96 KiB of shared memory at head_dim 128 with mma.sync, within the 99 KiB of 8.6 and 8.9; on 12.x it may spill.
     dq_keys = 32 if head_dim == 128 and capability[0] == 12 else 64
     # dk and dv keep two accumulators of BLOCK_N x head_dim, S and dP in registers: the largest tiles that do not spill.
@@ -159,12 +161,13 @@ def pick_backward_config(head_dim: int, dtype: torch.dtype, capability: tuple[in
     )
 
 
-def _hopper_backward(head_dim: int) -> BackwardConfig:
+def _hopper_backward(head_dim: int, causal: bool) -> BackwardConfig:
     """The fastest on an H100 at head dimensions 64 and 128 that do not spill (`bench/autotune.py`)."""
     if head_dim == 128:
         return BackwardConfig(
             dq=AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),
-            dkdv=AttentionConfig(BLOCK_M=64, BLOCK_N=128, num_warps=8, num_stages=3),
+            # with causal intervals, 64 queries spill under Triton 3.9
+            dkdv=AttentionConfig(BLOCK_M=32 if causal else 64, BLOCK_N=128, num_warps=8, num_stages=3),
         )
     return BackwardConfig(
         dq=AttentionConfig(BLOCK_M=64, BLOCK_N=64, num_warps=4, num_stages=3),

@@ -314,7 +314,7 @@ def _operands(q: Tensor, plan: AttentionPlan, impl: str, backward: bool) -> Oper
     else:
         tables = [AttentionTables.by_query(plan, q.device, _triton_config(q))]
         if backward:
-            config = _triton_backward_config(q)
+            config = _triton_backward_config(q, bool(plan.causal))
             tables.append(AttentionTables.by_query(plan, q.device, config.dq))
             tables.append(AttentionTables.by_key(plan, q.device, config.dkdv))
     operands = [each.operands() for each in tables]
@@ -368,11 +368,11 @@ def _triton_config(q: Tensor) -> configs.AttentionConfig:
     return configs.AttentionConfig(**tuned) if tuned else configs.pick_config(q.shape[-1], q.dtype, _capability(q))
 
 
-def _triton_backward_config(q: Tensor) -> configs.BackwardConfig:
+def _triton_backward_config(q: Tensor, causal: bool = False) -> configs.BackwardConfig:
     tuned = tuning.attention_config(tuning.device_name(q.device), q.dtype, q.shape[-1], "backward")
     if tuned:
         return configs.BackwardConfig(**{name: configs.AttentionConfig(**of) for name, of in tuned.items()})
-    return configs.pick_backward_config(q.shape[-1], q.dtype, _capability(q))
+    return configs.pick_backward_config(q.shape[-1], q.dtype, _capability(q), causal)
 
 
 @torch.compiler.assume_constant_result  # traced code gives it names, and gets what the tables of the device say
