@@ -323,8 +323,17 @@ def test_the_fingerprint_changes_with_the_data(folder, tmp_path):
     assert Dataset(path).fingerprint != two, "as many bytes, fewer rows"
 
 
+def test_a_replaced_image_has_another_digest_in_a_row_that_is_read_anew(folder):
+    image = Dataset(write_jsonl(folder / "a.jsonl", [row()]))
+    first = image[0].target
+    before = first.digest
+    assert pickle.loads(pickle.dumps(first)) == first and pickle.loads(pickle.dumps(first)).digest == before
+    first.path.write_bytes(first.read() + b"more")
+    assert first.digest == before != image[0].target.digest
+
+
 def _texts(dataset, indices):
-    return [(dataset[i].instruction, dataset[i].target.digest()) for i in indices]
+    return [(dataset[i].instruction, dataset[i].target.digest) for i in indices]
 
 
 def test_random_access_from_threads_and_after_pickling(many):

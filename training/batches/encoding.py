@@ -21,7 +21,6 @@ from typing import TypeVar
 from PIL import Image
 
 from uniref_fast.data.dataset import Dataset, Row
-from uniref_fast.data.images import ImageSource
 from uniref_fast.data.prefetch import prefetch
 from uniref_fast.gpu_memory import size_text
 from uniref_fast.guidance import texts_of
@@ -187,13 +186,12 @@ class EncodingPass:
         Rows of which it lacks something are added to `missing`, and broken ones to `broken`.
         """
         written: set[str] = set()  # the tensors of several rows are counted once
-        for one, found in self._ahead(_digests, rows, "searching the cache"):
+        for one, found in self._ahead(_digested, rows, "searching the cache"):
             forms, sizes = [], dict[str, int]()
             for form in one.forms:
                 with _broken_rows(one, broken):
-                    row, digests = _result(found)
-                    prepared = self.encoder.prepare_form(row, form, rollout=not one.target)
-                    if lacking := self.encoder.missing(prepared, one.target, one.texts, digests.__getitem__):
+                    prepared = self.encoder.prepare_form(_result(found), form, rollout=not one.target)
+                    if lacking := self.encoder.missing(prepared, one.target, one.texts):
                         forms.append(form)
                         sizes |= lacking
             if forms:
@@ -236,7 +234,7 @@ class EncodingPass:
         else:
             self.encoder.encode(prepared, (target, seen, None))
         for text in one.texts:
-            self.encoder.encode_conditions(prepared, seen, text)
+            self.encoder.encode_text(prepared, seen, text)
 
     def _ahead(
         self, function: Callable[[RowForms], T], rows: Sequence[RowForms], what: str
@@ -261,11 +259,12 @@ class EncodingPass:
 # In threads; a tokenizer serves one thread at a time, so that rows are prepared in the main one.
 
 
-def _digests(one: RowForms) -> tuple[Row, dict[ImageSource, str]]:
-    """Return a row, and the digests of its images."""
+def _digested(one: RowForms) -> Row:
+    """Return a row whose images have computed their digests."""
     row = one.dataset[one.index]
-    sources = (*row.references, *([row.target] if one.target and row.target else ()))
-    return row, {source: source.digest() for source in sources}
+    for source in (*row.references, *([row.target] if one.target and row.target else ())):
+        _ = source.digest
+    return row
 
 
 def _images(one: RowForms) -> tuple[Row, Image.Image | None, list[Image.Image]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,12 @@ class Prepared:
     def task(self) -> str:
         """Task type of the row, for metrics."""
         return self.row.task_type or "none"
+
+    @property
+    def text_tokens(self) -> int:
+        """Number of tokens of the instruction."""
+        assert isinstance(self.sample.text, int)  # only padded texts have runs
+        return self.sample.text
 
     def load(self) -> tuple[Image.Image, list[Image.Image], Tensor | None]:
         """Return target and references, decoded, in RGB, and `load_mask()`."""
@@ -186,15 +192,12 @@ class Encoder:
         return Encoded(latents, clean, text, None if mask is None else mask.to(self.device))
 
     @torch.no_grad()
-    def encode_conditions(
-        self, prepared: Prepared, references: list[Image.Image], instruction: str | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def encode_conditions(self, prepared: Prepared, references: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Return the latents of the references, `[m, C]`, and the prompt embeddings, `[l, D]`, of a prepared row.
 
         Args:
             prepared: Row with its sizes.
             references: Result of `prepared.load_references()`.
-            instruction: Text that replaces the instruction of the row, such as the empty prompt for guidance.
 
         Raises:
             RowError: The text encoder cannot process the row; the message names its place.
@@ -204,17 +207,24 @@ class Encoder:
         sizes, where = prepared.geometry.reference_sizes, prepared.row.where
         parts = [self._latents(where, *each) for each in zip(sources, references, sizes, strict=True)]
         none = torch.zeros(0, self.pipe.transformer.config.in_channels, device=self.device, dtype=self._dtype)
-        return torch.cat([none, *parts]), self.encode_text(prepared, references, instruction)
+        return torch.cat([none, *parts]), self.encode_text(prepared, references)
 
     @torch.no_grad()
     def encode_text(self, prepared: Prepared, references: list[Image.Image], instruction: str | None = None) -> Tensor:
-        """Return the prompt embeddings of a prepared row, `[l, D]`; arguments and errors as for `encode_conditions`."""
+        """Return the prompt embeddings of a prepared row, `[l, D]`; errors as for `encode_conditions`.
+
+        Args:
+            prepared: Row with its sizes.
+            references: Result of `prepared.load_references()`.
+            instruction: Text that replaces the instruction of the row, such as the empty prompt for guidance.
+        """
         sources = [] if prepared.dropped else prepared.row.references
         words = prepared.instruction if instruction is None else instruction
         seen, where = prepared.geometry.condition_sizes, prepared.row.where
-        digests = [source.digest() for source in sources] if self.cache.folder else []
+        digests = [source.digest for source in sources] if self.cache.folder else []
         try:
-            key, shape = self._text_entry(words, digests, seen) if self.cache.folder else ("", (0, 0))
+            tokens = prepared.text_tokens if instruction is None else None
+            key, shape = self._text_entry(words, digests, seen, tokens) if self.cache.folder else ("", (0, 0))
             text = self.cache.get(key, lambda: self._embeddings(words, references, seen), shape, where)
         except (torch.OutOfMemoryError, EncoderError):
             raise
@@ -224,30 +234,28 @@ class Encoder:
             raise RuntimeError(f"{where}: {len(text)} text tokens, {prepared.sample.text} were planned")
         return text.to(self.device)
 
-    def missing(
-        self, prepared: Prepared, target: bool, texts: Sequence[str], digest: Callable[[ImageSource], str]
-    ) -> dict[str, int]:
+    def missing(self, prepared: Prepared, target: bool, texts: Sequence[str]) -> dict[str, int]:
         """Return the bytes of the tensors of a prepared row that the cache lacks, by their keys.
 
         Args:
             prepared: Row with its sizes.
             target: The latents of the target are needed too.
             texts: Texts besides the instruction that are encoded with the references.
-            digest: Function that returns the digest of an image.
         """
         sources = [] if prepared.dropped else prepared.row.references
         sized = list(zip(sources, prepared.geometry.reference_sizes, strict=True))
         if target and prepared.row.target is not None:
             sized.append((prepared.row.target, prepared.geometry.size))
-        entries = [self._latents_entry(digest(source), size) for source, size in sized]
-        digests, seen = [digest(source) for source in sources], prepared.geometry.condition_sizes
-        entries += [self._text_entry(words, digests, seen) for words in (prepared.instruction, *texts)]
+        entries = [self._latents_entry(source.digest, size) for source, size in sized]
+        digests, seen = [source.digest for source in sources], prepared.geometry.condition_sizes
+        entries.append(self._text_entry(prepared.instruction, digests, seen, prepared.text_tokens))
+        entries += [self._text_entry(words, digests, seen) for words in texts]
         return {
             key: math.prod(shape) * self._dtype.itemsize for key, shape in entries if not self.cache.holds(key, shape)
         }
 
     def _latents(self, where: str, source: ImageSource, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        key, shape = self._latents_entry(source.digest(), size) if self.cache.folder else ("", (0, 0))
+        key, shape = self._latents_entry(source.digest, size) if self.cache.folder else ("", (0, 0))
         return self.cache.get(key, lambda: self._image_latents(image, size), shape, where).to(self.device)
 
     def _latents_entry(self, digest: str, size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
@@ -257,10 +265,14 @@ class Encoder:
         return content_key(self._vae, digest, size), shape
 
     def _text_entry(
-        self, words: str, digests: list[str], sizes: Sequence[tuple[int, int]]
+        self, words: str, digests: list[str], sizes: Sequence[tuple[int, int]], tokens: int | None = None
     ) -> tuple[str, tuple[int, int]]:
-        """Return the key and the shape of the embeddings of a text with references of (width, height) pixels."""
-        shape = prompt_tokens(self.pipe, words, sizes), self.pipe.transformer.config.joint_attention_dim
+        """Return the key and the shape of the embeddings of a text with references of (width, height) pixels.
+
+        If the number of its tokens is not given, the text is tokenized.
+        """
+        length = prompt_tokens(self.pipe, words, sizes) if tokens is None else tokens
+        shape = length, self.pipe.transformer.config.joint_attention_dim
         return content_key(self._text, words, digests, sizes), shape
 
     def _image_latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:

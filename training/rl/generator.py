@@ -193,7 +193,7 @@ class RolloutGenerator:
         images = group.prepared.load_references()
         references, first = self.encoder.encode_conditions(group.prepared, images)
         others = texts_of(group.prepared.instruction, group.guidance)[1:]
-        texts = (first, *(self.encoder.encode_conditions(group.prepared, images, text)[1] for text in others))
+        texts = (first, *(self.encoder.encode_text(group.prepared, images, text) for text in others))
         return EncodedGroup(**vars(group), references=references, texts=texts)
 
     def _pack(self, members: Sequence[Member]) -> RolloutPack | None:

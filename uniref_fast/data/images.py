@@ -51,7 +51,8 @@ UPRIGHT = {  # EXIF orientation -> transposition that turns the stored pixels up
 class ImageSource:
     """An image that has not been read yet: a file, a part of a file (a tar member), or bytes in memory (a column).
 
-    Every method raises ValueError, beginning with `name`, if the bytes cannot be read or are not a complete image.
+    Every method, and `digest`, raises ValueError, beginning with `name`, if the bytes cannot be read or are not a
+    complete image.
 
     Attributes:
         name: Name in messages.
@@ -78,8 +79,9 @@ class ImageSource:
             raise ValueError(f"{self.name}: {self.path} is truncated: it holds {len(content)} bytes of {self.length}")
         return content
 
+    @functools.cached_property
     def digest(self) -> str:
-        """Return the SHA-256 of the encoded bytes in hex, which does not depend on the place of the image."""
+        """SHA-256 of the encoded bytes in hex, which does not depend on the place of the image; computed once."""
         return hashlib.sha256(self.read()).hexdigest()
 
     def size(self) -> tuple[int, int]:

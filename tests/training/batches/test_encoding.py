@@ -129,8 +129,8 @@ def test_texts_of_guidance_are_encoded_and_targets_are_not_needed(builtin_pipe, 
     no_encoders()
     encoder = Encoder(builtin_pipe, TensorCache(tmp_path))
     prepared = encoder.prepare(dataset[3], (0, 3), 48, 32, rollout=True)
-    for text in (None, " "):
-        encoder.encode_conditions(prepared, prepared.load_references(), text)
+    encoder.encode_conditions(prepared, prepared.load_references())
+    encoder.encode_text(prepared, prepared.load_references(), " ")
     with pytest.raises(pytest.fail.Exception):
         encoder.encode(prepared, prepared.load())
 

@@ -14,6 +14,7 @@ from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens, to_rgb
 from uniref_fast.guidance import EMPTY_PROMPT
+from uniref_fast.training.batches import samples
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 
@@ -354,6 +355,18 @@ def test_what_other_weights_encoded_is_not_used(tmp_path, part):
     _, theirs = encoded_by(encoder, row(1))
     assert (encoder.cache.hits, encoder.cache.misses) == ((1, 2) if part == "vae" else (2, 1))
     assert same(theirs, encoded_by(encoder_of(pipe), row(1))[1]) and not same(theirs, ours)
+
+
+def test_a_row_is_hashed_and_tokenized_once(builtin_pipe, tmp_path, monkeypatch):
+    tokenized, real = [], samples.prompt_tokens
+    monkeypatch.setattr(samples, "prompt_tokens", lambda *args: (tokenized.append(args), real(*args))[1])
+    read, read_file = [], ImageSource.read
+    monkeypatch.setattr(ImageSource, "read", lambda self: (read.append(self.name), read_file(self))[1])
+    encoder = encoder_of(builtin_pipe, tmp_path)
+    prepared, _ = encoded_by(encoder, row(2))
+    assert encoder.missing(prepared, True, ()) == {}
+    assert len(tokenized) == 1 and sorted(read) == ["input_images[1]", "input_images[2]", "output_image"]
+    assert encoder.missing(prepared, True, (EMPTY_PROMPT,)) and len(tokenized) == 2
 
 
 def test_what_another_dtype_encoded_is_not_used(tmp_path):

@@ -70,6 +70,13 @@ def test_only_groups_with_members_on_this_rank_are_encoded(make_generator, prepa
     assert [group.number for group in batch.groups] == [0, 1, 2, 3], "sizes of all groups are known to every rank"
 
 
+def test_references_are_encoded_once_for_all_texts_of_guidance(make_generator, prepared_rows, monkeypatch):
+    encoded, real = [], Encoder._latents
+    monkeypatch.setattr(Encoder, "_latents", lambda self, *args: (encoded.append(args[1]), real(self, *args))[1])
+    batch = make_generator(rollout_true_cfg_scale=4.0).training_batch(prepared_rows(2, 3), PLAN)
+    assert all(len(member.group.texts) == 2 for member in members_of(batch)) and len(encoded) == 5
+
+
 def test_times_and_noisy_steps(make_generator, prepared_rows):
     batch = make_generator(window=1, window_end=2).training_batch(prepared_rows(2, 0), PLAN)
     for group in batch.groups:
