@@ -50,7 +50,6 @@ def packed(model, device):
 
 def compiled(make):
     def prepare(model, device):
-        torch._dynamo.reset()
         model.compile_repeated_blocks(fullgraph=True, dynamic=False)
         return make(model, device)
 
@@ -79,6 +78,7 @@ def host_seconds(call, rounds):
 @pytest.mark.benchmark(group="host time of one block")
 @torch.no_grad()
 def test_block(benchmark, make_small, device, tiny, which):
+    torch._dynamo.reset()
     calls = {}
     for layers in (FEW, MANY):
         expected = stock(make_small(num_layers=layers, **SHAPE), device)()

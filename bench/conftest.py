@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -95,7 +96,9 @@ def write_results(path, results):
 def pytest_configure(config):
     folder = config.getoption("--results")
     if folder is not None:
-        config.stash[RESULTS] = (results_path(folder, config.getoption("--what")), machine() | {"groups": {}})
+        command = shlex.join(["pytest", *map(str, config.invocation_params.args)])
+        path = results_path(folder, config.getoption("--what"))
+        config.stash[RESULTS] = path, machine() | {"command": command, "groups": {}}
 
 
 RESULTS = pytest.StashKey()

@@ -74,7 +74,7 @@ class AttentionTables:
     @classmethod
     def uncut(cls, plan: AttentionPlan, device: torch.device | str) -> AttentionTables:
         """Return the tables of a plan without tiles."""
-        return cls(*plan.tensors(device), causal=bool(plan.causal))
+        return cls(*plan.tensors(device))
 
     @classmethod
     def by_query(cls, plan: AttentionPlan, device: torch.device | str, config: AttentionConfig) -> AttentionTables:
@@ -162,7 +162,10 @@ def pick_backward_config(
 
 
 def _hopper_backward(head_dim: int, causal: bool) -> BackwardConfig:
-    """The fastest on an H100 at head dimensions 64 and 128 that do not spill (`bench/autotune.py`)."""
+    """The fastest on an H100 at head dimensions 64 and 128 that do not spill (`bench/autotune.py`).
+
+    Those for causal intervals were not measured.
+    """
     if head_dim == 128:
         return BackwardConfig(
             dq=AttentionConfig(BLOCK_M=128, BLOCK_N=64, num_warps=8, num_stages=3),

@@ -1,6 +1,7 @@
 """Engine: edits that arrive over time, each equal to `edit` alone."""
 
 import asyncio
+import dataclasses
 import functools
 import random
 import threading
@@ -52,7 +53,7 @@ def drawn(seed, **fields):
         negative_prompt=rng.choice([None, " "]),
         true_cfg_scale=2.0,
     )
-    return EditRequest("make it " + " ".join(["night"] * rng.randint(1, 5)), **(given | fields))
+    return EditRequest("make it " + " ".join(["night"] * rng.randint(1, 5)), **given)
 
 
 def alone(pipe, request, **options):
@@ -426,7 +427,7 @@ def test_a_scheduler_that_fails_in_its_step(pipe, monkeypatch, stochastic):
     monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step", failing)
     with Engine(pipe) as engine:
         result = engine.submit(request, lambda p: seen.append(p.steps), output_type="latent").result(LIMIT)
-    assert failed and seen[:2] == [1, 2] and len(seen) > 4 == seen[-1] and torch.equal(result, expected)
+    assert failed and seen == [1, 2, 1, 2, 3, 4] and engine._loop.pack_tokens != 1 and torch.equal(result, expected)
 
 
 def test_steps_that_fail_again_and_again_end(pipe, monkeypatch):
@@ -469,7 +470,7 @@ def test_out_of_memory_halves_the_packs(pipe, monkeypatch, caplog):
         results = [future.result(LIMIT) for future in futures]
         later = len(packs)
         engine.submit(requests[0]).result(LIMIT)
-        assert max(packs[later:]) <= 120 and engine.max_tokens <= max(packs)
+        assert max(packs[later:]) <= 120 and engine.max_tokens <= 120
     assert "out of memory with a pack of" in caplog.text
     monkeypatch.undo()
     for result, request in zip(results, requests, strict=True):
@@ -477,29 +478,54 @@ def test_out_of_memory_halves_the_packs(pipe, monkeypatch, caplog):
 
 
 def test_encoding_without_memory_waits_until_an_edit_has_left(pipe, monkeypatch):
+    """The generator of a request draws the same noise as if it had been encoded once."""
     encode, tries = EditSession.encode, []
+    request = dataclasses.replace(drawn(1, num_inference_steps=2), seed=None)
+    expected = alone(pipe, dataclasses.replace(request, generator=torch.Generator().manual_seed(5)))
 
     def limited(session, checked):
         tries.append(checked.request.seed)
+        result = encode(session, checked)
         if len(engine._loop.edits) > 0:
             raise torch.OutOfMemoryError("out of memory")
-        return encode(session, checked)
+        return result
 
     monkeypatch.setattr(EditSession, "encode", limited)
     with Engine(pipe) as engine:
         first, gate = held(engine)
-        second = engine.submit(drawn(1, num_inference_steps=2))
+        generator = torch.Generator().manual_seed(5)
+        second = engine.submit(dataclasses.replace(request, generator=generator), output_type="latent")
         gate.opened.set()
-        assert second.result(LIMIT) and first.done()
-    assert tries == [99, 1, 1]
+        assert torch.equal(second.result(LIMIT), expected) and first.done()
+    assert tries == [99, None, None]
+
+
+def test_a_callback_that_raises_anything_ends_nothing(pipe, caplog):
+    """Futures pass exceptions of callbacks over, but not SystemExit."""
+
+    def exits(_):
+        raise SystemExit
+
+    with Engine(pipe) as engine:
+        _, gate = held(engine)
+        first, second = (engine.submit(drawn(seed, num_inference_steps=2)) for seed in (1, 2))
+        first.add_done_callback(exits)
+        gate.opened.set()
+        assert first.result(LIMIT) and second.result(LIMIT)
+    assert "a callback of a future has failed" in caplog.text
+
+
+def test_guidance_that_has_no_effect_is_a_warning(pipe):
+    with Engine(pipe) as engine, pytest.warns(UserWarning, match="has no effect without a negative prompt"):
+        engine.submit(drawn(1, negative_prompt=None, true_cfg_scale=2.0)).result(LIMIT)
 
 
 def test_a_request_that_was_put_back_keeps_its_place():
     queue = Queue()
-    jobs = [types.SimpleNamespace(priority=priority, order=0, overtaken=0) for priority in (0, 0, 5)]
+    jobs = [types.SimpleNamespace(priority=priority, order=0, overtaken=0, tokens=1) for priority in (0, 0, 5)]
     queue.add(jobs[0])
     queue.add(jobs[1])
-    taken = queue.take(lambda job: True)
+    taken = queue.take(1)
     queue.add(jobs[2])
     queue.put_back(taken)
     assert taken is jobs[0] and queue.jobs == [jobs[2], jobs[0], jobs[1]]

@@ -16,9 +16,8 @@ import torch
 
 from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_report import EditReport
-from uniref_fast.edit_session import EditSession, check_output_type
+from uniref_fast.edit_session import EditSession, check_output_type, warn_of_guidance
 from uniref_fast.fast import quantised_before
-from uniref_fast.guidance import is_guided
 from uniref_fast.models.kept_references import (
     KeepDtype,
 )
@@ -104,7 +103,7 @@ def edit(
     if torch.is_autocast_enabled(session.device.type):
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
     checked = session.check(requests)
-    _warn_of_guidance([each.request for each in checked])
+    warn_of_guidance([each.request for each in checked])
     if len(checked) > 1 and (reason := row_dependence(session.model.transformer)):
         warnings.warn(f"each result depends a little on the other requests: {reason}", stacklevel=2)
     shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")
@@ -144,20 +143,6 @@ def _latent_errors(
         _denoise(pipe, same, exact, pack_tokens, progress)
     pairs = [(job.latents.float(), other.latents.float()) for job, other in zip(jobs, exact, strict=True)]
     return [((result - expected).norm() / expected.norm()).item() for result, expected in pairs]
-
-
-def _warn_of_guidance(requests: Sequence[EditRequest]) -> None:
-    """Warn about scales and negative prompts that have no effect, as the pipeline does."""
-    for i, request in enumerate(requests, start=1):
-        if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
-            reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
-        elif not is_guided(request.true_cfg_scale) and request.has_negative_prompt:
-            reason = (
-                f"the negative prompt has no effect at true_cfg_scale={request.true_cfg_scale}, which is not over 1"
-            )
-        else:
-            continue
-        warnings.warn(f"request {i}: {reason}; classifier-free guidance is off", stacklevel=3)
 
 
 def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:

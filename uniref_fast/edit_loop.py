@@ -150,14 +150,14 @@ class _Pack:
 
     Attributes:
         edits: Edit of each sequence.
-        prompts: Prompt embeddings of each sequence, `[l, D]`.
+        text: Prompt embeddings of all sequences, `[N_text, D]`.
         layout: Layout of the pack.
         image: Image stream, `[N_image, C]`. References are written once, targets before each step.
         kept: Kept references of each sequence, or None if nothing is kept.
     """
 
     edits: tuple[Edit, ...]
-    prompts: tuple[Tensor, ...]
+    text: Tensor
     layout: SelfLayout
     image: Tensor
     kept: tuple[KeptReferences | None, ...] | None
@@ -194,8 +194,9 @@ class EditLoop:
     @property
     def largest_pack(self) -> int | None:
         """Number of tokens of the largest pack; None if that is one sequence, which cannot be divided."""
-        sizes = ((pack.layout.joint_length, len(pack.edits)) for pack in self._packs or ())
-        tokens, sequences = max(sizes, default=(0, 1))
+        lengths = [sample.length for edit in self.edits for sample in edit.samples]
+        packs = next_fit(lengths, self.pack_tokens)
+        tokens, sequences = max(((sum(lengths[i] for i in pack), len(pack)) for pack in packs), default=(0, 1))
         return tokens if sequences > 1 else None
 
     def set_pack_tokens(self, pack_tokens: int) -> None:
@@ -237,7 +238,7 @@ class EditLoop:
             owners, prompts, samples, kept = zip(*(rows[i] for i in indices), strict=True)
             layout = self.model.layout(samples)
             image = layout.image_stream([edit.latents[0] for edit in owners], [edit.references for edit in owners])
-            packs.append(_Pack(owners, prompts, layout, image, kept if any(kept) else None))
+            packs.append(_Pack(owners, torch.cat(prompts), layout, image, kept if any(kept) else None))
         return packs
 
     def _predict(self, packs: Sequence[_Pack]) -> list[list[Tensor]]:
@@ -245,8 +246,7 @@ class EditLoop:
         velocities: list[Tensor] = []
         for pack in packs:
             pack.layout.write_targets(pack.image, [edit.latents[0] for edit in pack.edits])
-            text = torch.cat(pack.prompts)
             t = torch.stack([edit.timesteps[edit.steps].to(edit.latents.dtype) / 1000 for edit in pack.edits])
-            velocities += pack.layout.split_targets(self.model(pack.image, text, t, pack.layout, pack.kept))
+            velocities += pack.layout.split_targets(self.model(pack.image, pack.text, t, pack.layout, pack.kept))
         at = iter(velocities)
         return [[next(at) for _ in edit.prompts] for edit in self.edits]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from uniref_fast.budget import check_budget
 from uniref_fast.edit_loop import Edit, encoded_edit
 from uniref_fast.encode import decode_image
 from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
+from uniref_fast.guidance import is_guided
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.kept_references import (
     KeepDtype,
@@ -30,7 +32,7 @@ from uniref_fast.request import EditRequest, Geometry, request_geometry, validat
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule
 
-__all__ = ["CheckedRequest", "EditSession", "check_output_type"]
+__all__ = ["CheckedRequest", "EditSession", "check_output_type", "warn_of_guidance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +119,8 @@ class EditSession:
         return checked
 
     def _refresh(self, sizes: Geometry) -> RefreshSchedule | None:
+        if self.keep_references is False and self.drift is None:
+            return None
         layout = self.model.layout([sizes.sample(1)])
         return RefreshSchedule.of(self.keep_references, self.drift, dependence(layout, self.model.visibility))
 
@@ -145,6 +149,20 @@ def check_output_type(output_type: Any) -> None:
     """Raise ValueError unless the value is an `output_type` of `uniref_fast.edit`."""
     if output_type not in ("pil", "np", "pt", "latent"):
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
+
+
+def warn_of_guidance(requests: Sequence[EditRequest]) -> None:
+    """Warn about scales and negative prompts that have no effect, as the pipeline does; called by a public function."""
+    for i, request in enumerate(requests, start=1):
+        if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
+            reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
+        elif not is_guided(request.true_cfg_scale) and request.has_negative_prompt:
+            reason = (
+                f"the negative prompt has no effect at true_cfg_scale={request.true_cfg_scale}, which is not over 1"
+            )
+        else:
+            continue
+        warnings.warn(f"request {i}: {reason}; classifier-free guidance is off", stacklevel=3)
 
 
 def _eight_bit_parts(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import threading
 import traceback
 import warnings
@@ -25,7 +26,7 @@ import torch
 
 from uniref_fast.costs import transformer_peak, weight_bytes
 from uniref_fast.edit_loop import Edit, EditLoop
-from uniref_fast.edit_session import EditSession, check_output_type
+from uniref_fast.edit_session import EditSession, check_output_type, warn_of_guidance
 from uniref_fast.encode import text_lengths
 from uniref_fast.engine_queue import EditProgress, Job, Queue
 from uniref_fast.layout import Sample
@@ -184,6 +185,7 @@ class Engine:
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be a function, got {on_progress!r}")
         (checked,) = self._session.check([request])
+        warn_of_guidance([checked.request])
         job = Job(checked, output_type, Future(), on_progress, priority)
         with self._changed:
             if self._failure is not None:
@@ -295,11 +297,15 @@ class Engine:
         self._most_edits = None
         while True:
             self._remove_cancelled()
+            used = sum(edit.tokens for edit in self._loop.edits)
+            room = math.inf if not used or self.max_tokens is None else self.max_tokens - used
             with self._changed:
-                job = self._queue.take(self._fits)
+                job = self._queue.take(room)
                 if job is None:
                     return
                 self._joining = [job]
+            generator = job.checked.request.generator
+            state = torch.empty(0) if generator is None else generator.get_state()
             try:
                 if self._loop.edits and is_offloaded(self._session.model.transformer, whole=True):
                     self._session.pipe.maybe_free_model_hooks()  # encoders and transformer are not loaded together
@@ -310,6 +316,8 @@ class Engine:
                 with self._changed:
                     self._joining = []
                     if waits:
+                        if generator is not None:
+                            generator.set_state(state)
                         self._queue.put_back(job)
                 if not waits:
                     self._end(job, error=error)
@@ -337,12 +345,6 @@ class Engine:
                     self._queue.jobs.remove(job)
                 self._end(job, error=error)
 
-    def _fits(self, job: Job) -> bool:
-        if job.tokens is None:
-            return False
-        return not self._loop.edits or self.max_tokens is None or (
-            sum(edit.tokens for edit in self._loop.edits) + job.tokens <= self.max_tokens)  # fmt: skip
-
     def _step(self) -> None:
         """Run a step, and end the edits that have finished or failed."""
         edits = list(self._loop.edits)
@@ -354,6 +356,7 @@ class Engine:
             self._loop.step()
         except Exception as error:
             failed = self._recover(error, [edit for edit in edits if edit.steps == before[edit]])
+            before |= {edit: 0 for edit in edits if edit.steps < before[edit]}  # restarted
         with self._changed:
             self._steps += 1
         for edit in edits:
@@ -454,8 +457,11 @@ class Engine:
 
     def _report(self, job: Job, edit: Edit) -> None:
         if job.on_progress is not None:
-            preview = replace(edit, latents=edit.predicted_latents())
-            job.on_progress(EditProgress(edit.steps, len(edit.timesteps), lambda: self._decode(preview, "pil")))
+
+            def preview() -> Any:
+                return self._decode(replace(edit, latents=edit.predicted_latents()), "pil")
+
+            job.on_progress(EditProgress(edit.steps, len(edit.timesteps), preview))
 
     def _remove(self, edit: Edit) -> Job:
         self._loop.leave([edit])
@@ -468,10 +474,13 @@ class Engine:
         kind = "cancelled" if not kept else "finished" if error is None else "failed"
         with self._changed:
             self._ended[kind] += 1
-        if kept and error is not None:
-            job.future.set_exception(error)
-        elif kept:
-            job.future.set_result(result)
+        try:
+            if kept and error is not None:
+                job.future.set_exception(error)
+            elif kept:
+                job.future.set_result(result)
+        except BaseException:  # of a callback; the future has its result
+            log.exception("a callback of a future has failed")
 
 
 def _free_bytes(session: EditSession) -> int:

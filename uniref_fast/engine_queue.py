@@ -66,10 +66,13 @@ class Queue:
         self.jobs.append(job)
         self.jobs.sort(key=lambda each: (-each.priority, each.order))
 
-    def take(self, fits: Callable[[Job], bool]) -> Job | None:
-        """Remove and return the first job that fits, unless one before it was overtaken `MAX_OVERTAKEN` times."""
+    def take(self, room: float) -> Job | None:
+        """Remove and return the first job of at most `room` tokens.
+
+        Nothing is taken if a job before it was overtaken `MAX_OVERTAKEN` times.
+        """
         for at, job in enumerate(self.jobs):
-            if fits(job):
+            if job.tokens is not None and job.tokens <= room:
                 for passed in self.jobs[:at]:
                     passed.overtaken += 1
                 return self.jobs.pop(at)

@@ -127,6 +127,10 @@ class AttentionPlan:
             if max(self.causal) < 0:
                 object.__setattr__(self, "causal", ())
 
+    def causal_at(self, index: int) -> int:
+        """Return the position of the causal interval of a range, or -1."""
+        return self.causal[index] if self.causal else -1
+
     @functools.cached_property
     def causal_intervals(self) -> dict[Span, int]:
         """The causal intervals, and the number of the range that each belongs to."""
@@ -279,7 +283,7 @@ def query_plan(layout: SelfLayout, visibility: str | Rule, segments: Sequence[Se
     for segment in segments:
         index = bisect.bisect_right(whole.ranges, segment.joint_start, key=lambda span: span[0]) - 1
         span = (at, at + segment.length)
-        seen = whole.intervals[index], whole.causal[index] if whole.causal else -1
+        seen = whole.intervals[index], whole.causal_at(index)
         if index == last and end == segment.joint_start:
             rows[-1] = ((rows[-1][0][0], span[1]), *seen)
         else:
@@ -342,7 +346,7 @@ def _plan_tensors(plan: AttentionPlan, device: torch.device) -> tuple[torch.Tens
     flat: list[Span] = []
     for index, keys in enumerate(plan.intervals):
         flat += keys
-        if plan.causal and (at := plan.causal[index]) >= 0:
+        if (at := plan.causal_at(index)) >= 0:
             start, end = keys[at]
             flat[pointers[-1] + at] = (-1 - start, end)
         pointers.append(len(flat))
@@ -356,7 +360,7 @@ def _plan_tiles(plan: AttentionPlan, block: int, device: torch.device) -> torch.
     tiles = []
     for index, ((start, end), keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
         work = sum(b - a for a, b in keys)
-        if plan.causal and plan.causal[index] >= 0:
+        if plan.causal_at(index) >= 0:
             work -= (end - start) // 2  # on average
         tiles += [(-work, index, row) for row in range(start, end, block)]
     tiles.sort()

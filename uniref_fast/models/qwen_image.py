@@ -181,7 +181,7 @@ def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext)
         text_qkv: Projections of the text stream, `[N_text, H, D]` each.
         context: Context of the forward.
     """
-    with onloaded(attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k):  # their weights are read
+    with onloaded(*qk_norms(attn)):  # their weights are read
         q, k, v = ops.qk_norm_rope(
             text_qkv,
             image_qkv,
@@ -662,7 +662,7 @@ def _keep_attention() -> Any:
     return create_selective_checkpoint_contexts(policy)
 
 
-def qk_norms(attn: Any) -> list[nn.Module]:
+def qk_norms(attn: Any) -> list[Any]:
     """Return the QK norms that an attention has."""
     norms = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
     return [norm for norm in norms if norm is not None]
@@ -681,8 +681,7 @@ def qk_norm_eps(attn: Any) -> float:
     Raises:
         ValueError: If they differ, because the fused operator takes one.
     """
-    norms = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
-    eps = [norm.eps for norm in norms if norm is not None]  # not a set: torch 2.13 cannot trace its order
+    eps = [norm.eps for norm in qk_norms(attn)]  # not a set: torch 2.13 cannot trace its order
     if any(value != eps[0] for value in eps):
         raise ValueError(f"the QK norms have different eps: {sorted(set(eps))}")
     return eps[0] if eps else 1e-6

@@ -77,7 +77,7 @@ def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
             rows = slice(first, min(first + REFERENCE_ROWS, end))
             logits = torch.einsum("qhd,khd->hqk", q8[rows], keys) * of_key
             logits = logits * factors[:, rows, None] + of_value.log2()
-            if plan.causal and plan.causal[index] >= 0:
+            if plan.causal_at(index) >= 0:
                 hidden = causally_hidden(plan, index, first - start, logits.shape[1], q.device)
                 logits = logits.masked_fill(hidden, -math.inf)
             p = torch.exp2(logits - logits.amax(-1, keepdim=True) + LARGEST_POWER)

@@ -44,7 +44,7 @@ def _plan_rectangles(plan: AttentionPlan) -> list[int]:
     flat = []
     for index, (span, keys) in enumerate(zip(plan.ranges, plan.intervals, strict=True)):
         for at, (start, end) in enumerate(keys):
-            flat += [*span, -1 - start if plan.causal and plan.causal[index] == at else start, end]
+            flat += [*span, -1 - start if plan.causal_at(index) == at else start, end]
     return flat
 
 

@@ -337,7 +337,7 @@ def segment_attention_reference(
         for first in range(0, end - start, REFERENCE_ROWS):
             rows = q[start + first : min(start + first + REFERENCE_ROWS, end)]
             logits = torch.einsum("qhd,khd->hqk", rows.to(compute), keys) * scale
-            if plan.causal and plan.causal[index] >= 0:
+            if plan.causal_at(index) >= 0:
                 hidden = causally_hidden(plan, index, first, rows.shape[0], q.device)
                 logits = logits.masked_fill(hidden, -math.inf)
             outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1), values).to(q.dtype))
@@ -370,7 +370,7 @@ def _triton_config(q: Tensor) -> configs.AttentionConfig:
 
 def _triton_backward_config(q: Tensor, causal: bool = False) -> configs.BackwardConfig:
     tuned = tuning.attention_config(tuning.device_name(q.device), q.dtype, q.shape[-1], "backward")
-    if tuned:
+    if tuned and not causal:  # the table was measured on plans without causal intervals
         return configs.BackwardConfig(**{name: configs.AttentionConfig(**of) for name, of in tuned.items()})
     return configs.pick_backward_config(q.shape[-1], q.dtype, _capability(q), causal)
 
