@@ -51,14 +51,14 @@ def drawn(seed, **fields):
         width=rng.choice([32, 48, 64]),
         num_inference_steps=rng.randint(2, 5),
         negative_prompt=rng.choice([None, " "]),
-        true_cfg_scale=2.0,
     )
+    given |= fields
+    given.setdefault("true_cfg_scale", 2.0 if given["negative_prompt"] else 1.0)
     return EditRequest("make it " + " ".join(["night"] * rng.randint(1, 5)), **given)
 
 
 def alone(pipe, request, **options):
-    with np.errstate(all="ignore"):
-        return uniref_fast.edit(pipe, [request], progress=False, output_type="latent", **options)[0]
+    return uniref_fast.edit(pipe, [request], progress=False, output_type="latent", **options)[0]
 
 
 class Gate:
@@ -80,7 +80,6 @@ def held(engine, **fields):
     return future, gate
 
 
-@pytest.mark.filterwarnings("ignore:request 1")
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_tokens": 150}, {"keep_references": "auto"}, {"mode": "fast", "impl": "reference"}],
@@ -88,7 +87,7 @@ def held(engine, **fields):
 )
 def test_arrivals_at_any_time_give_the_bits_of_edit_alone(pipe, options):
     """Requests of several threads join and leave a running loop; some are cancelled."""
-    requests = [drawn(seed) for seed in range(10)]
+    requests = [drawn(seed) for seed in range(7)]
     futures = {}
     with Engine(pipe, **options) as engine:
 
@@ -99,10 +98,10 @@ def test_arrivals_at_any_time_give_the_bits_of_edit_alone(pipe, options):
                 futures[number] = engine.submit(requests[number], lambda _, e=first: e.set(), output_type="latent")
                 if rng.random() < 0.5:
                     first.wait(LIMIT)
-                if number % 5 == 4:
+                if number == 4:
                     futures[number].cancel()
 
-        threads = [threading.Thread(target=client, args=(range(i, 10, 3),)) for i in range(3)]
+        threads = [threading.Thread(target=client, args=(range(i, 7, 3),)) for i in range(3)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -112,8 +111,8 @@ def test_arrivals_at_any_time_give_the_bits_of_edit_alone(pipe, options):
         if not future.cancelled():
             assert torch.equal(future.result(0), alone(pipe, requests[number], **own)), number
     stats = engine.stats()
-    assert stats.finished + stats.cancelled == 10 and stats.waiting == stats.running == stats.failed == 0
-    assert sum(future.cancelled() for future in futures.values()) == stats.cancelled <= 2
+    assert stats.finished + stats.cancelled == 7 and stats.waiting == stats.running == stats.failed == 0
+    assert sum(future.cancelled() for future in futures.values()) == stats.cancelled <= 1
 
 
 def test_edits_join_a_running_loop_and_leave_it(pipe, monkeypatch):
