@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import uniref_fast
 from uniref_fast import EditReport, EditRequest, Sample, SelfLayout
 from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
+from uniref_fast.edit_session import EditSession
 from uniref_fast.layout import Kind
 from uniref_fast.patch.stock import REPLACED_MODULES
 from uniref_fast.request import request_geometry, validated
@@ -314,6 +315,16 @@ def test_16_bit_grey_is_not_clipped(pipe):
 def test_bad_requests(pipe, request_, error, message):
     with pytest.raises(error, match=message):
         uniref_fast.edit(pipe, [request_], progress=False)
+
+
+def test_sessions_and_engines_have_the_options_of_edit():
+    """The names, defaults and annotations are equal."""
+    options, session, engine = (dict(inspect.signature(each).parameters) for each in (
+        uniref_fast.edit, EditSession, uniref_fast.Engine))  # fmt: skip
+    of_one_call = {"requests", "pack_tokens", "output_type", "progress", "report"}
+    assert session == {name: option for name, option in options.items() if name not in of_one_call}
+    own = {"max_tokens", "max_waiting"}
+    assert {name: engine[name] for name in engine.keys() - own} == {n: session[n] for n in session.keys() - {"model"}}
 
 
 def test_bad_options(pipe):

@@ -5,8 +5,10 @@ Linears themselves. What a patched or packed model computes may be twice as far 
 diffusers is.
 """
 
+import argparse
 import contextlib
 import functools
+import typing
 import warnings
 from pathlib import Path
 
@@ -214,8 +216,6 @@ def test_edit_equals_the_pipeline_and_each_request_its_own_run(shared, pipe_of, 
         assert relative(latents, call(pipe, request)) < LOOP_ERROR
         (alone,) = edited(pipe, [request])
         assert relative(latents, alone) < LOOP_ERROR
-        if FORMATS[name].by_row and torch.cpu._is_avx512_bf16_supported():
-            assert torch.equal(latents, alone)
 
 
 def test_a_warning_where_results_depend_on_their_pack(folder, shared, pipe_of):
@@ -248,15 +248,13 @@ def test_a_warning_where_results_depend_on_their_pack(folder, shared, pipe_of):
 
 @each_format
 def test_references_are_kept(shared, pipe_of, name):
-    """The result has the same bits where keeping is exact, and the pipeline keeps the same references as `edit`."""
+    """The result is the same where keeping is exact, and the pipeline keeps the same references as `edit`."""
     pipe = pipe_of(shared(name))
     given, report = requests()[1:], EditReport()
     (kept,) = edited(pipe, given, keep_references=True, visibility="reference_isolated", report=report)
     (whole,) = edited(pipe, given, visibility="reference_isolated")
     assert report.references[0].refreshed == (0,) and report.references[0].steps == 2
     assert relative(kept, whole) < LOOP_ERROR
-    if FORMATS[name].by_row and torch.cpu._is_avx512_bf16_supported():
-        assert torch.equal(kept, whole)
     patched = uniref_fast.patch(pipe, keep_references=2)
     try:
         assert relative(call(pipe, given[0]), edited(pipe, given, keep_references=2)[0]) < LOOP_ERROR
@@ -332,8 +330,23 @@ def test_adapters_on_quantised_linears(folder, pipe_of, adapter, name):
     uniref_fast.unpatch(pipe)
     (result,) = edited(pipe, [request])
     assert relative(result, expected) < LOOP_ERROR
-    if FORMATS[name].by_row and torch.cpu._is_avx512_bf16_supported():
-        assert torch.equal(edited(pipe)[1], result)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="without AVX512-BF16, rows are rounded by pack")
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
+@formats(*VARIANTS, *(name for name, form in FORMATS.items() if not form.by_row))
+def test_results_have_the_same_bits(folder, pipe_of, adapter, name):
+    """A request has the same result in a pack and alone, with kept references, and with an adapter."""
+    pipe, given = pipe_of(load(name, folder)), requests()
+    together = edited(pipe)
+    assert all(torch.equal(edited(pipe, [one])[0], latents) for one, latents in zip(given, together, strict=True))
+    kept, whole = (
+        edited(pipe, given[1:], keep_references=keep, visibility="reference_isolated")[0] for keep in (True, False)
+    )
+    assert torch.equal(kept, whole)
+    if name not in NO_ADAPTERS:
+        apply_adapters(pipe, [adapter], None, (), DTYPE)
+        assert torch.equal(edited(pipe)[1], edited(pipe, given[1:])[0])
 
 
 def test_the_table_of_the_documents():
@@ -423,6 +436,7 @@ def test_a_pipeline_is_loaded_in_fewer_bits(tmp_path, name):
     from uniref_fast.fingerprint import fingerprint
     from uniref_fast.loading import load_pipeline, load_transformer
 
+    pytest.importorskip("torchao")
     given = requests()[1:]
     folder = builtin.store.model_folder()
     planned = uniref_fast.estimate(folder, given, quantisation=name).stages
@@ -450,10 +464,21 @@ def test_a_pipeline_is_loaded_in_fewer_bits(tmp_path, name):
         uniref_fast.estimate(pipe, given, quantisation=name)
 
 
+def test_the_names_of_formats_agree():
+    from uniref_fast import cli, quantisation
+    from uniref_fast.evaluation.config import EvalConfig
+
+    option = argparse.ArgumentParser()
+    cli._add_quantisation(option.add_argument)
+    field = typing.get_args(typing.get_type_hints(EvalConfig)["quantisation"])
+    assert option._actions[-1].choices == quantisation.NAMES == typing.get_args(field[0])
+
+
 def test_formats_that_cannot_be_loaded_are_refused(monkeypatch, tmp_path):
     from uniref_fast import quantisation
     from uniref_fast.loading import load_pipeline
 
+    pytest.importorskip("bitsandbytes")
     with pytest.raises(ValueError, match=r"nf4 needs a GPU: .* int8 and fp8 work"):
         load_pipeline("builtin", DTYPE, "cpu", "nf4")
     with pytest.raises(ValueError, match=r"is quantised already .*torchao.*; leave out the quantisation"):
@@ -470,11 +495,12 @@ def test_the_doctor_tries_each_format(monkeypatch):
     from uniref_fast import quantisation
     from uniref_fast.doctor import facts, report
 
+    for library in ("torchao", "bitsandbytes", "gguf"):
+        pytest.importorskip(library)
     found = facts()
     tried = found["quantised"]["cpu"]
     assert tried["torchao int8"] is None and tried["GGUF"] is None
     assert tried["bitsandbytes nf4"] == "diffusers loads it onto a GPU only; the library itself runs"
-    assert "CUDA" in tried["torchao float8 dynamic"]
     text = report(found)
     assert "torchao int8            works" in text and "quantised weights on cpu" in text
     assert found["versions"]["torchao"] in text

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniref_fast.builtin import is_builtin_folder
-from uniref_fast.loading import inference_mode, load_transformer
+from uniref_fast.loading import load_adapter, load_transformer
 from uniref_fast.runs import base_run, export_hint, read_field, trained_sizes, trained_visibility
 
 if TYPE_CHECKING:
@@ -188,16 +188,15 @@ def _load(pipe: Any, adapter: Adapter, name: str) -> int:
     from uniref_fast.lora.names import FORMATS
 
     file = read_lora(adapter.file)
-    tensors, _ = to_format(file, FORMATS["diffusers"])
-    # the pipeline's own method knows LoRA only
-    load = pipe.transformer.load_lora_adapter if "lokr" in file.kinds else pipe.load_lora_weights
+    lokr = "lokr" in file.kinds
     with _quiet_diffusers():
         if file.format == "diffusers":  # as it is: the factor of its configuration is not rounded
-            load(str(adapter.file.parent), adapter_name=name, weight_name=adapter.file.name, use_safetensors=True)
-        else:
-            load(tensors, adapter_name=name)
-    inference_mode(pipe.transformer)
-    return len(tensors)
+            folder, options = str(adapter.file.parent), {"weight_name": adapter.file.name, "use_safetensors": True}
+            load_adapter(pipe, folder, name, lokr, **options)
+            return sum(len(layer.tensors) for layer in file.layers.values())
+        tensors, _ = to_format(file, FORMATS["diffusers"])
+        load_adapter(pipe, tensors, name, lokr)
+        return len(tensors)
 
 
 def fuse_adapters(pipe: Any, adapters: Sequence[Adapter], below: Path | None) -> None:

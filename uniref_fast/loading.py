@@ -6,7 +6,7 @@ import contextlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = [
     "configuration",
     "defaults",
     "inference_mode",
+    "load_adapter",
     "load_encoders",
     "load_part",
     "load_pipeline",
@@ -214,11 +215,23 @@ def load_run(
     if not (run / "lora").is_dir():
         return False
     with _named(given, model):
-        # the pipeline's own method knows LoRA only
-        load = pipe.transformer.load_lora_adapter if _is_lokr(run / "lora") else pipe.load_lora_weights
-        load(str(run / "lora"), adapter_name=adapter, use_safetensors=True)
-    inference_mode(pipe.transformer)
+        load_adapter(pipe, str(run / "lora"), adapter, _is_lokr(run / "lora"), use_safetensors=True)
     return True
+
+
+def load_adapter(pipe: Any, source: str | Mapping[str, Any], name: str, lokr: bool, **options: Any) -> None:
+    """Add an adapter in the format of diffusers to a pipeline; its layers are not in training mode.
+
+    Args:
+        pipe: Pipeline that is changed in place.
+        source: Folder of the adapter, or its tensors by their keys.
+        name: Name of the adapter on the pipeline.
+        lokr: True if it has tensors of a LoKr; the pipeline's own method knows LoRA only.
+        options: Further options of diffusers' method, such as `weight_name`.
+    """
+    load = pipe.transformer.load_lora_adapter if lokr else pipe.load_lora_weights
+    load(source, adapter_name=name, **options)
+    inference_mode(pipe.transformer)
 
 
 def inference_mode(transformer: Any) -> None:

@@ -204,11 +204,11 @@ def test_texts_beside_a_sample_are_parts_of_it(tmp_path):
 def test_members_that_are_named_are_not_counted(tmp_path):
     values = row(references=["1.src.png", "art/r.png"], target="1.dst.png")
     members = [("1.json", json.dumps(values).encode()), ("1.src.png", encoded(RED)), ("1.dst.png", encoded(BLUE)),
-               ("art/r.png", encoded(GREEN)), ("1.mask.png", encoded(RED))]  # fmt: skip
+               ("art/r.png", encoded(GREEN)), ("1.depth.png", encoded(RED))]  # fmt: skip
     dataset = Dataset(write_tar(tmp_path / "s.tar", members))
     assert [meaning(found) for found in dataset] == [("do it", [RED, GREEN], BLUE)]
     assert [reason for _, reason in dataset.left_out] == [
-        "1 members are read only if a JSON file names them: 1 .mask.png"
+        "1 members are read only if a JSON file names them: 1 .depth.png"
     ]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -160,19 +161,31 @@ def test_a_black_mask_and_a_cut_one_are_broken(folder):
     rows = [row(mask="black.png"), row(mask="cut.png")]
     black, cut = Dataset(write_jsonl(folder / "a.jsonl", rows))
     for found, reason in ((black, "black.png: the mask is black everywhere"), (cut, "cut.png: .*truncated")):
-        assert found.sizes()[0] == SIZE, "the header is whole"
+        assert found.sizes(decode=True)[0] == SIZE, "the header is whole"
         with pytest.raises(ValueError, match=f"^{reason}"):
             found.load_mask()
-        with pytest.raises(RowError, match=f"^a.jsonl:[12]: {reason}"):
-            found.sizes(decode=True)
+
+
+def test_the_check_decodes_each_mask_once(masked, monkeypatch, capsys):
+    loaded, load = [], ImageSource.load_mask
+    monkeypatch.setattr(ImageSource, "load_mask", lambda source: loaded.append(source) or load(source))
+    path = write_jsonl(masked / "a.jsonl", [row(mask="m.png"), row()])
+    assert main(["data", "check", str(path), "--decode"]) == 0 and len(loaded) == 1
 
 
 # ---- files ----
 
 
-def test_masks_in_tables_and_archives(masked, tmp_path):
-    import tarfile
+def write_tar(path, members):
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
 
+
+def test_masks_in_tables_and_archives(masked):
     content = {"input_images": [[{"bytes": encoded(RED), "path": None}]], "mask": [{"bytes": png(half())}],
                "output_image": [encoded(BLUE)], "instruction": ["do it"]}  # fmt: skip
     kinds = {"mask": pa.array(content["mask"], pa.struct([("bytes", pa.binary())]))}
@@ -184,13 +197,25 @@ def test_masks_in_tables_and_archives(masked, tmp_path):
     members = {"1.input_0.png": encoded(RED), "1.output.png": encoded(BLUE), "1.mask.png": png(half()),
                "1.txt": b"do it", "2.json": named, "2.src.png": encoded(RED), "2.dst.png": encoded(BLUE),
                "2.mask.png": png(half())}  # fmt: skip
-    with tarfile.open(masked / "a.tar", "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    dataset = Dataset(masked / "a.tar")
+    dataset = Dataset(write_tar(masked / "a.tar", members))
     assert all(map(is_half, dataset)) and len(dataset) == 2 and not dataset.left_out
+
+
+def test_a_mask_in_an_archive_that_its_json_does_not_name_is_an_error(folder):
+    members = {"1.input_0.png": encoded(RED), "1.output.png": encoded(BLUE), "1.mask.png": png(half())}
+    for more, options, outcome in (
+        ({}, {}, None),
+        ({"mask": "1.mask.png"}, {}, True),
+        ({"matte": "./1.mask.png"}, {"columns": ["mask=matte"]}, True),
+        ({"mask": "1.mask.png"}, {"columns": ["ignore=mask"]}, False),
+    ):
+        named = json.dumps(row(["1.input_0.png"], "1.output.png", **more)).encode()
+        dataset = Dataset(write_tar(folder / "a.tar", {**members, "1.json": named}), **options)
+        if outcome is None:
+            with pytest.raises(RowError, match=r"member 1.mask.png is not named by 1.json, which names other members"):
+                dataset[0]
+        else:
+            assert is_half(dataset[0]) == outcome
 
 
 def captioned(folder, **more):

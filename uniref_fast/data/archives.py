@@ -116,15 +116,18 @@ class TarReader(Reader):
 
     def _check_all_named(self, key: str, values: Mapping[str, Any]) -> None:
         """Raise ValueError if the JSON leaves out an image of its sample, which would be dropped silently."""
-        named = set()
+        named, folder = set(), posixpath.dirname(key)
         for name, value in values.items():
+            items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
             if is_image_key(name) or name in MASK_KEYS:
-                for item in value if isinstance(value, list) else [value]:
-                    if isinstance(item, str):
-                        named.add(self._member_named(posixpath.dirname(key), item))
+                named |= {self._member_named(folder, item) for item in items}
+            else:  # the options of the user may say that the key holds an image
+                paths = [item.replace("\\", "/") for item in items]
+                named |= {posixpath.normpath(path) for item in paths for path in (item, posixpath.join(folder, item))}
+        named &= self._members.keys()
         self._named |= set(map(_kind, named))
         for end in self._parts[key]:
-            if (NUMBERED.fullmatch(end) or OUTPUT.fullmatch(end)) and f"{key}.{end}" not in named:
+            if any(part.fullmatch(end) for part in (NUMBERED, OUTPUT, MASK)) and f"{key}.{end}" not in named:
                 raise ValueError(f"member {key}.{end} is not named by {key}.json, which names other members")
 
     def _member_named(self, folder: str, path: str) -> str:

@@ -100,7 +100,8 @@ class Row:
         the same rows.
 
         Args:
-            decode: Decode all pixels instead of reading the headers only.
+            decode: Decode all pixels of these images instead of reading the headers only. The mask is decoded by
+                `load_mask`.
 
         Raises:
             RowError: An image cannot be read, or is too elongated for the text encoder, or the mask does not have the
@@ -120,8 +121,6 @@ class Row:
             target = None if self.target is None else size(self.target)
             if self.mask is not None and target is not None:
                 check_mask_size(self.mask.name, self.mask.size(), target)
-                if decode:
-                    self.load_mask()
             return target, [size(source) for source in self.references]
         except ValueError as error:
             raise RowError(self.where, error) from error

@@ -70,7 +70,8 @@ class PairsReader(Reader):
         self._pairs = pairs
         targets = _images(pairs.targets, name)
         self._masks = {stem: path for stem in targets if (path := targets.get(stem + MASK_LABEL)) is not None}
-        targets = {stem: path for stem, path in targets.items() if path not in self._masks.values()}
+        beside = set(self._masks.values())
+        targets = {stem: path for stem, path in targets.items() if path not in beside}
         if pairs.masks is not None:
             self._masks |= _masks(pairs.masks, targets.keys(), name)
         self._stems = sorted(targets)

@@ -248,7 +248,7 @@ def to_format(file: LoraFile, form: Format) -> tuple[dict[str, Tensor], list[str
             able = [one.name for one in FORMATS.values() if file.kinds <= one.kinds]
             raise ValueError(
                 f"{file.path.name}: {name} is changed by {words}, which {form.name} cannot hold; "
-                + (f"convert to {' or '.join(able)}" if able else "no format can hold all layers of this file")
+                + (f"formats that can hold this file: {', '.join(able)}" if able else "no format can hold all of it")
             )
         alpha = layer.alpha if layer.rank is not None else None
         if form.alpha == "never":

@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 __all__ = ["Layer", "as_lora", "folded"]
@@ -79,24 +78,9 @@ class Layer:
             found += [f"hada_{w}_{m}" for w in ("w1", "w2") for m in "ab" if f"hada_{w}_{m}" not in has]
         return found
 
-    def difference(self) -> Tensor:
-        """Return the difference of the weight, `[out, in]`, in float32, without the magnitude of a DoRA."""
-        parts = {name: tensor.float() for name, tensor in self.tensors.items()}
-        if "up" in parts:
-            return parts["up"] @ parts["down"] * self.scale
-        if "hada_w1_a" in parts:
-            return (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"]) * self.scale
-        if "diff" in parts:
-            return parts["diff"]
-        first, second = (
-            parts[f"lokr_{w}"] if f"lokr_{w}" in parts else parts[f"lokr_{w}_a"] @ parts[f"lokr_{w}_b"]
-            for w in ("w1", "w2")
-        )
-        return torch.kron(first, second) * self.scale
-
 
 def folded(layer: Layer) -> Layer:
-    """Return the same change without alpha, whose factor is multiplied into the matrices.
+    """Return the same change of a LoRA or LoKr without alpha, whose factor is multiplied into the matrices.
 
     Powers of two are divided evenly between both matrices of a LoRA, so that neither leaves the range of 16 bits; they
     change no digit. The rest of the factor is multiplied into one matrix in float32 and rounded once.
@@ -110,19 +94,17 @@ def folded(layer: Layer) -> Layer:
         half = exponent // 2
         factors = {"up": 2.0**half, "down": rest * 2.0 ** (exponent - half)}
     else:
-        factors = {next(n for n in ("lokr_w1", "lokr_w1_a", "hada_w1_a") if n in tensors): layer.scale}
+        factors = {next(n for n in ("lokr_w1", "lokr_w1_a") if n in tensors): layer.scale}
     for name, factor in factors.items():
         tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
     return Layer(tensors, None)
 
 
 def as_lora(layer: Layer) -> Layer:
-    """Return a LoHa of rank r as the LoRA of rank r * r that makes the same change; other layers as they are.
+    """Return a LoHa of rank r as the LoRA of rank r * r that makes the same change.
 
     Column (i, j) of `up` is the product of column i of the first and column j of the second matrix, in float32.
     """
-    if "hada_w1_a" not in layer.tensors:
-        return layer
     first_a, first_b, second_a, second_b = (layer.tensors[f"hada_{name}"].float()
                                             for name in ("w1_a", "w1_b", "w2_a", "w2_b"))  # fmt: skip
     up = (first_a[:, :, None] * second_a[:, None, :]).flatten(1)

@@ -46,14 +46,10 @@ class Key:
     Attributes:
         layer: Name of the layer in diffusers' transformer.
         tensor: Tensor of the layer's change: down, up, magnitude, alpha, lokr_w1, hada_w1_a, diff and so on.
-        prefix: Text before the name of the layer.
-        ending: Text after it.
     """
 
     layer: str
     tensor: str
-    prefix: str
-    ending: str
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def split_key(key: str) -> Key | None:
                 layer = layer if layer == bare else None
             if layer is None:
                 return None
-            return Key(layer, tensor or match[1], name[: len(name) - len(layer)], key[match.start() :])
+            return Key(layer, tensor or match[1])
     return None
 
 
