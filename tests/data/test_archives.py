@@ -45,7 +45,7 @@ def test_tar_with_members_of_the_sample(tmp_path):
     assert dataset[0].task_type == "edit" and dataset[1].task_type is None
     text, references, target = meaning(dataset[0])
     assert (text, references[0], target) == ("do it", RED, BLUE) and references[1][1] > 250 > 10 > references[1][0]
-    assert dataset[0].references[1].read() == g and dataset[0].references[0].digest() == hashlib.sha256(r).hexdigest()
+    assert dataset[0].references[1].read() == g and dataset[0].references[0].digest == hashlib.sha256(r).hexdigest()
     assert meaning(dataset[1]) == ONE
     assert meaning(dataset[2]) == ("from nothing", [], BLUE)
     assert meaning(dataset[3]) == ("do it", [], BLUE)
