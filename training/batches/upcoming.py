@@ -15,7 +15,7 @@ from uniref_fast.training.batches.loader import PackPlanner
 from uniref_fast.training.batches.packing import CostModel, PackKey
 from uniref_fast.training.batches.samples import Encoder, Form
 from uniref_fast.training.core.distributed import Ranks
-from uniref_fast.training.core.memory import REFERENCES, TEXT_TOKENS
+from uniref_fast.training.core.memory import largest_sample
 from uniref_fast.training.core.recipe import BudgetStage, Recipe, stage_at
 
 __all__ = ["encode_ahead", "pack_token_bounds", "upcoming_rows"]
@@ -84,8 +84,7 @@ def pack_token_bounds(
     known = stage.pack_tokens or kept.get((stage.budget, stage.target_side))
     if known:
         return known, known
-    area = REFERENCES * reference_area if stage.budget is None else stage.budget**2
-    largest = (area + stage.target_side**2) // patch**2 + TEXT_TOKENS
+    largest = largest_sample(stage, patch, reference_area)
     return largest, 4 * largest  # as `plan_memory` plans
 
 

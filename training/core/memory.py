@@ -28,6 +28,7 @@ __all__ = [
     "coding_bytes",
     "device_memory",
     "gathered_bytes",
+    "largest_sample",
     "machine_memory",
     "plan_memory",
     "plan_stages",
@@ -147,6 +148,22 @@ def check_packs(packs: int, ranks: int, plans: Sequence[MemoryPlan]) -> None:
             )
 
 
+def largest_sample(stage: BudgetStage, patch: int, reference_area: int) -> int:
+    """Return the number of tokens of the largest sample of a stage, with one sequence.
+
+    Args:
+        stage: Stage of the curriculum.
+        patch: Side of a token in pixels.
+        reference_area: Pixels of a reference in a stage without a joint budget.
+    """
+    return (_joint_side(stage, reference_area) ** 2 + stage.target_side**2) // patch**2 + TEXT_TOKENS
+
+
+def _joint_side(stage: BudgetStage, reference_area: int) -> int:
+    """Return the side in pixels of a square with the area of all references of the largest sample."""
+    return math.isqrt(REFERENCES * reference_area) if stage.budget is None else stage.budget
+
+
 def plan_memory(
     stage: BudgetStage,
     config: Any,
@@ -187,8 +204,7 @@ def plan_memory(
         ValueError: Not even one sample of the largest size fits; the message says what would help.
     """
     # The largest sample of the stage: with pack_tokens unset, every sample must fit a pack.
-    budget = math.isqrt(REFERENCES * reference_area) if stage.budget is None else stage.budget
-    largest = sequences * ((budget**2 + stage.target_side**2) // patch**2 + TEXT_TOKENS)
+    budget, largest = _joint_side(stage, reference_area), sequences * largest_sample(stage, patch, reference_area)
     wanted = stage.pack_tokens or largest
     held = fixed + sharded // ranks
     # Images are encoded and weights are updated while no activations are kept.

@@ -13,6 +13,7 @@ from uniref_fast.training.batches.loader import PackPlanner
 from uniref_fast.training.batches.packing import CostModel
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.batches.upcoming import encode_ahead, pack_token_bounds, upcoming_rows
+from uniref_fast.training.core.memory import plan_memory
 from uniref_fast.training.core.recipe import BudgetStage, stage_at
 from uniref_fast.training.supervised.recipes import SFT
 
@@ -92,6 +93,16 @@ def test_bounds_of_packs():
     assert pack_token_bounds(stage, {(48, 32): 77}, 8, 64**2) == (77, 77), "those of the run that is resumed"
     low, high = pack_token_bounds(stage, {}, 8, 64**2)
     assert low == (48**2 + 32**2) // 64 + 1536 and high == 4 * low
+
+
+@pytest.mark.parametrize("budget", [48, None])
+def test_bounds_of_packs_are_those_of_the_memory_plan(budget, builtin_pipe):
+    """Three references of 50 x 50 pixels have as many tokens as a square of 86 x 86 pixels, and not one more."""
+    stage = dataclasses.replace(STAGES[0], budget=budget, target_side=50, pack_tokens=None)
+    area, config = 50**2, builtin_pipe.transformer.config
+    plan = plan_memory(stage, config, ranks=1, memory=10**15, fixed=0, sharded=0, element=2, patch=1,
+                       reference_area=area)  # fmt: skip
+    assert pack_token_bounds(stage, {}, 1, area)[1] == plan.pack_tokens
 
 
 def test_a_run_with_too_many_broken_rows_ends_before_it_trains(dataset, encoder, monkeypatch):
