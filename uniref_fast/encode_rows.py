@@ -95,7 +95,7 @@ def rows_of(config: Recipe) -> list[Any]:
     """Return the rows of a configuration with all forms that a run may draw for them, held-out rows included."""
     from uniref_fast.data.dataset import Dataset
     from uniref_fast.training.batches.encoding import RowForms, all_forms, heldout_rows
-    from uniref_fast.training.batches.heldout import heldout_datasets
+    from uniref_fast.training.batches.heldout import heldout_count, heldout_datasets
 
     targets: Any = "required" if isinstance(config, SFT) else "optional"
     dataset = Dataset(config.data, config.image_folder, targets, config.columns)
@@ -115,4 +115,4 @@ def rows_of(config: Recipe) -> list[Any]:
         if stages:
             texts = texts_of("", config.rollout_true_cfg_scale)[1:]
             rows.append(RowForms(dataset, index, all_forms(stages), False, texts))
-    return rows + heldout_rows(heldout, config, target=False, guided=max(config.eval_samples, config.sample_count))
+    return rows + heldout_rows(heldout, config, target=False, guided=heldout_count(config))

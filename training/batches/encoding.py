@@ -25,6 +25,7 @@ from uniref_fast.data.prefetch import prefetch
 from uniref_fast.gpu_memory import size_text
 from uniref_fast.guidance import texts_of
 from uniref_fast.progress import announce, running
+from uniref_fast.training.batches.heldout import heldout_count
 from uniref_fast.training.batches.latent_cache import CacheError
 from uniref_fast.training.batches.samples import Encoder, Form
 from uniref_fast.training.core.distributed import Ranks
@@ -98,14 +99,12 @@ def heldout_rows(datasets: Mapping[str, Dataset], config: Recipe, *, target: boo
         target: The validation compares with the targets.
         guided: Number of rows of each file that samples are generated for, with the guidance of the run.
     """
-    if not config.eval_every and not config.sample_every:
-        return []
     stage, (_, scale) = config.validation_stage, config.resolve_sampling()
-    form, count = Form(stage.budget, stage.target_side), max(config.eval_samples * bool(config.eval_every), guided)
+    form = Form(stage.budget, stage.target_side)
     return [
         RowForms(dataset, index, (form,), target, texts_of("", scale)[1:] if index < guided else ())
         for dataset in datasets.values()
-        for index in range(min(count, len(dataset)))
+        for index in range(min(heldout_count(config), len(dataset)))
     ]
 
 

@@ -9,7 +9,17 @@ from typing import Literal
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["heldout_datasets"]
+__all__ = ["heldout_count", "heldout_datasets"]
+
+
+def heldout_count(config: Recipe) -> int:
+    """Return the largest number of held-out rows of each file that the validations of a run use.
+
+    Samples are generated at each validation, also where `sample_every` is 0 and no grids are drawn.
+    """
+    if not config.eval_every and not config.sample_every:
+        return 0
+    return max(config.eval_samples if config.eval_every else 0, config.sample_count)
 
 
 def heldout_datasets(
@@ -35,8 +45,7 @@ def heldout_datasets(
         found[path.stem] = dataset = Dataset(path, config.image_folder, targets, config.columns)
         if not len(dataset):
             raise ValueError(f"{path} has no held-out rows; leave it out")
-        used = max(config.eval_samples if config.eval_every else 0, config.sample_count if config.sample_every else 0)
-        for i in range(min(used, len(dataset))):
+        for i in range(min(heldout_count(config), len(dataset))):
             row = dataset[i]
             try:  # report it now, not in the middle of the run
                 for picture in (*row.references, *([row.target] if row.target else ())):

@@ -20,7 +20,7 @@ from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.rewards.types import Failure
 from uniref_fast.runs import trained_visibility
 from uniref_fast.training.batches.encoding import heldout_rows
-from uniref_fast.training.batches.heldout import heldout_datasets
+from uniref_fast.training.batches.heldout import heldout_count, heldout_datasets
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.rows import check_same_rows
@@ -93,8 +93,7 @@ class RLTrainer(Trainer):
             self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
         self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
         if config.resolve_encoders() == "free":
-            shown = max(config.eval_samples * bool(config.eval_every), config.sample_count)
-            heldout = heldout_rows(self.heldout, config, target=False, guided=shown)
+            heldout = heldout_rows(self.heldout, config, target=False, guided=heldout_count(config))
             prompts = Prompts(self.dataset, self.encoder, config, state.get("prompts"))
             report = encode_ahead(self.encoder, self.ranks, config, prompts.upcoming(step) + heldout)
             if report.broken:  # other rows take their places

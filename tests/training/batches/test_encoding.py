@@ -13,8 +13,10 @@ from synthetic import synthetic_sample
 
 from uniref_fast import cli, encode_rows
 from uniref_fast.data.dataset import Dataset
+from uniref_fast.data.images import ImageSource
 from uniref_fast.training.batches import encoding, samples
 from uniref_fast.training.batches.encoding import EncodingPass, RowForms, all_forms, heldout_rows
+from uniref_fast.training.batches.heldout import heldout_count
 from uniref_fast.training.batches.latent_cache import CacheError, TensorCache
 from uniref_fast.training.batches.samples import Encoder, Form
 from uniref_fast.training.core.recipe import BudgetStage
@@ -250,13 +252,36 @@ def test_forms_are_those_that_a_run_may_draw(shares, expected):
 
 def test_held_out_rows_are_those_that_validations_use(folder):
     datasets = {"rows": Dataset([folder / "rows.jsonl"])}
-    config = dataclasses.replace(SFT_RECIPES["tiny"](), stages=STAGES, eval_samples=3, sample_true_cfg_scale=2.0)
+    config = dataclasses.replace(
+        SFT_RECIPES["tiny"](), stages=STAGES, eval_samples=3, sample_count=2, sample_true_cfg_scale=2.0
+    )
     rows = heldout_rows(datasets, config, target=True, guided=2)
     assert [(row.index, row.texts) for row in rows] == [(0, (" ",)), (1, (" ",)), (2, ())]
     assert {row.forms for row in rows} == {(Form(None, 48),)}, "the sizes of the last stage, nothing dropped"
     off = dataclasses.replace(config, eval_every=0)
     assert [row.index for row in heldout_rows(datasets, off, target=True, guided=2)] == [0, 1]
     assert heldout_rows(datasets, dataclasses.replace(off, sample_every=0), target=True, guided=2) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [((3, 1, 2, 1), 3), ((1, 1, 2, 1), 2), ((1, 1, 2, 0), 2), ((3, 0, 2, 1), 2), ((3, 0, 2, 0), 0)],
+)
+@pytest.mark.parametrize("kind", [SFT_RECIPES, MSGRPO_RECIPES])
+def test_every_command_uses_as_many_held_out_rows_as_a_validation(folder, monkeypatch, kind, settings, count):
+    """With --eval-every 0 only samples are generated; without --sample-every they are generated for their PSNR."""
+    names = ("eval_samples", "eval_every", "sample_count", "sample_every")
+    path = str(folder / "rows.jsonl")
+    config = dataclasses.replace(
+        kind["tiny"](), data=(path,), heldout=(path,), **dict(zip(names, settings, strict=True))
+    )
+    opened, load = [], ImageSource.load
+    monkeypatch.setattr(ImageSource, "load", lambda self: (opened.append(self.name), load(self))[1])
+    rows = encode_rows.rows_of(config)
+    heldout = [row for row in rows if row.dataset is not rows[0].dataset]
+    assert heldout_count(config) == len(heldout) == count
+    used = [Dataset([path])[i] for i in range(count)]
+    assert len(opened) == sum(1 + len(row.references) for row in used)
 
 
 def test_rows_of_rollouts_have_the_sizes_of_the_stages_that_use_them(folder, tmp_path):
