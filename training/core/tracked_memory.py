@@ -1,7 +1,8 @@
 """The memory of a training step as PyTorch's memory tracker counts it, without the memory: with fake tensors.
 
-The model code, its adapter, the sharding and the optimizer are those of a run. Fake tensors have shapes and no values,
-so that a step of a model of 20 billion parameters is tracked on any machine, and the plan of its memory can be checked.
+The model code, its adapter and the sharding are those of a run; the optimizer is PyTorch's AdamW. Fake tensors have
+shapes and no values, so that a step of a model of 20 billion parameters is tracked on any machine, and the plan of its
+memory can be checked.
 """
 
 from __future__ import annotations
@@ -107,16 +108,6 @@ class FakeTrainedModel:
                 out.float().square().mean().backward()
                 del out
             snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        return snapshot["Total"]
-
-    def peak_of_update(self) -> int:
-        """Return the most bytes that are alive while the optimizer updates the weights."""
-        tracker: Any = MemTracker()
-        with self.mode:
-            tracker.track_external(self.packed, self.optimizer)
-            with tracker:
-                self.optimizer.step()
-            (snapshot,) = tracker.get_tracker_snapshot("peak").values()
         return snapshot["Total"]
 
 

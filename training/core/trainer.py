@@ -33,13 +33,22 @@ from uniref_fast.training.core.optimizer import make_optimizer
 from uniref_fast.training.core.recipe import Recipe, stage_at
 from uniref_fast.training.core.sampling import PromptSamples, prompt_rows
 
-__all__ = ["DivergedError", "Trainer"]
+__all__ = ["DivergedError", "Trainer", "kept_packs"]
 
 PROMPTS = "prompts"  # name of the grid of the user's own prompts
 
 
 class DivergedError(RuntimeError):
     """The loss or the gradient was NaN or infinite for too many steps in a row."""
+
+
+def kept_packs(state: Mapping[str, Any]) -> dict[tuple[int | None, int], int]:
+    """Return the tokens of a pack by the (budget, target_side) of its stage, from the state of a checkpoint.
+
+    Args:
+        state: State of the checkpoint; empty at the start of a run.
+    """
+    return {(budget, target): tokens for budget, target, tokens in state.get("packs", ())}
 
 
 class Trainer:
@@ -78,9 +87,7 @@ class Trainer:
         self.stopping = False  # all ranks have agreed to stop
         self.saved_at = resume  # step of the last checkpoint
         self.saved: dict[str, Any] = {} if resume is None else self._load(resume)
-        # (budget, target_side) of a stage -> tokens of its packs, of the run that is resumed
-        kept = {(budget, target): tokens for budget, target, tokens in self.saved.get("packs", ())}
-        self.plans = self._plans(kept)
+        self.plans = self._plans(kept_packs(self.saved))
         peak = peak_flops(ranks.device, getattr(torch, config.dtype))
         self.monitor = Monitor(
             out,

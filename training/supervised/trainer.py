@@ -26,7 +26,7 @@ from uniref_fast.training.batches.upcoming import encode_ahead, pack_token_bound
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.memory import RECOMPUTATION
 from uniref_fast.training.core.monitor import GroupedMean
-from uniref_fast.training.core.trainer import Trainer
+from uniref_fast.training.core.trainer import Trainer, kept_packs
 from uniref_fast.training.supervised.flow_matching import FlowBatch, assemble_batch, partial_errors, sample_t
 from uniref_fast.training.supervised.recipes import SFT
 from uniref_fast.training.supervised.validation import DeclineDetector, HeldoutSample, Validation
@@ -65,8 +65,7 @@ class SFTTrainer(Trainer):
     def _rows_to_encode(self, step: int, state: Mapping[str, Any]) -> list[RowForms]:
         """Return all rows that the run uses from a step on, held-out rows included."""
         config, pipe = self.config, self.model.pipe
-        kept = {(budget, target): tokens for budget, target, tokens in state.get("packs", ())}
-        patch, area = pipe.vae_scale_factor * 2, image_areas(pipe)[1]
+        kept, patch, area = kept_packs(state), pipe.vae_scale_factor * 2, image_areas(pipe)[1]
         costs = CostModel(**state["costs"]) if state else CostModel.from_config(pipe.transformer.config)
         rows = upcoming_rows(
             self.dataset, self.encoder, config, step,

@@ -269,7 +269,7 @@ def test_held_out_rows_are_those_that_validations_use(folder):
 )
 @pytest.mark.parametrize("kind", [SFT_RECIPES, MSGRPO_RECIPES])
 def test_every_command_uses_as_many_held_out_rows_as_a_validation(folder, monkeypatch, kind, settings, count):
-    """With --eval-every 0 only samples are generated; without --sample-every they are generated for their PSNR."""
+    """The count covers --eval-every 0, where samples are generated, and --sample-every 0, where PSNRs need them."""
     names = ("eval_samples", "eval_every", "sample_count", "sample_every")
     path = str(folder / "rows.jsonl")
     config = dataclasses.replace(
