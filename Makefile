@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 # Tested versions: constraints.txt (the CUDA build of torch that pip installs) or constraints-cpu.txt.
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= test,bench,lint,processor,docs
+EXTRAS ?= test,bench,lint,processor,docs,ray
 TESTS ?= tests
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
