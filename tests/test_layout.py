@@ -153,7 +153,7 @@ def test_device_tensors_go_with_their_layout():
         (lambda: SelfLayout.qwen([]), "at least one sample"),
         (lambda: Sample(-1, (1, 2, 2)), "must not be negative"),
         (lambda: Sample(1, (1, 0, 2)), "each at least 1"),
-        (lambda: SelfLayout.qwen([Sample(1, (1, 2, 2))]).joint_index("audio", "cpu"), '"text" or "image"'),
+        (lambda: SelfLayout.qwen([Sample(1, (1, 2, 2))]).joint_index("audio", "cpu"), '"image" or "joint"'),
         (lambda: SelfLayout.qwen([Sample(1, (1, 2, 2))]).rotary((7, 1, 56), "cpu"), "even numbers"),
     ],
 )

@@ -17,7 +17,7 @@ import enum
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,13 @@ import torch
 
 from uniref_fast.memo import memo
 
-__all__ = ["Grid", "Kind", "Sample", "Segment", "SelfLayout"]
+__all__ = ["Grid", "Kind", "Position", "RotaryScheme", "Sample", "Segment", "SelfLayout"]
 
 Grid = tuple[int, int, int]
 """(frames, height, width) of an image, in tokens (one token = 2 x 2 latent pixels)."""
+
+Position = tuple[int, ...]
+"""Rotary position of a token, one number per axis: frame, height, width and any more that a model has."""
 
 
 class Kind(enum.IntEnum):
@@ -59,7 +62,7 @@ class Segment:
         stream_start: First row in the text stream (text) or in the image stream (images).
         joint_start: First row in the joint sequence.
         mod_row: Row of the modulation table (see `SelfLayout.modulation_rows`).
-        origin: Rotary position (frame, height, width) of the first token.
+        origin: Rotary position of the first token.
     """
 
     kind: Kind
@@ -70,7 +73,7 @@ class Segment:
     stream_start: int
     joint_start: int
     mod_row: int
-    origin: Grid
+    origin: Position
 
     @property
     def length(self) -> int:
@@ -132,6 +135,36 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class RotaryScheme:
+    """Rotary positions of the tokens of a sample; they never depend on the other samples of a pack.
+
+    Attributes:
+        text: Function `text(sample, n)` that returns the position of text token n.
+        image: Function `image(index, grid)` that returns the position of the first token of an image: of the target for
+            index 0, and of reference 1, 2, ... The tokens of an image advance on the first three axes: frame, height,
+            width.
+        text_axes: Axes on which the tokens of a text advance, by 1 for each token.
+    """
+
+    text: Callable[[Sample, int], Position]
+    image: Callable[[int, Grid], Position]
+    text_axes: tuple[int, ...]
+
+
+def _qwen_text(sample: Sample, n: int) -> Position:
+    return (sample.text_origin + n,) * 3
+
+
+def _qwen_image(index: int, grid: Grid) -> Position:
+    _, height, width = grid
+    return index, -(height - height // 2), -(width - width // 2)
+
+
+QWEN = RotaryScheme(_qwen_text, _qwen_image, text_axes=(0, 1, 2))
+"""Scheme of diffusers' `QwenEmbedRope` with `scale_rope`."""
+
+
+@dataclass(frozen=True)
 class SelfLayout:
     """Immutable layout of a pack.
 
@@ -142,11 +175,32 @@ class SelfLayout:
         segments: Segments in joint order, without gaps.
         num_samples: Number of samples; each has one target.
         clean_references: True if references, and only they, are modulated with t = 0, in row `num_samples + sample`.
+        text_axes: Rotary axes on which the tokens of a text advance.
     """
 
     segments: tuple[Segment, ...]
     num_samples: int
     clean_references: bool
+    text_axes: tuple[int, ...] = QWEN.text_axes
+
+    @staticmethod
+    def pack(
+        samples: Sequence[Sample], scheme: RotaryScheme, *, clean_references: bool, shared_references: bool = False
+    ) -> SelfLayout:
+        """Return the layout of a pack in which a sample is its text, its target and its references, in this order.
+
+        Args:
+            samples: Samples of the pack, in order.
+            scheme: Rotary positions of the model.
+            clean_references: Modulate references with t = 0, in rows after those of the sampled t.
+            shared_references: Hold the references of samples of one `group` once, for the visibility "group_shared".
+                These samples must list the same references. Without `clean_references` the t of the first sample
+                modulates them.
+
+        Raises:
+            ValueError: If there are no samples, or samples of a group list different references.
+        """
+        return _pack(tuple(samples), scheme, clean_references, shared_references)
 
     @staticmethod
     def qwen(samples: Sequence[Sample], *, zero_cond_t: bool = False, shared_references: bool = False) -> SelfLayout:
@@ -157,15 +211,13 @@ class SelfLayout:
 
         Args:
             samples: Samples of the pack, in order.
-            zero_cond_t: Modulate references with t = 0 (Qwen-Image-Edit-2511), in rows after those of the sampled t.
-            shared_references: Hold the references of samples of one `group` once, for the visibility "group_shared".
-                These samples must list the same references. Without `zero_cond_t` the t of the first sample modulates
-                them.
+            zero_cond_t: Modulate references with t = 0 (Qwen-Image-Edit-2511).
+            shared_references: Hold the references of samples of one `group` once, see `pack`.
 
         Raises:
             ValueError: If there are no samples, or samples of a group list different references.
         """
-        return _qwen_layout(tuple(samples), zero_cond_t, shared_references)
+        return SelfLayout.pack(samples, QWEN, clean_references=zero_cond_t, shared_references=shared_references)
 
     # ---- sizes ----
 
@@ -287,7 +339,7 @@ class SelfLayout:
         """Return the joint row of every row of a stream, int32 `[N_stream]`.
 
         Args:
-            stream: "text" or "image".
+            stream: "text", "image", or "joint" for the joint sequence itself.
             device: Device of the result.
         """
         return memo(self, _joint_index, stream, torch.device(device))
@@ -299,29 +351,34 @@ class SelfLayout:
         for t = 0 after these.
 
         Args:
-            stream: "text" or "image".
+            stream: "text", "image", or "joint" for the joint sequence.
             device: Device of the result.
         """
         return memo(self, _modulation_rows, stream, torch.device(device))
 
     def positions(self, device: torch.device | str) -> torch.Tensor:
-        """Return the rotary positions (frame, height, width) in joint order, int32 `[N, 3]`."""
+        """Return the rotary positions in joint order, int32 `[N, axes]`."""
         return memo(self, _positions, torch.device(device))
 
     def rotary(
-        self, axes_dims: Sequence[int], device: torch.device | str, theta: float = 10000.0
+        self,
+        axes_dims: Sequence[int],
+        device: torch.device | str,
+        theta: float = 10000.0,
+        dtype: torch.dtype = torch.float32,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin in joint order, float32 `[N, sum(axes_dims) / 2]` each; one column per interleaved pair.
 
         Args:
-            axes_dims: Head dimensions of the frame, height and width axes, such as (16, 56, 56); each even.
+            axes_dims: Head dimensions of the axes, such as (16, 56, 56) for frame, height and width; each even.
             device: Device of the result.
             theta: Base of the frequencies.
+            dtype: Dtype of the angles, in which the model of diffusers computes them.
 
         Raises:
-            ValueError: If `axes_dims` are not three even numbers.
+            ValueError: If `axes_dims` are not an even number for each axis of the positions.
         """
-        return memo(self, _rotary, tuple(axes_dims), torch.device(device), theta)
+        return memo(self, _rotary, tuple(axes_dims), torch.device(device), theta, dtype)
 
     def target_rows(self, device: torch.device | str) -> torch.Tensor:
         """Return the rows of the image stream that are targets, by sample, int64 `[N_target]`."""
@@ -329,20 +386,22 @@ class SelfLayout:
 
 
 @functools.lru_cache(maxsize=8)  # few, because device tensors are kept with a layout
-def _qwen_layout(samples: tuple[Sample, ...], zero_cond_t: bool, shared_references: bool) -> SelfLayout:
+def _pack(
+    samples: tuple[Sample, ...], scheme: RotaryScheme, clean_references: bool, shared_references: bool
+) -> SelfLayout:
     if not samples:
         raise ValueError("a layout needs at least one sample")
     owners = _owners(samples) if shared_references else range(len(samples))
     segments: list[Segment] = []
     joint_at, stream_at = 0, {True: 0, False: 0}  # by whether the segment is text
     for i, (sample, owner) in enumerate(zip(samples, owners, strict=True)):
-        for kind, index, grid, origin in _pieces(sample, holds_references=owner == i):
-            mod_row = i + (len(samples) if zero_cond_t and kind is Kind.REFERENCE else 0)
+        for kind, index, grid, origin in _pieces(sample, scheme, holds_references=owner == i):
+            mod_row = i + (len(samples) if clean_references and kind is Kind.REFERENCE else 0)
             segment = Segment(kind, i, owner, index, grid, stream_at[kind.is_text], joint_at, mod_row, origin)
             segments.append(segment)
             joint_at += segment.length
             stream_at[kind.is_text] += segment.length
-    return SelfLayout(tuple(segments), len(samples), zero_cond_t)
+    return SelfLayout(tuple(segments), len(samples), clean_references, scheme.text_axes)
 
 
 def _owners(samples: tuple[Sample, ...]) -> list[int]:
@@ -358,26 +417,25 @@ def _owners(samples: tuple[Sample, ...]) -> list[int]:
     return owners
 
 
-def _pieces(sample: Sample, holds_references: bool) -> list[tuple[Kind, int, Grid, Grid]]:
+def _pieces(sample: Sample, scheme: RotaryScheme, holds_references: bool) -> list[tuple[Kind, int, Grid, Position]]:
     """Return (kind, index, grid, rotary origin) of the segments of a sample, in joint order."""
-    pieces: list[tuple[Kind, int, Grid, Grid]] = []
-    position = sample.text_origin
+    pieces: list[tuple[Kind, int, Grid, Position]] = []
+    at = 0
     for run, (length, valid) in enumerate(sample.text_runs):
         if length:
-            pieces.append((Kind.TEXT if valid else Kind.PADDING, run, (length, 1, 1), (position,) * 3))
-        position += length
+            pieces.append((Kind.TEXT if valid else Kind.PADDING, run, (length, 1, 1), scheme.text(sample, at)))
+        at += length
     images = (sample.target, *sample.references) if holds_references else (sample.target,)
     for index, grid in enumerate(images):
-        _, height, width = grid
-        kind = Kind.REFERENCE if index else Kind.TARGET
-        pieces.append((kind, index, grid, (index, -(height - height // 2), -(width - width // 2))))
+        pieces.append((Kind.REFERENCE if index else Kind.TARGET, index, grid, scheme.image(index, grid)))
     return pieces
 
 
 def _stream_segments(layout: SelfLayout, stream: str) -> tuple[Segment, ...]:
-    if stream not in ("text", "image"):
-        raise ValueError(f'stream must be "text" or "image", got {stream!r}')
-    return layout.text_segments if stream == "text" else layout.image_segments
+    streams = {"text": layout.text_segments, "image": layout.image_segments, "joint": layout.segments}
+    if stream not in streams:
+        raise ValueError(f'stream must be "text", "image" or "joint", got {stream!r}')
+    return streams[stream]
 
 
 def _spread(values: list[int], segments: Sequence[Segment], device: torch.device) -> torch.Tensor:
@@ -389,7 +447,7 @@ def _spread(values: list[int], segments: Sequence[Segment], device: torch.device
 
 def _joint_index(layout: SelfLayout, stream: str, device: torch.device) -> torch.Tensor:
     segments = _stream_segments(layout, stream)
-    shift = _spread([s.joint_start - s.stream_start for s in segments], segments, device)
+    shift = _spread([0 if stream == "joint" else s.joint_start - s.stream_start for s in segments], segments, device)
     return (shift + torch.arange(len(shift), device=device)).to(torch.int32)
 
 
@@ -414,26 +472,27 @@ def _positions(layout: SelfLayout, device: torch.device) -> torch.Tensor:
     text = _spread([int(s.kind.is_text) for s in segments], segments, device).bool()
     height = _spread([s.grid[1] for s in segments], segments, device)
     width = _spread([s.grid[2] for s in segments], segments, device)
-    steps = (
-        torch.where(text, local, local // (height * width)),
-        torch.where(text, local, local // width % height),
-        torch.where(text, local, local % width),
-    )
-    origins = (_spread([s.origin[axis] for s in segments], segments, device) for axis in range(3))
-    return torch.stack([o + s for o, s in zip(origins, steps, strict=True)], dim=1).to(torch.int32)
+    image_steps = (local // (height * width), local // width % height, local % width)
+    positions = []
+    for axis in range(len(segments[0].origin)):
+        steps = local * text if axis in layout.text_axes else torch.zeros_like(local)
+        if axis < len(image_steps):
+            steps = torch.where(text, steps, image_steps[axis])
+        positions.append(_spread([s.origin[axis] for s in segments], segments, device) + steps)
+    return torch.stack(positions, dim=1).to(torch.int32)
 
 
 def _rotary(
-    layout: SelfLayout, axes_dims: tuple[int, ...], device: torch.device, theta: float
+    layout: SelfLayout, axes_dims: tuple[int, ...], device: torch.device, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if len(axes_dims) != 3 or any(dim % 2 for dim in axes_dims):
-        raise ValueError(f"axes_dims must be three even numbers (frame, height, width), got {axes_dims}")
-    positions = layout.positions(device).float()
+    positions = layout.positions(device).to(dtype)
+    if len(axes_dims) != positions.shape[1] or any(dim % 2 for dim in axes_dims):
+        raise ValueError(f"axes_dims must be {positions.shape[1]} even numbers, one for each axis, got {axes_dims}")
     angles = []
     for axis, dim in enumerate(axes_dims):
-        # float32 throughout, in the order diffusers uses, so that the angles agree to the last bit
-        exponent = torch.arange(0, dim, 2, device=device, dtype=torch.float32).div(dim)
+        # in one dtype throughout and in the order diffusers uses, so that the angles agree to the last bit
+        exponent = torch.arange(0, dim, 2, device=device, dtype=dtype).div(dim)
         angles.append(torch.outer(positions[:, axis], 1.0 / torch.pow(theta, exponent)))
     angle = torch.cat(angles, dim=1)
     turn = torch.polar(torch.ones_like(angle), angle)  # as diffusers does: cos and sin kernels round differently
-    return turn.real.contiguous(), turn.imag.contiguous()
+    return turn.real.float().contiguous(), turn.imag.float().contiguous()

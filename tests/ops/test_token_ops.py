@@ -118,6 +118,28 @@ def test_qk_norm_rope_with_frozen_or_absent_weights(impl, dtype):
     check_gradients(fused, formula, streams, upstream)
 
 
+@each_case
+def test_qk_norm_rope_of_one_stream(impl, dtype):
+    """All tokens in joint order, with q, k and v as views of one projection."""
+    layout = SelfLayout.qwen(PACK)
+    cos, sin = layout.rotary((8, 12, 12), DEVICE)
+    weights = rand(32, dtype=dtype), rand(32, dtype=dtype)
+    inputs = rand(layout.joint_length, 4, 3 * 32, dtype=dtype), *weights
+    upstream = [rand(layout.joint_length, 4, 32, dtype=dtype) for _ in range(3)]
+
+    def fused(qkv, *weights):
+        return ops.qk_norm_rope(None, qkv.chunk(3, -1), (None, None), weights, layout, (cos, sin), impl=impl)
+
+    def formula(qkv, *weights):
+        q, k, v = qkv.chunk(3, -1)
+        return *(oracles.rms_norm_rope(x, w, cos, sin, 1e-6) for x, w in zip((q, k), weights, strict=True)), v
+
+    wide = formula(*(x.double() for x in inputs))
+    for name, ours, eager, oracle in zip("qkv", fused(*inputs), formula(*inputs), wide, strict=True):
+        assert_within_budget(ours, eager, oracle, name)
+    check_gradients(fused, formula, inputs, upstream)
+
+
 def test_qk_norm_rope_reference_is_what_diffusers_computes():
     layout = SelfLayout.qwen([Sample(4, (1, 3, 5))])
     text, image, text_w, image_w, (cos, sin) = qk_inputs(layout, torch.float32)

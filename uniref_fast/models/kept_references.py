@@ -422,7 +422,7 @@ def _without_references(layout: SelfLayout, reused: frozenset[int]) -> SelfLayou
         joint_at += segment.length
         stream_at[segment.kind.is_text] += segment.length
     some = any(segment.kind is Kind.REFERENCE for segment in segments)
-    return SelfLayout(tuple(segments), layout.num_samples, layout.clean_references and some)
+    return replace(layout, segments=tuple(segments), clean_references=layout.clean_references and some)
 
 
 def _computed_plan(layout: SelfLayout, visibility: str | Rule, reused: frozenset[int]) -> AttentionPlan:

@@ -23,7 +23,7 @@ _NAMES = ("text q", "text k", "text v", "image q", "image k", "image v")
 
 
 def qk_norm_rope(
-    text: QKV,
+    text: QKV | None,
     image: QKV,
     text_weights: Weights,
     image_weights: Weights,
@@ -38,6 +38,8 @@ def qk_norm_rope(
 
     Args:
         text: The tensors q, k, v of the text stream, `[N_text, H, D]` each, one dtype. Tokens and heads may be strided.
+            None for a block with one stream of all tokens in joint order, which `image` and `image_weights` then stand
+            for.
         image: The tensors q, k, v of the image stream, `[N_image, H, D]` each.
         text_weights, image_weights: RMSNorm weights `[D]` of q and k; None leaves that one unnormalised.
         layout: Layout that gives the joint row of each token of a stream.
@@ -49,9 +51,18 @@ def qk_norm_rope(
     Returns:
         Joint q, k, v, contiguous `[N, H, D]`, N = N_text + N_image. Differentiable in the streams and the weights.
     """
-    tensors, first = (*text, *image), image[0]
+    first = image[0]
     head, dtype, device = first.shape[1:], first.dtype, first.device
-    shapes = (layout.text_length, *head), (layout.image_length, *head)
+    if text is None:
+        q, k, v = image
+        text, text_weights = (q[:0], k[:0], v[:0]), (None, None)
+        shapes = (0, *head), (layout.joint_length, *head)
+        joint = layout.joint_index("joint", device)
+        index = joint[:0], joint
+    else:
+        shapes = (layout.text_length, *head), (layout.image_length, *head)
+        index = layout.joint_index("text", device), layout.joint_index("image", device)
+    tensors = *text, *image
     for i, tensor in enumerate(tensors):
         if tensor.shape != shapes[i // 3]:
             raise ValueError(f"{_NAMES[i]} has shape {[*tensor.shape]}, the layout expects {[*shapes[i // 3]]}")
@@ -73,7 +84,6 @@ def qk_norm_rope(
             )
     eager = one_of("rounding", rounding, "once", "eager")
     impl = choose(impl, first, head[1])
-    index = (layout.joint_index("text", device), layout.joint_index("image", device))
     arguments = (*tensors, *text_weights, *image_weights, *rotary, *index, eps)
     if impl == "reference":
         return qk_norm_rope_reference(*arguments)
