@@ -131,6 +131,26 @@ def test_edits_join_a_running_loop_and_leave_it(pipe, monkeypatch):
     assert sizes == [1, 2, 2]
 
 
+def test_progress_and_stats_count_tokens_and_seconds(pipe):
+    seen, request = [], drawn(5, negative_prompt=" ", num_inference_steps=2, images=[picture("red")])
+    with Engine(pipe) as engine:
+        _, gate = held(engine)
+        later = engine.submit(request, seen.append)
+        gate.opened.set()
+        later.result(LIMIT)
+    sizes, stats = engine.check(request), engine.stats()
+    assert [each.steps for each in seen] == [1, 2] and all(each.waited > 0 for each in seen)
+    for each in seen:
+        assert (each.sample.target, each.sample.references) == (
+            sizes.grid(sizes.size),
+            (sizes.grid(sizes.reference_sizes[0]),),
+        )
+        assert each.sample.length < each.tokens < 2 * each.sample.length  # the negative prompt is shorter
+    assert stats.step_seconds > 0 and not stats.has_failed
+    with pytest.raises(ValueError, match="has no prompt"):
+        engine.check({"prompt": " "})
+
+
 def test_results_of_each_output_type(pipe):
     request = drawn(3, num_inference_steps=2)
     with Engine(pipe) as engine:

@@ -15,6 +15,7 @@ import atexit
 import logging
 import math
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +36,7 @@ from uniref_fast.models.module_hooks import is_offloaded
 from uniref_fast.models.qwen_image import PackedQwenImage
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype, row_dependence
-from uniref_fast.request import EditRequest
+from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.visibility import Rule
 
 __all__ = ["EditProgress", "Engine", "EngineClosedError", "EngineStats", "QueueFullError", "tokens_in_memory"]
@@ -69,6 +70,8 @@ class EngineStats:
         failed: Edits that ended with an error.
         cancelled: Edits that were cancelled.
         steps: Steps of the denoising loop.
+        step_seconds: Seconds that these steps took, without encoding and decoding.
+        has_failed: True if the engine itself has failed, after which it takes no requests.
     """
 
     waiting: int
@@ -78,6 +81,8 @@ class EngineStats:
     failed: int
     cancelled: int
     steps: int
+    step_seconds: float
+    has_failed: bool
 
 
 class Engine:
@@ -139,6 +144,7 @@ class Engine:
         self._joining: list[Job] = []  # the request that is being encoded
         self._ended = {"finished": 0, "failed": 0, "cancelled": 0}
         self._steps = self._failures = 0
+        self._step_seconds = 0.0
         self._most_edits: int | None = None  # encoding ran out of memory beside so many: wait until one has left
         self._changed = threading.Condition()  # guards the queue, the counts and what follows
         self._closing = False
@@ -198,6 +204,19 @@ class Engine:
             self._changed.notify_all()
         return job.future
 
+    def check(self, request: EditRequest | Mapping[str, Any]) -> Geometry:
+        """Return the sizes of a request, without running a model.
+
+        Args:
+            request: An `EditRequest`, or a mapping of its fields.
+
+        Raises:
+            ValueError: If the request cannot run; the message says why.
+            TypeError: If the request or a field has the wrong type, likewise.
+        """
+        (checked,) = self._session.check([request])
+        return checked.geometry
+
     def stats(self) -> EngineStats:
         """Return the numbers of waiting, running and ended edits."""
         with self._changed:
@@ -206,6 +225,8 @@ class Engine:
                 running=len(self._running),
                 tokens=sum(edit.tokens for edit in self._running),
                 steps=self._steps,
+                step_seconds=self._step_seconds,
+                has_failed=self._failure is not None,
                 **self._ended,
             )
 
@@ -304,6 +325,7 @@ class Engine:
                 if job is None:
                     return
                 self._joining = [job]
+            job.started = time.monotonic()
             generator = job.checked.request.generator
             state = torch.empty(0) if generator is None else generator.get_state()
             try:
@@ -352,6 +374,7 @@ class Engine:
             return
         before = {edit: edit.steps for edit in edits}
         failed: dict[Edit, BaseException] = {}
+        start = time.monotonic()
         try:
             self._loop.step()
         except Exception as error:
@@ -359,6 +382,7 @@ class Engine:
             before |= {edit: 0 for edit in edits if edit.steps < before[edit]}  # restarted
         with self._changed:
             self._steps += 1
+            self._step_seconds += time.monotonic() - start
         for edit in edits:
             if edit in failed or edit.steps <= before[edit]:
                 continue
@@ -461,7 +485,10 @@ class Engine:
             def preview() -> Any:
                 return self._decode(replace(edit, latents=edit.predicted_latents()), "pil")
 
-            job.on_progress(EditProgress(edit.steps, len(edit.timesteps), preview))
+            waited = job.started - job.submitted
+            job.on_progress(
+                EditProgress(edit.steps, len(edit.timesteps), edit.samples[0], edit.tokens, waited, preview)
+            )
 
     def _remove(self, edit: Edit) -> Job:
         self._loop.leave([edit])

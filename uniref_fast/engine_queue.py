@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from uniref_fast.edit_loop import Edit
 from uniref_fast.edit_session import CheckedRequest
+from uniref_fast.layout import Sample
 
 __all__ = ["MAX_OVERTAKEN", "EditProgress", "Job", "Queue"]
 
@@ -23,10 +25,16 @@ class EditProgress:
     Attributes:
         steps: Number of denoising steps so far.
         num_inference_steps: Number of all steps.
+        sample: Numbers of text tokens, and grids of the result and of the references, for the prompt.
+        tokens: Number of tokens that a step computes for this edit. With guidance, those of the negative prompt count.
+        waited: Seconds from its submission until it was encoded.
     """
 
     steps: int
     num_inference_steps: int
+    sample: Sample
+    tokens: int
+    waited: float
     _preview: Callable[[], Any] = field(repr=False)
 
     def preview(self) -> Any:
@@ -46,6 +54,8 @@ class Job:
     tokens: int | None = None  # not counted yet
     overtaken: int = 0
     order: int = 0  # of arrival
+    submitted: float = field(default_factory=time.monotonic)
+    started: float = 0.0  # when it was taken from the queue
     first: Edit | None = None  # the edit before its first step, for a restart
 
 
