@@ -9,7 +9,7 @@ from patching import ROUNDING
 from uniref_fast import native
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage
-from uniref_fast.models.qwen_image import HostCopy
+from uniref_fast.models.packed import HostCopy
 from uniref_fast.testing import assert_within_budget, max_relative_error
 
 SIZES = [(1, 4, 6), (1, 3, 5), (1, 1, 1), (1, 2, 9), (1, 7, 7), (1, 1, 8), (1, 5, 2)]  # target, then references 1..6

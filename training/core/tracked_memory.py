@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from uniref_fast.layout import Sample
-from uniref_fast.models import PackedQwenImage, qwen_image
+from uniref_fast.models import PackedQwenImage, packed
 from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.distributed import Ranks, local, shard
 from uniref_fast.training.core.model_size import ModelSize
@@ -100,7 +100,7 @@ class FakeTrainedModel:
         with self.mode:
             tracker.track_external(self.packed, self.optimizer)
             # Copies in host memory are no memory of the device, which is the CPU here.
-            with tracker, mock.patch.object(qwen_image, "HOST", "meta"):
+            with tracker, mock.patch.object(packed, "HOST", "meta"):
                 layout = replace(self.packed.layout(samples))  # a copy: tables that it keeps are fake
                 image = torch.zeros(layout.image_length, config.in_channels, dtype=dtype)
                 text = torch.zeros(layout.text_length, config.joint_attention_dim, dtype=dtype)

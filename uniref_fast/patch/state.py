@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from uniref_fast.fast import EightBitParts
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.qwen_image import ForwardContext
+from uniref_fast.models.packed import ForwardContext
 from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
 from uniref_fast.visibility import Rule
 

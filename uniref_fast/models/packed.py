@@ -1,0 +1,434 @@
+"""Parts that the packed models of all families share: blocks, their recomputation, and one forward over a pack.
+
+A family derives its block from `PackedBlock` and its model from `PackedModel`. A packed model runs the parameters of a
+live diffusers model: no copy, no new modules. Its Linears are called, never read, so LoRA, quantised or cast Linears
+keep working.
+
+Shapes: a stream has N rows of C channels, S samples, R rows of the modulation table. A rank has n rows of a stream: all
+of them, or its part under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from uniref_fast import ops
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.compiled_block import TracedContext, compiler_of, traced_context
+from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.module_hooks import may_have_hooks, onloaded
+from uniref_fast.models.sequence_parallel import SequenceParallel
+from uniref_fast.quantised_linear import is_quantised
+from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
+
+__all__ = ["DeferredResidual", "ForwardContext", "PackedBlock", "PackedModel", "clipped", "qk_norms", "skip"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardContext:
+    """Arguments of one forward that all its blocks share.
+
+    Attributes:
+        layout: Layout of the rows that are computed: of the pack, or without references that are kept.
+        visibility: Visibility that attention follows.
+        rotary: Rotary cos and sin in joint order, float32 `[N, D / 2]` each.
+        references: References whose keys and values are kept, or None.
+        impl: Implementation forced on every op, or None.
+        rounding: "once" or "eager", see `ops.norm_modulate`.
+        for_training: Choose attention by the cost of forward and backward, also where no gradient is computed.
+        checkpointing: Recomputation of blocks in the backward, see `PackedQwenImage`.
+        fuse_residual: A block leaves its last residual to the first norm of the next block.
+        parallel: Communication between the ranks that share the pack, or None.
+    """
+
+    # sequence
+    layout: SelfLayout
+    visibility: str | Rule
+    rotary: tuple[Tensor, Tensor]
+    references: ReferenceRows | None = None
+    # choice of implementation
+    impl: str | None = None
+    rounding: ops.Rounding = "once"
+    for_training: bool = False
+    # memory and ranks
+    checkpointing: bool | str = False
+    fuse_residual: bool = True
+    parallel: SequenceParallel | None = None
+
+    @property
+    def plan(self) -> AttentionPlan:
+        """Plan of all rows that are computed."""
+        return plan(self.layout, self.visibility) if self.references is None else self.references.plan(self.visibility)
+
+    @property
+    def target_plan(self) -> AttentionPlan:
+        """Plan of the targets' queries alone."""
+        return target_plan(self.layout if self.references is None else self.references.whole, self.visibility)
+
+    def modulation_rows(self, stream: str) -> Tensor:
+        """Return the modulation row of every row of a stream that this rank has, int32 `[n]`."""
+        rows = self.layout.modulation_rows(stream, self.rotary[0].device)
+        return rows if self.parallel is None else rows[self.parallel.rows(self.layout, stream)]
+
+    def target_rows(self) -> Tensor:
+        """Return the rows of this rank's part of the image stream that are targets, int64 `[n_target]`."""
+        targets = self.layout.target_rows(self.rotary[0].device)
+        if self.parallel is None:
+            return targets
+        bounds, first = self.parallel.targets(self.layout), self.parallel.rows(self.layout, "image").start
+        return targets[bounds[self.parallel.rank] : bounds[self.parallel.rank + 1]] - first
+
+
+class DeferredResidual(NamedTuple):
+    """Last residual of a block in one stream, `x + gate[row] * branch`, which the next block adds."""
+
+    branch: Tensor  # [n, C]
+    gate: Tensor  # [R, C]
+
+
+HOST = "cpu"  # device of the copies in host memory
+
+
+class HostCopy:
+    """A tensor that is taken on its device once, and afterwards from a copy in host memory.
+
+    Args:
+        tensor: The tensor, on any device. It is freed once it has been taken and is not used elsewhere.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device, self.requires_grad = tensor.device, tensor.requires_grad
+        self.first: Tensor | None = tensor
+        # Pinned memory is copied by the stream of the computation, in order with the use of the tensor.
+        self.copy = torch.empty_like(tensor, device=HOST, pin_memory=tensor.is_cuda, requires_grad=False)
+        self.copy.copy_(tensor.detach(), non_blocking=True)
+
+    def take(self) -> Tensor:
+        """Return the tensor at the first call, and a copy with the same values on the same device at later calls."""
+        first, self.first = self.first, None
+        if first is not None:
+            return first
+        return self.copy.to(self.device, non_blocking=True, copy=True).requires_grad_(self.requires_grad)
+
+
+class PackedBlock(nn.Module):
+    """A block over a pack.
+
+    It is a module, so that a model can be sharded and recomputed block by block.
+
+    Args:
+        block: The diffusers block whose parameters are used.
+        last: True for the last block of a model, of whose output only the targets' rows are used.
+        attention_8bit: Name of its attention if that is computed in 8 bits, or an empty string. Linears are in 8 bits
+            if their weights are (`uniref_fast.fast`).
+
+    Attributes:
+        compiled: Compiled code of the block, which `compile` sets, or None.
+    """
+
+    block: Any
+
+    def __init__(self, block: Any, last: bool = False, attention_8bit: str = "") -> None:
+        super().__init__()
+        self.block, self.last, self.attention_8bit = block, last, attention_8bit
+        self.compiled: Callable[..., Any] | None = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the block; the arguments are those of `torch.compile`."""
+        self.compiled = torch.compile(self._run, *args, **kwargs)
+
+    def forward(
+        self,
+        streams: list[Tensor],
+        residuals: list[DeferredResidual],
+        temb: Tensor,
+        context: ForwardContext,
+        traced: TracedContext | None = None,
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        """Run the block. It empties both lists, so that each tensor is freed as soon as it has been used.
+
+        Args:
+            streams: Streams of the model, this rank's rows of them, `[n, C]` each.
+            residuals: Residuals of the streams that the block before has left, or none.
+            temb: Timestep embedding, `[R, C]`, or the modulation that all blocks share, `[R, ...]`.
+            context: Context of the forward.
+            traced: The same context for compiled code; None runs the block uncompiled.
+
+        Returns:
+            The streams and the residuals that are left to the next block. The last block returns one stream, the
+            targets' rows of the image stream, `[n_target, C]`.
+        """
+        if context.checkpointing and torch.is_grad_enabled():
+            return self._recomputed(streams, residuals, temb, context)
+        with onloaded(self.block):
+            if traced is not None and self.compiled is not None:
+                for table in (temb, *(gate for _, gate in residuals)):
+                    torch._dynamo.maybe_mark_dynamic(table, 0)  # packs of 2 and 3 samples share a graph
+                return self.compiled(streams, residuals, temb, traced)
+            return self._run(streams, residuals, temb, context)
+
+    def _recomputed(
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        """Run the block, and once more in the backward, for which its inputs are kept."""
+        kept = tuple(map(HostCopy, streams) if context.checkpointing == "host" else streams)
+        streams.clear()
+
+        def run(
+            kept: Sequence[Any], residuals: Sequence[DeferredResidual], temb: Tensor, context: ForwardContext
+        ) -> Any:
+            inputs = [x.take() if isinstance(x, HostCopy) else x for x in kept]
+            return self._run(inputs, [*residuals], temb, context)
+
+        more: Any = {"context_fn": _keep_attention} if context.checkpointing is True else {}
+        return checkpoint(run, kept, tuple(residuals), temb, context, use_reentrant=False, **more)
+
+    def _run(
+        self,
+        streams: list[Tensor],
+        residuals: list[DeferredResidual],
+        temb: Tensor,
+        context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        """Run the block as `forward` describes; a family defines it."""
+        raise NotImplementedError
+
+
+class PackedModel(nn.Module):
+    """A diffusers transformer that runs packs of samples of different sizes; a family derives its model from it.
+
+    Args:
+        transformer: The diffusers model whose parameters are used. It is not changed. Add adapters first.
+        visibility: Policy name or rule (`uniref_fast.visibility`). Anything but "full" needs a model trained for it.
+        impl: Implementation forced on every op. None chooses by device.
+        checkpointing: Recomputation of blocks in the backward. True keeps the input of each block and the output of its
+            attention, "inputs" the input alone, "host" the input in host memory; False keeps everything.
+        for_training: Always choose attention by the cost of forward and backward, so that a forward without gradients
+            equals one with gradients bit for bit.
+        attention_8bit: Names of the attention that is computed in 8 bits, such as
+            "transformer_blocks.1.attn.processor".
+
+    Attributes:
+        block_class: Class of the family's blocks.
+        ends: Names of the modules of the transformer that are called outside of its blocks.
+        refused_options: Options of the transformer's configuration that the family's forward does not compute.
+        text_channels: Name of the option that is the width of the prompt embeddings.
+        blocks: The `PackedBlock`s, which sharding by block wraps.
+        parallel: A `SequenceParallel` if the ranks of a group share every pack, or None.
+
+    Raises:
+        ValueError: If the model's forward differs from the packed one (`refused_options`).
+    """
+
+    block_class: ClassVar[type[PackedBlock]]
+    ends: ClassVar[tuple[str, ...]]
+    refused_options: ClassVar[tuple[str, ...]] = ()
+    text_channels: ClassVar[str] = "joint_attention_dim"
+    transformer: Any
+
+    def __init__(
+        self,
+        transformer: Any,
+        *,
+        visibility: str | Rule = "full",
+        impl: str | None = None,
+        checkpointing: bool | str = False,
+        for_training: bool = False,
+        attention_8bit: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        rule_of(visibility)  # raises for an unknown one
+        config = transformer.config
+        for option in self.refused_options:
+            if getattr(config, option, False):
+                raise ValueError(f"packed forward does not know config.{option}=True of {type(transformer).__name__}")
+        # Not a submodule: its blocks are in `blocks`, and a parameter must belong to one place to be sharded.
+        object.__setattr__(self, "transformer", transformer)
+        last = len(transformer.transformer_blocks) - 1
+        attention = [f"transformer_blocks.{i}.attn.processor" for i in range(last + 1)]
+        blocks = [
+            self.block_class(block, i == last, attention[i] if attention[i] in attention_8bit else "")
+            for i, block in enumerate(transformer.transformer_blocks)
+        ]
+        for packed in blocks:  # as the user has compiled the blocks of diffusers, or the whole model
+            if compiler := compiler_of(packed.block) or compiler_of(transformer):
+                packed.compiled = compiler(packed._run)
+        self.blocks = nn.ModuleList(blocks)
+        self._linears: list[nn.Linear] | None = None  # of the blocks, if they are compiled
+        self.embed_and_head = nn.ModuleList(getattr(transformer, name) for name in self.ends)
+        self.visibility = visibility
+        self.impl = impl
+        self.checkpointing = checkpointing
+        self.for_training = for_training
+        self.parallel: SequenceParallel | None = None
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every block; the arguments are those of `torch.compile`.
+
+        One block is compiled for all of them: once for the first, the last and the others, and again when a size
+        changes for the first time. A model whose transformer was compiled has compiled blocks from the beginning.
+        """
+        for packed in self.blocks:
+            packed.compile(*args, **kwargs)
+
+    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
+        """Return the layout of a pack for this model.
+
+        Args:
+            samples: Samples of the pack, in order.
+            shared_references: Hold the references of samples of one group once.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | None = None,
+    ) -> Tensor:
+        """Predict the velocity of every target.
+
+        Args:
+            image: Latents of targets and references, `[N_image, in_channels]`, model dtype (`layout.image_stream`).
+            text: Prompt embeddings without padding, `[N_text, text_channels]`, model dtype.
+            timestep: Time of each sample in [0, 1], `[S]`; noise is at 1.
+            layout: Layout of the pack, from `self.layout`.
+            kept: Store of the references of each sample, or None for a sample whose references are computed in every
+                step (`uniref_fast.models.kept_references`). The forward is then one step of them, without gradients.
+
+        Returns:
+            Velocities of the targets' tokens by sample, `[N_target, 4 * out_channels]` (`layout.split_targets`). Under
+            sequence parallelism all ranks of a group are given the same whole pack, and each returns its own part
+            (`parallel.targets(layout)`).
+
+        Raises:
+            ValueError: If shapes differ from the layout's, or the layout is not one of this model.
+        """
+        self._check(image, text, timestep, layout)
+        with onloaded(self.transformer):
+            return self._predict(image, text, timestep, layout, kept)
+
+    def _predict(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | None,
+    ) -> Tensor:
+        """Compute `forward` for arguments that have been checked; a family defines it."""
+        raise NotImplementedError
+
+    def _context(
+        self, layout: SelfLayout, rotary: tuple[Tensor, Tensor], references: ReferenceRows | None, dtype: torch.dtype
+    ) -> ForwardContext:
+        """Return the context of a forward whose streams have a dtype."""
+        return ForwardContext(
+            layout=layout,
+            visibility=self.visibility,
+            rotary=rotary,
+            references=references,
+            impl=self.impl,
+            for_training=self.for_training,
+            checkpointing=self.checkpointing,
+            # Checkpointing keeps the inputs of each block, and a deferred residual would be one more of them. In
+            # float16 diffusers clips the output of each block to the finite range, so it must be computed there.
+            fuse_residual=not self.checkpointing and dtype != torch.float16,
+            parallel=self.parallel,
+        )
+
+    def _run_blocks(self, streams: list[Tensor], temb: Tensor, context: ForwardContext) -> Tensor:
+        """Run all blocks, and return the targets' rows of their output, `[n_target, C]`.
+
+        Args:
+            streams: Streams of the model, `[n, C]` each; the list is emptied.
+            temb: Timestep embedding, `[R, C]`, or the modulation that all blocks share, `[R, ...]`.
+            context: Context of the forward.
+        """
+        residuals: list[DeferredResidual] = []
+        traced = self._traced(context, streams[0])
+        if traced is not None and len(temb) == 1:
+            temb = temb.repeat(2, 1)  # a size of 1 would be a constant of the graph; no row refers to the second one
+        for block in self.blocks:
+            streams, residuals = block(streams, residuals, temb, context, traced)
+        if context.references is not None:
+            context.references.finish()
+        return streams[0]
+
+    def _traced(self, context: ForwardContext, image: Tensor) -> TracedContext | None:
+        """Return the context of compiled blocks; None, with a warning, if blocks were compiled and cannot be used."""
+        if all(packed.compiled is None for packed in self.blocks):
+            return None
+        attn = self.transformer.transformer_blocks[0].attn
+        q = image.new_empty(0, attn.heads, attn.inner_dim // attn.heads)
+        if self._linears is None:
+            self._linears = [m for m in self.transformer.transformer_blocks.modules() if isinstance(m, nn.Linear)]
+        traced: TracedContext | str
+        if any(map(is_quantised, self._linears)):
+            traced = "Linears compute in 8 bits"
+        elif any(
+            may_have_hooks(norm) for block in self.transformer.transformer_blocks for norm in qk_norms(block.attn)
+        ):
+            traced = "hooks move the weights of the QK norms"
+        else:
+            traced = traced_context(context, q)
+        if isinstance(traced, str):
+            warnings.warn(f"the packed forward ran its blocks uncompiled, because {traced}", stacklevel=5)
+            return None
+        return traced
+
+    def _references(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> ReferenceRows:
+        if torch.is_grad_enabled():
+            raise ValueError("kept references have no gradients; call the model under torch.no_grad()")
+        if self.parallel is not None:
+            raise ValueError("kept references are not supported under sequence parallelism; leave out kept=")
+        return ReferenceRows(layout, kept)
+
+    def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
+        config = self.transformer.config
+        expected = {
+            "image": (image, (layout.image_length, config.in_channels)),
+            "text": (text, (layout.text_length, getattr(config, self.text_channels))),
+            "timestep": (timestep, (layout.num_samples,)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {list(shape)}")
+
+
+def clipped(x: Tensor) -> Tensor:
+    """Clip the residual stream of a float16 model to the finite range, as diffusers does."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+def _keep_attention() -> Any:
+    """Return the contexts of a checkpoint that keeps attention's output: costly to recompute, and small."""
+    names = ("segment_attention", "dense_attention", "flash_attention", "flex_attention")
+    kept = [getattr(torch.ops.uniref_fast, name).default for name in names]
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def skip(part: nn.Module) -> None:
+    """Run the hooks of a part that is not needed, because offloading with prefetch counts on a call of every module."""
+    for module in part.modules():
+        with onloaded(module):
+            pass
+
+
+def qk_norms(attn: Any) -> list[Any]:
+    """Return the QK norms that an attention has."""
+    norms = (getattr(attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+    return [norm for norm in norms if norm is not None]
