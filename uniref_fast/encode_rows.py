@@ -9,7 +9,6 @@ forms that a run with these settings may draw, whatever its seed and its steps a
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +18,16 @@ from uniref_fast import flags
 from uniref_fast.data.readers import escape_controls
 from uniref_fast.gpu_memory import size_text
 from uniref_fast.guidance import texts_of
-from uniref_fast.progress import announce_import
+from uniref_fast.plan import KINDS, split_kind
+from uniref_fast.progress import announce_import, launcher_rank
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.recipe import Recipe
 from uniref_fast.training.core.suitability import check_model
-from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
-from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
+from uniref_fast.training.rl.recipes import MSGRPO
+from uniref_fast.training.supervised.recipes import SFT
 
 __all__ = ["rows_of", "run"]
 
-KINDS: dict[str, Any] = {"sft": SFT_RECIPES, "msgrpo": MSGRPO_RECIPES}
 DESCRIPTION = (
     "Encode the images and prompts of a dataset into the folder --cache, which training reads later. `data encode sft` "
     "(the default) takes the flags of training/sft.py, `data encode msgrpo` those of training/msgrpo.py. Each row is "
@@ -44,10 +43,7 @@ def run(argv: Sequence[str]) -> int:
     Args:
         argv: Arguments after `uniref-fast data encode`.
     """
-    words = list(argv)
-    kind = words.pop(0) if words and not words[0].startswith("-") else "sft"
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of run {kind!r}; give sft or msgrpo, or flags only for sft")
+    kind, words = split_kind(argv)
     config: Recipe = flags.parse(
         KINDS[kind], words, prog=f"uniref-fast data encode {kind}", description=DESCRIPTION, renamed=resume.RENAMED
     ).config
@@ -57,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(
             "no rows to encode: give --data FILE_OR_FOLDER; the rows of --data builtin are generated when a run starts"
         )
-    rank = int(os.environ.get("RANK", 0))
+    rank = launcher_rank()
     if not rank:
         announce_import("PyTorch", "torch")
     check_model(config)  # encoding does not need what check_suitability checks besides

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import sys
 import threading
 import urllib.parse
 import urllib.request
 from pathlib import Path
+
+from uniref_fast.progress import launcher_rank
 
 __all__ = ["is_reachable", "local_or_hub"]
 
@@ -43,7 +44,7 @@ def local_or_hub(name: str, given: str) -> str:
             f"{given}: {why}{', and the model is not in the cache' if offline else ''}; give a local folder, or "
             f"download it first with: hf download {name}"
         )
-    if offline is None and not int(os.environ.get("RANK", 0)):
+    if offline is None and not launcher_rank():
         print(f"{why}; {name} is read from the cache, {folder}", file=sys.stderr)
     return folder
 

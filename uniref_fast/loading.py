@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
-from uniref_fast.progress import running
+from uniref_fast.progress import launcher_rank, running
 
 __all__ = [
     "configuration",
@@ -60,15 +59,10 @@ def load_pipeline(name: str, dtype: Any, device: str, quantisation: str | None =
         from uniref_fast.quantisation import pipeline_config
 
         options["quantization_config"] = pipeline_config(quantisation, dtype, device)
-    with running(f"loading the model {name}", shown=not int(os.environ.get("RANK", 0))):
+    with running(f"loading the model {name}", shown=not launcher_rank()):
         if name == "builtin":
             return builtin.load(dtype, device, **options)
-        with model_errors(name) as place:
-            from diffusers import DiffusionPipeline
-
-            pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}", **options)
-        check_pipeline(pipe, f"--model {name}")  # before it is moved to the device
-        return pipe.to(device)
+        return _load(name, dtype, **options).to(device)
 
 
 def load_encoders(name: str, dtype: Any, device: str) -> Any:
@@ -77,20 +71,28 @@ def load_encoders(name: str, dtype: Any, device: str) -> Any:
     Arguments and errors are those of `load_pipeline`.
     """
     import torch
-    from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+    from diffusers import QwenImageTransformer2DModel
 
     if name == "builtin":
         return load_pipeline(name, dtype, device)
     _, config = configuration(name)
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)
-    with running(f"loading the encoders of the model {name}", shown=not int(os.environ.get("RANK", 0))):
-        with model_errors(name) as place:
-            pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}", transformer=transformer)
-        check_pipeline(pipe, f"--model {name}")
+    with running(f"loading the encoders of the model {name}", shown=not launcher_rank()):
+        pipe = _load(name, dtype, transformer=transformer)
         for part in (pipe.vae, pipe.text_encoder):
             part.to(device)
         return pipe
+
+
+def _load(name: str, dtype: Any, **more: Any) -> Any:
+    """Load a pipeline from a folder or the hub, and check its kind; `more` as for `_from_pretrained`."""
+    with model_errors(name) as place:
+        from diffusers import DiffusionPipeline
+
+        pipe = _from_pretrained(DiffusionPipeline, place, dtype, f"--model {name}", **more)
+    check_pipeline(pipe, f"--model {name}")  # before it is moved to a device
+    return pipe
 
 
 def offload(pipe: Any, how: str, device: Any) -> None:

@@ -27,9 +27,10 @@ from uniref_fast.training.core.model_size import BYTES
 from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
-__all__ = ["run", "text"]
+__all__ = ["KINDS", "run", "split_kind", "text"]
 
 KINDS: dict[str, Any] = {"sft": SFT_RECIPES, "msgrpo": MSGRPO_RECIPES}
+"""Recipes of each kind of run."""
 DESCRIPTION = (
     "Plan a training run without starting it: memory, packs, steps, time and disk. `plan sft` (the default) takes the "
     "flags of training/sft.py, `plan msgrpo` those of training/msgrpo.py."
@@ -42,10 +43,7 @@ def run(argv: Sequence[str]) -> int:
     Args:
         argv: Arguments after `uniref-fast plan`.
     """
-    words = list(argv)
-    kind = words.pop(0) if words and not words[0].startswith("-") else "sft"
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of run {kind!r}; give sft or msgrpo, or flags only for sft")
+    kind, words = split_kind(argv)
     for i, word in enumerate(words):  # a plain --json, as of other commands
         if word == "--json" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = "--json=true"
@@ -55,6 +53,19 @@ def run(argv: Sequence[str]) -> int:
     plan = make_plan(kind, parsed.recipe, config, parsed.extra, command=_command(kind, words, parsed))
     print(json.dumps(plan.as_dict()) if parsed.extra.json else text(plan))
     return 0 if plan.fits else 1
+
+
+def split_kind(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the kind of run that the first argument names, "sft" by default, and the other arguments.
+
+    Raises:
+        ValueError: The first argument names no kind of run.
+    """
+    words = list(argv)
+    kind = words.pop(0) if words and not words[0].startswith("-") else "sft"
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of run {kind!r}; give sft or msgrpo, or flags only for sft")
+    return kind, words
 
 
 def _command(kind: str, words: Sequence[str], parsed: flags.Parsed[Any, PlanOptions]) -> str:
@@ -124,7 +135,7 @@ def _stage_lines(run_plan: RunPlan, number: int, stage: StagePlan) -> list[str]:
     lines.append(
         f"            packs of up to {plan.pack_tokens} tokens, {_packs(run_plan)}, {plan.sequence_parallel} "
         f"process(es) a pack, {blocks}; activations {size_text(stage.activations)}, together "
-        f"{size_text(plan.bytes_needed)}{plan.reason.partition(' GiB')[2]}"
+        f"{size_text(plan.bytes_needed)}{plan.rejected}"
     )
     if stage.row_tokens is not None and stage.steps_per_epoch is not None:
         epoch = stage.steps_per_epoch

@@ -13,13 +13,14 @@ after that second and then every five seconds: "encoding: 24 of 96 rows".
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
-__all__ = ["announce", "announce_import", "running", "tracked"]
+__all__ = ["announce", "announce_import", "launcher_rank", "running", "tracked"]
 
 T = TypeVar("T")
 IMPORT_LOGGERS = "bitsandbytes", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"
@@ -46,6 +47,11 @@ def announce_import(name: str, module: str) -> None:
         announce(f"loading {name}")
     for logger in IMPORT_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def launcher_rank() -> int:
+    """Return the rank of this process as torchrun started it; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
 
 
 class running:  # noqa: N801 - a context manager, as those of contextlib

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,16 +187,12 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
         held = sum(_fixed(other, size).values()), sum(_shared(other, size, trained).values())
         return [_memory_plan(other, size, trained, stage, ranks, available, *held) for stage in other.stages]
 
-    def fitting(ranks: int, gigabytes: float) -> bool:
-        plans = planned(ranks, int(gigabytes * 2**30 * gpu_memory.USABLE))
-        return all(isinstance(plan, memory.MemoryPlan) for plan in plans)
-
-    def fitting_with(changes: Mapping[str, Any]) -> bool:
-        plans = planned(options.nproc, available, replace(config, **changes))
-        return all(isinstance(plan, memory.MemoryPlan) for plan in plans)
+    def fits(ranks: int, available: int, other: Recipe = config) -> bool:
+        return all(isinstance(plan, memory.MemoryPlan) for plan in planned(ranks, available, other))
 
     ranks = options.nproc
-    available, source = _memory(config, options, size, [n for n in gpu_memory.SIZES if fitting(ranks, n)])
+    check_optimizer(config, ranks)
+    available, source = _memory(config, options, size, [n for n in gpu_memory.SIZES if fits(ranks, _usable(n))])
     plans = planned(ranks, available)
     memory.check_packs(config.packs, ranks, [plan for plan in plans if isinstance(plan, memory.MemoryPlan)])
     tokens = None
@@ -214,10 +210,10 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
         stages.append(_stage(config, stage, steps, plan, sum(held.values()), lengths, rows, speed.value))
     advice: list[str] = []
     if any(isinstance(plan, str) for plan in plans):
-        fits = [isinstance(plan, memory.MemoryPlan) for plan in plans]
-        advice = [memory.smaller_stages(config.stages, fits), _settings(config, size, ranks, fitting_with)]
-        advice = [*filter(None, advice), *_advice(fitting, options)]
-    disk = _disk(config, trained) | ({"cache": tokens.cache_bytes} if tokens and _has_cache(config) else {})
+        smaller = memory.smaller_stages(config.stages, [isinstance(plan, memory.MemoryPlan) for plan in plans])
+        settings = _settings(config, size, ranks, lambda other: fits(ranks, available, other))
+        advice = [*filter(None, (smaller, settings)), *_advice(config, options, fits)]
+    disk = _disk(config, trained) | ({"cache": tokens.cache_bytes} if tokens and config.has_cache else {})
     whole, broken = (None, 0) if tokens is None else (tokens.rows, tokens.broken)
     return RunPlan(kind, recipe, config, size, trained, ranks, available, source, held, tuple(stages), whole, broken,
                    speed, disk, tuple(advice), command)  # fmt: skip
@@ -262,7 +258,12 @@ def _memory(config: Recipe, options: PlanOptions, size: ModelSize, sizes: Sequen
         return memory.machine_memory() // options.nproc, "half of this machine's memory, shared by the processes"
     given = options.gpu_memory or (sizes[0] if sizes else gpu_memory.SIZES[-1])
     chosen = "" if options.gpu_memory else ", the smallest that the run fits" if sizes else ", the largest known"
-    return int(given * 2**30 * gpu_memory.USABLE), f"nine tenths of a GPU of {given:g} GB{chosen}"
+    return _usable(given), f"nine tenths of a GPU of {given:g} GB{chosen}"
+
+
+def _usable(gigabytes: float) -> int:
+    """Return the bytes to plan for on a GPU."""
+    return int(gigabytes * 2**30 * gpu_memory.USABLE)
 
 
 def _memory_plan(
@@ -276,7 +277,6 @@ def _memory_plan(
     sharded: int,
 ) -> memory.MemoryPlan | str:
     """Return the plan of a stage, or the reason why it does not fit."""
-    check_optimizer(config, ranks)
     memory.sharing_degrees(stage, ranks, size)  # raises ValueError for a number of ranks that cannot work
     element, block, in_block = BYTES[config.dtype], size.block, size.block
     if config.lora_rank is not None:
@@ -363,27 +363,33 @@ def _speed(
     return speeds.MeasuredTime(slowest.value, text)
 
 
-def _advice(fitting: Callable[[int, float], bool], options: PlanOptions) -> list[str]:
-    """Return changes with which a run fits: more GPUs of the same size, or larger GPUs."""
+def _advice(config: Recipe, options: PlanOptions, fits: Callable[[int, int], bool]) -> list[str]:
+    """Return changes with which a run fits: more GPUs of the same size, or larger GPUs.
+
+    Args:
+        config: Configuration of the run.
+        options: Options of the plan.
+        fits: Function that takes a number of ranks and the memory of each, and returns whether the run fits.
+    """
     found = []
     given = options.gpu_memory or gpu_memory.SIZES[-1]
-    more = next((n for n in RANKS if n > options.nproc and _works(fitting, n, given)), None)
+    more = next((n for n in RANKS if n > options.nproc and _works(config, n, _usable(given), fits)), None)
     if more:
         found.append(f"it fits {more} GPUs of {given:g} GB (--nproc {more})")
-    larger = next((n for n in gpu_memory.SIZES if n > given and fitting(options.nproc, n)), None)
+    larger = next((n for n in gpu_memory.SIZES if n > given and fits(options.nproc, _usable(n))), None)
     if larger:
         found.append(f"it fits {options.nproc} GPU(s) of {larger} GB (--gpu-memory {larger})")
     return found or ["train a LoRA (--lora-rank 16), or lower budget, target_side or pack_tokens of the stages"]
 
 
-def _settings(config: Recipe, size: ModelSize, ranks: int, fits: Callable[[Mapping[str, Any]], bool]) -> str:
+def _settings(config: Recipe, size: ModelSize, ranks: int, fits: Callable[[Recipe], bool]) -> str:
     """Return the settings that need less memory with which a run fits, those that cost the least time first.
 
     Args:
         config: Configuration of the run.
         size: Sizes of the model.
         ranks: Number of ranks.
-        fits: Function that returns whether the run fits with settings changed.
+        fits: Function that returns whether a run with another configuration fits.
     """
     changes: dict[str, Any] = {}
     order: tuple[tuple[str, Any], ...] = (("encoders", "free"),)
@@ -393,34 +399,30 @@ def _settings(config: Recipe, size: ModelSize, ranks: int, fits: Callable[[Mappi
         blocks = (size.num_layers * part // 3 for part in (1, 2, 3))
         order += tuple(("offload_blocks", count) for count in blocks if count > config.offload_blocks)
     for name, value in order:
-        tried = changes | {name: value}
         if getattr(config, name) == value:
             continue
+        tried = replace(config, **(changes | {name: value}))
         try:
-            check_adapter(replace(config, **tried))
-            check_optimizer(replace(config, **tried), ranks)
+            check_adapter(tried)
+            check_optimizer(tried, ranks)
         except ValueError:  # the base does not suit the kind of adapter, or the optimizer the trained weights
             continue
-        changes = tried
-        if fits(changes):
+        changes[name] = value
+        if fits(tried):
             for one in list(changes)[:-1]:  # earlier ones may not be needed any more
                 fewer = {key: each for key, each in changes.items() if key != one}
-                changes = fewer if fits(fewer) else changes
+                changes = fewer if fits(replace(config, **fewer)) else changes
             flags = (f"--{key.replace('_', '-')} {each}" for key, each in changes.items())
             return f"it fits with {' '.join(flags)}"
     return ""
 
 
-def _works(fitting: Callable[[int, float], bool], ranks: int, gigabytes: float) -> bool:
+def _works(config: Recipe, ranks: int, available: int, fits: Callable[[int, int], bool]) -> bool:
     try:
-        return fitting(ranks, gigabytes)
-    except ValueError:  # this number of ranks cannot share a pack as a stage says
+        check_optimizer(config, ranks)
+        return fits(ranks, available)
+    except ValueError:  # the optimizer is for one rank, or this number cannot share a pack as a stage says
         return False
-
-
-def _has_cache(config: Recipe) -> bool:
-    """Return True if the run keeps what it has encoded."""
-    return config.cache is not None or config.resolve_encoders() == "free"
 
 
 def _disk(config: Recipe, trained: int) -> dict[str, int]:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from uniref_fast import flags as configs
 from uniref_fast.files import write_whole
-from uniref_fast.progress import announce, announce_import, running
+from uniref_fast.progress import announce, announce_import, launcher_rank, running
 from uniref_fast.runs import adapter_settings, check_export, trained_visibility
 from uniref_fast.training.core import resume
 from uniref_fast.training.core.processes import end_with_launcher, explain_to_launcher, locked
@@ -109,7 +109,7 @@ def _launch(
 ) -> int:
     from uniref_fast.training.core.suitability import check_suitability
 
-    if not int(os.environ.get("RANK", 0)):
+    if not launcher_rank():
         announce(f"{name}: recipe {parsed.recipe}, model {parsed.config.model}, folder {parsed.extra.out}")
         announce_import("PyTorch", "torch")
     resumes = parsed.extra.resume == "auto" and (parsed.extra.out / CONFIG_FILE).exists()
@@ -248,7 +248,7 @@ def with_adapter(config: C, given: Collection[str] = ()) -> C:
                 f"{resume.shown(getattr(config, name))}; leave --{name.replace('_', '-')} out, or fuse the adapter "
                 "into the model first, to train a new one on top"
             )
-    if changed and not int(os.environ.get("RANK", 0)):
+    if changed and not launcher_rank():
         shown = ", ".join(f"{name} = {resume.shown(value)}" for name, value in changed.items())
         print(f"training continues the adapter of {run}, with its {shown}", file=sys.stderr)
     return _with_alpha(dataclasses.replace(config, **changed))
@@ -362,7 +362,7 @@ def with_recorded(config: C, before: Mapping[str, Any], given: Collection[str], 
         out: Folder of the run, for the message.
     """
     kept = resume.kept(before, json.loads(configs.to_json(config)), given)
-    if kept and not int(os.environ.get("RANK", 0)):
+    if kept and not launcher_rank():
         shown = [f"{name} = {resume.shown(value)}" for name, value in kept.items()]
         more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
         print(f"the run in {out} keeps its settings: {', '.join(shown[:SHOWN])}{more}", file=sys.stderr)
@@ -422,7 +422,7 @@ def begin(run: Trainer, newest: Newest, changed: Mapping[str, tuple[Any, Any]]) 
 
 
 def _failed(name: str, error: BaseException, status: int) -> int:
-    rank, command = int(os.environ.get("RANK", 0)), f"training/{name}.py"
+    rank, command = launcher_rank(), f"training/{name}.py"
     if rank:
         time.sleep(3)  # if rank 0 has the same error, torchrun ends the other ranks meanwhile
         name = f"{name}, rank {rank}"

@@ -62,6 +62,7 @@ class MemoryPlan:
         checkpointing: Recomputation in the backward, as in `BudgetStage`.
         bytes_needed: Estimated memory of a rank, in bytes.
         reason: Explanation of the choice.
+        rejected: The last part of `reason`: options that take less time and do not fit, with the bytes that they need.
     """
 
     pack_tokens: int
@@ -69,6 +70,7 @@ class MemoryPlan:
     checkpointing: Checkpointing
     bytes_needed: int
     reason: str
+    rejected: str = ""
 
 
 def activation_bytes(config: Any, tokens: int, checkpointing: Checkpointing, element: int, shared: bool = False) -> int:
@@ -226,7 +228,7 @@ def plan_memory(
             tokens = stage.pack_tokens or largest * min(fitting // largest, 4)
             needed = max(first, held + max(other, int(gathered + tokens * per_token)))
             reason = f"{how}: {needed / 2**30:.1f} of {memory / 2**30:.1f} GiB{before}"
-            return MemoryPlan(tokens, degree, checkpointing, needed, reason)
+            return MemoryPlan(tokens, degree, checkpointing, needed, reason, before)
         before = f"; {how} would need {least / 2**30:.1f} GiB"
     twice = ", twice for guidance" if sequences > 1 else ""
     raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast.builtin.store import model_folder, recorded_areas
+from uniref_fast.lora.names import LINEARS
 from uniref_fast.training.core.adapter import layer_parameters
 
 __all__ = ["BYTES", "KNOWN", "ModelSize", "model_size"]
@@ -108,13 +109,7 @@ class ModelSize:
     def block_linears(self) -> dict[str, tuple[int, int]]:
         """Return (rows, columns) of the weights of the Linear layers of one block, by their names in it."""
         width = self.num_attention_heads * self.attention_head_dim
-        attention = ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj", "to_out.0", "to_add_out")
-        block = {f"attn.{name}": (width, width) for name in attention}
-        for stream in ("img", "txt"):
-            block[f"{stream}_mod.1"] = (6 * width, width)
-            block[f"{stream}_mlp.net.0.proj"] = (4 * width, width)
-            block[f"{stream}_mlp.net.2"] = (width, 4 * width)
-        return block
+        return {name: (rows * width, columns * width) for name, (rows, columns) in LINEARS.items()}
 
     def _linears(self) -> dict[str, tuple[int, int]]:
         """Return (rows, columns) of the weights of all Linear layers, by name."""

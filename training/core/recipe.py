@@ -67,12 +67,12 @@ class Recipe:
         model: Model to train: "builtin" (the small model that comes with uniref_fast), a diffusers folder, or a model
             id of the Hugging Face hub.
         initial: Folder of an earlier run whose `transformer/` or `lora/` this run continues; none starts from `model`.
-            An adapter keeps its rank, alpha and targets: other values on the command line are refused.
+            An adapter keeps its kind, rank, alpha and targets: other values on the command line are refused.
         adapter: Kind of the adapter: lora; rslora, whose update is multiplied by lora_alpha / sqrt(lora_rank); dora,
             which also trains the norms of the rows of each weight; or lokr, a Kronecker product.
         lora_rank: Rank of the adapter; none trains all weights of the transformer.
         lora_alpha: Alpha of the adapter, whose update is multiplied by lora_alpha / lora_rank; none takes the
-            rank, so that the factor is 1.
+            rank, so that this factor is 1, and sqrt(lora_rank) for rslora.
         lora_targets: Names of the Linear layers that get an adapter.
 
     Attributes: Data
@@ -255,6 +255,11 @@ class Recipe:
     def resolve_encoders(self) -> Literal["resident", "free"]:
         """Return where the encoders are during training: "free" if they are freed before the first step."""
         return self.encoders or ("resident" if self.cache is None else "free")
+
+    @property
+    def has_cache(self) -> bool:
+        """True if the run keeps its encoded images and prompts: in `cache`, or in a folder of the run."""
+        return self.cache is not None or self.resolve_encoders() == "free"
 
     def resolve_sampling(self) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""

@@ -112,9 +112,7 @@ class Trainer:
     @property
     def cache_folder(self) -> Path | None:
         """Folder of encoded images and prompts: `cache`, or one of the run if its encoders are freed."""
-        if self.config.cache is None and self.config.resolve_encoders() == "free":
-            return self.out / "cache"
-        return self.config.cache
+        return (self.config.cache or self.out / "cache") if self.config.has_cache else None
 
     # ---- defined by a subclass ----
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["FORMATS", "Format", "Key", "split_key", "weight_shape"]
+__all__ = ["FORMATS", "LINEARS", "Format", "Key", "split_key", "weight_shape"]
 
 LINEARS = {  # Linear layers of a block: rows and columns of the weight, in widths of the model
     **{f"attn.{name}": (1, 1) for name in ("to_q", "to_k", "to_v", "add_k_proj", "add_v_proj", "add_q_proj")},
