@@ -250,6 +250,15 @@ def test_masks_without_a_target_and_two_folders_of_masks_are_refused(tmp_path):
         Dataset(captioned(folder, **{"masks/1.png": png(half())}))
 
 
+def test_two_masks_of_one_target_are_refused(tmp_path):
+    """Masks in a folder and masks beside their targets may be mixed, but each target has one mask."""
+    folder = captioned(tmp_path, **{"mask/2.png": png(half()), "t/1-masklabel.png": png(half())})
+    assert all(is_half(row) for row in Dataset(folder))
+    (folder / "mask/1.png").write_bytes(png(half()))
+    with pytest.raises(BrokenFileError, match=r"1 targets have two masks: .*mask, and .* \(1-masklabel.png\); remove"):
+        Dataset(folder)
+
+
 TOOLKIT = (
     "config: {process: [{datasets: [{folder_path: t, control_path: control, mask_path: m, mask_min_value: 0.1}]}]}"
 )

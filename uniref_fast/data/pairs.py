@@ -73,7 +73,14 @@ class PairsReader(Reader):
         beside = set(self._masks.values())
         targets = {stem: path for stem, path in targets.items() if path not in beside}
         if pairs.masks is not None:
-            self._masks |= _masks(pairs.masks, targets.keys(), name)
+            named = _masks(pairs.masks, targets.keys(), name)
+            if twice := sorted(self._masks[stem].name for stem in self._masks.keys() & named.keys()):
+                raise BrokenFileError(
+                    name,
+                    f"{len(twice):,} targets have two masks: one in {pairs.masks}, and one beside the target "
+                    f"({_shown(twice)}); remove one of them",
+                )
+            self._masks |= named
         self._stems = sorted(targets)
         self._targets = [targets[stem] for stem in self._stems]
         found = [_references(folder, targets.keys(), name) for folder in pairs.controls]

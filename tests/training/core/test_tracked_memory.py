@@ -15,6 +15,7 @@ from uniref_fast.training.supervised.recipes import lora
 
 pytestmark = pytest.mark.slow
 LAYERS, FEW = ModelSize().num_layers, (3, 4)
+TOLERANCE = {True: 0.01, "inputs": 0.01, "host": 0.02, False: 0.05}  # by `checkpointing`
 
 
 def sample(budget, count):
@@ -35,14 +36,16 @@ def models():
     return [FakeTrainedModel(ModelSize(), lora(), ranks, layers) for layers in FEW]
 
 
-@pytest.mark.parametrize("checkpointing", [True, False, "inputs", "host"])
+@pytest.mark.parametrize("checkpointing", TOLERANCE)
 def test_the_plan_is_the_tracked_memory(models, checkpointing):
-    """The plan agrees within 5 % with the tracked memory of a few blocks, as every further block adds the same."""
+    """The plan agrees with the tracked memory of a few blocks, as every further block adds the same."""
     cases = [(1024, 1), (1536, 3), (2048, 6)]
     for budget, count in cases if checkpointing is True else cases[-1:]:
         one = sample(budget, count)
         few, more = (model.peak([one], checkpointing) for model in models)
         tracked = few + (LAYERS - FEW[0]) * (more - few)
         plan = planned(one.length, checkpointing)
-        assert plan == pytest.approx(tracked, rel=0.05), f"{budget} x {budget} pixels, {count} references"
+        assert plan == pytest.approx(tracked, rel=TOLERANCE[checkpointing]), (
+            f"{budget} x {budget} pixels, {count} references"
+        )
         assert few > models[0].held(), "weights, gradients and moments are tracked too"
