@@ -41,7 +41,7 @@ LEVELS = [
     {"training.builtin"},
     {"training.sft", "training.msgrpo"},
     {"run_plan"},
-    {"demo", "doctor", "encode_rows", "plan", "weights"},
+    {"demo", "doctor", "encode_rows", "plan", "serve", "weights"},
     {"cli"},
 ]
 APART = {("training.rl", "training.supervised"), ("training.supervised", "training.rl")}  # neither imports the other
