@@ -32,7 +32,7 @@ from uniref_fast import EditReport, EditRequest, Sample, SelfLayout
 from uniref_fast.builtin import SmallQwenImageEditPlusPipeline
 from uniref_fast.edit_session import EditSession
 from uniref_fast.layout import Kind
-from uniref_fast.patch.stock import REPLACED_MODULES
+from uniref_fast.models.qwen_image_edit import REPLACED
 from uniref_fast.request import request_geometry, validated
 from uniref_fast.testing import max_relative_error
 
@@ -616,7 +616,7 @@ def test_the_list_of_replaced_modules_is_what_a_packed_forward_does(pipe):
     """Modules that a packed forward calls, as PyTorch sees them, against the list that is checked before it."""
     transformer, called = pipe.transformer, set()
     expected = set()
-    for part in REPLACED_MODULES:
+    for part in REPLACED:
         for name in [part.path.replace("*", str(i)) for i in range(len(transformer.transformer_blocks))]:
             module = transformer.get_submodule(name)
             for attribute in part.reads:

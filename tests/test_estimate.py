@@ -200,7 +200,7 @@ def test_vae_attention_has_no_matrix_of_scores():
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage().to(torch.bfloat16)
     config = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in vae.config.items() if k[0] != "_"))
-    flops, peak = vae_image_cost(AutoencoderKLQwenImage, config, (), torch.bfloat16, (2048, 2048), "encode")
+    flops, peak = vae_image_cost(AutoencoderKLQwenImage, config, (), torch.bfloat16, (1, 3, 1, 2048, 2048), "encode")
     assert peak < 10e9 < 65536**2 * 4, "scores alone would take 17 GB"
     assert flops > 4 * 65536**2 * 384
 

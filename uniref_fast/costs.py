@@ -16,84 +16,52 @@ from typing import Any, cast
 
 import torch
 
-from uniref_fast.encode import condition_tokens
 from uniref_fast.layout import SelfLayout
 from uniref_fast.meta_device import FusedAttention, LivingTensors
-from uniref_fast.models.kept_references import kept_step
-from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.models.family import Family, families, family_of
 from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, stored_tensors
 from uniref_fast.request import Geometry
-from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
+from uniref_fast.visibility import Rule
 
 __all__ = ["text_encoder_cost", "transformer_flops", "transformer_peak", "vae_cost", "vae_image_cost", "weight_bytes"]
 
 
 def transformer_flops(
-    config: Any, layout: SelfLayout, visibility: str | Rule = "full", *, kept: bool = False
+    config: Any,
+    layout: SelfLayout,
+    visibility: str | Rule = "full",
+    *,
+    kept: bool = False,
+    family: Family | None = None,
 ) -> tuple[int, int]:
     """Return (linear, attention) floating point operations of one packed forward.
 
     Args:
-        config: Configuration of the `QwenImageTransformer2DModel`.
+        config: Configuration of the transformer.
         layout: Layout of the pack.
         visibility: Policy or rule of attention.
         kept: Count a step that takes the keys and values of the references from a store.
+        family: Family of the transformer; None is Qwen-Image-Edit.
     """
-    whole: AttentionPlan = plan(layout, visibility)
-    last = target_plan(layout, visibility)
-    if kept:
-        computed = kept_step(layout)
-        layout, whole = computed.layout, computed.plan(visibility)
-    width = config.num_attention_heads * config.attention_head_dim
-    text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
-    rows, samples = layout.num_modulation_rows, layout.num_samples
-    blocks = config.num_layers
-    out = config.patch_size**2 * config.out_channels
-    qkv, rest = 3 * width**2, 9 * width**2  # output projection and the 4x feed-forward
-    linear = blocks * qkv * (text + image) + (blocks - 1) * rest * (text + image) + rest * targets
-    linear += blocks * 6 * width**2 * (rows + samples)  # modulation of both streams
-    linear += rows * (256 * width + width**2) + rows * 2 * width**2  # timestep embedding, last modulation
-    linear += image * config.in_channels * width + text * config.joint_attention_dim * width + targets * width * out
-    area = (blocks - 1) * whole.area + last.area
-    return 2 * linear, 4 * area * width
+    return (family or families()[0]).transformer_flops(config, layout, visibility, kept)
 
 
 def text_encoder_cost(pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
     """Return the operations of the text encoder, which runs once per prompt, and the peak bytes of its largest run.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`, loaded or without weights.
+        pipe: A pipeline of a supported family, loaded or without weights.
         sizes: Sizes of each request.
         texts: Numbers of text tokens of the prompts of each request that are encoded.
     """
-    if not any(texts):
-        return 0, 0
-    config = pipe.text_encoder.config
-    language, vision = config.text_config, config.vision_config
-    merge = pipe.processor.image_processor.merge_size**2
-    flops = peak = 0
-    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
-    kv = language.num_key_value_heads * head
-    layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
-    vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    element = compute_dtype(pipe.text_encoder).itemsize
-    for size, lengths in zip(sizes, texts, strict=True):
-        patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
-        for kept in lengths:
-            tokens = kept + pipe.prompt_template_encode_start_idx
-            flops += language.num_hidden_layers * (2 * layer * tokens + 4 * tokens**2 * width)
-            flops += 2 * width * language.vocab_size * tokens  # diffusers calls the head as well
-            flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
-            states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-            peak = max(peak, tokens * states * element)
-    return flops, peak
+    return family_of(pipe).text_encoder_cost(pipe, sizes, texts) if any(texts) else (0, 0)
 
 
 def vae_cost(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tuple[int, int]:
     """Return the operations of the VAE for all images, and the peak bytes of the largest one.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`, loaded or without weights.
+        pipe: A pipeline of a supported family, loaded or without weights.
         sizes: Width and height in pixels of each image.
         direction: "encode" or "decode".
     """
@@ -102,14 +70,15 @@ def vae_cost(pipe: Any, sizes: Sequence[tuple[int, int]], direction: str) -> tup
     settings = tuple(
         sorted((k, v) for k, v in vars(vae).items() if k.startswith(("use_tiling", "use_slicing", "tile_")))
     )
-    counts = [vae_image_cost(vae_class, config, settings, compute_dtype(vae), size, direction) for size in sizes]
+    shapes = [family_of(pipe).vae_shape(vae, size, direction) for size in sizes]
+    counts = [vae_image_cost(vae_class, config, settings, compute_dtype(vae), shape, direction) for shape in shapes]
     weight = largest_cast(vae) if sizes else 0
     return sum(flops for flops, _ in counts), max((peak for _, peak in counts), default=0) + weight
 
 
 @functools.lru_cache(maxsize=256)
 def vae_image_cost(
-    vae_class: Any, config: tuple, settings: tuple, dtype: torch.dtype, size: tuple[int, int], direction: str
+    vae_class: Any, config: tuple, settings: tuple, dtype: torch.dtype, shape: tuple[int, ...], direction: str
 ) -> tuple[int, int]:
     """Return operations and peak bytes for one image, from a run of the same architecture on the meta device.
 
@@ -118,7 +87,7 @@ def vae_image_cost(
         config: Its configuration, as sorted (name, value) pairs.
         settings: Attributes that decide its tiling, likewise.
         dtype: Dtype of the computation.
-        size: Width and height in pixels.
+        shape: Shape of its input for the image (`Family.vae_shape`).
         direction: "encode" or "decode".
     """
     from torch.utils.flop_counter import FlopCounterMode
@@ -127,13 +96,8 @@ def vae_image_cost(
         vae = vae_class(**{k: list(v) if isinstance(v, tuple) else v for k, v in config})
         torch.nn.Module.to(vae, dtype)
         vars(vae).update(settings)
-        factor = 2 ** len(vae.temperal_downsample)
-        width, height = size
         with FlopCounterMode(display=False) as counter, LivingTensors() as memory, FusedAttention() as attention:
-            if direction == "encode":
-                vae.encode(torch.empty(1, 3, 1, height, width, dtype=dtype))
-            else:
-                vae.decode(torch.empty(1, vae.config.z_dim, 1, height // factor, width // factor, dtype=dtype))
+            getattr(vae, direction)(torch.empty(shape, dtype=dtype))
     return counter.get_total_flops() + attention.flops, memory.peak
 
 
@@ -141,28 +105,28 @@ def transformer_peak(transformer: Any, layout: SelfLayout) -> int:
     """Return the peak bytes of living tensors of one packed forward, its inputs included.
 
     Args:
-        transformer: A `QwenImageTransformer2DModel`, loaded or on the meta device, quantised or not.
+        transformer: A transformer of a supported family, loaded or on the meta device, quantised or not.
         layout: Layout of the pack.
     """
     config = transformer.config
     sizes = {
         name: value for name, value in config.items() if not name.startswith("_") and name != "quantization_config"
     }
-    sizes["num_layers"] = min(config.num_layers, 3)  # all blocks between the first and the last are equal
+    for name in ("num_layers", "num_single_layers"):
+        if name in sizes:
+            sizes[name] = min(sizes[name], 3)  # all blocks between the first and the last are equal
     shape = tuple(sorted((k, _hashable(v)) for k, v in sizes.items()))
-    return _packed_peak(shape, compute_dtype(transformer), layout) + largest_cast(transformer)
+    return _packed_peak(family_of(transformer), shape, compute_dtype(transformer), layout) + largest_cast(transformer)
 
 
 @functools.lru_cache(maxsize=8)
-def _packed_peak(config: tuple, dtype: torch.dtype, layout: SelfLayout) -> int:
-    from diffusers import QwenImageTransformer2DModel
-
+def _packed_peak(family: Family, config: tuple, dtype: torch.dtype, layout: SelfLayout) -> int:
     with torch.device("meta"), torch.no_grad():
-        model: Any = QwenImageTransformer2DModel(**dict(config))
-        packed = PackedQwenImage(torch.nn.Module.to(model, dtype), impl="native")
+        model: Any = family.transformer_class()(**dict(config))
+        packed = family.packed(torch.nn.Module.to(model, dtype), impl="native")
         with LivingTensors() as memory:
             image = torch.empty(layout.image_length, model.config.in_channels, dtype=dtype)
-            text = torch.empty(layout.text_length, model.config.joint_attention_dim, dtype=dtype)
+            text = torch.empty(layout.text_length, family.text_channels(model.config), dtype=dtype)
             packed(image, text, torch.empty(layout.num_samples, dtype=dtype), layout)
     return memory.peak
 

@@ -18,10 +18,11 @@ from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_report import EditReport
 from uniref_fast.edit_session import EditSession, check_output_type, warn_of_guidance
 from uniref_fast.fast import quantised_before
+from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import (
     KeepDtype,
 )
-from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.progress import tracked
 from uniref_fast.quantised import row_dependence
 from uniref_fast.quantised_linear import exact_products, recorded_errors
@@ -41,7 +42,7 @@ def edit(
     impl: str | None = None,
     output_type: str = "pil",
     progress: bool = True,
-    model: PackedQwenImage | None = None,
+    model: PackedModel | None = None,
     keep_references: bool | int | Literal["auto"] = False,
     drift: float | None = None,
     keep_dtype: KeepDtype | None = None,
@@ -52,7 +53,7 @@ def edit(
     """Run several edit requests together.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`, patched or not. It is not changed.
+        pipe: A pipeline of a supported family, such as `QwenImageEditPlusPipeline`, patched or not. It is not changed.
         requests: `EditRequest`s, or mappings of its fields.
         budget: Joint pixel budget of each request's references, the side of a square in pixels: 1024 gives all of them
             together 1024 x 1024 pixels. None sizes each reference as diffusers does.
@@ -133,19 +134,19 @@ def _check_options(output_type: Any, pack_tokens: Any) -> None:
 
 
 def _latent_errors(
-    pipe: Any, model: PackedQwenImage, jobs: list[Edit], exact: list[Edit], pack_tokens: int | None, progress: bool
+    pipe: Any, model: PackedModel, jobs: list[Edit], exact: list[Edit], pack_tokens: int | None, progress: bool
 ) -> list[float]:
     """Run the exact edits, and return the relative errors of the latents of jobs that have run."""
     if not exact:
         return []
     with exact_products():
-        same = PackedQwenImage(model.transformer, visibility=model.visibility, impl=model.impl)
+        same = family_of(pipe).packed(model.transformer, visibility=model.visibility, impl=model.impl)
         _denoise(pipe, same, exact, pack_tokens, progress)
     pairs = [(job.latents.float(), other.latents.float()) for job, other in zip(jobs, exact, strict=True)]
     return [((result - expected).norm() / expected.norm()).item() for result, expected in pairs]
 
 
-def _denoise(pipe: Any, model: PackedQwenImage, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:
+def _denoise(pipe: Any, model: PackedModel, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:
     loop = EditLoop(model, pack_tokens)
     loop.join(*jobs)
     bar = pipe.progress_bar(total=max(len(job.timesteps) for job in jobs)) if progress else None

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniref_fast.encode import encoded_prompt, image_latents, to_rgb
-from uniref_fast.guidance import guide
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import KeptReferences
-from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import is_own_method
 from uniref_fast.request import EditRequest, Geometry
@@ -46,6 +45,7 @@ class Edit:
         scheduler: Scheduler of the request.
         timesteps: Timesteps of the scheduler.
         step_options: Options of `scheduler.step`: the generator, if it has that argument.
+        guide: Classifier-free guidance of the family (`Family.guide`).
         kept: Kept references of each of the samples, or None if they are computed in every step.
         steps: Number of steps so far.
         is_interrupted: A step of its scheduler has raised an error, which may have changed its state.
@@ -61,6 +61,7 @@ class Edit:
     scheduler: Any
     timesteps: Tensor
     step_options: dict[str, Any]
+    guide: Callable[[Tensor, Tensor, float], Tensor]
     kept: list[KeptReferences] | None = None
     steps: int = 0
     is_interrupted: bool = False
@@ -107,9 +108,10 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
         scheduler: Scheduler of the request, with its timesteps.
         cast: Cast the request's embeddings to the dtype of the pipeline's transformer.
     """
-    images = [to_rgb(image) for image in request.images]
+    family = family_of(pipe)
+    images = [family.convert_image(image) for image in request.images]
     prompts, texts = zip(*(
-        encoded_prompt(
+        family.encode_prompt(
             pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask, cast=cast
         )
         for text, embeds, mask in request.texts
@@ -117,31 +119,14 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
     generator = request.generator
     if request.seed is not None:
         generator = torch.Generator("cpu").manual_seed(request.seed)
-    latents, references = _latents(pipe, request, sizes, images, prompts[0].dtype, generator)
+    own = is_own_method(pipe, "prepare_latents")
+    latents, references = family.starting_latents(pipe, request, sizes, images, prompts[0].dtype, generator, own)
     # In the pipeline, stochastic schedulers draw from the global generator; here they use the request's seed.
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     samples = [sizes.sample(text) for text in texts]
-    return Edit(request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options)
-
-
-def _latents(
-    pipe: Any, request: EditRequest, sizes: Geometry, images: list[Any], dtype: torch.dtype, generator: Any
-) -> tuple[Tensor, Tensor]:
-    """Return the starting noise `[1, n, C]` and the packed latents of the references `[m, C]`."""
-    pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
-    own = is_own_method(pipe, "prepare_latents")
-    if pairs and not own:  # a replaced method gets the same arguments as in the pipeline
-        pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
-    width, height = sizes.size
-    channels = pipe.transformer.config.in_channels // 4
-    latents, packed = pipe.prepare_latents(
-        pixels, 1, channels, height, width, dtype, pipe._execution_device, generator, request.latents
+    return Edit(
+        request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options, family.guide
     )
-    if not own:
-        return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-    # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
-    parts = [image_latents(pipe, *pair).to(latents.dtype) for pair in pairs]
-    return latents, torch.cat([latents[0, :0], *parts])
 
 
 @dataclass(frozen=True)
@@ -174,7 +159,7 @@ class EditLoop:
         edits: Edits that are not finished, in the order in which they joined.
     """
 
-    model: PackedQwenImage
+    model: PackedModel
     pack_tokens: int | None = None
     edits: list[Edit] = field(default_factory=list)
     _packs: list[_Pack] | None = field(default=None, repr=False)  # None if the edits have changed since they were built
@@ -216,7 +201,7 @@ class EditLoop:
         for edit, velocities in zip(self.edits, self._predict(self._packs), strict=True):
             velocity = velocities[0]
             if edit.request.guided:
-                velocity = guide(velocities[0], velocities[1], edit.request.true_cfg_scale)
+                velocity = edit.guide(velocities[0], velocities[1], edit.request.true_cfg_scale)
             edit.is_interrupted = True
             stepped = edit.scheduler.step(
                 velocity[None], edit.timesteps[edit.steps], edit.latents, return_dict=False, **edit.step_options

@@ -13,10 +13,10 @@ import torch
 
 from uniref_fast.budget import check_budget
 from uniref_fast.edit_loop import Edit, encoded_edit
-from uniref_fast.encode import decode_image
 from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
 from uniref_fast.guidance import is_guided
 from uniref_fast.model_kind import check_pipeline
+from uniref_fast.models.family import Family, family_of, find_transformer
 from uniref_fast.models.kept_references import (
     KeepDtype,
     KeptReferences,
@@ -25,11 +25,10 @@ from uniref_fast.models.kept_references import (
     dependence,
 )
 from uniref_fast.models.module_hooks import is_offloaded
-from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
 from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
-from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule
 
 __all__ = ["CheckedRequest", "EditSession", "check_output_type", "warn_of_guidance"]
@@ -56,12 +55,13 @@ class EditSession:
     """A pipeline with the options of `edit`, checked once for all requests.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`, patched or not. It must not be used by anything else meanwhile.
+        pipe: A pipeline of a supported family, patched or not. It must not be used by anything else meanwhile.
         budget, visibility, impl, model, keep_references, drift, keep_dtype, mode, modules_to_not_convert: Options of
             `uniref_fast.edit`.
 
     Attributes:
         pipe: The pipeline.
+        family: Its family.
         device: Device on which it computes.
         model: The packed transformer.
         parts: Parts that compute in 8 bits; None for the mode "exact".
@@ -78,7 +78,7 @@ class EditSession:
         budget: int | None = None,
         visibility: str | Rule = "full",
         impl: str | None = None,
-        model: PackedQwenImage | None = None,
+        model: PackedModel | None = None,
         keep_references: bool | int | Literal["auto"] = False,
         drift: float | None = None,
         keep_dtype: KeepDtype | None = None,
@@ -90,13 +90,16 @@ class EditSession:
         check_keep_dtype(keep_dtype)
         check_pipeline(pipe)
         transformer = find_transformer(pipe)
+        self.family = family_of(pipe)
+        _require(self.family, mode, keep_references)
         self.pipe, self.budget, self.device = pipe, budget, pipe._execution_device
         self.keep_references, self.drift, self.keep_dtype = keep_references, drift, keep_dtype
         _refuse_changes(pipe, transformer, self.device)
         self.parts = _eight_bit_parts(transformer, self.device, impl, mode, modules_to_not_convert, model)
         self._cast = model is None  # the parameters of a given model may have another dtype than its computation
-        self.model = model or PackedQwenImage(
-            transformer, visibility=visibility, impl=impl, attention_8bit=self.parts.attention if self.parts else ()
+        eight_bit: dict[str, Any] = {} if self.parts is None else {"attention_8bit": self.parts.attention}
+        self.model: PackedModel = model or self.family.packed(
+            transformer, visibility=visibility, impl=impl, **eight_bit
         )
 
     def check(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> list[CheckedRequest]:
@@ -114,7 +117,7 @@ class EditSession:
             sizes = request_geometry(self.pipe, request, self.budget)
             _check_latents(self.pipe, request, sizes, f"request {i}")
             tokens = math.prod(sizes.grid(sizes.size))
-            scheduler = denoising_schedule(self.pipe.scheduler, tokens, request.num_inference_steps, self.device)
+            scheduler = self.family.schedule(self.pipe, tokens, request.num_inference_steps, self.device)
             checked.append(CheckedRequest(request, sizes, scheduler, self._refresh(sizes)))
         return checked
 
@@ -142,7 +145,7 @@ class EditSession:
         """Return the result of a finished edit as the `output_type` of `uniref_fast.edit`."""
         if output_type == "latent":
             return edit.latents
-        return decode_image(self.pipe, edit.latents, edit.geometry.size, output_type)
+        return self.family.decode(self.pipe, edit.latents, edit.geometry.size, output_type)
 
 
 def check_output_type(output_type: Any) -> None:
@@ -165,13 +168,22 @@ def warn_of_guidance(requests: Sequence[EditRequest]) -> None:
         warnings.warn(f"request {i}: {reason}; classifier-free guidance is off", stacklevel=3)
 
 
+def _require(family: Family, mode: str, keep_references: bool | int | str) -> None:
+    """Raise ValueError with the reason if a family does not support an option."""
+    family.require("edit")
+    if mode == "fast":
+        family.require("fast")
+    if keep_references is not False:
+        family.require("keep_references")
+
+
 def _eight_bit_parts(
     transformer: Any,
     device: torch.device,
     impl: str | None,
     mode: str,
     modules_to_not_convert: Sequence[str] | None,
-    model: PackedQwenImage | None,
+    model: PackedModel | None,
 ) -> EightBitParts | None:
     """Return the parts that compute in 8 bits, or None for the mode "exact"."""
     installed = patched_parts(transformer)

@@ -33,7 +33,7 @@ from uniref_fast.engine_queue import EditProgress, Job, Queue
 from uniref_fast.layout import Sample
 from uniref_fast.models.kept_references import KeepDtype, KeptReferences
 from uniref_fast.models.module_hooks import is_offloaded
-from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype, row_dependence
 from uniref_fast.request import EditRequest, Geometry
@@ -91,7 +91,7 @@ class Engine:
     Its methods may be called from any thread. In asyncio use `await asyncio.wrap_future(engine.submit(request))`.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`, patched or not. Nothing else may use it until the engine is closed.
+        pipe: A pipeline of a supported family, patched or not. Nothing else may use it until the engine is closed.
         max_tokens: Largest number of tokens of the edits that run together. A request with more tokens runs alone.
             None takes what fits the free memory of a CUDA device (`tokens_in_memory`), and has no limit on a CPU.
         max_waiting: Largest number of requests that wait; None has no limit.
@@ -520,7 +520,7 @@ def _free_bytes(session: EditSession) -> int:
     return max(free - absent, 0)
 
 
-def tokens_in_memory(model: PackedQwenImage, free: int, *, kept: bool = False) -> int:
+def tokens_in_memory(model: PackedModel, free: int, *, kept: bool = False) -> int:
     """Return the number of tokens of a pack whose forward fits the free memory of a device.
 
     Args:

@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import torch
 
-from uniref_fast.costs import text_encoder_cost, transformer_flops, transformer_peak, vae_cost, weight_bytes
-from uniref_fast.encode import text_lengths
+from uniref_fast.costs import text_encoder_cost, transformer_peak, vae_cost, weight_bytes
+from uniref_fast.encode import request_texts, text_length
 from uniref_fast.fast import check_mode, eight_bit_parts, saved_bytes
 from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
+from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.models.kept_references import (
     KeepDtype,
     RefreshSchedule,
@@ -26,7 +27,7 @@ from uniref_fast.models.kept_references import (
     dependence,
     kept_bytes,
 )
-from uniref_fast.models.qwen_image import PackedQwenImage, find_transformer
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype
@@ -169,8 +170,8 @@ def estimate(
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`, or the folder or hub id of one. Of a folder or hub id only configurations,
-            tokenizer and processor are read, and weights count as bfloat16.
+        pipe: A pipeline of a supported family, or the folder or hub id of one. Of a folder or hub id only
+            configurations, tokenizer and processor are read, and weights count as bfloat16.
         requests: Requests, as for `edit`.
         image_sizes: Width and height in pixels of the references of each request, whose `images` are then empty.
         budget: Joint pixel budget of each request's references, the side of a square in pixels, as for `edit`.
@@ -200,15 +201,17 @@ def estimate(
             "count as they are stored"
         )
     check_pipeline(pipe)
-    transformer = find_transformer(pipe)
+    transformer, family = find_transformer(pipe), family_of(pipe)
+    family.require("estimate")
     if pack_tokens is not None and pack_tokens < 1:
         raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
     requests = validated(requests, pipe)
     sizes = _geometries(pipe, requests, image_sizes, budget)
-    texts = [text_lengths(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
-    samples = [[size.sample(text) for text in lengths] for size, lengths in zip(sizes, texts, strict=True)]
+    runs = [request_texts(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
+    samples = [[size.sample(text) for text in group] for size, group in zip(sizes, runs, strict=True)]
+    texts = [[text_length(text) for text in group] for group in runs]
     saved = _saved_bytes(transformer, mode, modules_to_not_convert)
-    model = PackedQwenImage(transformer, visibility=visibility)
+    model = family.packed(transformer, visibility=visibility)
     layout = model.layout([sample for group in samples for sample in group])
     check_keep_dtype(keep_dtype)
     layouts = [model.layout(group) for group in samples]  # operations of a sample do not depend on its pack
@@ -228,7 +231,7 @@ def estimate(
     ]
     text_flops, text_peak = text_encoder_cost(pipe, sizes, encoded)
     # every request keeps embeddings, and latents of references and target, from its encoding to its decoding
-    embeddings = sum(sum(lengths) for lengths in texts) * transformer.config.joint_attention_dim
+    embeddings = sum(sum(lengths) for lengths in texts) * family.text_channels(transformer.config)
     latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
     held = (embeddings + latents) * dtype.itemsize
     peak = held + kept + _packs_peak(model, [sample for group in samples for sample in group], pack_tokens)
@@ -282,7 +285,7 @@ def _time(
 
 
 def _transformer_flops(
-    model: PackedQwenImage, layouts: Sequence[SelfLayout], steps: Sequence[int], computed: Sequence[int | None]
+    model: PackedModel, layouts: Sequence[SelfLayout], steps: Sequence[int], computed: Sequence[int | None]
 ) -> tuple[int, int]:
     """Return the sum of `transformer_flops` over all steps, of which `computed` compute the references."""
     linear = attention = 0
@@ -290,13 +293,14 @@ def _transformer_flops(
         refreshes = total if whole is None else whole
         for kept, count in ((False, refreshes), (True, total - refreshes)):
             if count:
-                flops = transformer_flops(model.transformer.config, layout, model.visibility, kept=kept)
+                family = family_of(model.transformer)
+                flops = family.transformer_flops(model.transformer.config, layout, model.visibility, kept)
                 linear += flops[0] * count
                 attention += flops[1] * count
     return linear, attention
 
 
-def _packs_peak(model: PackedQwenImage, samples: Sequence[Sample], pack_tokens: int | None) -> int:
+def _packs_peak(model: PackedModel, samples: Sequence[Sample], pack_tokens: int | None) -> int:
     """Return the peak bytes of the largest pack, with the image streams of all other packs."""
     packs = next_fit([sample.length for sample in samples], pack_tokens)
     longest = max(packs, key=lambda pack: sum(samples[i].length for i in pack))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast.hub import local_or_hub
-from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer
+from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer, transformer_class
 from uniref_fast.progress import launcher_rank, running
 
 __all__ = [
@@ -71,13 +71,12 @@ def load_encoders(name: str, dtype: Any, device: str) -> Any:
     Arguments and errors are those of `load_pipeline`.
     """
     import torch
-    from diffusers import QwenImageTransformer2DModel
 
     if name == "builtin":
         return load_pipeline(name, dtype, device)
-    _, config = configuration(name)
+    index, config = configuration(name)
     with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel.from_config(config)
+        transformer = transformer_class(index).from_config(config)
     with running(f"loading the encoders of the model {name}", shown=not launcher_rank()):
         pipe = _load(name, dtype, transformer=transformer)
         for part in (pipe.vae, pipe.text_encoder):
@@ -294,14 +293,12 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **m
         given: Name of the pipeline in messages.
         **more: Further arguments of `from_pretrained`, such as components that are not loaded, by name.
     """
-    from diffusers import QwenImageTransformer2DModel
-
     from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, recorded_areas
 
     # first, so that the error for a name that cannot be loaded is about the whole model
     index = pipeline_class.load_config(name)
     check_configuration(given, index)  # before anything else is read
-    config = QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    config = transformer_class(index).load_config(name, subfolder="transformer")
     check_configuration(given, index, config)
     if "quantization_config" in more:
         from uniref_fast.quantisation import check_unquantised
@@ -311,7 +308,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **m
         pipeline_class = SmallQwenImageEditPlusPipeline
     options, kind = {"dtype": dtype, "use_safetensors": True, **more}, (index.get("processor") or [None, None])[1]
     # transformers' own processor needs torchvision, for its videos
-    if importlib.util.find_spec("torchvision") is None or kind == BuiltinProcessor.__name__:
+    if kind is not None and (importlib.util.find_spec("torchvision") is None or kind == BuiltinProcessor.__name__):
         pipe = pipeline_class.from_pretrained(name, processor=None, **options)
         pipe.register_modules(processor=BuiltinProcessor.from_pretrained(name, subfolder="processor"))
     else:

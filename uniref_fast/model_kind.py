@@ -1,36 +1,37 @@
-"""Check that a pipeline is of the kind that `edit`, `estimate`, training and evaluation support."""
+"""Check that a pipeline is of a kind that `edit`, `estimate`, training and evaluation support."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["check_configuration", "check_pipeline", "check_transformer"]
+if TYPE_CHECKING:  # commands import this module, and start without torch
+    from uniref_fast.models.family import Family
 
-PIPELINE = "QwenImageEditPlusPipeline"
-TRANSFORMER = "QwenImageTransformer2DModel"
-PIPELINES = (PIPELINE, "SmallQwenImageEditPlusPipeline")
-INSTEAD = (
-    f"editing, estimates, training and evaluation take a {PIPELINE}: use Qwen/Qwen-Image-Edit-2511, "
-    "Qwen/Qwen-Image-Edit-2509, or another model of that class"
-)
-OTHERS = {
-    "QwenImageEditPipeline": "the first generation of Qwen-Image-Edit, which takes one image and has another prompt",
-    "QwenImageEditInpaintPipeline": "the first generation of Qwen-Image-Edit, for inpainting",
-    "QwenImagePipeline": "a text-to-image model, which takes no references",
-    "QwenImageImg2ImgPipeline": "a text-to-image model, which starts from an image instead of taking references",
-    "QwenImageInpaintPipeline": "a text-to-image model for inpainting, which takes no references",
-    "QwenImageControlNetPipeline": "a text-to-image model with a ControlNet, which takes no references",
-    "QwenImageControlNetInpaintPipeline": "a text-to-image model with a ControlNet, which takes no references",
-    "QwenImageLayeredPipeline": "a model that splits one image into layers",
-}
-# Options of the transformer that change its layout or its inputs, with the values that the packed model supports.
-LAYOUT = {
-    "patch_size": 2,
-    "guidance_embeds": False,
-    "use_additional_t_cond": False,
-    "use_layer3d_rope": False,
-}
+__all__ = ["check_configuration", "check_pipeline", "check_transformer", "transformer_class"]
+
+BUILTIN = "SmallQwenImageEditPlusPipeline"
+"""Class of the built-in pipeline, which is one of Qwen-Image-Edit."""
+
+
+def transformer_class(index: Mapping[str, Any]) -> Any:
+    """Return the class of the transformer of a pipeline.
+
+    Args:
+        index: Content of its `model_index.json`, which `check_configuration` has accepted.
+    """
+    family = _family(index)
+    assert family is not None
+    return family.transformer_class()
+
+
+def _family(index: Mapping[str, Any]) -> Family | None:
+    """Return the family of the pipeline of a `model_index.json`, or None if it has none."""
+    from uniref_fast.models.family import family_of_class
+
+    kind = str(index.get("_class_name"))
+    return family_of_class("QwenImageEditPlusPipeline" if kind == BUILTIN else kind)
 
 
 def check_configuration(given: str, index: Mapping[str, Any], transformer: Mapping[str, Any] | None = None) -> None:
@@ -44,21 +45,35 @@ def check_configuration(given: str, index: Mapping[str, Any], transformer: Mappi
     Raises:
         ValueError: If the pipeline is of another kind; the message says what is supported and what to use instead.
     """
-    kind = str(index.get("_class_name"))
-    if kind not in PIPELINES:
+    kind, family = str(index.get("_class_name")), _family(index)
+    if family is None or kind not in (*family.pipelines, BUILTIN):
         raise ValueError(_message(given, kind))
     part = (index.get("transformer") or (None, None))[1]
-    check_transformer(given, {"_class_name": part})
+    check_transformer(given, {"_class_name": part}, family)
     if transformer is not None:
-        check_transformer(given, transformer)
+        check_transformer(given, transformer, family)
 
 
-def check_transformer(given: str, config: Mapping[str, Any]) -> None:
-    """Check the configuration of a transformer, the content of its `config.json`; as `check_configuration`."""
-    found = config.get("_class_name", TRANSFORMER)
-    if found != TRANSFORMER:
-        raise ValueError(f"{given} has a transformer of the class {found}, not {TRANSFORMER}; {INSTEAD}")
-    _check_layout(given, config)
+def check_transformer(given: str, config: Mapping[str, Any], family: Family | None = None) -> None:
+    """Check the configuration of a transformer, the content of its `config.json`.
+
+    Args:
+        given: Name of the pipeline in messages.
+        config: Content of the file.
+        family: Family that it must belong to; None takes the first one, Qwen-Image-Edit.
+
+    Raises:
+        ValueError: If it has another class, or options that are not supported.
+    """
+    from uniref_fast.models.family import families
+
+    family = family or families()[0]
+    found = config.get("_class_name", family.transformer)
+    if found != family.transformer:
+        raise ValueError(
+            f"{given} has a transformer of the class {found}, not {family.transformer}; {_instead(family)}"
+        )
+    family.check_config(given, config, _instead(family))
 
 
 def check_pipeline(pipe: Any, given: str | None = None) -> None:
@@ -72,57 +87,45 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
         TypeError: If it is of another class.
         ValueError: If its transformer has options that are not supported, or its parts belong to different models.
     """
-    from diffusers import QwenImageEditPlusPipeline
-
-    from uniref_fast.models import find_transformer
+    from uniref_fast.models.family import families, find_transformer
 
     kind = type(pipe).__name__
-    if not isinstance(pipe, QwenImageEditPlusPipeline):
+    family = next((each for each in families() if each.has_pipeline(pipe)), None)
+    if family is None:
         raise TypeError(_message(given or kind, kind))
-    named, parts = given or f"the {kind}", pipe.components  # type: ignore[attr-defined]  # diffusers has no type for it
+    named, parts = given or f"the {kind}", pipe.components
     for part in ("vae", "scheduler"):
         if parts[part] is None:
             raise ValueError(
                 f"{named} has no {part}; load the whole pipeline, of which only the text encoder may be None"
             )
-    config = find_transformer(pipe).config
-    _check_layout(named, config)
-    latent = parts["vae"].config.z_dim * config.patch_size**2
-    if config.in_channels != latent:
-        raise ValueError(
-            f"{named} has a transformer of {config.in_channels} channels, but its VAE gives {latent}; the two belong "
-            "to different models"
-        )
-    if (encoder := parts["text_encoder"]) is not None:
-        width = encoder.config.get_text_config().hidden_size
-        if config.joint_attention_dim != width:
-            raise ValueError(
-                f"{named} has a transformer for text of width {config.joint_attention_dim}, but its text encoder gives "
-                f"{width}; the two belong to different models"
-            )
+    family.check_config(named, find_transformer(pipe).config, _instead(family))
+    family.check_parts(pipe, named)
 
 
 def _message(given: str, kind: str) -> str:
-    what = f": {OTHERS[kind]}" if kind in OTHERS else ""
+    from uniref_fast.models.family import families, family_of_class
+
+    family = family_of_class(kind)
+    what = patch = ""
+    if family is None:
+        names = [name for each in families() for name in each.pipelines]
+        near = get_close_matches(kind, names, n=1, cutoff=0.6)
+        what = f"; the nearest class that is supported is {near[0]}" if near else ""
+    elif kind in family.other_pipelines:
+        what = f": {family.other_pipelines[kind]}"
+        if kind not in family.unpatched and family.reason_against("patch") is None:
+            patch = "; uniref_fast.patch(pipe) accelerates this one in diffusers"
     named = kind if given == kind else f"{given} is a {kind}, which"
-    patch = "; uniref_fast.patch(pipe) accelerates this one in diffusers" if _can_be_patched(kind) else ""
-    return f"{named} is not supported{what}; {INSTEAD}{patch}"
+    return f"{named} is not supported{what}; {_instead(family)}{patch}"
 
 
-def _can_be_patched(kind: str) -> bool:
-    return kind in OTHERS and kind != "QwenImageLayeredPipeline"
+def _instead(family: Family | None) -> str:
+    """Return the end of a message: which pipelines are supported."""
+    from uniref_fast.models.family import families
 
-
-def _check_layout(given: str, transformer: Mapping[str, Any]) -> None:
-    for name, value in LAYOUT.items():
-        if transformer.get(name, value) != value:
-            raise ValueError(
-                f"{given} has a transformer with {name} = {transformer[name]!r}, which is not supported (it must be "
-                f"{value!r}); {INSTEAD}"
-            )
-    axes, width = transformer.get("axes_dims_rope", (16, 56, 56)), transformer.get("attention_head_dim", 128)
-    if len(axes) != 3 or sum(axes) != width:
-        raise ValueError(
-            f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the width "
-            f"of a head, {width}; {INSTEAD}"
-        )
+    family = family or families()[0]
+    return (
+        f"editing, estimates, training and evaluation take a {' or '.join(family.pipelines)}: use "
+        f"{', '.join(family.models)}, or another model of that class"
+    )

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from uniref_fast.budget import MAX_ASPECT_RATIO, MAX_SIDE, SIDE_MULTIPLE, fit_to_budget
-from uniref_fast.builtin.store import AREAS, recorded_areas
 from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
+from uniref_fast.models.family import family_of
 
 __all__ = [
     "EditRequest",
@@ -28,7 +28,6 @@ __all__ = [
     "validated",
 ]
 
-DEFAULT_OUTPUT_AREA = 1024 * 1024
 MAX_STEPS = 10000
 FIELD_KINDS: dict[str, tuple[type, str]] = {
     "true_cfg_scale": (numbers.Real, "a number"),
@@ -159,7 +158,7 @@ def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = N
                 f"{where}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal stretches the "
                 "steps between the first and the last); use at least 2"
             )
-        checked.append(request)
+        checked.append(request if pipe is None else family_of(pipe).check_request(pipe, request, where))
     if not checked:
         raise ValueError("no requests given")
     return checked
@@ -211,7 +210,7 @@ def _check(request: EditRequest, where: str) -> None:
 
 
 def _check_embeddings(request: EditRequest, where: str, pipe: Any) -> None:
-    width = pipe.transformer.config.joint_attention_dim
+    width = family_of(pipe).text_channels(pipe.transformer.config)
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         embeds, mask = getattr(request, name), getattr(request, f"{name}_mask")
         if embeds is None:
@@ -261,12 +260,7 @@ def image_areas(pipe: Any) -> tuple[int, int, int]:
     They come from the pipeline's attributes (`condition_image_area`, `vae_image_area`, `output_area`), else from its
     transformer's configuration, else from diffusers' constants.
     """
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
-
-    usual = zip(AREAS, (stock.CONDITION_IMAGE_SIZE, stock.VAE_IMAGE_SIZE, DEFAULT_OUTPUT_AREA), strict=True)
-    recorded = recorded_areas({}, pipe.transformer.config)
-    condition, vae, output = (getattr(pipe, name, recorded.get(name, area)) for name, area in usual)
-    return condition, vae, output
+    return family_of(pipe).image_areas(pipe)
 
 
 def geometry(
@@ -280,7 +274,7 @@ def geometry(
     """Compute the sizes that a pipeline gives the references and the result of a request.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`; see `image_areas`.
+        pipe: A pipeline of a supported family.
         sizes: (width, height) of each reference in pixels.
         width: Requested width of the result in pixels; None computes it as `EditRequest` describes.
         height: Requested height of the result, likewise.
@@ -290,22 +284,8 @@ def geometry(
     Raises:
         ValueError: If an image would be smaller than one token.
     """
-    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as stock
-
-    condition_area, vae_area, output_area = image_areas(pipe)
-    dimensions = getattr(pipe, "calculate_dimensions", stock.calculate_dimensions)
-    if recorded_areas({}, pipe.transformer.config):  # small areas, of which diffusers would round a short side to 0
-        from uniref_fast.builtin.pipeline import small_dimensions as dimensions
-    ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
-    computed = dimensions(output_area, ratio)
-    patch = pipe.vae_scale_factor * 2
-    result_width, result_height = (
-        (given or side) // patch * patch for given, side in zip((width, height), computed, strict=True)
-    )
-    condition = [dimensions(condition_area, w / h) for w, h in sizes]
-    alone = [dimensions(vae_area, w / h) for w, h in sizes]
-    references = alone if budget is None else fit_to_budget(sizes, budget)
-    result = Geometry((result_width, result_height), tuple(condition), tuple(references), patch)
+    result = family_of(pipe).geometry(pipe, sizes, width, height, budget)
+    references, patch = result.reference_sizes, result.patch
     for what, size in [("the result", result.size), *((f"image {i + 1}", s) for i, s in enumerate(references))]:
         if min(size) < patch:
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uniref_fast import builtin
-from uniref_fast.model_kind import check_configuration
+from uniref_fast.model_kind import check_configuration, transformer_class
 from uniref_fast.quantisation import check_unquantised, planned_configs
 
 __all__ = ["skeleton"]
@@ -32,7 +32,7 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, quant
 
     index = diffusers.DiffusionPipeline.load_config(name)
     check_configuration(str(name), index)
-    transformer = diffusers.QwenImageTransformer2DModel.load_config(name, subfolder="transformer")
+    transformer = transformer_class(index).load_config(name, subfolder="transformer")
     check_configuration(str(name), index, transformer)
     parts: dict[str, Any] = {}
     planned = {}

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
@@ -36,7 +35,6 @@ from uniref_fast.models.packed import (
 __all__ = [
     "Modulation",
     "PackedQwenImage",
-    "find_transformer",
     "joint_attention",
     "joint_qkv",
     "project_image",
@@ -44,51 +42,6 @@ __all__ = [
     "qk_norm_weights",
     "stream_rows",
 ]
-
-
-def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = False) -> Any:
-    """Return the `QwenImageTransformer2DModel` of a pipeline, or the model itself.
-
-    Args:
-        target: The pipeline or model.
-        sharded: Accept a model that `fully_shard` was applied to.
-        compiled: Return the model inside a wrapper of torch.compile.
-
-    Raises:
-        TypeError: If the object is anything else; the message says what is supported.
-    """
-    from diffusers import QwenImageTransformer2DModel as Stock
-
-    model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    if compiled:
-        model = getattr(model, "_orig_mod", model)
-    if type(model) is Stock:
-        return model
-    if model is None and hasattr(target, "transformer"):
-        raise TypeError(f"{type(target).__name__} has no transformer loaded yet; load it first")
-    given = type(target if model is None else model).__name__
-    if isinstance(model, Stock) and [base.__name__ for base in type(model).__bases__] == ["FSDPModule", Stock.__name__]:
-        if sharded:
-            return model
-        raise TypeError(f"the transformer is sharded by fully_shard ({given}), and a whole one is needed here")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError(
-            "the transformer is wrapped by torch.compile; use the model inside, `pipe.transformer = "
-            "pipe.transformer._orig_mod`, and compile it afterwards"
-        )
-    supported = ["QwenImageTransformer2DModel", "QwenImageEditPlusPipeline"]
-    if isinstance(getattr(model, "module", None), Stock):
-        raise TypeError(f"{given} is not supported: it wraps a {supported[0]}; use its attribute `module`")
-    if given.startswith("Nunchaku"):
-        raise TypeError(
-            f"{given} is not supported: its blocks call kernels that compute several Linears and the operations "
-            f"between them at once. Load a checkpoint of diffusers' NunchakuLiteQuantizationConfig as a {supported[0]}"
-        )
-    near = get_close_matches(given, supported, n=1, cutoff=0.5)
-    raise TypeError(
-        f"{given} is not supported: it must be a {supported[0]} (exactly that class) or a pipeline holding one, "
-        f"such as {supported[1]}" + (f"; nearest: {near[0]}" if near else "")
-    )
 
 
 QKV = tuple[Tensor, Tensor, Tensor]

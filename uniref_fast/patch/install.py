@@ -17,13 +17,12 @@ from uniref_fast.fast import (
     quantised_before,
     restore,
 )
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
+from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, check_keep_dtype, dependence
-from uniref_fast.models.qwen_image import find_transformer
-from uniref_fast.patch.guards import stock_forward
+from uniref_fast.patch.families import Place, family_patch
 from uniref_fast.patch.kept import ReferenceKeeper
-from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, register_processor
-from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
+from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport
 from uniref_fast.patch.state import PatchState
 from uniref_fast.quantised_linear import QuantisedWeight
 from uniref_fast.visibility import Rule, rule_of
@@ -48,8 +47,8 @@ def patch(
     """Make a diffusers pipeline (or its transformer) faster, in place.
 
     Args:
-        pipe_or_transformer: A `QwenImageEditPlusPipeline`, another pipeline with a `QwenImageTransformer2DModel` as
-            `transformer`, or that model. It may be compiled; the next call then compiles it again.
+        pipe_or_transformer: A pipeline of a supported family, another pipeline with the transformer of one, such as a
+            `QwenImageTransformer2DModel`, or that model. It may be compiled; the next call then compiles it again.
         mode: "exact" computes the same as the original and rounds where the original rounds. "fast" computes Linears of
             the blocks and attention in 8 bits (docs/fast.md). Their 16-bit weights move to host memory, and `unpatch`
             brings them back with the same bits.
@@ -78,10 +77,16 @@ def patch(
         ValueError: If options are impossible, or if the model is already patched with other options.
     """
     transformer = find_transformer(pipe_or_transformer, sharded=True, compiled=True)
+    family = family_of(transformer)
+    family.require("patch")
     fast = check_mode(mode, modules_to_not_convert)
+    if fast:
+        family.require("fast")
+    if keep_references is not False:
+        family.require("patch_keep_references")
     rule_of(visibility)  # raises for an unknown one
     check_keep_dtype(keep_dtype)
-    one = SelfLayout.qwen([Sample(1, (1, 1, 1), ((1, 1, 1),) * 2)], zero_cond_t=bool(transformer.config.zero_cond_t))
+    one = family.layout(transformer.config, [Sample(1, (1, 1, 1), ((1, 1, 1),) * 2)])
     schedule = RefreshSchedule.of(keep_references, drift, dependence(one, visibility))
     kept = None if modules_to_not_convert is None else tuple(modules_to_not_convert)
     options = (mode, visibility, strict, impl, schedule, keep_dtype, kept)
@@ -140,6 +145,8 @@ class _Installation:
 
     def __init__(self, transformer: Any, options: tuple, pipe: Any, parts: EightBitParts | None) -> None:
         mode, visibility, strict, impl, schedule, keep_dtype, _ = self.options = options
+        installed = family_patch(family_of(transformer))
+        assert installed is not None  # `Family.require` has checked it
         probe = torch.empty(0, dtype=_compute_dtype(transformer), device=_device(transformer))
         head_dim = transformer.config.attention_head_dim
         if impl is None:
@@ -159,10 +166,10 @@ class _Installation:
             sites=[],
         )
         self.state = PatchState(report, visibility, strict, impl, parts)
-        self.places: list[PatchedBlock | PatchedAttention] = []
+        self.places: list[Place] = []
         self.hooks: list[Any] = []
         if visibility != "full":
-            _refuse_processors(transformer, visibility)  # before anything is installed
+            installed.refuse_processors(transformer, visibility)  # before anything is installed
             report.notes.append(
                 f"no self-check of attention: visibility {report.visibility} differs from the original's on purpose"
             )
@@ -179,23 +186,12 @@ class _Installation:
             keeper = ReferenceKeeper(self.state, schedule, keep_dtype, pipe)
             self.hooks.append(transformer.register_forward_pre_hook(keeper.before, with_kwargs=True))
             self.hooks.append(transformer.register_forward_hook(keeper.after, always_call=True))
-        register_processor()
-        for name, block in transformer.transformer_blocks.named_children():
-            self._install(f"transformer_blocks.{name}", block)
-
-    def _install(self, name: str, block: Any) -> None:
-        if _has_stock_processor(block):
-            self._add(PatchedAttention(block.attn, self.state, Site(f"{name}.attn")))
-        else:
-            self.state.report.notes.append(f"{name}.attn has its own {_processor(block)}, which runs unchanged")
-        if stock_forward(block):
-            self._add(PatchedBlock(block, self.state, Site(name)))
-        else:
-            self.state.report.notes.append(f"{name} has its own forward, which runs unchanged")
-
-    def _add(self, place: PatchedBlock | PatchedAttention) -> None:
-        self.state.report.sites.append(place.site)
-        self.places.append(place)
+        for place in installed.install(transformer, self.state):
+            if isinstance(place, str):
+                report.notes.append(place)
+            else:
+                report.sites.append(place.site)
+                self.places.append(place)
 
     def remove(self) -> None:
         """Undo everything, or raise RuntimeError before anything is undone."""
@@ -213,26 +209,6 @@ def _with_exact_weights(module: Any, state_dict: dict[str, Any], prefix: str, me
     for name, value in state_dict.items():
         if isinstance(value, QuantisedWeight):
             state_dict[name] = value.original.detach()
-
-
-def _has_stock_processor(block: Any) -> bool:
-    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
-
-    return type(getattr(getattr(block, "attn", None), "processor", None)) is Stock
-
-
-def _processor(block: Any) -> str:
-    return type(getattr(getattr(block, "attn", None), "processor", None)).__name__
-
-
-def _refuse_processors(transformer: Any, visibility: str | Rule) -> None:
-    """Raise ValueError if a block has another processor: it does not know the visibility."""
-    for name, block in transformer.transformer_blocks.named_children():
-        if not _has_stock_processor(block):
-            raise ValueError(
-                f"transformer_blocks.{name}.attn has its own {_processor(block)}, which does not support visibility "
-                f"{visibility!r}; set diffusers' own processor first"
-            )
 
 
 def _compute_dtype(transformer: Any) -> torch.dtype:

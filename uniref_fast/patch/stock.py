@@ -1,6 +1,6 @@
 """Parts of diffusers that a packed forward replaces, and a check that each of them is still diffusers' own.
 
-`PackedQwenImage` runs a transformer's parameters without calling its blocks, attention modules and norms. Code that
+A packed forward runs a transformer's parameters without calling its blocks, attention modules and norms. Code that
 was put around or in place of these modules would therefore not run. `deviations` finds such code.
 """
 
@@ -10,78 +10,25 @@ import functools
 import importlib
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from uniref_fast.models.family import Replaced, family_of
 from uniref_fast.models.module_hooks import device_of_hooks, is_offloaded
-from uniref_fast.models.qwen_image import qk_norm_eps
+from uniref_fast.patch.families import family_patch
 from uniref_fast.patch.guards import (
-    QK_NORMS,
     active_backend,
     active_modes,
-    attention_change,
     innermost_forward,
     norm_change,
 )
-from uniref_fast.patch.processors import PatchedAttention, PatchedBlock
+from uniref_fast.patch.processors import PatchedBlock
 
-__all__ = ["REPLACED_MODULES", "Replaced", "deviations", "is_own_method", "weight_hooks"]
+__all__ = ["deviations", "found_modules", "is_own_method", "weight_hooks"]
 
-_QWEN = "diffusers.models.transformers.transformer_qwenimage"
-_NORMS = "diffusers.models.normalization"
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A module whose `forward` a packed forward does not call.
-
-    Attributes:
-        path: Name in the transformer; `*` stands for every block, the empty path for the transformer itself.
-        kind: Class that the module must have exactly, as "package.module:Class".
-        methods: Methods of that class whose work the packed forward does.
-        calls: Submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
-        reads: Attributes that the packed forward reads.
-        onloaded: True if the packed forward runs the hooks of the module that move its weights.
-    """
-
-    path: str
-    kind: str
-    methods: tuple[str, ...] = ("forward",)
-    calls: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    onloaded: bool = False
-
-
-_BLOCK, _ATTN = "transformer_blocks.*", "transformer_blocks.*.attn"
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
-
-REPLACED_MODULES = (
-    Replaced(
-        "", f"{_QWEN}:QwenImageTransformer2DModel",
-        calls=("img_in", "txt_norm", "txt_in", "time_text_embed", "proj_out"), reads=("config",), onloaded=True,
-    ),
-    Replaced("pos_embed", f"{_QWEN}:QwenEmbedRope", ("forward", "_compute_video_freqs")),
-    Replaced("norm_out", f"{_NORMS}:AdaLayerNormContinuous", calls=("silu", "linear")),
-    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
-    Replaced(
-        _BLOCK, f"{_QWEN}:QwenImageTransformerBlock", ("forward", "_modulate"),
-        calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"), onloaded=True,
-    ),
-    *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",))
-      for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
-    Replaced(
-        _ATTN, "diffusers.models.attention_processor:Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim"),
-    ),
-    *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"), onloaded=True)
-      for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
-)  # fmt: skip
-"""All modules that the packed forward replaces; it calls the other modules inside the transformer."""
-
-_ROTARY_THETA = 10000.0
 _KNOWN = ("diffusers", "torch", "uniref_fast")
 """Packages whose own code the packed forward is written for."""
 
@@ -90,7 +37,7 @@ def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
     """Describe every change around or inside a transformer that a packed forward would skip or compute wrongly.
 
     Args:
-        transformer: A `QwenImageTransformer2DModel`, patched or not.
+        transformer: A transformer of a supported family, patched or not.
         device: Device that it computes on.
 
     Yields:
@@ -98,19 +45,19 @@ def deviations(transformer: Any, device: torch.device) -> Iterator[str]:
     """
     yield from _process_wide()
     replaced: set[int] = set()
-    for part in REPLACED_MODULES:
-        for name, module in _found(transformer, part.path):
-            if module is None and "attn.norm_" in name:  # a model without that norm
+    family = family_of(transformer)
+    for part in family.replaced:
+        for name, module in found_modules(transformer, part.path):
+            if module is None and part.optional:
                 continue
             replaced.add(id(module))
             yield from _replaced_module(name, module, part)
     for name, module in transformer.named_modules():
         if id(module) not in replaced:
             yield from _called_module(name, module)
-    yield from _settings(transformer)
+    if (patch := family_patch(family)) is not None:
+        yield from patch.changes(transformer)
     yield from _other_devices(transformer, device)
-    for name, block in transformer.transformer_blocks.named_children():
-        yield from _processor(f"transformer_blocks.{name}.attn", block.attn.processor)
 
 
 def is_own_method(owner: Any, name: str) -> bool:
@@ -141,7 +88,7 @@ def _process_wide() -> Iterator[str]:
     """Describe changes that apply to every model of this process."""
     if backend := active_backend():
         yield f"attention backend {backend!r} is active in this process, and a packed forward chooses its own (impl=)"
-    if reason := attention_change() or norm_change():
+    if reason := norm_change():
         yield reason
     for mode in active_modes():
         if _root(type(mode).__module__) not in _KNOWN:  # PyTorch's own, such as counters of operations, change nothing
@@ -151,7 +98,8 @@ def _process_wide() -> Iterator[str]:
         yield f"torch.nn has the global module hook {hook}"
 
 
-def _found(transformer: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+def found_modules(transformer: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield (name, module) of all modules with a path of `Replaced`; None for a module that does not exist."""
     if "*" not in path:
         yield path or "the transformer", transformer.get_submodule(path)
         return
@@ -236,14 +184,16 @@ def _other_devices(transformer: Any, device: torch.device) -> Iterator[str]:
         place = device_of_hooks(module)
         if place is not None and (place.type, place.index or 0) != (device.type, device.index or 0):
             yield f"{name or 'the transformer'} is brought to {place} by its hooks, and the pipeline runs on {device}"
-    for name, block in transformer.transformer_blocks.named_children():
-        norms = [(path, getattr(block.attn, path)) for path in QK_NORMS]
-        for path, norm in norms:
-            weight = None if norm is None else norm.weight
+    for part in family_of(transformer).replaced:
+        if "weight" not in part.reads:
+            continue
+        for name, module in found_modules(transformer, part.path):
+            weight = None if module is None else module.weight
             if weight is None or (weight.device.type, weight.device.index or 0) == (device.type, device.index or 0):
                 continue
-            if not any(map(is_offloaded, (transformer, block, norm))):
-                yield f"transformer_blocks.{name}.attn.{path} has its weight on {weight.device}, not {device}"
+            parents = [transformer.get_submodule(name.rsplit(".", i)[0]) for i in range(1, name.count(".") + 1)]
+            if not any(map(is_offloaded, (transformer, *parents, module))):
+                yield f"{name} has its weight on {weight.device}, not {device}"
 
 
 def _foreign(hooks: dict[int, Any]) -> list[str]:
@@ -263,53 +213,3 @@ def _name(hook: Any) -> str:
 
 def _root(module: str) -> str:
     return module.split(".", 1)[0]
-
-
-def _settings(transformer: Any) -> Iterator[str]:
-    """Describe attributes of modules that differ from the configuration or among norms that must be equal."""
-    if not len(transformer.transformer_blocks):
-        yield "transformer_blocks is empty"
-    rope, axes = transformer.pos_embed, tuple(transformer.config.axes_dims_rope)
-    if type(rope).__name__ == "QwenEmbedRope":
-        positive, negative = _rotary_tables(axes)
-        n = len(positive)  # longer tables hold more positions of the same frequencies
-        same = tuple(rope.axes_dim) == axes and rope.scale_rope
-        for ours, theirs in ((positive, rope.pos_freqs[:n]), (negative, rope.neg_freqs[-n:])):
-            same = same and not theirs.is_meta and torch.equal(ours, theirs.cpu())
-        if not same:
-            yield "pos_embed has other frequencies than those of the model's configuration"
-    zero_cond_t = bool(transformer.config.zero_cond_t)
-    for name, module in (("the transformer", transformer), *_found(transformer, _BLOCK)):
-        if bool(getattr(module, "zero_cond_t", zero_cond_t)) != zero_cond_t:
-            yield f"{name} has zero_cond_t={module.zero_cond_t}, the configuration has {zero_cond_t}"
-    for name, attn in _found(transformer, _ATTN):
-        try:
-            qk_norm_eps(attn)
-        except ValueError as error:
-            yield f"{name}: {error}"
-
-
-@functools.lru_cache(maxsize=4)
-def _rotary_tables(axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-
-    with torch.device("cpu"), torch.inference_mode(False):
-        rope = QwenEmbedRope(theta=_ROTARY_THETA, axes_dim=list(axes), scale_rope=True)  # type: ignore[arg-type]
-    return rope.pos_freqs, rope.neg_freqs
-
-
-def _processor(where: str, processor: Any) -> Iterator[str]:
-    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
-
-    stock = processor.stock if isinstance(processor, PatchedAttention) else processor
-    if type(stock) is not Stock:
-        yield f"{where} has its own processor {type(stock).__name__}"
-    elif not is_own_method(stock, "__call__"):
-        yield f"{Stock.__name__}.__call__ was replaced by code that is not diffusers' own"
-        return
-    if processor._parallel_config is not None:
-        yield f"{where} is set to context parallelism, which splits a sequence over ranks"
-    backend = getattr(processor._attention_backend, "value", processor._attention_backend)
-    if backend not in (None, "native"):
-        advice = "transformer.reset_attention_backend() undoes it"
-        yield f"{where} is set to attention backend {backend!r}, and a packed forward chooses its own (impl=); {advice}"

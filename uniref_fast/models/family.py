@@ -1,0 +1,368 @@
+"""Families of models: what `patch`, `edit`, `estimate` and training need to know about an architecture.
+
+    family = family_of(pipe)                    # of a pipeline or of a transformer
+    model = family.packed(transformer)          # runs packs of samples, as `PackedQwenImage` does
+    sizes = family.geometry(pipe, [(640, 480)])
+
+A family is a subclass of `Family` in a file of this folder, with one instance in `_INSTANCES`. Everything that is equal
+for all families is outside: the denoising loop, kept references, packing, checks of requests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.packed import PackedModel
+from uniref_fast.visibility import Rule
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from uniref_fast.request import EditRequest, Geometry
+
+__all__ = [
+    "CAPABILITIES",
+    "Family",
+    "Replaced",
+    "Text",
+    "families",
+    "family_of",
+    "family_of_class",
+    "find_transformer",
+]
+
+_INSTANCES = {
+    "qwen-image-edit": "uniref_fast.models.qwen_image_edit:QWEN_IMAGE_EDIT",
+}
+"""Instance of every family, as "module:name", by its name. A module is imported when a family is first looked up."""
+
+CAPABILITIES = {
+    "patch": "uniref_fast.patch accelerates the pipeline of diffusers",
+    "edit": "uniref_fast.edit and Engine run requests in one packed loop",
+    "estimate": "uniref_fast.estimate",
+    "keep_references": "references kept across steps in edit (keep_references=)",
+    "patch_keep_references": "references kept across steps in patch (keep_references=)",
+    "fast": 'computation in 8 bits (mode="fast")',
+    "sft": "training/sft.py",
+    "msgrpo": "training/msgrpo.py",
+}
+"""What may work for a family, by the name that `Family.missing` uses."""
+
+Text = int | tuple[tuple[int, bool], ...]
+"""Text of a sequence: its length without padding, or (length, valid) runs, as `Sample.text`."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module whose `forward` a packed forward does not call.
+
+    Attributes:
+        path: Name in the transformer; `*` stands for every block, the empty path for the transformer itself.
+        kind: Class that the module must have exactly, as "package.module:Class".
+        methods: Methods of that class whose work the packed forward does.
+        calls: Submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
+        reads: Attributes that the packed forward reads.
+        onloaded: True if the packed forward runs the hooks of the module that move its weights.
+        optional: True if a model may lack the module.
+    """
+
+    path: str
+    kind: str
+    methods: tuple[str, ...] = ("forward",)
+    calls: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    onloaded: bool = False
+    optional: bool = False
+
+
+class Family:
+    """One architecture: names, packed model, and the part of its pipeline around the transformer.
+
+    Attributes:
+        name: Name of the family.
+        models: Hub ids of known checkpoints.
+        transformer: Name of the class of the transformer in diffusers.
+        pipelines: Names of the pipeline classes that `edit`, `estimate` and training take.
+        other_pipelines: Other pipeline classes with that transformer, and why `edit` does not take them. `patch`
+            accelerates those that `unpatched` does not name.
+        unpatched: Pipeline classes of `other_pipelines` that `patch` does not accelerate.
+        missing: Reason why a capability (`CAPABILITIES`) does not work, by its name. What is not named works.
+        replaced: Modules that the packed forward replaces; it calls the other modules inside the transformer.
+        packed: Class of the packed model.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    transformer: str
+    pipelines: tuple[str, ...]
+    other_pipelines: ClassVar[Mapping[str, str]] = {}
+    unpatched: tuple[str, ...] = ()
+    missing: ClassVar[Mapping[str, str]] = {}
+    replaced: tuple[Replaced, ...]
+    packed: type[PackedModel]
+
+    # ---- names and classes ----
+
+    def transformer_class(self) -> Any:
+        """Return the class of the transformer; None if the installed diffusers does not have it."""
+        return _diffusers_class(self.transformer)
+
+    def has_pipeline(self, pipe: Any) -> bool:
+        """Return True if a pipeline is of a class in `pipelines` or of a subclass of one."""
+        classes = [_diffusers_class(name) for name in self.pipelines]
+        return isinstance(pipe, tuple(each for each in classes if each is not None))
+
+    def reason_against(self, capability: str) -> str | None:
+        """Return the reason why a capability (`CAPABILITIES`) does not work for this family, or None."""
+        return self.missing.get(capability)
+
+    def require(self, capability: str) -> None:
+        """Raise ValueError with the reason if a capability (`CAPABILITIES`) does not work for this family."""
+        if reason := self.reason_against(capability):
+            raise ValueError(f"{CAPABILITIES[capability]}: not supported for {self.name} models: {reason}")
+
+    # ---- the packed model ----
+
+    def text_channels(self, config: Any) -> int:
+        """Return the width of the text embeddings of a transformer with a configuration."""
+        return config[self.packed.text_channels]
+
+    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
+        """Return the layout of a pack for a transformer with a configuration."""
+        raise NotImplementedError
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        """Raise ValueError if the packed model does not support the configuration of a transformer.
+
+        Args:
+            given: Name of the pipeline in the message.
+            config: Configuration of the transformer.
+            instead: End of the message: what is supported.
+        """
+        raise NotImplementedError
+
+    # ---- the pipeline around the transformer ----
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        """Raise ValueError if the parts of a loaded pipeline do not belong together; `given` names the pipeline."""
+
+    def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Check what only this family restricts, and return the request, changed where its pipeline fixes a value.
+
+        Args:
+            pipe: The pipeline.
+            request: A request that passed the checks that are equal for all families.
+            where: Name of the request in messages.
+
+        Raises:
+            ValueError: If the request cannot run.
+        """
+        return request
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        """Return three areas in pixels: of a reference for the text encoder, of one for the VAE, and of the result."""
+        raise NotImplementedError
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        """Compute the sizes of a request; the arguments are those of `uniref_fast.request.geometry`."""
+        raise NotImplementedError
+
+    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+        """Return a copy of the pipeline's scheduler with the timesteps of one request set.
+
+        Args:
+            pipe: The pipeline.
+            tokens: Number of target tokens.
+            steps: Number of denoising steps.
+            device: Device of the timesteps.
+        """
+        raise NotImplementedError
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        """Encode a prompt, or pass given embeddings through the pipeline (`uniref_fast.encode.encoded_prompt`)."""
+        raise NotImplementedError
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        """Encode an image to normalised latents, `[tokens, channels]` (`uniref_fast.encode.image_latents`)."""
+        raise NotImplementedError
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the starting noise `[1, n, C]` and the latents of all references `[m, C]`.
+
+        Args:
+            pipe: The pipeline.
+            request: A checked request.
+            sizes: Sizes of the request.
+            images: References of the request, converted by `convert_image`.
+            dtype: Dtype of the noise.
+            generator: Generator of the noise, or None.
+            own: True if `prepare_latents` of the pipeline is diffusers' own method; another one must be called as the
+                pipeline calls it.
+        """
+        raise NotImplementedError
+
+    def convert_image(self, image: Image.Image) -> Image.Image:
+        """Return a reference in the mode in which the pipeline's components take it: RGB, transparency over white."""
+        from uniref_fast.encode import to_rgb
+
+        return to_rgb(image)
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Combine the velocities `[n, C]` of both prompts by classifier-free guidance."""
+        raise NotImplementedError
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        """Decode latents `[1, n, C]` to an image (`uniref_fast.encode.decode_image`)."""
+        raise NotImplementedError
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+        """Return the text of `encode_prompt` without running the encoder."""
+        raise NotImplementedError
+
+    def transformer_flops(
+        self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
+    ) -> tuple[int, int]:
+        """Return (linear, attention) operations of one packed forward (`uniref_fast.costs.transformer_flops`)."""
+        raise NotImplementedError
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        """Return operations and peak bytes of the text encoder (`uniref_fast.costs.text_encoder_cost`)."""
+        raise NotImplementedError
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        """Return the shape of the VAE's input for one image.
+
+        Args:
+            vae: The VAE.
+            size: Width and height of the image in pixels.
+            direction: "encode" or "decode".
+        """
+        raise NotImplementedError
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """Return all families."""
+    found = []
+    for place in _INSTANCES.values():
+        module, _, name = place.partition(":")
+        found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
+
+
+def family_of_class(name: str) -> Family | None:
+    """Return the family that a class of pipeline or transformer belongs to, by its name; None if there is none."""
+    for family in families():
+        if name in (family.transformer, *family.pipelines, *family.other_pipelines):
+            return family
+    return None
+
+
+def family_of(target: Any) -> Family:
+    """Return the family of a pipeline or of a transformer, which may be of a subclass.
+
+    Raises:
+        TypeError: If it belongs to no family; the message names the nearest supported class.
+    """
+    for part in (target, getattr(target, "transformer", None)):
+        for base in type(part).__mro__:
+            if base.__module__.startswith("diffusers.") and (family := family_of_class(base.__name__)):
+                return family
+    raise TypeError(unsupported_class(type(target).__name__))
+
+
+def unsupported_class(given: str) -> str:
+    """Return the message for a class of pipeline or transformer that no family has."""
+    transformers = [family.transformer for family in families()]
+    pipelines = [name for family in families() for name in (*family.pipelines, *family.other_pipelines)]
+    near = get_close_matches(given, [*transformers, *pipelines], n=1, cutoff=0.5)
+    one = transformers[0] if len(transformers) == 1 else f"one of {', '.join(transformers)}"
+    return (
+        f"{given} is not supported: it must be a {one} (exactly that class) or a pipeline holding one, "
+        f"such as {families()[0].pipelines[0]}" + (f"; nearest: {near[0]}" if near else "")
+    )
+
+
+def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = False) -> Any:
+    """Return the transformer of a pipeline, or the model itself, if its class is that of a family.
+
+    Args:
+        target: The pipeline or model.
+        sharded: Accept a model that `fully_shard` was applied to.
+        compiled: Return the model inside a wrapper of torch.compile.
+
+    Raises:
+        TypeError: If the object is anything else; the message says what is supported.
+    """
+    model = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
+    if compiled:
+        model = getattr(model, "_orig_mod", model)
+    stock = tuple(kind for family in families() if (kind := family.transformer_class()) is not None)
+    if type(model) in stock:
+        return model
+    if model is None and hasattr(target, "transformer"):
+        raise TypeError(f"{type(target).__name__} has no transformer loaded yet; load it first")
+    given = type(target if model is None else model).__name__
+    bases = type(model).__bases__
+    if isinstance(model, stock) and len(bases) == 2 and bases[0].__name__ == "FSDPModule" and bases[1] in stock:
+        if sharded:
+            return model
+        raise TypeError(f"the transformer is sharded by fully_shard ({given}), and a whole one is needed here")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "the transformer is wrapped by torch.compile; use the model inside, `pipe.transformer = "
+            "pipe.transformer._orig_mod`, and compile it afterwards"
+        )
+    inside = getattr(model, "module", None)
+    if isinstance(inside, stock):
+        raise TypeError(f"{given} is not supported: it wraps a {type(inside).__name__}; use its attribute `module`")
+    if given.startswith("Nunchaku"):
+        raise TypeError(
+            f"{given} is not supported: its blocks call kernels that compute several Linears and the operations "
+            "between them at once. Load a checkpoint of diffusers' NunchakuLiteQuantizationConfig as a "
+            f"{families()[0].transformer}"
+        )
+    raise TypeError(unsupported_class(given))
+
+
+def _diffusers_class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name, None)

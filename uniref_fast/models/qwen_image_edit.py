@@ -1,0 +1,305 @@
+"""Qwen-Image-Edit as a family: the pipeline around the transformer, and what it costs.
+
+The packed model is in `uniref_fast.models.qwen_image`. The family has the checkpoints that load as
+`QwenImageEditPlusPipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.builtin.store import AREAS, recorded_areas
+from uniref_fast.encode import text_runs
+from uniref_fast.guidance import guide
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.schedule import denoising_schedule
+from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
+
+__all__ = ["QWEN_IMAGE_EDIT", "QwenImageEdit"]
+
+DEFAULT_OUTPUT_AREA = 1024 * 1024
+
+LAYOUT = {
+    "patch_size": 2,
+    "guidance_embeds": False,
+    "use_additional_t_cond": False,
+    "use_layer3d_rope": False,
+}
+"""Options of the transformer that change its layout or its inputs, with the values that the packed model supports."""
+
+_QWEN = "diffusers.models.transformers.transformer_qwenimage"
+_NORMS = "diffusers.models.normalization"
+_BLOCK, _ATTN = "transformer_blocks.*", "transformer_blocks.*.attn"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
+
+REPLACED = (
+    Replaced(
+        "", f"{_QWEN}:QwenImageTransformer2DModel",
+        calls=("img_in", "txt_norm", "txt_in", "time_text_embed", "proj_out"), reads=("config",), onloaded=True,
+    ),
+    Replaced("pos_embed", f"{_QWEN}:QwenEmbedRope", ("forward", "_compute_video_freqs")),
+    Replaced("norm_out", f"{_NORMS}:AdaLayerNormContinuous", calls=("silu", "linear")),
+    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    Replaced(
+        _BLOCK, f"{_QWEN}:QwenImageTransformerBlock", ("forward", "_modulate"),
+        calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"), onloaded=True,
+    ),
+    *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",))
+      for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
+    Replaced(
+        _ATTN, "diffusers.models.attention_processor:Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim"),
+    ),
+    *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"), onloaded=True, optional=True)
+      for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+)  # fmt: skip
+
+
+class QwenImageEdit(Family):
+    """Qwen-Image-Edit-2509, 2511 and what shares their pipeline."""
+
+    name = "qwen-image-edit"
+    models = ("Qwen/Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2509")
+    transformer = "QwenImageTransformer2DModel"
+    pipelines = ("QwenImageEditPlusPipeline",)
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "QwenImageEditPipeline": (
+            "the first generation of Qwen-Image-Edit, which takes one image and has another prompt"
+        ),
+        "QwenImageEditInpaintPipeline": "the first generation of Qwen-Image-Edit, for inpainting",
+        "QwenImagePipeline": "a text-to-image model, which takes no references",
+        "QwenImageImg2ImgPipeline": "a text-to-image model, which starts from an image instead of taking references",
+        "QwenImageInpaintPipeline": "a text-to-image model for inpainting, which takes no references",
+        "QwenImageControlNetPipeline": "a text-to-image model with a ControlNet, which takes no references",
+        "QwenImageControlNetInpaintPipeline": "a text-to-image model with a ControlNet, which takes no references",
+        "QwenImageLayeredPipeline": "a model that splits one image into layers",
+    }
+    unpatched = ("QwenImageLayeredPipeline",)
+    replaced = REPLACED
+    packed = PackedQwenImage
+
+    # ---- the packed model ----
+
+    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
+        return SelfLayout.qwen(samples, zero_cond_t=bool(config.zero_cond_t))
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        for name, value in LAYOUT.items():
+            if config.get(name, value) != value:
+                raise ValueError(
+                    f"{given} has a transformer with {name} = {config[name]!r}, which is not supported (it must be "
+                    f"{value!r}); {instead}"
+                )
+        axes, width = config.get("axes_dims_rope", (16, 56, 56)), config.get("attention_head_dim", 128)
+        if len(axes) != 3 or sum(axes) != width:
+            raise ValueError(
+                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
+                f"width of a head, {width}; {instead}"
+            )
+
+    # ---- the pipeline around the transformer ----
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        config, parts = pipe.transformer.config, pipe.components
+        latent = parts["vae"].config.z_dim * config.patch_size**2
+        if config.in_channels != latent:
+            raise ValueError(
+                f"{given} has a transformer of {config.in_channels} channels, but its VAE gives {latent}; the two "
+                "belong to different models"
+            )
+        if (encoder := parts["text_encoder"]) is not None:
+            width = encoder.config.get_text_config().hidden_size
+            if config.joint_attention_dim != width:
+                raise ValueError(
+                    f"{given} has a transformer for text of width {config.joint_attention_dim}, but its text encoder "
+                    f"gives {width}; the two belong to different models"
+                )
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        """Return the areas from the pipeline's attributes, else its transformer's configuration, else diffusers."""
+        stock = _stock()
+        usual = zip(AREAS, (stock.CONDITION_IMAGE_SIZE, stock.VAE_IMAGE_SIZE, DEFAULT_OUTPUT_AREA), strict=True)
+        recorded = recorded_areas({}, pipe.transformer.config)
+        condition, vae, output = (getattr(pipe, name, recorded.get(name, area)) for name, area in usual)
+        return condition, vae, output
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        condition_area, vae_area, output_area = self.image_areas(pipe)
+        dimensions = getattr(pipe, "calculate_dimensions", _stock().calculate_dimensions)
+        if recorded_areas({}, pipe.transformer.config):  # small, of which diffusers would round a short side to 0
+            from uniref_fast.builtin.pipeline import small_dimensions as dimensions
+        ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
+        computed = dimensions(output_area, ratio)
+        patch = pipe.vae_scale_factor * 2
+        result_width, result_height = (
+            (given or side) // patch * patch for given, side in zip((width, height), computed, strict=True)
+        )
+        condition = [dimensions(condition_area, w / h) for w, h in sizes]
+        alone = [dimensions(vae_area, w / h) for w, h in sizes]
+        references = alone if budget is None else fit_to_budget(sizes, budget)
+        return Geometry((result_width, result_height), tuple(condition), tuple(references), patch)
+
+    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+        return denoising_schedule(pipe.scheduler, tokens, steps, device)
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        device = device or pipe._execution_device
+        if embeds is None:
+            resized = [
+                pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)
+            ] or None
+        else:
+            resized = None
+            embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
+            mask = None if mask is None else mask.reshape(1, -1).to(device)
+        embeds, mask = pipe.encode_prompt(
+            prompt=prompt, image=resized, device=device, num_images_per_prompt=1, prompt_embeds=embeds,
+            prompt_embeds_mask=mask, max_sequence_length=512,
+        )  # fmt: skip
+        text = text_runs(embeds.shape[1], mask)
+        return embeds[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        width, height = size
+        pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
+        latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
+        rows, columns = latents.shape[3:]
+        return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
+        if pairs and not own:
+            pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
+        width, height = sizes.size
+        channels = pipe.transformer.config.in_channels // 4
+        latents, packed = pipe.prepare_latents(
+            pixels, 1, channels, height, width, dtype, pipe._execution_device, generator, request.latents
+        )
+        if not own:
+            return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
+        # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
+        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
+        return latents, torch.cat([latents[0, :0], *parts])
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return guide(positive, negative, scale)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        vae = pipe.vae
+        width, height = size
+        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
+        mean, std = (
+            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        image = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+        pictures = "".join(f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes)))
+        tokens = pipe.tokenizer(pipe.prompt_template_encode.format(pictures + prompt))["input_ids"]
+        seen = sum(condition_tokens(pipe, size) for size in sizes)
+        return len(tokens) + seen - len(sizes) - pipe.prompt_template_encode_start_idx
+
+    def transformer_flops(
+        self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
+    ) -> tuple[int, int]:
+        whole: AttentionPlan = plan(layout, visibility)
+        last = target_plan(layout, visibility)
+        if kept:
+            computed = kept_step(layout)
+            layout, whole = computed.layout, computed.plan(visibility)
+        width = config.num_attention_heads * config.attention_head_dim
+        text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
+        rows, samples = layout.num_modulation_rows, layout.num_samples
+        blocks = config.num_layers
+        out = config.patch_size**2 * config.out_channels
+        qkv, rest = 3 * width**2, 9 * width**2  # output projection and the 4x feed-forward
+        linear = blocks * qkv * (text + image) + (blocks - 1) * rest * (text + image) + rest * targets
+        linear += blocks * 6 * width**2 * (rows + samples)  # modulation of both streams
+        linear += rows * (256 * width + width**2) + rows * 2 * width**2  # timestep embedding, last modulation
+        linear += image * config.in_channels * width + text * config.joint_attention_dim * width + targets * width * out
+        area = (blocks - 1) * whole.area + last.area
+        return 2 * linear, 4 * area * width
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        config = pipe.text_encoder.config
+        language, vision = config.text_config, config.vision_config
+        merge = pipe.processor.image_processor.merge_size**2
+        flops = peak = 0
+        width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
+        kv = language.num_key_value_heads * head
+        layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
+        vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+        element = compute_dtype(pipe.text_encoder).itemsize
+        for size, lengths in zip(sizes, texts, strict=True):
+            patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
+            for kept in lengths:
+                tokens = kept + pipe.prompt_template_encode_start_idx
+                flops += language.num_hidden_layers * (2 * layer * tokens + 4 * tokens**2 * width)
+                flops += 2 * width * language.vocab_size * tokens  # diffusers calls the head as well
+                flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
+                states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
+                peak = max(peak, tokens * states * element)
+        return flops, peak
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        width, height = size
+        if direction == "encode":
+            return 1, 3, 1, height, width
+        factor = 2 ** len(vae.temperal_downsample)
+        return 1, vae.config.z_dim, 1, height // factor, width // factor
+
+
+def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
+    """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
+    processor = pipe.processor.image_processor
+    return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
+
+
+def _stock() -> Any:
+    """Return diffusers' module of the pipeline, imported when first needed."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+    return pipeline_qwenimage_edit_plus
+
+
+QWEN_IMAGE_EDIT = QwenImageEdit()
