@@ -100,12 +100,15 @@ class Sample:
         references: Grids of the references, in order; any number, any sizes.
         group: Samples with the same group number share one copy of their references in a layout with
             `shared_references`.
+        text_before: Number of text tokens before each reference, ascending, for models whose text and images alternate
+            in one sequence; None for all others.
     """
 
     text: int | tuple[tuple[int, bool], ...]
     target: Grid
     references: tuple[Grid, ...] = ()
     group: int | None = None
+    text_before: tuple[int, ...] | None = None
 
     @property
     def text_runs(self) -> tuple[tuple[int, bool], ...]:
@@ -127,6 +130,8 @@ class Sample:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         if not isinstance(self.text, int):
             object.__setattr__(self, "text", _frozen(self.text))
+        if self.text_before is not None:
+            object.__setattr__(self, "text_before", tuple(self.text_before))
         if any(length < 0 for length, _ in self.text_runs):
             raise ValueError(f"text lengths must not be negative, got {self.text}")
         for grid in (self.target, *self.references):
@@ -174,14 +179,18 @@ class SelfLayout:
     Attributes:
         segments: Segments in joint order, without gaps.
         num_samples: Number of samples; each has one target.
-        clean_references: True if references, and only they, are modulated with t = 0, in row `num_samples + sample`.
+        clean_references: True if references, and with `causal_prefix` text too, are modulated with t = 0, in row
+            `num_samples + sample`.
         text_axes: Rotary axes on which the tokens of a text advance.
+        causal_prefix: True if text and references come before the target and do not attend to it, so that their keys
+            and values can be kept together.
     """
 
     segments: tuple[Segment, ...]
     num_samples: int
     clean_references: bool
     text_axes: tuple[int, ...] = QWEN.text_axes
+    causal_prefix: bool = False
 
     @staticmethod
     def pack(
@@ -261,6 +270,10 @@ class SelfLayout:
     def image_segments(self) -> tuple[Segment, ...]:
         """Target and reference segments in stream order."""
         return tuple(sorted((s for s in self.segments if not s.kind.is_text), key=lambda s: s.stream_start))
+
+    def is_kept(self, segment: Segment) -> bool:
+        """Return True if the keys and values of a segment can be kept over steps: references, or the whole prefix."""
+        return segment.kind is Kind.REFERENCE or (self.causal_prefix and segment.kind is not Kind.TARGET)
 
     # ---- image stream: for each sample its target, then the references that it holds ----
 

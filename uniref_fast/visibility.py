@@ -77,10 +77,13 @@ def group_shared(query: Segment, key: Segment) -> bool:
 def block_causal(query: Segment, key: Segment) -> bool | Literal["causal"]:
     """Each segment sees the segments of its sample up to itself, an image all of itself and a text itself causally.
 
-    The mask of diffusers' `build_qwenimage21_block_causal_mask`, for segments in the order of the sequence.
+    The mask of diffusers' `build_qwenimage21_block_causal_mask`, for segments in the order of the sequence. Samples of
+    a group that share their text and references see that one copy.
     """
-    if not full(query, key) or key.joint_start > query.joint_start:
+    if query.group != key.group or key.kind is Kind.PADDING or key.joint_start > query.joint_start:
         return False
+    if key.kind is Kind.TARGET:  # the last segment of its sample
+        return query == key
     return "causal" if query == key and query.kind.is_text else True
 
 

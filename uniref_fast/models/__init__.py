@@ -2,5 +2,6 @@
 
 from uniref_fast.models.family import find_transformer
 from uniref_fast.models.qwen_image import PackedQwenImage
+from uniref_fast.models.qwen_image_21 import PackedQwenImage21
 
-__all__ = ["PackedQwenImage", "find_transformer"]
+__all__ = ["PackedQwenImage", "PackedQwenImage21", "find_transformer"]

@@ -25,7 +25,7 @@ class TracedContext:
 
     Attributes:
         joint_rows: Joint row of every row of the text and of the image stream, int32 `[N_text]` and `[N_image]`.
-        table_rows: Row of the modulation table of every row of both streams, int32, in the same order.
+        table_rows: Row of the modulation table of every row of both streams and of the joint sequence, int32.
         rotary: Rotary cos and sin in joint order, float32 `[N, D / 2]` each.
         targets: Rows of the image stream that are targets, int64 `[N_target]`.
         plan: Prepared plan of all rows.
@@ -36,7 +36,7 @@ class TracedContext:
     """
 
     joint_rows: tuple[Tensor, Tensor]
-    table_rows: tuple[Tensor, Tensor]
+    table_rows: tuple[Tensor, Tensor, Tensor]
     rotary: tuple[Tensor, Tensor]
     targets: Tensor
     plan: PreparedPlan
@@ -70,11 +70,13 @@ class TracedContext:
 
     def joint_index(self, stream: str, device: Any = None) -> Tensor:
         """Return the joint row of every row of a stream, int32 `[N_stream]`."""
+        if stream == "joint":
+            return torch.arange(self.joint_length, dtype=torch.int32, device=self.joint_rows[0].device)
         return self.joint_rows[stream == "image"]
 
     def modulation_rows(self, stream: str, device: Any = None) -> Tensor:
         """Return the modulation row of every row of a stream, int32 `[N_stream]`."""
-        return self.table_rows[stream == "image"]
+        return self.table_rows[("text", "image", "joint").index(stream)]
 
     def target_rows(self, device: Any = None) -> Tensor:
         """Return the rows of the image stream that are targets, int64 `[N_target]`."""
@@ -100,7 +102,7 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
     plans = [prepare_plan(q, plan, impl, backward=backward) for plan in (context.plan, context.target_plan)]
     return TracedContext(
         joint_rows=(layout.joint_index("text", device), layout.joint_index("image", device)),
-        table_rows=(context.modulation_rows("text"), context.modulation_rows("image")),
+        table_rows=tuple(context.modulation_rows(stream) for stream in ("text", "image", "joint")),
         rotary=context.rotary,
         targets=context.target_rows(),
         plan=plans[0],

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.layout import Kind, Segment, SelfLayout
+from uniref_fast.layout import Segment, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_of
 
@@ -60,13 +60,14 @@ def dependence(layout: SelfLayout, visibility: str | Rule) -> str | None:
         visibility: Visibility of attention.
     """
     rule = rule_of(visibility)
-    references = [segment for segment in layout.segments if segment.kind is Kind.REFERENCE]
-    others = [segment for segment in layout.segments if segment.kind is not Kind.REFERENCE]
+    references = [segment for segment in layout.segments if layout.is_kept(segment)]
+    others = [segment for segment in layout.segments if not layout.is_kept(segment)]
     if any(rule(query, key) for query in references for key in others):
         name = visibility if isinstance(visibility, str) else getattr(visibility, "__name__", "custom")
         return f"references attend to text and target under visibility {name!r}"
     if references and not layout.clean_references:
-        return "references are modulated with the time t of each step, because the model has zero_cond_t=False"
+        option = "causal_condition" if layout.causal_prefix else "zero_cond_t"
+        return f"references are modulated with the time t of each step, because the model has {option}=False"
     return None
 
 
@@ -290,7 +291,7 @@ def kept_bytes(config: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: 
         dtype: Dtype of the computation.
         keep_dtype: "int8" for 8 bits with a scale for each row and head, or None.
     """
-    rows = sum(segment.length for segment in layout.segments if segment.kind is Kind.REFERENCE)
+    rows = sum(segment.length for segment in layout.segments if layout.is_kept(segment))
     head = config.attention_head_dim
     row = head * dtype.itemsize if keep_dtype is None else head + dtype.itemsize  # of one head
     return 2 * config.num_layers * rows * config.num_attention_heads * row
@@ -332,11 +333,11 @@ class ReferenceRows:
             memo(self.whole, _computed_plan, visibility, self.reused) if self.reused else plan(self.whole, visibility)
         )
 
-    def image(self, image: Tensor) -> Tensor:
-        """Return the computed rows of an image stream of the pack, `[N_image, C]`."""
+    def stream(self, stream: str, x: Tensor) -> Tensor:
+        """Return the computed rows of the "text" or "image" stream of the pack, `[N_stream, C]`."""
         if not self.reused:
-            return image
-        return image.index_select(0, memo(self.whole, _computed_rows, "image", self.reused, image.device))
+            return x
+        return x.index_select(0, memo(self.whole, _computed_rows, stream, self.reused, x.device))
 
     def rotary(self, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the computed rows of the rotary tables of the pack, `[N, D / 2]` each."""
@@ -400,7 +401,7 @@ def _reference_spans(layout: SelfLayout) -> dict[int, tuple[int, int]]:
     """Return the joint rows [start, end) of the references of each sample that holds some."""
     spans: dict[int, tuple[int, int]] = {}
     for segment in layout.segments:
-        if segment.kind is Kind.REFERENCE:
+        if layout.is_kept(segment):
             start, end = spans.get(segment.sample, (segment.joint_start, segment.joint_start))
             assert end == segment.joint_start, "the references of a sample are not next to each other"
             spans[segment.sample] = start, segment.joint_end
@@ -409,19 +410,23 @@ def _reference_spans(layout: SelfLayout) -> dict[int, tuple[int, int]]:
 
 def _computed(layout: SelfLayout, reused: frozenset[int]) -> list[Segment]:
     """Return the segments without the references of some samples, in joint order."""
-    return [s for s in layout.segments if s.kind is not Kind.REFERENCE or s.sample not in reused]
+    return [s for s in layout.segments if not layout.is_kept(s) or s.sample not in reused]
 
 
 def _without_references(layout: SelfLayout, reused: frozenset[int]) -> SelfLayout:
     """Return the layout without the references of some samples; positions and modulation rows stay."""
-    segments: list[Segment] = []
-    joint_at, stream_at = 0, {True: 0, False: 0}  # by whether the segment is text
-    for segment in _computed(layout, reused):
-        segment = replace(segment, joint_start=joint_at, stream_start=stream_at[segment.kind.is_text])
-        segments.append(segment)
-        joint_at += segment.length
+    left = _computed(layout, reused)
+    starts: dict[Segment, int] = {}  # first row in the stream, whose order may differ from the joint one
+    stream_at = {True: 0, False: 0}  # by whether the segment is text
+    for segment in sorted(left, key=lambda each: each.stream_start):
+        starts[segment] = stream_at[segment.kind.is_text]
         stream_at[segment.kind.is_text] += segment.length
-    some = any(segment.kind is Kind.REFERENCE for segment in segments)
+    segments: list[Segment] = []
+    joint_at = 0
+    for segment in left:
+        segments.append(replace(segment, joint_start=joint_at, stream_start=starts[segment]))
+        joint_at += segment.length
+    some = any(map(layout.is_kept, segments))
     return replace(layout, segments=tuple(segments), clean_references=layout.clean_references and some)
 
 
@@ -430,10 +435,11 @@ def _computed_plan(layout: SelfLayout, visibility: str | Rule, reused: frozenset
 
 
 def _computed_rows(layout: SelfLayout, what: str, reused: frozenset[int], device: torch.device) -> Tensor:
-    """Return the rows of the joint sequence or of the image stream that are computed, int64 in their order."""
+    """Return the rows of the joint sequence or of a stream that are computed, int64 in their order."""
     if what == "joint":
         starts = [(s.joint_start, s.length) for s in _computed(layout, reused)]
     else:
-        images = (s for s in _computed(layout, reused) if not s.kind.is_text)
-        starts = sorted((s.stream_start, s.length) for s in images)
-    return torch.cat([torch.arange(start, start + length, device=device) for start, length in starts])
+        of_stream = (s for s in _computed(layout, reused) if s.kind.is_text == (what == "text"))
+        starts = sorted((s.stream_start, s.length) for s in of_stream)
+    none = torch.arange(0, device=device)
+    return torch.cat([none, *(torch.arange(start, start + length, device=device) for start, length in starts)])

@@ -239,7 +239,7 @@ class PackedQwenImage(PackedModel):
         rotary = layout.rotary(model.config.axes_dims_rope, image.device)
         references = None if kept is None else self._references(layout, kept)
         if references is not None:
-            layout, image, rotary = references.layout, references.image(image), references.rotary(rotary)
+            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
         context = self._context(layout, rotary, references, image.dtype)
         if self.parallel is not None:
             image, text = image[self.parallel.rows(layout, "image")], text[self.parallel.rows(layout, "text")]
