@@ -39,7 +39,7 @@ def attend(
 def modulated_input(
     linear: nn.Module | None,
     x: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     rows: Tensor,
     eps: float,
@@ -68,7 +68,7 @@ def gated_input(
     x: Tensor,
     branch: Tensor,
     gate: Tensor,
-    shift: Tensor,
+    shift: Tensor | None,
     scale: Tensor,
     rows: Tensor,
     eps: float,
