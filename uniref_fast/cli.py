@@ -1,4 +1,4 @@
-"""Command line: `uniref-fast demo | edit | estimate | data | eval | export | fuse | lora | plan | plot | doctor`.
+"""Command line: `uniref-fast demo | edit | serve | estimate | data | eval | export | lora | plan | ...`.
 
 Modules that load PyTorch are imported by the command that needs them, so that `--help` is quick.
 """
@@ -24,6 +24,7 @@ from uniref_fast.files import write_whole
 from uniref_fast.lora import cli as lora
 from uniref_fast.progress import announce, announce_import, running
 from uniref_fast.scenes import make as scenes
+from uniref_fast.serve import command as serve
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 TRAIN_ONLY = ("fontTools", "httpx2", "matplotlib", "peft", "pyarrow", "tensorboard")
+SERVE_ONLY = ("fastapi", "prometheus_client", "python_multipart", "uvicorn")
 DTYPES = ("float32", "bfloat16", "float16")
 JSON_HELP = "Print one JSON object instead of text."
 UNTRAINED = "The weights are untrained: the image is noise shaped by the architecture."
@@ -72,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(name, str(error), 2)
     except ModuleNotFoundError as error:
         extra = '; install it with pip install -e ".[train]"' if error.name in TRAIN_ONLY else ""
+        extra = '; install it with pip install "uniref_fast[serve]"' if error.name in SERVE_ONLY else extra
         return _failed(name, f"{error}{extra}", 1)
     except (OSError, ImportError, RuntimeError) as error:  # disk, broken packages, out of memory
         return _failed(name, str(error) or type(error).__name__, 1)
@@ -126,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(demo)
     edit = command("edit", _edit, "Edit your own images.")
     _add_edit(edit, _add_request(edit))
+    served = command("serve", serve.run, "Serve edits over HTTP, as OpenAI's images API does.",
+                     "Edits join and leave a running pack.")  # fmt: skip
+    _add_serve(served)
     estimate = command("estimate", _estimate, "Estimate size, tokens, memory and time of an edit without running it.",
                        "Memory counts weights and tensors. A time is given only where it was measured.")  # fmt: skip
     _add_estimate(_add_request(estimate, sizes=True))
@@ -192,6 +198,11 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
            ", or 0 to scale each as diffusers does. (default: that of the last run of --lora or --initial, else each "
            "reference is scaled as diffusers does)"))  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
+    return _add_model(parser)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> Any:
+    """Add the flags that choose the model, and return their group."""
     model = parser.add_argument_group("Model")
     model.add_argument(
         "--model", default="builtin", metavar="DIR_OR_ID",
@@ -209,12 +220,27 @@ def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE",
         help="Image to write; its ending (.png, .jpg, .webp, ...) chooses the format.")  # fmt: skip
     add = model.add_argument
-    add("--initial", action="append", type=Path, default=[], metavar="RUN",
-        help="Folder of a training run, or its transformer/ folder, whose weights are loaded into the model; repeat "
-        "the flag for runs that continue others, in order.")  # fmt: skip
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]",
         help="LoRA adapter to load: the folder of a training run, its lora/ folder, or a .safetensors file, with a "
         "factor on its effect; repeat the flag for more.")  # fmt: skip
+    _add_weights(parser, model)
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    serve.add_arguments(parser)
+    model = _add_model(parser)
+    model.add_argument("--budget", type=int, metavar="SIDE",
+        help="Joint pixel budget of the references of a request: SIDE x SIDE pixels for all of them together, or 0 to "
+        "scale each as diffusers does. (default: that of the last run of --initial, else 0)")  # fmt: skip
+    _add_weights(parser, model)
+
+
+def _add_weights(parser: argparse.ArgumentParser, model: Any) -> None:
+    """Add the flags for the weights of the model, and for where and how they are computed with."""
+    add = model.add_argument
+    add("--initial", action="append", type=Path, default=[], metavar="RUN",
+        help="Folder of a training run, or its transformer/ folder, whose weights are loaded into the model; repeat "
+        "the flag for runs that continue others, in order.")  # fmt: skip
     add("--visibility", choices=("full", "reference_causal", "reference_isolated"),
         help="Attention policy, for models that were trained with another than full. (default: that of the run of the "
         "last --lora, else of the last --initial, else full)")  # fmt: skip

@@ -1,0 +1,201 @@
+"""Command `uniref-fast serve`. Imports PyTorch and the server libraries only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import math
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uniref_fast.progress import announce, announce_import
+from uniref_fast.serve.config import Limits, ServeConfig
+
+if TYPE_CHECKING:
+    from uniref_fast.serve.service import EditService
+
+__all__ = ["add_arguments", "build_service", "run"]
+
+KEY = "UNIREF_API_KEY"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the server, without those of the model."""
+    limits, add = Limits(), parser.add_argument_group("Server").add_argument
+    add("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 for all. (default: %(default)s)")
+    add("--port", type=_whole(0, 65535), default=8000,
+        help="Port to listen on; 0 takes a free one. (default: %(default)s)")  # fmt: skip
+    add(
+        "--model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="Further name that requests may give as their model; repeat the flag for more. (default: only --model)",
+    )
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="Further value of the header Host to accept; repeat the flag for more. Without a key, a server on a "
+        "loopback address answers to loopback names only.")  # fmt: skip
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="Origin of other web pages that may use the server, such as https://example.com; repeat the flag for "
+        "more.")  # fmt: skip
+    add = parser.add_argument_group("Limits").add_argument
+    add("--max-tokens", type=_whole(1), metavar="N",
+        help="Largest number of tokens of the edits that run together. (default: as many as fit the free memory of a "
+        "GPU, no limit on a CPU)")  # fmt: skip
+    add(
+        "--max-waiting",
+        type=_whole(1),
+        default=64,
+        metavar="N",
+        help="Largest number of edits that wait; further ones are refused with status 429. (default: %(default)s)",
+    )
+    add("--max-images", type=_whole(1), default=limits.images, metavar="N",
+        help="Largest number of pictures of a request. (default: %(default)s)")  # fmt: skip
+    add("--max-pixels", type=_whole(1), default=limits.pixels, metavar="N",
+        help="Largest number of pixels of all pictures of a request together. (default: %(default)s)")  # fmt: skip
+    add("--max-result-pixels", type=_whole(1), default=limits.result_pixels, metavar="N",
+        help="Largest number of pixels of a result. (default: %(default)s)")  # fmt: skip
+    add("--max-bytes", type=_whole(1), default=limits.body_bytes, metavar="N",
+        help="Largest number of bytes of a request. (default: %(default)s)")  # fmt: skip
+    add("--max-steps", type=_whole(1), default=limits.steps, metavar="N",
+        help="Largest number of denoising steps of an edit. (default: %(default)s)")  # fmt: skip
+    add("--deadline", type=_seconds, default=limits.seconds, metavar="SECONDS",
+        help="Longest time from the arrival of a request until its response. (default: %(default)g)")  # fmt: skip
+
+
+def _whole(least: int, most: int = 2**53) -> Any:
+    def parse(text: str) -> int:
+        number = int(text) if text.isdecimal() else -1
+        if not least <= number <= most:
+            upper = f" to {most}" if most < 2**53 else ""
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}{upper}, got {text!r}")
+        return number
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal. Everything that can be checked is checked before the model is loaded."""
+    import uvicorn  # noqa: F401 - if it is missing, that is known before the model is loaded
+
+    key = _key()
+    listener = _listen(args.host, args.port)
+    with contextlib.closing(listener):
+        service = build_service(args, key)
+
+        from uniref_fast.serve.server import Server
+
+        server = Server(service)
+        host, port = listener.getsockname()[:2]
+        announce(f"serving {args.model} on http://{f'[{host}]' if ':' in host else host}:{port}")
+        if key is None and not ipaddress.ip_address(host).is_loopback:
+            announce(f"anyone who reaches {host} can use this server: set {KEY} to ask for a key")
+        try:
+            server.run(sockets=[listener])
+        finally:
+            failed = service.engine.stats().has_failed
+            service.engine.close(drain=False)
+    return 1 if failed else 0
+
+
+def _key() -> str | None:
+    """Return the key that requests must send. Raises ValueError for one that no header can hold."""
+    key = os.environ.get(KEY)
+    if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise ValueError(f"{KEY} must be a text of printable ASCII characters that is not empty; unset it for no key")
+    return key
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Return a socket that is bound to an address. Raises ValueError if that is not possible."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {reason}") from error
+    return listener
+
+
+def build_service(args: argparse.Namespace, key: str | None) -> EditService:
+    """Load the model and start its engine.
+
+    Args:
+        args: Flags of the command.
+        key: Key that requests must send, or None.
+    """
+    announce_import("PyTorch", "torch")
+    from uniref_fast.evaluation.config import EvalConfig
+    from uniref_fast.evaluation.model import check_runs, on_device
+    from uniref_fast.flags import parse_keep_references
+    from uniref_fast.loading import defaults
+    from uniref_fast.runs import run_folder
+
+    keep = parse_keep_references(args.keep_references)
+    if args.drift is not None and keep != "auto":
+        raise ValueError(f"--drift is the tolerance of --keep-references auto, got {args.keep_references}")
+    runs = tuple(run_folder(path) for path in args.initial)
+    check_runs(runs, args.model)
+    trained = EvalConfig((), Path(), model=args.model, initial=runs, budget=args.budget, visibility=args.visibility)
+    device, dtype = on_device(args.device, args.dtype)
+    if args.offload and (args.mode == "fast" or args.quantisation):
+        raise ValueError(f"--offload {args.offload} needs the weights as they are stored, without --mode fast and "
+                         "--quantisation; leave one out")  # fmt: skip
+    if args.offload and device == "cpu":
+        raise ValueError(f"--offload {args.offload} makes room on a GPU, and the model is on the CPU; leave it out")
+    pipe = _load(args, runs, device, dtype)
+
+    from uniref_fast import Engine
+    from uniref_fast.serve.service import EditService
+
+    engine = Engine(
+        pipe, args.max_tokens, max_waiting=args.max_waiting, budget=trained.resolve_sizes()[0],
+        visibility=trained.resolve_visibility(), keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
+        mode=args.mode,
+    )  # fmt: skip
+    steps, guidance = defaults(args.model)
+    limits = Limits(
+        args.max_bytes, args.max_images, args.max_pixels, args.max_result_pixels, args.max_steps, seconds=args.deadline
+    )
+    hosts = (*LOOPBACK, *args.allow_host) if key is None and _is_loopback(args.host) else ()
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    config = ServeConfig(
+        name, tuple(args.model_name), min(steps, limits.steps), guidance, limits=limits, api_key=key,
+        hosts=hosts, origins=tuple(args.allow_origin),
+    )  # fmt: skip
+    return EditService(engine, config)
+
+
+def _load(args: argparse.Namespace, runs: tuple[Any, ...], device: str, dtype: str) -> Any:
+    from uniref_fast import patch
+    from uniref_fast.evaluation.model import load
+    from uniref_fast.loading import offload
+
+    pipe = load(args.model, runs, False, "cpu" if args.offload else device, dtype, (), args.quantisation)
+    if args.offload:
+        offload(pipe, args.offload, device)
+    if args.mode == "fast":
+        patch(pipe, mode="fast")  # frees the memory of 16-bit weights
+    return pipe
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
