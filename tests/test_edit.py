@@ -128,9 +128,9 @@ def layouts(monkeypatch):
     seen = []
     call = uniref_fast.PackedQwenImage.__call__
 
-    def spy(self, image, text, timestep, layout, kept=None):
+    def spy(self, image, text, timestep, layout, *others):
         seen.append(layout)
-        return call(self, image, text, timestep, layout, kept)
+        return call(self, image, text, timestep, layout, *others)
 
     monkeypatch.setattr(uniref_fast.PackedQwenImage, "__call__", spy)
     return seen

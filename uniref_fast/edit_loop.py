@@ -24,6 +24,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import KeptReferences
 from uniref_fast.models.packed import PackedModel
+from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import is_own_method
 from uniref_fast.request import EditRequest, Geometry
@@ -139,6 +140,7 @@ class _Pack:
         layout: Layout of the pack.
         image: Image stream, `[N_image, C]`. References are written once, targets before each step.
         kept: Kept references of each sequence, or None if nothing is kept.
+        constants: Store of what the model computes once for all steps of the pack.
     """
 
     edits: tuple[Edit, ...]
@@ -146,6 +148,7 @@ class _Pack:
     layout: SelfLayout
     image: Tensor
     kept: tuple[KeptReferences | None, ...] | None
+    constants: StepConstants
 
 
 @dataclass
@@ -223,7 +226,8 @@ class EditLoop:
             owners, prompts, samples, kept = zip(*(rows[i] for i in indices), strict=True)
             layout = self.model.layout(samples)
             image = layout.image_stream([edit.latents[0] for edit in owners], [edit.references for edit in owners])
-            packs.append(_Pack(owners, torch.cat(prompts), layout, image, kept if any(kept) else None))
+            constants = self.model.step_constants()
+            packs.append(_Pack(owners, torch.cat(prompts), layout, image, kept if any(kept) else None, constants))
         return packs
 
     def _predict(self, packs: Sequence[_Pack]) -> list[list[Tensor]]:
@@ -232,6 +236,7 @@ class EditLoop:
         for pack in packs:
             pack.layout.write_targets(pack.image, [edit.latents[0] for edit in pack.edits])
             t = torch.stack([edit.timesteps[edit.steps].to(edit.latents.dtype) / 1000 for edit in pack.edits])
-            velocities += pack.layout.split_targets(self.model(pack.image, pack.text, t, pack.layout, pack.kept))
+            predicted = self.model(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants)
+            velocities += pack.layout.split_targets(predicted)
         at = iter(velocities)
         return [[next(at) for _ in edit.prompts] for edit in self.edits]

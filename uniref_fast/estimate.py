@@ -301,13 +301,14 @@ def _transformer_flops(
 
 
 def _packs_peak(model: PackedModel, samples: Sequence[Sample], pack_tokens: int | None) -> int:
-    """Return the peak bytes of the largest pack, with the image streams of all other packs."""
+    """Return the peak bytes of the largest pack, with the image streams of all other packs and all text streams."""
     packs = next_fit([sample.length for sample in samples], pack_tokens)
     longest = max(packs, key=lambda pack: sum(samples[i].length for i in pack))
     largest = model.layout([samples[i] for i in longest])
-    others = model.layout(samples).image_length - largest.image_length
-    streams = others * model.transformer.config.in_channels * compute_dtype(model.transformer).itemsize
-    return streams + transformer_peak(model.transformer, largest)
+    whole, config = model.layout(samples), model.transformer.config
+    images = (whole.image_length - largest.image_length) * config.in_channels
+    texts = whole.text_length * config.num_attention_heads * config.attention_head_dim  # kept between steps
+    return (images + texts) * compute_dtype(model.transformer).itemsize + transformer_peak(model.transformer, largest)
 
 
 def _geometries(

@@ -25,6 +25,7 @@ from uniref_fast.models.compiled_block import TracedContext, compiler_of, traced
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks, onloaded
 from uniref_fast.models.sequence_parallel import SequenceParallel
+from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.quantised_linear import is_quantised
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
@@ -268,6 +269,7 @@ class PackedModel(nn.Module):
         self.checkpointing = checkpointing
         self.for_training = for_training
         self.parallel: SequenceParallel | None = None
+        self._constants: StepConstants | None = None  # of the running forward
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile every block; the arguments are those of `torch.compile`.
@@ -287,6 +289,10 @@ class PackedModel(nn.Module):
         """
         raise NotImplementedError
 
+    def step_constants(self) -> StepConstants:
+        """Return an empty store of what is equal in all steps of one pack, for `constants` of `forward`."""
+        return StepConstants()
+
     def forward(
         self,
         image: Tensor,
@@ -294,6 +300,7 @@ class PackedModel(nn.Module):
         timestep: Tensor,
         layout: SelfLayout,
         kept: Sequence[KeptReferences | None] | None = None,
+        constants: StepConstants | None = None,
     ) -> Tensor:
         """Predict the velocity of every target.
 
@@ -304,6 +311,7 @@ class PackedModel(nn.Module):
             layout: Layout of the pack, from `self.layout`.
             kept: Store of the references of each sample, or None for a sample whose references are computed in every
                 step (`uniref_fast.models.kept_references`). The forward is then one step of them, without gradients.
+            constants: Store of what is equal in all steps of this pack, from `step_constants`, or None.
 
         Returns:
             Velocities of the targets' tokens by sample, `[N_target, 4 * out_channels]` (`layout.split_targets`). Under
@@ -314,8 +322,12 @@ class PackedModel(nn.Module):
             ValueError: If shapes differ from the layout's, or the layout is not one of this model.
         """
         self._check(image, text, timestep, layout)
-        with onloaded(self.transformer):
-            return self._predict(image, text, timestep, layout, kept)
+        self._constants = constants
+        try:
+            with onloaded(self.transformer):
+                return self._predict(image, text, timestep, layout, kept)
+        finally:
+            self._constants = None
 
     def _predict(
         self,
@@ -345,6 +357,23 @@ class PackedModel(nn.Module):
             fuse_residual=not self.checkpointing and dtype != torch.float16,
             parallel=self.parallel,
         )
+
+    def _text_stream(self, text: Tensor, layout: SelfLayout, *modules: nn.Module) -> Tensor:
+        """Return this rank's rows of the text stream before the first block, `[n, C]`; once for all steps of a pack.
+
+        Args:
+            text: Prompt embeddings of the pack, `[N_text, text_channels]`.
+            layout: Layout of the rows that are computed.
+            modules: Modules that are applied to them, one after the other.
+        """
+
+        def compute() -> Tensor:
+            stream = text if self.parallel is None else text[self.parallel.rows(layout, "text")]
+            for module in modules:
+                stream = module(stream)
+            return stream
+
+        return compute() if self._constants is None else self._constants.text_stream(text, modules, compute)
 
     def _run_blocks(self, streams: list[Tensor], temb: Tensor, context: ForwardContext) -> Tensor:
         """Run all blocks, and return the targets' rows of their output, `[n_target, C]`.

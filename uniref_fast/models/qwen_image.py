@@ -242,8 +242,8 @@ class PackedQwenImage(PackedModel):
             layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
         context = self._context(layout, rotary, references, image.dtype)
         if self.parallel is not None:
-            image, text = image[self.parallel.rows(layout, "image")], text[self.parallel.rows(layout, "text")]
-        streams = [model.img_in(image), model.txt_in(model.txt_norm(text))]  # [n, C] each
+            image = image[self.parallel.rows(layout, "image")]
+        streams = [model.img_in(image), self._text_stream(text, layout, model.txt_norm, model.txt_in)]  # [n, C] each
         timestep = timestep.to(streams[0].dtype)
         if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])

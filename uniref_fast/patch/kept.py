@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uniref_fast.edit_report import ReferenceReport
 from uniref_fast.layout import SelfLayout
 from uniref_fast.models.kept_references import KeepDtype, KeptReferences, ReferenceRows, RefreshSchedule
+from uniref_fast.models.step_constants import weights_state
 from uniref_fast.patch.guards import active_backend, active_mode, attention_change, has_hooks, is_plain
 from uniref_fast.patch.stock import weight_hooks
 
@@ -199,7 +200,7 @@ class ReferenceKeeper:
         tensors = (image[:, frames * height * width :], text, *([] if mask is None else [mask]))
         settings = (
             tuple(tuple(map(tuple, each)) for each in shapes), tuple((x.shape, x.dtype, x.device) for x in tensors),
-            len(time), repr(given.get("attention_kwargs")), _weights(module),
+            len(time), repr(given.get("attention_kwargs")), weights_state(module),
         )  # fmt: skip
         predictions[:] = [each for each in predictions if each.time.device == time.device]
         alike = [each for each in predictions if each.settings == settings]
@@ -238,21 +239,6 @@ class ReferenceKeeper:
 def _equal(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> Tensor:
     """Return a bool tensor on the device: whether all tensors are equal."""
     return torch.stack([(a == b).all() for a, b in zip(kept, given, strict=True)]).all()
-
-
-def _weights(transformer: nn.Module) -> tuple:
-    """Return the identity and version of all weights, and the state of all adapters."""
-    state: list[Any] = []
-    module: Any
-    for module in transformer.modules():
-        own = vars(module)
-        for parameter in own["_parameters"].values():
-            if parameter is not None:
-                state += (id(parameter), 0 if parameter.is_inference() else parameter._version)
-        if "scaling" in own:  # a layer of peft
-            state.append((tuple(module.active_adapters), tuple(own["scaling"].items()), tuple(module.merged_adapters),
-                          module.disable_adapters))  # fmt: skip
-    return tuple(state)
 
 
 def _hooked(transformer: Any) -> Iterator[tuple[str, str]]:
