@@ -72,6 +72,20 @@ def test_edit_with_two_pictures(tmp_path, pictures, capsys):
     assert np.array_equal(np.asarray(Image.open(out)), first), "the seed is fixed by default"
 
 
+def test_edit_with_several_images(tmp_path, pictures, capsys):
+    out = tmp_path / "new" / "result.png"
+    fields = ["--prompt", "x", "--image", pictures[0], "--num-inference-steps", 2, "--width", 32, "--height", 32]
+    status, text, _ = run(capsys, "edit", *fields, "--num-images", 2, "--out", out)
+    assert status == 0 and not out.exists()
+    first, second = (Image.open(out.with_name(f"result-{i}.png")) for i in (1, 2))
+    assert first.size == second.size == (32, 32) and first.tobytes() != second.tobytes()
+    assert "result-1.png: 32 x 32" in text and "result-2.png: 32 x 32" in text
+    status, text, _ = run(capsys, "estimate", *fields, "--num-images", 2, "--json")
+    assert status == 0 and json.loads(text)["results"] == [[32, 32], [32, 32]]
+    status, _, error = run(capsys, "edit", *fields, "--num-images", 0, "--out", out)
+    assert status == 2 and "num_images must be at least 1" in error
+
+
 def test_edit_with_kept_references(tmp_path, pictures, capsys):
     args = ["edit", "--image", pictures[0], "--prompt", "make it night", "--num-inference-steps", 3]
     for keep, steps in (("2", "2 of 3 steps (0, 2)"), ("auto", "3 of 3 steps")):

@@ -390,7 +390,7 @@ def test_a_step_that_fails_for_the_pack_only(pipe, monkeypatch, caplog):
     predict = EditLoop._predict
 
     def failing(loop, packs):
-        if any(len(pack.edits) > 1 for pack in packs):
+        if any(len(pack.sequences) > 1 for pack in packs):
             raise RuntimeError("unlucky shape")
         return predict(loop, packs)
 

@@ -198,6 +198,8 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
            ", or 0 to scale each as diffusers does. (default: that of the last run of --lora or --initial, else each "
            "reference is scaled as diffusers does)"))  # fmt: skip
     add("--seed", type=int, default=0, help="Seed of the noise. (default: %(default)s)")
+    add("--num-images", type=int, default=1, metavar="N",
+        help="Number of images, which differ in their noise. (default: %(default)s)")  # fmt: skip
     return _add_model(parser)
 
 
@@ -218,7 +220,8 @@ def _add_model(parser: argparse.ArgumentParser) -> Any:
 
 def _add_edit(parser: argparse.ArgumentParser, model: Any) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE",
-        help="Image to write; its ending (.png, .jpg, .webp, ...) chooses the format.")  # fmt: skip
+        help="Image to write; its ending (.png, .jpg, .webp, ...) chooses the format. Several images get a number: "
+        "out-1.png, out-2.png, ...")  # fmt: skip
     add = model.add_argument
     add("--lora", action="append", default=[], metavar="PATH[:SCALE]",
         help="LoRA adapter to load: the folder of a training run, its lora/ folder, or a .safetensors file, with a "
@@ -358,12 +361,16 @@ def _edit(args: argparse.Namespace) -> int:
     report = EditReport() if keep else None
     if args.mode == "fast":
         patch(pipe, mode="fast")  # frees the memory of 16-bit weights, which edit() alone would not
-    (image,) = edit(
+    (result,) = edit(
         pipe, [request], mode=args.mode, budget=budget, visibility=visibility, report=report,
         keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
     )  # fmt: skip
-    _save(image, args.out)
-    print(f"{args.out}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
+    results = {args.out: result}
+    if args.num_images > 1:
+        results = {_numbered(args.out, i): image for i, image in enumerate(result, start=1)}
+    for path, image in results.items():
+        _save(image, path)
+        print(f"{path}: {image.width} x {image.height}, {len(images)} reference(s), {dtype} on {device}")
     if report is not None:
         print(report)
     if builtin.weights_status(pipe) == "untrained":
@@ -466,6 +473,7 @@ def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
         "height": args.height,
         "width": args.width,
         "num_inference_steps": steps if args.num_inference_steps is None else args.num_inference_steps,
+        "num_images": args.num_images,
     }
 
 
@@ -501,6 +509,11 @@ def _writable(path: Path, suffixes: Sequence[str] | None = None) -> None:
     nearest = next(parent for parent in path.absolute().parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UsageError(f"--out {path}: {nearest} is not a writable folder")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    """Return the path of one of several images."""
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
 def _save(image: Any, path: Path) -> None:

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
 from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_report import EditReport
-from uniref_fast.edit_session import EditSession, check_output_type, warn_of_guidance
+from uniref_fast.edit_session import CheckedRequest, EditSession, check_output_type, warn_of_guidance
 from uniref_fast.fast import quantised_before
 from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import (
     KeepDtype,
 )
 from uniref_fast.models.packed import PackedModel
+from uniref_fast.ops._dispatch import one_of
 from uniref_fast.progress import tracked
 from uniref_fast.quantised import row_dependence
 from uniref_fast.quantised_linear import exact_products, recorded_errors
-from uniref_fast.request import EditRequest
+from uniref_fast.request import EditRequest, as_list
 from uniref_fast.visibility import Rule
 
 __all__ = ["edit"]
@@ -49,6 +51,7 @@ def edit(
     report: EditReport | None = None,
     mode: str = "exact",
     modules_to_not_convert: Sequence[str] | None = None,
+    errors: Literal["raise", "return"] = "raise",
 ) -> list[Any]:
     """Run several edit requests together.
 
@@ -80,15 +83,20 @@ def edit(
             quantised at each call and 16-bit weights stay on the device; `patch(pipe, mode="fast")` does it once.
         modules_to_not_convert: Names of modules that stay in 16 bits under `mode="fast"`. None keeps the first and the
             last block and the modulation.
+        errors: "raise" raises the error of a request, which ends the call. "return" puts the exception into the list of
+            results, in the place of its request, and the other requests run. An error of the whole pack, such as too
+            little memory for a step, is raised in both cases.
 
     Returns:
-        One result per request, in order.
+        One result per request, in order. It is a list of images for a request with `num_images` above 1.
 
     Raises:
         ValueError: If a request or the pipeline cannot run, before any work is done.
         TypeError: If a request or the pipeline has the wrong type, likewise.
     """
     _check_options(output_type, pack_tokens)
+    given = as_list(requests)
+    failures = _Failures(one_of("errors", errors, "raise", "return"), len(given))
     session = EditSession(
         pipe,
         budget=budget,
@@ -103,26 +111,69 @@ def edit(
     )
     if torch.is_autocast_enabled(session.device.type):
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
-    checked = session.check(requests)
-    warn_of_guidance([each.request for each in checked])
+    checked: dict[int, CheckedRequest] = {}
+    for i, request in enumerate(given, start=1):
+        with failures.of(i):
+            checked[i] = session.check_one(request, f"request {i}")
+    warn_of_guidance({i: each.request for i, each in checked.items()})
     if len(checked) > 1 and (reason := row_dependence(session.model.transformer)):
         warnings.warn(f"each result depends a little on the other requests: {reason}", stacklevel=2)
     shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")
+    edits: dict[int, Edit] = {}
+    results: dict[int, Any] = {}
     with session.computing():
-        edits = [session.encode(each) for each in tracked(checked, "encoding", "request", shown=shown)]
-        exact = [each.copy() for each in edits] if report is not None and report.compare else []
-        errors: dict[str, float] = {}
-        with recorded_errors(errors) if session.parts is not None and report is not None else contextlib.nullcontext():
-            _denoise(pipe, session.model, edits, pack_tokens, progress)
+        for i in tracked(list(checked), "encoding", "request", shown=shown):
+            with failures.of(i, "while it was encoded"):
+                edits[i] = session.encode(checked[i])
+        exact = {i: each.copy() for i, each in edits.items()} if report is not None and report.compare else {}
+        product_errors: dict[str, float] = {}
+        measured = session.parts is not None and report is not None
+        with recorded_errors(product_errors) if measured else contextlib.nullcontext():
+            _denoise(pipe, session.model, edits, pack_tokens, progress, failures)
+        edits = {i: each for i, each in edits.items() if each.error is None}
         if report is not None:
+            exact = {i: each for i, each in exact.items() if i in edits}
             latent_errors = _latent_errors(pipe, session.model, edits, exact, pack_tokens, progress)
-            report.fill([each.kept or () for each in edits], errors, latent_errors)
+            kept = [(i - 1, each.request.num_images, each.kept or ()) for i, each in edits.items()]
+            report.fill(kept, product_errors, latent_errors)
             report.note = quantised_before(session.model.transformer) if session.parts is not None else None
-        for each in edits:
+        for each in edits.values():
             each.kept = None  # decoding needs the memory
-        results = [session.decode(each, output_type) for each in tracked(edits, "decoding", "result", shown=shown)]
+        for i in tracked(list(edits), "decoding", "result", shown=shown):
+            with failures.of(i, "while its result was decoded"):
+                results[i] = session.decode(edits[i], output_type)
     pipe.maybe_free_model_hooks()
-    return results
+    return [failures.kept[i] if i in failures.kept else results[i] for i in range(1, len(given) + 1)]
+
+
+class _Failures:
+    """Errors of single requests, which are raised or kept.
+
+    Args:
+        keeps: Keep the errors instead of raising them.
+        total: Number of requests.
+
+    Attributes:
+        kept: Errors by the number of the request, from 1.
+    """
+
+    def __init__(self, keeps: bool, total: int) -> None:
+        self.keeps, self.total = keeps, total
+        self.kept: dict[int, Exception] = {}
+
+    @contextlib.contextmanager
+    def of(self, number: int, when: str = "") -> Iterator[None]:
+        """Return a context for the work of one request, which names it in a note of an error that is raised."""
+        try:
+            yield
+        except Exception as error:
+            if not self.keeps:
+                note = f"This is the error of request {number} of {self.total}, which failed {when}."
+                if when and hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(note)
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the call that failed
+            self.kept[number] = error
 
 
 def _check_options(output_type: Any, pack_tokens: Any) -> None:
@@ -134,24 +185,43 @@ def _check_options(output_type: Any, pack_tokens: Any) -> None:
 
 
 def _latent_errors(
-    pipe: Any, model: PackedModel, jobs: list[Edit], exact: list[Edit], pack_tokens: int | None, progress: bool
+    pipe: Any,
+    model: PackedModel,
+    edits: Mapping[int, Edit],
+    exact: Mapping[int, Edit],
+    pack_tokens: int | None,
+    progress: bool,
 ) -> list[float]:
-    """Run the exact edits, and return the relative errors of the latents of jobs that have run."""
+    """Run the exact edits, and return the relative errors of the latents of edits that have run."""
     if not exact:
         return []
     with exact_products():
         same = family_of(pipe).packed(model.transformer, visibility=model.visibility, impl=model.impl)
-        _denoise(pipe, same, exact, pack_tokens, progress)
-    pairs = [(job.latents.float(), other.latents.float()) for job, other in zip(jobs, exact, strict=True)]
+        _denoise(pipe, same, exact, pack_tokens, progress, _Failures(False, len(exact)))
+    pairs = [(edits[i].latents.float(), exact[i].latents.float()) for i in exact]
     return [((result - expected).norm() / expected.norm()).item() for result, expected in pairs]
 
 
-def _denoise(pipe: Any, model: PackedModel, jobs: list[Edit], pack_tokens: int | None, progress: bool) -> None:
+def _denoise(
+    pipe: Any,
+    model: PackedModel,
+    edits: Mapping[int, Edit],
+    pack_tokens: int | None,
+    progress: bool,
+    failures: _Failures,
+) -> None:
+    if not edits:
+        return
     loop = EditLoop(model, pack_tokens)
-    loop.join(*jobs)
-    bar = pipe.progress_bar(total=max(len(job.timesteps) for job in jobs)) if progress else None
+    loop.join(*edits.values())
+    bar = pipe.progress_bar(total=max(len(edit.timesteps) for edit in edits.values())) if progress else None
     while loop.edits:
+        running = {i: edit for i, edit in edits.items() if edit in loop.edits}
         loop.step()
+        for i, edit in running.items():
+            with failures.of(i, f"in step {edit.steps}"):
+                if edit.error is not None:
+                    raise edit.error
         if bar is not None:
             bar.update()
     if bar is not None:

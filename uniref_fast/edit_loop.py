@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import is_own_method
 from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.step_callback import StepCallback
 
 __all__ = ["Edit", "EditLoop", "encoded_edit"]
 
@@ -42,15 +44,19 @@ class Edit:
         prompts: Embeddings `[l, D]` of the prompt and, with guidance, of the negative prompt.
         samples: Sample of the layout for each of these prompts.
         references: Latents of all references, `[m, C]`.
-        latents: Latents of the result after the steps so far, `[1, n, C]`, as the scheduler and the VAE expect.
+        latents: Latents of the B images of the request after the steps so far, `[B, n, C]`, as the scheduler expects.
         scheduler: Scheduler of the request.
         timesteps: Timesteps of the scheduler.
         step_options: Options of `scheduler.step`: the generator, if it has that argument.
         guide: Classifier-free guidance of the family (`Family.guide`).
-        kept: Kept references of each of the samples, or None if they are computed in every step.
+        callback: Callback of the request, or None.
+        kept: Kept references of each sample of the first image, then of the second one, and so on; None if they are
+            computed in every step.
         steps: Number of steps so far.
         is_interrupted: A step of its scheduler has raised an error, which may have changed its state.
-        velocity: Velocity `[n, C]` of the last step, after guidance; None before the first one.
+        is_stopped: The callback has ended the edit before its last step.
+        error: Error of its last step, with which it left the loop, or None.
+        velocity: Velocity `[B, n, C]` of the last step, after guidance; None before the first one.
     """
 
     request: EditRequest
@@ -63,28 +69,56 @@ class Edit:
     timesteps: Tensor
     step_options: dict[str, Any]
     guide: Callable[[Tensor, Tensor, float], Tensor]
+    callback: StepCallback | None = None
     kept: list[KeptReferences] | None = None
     steps: int = 0
     is_interrupted: bool = False
+    is_stopped: bool = False
+    error: BaseException | None = None
     velocity: Tensor | None = None
 
     @property
     def is_finished(self) -> bool:
-        return self.steps >= len(self.timesteps)
+        return self.is_stopped or self.steps >= len(self.timesteps)
+
+    @property
+    def sequences(self) -> list[_Sequence]:
+        """Sequences of the prompts for the first image, then for the second one, and so on."""
+        stores: Iterator[KeptReferences | None] = itertools.repeat(None) if self.kept is None else iter(self.kept)
+        return [
+            _Sequence(self, image, prompt, sample, next(stores))
+            for image in range(len(self.latents))
+            for prompt, sample in zip(self.prompts, self.samples, strict=True)
+        ]
 
     @property
     def tokens(self) -> int:
         """Number of tokens of its sequences."""
-        return sum(sample.length for sample in self.samples)
+        return len(self.latents) * sum(sample.length for sample in self.samples)
 
-    @property
-    def stores(self) -> Sequence[KeptReferences | None]:
-        """Kept references of each of the samples; None for one whose references are computed in every step."""
-        return self.kept or [None] * len(self.samples)
+    def advance(self, velocities: Sequence[Tensor]) -> None:
+        """Make a step of the scheduler, and call the callback of the request.
+
+        Args:
+            velocities: Velocity `[n, C]` of each of its sequences.
+        """
+        if self.request.guided:
+            scale = self.request.true_cfg_scale
+            velocities = [self.guide(*pair, scale) for pair in zip(velocities[::2], velocities[1::2], strict=True)]
+        velocity = torch.stack([*velocities])
+        self.is_interrupted = True
+        stepped = self.scheduler.step(
+            velocity, self.timesteps[self.steps], self.latents, return_dict=False, **self.step_options
+        )[0]
+        self.latents, self.velocity = stepped.to(self.latents.dtype), velocity
+        self.is_interrupted = False
+        self.steps += 1
+        if self.callback is not None:
+            self.callback(self)
 
     def predicted_latents(self) -> Tensor:
-        """Return the latents at t = 0 to which the last velocity leads, `[1, n, C]`."""
-        if self.velocity is None or self.is_finished:
+        """Return the latents at t = 0 to which the last velocity leads, `[B, n, C]`."""
+        if self.velocity is None or self.steps >= len(self.timesteps):
             return self.latents
         t = self.timesteps[self.steps].to(self.latents.dtype) / 1000
         return self.latents - t * self.velocity.to(self.latents.dtype)
@@ -92,11 +126,35 @@ class Edit:
     def copy(self) -> Edit:
         """Return the same edit with latents, scheduler and generator of its own, and without kept references."""
         options = dict(self.step_options)
-        if isinstance(options.get("generator"), torch.Generator):
-            generator = options["generator"]
-            options["generator"] = torch.Generator(generator.device).set_state(generator.get_state())
-        scheduler = copy.deepcopy(self.scheduler)
-        return replace(self, latents=self.latents.clone(), scheduler=scheduler, step_options=options, kept=None)
+        generator = options.get("generator")
+        if isinstance(generator, list):
+            options["generator"] = [_copied(each) for each in generator]
+        elif generator is not None:
+            options["generator"] = _copied(generator)
+        return replace(
+            self, prompts=[*self.prompts], latents=self.latents.clone(), scheduler=copy.deepcopy(self.scheduler),
+            step_options=options, kept=None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """A sequence of a pack: one prompt of one image of an edit, with its sample and its kept references, or None."""
+
+    edit: Edit
+    image: int
+    prompt: Tensor
+    sample: Sample
+    store: KeptReferences | None
+
+    @property
+    def latents(self) -> Tensor:
+        """Latents of the image, `[n, C]`."""
+        return self.edit.latents[self.image]
+
+
+def _copied(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator(generator.device).set_state(generator.get_state())
 
 
 def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: Any, cast: bool = True) -> Edit:
@@ -117,25 +175,35 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
         )
         for text, embeds, mask in request.texts
     ), strict=True)  # fmt: skip
-    generator = request.generator
-    if request.seed is not None:
-        generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = _generator(request)
     own = is_own_method(pipe, "prepare_latents")
     latents, references = family.starting_latents(pipe, request, sizes, images, prompts[0].dtype, generator, own)
     # In the pipeline, stochastic schedulers draw from the global generator; here they use the request's seed.
     options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     samples = [sizes.sample(text) for text in texts]
+    function, names = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
+    callback = None if function is None else StepCallback(pipe, function, names)
     return Edit(
-        request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options, family.guide
-    )
+        request, sizes, [*prompts], samples, references, latents, scheduler, scheduler.timesteps, options, family.guide,
+        callback,
+    )  # fmt: skip
+
+
+def _generator(request: EditRequest) -> torch.Generator | list[torch.Generator] | None:
+    """Return one generator for all images of a request, or one for each, as diffusers' pipelines take them."""
+    if request.seed is None:
+        return request.generators if isinstance(request.generator, Sequence) else request.generator
+    if isinstance(request.seed, Sequence):
+        return [torch.Generator("cpu").manual_seed(seed) for seed in request.seed]
+    return torch.Generator("cpu").manual_seed(request.seed)
 
 
 @dataclass(frozen=True)
 class _Pack:
-    """Sequences that run as one forward of the model: one per edit, or two for an edit with guidance.
+    """Sequences that run as one forward of the model: for each image of an edit one, or two with guidance.
 
     Attributes:
-        edits: Edit of each sequence.
+        sequences: The sequences.
         text: Prompt embeddings of all sequences, `[N_text, D]`.
         layout: Layout of the pack.
         image: Image stream, `[N_image, C]`. References are written once, targets before each step.
@@ -143,7 +211,7 @@ class _Pack:
         constants: Store of what the model computes once for all steps of the pack.
     """
 
-    edits: tuple[Edit, ...]
+    sequences: tuple[_Sequence, ...]
     text: Tensor
     layout: SelfLayout
     image: Tensor
@@ -182,7 +250,7 @@ class EditLoop:
     @property
     def largest_pack(self) -> int | None:
         """Number of tokens of the largest pack; None if that is one sequence, which cannot be divided."""
-        lengths = [sample.length for edit in self.edits for sample in edit.samples]
+        lengths = [row.sample.length for edit in self.edits for row in edit.sequences]
         packs = next_fit(lengths, self.pack_tokens)
         tokens, sequences = max(((sum(lengths[i] for i in pack), len(pack)) for pack in packs), default=(0, 1))
         return tokens if sequences > 1 else None
@@ -196,47 +264,48 @@ class EditLoop:
         self._packs = None
 
     def step(self) -> list[Edit]:
-        """Run the next denoising step of every edit, and return the edits that are finished, which leave the loop."""
+        """Run the next denoising step of every edit, and return the edits that are finished, which leave the loop.
+
+        An edit whose scheduler or callback raises an error leaves the loop too, with this error.
+        """
         if not self.edits:
             return []
         if self._packs is None:
             self._packs = self._build_packs()
         for edit, velocities in zip(self.edits, self._predict(self._packs), strict=True):
-            velocity = velocities[0]
-            if edit.request.guided:
-                velocity = edit.guide(velocities[0], velocities[1], edit.request.true_cfg_scale)
-            edit.is_interrupted = True
-            stepped = edit.scheduler.step(
-                velocity[None], edit.timesteps[edit.steps], edit.latents, return_dict=False, **edit.step_options
-            )[0]
-            edit.latents, edit.velocity = stepped.to(edit.latents.dtype), velocity
-            edit.is_interrupted = False
-            edit.steps += 1
-        finished = [edit for edit in self.edits if edit.is_finished]
-        self.leave(finished)
+            try:
+                edit.advance(velocities)
+            except BaseException as error:  # a callback may raise anything
+                edit.error = error
+        if any(edit.callback is not None and edit.callback.may_change_prompts for edit in self.edits):
+            self._packs = None
+        finished = [edit for edit in self.edits if edit.error is None and edit.is_finished]
+        self.leave([*finished, *(edit for edit in self.edits if edit.error is not None)])
         return finished
 
     def _build_packs(self) -> list[_Pack]:
         """Put the sequences of the edits into packs of at most `pack_tokens`, in order."""
-        rows = [
-            (edit, *each) for edit in self.edits for each in zip(edit.prompts, edit.samples, edit.stores, strict=True)
-        ]
+        rows = [sequence for edit in self.edits for sequence in edit.sequences]
         packs = []
-        for indices in next_fit([sample.length for _, _, sample, _ in rows], self.pack_tokens):
-            owners, prompts, samples, kept = zip(*(rows[i] for i in indices), strict=True)
-            layout = self.model.layout(samples)
-            image = layout.image_stream([edit.latents[0] for edit in owners], [edit.references for edit in owners])
+        for indices in next_fit([row.sample.length for row in rows], self.pack_tokens):
+            chosen = tuple(rows[i] for i in indices)
+            layout = self.model.layout([row.sample for row in chosen])
+            image = layout.image_stream([row.latents for row in chosen], [row.edit.references for row in chosen])
+            kept = tuple(row.store for row in chosen)
+            text = torch.cat([row.prompt for row in chosen])
             constants = self.model.step_constants()
-            packs.append(_Pack(owners, torch.cat(prompts), layout, image, kept if any(kept) else None, constants))
+            packs.append(_Pack(chosen, text, layout, image, kept if any(kept) else None, constants))
         return packs
 
     def _predict(self, packs: Sequence[_Pack]) -> list[list[Tensor]]:
-        """Return the velocities `[n, C]` of each edit: one, or two with guidance."""
+        """Return the velocities `[n, C]` of each edit: for each image one, or two with guidance."""
         velocities: list[Tensor] = []
         for pack in packs:
-            pack.layout.write_targets(pack.image, [edit.latents[0] for edit in pack.edits])
-            t = torch.stack([edit.timesteps[edit.steps].to(edit.latents.dtype) / 1000 for edit in pack.edits])
+            pack.layout.write_targets(pack.image, [row.latents for row in pack.sequences])
+            t = torch.stack([
+                row.edit.timesteps[row.edit.steps].to(row.edit.latents.dtype) / 1000 for row in pack.sequences
+            ])  # fmt: skip
             predicted = self.model(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants)
             velocities += pack.layout.split_targets(predicted)
         at = iter(velocities)
-        return [[next(at) for _ in edit.prompts] for edit in self.edits]
+        return [[next(at) for _ in range(len(edit.latents) * len(edit.prompts))] for edit in self.edits]

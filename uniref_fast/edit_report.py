@@ -17,8 +17,9 @@ class ReferenceReport:
 
     Attributes:
         request: Number of the request, from 0; None for a call of a patched pipeline.
-        prediction: "prompt", or "negative prompt" for the second prediction of guidance; "prediction 1", "prediction 2"
-            for those of a patched pipeline, in the order of their first calls.
+        prediction: "prompt", or "negative prompt" for the second prediction of guidance; "prompt of image 2" and so on
+            for a request with several images; "prediction 1", "prediction 2" for those of a patched pipeline, in the
+            order of their first calls.
         steps: Number of denoising steps.
         refreshed: Numbers of the steps, from 0, that computed the references. Empty without references.
         drift: Relative change of their keys and values, which each of these steps but the first has measured.
@@ -70,13 +71,16 @@ class EditReport:
     note: str | None = None
 
     def fill(
-        self, kept: Sequence[Sequence[KeptReferences]], errors: dict[str, float], latent_errors: list[float]
+        self,
+        kept: Sequence[tuple[int, int, Sequence[KeptReferences]]],
+        errors: dict[str, float],
+        latent_errors: list[float],
     ) -> None:
         """Replace the content by that of an edit.
 
         Args:
-            kept: Kept references of each request, for the prompt and, with guidance, for the negative prompt; empty
-                where nothing was kept.
+            kept: Number from 0, number of images and kept references of each request. These are listed image by image,
+                for the prompt and, with guidance, for the negative prompt, and empty where nothing was kept.
             errors: Errors of the parts in 8 bits.
             latent_errors: Errors of the final latents.
         """
@@ -85,8 +89,8 @@ class EditReport:
             ReferenceReport(
                 i, name, store.steps, tuple(store.refreshed), tuple(store.drifts), store.nbytes
             )
-            for i, stores in enumerate(kept)
-            for name, store in zip(("prompt", "negative prompt"), stores, strict=False)
+            for i, images, stores in kept
+            for name, store in zip(_predictions(images, len(stores)), stores, strict=True)
         ]  # fmt: skip
 
     def __str__(self) -> str:
@@ -96,3 +100,9 @@ class EditReport:
         lines += [self.note] if self.note else []
         lines += [f"request {i}: error of the latents {error:.2%}" for i, error in enumerate(self.latent_errors, 1)]
         return "\n".join(lines)
+
+
+def _predictions(images: int, stores: int) -> list[str]:
+    """Return the name of each prediction of a request."""
+    names = ("prompt", "negative prompt")[: stores // images]
+    return [f"{name} of image {i}" if images > 1 else name for i in range(1, images + 1) for name in names]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from uniref_fast.models.module_hooks import is_offloaded
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
-from uniref_fast.request import EditRequest, Geometry, request_geometry, validated
+from uniref_fast.request import EditRequest, Geometry, as_list, request_geometry, validated_one
 from uniref_fast.visibility import Rule
 
 __all__ = ["CheckedRequest", "EditSession", "check_output_type", "warn_of_guidance"]
@@ -112,14 +111,16 @@ class EditSession:
             ValueError: If a request cannot run; the message names the request and the problem.
             TypeError: If a request or a field has the wrong type, likewise.
         """
-        checked = []
-        for i, request in enumerate(validated(requests, self.pipe), start=1):
-            sizes = request_geometry(self.pipe, request, self.budget)
-            _check_latents(self.pipe, request, sizes, f"request {i}")
-            tokens = math.prod(sizes.grid(sizes.size))
-            scheduler = self.family.schedule(self.pipe, tokens, request.num_inference_steps, self.device)
-            checked.append(CheckedRequest(request, sizes, scheduler, self._refresh(sizes)))
-        return checked
+        return [self.check_one(request, f"request {i}") for i, request in enumerate(as_list(requests), start=1)]
+
+    def check_one(self, request: EditRequest | Mapping[str, Any], where: str) -> CheckedRequest:
+        """Check one request, as `check` does; `where` is its name in messages."""
+        request = validated_one(request, where, self.pipe)
+        sizes = request_geometry(self.pipe, request, self.budget)
+        _check_latents(self.pipe, request, sizes, where)
+        steps = request.num_inference_steps
+        scheduler = self.family.schedule(self.pipe, sizes.target_tokens, steps, self.device)
+        return CheckedRequest(request, sizes, scheduler, self._refresh(sizes))
 
     def _refresh(self, sizes: Geometry) -> RefreshSchedule | None:
         if self.keep_references is False and self.drift is None:
@@ -138,14 +139,15 @@ class EditSession:
         """Encode a request, and return it as an edit for the denoising loop."""
         edit = encoded_edit(self.pipe, checked.request, checked.geometry, checked.scheduler, self._cast)
         if checked.refresh is not None:
-            edit.kept = [KeptReferences(checked.refresh, self.keep_dtype, len(edit.timesteps)) for _ in edit.samples]
+            edit.kept = [KeptReferences(checked.refresh, self.keep_dtype, len(edit.timesteps)) for _ in edit.sequences]
         return edit
 
     def decode(self, edit: Edit, output_type: str) -> Any:
-        """Return the result of a finished edit as the `output_type` of `uniref_fast.edit`."""
-        if output_type == "latent":
-            return edit.latents
-        return self.family.decode(self.pipe, edit.latents, edit.geometry.size, output_type)
+        """Return the result of a finished edit as the `output_type` of `uniref_fast.edit`, or a list of results."""
+        images: list[Any] = [*edit.latents.split(1)]
+        if output_type != "latent":
+            images = [self.family.decode(self.pipe, each, edit.geometry.size, output_type) for each in images]
+        return images if edit.request.num_images > 1 else images[0]
 
 
 def check_output_type(output_type: Any) -> None:
@@ -154,9 +156,13 @@ def check_output_type(output_type: Any) -> None:
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
 
 
-def warn_of_guidance(requests: Sequence[EditRequest]) -> None:
-    """Warn about scales and negative prompts that have no effect, as the pipeline does; called by a public function."""
-    for i, request in enumerate(requests, start=1):
+def warn_of_guidance(requests: Mapping[int, EditRequest]) -> None:
+    """Warn about scales and negative prompts that have no effect, as the pipeline does; called by a public function.
+
+    Args:
+        requests: Requests by number, from 1.
+    """
+    for i, request in requests.items():
         if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
             reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
         elif not is_guided(request.true_cfg_scale) and request.has_negative_prompt:
@@ -213,7 +219,7 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
     if request.latents is None:
         return
     _, height, width = sizes.grid(sizes.size)
-    expected = [1, height * width, pipe.transformer.config.in_channels]
+    expected = [request.num_images, height * width, pipe.transformer.config.in_channels]
     if list(request.latents.shape) != expected:
         raise ValueError(
             f"{where}: latents have shape {list(request.latents.shape)}, a {sizes.size[0]} x {sizes.size[1]} result "

@@ -191,7 +191,7 @@ class Engine:
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be a function, got {on_progress!r}")
         (checked,) = self._session.check([request])
-        warn_of_guidance([checked.request])
+        warn_of_guidance({1: checked.request})
         job = Job(checked, output_type, Future(), on_progress, priority)
         with self._changed:
             if self._failure is not None:
@@ -326,8 +326,7 @@ class Engine:
                     return
                 self._joining = [job]
             job.started = time.monotonic()
-            generator = job.checked.request.generator
-            state = torch.empty(0) if generator is None else generator.get_state()
+            states = [(each, each.get_state()) for each in job.checked.request.generators]
             try:
                 if self._loop.edits and is_offloaded(self._session.model.transformer, whole=True):
                     self._session.pipe.maybe_free_model_hooks()  # encoders and transformer are not loaded together
@@ -338,7 +337,7 @@ class Engine:
                 with self._changed:
                     self._joining = []
                     if waits:
-                        if generator is not None:
+                        for generator, state in states:
                             generator.set_state(state)
                         self._queue.put_back(job)
                 if not waits:
@@ -359,7 +358,7 @@ class Engine:
         for job in uncounted:
             request, sizes = job.checked.request, job.checked.geometry
             try:
-                job.tokens = sum(
+                job.tokens = request.num_images * sum(
                     sizes.sample(length).length for length in text_lengths(self._session.pipe, request, sizes)
                 )
             except Exception as error:
@@ -378,11 +377,12 @@ class Engine:
         try:
             self._loop.step()
         except Exception as error:
-            failed = self._recover(error, [edit for edit in edits if edit.steps == before[edit]])
+            failed = self._recover(error, edits)
             before |= {edit: 0 for edit in edits if edit.steps < before[edit]}  # restarted
         with self._changed:
             self._steps += 1
             self._step_seconds += time.monotonic() - start
+        failed |= self._errors(edits)
         for edit in edits:
             if edit in failed or edit.steps <= before[edit]:
                 continue
@@ -422,20 +422,37 @@ class Engine:
         if self._failures > MAX_FAILURES:
             self._failures = 0
             return dict.fromkeys(edits, error)
-        for edit in edits:
-            if edit.is_interrupted:
-                self._restart(edit)
         failed: dict[Edit, BaseException] = {}
         if not (isinstance(error, torch.OutOfMemoryError) and self._halve_packs()):
             failed = self._step_alone(edits)
             if failed:
                 self._failures = 0
-            elif sum(len(edit.samples) for edit in edits) > 1:
+            elif sum(len(edit.sequences) for edit in edits) > 1:
                 log.warning("a step has failed that works for each edit alone; each runs alone from now on: %s", error)
                 self._loop.set_pack_tokens(1)
         for edit in edits:
             if edit not in failed and edit.kept is not None:  # its stores may be half written
                 self._restart(edit)
+        return failed
+
+    def _errors(self, edits: Sequence[Edit]) -> dict[Edit, BaseException]:
+        """Return the edits whose own step has failed, with their errors.
+
+        An edit whose scheduler has failed starts again, because its state may have changed, and fails the next time.
+        """
+        failed: dict[Edit, BaseException] = {}
+        for edit in edits:
+            error, edit.error = edit.error, None
+            if error is None:
+                continue
+            job = self._running[edit]
+            if isinstance(error, Exception) and edit.is_interrupted and not job.is_restarted:
+                self._free_memory(error)
+                job.is_restarted = True
+                self._restart(edit)
+                self._loop.join(edit)
+            else:
+                failed[edit] = error
         return failed
 
     def _halve_packs(self) -> bool:
@@ -466,6 +483,8 @@ class Engine:
             except Exception as error:
                 self._free_memory(error)
                 failed[edit] = error
+            if edit.error is not None or edit.is_finished:
+                self._loop.leave([edit])
         return failed
 
     def _restart(self, edit: Edit) -> None:
@@ -474,6 +493,7 @@ class Engine:
         assert first is not None
         fresh = first.copy()
         edit.latents, edit.scheduler, edit.step_options = fresh.latents, fresh.scheduler, fresh.step_options
+        edit.prompts, edit.is_stopped = fresh.prompts, False
         if edit.kept is not None:
             edit.kept = [KeptReferences(store.schedule, store.dtype, store.total) for store in edit.kept]
         edit.steps, edit.is_interrupted = 0, False

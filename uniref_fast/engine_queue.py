@@ -38,7 +38,10 @@ class EditProgress:
     _preview: Callable[[], Any] = field(repr=False)
 
     def preview(self) -> Any:
-        """Return the result that the last prediction leads to, as a PIL image. Call it in `on_progress` only."""
+        """Return the result that the last prediction leads to, as a PIL image, or a list of them for several images.
+
+        Call it in `on_progress` only.
+        """
         return self._preview()
 
 
@@ -57,6 +60,7 @@ class Job:
     submitted: float = field(default_factory=time.monotonic)
     started: float = 0.0  # when it was taken from the queue
     first: Edit | None = None  # the edit before its first step, for a restart
+    is_restarted: bool = False  # after an error of its scheduler
 
 
 class Queue:

@@ -66,7 +66,7 @@ class Estimate:
         layout: Layout of all sequences of the first step in one pack.
         tokens: Number of tokens of that layout, by kind.
         attention_share: Share of attention in the transformer's operations.
-        results: Width and height in pixels of the result of each request.
+        results: Width and height in pixels of each image of the results.
         time: Seconds of the edit from measurements on the device, or the reason why there is no figure.
         computed_references: Number of steps of each request that compute its references; None if their drift decides
             it, and the operations are then those of computing them in every step.
@@ -208,7 +208,9 @@ def estimate(
     requests = validated(requests, pipe)
     sizes = _geometries(pipe, requests, image_sizes, budget)
     runs = [request_texts(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
-    samples = [[size.sample(text) for text in group] for size, group in zip(sizes, runs, strict=True)]
+    images = [request.num_images for request in requests]
+    samples = [[size.sample(text) for text in group] * count
+               for size, group, count in zip(sizes, runs, images, strict=True)]  # fmt: skip
     texts = [[text_length(text) for text in group] for group in runs]
     saved = _saved_bytes(transformer, mode, modules_to_not_convert)
     model = family.packed(transformer, visibility=visibility)
@@ -224,7 +226,7 @@ def estimate(
     kept = sum(kept_bytes(transformer.config, one, dtype, keep_dtype)
                for one, schedule in zip(layouts, schedules, strict=True) if schedule is not None)  # fmt: skip
     pixels = [size for item in sizes for size in item.reference_sizes]
-    results = [item.size for item in sizes]
+    results = [item.size for item, count in zip(sizes, images, strict=True) for _ in range(count)]
     encoded = [
         [length for length, (_, embeds, _) in zip(lengths, request.texts, strict=True) if embeds is None]
         for request, lengths in zip(requests, texts, strict=True)
@@ -232,7 +234,8 @@ def estimate(
     text_flops, text_peak = text_encoder_cost(pipe, sizes, encoded)
     # every request keeps embeddings, and latents of references and target, from its encoding to its decoding
     embeddings = sum(sum(lengths) for lengths in texts) * family.text_channels(transformer.config)
-    latents = sum(item.sample(0).length for item in sizes) * transformer.config.in_channels
+    targets = sum((count - 1) * item.target_tokens for item, count in zip(sizes, images, strict=True))
+    latents = (targets + sum(item.sample(0).length for item in sizes)) * transformer.config.in_channels
     held = (embeddings + latents) * dtype.itemsize
     peak = held + kept + _packs_peak(model, [sample for group in samples for sample in group], pack_tokens)
     vae_bytes = weight_bytes(pipe.vae)
@@ -273,8 +276,8 @@ def _time(
     device: str | torch.device | None,
 ) -> MeasuredTime:
     """Return the measured time of the edit; only single edits with the policy "full" are measured."""
-    if len(requests) > 1 or pack_tokens is not None or visibility != "full":
-        return MeasuredTime(None, 'measured for single requests with the policy "full" only')
+    if len(requests) > 1 or requests[0].num_images > 1 or pack_tokens is not None or visibility != "full":
+        return MeasuredTime(None, 'measured for single images with the policy "full" only')
     transformer, (request,) = pipe.transformer, requests
     if device is None:
         loaded = getattr(transformer, "device", torch.device("meta")).type

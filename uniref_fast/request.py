@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,12 @@ from uniref_fast.budget import MAX_ASPECT_RATIO, MAX_SIDE, SIDE_MULTIPLE, fit_to
 from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
 from uniref_fast.models.family import family_of
+from uniref_fast.step_callback import TENSOR_INPUTS
 
 __all__ = [
     "EditRequest",
     "Geometry",
+    "as_list",
     "check_size",
     "geometry",
     "image_areas",
@@ -26,13 +28,13 @@ __all__ = [
     "request_geometry",
     "target_size",
     "validated",
+    "validated_one",
 ]
 
 MAX_STEPS = 10000
+MAX_IMAGES = 10000
 FIELD_KINDS: dict[str, tuple[type, str]] = {
     "true_cfg_scale": (numbers.Real, "a number"),
-    "seed": (numbers.Integral, "an int"),
-    "generator": (torch.Generator, "a torch.Generator"),
     "latents": (torch.Tensor, "a tensor"),
     "prompt_embeds_mask": (torch.Tensor, "a tensor"),
     "negative_prompt_embeds_mask": (torch.Tensor, "a tensor"),
@@ -42,7 +44,7 @@ FIELD_KINDS: dict[str, tuple[type, str]] = {
 
 @dataclass(frozen=True)
 class EditRequest:
-    """A prompt and any number of reference images of any sizes, which give one image.
+    """A prompt and any number of reference images of any sizes, which give one image or several.
 
     The defaults are those of diffusers' `QwenImageEditPlusPipeline.__call__`.
 
@@ -57,16 +59,24 @@ class EditRequest:
             is square if there are no images.
         width: Width of the result in pixels, likewise.
         num_inference_steps: Number of denoising steps.
+        num_images: Number of images, which differ in their noise. They share the embeddings of the prompts and the
+            latents of the references. The result of more than one is a list of images.
         seed: Seed of the starting noise and of the noise that a stochastic scheduler draws in its steps, both drawn on
-            the CPU. None uses PyTorch's global generator.
-        generator: Generator to use instead of a seed.
-        latents: Packed starting noise, `[1, height/16 * width/16, channels]` (8 for the built-in model). It is moved to
-            the pipeline's device and dtype. Seed and generator are then used for the scheduler's noise only.
+            the CPU: one seed for all images, or a list with a seed for each of them. None uses PyTorch's global
+            generator.
+        generator: Generator to use instead of a seed, or a list with a generator for each image.
+        latents: Packed starting noise, `[num_images, height/16 * width/16, channels]` (8 for the built-in model). It is
+            moved to the pipeline's device and dtype. Seed and generator are then used for the scheduler's noise only.
         prompt_embeds: Embeddings of prompt and references instead of the prompt, `[L, joint_attention_dim]` or with a
             batch dimension of 1, as `pipe.encode_prompt` returns them. The pipeline then needs no text encoder.
         prompt_embeds_mask: Valid rows of `prompt_embeds`, `[L]` or `[1, L]`; None for all.
         negative_prompt_embeds: Embeddings instead of the negative prompt.
         negative_prompt_embeds_mask: Valid rows of `negative_prompt_embeds`.
+        callback_on_step_end: Function that is called after each step of this edit, `callback(pipe, step, timestep,
+            callback_kwargs)`, as in diffusers (docs/editing.md). The dict that it returns replaces tensors, and
+            `pipe._interrupt = True` ends the edit.
+        callback_on_step_end_tensor_inputs: Tensors in `callback_kwargs`: "latents" `[num_images, n, channels]`,
+            "prompt_embeds" `[1, L, joint_attention_dim]`, or both.
     """
 
     prompt: str | None = None
@@ -76,13 +86,22 @@ class EditRequest:
     height: int | None = None
     width: int | None = None
     num_inference_steps: int = 50
-    seed: int | None = None
-    generator: torch.Generator | None = None
+    num_images: int = 1
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
     prompt_embeds: torch.Tensor | None = None
     prompt_embeds_mask: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds_mask: torch.Tensor | None = None
+    callback_on_step_end: Callable[..., Any] | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Generators that the request was given."""
+        given = self.generator
+        return [] if given is None else [given] if isinstance(given, torch.Generator) else [*given]
 
     @property
     def guided(self) -> bool:
@@ -117,6 +136,11 @@ class Geometry:
     reference_sizes: tuple[tuple[int, int], ...]
     patch: int
 
+    @property
+    def target_tokens(self) -> int:
+        """Number of tokens of the result."""
+        return math.prod(self.grid(self.size))
+
     def grid(self, size: tuple[int, int]) -> Grid:
         """Return the token grid of an image of (width, height) pixels."""
         return 1, size[1] // self.patch, size[0] // self.patch
@@ -137,31 +161,46 @@ def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = N
         ValueError: If a request has an impossible value; the message names the request and the problem.
         TypeError: If a request or a field has the wrong type, likewise.
     """
-    if isinstance(requests, (EditRequest, Mapping)):
-        requests = [requests]
-    checked = []
-    for i, request in enumerate(requests):
-        where = f"request {i + 1}"
-        if isinstance(request, Mapping):
-            unknown = set(request) - set(EditRequest.__dataclass_fields__)
-            if unknown:
-                known = ", ".join(EditRequest.__dataclass_fields__)
-                raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {known}")
-            request = EditRequest(**request)
-        if not isinstance(request, EditRequest):
-            raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
-        _check(request, where)
-        if pipe is not None:
-            _check_embeddings(request, where, pipe)
-        if pipe is not None and request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
-            raise ValueError(
-                f"{where}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal stretches the "
-                "steps between the first and the last); use at least 2"
-            )
-        checked.append(request if pipe is None else family_of(pipe).check_request(pipe, request, where))
-    if not checked:
+    return [validated_one(request, f"request {i}", pipe) for i, request in enumerate(as_list(requests), start=1)]
+
+
+def as_list(requests: Any) -> list[Any]:
+    """Return requests as a list, which has one item if a request is given alone, or raise ValueError for none."""
+    requests = [requests] if isinstance(requests, (EditRequest, Mapping)) else list(requests)
+    if not requests:
         raise ValueError("no requests given")
-    return checked
+    return requests
+
+
+def validated_one(request: Any, where: str, pipe: Any = None) -> EditRequest:
+    """Check a request and return it as an `EditRequest`.
+
+    Args:
+        request: An `EditRequest`, or a mapping of its fields.
+        where: Name of the request in messages.
+        pipe: Pipeline of the request, as for `validated`.
+
+    Raises:
+        ValueError: If the request has an impossible value.
+        TypeError: If the request or a field has the wrong type.
+    """
+    if isinstance(request, Mapping):
+        unknown = set(request) - set(EditRequest.__dataclass_fields__)
+        if unknown:
+            known = ", ".join(EditRequest.__dataclass_fields__)
+            raise ValueError(f"{where} has unknown fields {sorted(unknown)}; known: {known}")
+        request = EditRequest(**request)
+    if not isinstance(request, EditRequest):
+        raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
+    _check(request, where)
+    if pipe is not None:
+        _check_embeddings(request, where, pipe)
+    if pipe is not None and request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
+        raise ValueError(
+            f"{where}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal stretches the "
+            "steps between the first and the last); use at least 2"
+        )
+    return request if pipe is None else family_of(pipe).check_request(pipe, request, where)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -195,18 +234,50 @@ def _check(request: EditRequest, where: str) -> None:
     for j, image in enumerate(request.images):
         _check_image(image, f"{where}: image {j + 1}")
     for name, least, most in (("height", SIDE_MULTIPLE, MAX_SIDE), ("width", SIDE_MULTIPLE, MAX_SIDE),
-                              ("num_inference_steps", 1, MAX_STEPS)):  # fmt: skip
+                              ("num_inference_steps", 1, MAX_STEPS), ("num_images", 1, MAX_IMAGES)):  # fmt: skip
         value = getattr(request, name)
-        if value is None and name != "num_inference_steps":
+        if value is None and name in ("height", "width"):
             continue
         if not isinstance(value, int):
             raise TypeError(f"{where}: {name} must be an int, got {value!r}")
         if not least <= value <= most:
             raise ValueError(f"{where}: {name} must be at least {least} and at most {most}, got {value}")
-    if request.seed is not None and not -(2**63) <= request.seed < 2**64:
-        raise ValueError(f"{where}: seed must fit 64 bits, got {request.seed}")
+    _check_seeds(request, where)
+    _check_callback(request, where)
+
+
+def _check_seeds(request: EditRequest, where: str) -> None:
+    kinds: list[tuple[str, Any, str]] = [
+        ("seed", numbers.Integral, "an int"),
+        ("generator", torch.Generator, "a torch.Generator"),
+    ]
+    for name, kind, words in kinds:
+        value: Any = getattr(request, name)
+        if value is None:
+            continue
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        for each in value if several else [value]:
+            if not isinstance(each, kind):
+                wanted = f"{words}, or a list with one for each image"
+                raise TypeError(f"{where}: {name} must be {wanted}, got {value!r:.80}")
+            if name == "seed" and not -(2**63) <= each < 2**64:
+                raise ValueError(f"{where}: seed must fit 64 bits, got {each}")
+        if several and len(value) != request.num_images:
+            raise ValueError(f"{where}: {name} has {len(value)} items for num_images={request.num_images}")
     if request.seed is not None and request.generator is not None:
         raise ValueError(f"{where}: give at most one of seed and generator")
+
+
+def _check_callback(request: EditRequest, where: str) -> None:
+    callback, names = request.callback_on_step_end, request.callback_on_step_end_tensor_inputs
+    if callback is not None and not callable(callback):
+        raise TypeError(f"{where}: callback_on_step_end must be a function, got {callback!r:.80}")
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{where}: callback_on_step_end_tensor_inputs must be a list of names, got {names!r:.80}")
+    if unknown := [name for name in names if name not in TENSOR_INPUTS]:
+        raise ValueError(
+            f"{where}: callback_on_step_end_tensor_inputs can be {' and '.join(TENSOR_INPUTS)}, got {unknown}"
+        )
 
 
 def _check_embeddings(request: EditRequest, where: str, pipe: Any) -> None:

@@ -222,7 +222,7 @@ class Family:
         generator: Any,
         own: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Return the starting noise `[1, n, C]` and the latents of all references `[m, C]`.
+        """Return the starting noise of all images `[num_images, n, C]` and the latents of all references `[m, C]`.
 
         Args:
             pipe: The pipeline.

@@ -209,7 +209,15 @@ class QwenImageEdit(Family):
         width, height = sizes.size
         channels = pipe.transformer.config.in_channels // 4
         latents, packed = pipe.prepare_latents(
-            pixels, 1, channels, height, width, dtype, pipe._execution_device, generator, request.latents
+            pixels,
+            request.num_images,
+            channels,
+            height,
+            width,
+            dtype,
+            pipe._execution_device,
+            generator,
+            request.latents,
         )
         if not own:
             return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
