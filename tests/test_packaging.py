@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Dependencies point one way: a unit, which is a module or a folder below `uniref_fast` (in
 # training, a folder below it), imports units of its own level or of a level above it in this list.
 LEVELS = [
-    {"memo", "guidance", "packing", "meta_device", "gpu_memory", "speeds", "hub", "progress"},
+    {"memo", "guidance", "packing", "meta_device", "gpu_memory", "speeds", "hub", "progress", "step_callback"},
     {"quantised", "quantisation"},
     {
         "layout",
