@@ -304,10 +304,10 @@ def test_16_bit_grey_is_not_clipped(pipe):
         ({"prompt": "x", "negative_prompt": ["a"]}, TypeError, "negative_prompt must be a text"),
         ({"prompt": "x", "true_cfg_scale": float("nan")}, ValueError, "finite number"),
         ({"prompt": "x", "seed": 2**70}, ValueError, "64 bits"),
-        ({"prompt": "x", "seed": "1"}, TypeError, "request 1: seed must be an int, got '1'"),
+        ({"prompt": "x", "seed": "1"}, TypeError, "seed must be an int, or a list with one for each image, got '1'"),
         ({"prompt": "x", "true_cfg_scale": "4"}, TypeError, "request 1: true_cfg_scale must be a number, got '4'"),
         ({"prompt": "x", "true_cfg_scale": None}, ValueError, "true_cfg_scale must be a finite number, got None"),
-        ({"prompt": "x", "generator": 5}, TypeError, "request 1: generator must be a torch.Generator, got 5"),
+        ({"prompt": "x", "generator": 5}, TypeError, "generator must be a torch.Generator, or a list .*, got 5"),
         ({"prompt": "x", "latents": [0.0]}, TypeError, "request 1: latents must be a tensor"),
         ({"prompt_embeds": torch.zeros(2, 128), "prompt_embeds_mask": [1, 1]}, TypeError, "prompt_embeds_mask must be"),
     ],
@@ -321,7 +321,7 @@ def test_sessions_and_engines_have_the_options_of_edit():
     """The names, defaults and annotations are equal."""
     options, session, engine = (dict(inspect.signature(each).parameters) for each in (
         uniref_fast.edit, EditSession, uniref_fast.Engine))  # fmt: skip
-    of_one_call = {"requests", "pack_tokens", "output_type", "progress", "report"}
+    of_one_call = {"requests", "pack_tokens", "output_type", "progress", "report", "errors"}
     assert session == {name: option for name, option in options.items() if name not in of_one_call}
     own = {"max_tokens", "max_waiting"}
     assert {name: engine[name] for name in engine.keys() - own} == {n: session[n] for n in session.keys() - {"model"}}
