@@ -277,7 +277,7 @@ def _time(
 ) -> MeasuredTime:
     """Return the measured time of the edit; only single edits with the policy "full" are measured."""
     if len(requests) > 1 or requests[0].num_images > 1 or pack_tokens is not None or visibility != "full":
-        return MeasuredTime(None, 'measured for single images with the policy "full" only')
+        return MeasuredTime(None, 'measured for single requests of one image with the policy "full" only')
     transformer, (request,) = pipe.transformer, requests
     if device is None:
         loaded = getattr(transformer, "device", torch.device("meta")).type
