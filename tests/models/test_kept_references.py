@@ -16,17 +16,6 @@ IMPLS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not native
 SAMPLES = [Sample(7, (1, 4, 6), ((1, 3, 5), (1, 2, 9))), Sample(3, (1, 3, 3)), Sample(11, (1, 2, 2), ((1, 9, 12),))]
 
 
-@pytest.fixture
-def linear_by_row(monkeypatch):
-    """Linears compute each row by itself: the library's products depend, by rounding, on the number of rows."""
-    linear = torch.nn.functional.linear
-
-    def by_row(x, weight, bias=None):
-        return torch.cat([linear(row, weight, bias) for row in x.split(1)])
-
-    monkeypatch.setattr(torch.nn.functional, "linear", by_row)
-
-
 def steps(run, samples, count, seed=0):
     """Yield the arguments of the model for each step of an edit: only the targets and the times change."""
     generator = torch.Generator().manual_seed(seed)

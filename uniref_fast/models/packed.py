@@ -11,7 +11,7 @@ of them, or its part under sequence parallelism.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext, compiler_of, traced_context
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks, onloaded
@@ -29,7 +30,16 @@ from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.quantised_linear import is_quantised
 from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_plan
 
-__all__ = ["DeferredResidual", "ForwardContext", "PackedBlock", "PackedModel", "clipped", "qk_norms", "skip"]
+__all__ = [
+    "DeferredResidual",
+    "ForwardContext",
+    "PackedBlock",
+    "PackedModel",
+    "clipped",
+    "joint_sources",
+    "qk_norms",
+    "skip",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +227,7 @@ class PackedModel(nn.Module):
             "transformer_blocks.1.attn.processor".
 
     Attributes:
-        block_class: Class of the family's blocks.
+        block_classes: Class of the family's blocks, by the name of their list in the transformer, in order.
         ends: Names of the modules of the transformer that are called outside of its blocks.
         refused_options: Options of the transformer's configuration that the family's forward does not compute.
         text_channels: Name of the option that is the width of the prompt embeddings.
@@ -228,7 +238,7 @@ class PackedModel(nn.Module):
         ValueError: If the model's forward differs from the packed one (`refused_options`).
     """
 
-    block_class: ClassVar[type[PackedBlock]]
+    block_classes: ClassVar[Mapping[str, type[PackedBlock]]]
     ends: ClassVar[tuple[str, ...]]
     refused_options: ClassVar[tuple[str, ...]] = ()
     text_channels: ClassVar[str] = "joint_attention_dim"
@@ -252,12 +262,12 @@ class PackedModel(nn.Module):
                 raise ValueError(f"packed forward does not know config.{option}=True of {type(transformer).__name__}")
         # Not a submodule: its blocks are in `blocks`, and a parameter must belong to one place to be sharded.
         object.__setattr__(self, "transformer", transformer)
-        last = len(transformer.transformer_blocks) - 1
-        attention = [f"transformer_blocks.{i}.attn.processor" for i in range(last + 1)]
-        blocks = [
-            self.block_class(block, i == last, attention[i] if attention[i] in attention_8bit else "")
-            for i, block in enumerate(transformer.transformer_blocks)
-        ]
+        blocks: list[PackedBlock] = []
+        for name, block_class in self.block_classes.items():
+            for i, block in enumerate(getattr(transformer, name)):
+                attention = f"{name}.{i}.attn.processor"
+                blocks.append(block_class(block, attention_8bit=attention if attention in attention_8bit else ""))
+        blocks[-1].last = True
         for packed in blocks:  # as the user has compiled the blocks of diffusers, or the whole model
             if compiler := compiler_of(packed.block) or compiler_of(transformer):
                 packed.compiled = compiler(packed._run)
@@ -397,16 +407,15 @@ class PackedModel(nn.Module):
         """Return the context of compiled blocks; None, with a warning, if blocks were compiled and cannot be used."""
         if all(packed.compiled is None for packed in self.blocks):
             return None
-        attn = self.transformer.transformer_blocks[0].attn
-        q = image.new_empty(0, attn.heads, attn.inner_dim // attn.heads)
+        blocks: list[Any] = [packed.block for packed in self.blocks]
+        attention = [block.attn for block in blocks]
+        q = image.new_empty(0, attention[0].heads, attention[0].inner_dim // attention[0].heads)
         if self._linears is None:
-            self._linears = [m for m in self.transformer.transformer_blocks.modules() if isinstance(m, nn.Linear)]
+            self._linears = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
         traced: TracedContext | str
         if any(map(is_quantised, self._linears)):
             traced = "Linears compute in 8 bits"
-        elif any(
-            may_have_hooks(norm) for block in self.transformer.transformer_blocks for norm in qk_norms(block.attn)
-        ):
+        elif any(may_have_hooks(norm) for attn in attention for norm in qk_norms(attn)):
             traced = "hooks move the weights of the QK norms"
         else:
             traced = traced_context(context, q)
@@ -455,6 +464,16 @@ def skip(part: nn.Module) -> None:
     for module in part.modules():
         with onloaded(module):
             pass
+
+
+def joint_sources(layout: SelfLayout, device: torch.device) -> Tensor:
+    """Return for each joint row its row in text stream and image stream one after the other, int64 `[N]`."""
+    return memo(layout, _inverse_of_joint, device)
+
+
+def _inverse_of_joint(layout: SelfLayout, device: torch.device) -> Tensor:
+    joint = torch.cat([layout.joint_index("text", device), layout.joint_index("image", device)])
+    return torch.argsort(joint)
 
 
 def qk_norms(attn: Any) -> list[Any]:

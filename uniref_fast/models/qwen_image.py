@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,18 +52,28 @@ def project_qkv(attn: Any, image: Tensor, text: Tensor, context: ForwardContext)
     """Project, normalise and rotate both streams (`[n, C]`) into the joint q, k, v, `[N, H, D]` each."""
     head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
 
-    def heads(linear: Any, x: Tensor) -> Tensor:
-        return linear(x).unflatten(-1, (-1, head_dim))  # [n, H, D]
+    def heads(x: Tensor, fused: str, *linears: Any) -> QKV:
+        if has_fused_projections(attn):
+            parts = getattr(attn, fused)(x).chunk(3, -1)
+        else:
+            parts = [linear(x) for linear in linears]
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)  # [n, H, D]
+        return q, k, v
 
     # In the order of diffusers, in which offloading fetches weights in advance.
-    image_qkv = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
-    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
+    image_qkv = heads(image, "to_qkv", attn.to_q, attn.to_k, attn.to_v)
+    text_qkv = heads(text, "to_added_qkv", attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     if context.parallel is not None:
         text_qkv, image_qkv = _all_rows(text_qkv, context, "text"), _all_rows(image_qkv, context, "image")
     return joint_qkv(attn, image_qkv, text_qkv, context)
 
 
-def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext) -> QKV:
+def has_fused_projections(attn: Any) -> bool:
+    """Return True if diffusers would call fused projections, as after `fuse_qkv_projections`; Qwen-Image never does."""
+    return hasattr(attn, "_supports_qkv_fusion") and attn.fused_projections
+
+
+def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV | None, context: ForwardContext) -> QKV:
     """Normalise and rotate the projections of both streams into the joint q, k, v, `[N, H, D]` each.
 
     With kept references, q has the rows that are computed, and k and v have all rows of the pack.
@@ -71,14 +81,15 @@ def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV, context: ForwardContext)
     Args:
         attn: The diffusers `Attention` that holds the QK norms.
         image_qkv: Projections of the image stream, `[N_image, H, D]` each.
-        text_qkv: Projections of the text stream, `[N_text, H, D]` each.
+        text_qkv: Projections of the text stream, `[N_text, H, D]` each; None for a block with one stream of all tokens
+            in joint order, whose projections `image_qkv` then has.
         context: Context of the forward.
     """
     with onloaded(*qk_norms(attn)):  # their weights are read
         q, k, v = ops.qk_norm_rope(
             text_qkv,
             image_qkv,
-            qk_norm_weights(attn, "text"),
+            (None, None) if text_qkv is None else qk_norm_weights(attn, "text"),
             qk_norm_weights(attn, "image"),
             context.layout,
             context.rotary,
@@ -140,7 +151,28 @@ def project_image(attn: Any, out: Tensor) -> Tensor:
 
 
 class DoubleStreamBlock(PackedBlock):
-    """A block with two streams, image and text."""
+    """A block with two streams, image and text.
+
+    Attributes:
+        norms: Names of the two norms of the image stream, and of those of the text stream.
+        mlps: Names of the feed-forwards of both streams.
+    """
+
+    norms: ClassVar = (("img_norm1", "img_norm2"), ("txt_norm1", "txt_norm2"))
+    mlps: ClassVar = ("img_mlp", "txt_mlp")
+
+    def modulation(self, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
+        """Return the modulation of both streams; text always uses the sampled timesteps, the first S rows.
+
+        Args:
+            temb: Timestep embedding, `[R, C]`.
+            layout: Layout of the pack.
+        """
+        image = self.block.img_mod(temb).chunk(6, dim=-1)
+        if not isinstance(layout, TracedContext):  # a graph would be compiled again for one sample
+            temb = temb[: layout.num_samples]
+        text = self.block.txt_mod(temb).chunk(6, dim=-1)
+        return Modulation(*image), Modulation(*text)
 
     def _run(
         self,
@@ -150,9 +182,10 @@ class DoubleStreamBlock(PackedBlock):
         context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         block, impl = self.block, context.impl
-        mods = _modulation(block, temb, context.layout)
+        mods = self.modulation(temb, context.layout)
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
-        norms = (block.img_norm1, block.img_norm2), (block.txt_norm1, block.txt_norm2)
+        norms = [[getattr(block, name) for name in names] for names in self.norms]
+        mlps = [getattr(block, name) for name in self.mlps]
         first = block.attn.to_q, block.attn.add_q_proj  # they share their inputs with the projections of k and v
         unchanged, normed = [], []  # image and text, [n, C] each
         for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
@@ -170,7 +203,7 @@ class DoubleStreamBlock(PackedBlock):
             return [self._targets(mods[0], unchanged.pop(0), normed, context)], []
         branches = [*joint_attention(block.attn, normed.pop(0), normed.pop(0), context, self.attention_8bit)]
         outputs, left = [], []
-        for mod, mlp, rows, (_, norm) in zip(mods, (block.img_mlp, block.txt_mlp), all_rows, norms, strict=True):
+        for mod, mlp, rows, (_, norm) in zip(mods, mlps, all_rows, norms, strict=True):
             x, y = gated_input(
                 first_linear(mlp), unchanged.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps,
                 impl,
@@ -213,7 +246,7 @@ class DoubleStreamBlock(PackedBlock):
 class PackedQwenImage(PackedModel):
     """A `QwenImageTransformer2DModel` that runs packs of samples of different sizes; arguments as in `PackedModel`."""
 
-    block_class = DoubleStreamBlock
+    block_classes: ClassVar = {"transformer_blocks": DoubleStreamBlock}
     ends = ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
     refused_options = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
 
@@ -273,15 +306,6 @@ class Modulation:
     shift2: Tensor
     scale2: Tensor
     gate2: Tensor
-
-
-def _modulation(block: Any, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
-    """Return (image, text) modulation of a block; text always uses the sampled timesteps, the first S rows."""
-    image = block.img_mod(temb).chunk(6, dim=-1)
-    if not isinstance(layout, TracedContext):  # a graph would be compiled again for one sample
-        temb = temb[: layout.num_samples]
-    text = block.txt_mod(temb).chunk(6, dim=-1)
-    return Modulation(*image), Modulation(*text)
 
 
 def qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:

@@ -14,27 +14,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Grid, Kind, Sample, Segment, SelfLayout
-from uniref_fast.memo import memo
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences
-from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.packed import (
     DeferredResidual,
     ForwardContext,
     PackedBlock,
     PackedModel,
     clipped,
-    qk_norms,
+    joint_sources,
     skip,
 )
-from uniref_fast.models.qwen_image import project_image, qk_norm_eps, qk_norm_weights
+from uniref_fast.models.qwen_image import joint_qkv, project_image
 from uniref_fast.visibility import Rule, block_causal
 
 __all__ = ["PackedQwenImage21", "interleaved_layout"]
@@ -174,14 +172,7 @@ def _projected(attn: Any, x: Tensor, context: ForwardContext) -> tuple[Tensor, T
     """Project, normalise and rotate the joint sequence `[N, C]` into q, k, v, `[N, H, D]` each."""
     head_dim = attn.inner_dim // attn.heads
     q, k, v = (linear(x).unflatten(-1, (-1, head_dim)) for linear in (attn.to_q, attn.to_k, attn.to_v))
-    with onloaded(*qk_norms(attn)):  # their weights are read
-        q, k, v = ops.qk_norm_rope(
-            None, (q, k, v), (None, None), qk_norm_weights(attn, "image"), context.layout, context.rotary,
-            eps=qk_norm_eps(attn), rounding=context.rounding, impl=context.impl,
-        )  # fmt: skip
-    if context.references is not None:
-        k, v = context.references.keys_and_values(attn, k, v)
-    return q, k, v
+    return joint_qkv(attn, (q, k, v), None, context)
 
 
 class PackedQwenImage21(PackedModel):
@@ -190,7 +181,7 @@ class PackedQwenImage21(PackedModel):
     The visibility "full" is the one of the model in diffusers, `visibility.block_causal`; no other policy is possible.
     """
 
-    block_class = SingleStreamBlock
+    block_classes: ClassVar = {"transformer_blocks": SingleStreamBlock}
     ends = ("img_in", "txt_in", "time_text_embed", "modulation", "norm_out", "proj_out")
     text_channels = "context_in_dim"
 
@@ -229,10 +220,10 @@ class PackedQwenImage21(PackedModel):
         context = self._context(layout, rotary, references, image.dtype)
         joint = model.img_in(image)
         if len(text):
-            joint = torch.cat([model.txt_in(text), joint]).index_select(0, _joint_sources(layout, image.device))
+            joint = torch.cat([model.txt_in(text), joint]).index_select(0, joint_sources(layout, image.device))
         else:
             skip(model.txt_in)
-            joint = joint.index_select(0, _joint_sources(layout, image.device))
+            joint = joint.index_select(0, joint_sources(layout, image.device))
         timestep = timestep.to(joint.dtype)
         if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
@@ -252,13 +243,3 @@ class PackedQwenImage21(PackedModel):
             raise ValueError("the layout is one of another model; build it with the model's own `layout(samples)`")
         if self.parallel is not None:
             raise ValueError("sequence parallelism is not supported for this model; use 1 rank for each pack")
-
-
-def _joint_sources(layout: SelfLayout, device: torch.device) -> Tensor:
-    """Return for each joint row its row in text stream and image stream one after the other, int64 `[N]`."""
-    return memo(layout, _inverse_of_joint, device)
-
-
-def _inverse_of_joint(layout: SelfLayout, device: torch.device) -> Tensor:
-    joint = torch.cat([layout.joint_index("text", device), layout.joint_index("image", device)])
-    return torch.argsort(joint)

@@ -1,0 +1,320 @@
+"""The packed FLUX.2 against diffusers, sample by sample."""
+
+import pytest
+import torch
+from patching import ROUNDING
+
+from uniref_fast import native
+from uniref_fast.layout import Kind, Sample, SelfLayout
+from uniref_fast.models.flux2 import FLUX2, PackedFlux2
+from uniref_fast.models.kept_references import KeptReferences, dependence
+from uniref_fast.testing import assert_within_budget, max_relative_error
+
+SIZES = [(1, 4, 6), (1, 3, 5), (1, 1, 1), (1, 2, 9), (1, 7, 7), (1, 1, 8), (1, 5, 2)]  # target, then references 1..6
+IMPLS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built"))]
+KINDS = ["klein", "dev", "klein-kv"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+RELATIVE = 1e-5
+"""Largest relative error, in float32, between the packed model and diffusers."""
+
+
+def split(grids):
+    return grids[0], tuple(grids[1:])
+
+
+def inputs(model, grids, text=7, seed=1):
+    """Return image tokens (target first), text, time and guidance scale of one sample; None without guidance."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, config = model.dtype, model.config
+    tokens = sum(f * h * w for f, h, w in grids)
+    image = torch.randn(1, tokens, config.in_channels, generator=generator).to(dtype)
+    prompt = torch.randn(1, text, config.joint_attention_dim, generator=generator).to(dtype)
+    t, scale = torch.rand(1, generator=generator), 1 + 4 * torch.rand(1, generator=generator)
+    return image, prompt, t, scale if config.guidance_embeds else None
+
+
+def ids(grids, text):
+    """Return the position ids that the pipeline makes: of the text, of the target and of the references."""
+    from diffusers import Flux2Pipeline
+
+    maps = [torch.empty(1, 1, h, w) for _, h, w in grids]
+    references = Flux2Pipeline._prepare_image_ids(maps[1:]) if maps[1:] else torch.empty(1, 0, 4, dtype=torch.int64)
+    target = Flux2Pipeline._prepare_latent_ids(maps[0])
+    return Flux2Pipeline._prepare_text_ids(torch.empty(1, text, 1)), target, references
+
+
+def stock(model, grids, image, text, timestep, guidance=None):
+    """Return the target's part of diffusers' forward, called as the pipeline of the model calls it."""
+    txt_ids, target, references = ids(grids, text.shape[1])
+    common = {"encoder_hidden_states": text, "timestep": timestep, "guidance": guidance, "txt_ids": txt_ids}
+    n = target.shape[1]
+    if not is_kv(model) or len(grids) == 1:
+        whole = torch.cat([target, references], dim=1)
+        return model(hidden_states=image, img_ids=whole, return_dict=False, **common)[0][0, :n]
+    out, _ = model(
+        hidden_states=torch.cat([image[:, n:], image[:, :n]], dim=1),
+        img_ids=torch.cat([references, target], dim=1),
+        kv_cache_mode="extract",
+        num_ref_tokens=references.shape[1],
+        return_dict=False,
+        **common,
+    )
+    return out[0]
+
+
+def is_kv(model):
+    return type(model.transformer_blocks[0].attn.processor).__name__ == "Flux2KVAttnProcessor"
+
+
+def packed(model, samples, images, texts, timesteps, guidance, **options):
+    run = PackedFlux2(model, **options)
+    layout = run.layout(samples)
+    scales = None if guidance[0] is None else torch.cat(guidance)
+    streams = torch.cat([x[0] for x in images]), torch.cat([x[0] for x in texts])
+    return layout.split_targets(run(*streams, torch.cat(timesteps), layout, guidance=scales))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("references", range(7))
+def test_equals_diffusers(make_flux2, references, kind, impl):
+    model = make_flux2(kind)
+    grids = SIZES[: references + 1]
+    data = inputs(model, grids)
+    (out,) = packed(model, [Sample(7, *split(grids))], *([x] for x in data), impl=impl)
+    assert max_relative_error(out, stock(model, grids, *data)) < RELATIVE
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_within_the_budget(make_flux2, kind, impl):
+    model, wide = make_flux2(kind, dtype=torch.bfloat16), make_flux2(kind).to(torch.bfloat16).double()
+    grids = SIZES[:3]
+    image, text, t, scale = inputs(model, grids)
+    (out,) = packed(model, [Sample(7, *split(grids))], [image], [text], [t], [scale], impl=impl)
+    t, scale = (None if x is None else x.bfloat16().double() for x in (t, scale))
+    oracle = stock(wide, grids, image.double(), text.double(), t, scale)
+    assert_within_budget(out, stock(model, grids, *inputs(model, grids)), oracle)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ragged_pack_equals_each_sample_alone(make_flux2, kind, impl):
+    """Every sample has its own time, guidance scale, text length and references."""
+    model = make_flux2(kind)
+    pack = [(SIZES[:1], 3), (SIZES[1:5], 11), (SIZES[2:4], 1), (SIZES, 20)]
+    data = [(grids, *inputs(model, grids, text, seed=i)) for i, (grids, text) in enumerate(pack)]
+    samples = [Sample(text, *split(grids)) for grids, text in pack]
+    together = packed(model, samples, *zip(*[d[1:] for d in data], strict=True), impl=impl)
+    for (grids, *one), out in zip(data, together, strict=True):
+        assert max_relative_error(out, stock(model, grids, *one)) < RELATIVE
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_in_packs_in_bfloat16(make_flux2, kind, impl):
+    model = make_flux2(kind, dtype=torch.bfloat16)
+    pack = [(SIZES[:1], 3), (((1, 1, 1),), 1), (SIZES[1:5], 11), (((1, 16, 16), (1, 9, 11)), 33), (SIZES, 20)]
+    data = [(Sample(text, *split(grids)), *inputs(model, grids, text, seed=i)) for i, (grids, text) in enumerate(pack)]
+    alone = [packed(model, *([x] for x in one), impl=impl)[0] for one in data]
+    for order in ((0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (1, 0), (3, 1)):
+        together = packed(model, *zip(*(data[i] for i in order), strict=True), impl=impl)
+        assert all(torch.equal(out, alone[i]) for i, out in zip(order, together, strict=True)), order
+
+
+# ---- positions ----
+
+
+@pytest.mark.parametrize("references", range(7))
+def test_positions_and_tables_are_those_of_the_pipeline(references):
+    """Tables equal those of diffusers to the last bit; offsets of references begin again in every sample of a pack."""
+    from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+
+    axes, rope = (32, 32, 32, 32), Flux2PosEmbed(theta=2000, axes_dim=[32, 32, 32, 32])
+    pack = [(SIZES[: references + 1], 5), (SIZES[::-1][: references + 1], 0), (SIZES[2:4], 9)]
+    layout = SelfLayout.pack([Sample(text, *split(grids)) for grids, text in pack], FLUX2, clean_references=False)
+    expected = torch.cat([torch.cat(ids(grids, text), dim=1)[0] for grids, text in pack])
+    assert torch.equal(layout.positions("cpu").long(), expected)
+    for ours, theirs in zip(layout.rotary(axes, "cpu", 2000, torch.float64), rope(expected), strict=True):
+        assert torch.equal(ours, theirs[:, ::2])
+
+
+def test_no_position_is_used_twice():
+    """Two images of a sample share no position, though they have one size, nor does the text; only the first does."""
+    layout = SelfLayout.pack([Sample(9, (1, 3, 3), ((1, 3, 3),) * 6)], FLUX2, clean_references=False)
+    positions = [tuple(row) for row in layout.positions("cpu").tolist()]
+    # Text token 0 and the first token of the target are both at the origin, in diffusers too.
+    assert len({*positions}) == len(positions) - 1 == 9 + 7 * 9 - 1
+    assert positions[0] == positions[9] == (0, 0, 0, 0)
+
+
+# ---- references ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_references_are_not_moved(make_flux2, kind):
+    """The result has the targets' rows alone, so that a sampler cannot move the rows of references."""
+    model = make_flux2(kind)
+    grids = SIZES[:4]
+    run = PackedFlux2(model)
+    layout = run.layout([Sample(7, *split(grids)), Sample(2, *split(grids[1:]))])
+    first, second = inputs(model, grids), inputs(model, grids[1:], 2)
+    image = torch.cat([first[0][0], second[0][0]])
+    before = image.clone()
+    with torch.no_grad():
+        out = run(image, torch.cat([first[1][0], second[1][0]]), torch.cat([first[2], second[2]]), layout)
+    assert torch.equal(image, before) and len(out) == 24 + 15
+    layout.write_targets(image, [x + y for x, y in zip(layout.split_targets(out), (1, 2), strict=True)])
+    moved = (image != before).any(dim=1)
+    kinds = torch.cat([torch.full((s.length,), s.kind is Kind.TARGET) for s in layout.image_segments])
+    assert torch.equal(moved, kinds)
+
+
+def steps(model, run, samples, count):
+    """Yield the arguments of the model for each step of an edit: only targets and times change."""
+    generator = torch.Generator().manual_seed(0)
+    layout = run.layout(samples)
+    image = torch.randn(layout.image_length, model.config.in_channels, generator=generator).to(model.dtype)
+    text = torch.randn(layout.text_length, model.config.joint_attention_dim, generator=generator).to(model.dtype)
+    targets = layout.target_rows("cpu")
+    for _ in range(count):
+        image[targets] = torch.randn(len(targets), model.config.in_channels, generator=generator).to(model.dtype)
+        yield image.clone(), text, torch.rand(len(samples), generator=generator), layout
+
+
+KV_SAMPLES = [Sample(7, (1, 4, 6), ((1, 3, 5), (1, 2, 9))), Sample(3, (1, 3, 3)), Sample(11, (1, 2, 2), ((1, 9, 12),))]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_references_of_klein_kv_have_the_same_bits(make_flux2, linear_by_row, nan_memory, dtype, impl):
+    model = make_flux2("klein-kv", dtype=dtype)
+    run, kept = PackedFlux2(model, impl=impl), [KeptReferences() for _ in KV_SAMPLES]
+    assert run.visibility == "reference_causal" and dependence(run.layout(KV_SAMPLES), run.visibility) is None
+    with torch.no_grad():
+        for arguments in steps(model, run, KV_SAMPLES, 3):
+            assert torch.equal(run(*arguments, kept), run(*arguments))
+    assert [store.refreshed for store in kept] == [[0], [], [0]], "references were computed again"
+
+
+def test_kept_references_equal_the_cache_of_diffusers(make_flux2):
+    """Steps after the first use `kv_cache_mode="cached"` in diffusers, with the tokens of text and target alone."""
+    model = make_flux2("klein-kv")
+    run, kept, cache = PackedFlux2(model), [KeptReferences()], None
+    sample = KV_SAMPLES[0]
+    txt_ids, target, references = ids([sample.target, *sample.references], 7)
+    n = target.shape[1]
+    for image, text, t, layout in steps(model, run, [sample], 3):
+        common = {"encoder_hidden_states": text[None], "timestep": t, "txt_ids": txt_ids, "return_dict": False}
+        with torch.no_grad():
+            ours = run(image, text, t, layout, kept)
+            if cache is None:
+                order = torch.cat([image[n:], image[:n]])[None]
+                everything = {"img_ids": torch.cat([references, target], dim=1), "num_ref_tokens": references.shape[1]}
+                theirs, cache = model(hidden_states=order, kv_cache_mode="extract", **everything, **common)
+            else:
+                more = {"img_ids": target, "kv_cache": cache, "kv_cache_mode": "cached"}
+                (theirs,) = model(hidden_states=image[None, :n], **more, **common)
+        assert max_relative_error(ours, theirs[0]) < RELATIVE
+    assert kept[0].refreshed == [0]
+
+
+def test_references_of_other_kinds_depend_on_the_step(make_flux2):
+    for kind, reason in (("klein", "attend to text and target"), ("dev", "attend to text and target")):
+        run = PackedFlux2(make_flux2(kind))
+        assert reason in dependence(run.layout(KV_SAMPLES), run.visibility)
+    run = PackedFlux2(make_flux2("klein"), visibility="reference_causal")
+    assert "modulated with the time t" in dependence(run.layout(KV_SAMPLES), run.visibility)
+
+
+# ---- options ----
+
+
+def test_fused_projections_are_called(make_flux2):
+    model, grids = make_flux2("klein"), SIZES[:3]
+    data = inputs(model, grids)
+    model.fuse_qkv_projections()
+    try:
+        with torch.no_grad():
+            model.transformer_blocks[0].attn.to_qkv.weight.mul_(1.5)  # a change that only the fused weight has
+            model.transformer_blocks[1].attn.to_added_qkv.weight.mul_(1.5)
+        (out,) = packed(model, [Sample(7, *split(grids))], *([x] for x in data))
+        assert max_relative_error(out, stock(model, grids, *data)) < RELATIVE
+    finally:
+        model.unfuse_qkv_projections()
+
+
+def test_guidance_embedding(make_flux2):
+    """Every sample has its own scale; None adds no embedding, as in diffusers."""
+    model, grids = make_flux2("dev"), SIZES[:2]
+    image, text, t, scale = inputs(model, grids)
+    sample = Sample(7, *split(grids))
+    outs = packed(model, [sample] * 2, [image] * 2, [text] * 2, [t] * 2, [scale, scale + 3])
+    for out, own in zip(outs, (scale, scale + 3), strict=True):
+        assert max_relative_error(out, stock(model, grids, image, text, t, own)) < RELATIVE
+    assert max_relative_error(outs[0], outs[1]) > 100 * ROUNDING
+    (without,) = packed(model, [sample], [image], [text], [t], [None])
+    assert max_relative_error(without, stock(model, grids, image, text, t, None)) < RELATIVE
+
+
+def test_refusals(make_flux2):
+    model = make_flux2("klein")
+    image, text, t, _ = inputs(model, SIZES[:2])
+    run = PackedFlux2(model)
+    layout = run.layout([Sample(7, *split(SIZES[:2]))])
+    with pytest.raises(ValueError, match="no guidance embeddings"):
+        run(image[0], text[0], t, layout, guidance=t)
+    with pytest.raises(ValueError, match=r"guidance has shape \[2\], the layout expects \[1\]"):
+        PackedFlux2(make_flux2("dev"))(image[0], text[0], t, layout, guidance=torch.ones(2))
+    with pytest.raises(ValueError, match=r"text has shape \[6, 96\]"):
+        run(image[0], text[0, 1:], t, layout)
+    clean = SelfLayout.pack([Sample(7, *split(SIZES[:2]))], FLUX2, clean_references=True)
+    with pytest.raises(ValueError, match="clean_references=True, the model has False"):
+        run(image[0], text[0], t, clean)
+
+
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("kind", ["dev", "klein-kv"])
+def test_gradients_of_a_pack_are_the_sum_of_single_ones(make_flux2, kind, impl):
+    """Gradients of every parameter and of the inputs equal those of diffusers one by one; K = 2, 0 and 1 references."""
+    model = make_flux2(kind)
+    cases = [(SIZES[:3], 7), (SIZES[:1], 1), (SIZES[1:3], 5)]
+    data = [inputs(model, grids, text, seed=i) for i, (grids, text) in enumerate(cases)]
+    results = []
+    for use_pack, checkpointing in ((False, False), (True, False), (True, True), (True, "inputs"), (True, "host")):
+        model.zero_grad()
+        leaves = [(image.clone().requires_grad_(), text.clone().requires_grad_(), *more) for image, text, *more in data]
+        with torch.enable_grad():
+            if use_pack:
+                run = PackedFlux2(model, impl=impl, checkpointing=checkpointing)
+                layout = run.layout([Sample(text, *split(grids)) for grids, text in cases])
+                image, text, t = (
+                    torch.cat([leaf[i].flatten(0, -2) if i < 2 else leaf[i] for leaf in leaves]) for i in range(3)
+                )
+                scales = None if leaves[0][3] is None else torch.cat([leaf[3] for leaf in leaves])
+                out = run(image, text, t, layout, guidance=scales)
+            else:
+                out = torch.cat([stock(model, grids, *leaf) for (grids, _), leaf in zip(cases, leaves, strict=True)])
+            out.square().sum().backward()
+        named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append(named | {f"input {i}.{j}": leaf[j].grad for i, leaf in enumerate(leaves) for j in (0, 1)})
+    theirs, *all_ours = results
+    largest = max(g.abs().max().item() for g in theirs.values())
+    for ours in all_ours:
+        assert not any(theirs[name].any() for name in theirs.keys() - ours.keys())
+        for name, grad in ours.items():
+            scale = max(theirs[name].abs().max().item(), 1e-3 * largest)
+            assert (grad - theirs[name]).abs().max().item() < 1e-4 * scale, name
+    for other in all_ours[2:]:  # recomputed with the attention kept or not, and from host memory
+        assert all(torch.equal(other[name], grad) for name, grad in all_ours[1].items())

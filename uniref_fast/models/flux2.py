@@ -1,0 +1,250 @@
+"""FLUX.2 over a packed, ragged sequence: dev, klein and klein-KV.
+
+`PackedFlux2` runs the parameters of a live diffusers `Flux2Transformer2DModel`. Blocks with two streams come first,
+then blocks with one stream of all tokens in joint order, in which attention and feed-forward share their two Linears.
+All blocks of a kind share one modulation.
+
+klein-KV differs by its training: its references see only each other and are modulated with t = 0. So their keys and
+values are the same in every step, and `kept_references` computes them once.
+
+Shapes: S samples, R rows of the modulation table (S, or 2 S with clean references), C channels, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from uniref_fast import ops
+from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
+from uniref_fast.models.compiled_block import TracedContext
+from uniref_fast.models.eight_bit import attend, gated_input, modulated_input
+from uniref_fast.models.kept_references import KeptReferences
+from uniref_fast.models.module_hooks import onloaded
+from uniref_fast.models.packed import DeferredResidual, ForwardContext, PackedBlock, PackedModel, clipped, joint_sources
+from uniref_fast.models.qwen_image import DoubleStreamBlock, Modulation, joint_qkv
+from uniref_fast.visibility import Rule
+
+__all__ = ["FLUX2", "PackedFlux2", "has_kept_references"]
+
+REFERENCE_STEP = 10
+"""Distance of two references on the first rotary axis."""
+
+
+def _text(sample: Sample, n: int) -> Position:
+    return 0, 0, 0, n
+
+
+def _image(index: int, grid: Grid) -> Position:
+    return REFERENCE_STEP * index, 0, 0, 0
+
+
+FLUX2 = RotaryScheme(_text, _image, text_axes=(3,))
+"""Scheme of `Flux2Pipeline`: the target at 0 of the first axis, reference i at 10 i, text on the last axis."""
+
+
+def has_kept_references(transformer: Any) -> bool:
+    """Return True for the transformer of a `Flux2KleinKVPipeline`, which its attention processors distinguish."""
+    names = {kind.__name__ for kind in type(transformer.transformer_blocks[0].attn.processor).__mro__}
+    return "Flux2KVAttnProcessor" in names
+
+
+class Flux2DoubleStreamBlock(DoubleStreamBlock):
+    """A block with two streams; the tables of its modulation are the first two parts of the shared one."""
+
+    norms: ClassVar = (("norm1", "norm2"), ("norm1_context", "norm2_context"))
+    mlps: ClassVar = ("ff", "ff_context")
+
+    def modulation(self, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
+        """Return the modulation of both streams out of the shared table, `[R, 15 C]`."""
+        parts = temb.chunk(15, dim=-1)
+        return Modulation(*parts[:6]), Modulation(*parts[6:12])
+
+
+class Flux2SingleStreamBlock(PackedBlock):
+    """A block with one stream of all tokens in joint order, whose attention and feed-forward run in parallel."""
+
+    def _run(
+        self,
+        streams: list[Tensor],
+        residuals: list[DeferredResidual],
+        temb: Tensor,
+        context: ForwardContext,
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        attn, impl = self.block.attn, context.impl
+        shift, scale, gate = temb.chunk(15, dim=-1)[12:]
+        rows = context.modulation_rows("joint")
+        if len(streams) == 2:  # the first of these blocks
+            streams = [_joined(streams, residuals, context)]
+            residuals = []
+        x, eps = streams.pop(), self.block.norm.eps
+        if residuals:
+            x, y = gated_input(attn.to_qkv_mlp_proj, x, *residuals.pop(), shift, scale, rows, eps, impl)
+        else:
+            y = modulated_input(attn.to_qkv_mlp_proj, x, shift, scale, rows, eps, impl)
+        qkv, mlp = _split(attn, attn.to_qkv_mlp_proj(y))
+        del y
+        plan = context.plan
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
+        q, k, v = joint_qkv(attn, (q, k, v), None, context)
+        if self.last:  # no other rows of its output are used
+            targets = context.target_rows()
+            rows = context.modulation_rows("image")[targets]
+            targets = context.layout.joint_index("image", x.device)[targets]
+            plan, q, mlp, x = context.target_plan, q[targets], mlp[targets], x[targets]
+        mlp = attn.mlp_act_fn(mlp)
+        out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
+        del q, k, v, qkv
+        y = attn.to_out(torch.cat([out.flatten(1), mlp], dim=-1))
+        del out, mlp
+        if context.fuse_residual and not self.last:
+            return [x], [DeferredResidual(y, gate)]
+        return [clipped(ops.gate_residual(x, y, gate, rows, impl=impl))], []
+
+
+def _joined(streams: list[Tensor], residuals: list[DeferredResidual], context: ForwardContext) -> Tensor:
+    """Return the image and the text stream as one in joint order, `[N, C]`, with their last residuals added."""
+    layout, device = context.layout, streams[0].device
+    for i, (branch, gate) in enumerate(residuals):
+        rows = context.modulation_rows(("image", "text")[i])
+        streams[i] = ops.gate_residual(streams[i], branch, gate, rows, impl=context.impl)
+    image, text = streams
+    both = torch.cat([text, image])
+    if layout.num_samples == 1:
+        return both
+    return both.index_select(0, joint_sources(layout, device))
+
+
+def _split(attn: Any, fused: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the output of `to_qkv_mlp_proj`, `[N, ...]`, into those of attention and feed-forward.
+
+    It is split by the ratio of their widths, which stays the same where tensor parallelism shards the heads.
+    """
+    of_attention, of_mlp = 3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor
+    width = fused.shape[-1] * of_attention // (of_attention + of_mlp)
+    return fused[:, :width], fused[:, width:]
+
+
+class PackedFlux2(PackedModel):
+    """A `Flux2Transformer2DModel` that runs packs of samples of different sizes; other arguments as in `PackedModel`.
+
+    Args:
+        transformer: The diffusers model whose parameters are used.
+        visibility: Policy name or rule. None takes what the model was trained for: "reference_causal" for klein-KV,
+            and otherwise "full".
+        options: Further arguments of `PackedModel`.
+    """
+
+    block_classes: ClassVar = {
+        "transformer_blocks": Flux2DoubleStreamBlock,
+        "single_transformer_blocks": Flux2SingleStreamBlock,
+    }
+    ends = (
+        "time_guidance_embed",
+        "double_stream_modulation_img",
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+        "x_embedder",
+        "context_embedder",
+        "norm_out",
+        "proj_out",
+    )
+
+    def __init__(self, transformer: Any, *, visibility: str | Rule | None = None, **options: Any) -> None:
+        self.clean_references = has_kept_references(transformer)
+        if visibility is None:
+            visibility = "reference_causal" if self.clean_references else "full"
+        super().__init__(transformer, visibility=visibility, **options)
+
+    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
+        """Return the layout of a pack for this model (`SelfLayout.pack` with `FLUX2`).
+
+        Args:
+            samples: Samples of the pack, in order.
+            shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
+        """
+        return SelfLayout.pack(
+            samples, FLUX2, clean_references=self.clean_references, shared_references=shared_references
+        )
+
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the velocity of every target, as `PackedModel.forward` describes.
+
+        Args:
+            image, text, timestep, layout, kept: Arguments of `PackedModel.forward`.
+            guidance: Guidance scale of each sample, `[S]`, for a model with guidance embeddings. None adds no
+                embedding, as in diffusers.
+
+        Returns:
+            Velocities of the targets' tokens by sample, `[N_target, out_channels]`.
+
+        Raises:
+            ValueError: If shapes differ from the layout's, the layout is not one of this model, or the model has no
+                guidance embeddings.
+        """
+        self._check(image, text, timestep, layout)
+        if guidance is not None and not self.transformer.config.guidance_embeds:
+            raise ValueError("the model has no guidance embeddings (config.guidance_embeds=False); leave out guidance")
+        if guidance is not None and guidance.shape != timestep.shape:
+            raise ValueError(f"guidance has shape {list(guidance.shape)}, the layout expects {list(timestep.shape)}")
+        with onloaded(self.transformer):
+            return self._predict(image, text, timestep, layout, kept, guidance)
+
+    def _predict(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        model = self.transformer
+        # diffusers computes the angles in float64 where the device has it
+        dtype = torch.float32 if image.device.type in ("mps", "npu") else torch.float64
+        rotary = layout.rotary(model.config.axes_dims_rope, image.device, model.config.rope_theta, dtype)
+        references = None if kept is None else self._references(layout, kept)
+        if references is not None:
+            layout, image, rotary = references.layout, references.image(image), references.rotary(rotary)
+        context = self._context(layout, rotary, references, image.dtype)
+        temb = self._time_embedding(timestep.to(image.dtype), guidance, layout.clean_references)
+        modulation = (
+            model.double_stream_modulation_img(temb),
+            model.double_stream_modulation_txt(temb),
+            model.single_stream_modulation(temb),
+        )
+        streams = [model.x_embedder(image), model.context_embedder(text)]  # [n, C] each
+        out = self._run_blocks(streams, torch.cat(modulation, dim=-1), context)
+        scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(out.dtype)).chunk(2, dim=1)
+        rows = context.modulation_rows("image")[context.target_rows()]
+        return model.proj_out(ops.norm_modulate(out, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
+
+    def _time_embedding(self, timestep: Tensor, guidance: Tensor | None, clean_references: bool) -> Tensor:
+        """Return the embedding of the time and the guidance scale of each row of the modulation table, `[R, C]`."""
+        if guidance is not None:
+            guidance = guidance.to(timestep.dtype) * 1000
+        if clean_references:
+            timestep = torch.cat([timestep, torch.zeros_like(timestep)])
+            guidance = None if guidance is None else torch.cat([guidance, guidance])
+        return self.transformer.time_guidance_embed(timestep * 1000, guidance)
+
+    def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
+        super()._check(image, text, timestep, layout)
+        if layout.clean_references != self.clean_references and any(s.index for s in layout.image_segments):
+            raise ValueError(
+                f"the layout was built with clean_references={layout.clean_references}, the model has "
+                f"{self.clean_references}; build it with the model's own `layout(samples)`"
+            )
+        if self.parallel is not None:
+            raise ValueError("sequence parallelism is not supported for FLUX.2")
