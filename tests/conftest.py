@@ -95,12 +95,12 @@ def make_flux2():
             mlp_ratio=3.0,
             axes_dims_rope=(32, 32, 32, 32),
             rope_theta=2000,
-            guidance_embeds=kind == "dev",
+            guidance_embeds="dev" in kind,
         )
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-        if kind == "klein-kv":  # as `Flux2KleinKVPipeline` does
+        if "kv" in kind:  # as `Flux2KleinKVPipeline` does
             for block in model.transformer_blocks:
                 block.attn.set_processor(transformer_flux2.Flux2KVAttnProcessor())
             for block in model.single_transformer_blocks:

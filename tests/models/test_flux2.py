@@ -147,6 +147,11 @@ def test_positions_and_tables_are_those_of_the_pipeline(references):
         assert torch.equal(ours, theirs[:, ::2])
 
 
+def test_text_keeps_its_positions_around_padding():
+    layout = SelfLayout.pack([Sample(((3, True), (2, False), (4, True)), (1, 1, 1))], FLUX2, clean_references=False)
+    assert layout.positions("cpu")[:9].tolist() == [[0, 0, 0, n] for n in range(9)]
+
+
 def test_no_position_is_used_twice():
     """Two images of a sample share no position, though they have one size, nor does the text; only the first does."""
     layout = SelfLayout.pack([Sample(9, (1, 3, 3), ((1, 3, 3),) * 6)], FLUX2, clean_references=False)
@@ -252,9 +257,10 @@ def test_fused_projections_are_called(make_flux2):
         model.unfuse_qkv_projections()
 
 
-def test_guidance_embedding(make_flux2):
-    """Every sample has its own scale; None adds no embedding, as in diffusers."""
-    model, grids = make_flux2("dev"), SIZES[:2]
+@pytest.mark.parametrize("kind", ["dev", "dev-kv"])
+def test_guidance_embedding(make_flux2, kind):
+    """Every sample has its own scale, its clean references too; None adds no embedding, as in diffusers."""
+    model, grids = make_flux2(kind), SIZES[:2]
     image, text, t, scale = inputs(model, grids)
     sample = Sample(7, *split(grids))
     outs = packed(model, [sample] * 2, [image] * 2, [text] * 2, [t] * 2, [scale, scale + 3])
