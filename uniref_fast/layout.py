@@ -102,6 +102,7 @@ class Sample:
             `shared_references`.
         text_before: Number of text tokens before each reference, ascending, for models whose text and images alternate
             in one sequence; None for all others.
+        guidance: Guidance scale for models that embed it (FLUX.2 dev); None for all others.
     """
 
     text: int | tuple[tuple[int, bool], ...]
@@ -109,6 +110,7 @@ class Sample:
     references: tuple[Grid, ...] = ()
     group: int | None = None
     text_before: tuple[int, ...] | None = None
+    guidance: float | None = None
 
     @property
     def text_runs(self) -> tuple[tuple[int, bool], ...]:
@@ -184,6 +186,7 @@ class SelfLayout:
         text_axes: Rotary axes on which the tokens of a text advance.
         causal_prefix: True if text and references come before the target and do not attend to it, so that their keys
             and values can be kept together.
+        guidance: Guidance scale of each sample for models that embed it; empty for all others.
     """
 
     segments: tuple[Segment, ...]
@@ -191,6 +194,7 @@ class SelfLayout:
     clean_references: bool
     text_axes: tuple[int, ...] = QWEN.text_axes
     causal_prefix: bool = False
+    guidance: tuple[float, ...] = ()
 
     @staticmethod
     def pack(
@@ -207,7 +211,8 @@ class SelfLayout:
                 modulates them.
 
         Raises:
-            ValueError: If there are no samples, or samples of a group list different references.
+            ValueError: If there are no samples, samples of a group list different references, or some samples have a
+                guidance scale and others have none.
         """
         return _pack(tuple(samples), scheme, clean_references, shared_references)
 
@@ -393,6 +398,10 @@ class SelfLayout:
         """
         return memo(self, _rotary, tuple(axes_dims), torch.device(device), theta, dtype)
 
+    def guidance_scales(self, device: torch.device | str) -> torch.Tensor:
+        """Return the guidance scale of each sample, float32 `[S]`."""
+        return memo(self, _guidance_scales, torch.device(device))
+
     def target_rows(self, device: torch.device | str) -> torch.Tensor:
         """Return the rows of the image stream that are targets, by sample, int64 `[N_target]`."""
         return memo(self, _target_rows, torch.device(device))
@@ -404,6 +413,9 @@ def _pack(
 ) -> SelfLayout:
     if not samples:
         raise ValueError("a layout needs at least one sample")
+    guidance = [sample.guidance for sample in samples if sample.guidance is not None]
+    if guidance and len(guidance) != len(samples):
+        raise ValueError(f"{len(guidance)} of {len(samples)} samples have a guidance scale; give it to all or none")
     owners = _owners(samples) if shared_references else range(len(samples))
     segments: list[Segment] = []
     joint_at, stream_at = 0, {True: 0, False: 0}  # by whether the segment is text
@@ -414,7 +426,9 @@ def _pack(
             segments.append(segment)
             joint_at += segment.length
             stream_at[kind.is_text] += segment.length
-    return SelfLayout(tuple(segments), len(samples), clean_references, scheme.text_axes)
+    return SelfLayout(
+        tuple(segments), len(samples), clean_references, scheme.text_axes, guidance=tuple(map(float, guidance))
+    )
 
 
 def _owners(samples: tuple[Sample, ...]) -> list[int]:
@@ -467,6 +481,10 @@ def _joint_index(layout: SelfLayout, stream: str, device: torch.device) -> torch
 def _modulation_rows(layout: SelfLayout, stream: str, device: torch.device) -> torch.Tensor:
     segments = _stream_segments(layout, stream)
     return _spread([s.mod_row for s in segments], segments, device).to(torch.int32)
+
+
+def _guidance_scales(layout: SelfLayout, device: torch.device) -> torch.Tensor:
+    return torch.tensor(layout.guidance, dtype=torch.float32, device=device)
 
 
 def _target_rows(layout: SelfLayout, device: torch.device) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The packed FLUX.2 against diffusers, sample by sample."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from patching import ROUNDING
@@ -73,12 +75,18 @@ def is_kv(model):
     return type(model.transformer_blocks[0].attn.processor).__name__ == "Flux2KVAttnProcessor"
 
 
+def guided(samples, guidance):
+    return [
+        replace(each, guidance=None if scale is None else scale.item())
+        for each, scale in zip(samples, guidance, strict=True)
+    ]
+
+
 def packed(model, samples, images, texts, timesteps, guidance, **options):
     run = PackedFlux2(model, **options)
-    layout = run.layout(samples)
-    scales = None if guidance[0] is None else torch.cat(guidance)
+    layout = run.layout(guided(samples, guidance))
     streams = torch.cat([x[0] for x in images]), torch.cat([x[0] for x in texts])
-    return layout.split_targets(run(*streams, torch.cat(timesteps), layout, guidance=scales))
+    return layout.split_targets(run(*streams, torch.cat(timesteps), layout))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -277,9 +285,9 @@ def test_refusals(make_flux2):
     run = PackedFlux2(model)
     layout = run.layout([Sample(7, *split(SIZES[:2]))])
     with pytest.raises(ValueError, match="no guidance embeddings"):
-        run(image[0], text[0], t, layout, guidance=t)
-    with pytest.raises(ValueError, match=r"guidance has shape \[2\], the layout expects \[1\]"):
-        PackedFlux2(make_flux2("dev"))(image[0], text[0], t, layout, guidance=torch.ones(2))
+        run(image[0], text[0], t, run.layout([Sample(7, *split(SIZES[:2]), guidance=4.0)]))
+    with pytest.raises(ValueError, match="1 of 2 samples have a guidance scale"):
+        run.layout([Sample(1, SIZES[0]), Sample(1, SIZES[0], guidance=4.0)])
     with pytest.raises(ValueError, match=r"text has shape \[6, 96\]"):
         run(image[0], text[0, 1:], t, layout)
     clean = SelfLayout.pack([Sample(7, *split(SIZES[:2]))], FLUX2, clean_references=True)
@@ -304,12 +312,10 @@ def test_gradients_of_a_pack_are_the_sum_of_single_ones(make_flux2, kind, impl):
         with torch.enable_grad():
             if use_pack:
                 run = PackedFlux2(model, impl=impl, checkpointing=checkpointing)
-                layout = run.layout([Sample(text, *split(grids)) for grids, text in cases])
-                image, text, t = (
-                    torch.cat([leaf[i].flatten(0, -2) if i < 2 else leaf[i] for leaf in leaves]) for i in range(3)
-                )
-                scales = None if leaves[0][3] is None else torch.cat([leaf[3] for leaf in leaves])
-                out = run(image, text, t, layout, guidance=scales)
+                samples = [Sample(text, *split(grids)) for grids, text in cases]
+                layout = run.layout(guided(samples, [leaf[3] for leaf in leaves]))
+                streams = (torch.cat([leaf[i][0] for leaf in leaves]) for i in (0, 1))
+                out = run(*streams, torch.cat([leaf[2] for leaf in leaves]), layout)
             else:
                 out = torch.cat([stock(model, grids, *leaf) for (grids, _), leaf in zip(cases, leaves, strict=True)])
             out.square().sum().backward()

@@ -23,7 +23,6 @@ from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.eight_bit import attend, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences
-from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.packed import DeferredResidual, ForwardContext, PackedBlock, PackedModel, clipped, joint_sources
 from uniref_fast.models.qwen_image import DoubleStreamBlock, Modulation, joint_qkv
 from uniref_fast.visibility import Rule
@@ -163,43 +162,12 @@ class PackedFlux2(PackedModel):
         """Return the layout of a pack for this model (`SelfLayout.pack` with `FLUX2`).
 
         Args:
-            samples: Samples of the pack, in order.
+            samples: Samples of the pack, in order. A model with guidance embeddings takes a guidance scale of each.
             shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
         """
         return SelfLayout.pack(
             samples, FLUX2, clean_references=self.clean_references, shared_references=shared_references
         )
-
-    def forward(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | None = None,
-        guidance: Tensor | None = None,
-    ) -> Tensor:
-        """Predict the velocity of every target, as `PackedModel.forward` describes.
-
-        Args:
-            image, text, timestep, layout, kept: Arguments of `PackedModel.forward`.
-            guidance: Guidance scale of each sample, `[S]`, for a model with guidance embeddings. None adds no
-                embedding, as in diffusers.
-
-        Returns:
-            Velocities of the targets' tokens by sample, `[N_target, out_channels]`.
-
-        Raises:
-            ValueError: If shapes differ from the layout's, the layout is not one of this model, or the model has no
-                guidance embeddings.
-        """
-        self._check(image, text, timestep, layout)
-        if guidance is not None and not self.transformer.config.guidance_embeds:
-            raise ValueError("the model has no guidance embeddings (config.guidance_embeds=False); leave out guidance")
-        if guidance is not None and guidance.shape != timestep.shape:
-            raise ValueError(f"guidance has shape {list(guidance.shape)}, the layout expects {list(timestep.shape)}")
-        with onloaded(self.transformer):
-            return self._predict(image, text, timestep, layout, kept, guidance)
 
     def _predict(
         self,
@@ -208,7 +176,6 @@ class PackedFlux2(PackedModel):
         timestep: Tensor,
         layout: SelfLayout,
         kept: Sequence[KeptReferences | None] | None,
-        guidance: Tensor | None = None,
     ) -> Tensor:
         model = self.transformer
         # diffusers computes the angles in float64 where the device has it
@@ -216,9 +183,9 @@ class PackedFlux2(PackedModel):
         rotary = layout.rotary(model.config.axes_dims_rope, image.device, model.config.rope_theta, dtype)
         references = None if kept is None else self._references(layout, kept)
         if references is not None:
-            layout, image, rotary = references.layout, references.image(image), references.rotary(rotary)
+            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
         context = self._context(layout, rotary, references, image.dtype)
-        temb = self._time_embedding(timestep.to(image.dtype), guidance, layout.clean_references)
+        temb = self._time_embedding(timestep.to(image.dtype), layout)
         modulation = (
             model.double_stream_modulation_img(temb),
             model.double_stream_modulation_txt(temb),
@@ -230,11 +197,12 @@ class PackedFlux2(PackedModel):
         rows = context.modulation_rows("image")[context.target_rows()]
         return model.proj_out(ops.norm_modulate(out, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
 
-    def _time_embedding(self, timestep: Tensor, guidance: Tensor | None, clean_references: bool) -> Tensor:
+    def _time_embedding(self, timestep: Tensor, layout: SelfLayout) -> Tensor:
         """Return the embedding of the time and the guidance scale of each row of the modulation table, `[R, C]`."""
-        if guidance is not None:
-            guidance = guidance.to(timestep.dtype) * 1000
-        if clean_references:
+        guidance = None
+        if layout.guidance:
+            guidance = layout.guidance_scales(timestep.device).to(timestep.dtype) * 1000
+        if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
             guidance = None if guidance is None else torch.cat([guidance, guidance])
         return self.transformer.time_guidance_embed(timestep * 1000, guidance)
@@ -245,6 +213,11 @@ class PackedFlux2(PackedModel):
             raise ValueError(
                 f"the layout was built with clean_references={layout.clean_references}, the model has "
                 f"{self.clean_references}; build it with the model's own `layout(samples)`"
+            )
+        if layout.guidance and not self.transformer.config.guidance_embeds:
+            raise ValueError(
+                "the samples have guidance scales, but the model has no guidance embeddings "
+                "(config.guidance_embeds=False); leave out `Sample.guidance`"
             )
         if self.parallel is not None:
             raise ValueError("sequence parallelism is not supported for FLUX.2")
