@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-origin", action="append", default=[], metavar="ORIGIN",
         help="Origin of other web pages that may use the server, such as https://example.com; repeat the flag for "
         "more.")  # fmt: skip
+    add("--allow-image-host", action="append", default=[], metavar="NAME",
+        help="Host from which https URLs of pictures are read; repeat the flag for more. (default: none, and URLs are "
+        "refused)")  # fmt: skip
     add = parser.add_argument_group("Limits").add_argument
     add("--max-tokens", type=_whole(1), metavar="N",
         help="Largest number of tokens of the edits that run together. (default: as many as fit the free memory of a "
@@ -178,6 +181,7 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
     config = ServeConfig(
         name, tuple(args.model_name), min(steps, limits.steps), guidance, limits=limits, api_key=key,
         hosts=hosts, origins=tuple(args.allow_origin),
+        image_hosts=tuple(name.lower() for name in args.allow_image_host),
     )  # fmt: skip
     return EditService(engine, config)
 

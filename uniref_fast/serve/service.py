@@ -25,6 +25,7 @@ from uniref_fast.serve.errors import NO_RETRY, ApiError
 from uniref_fast.serve.fields import EditCall
 from uniref_fast.serve.metrics import Metrics
 from uniref_fast.serve.pictures import check_pictures, data_url, decode, encode
+from uniref_fast.serve.remote import fetch
 
 __all__ = ["Batch", "EditService", "OneEdit"]
 
@@ -176,17 +177,17 @@ class EditService:
 
     async def pictures(self, call: EditCall) -> list[Image.Image]:
         """Return the decoded pictures of a request."""
-        contents = []
+        contents: list[bytes] = []
+        limits = self.config.limits
         for source in call.images:
             if isinstance(source, str) and source[:5].lower() == "data:":
                 source = data_url(source)
             elif isinstance(source, str):
-                raise ApiError(
-                    400, "image_url_not_allowed", "this server reads no image URLs; send the picture itself", "image"
-                )
+                left = limits.body_bytes - sum(len(content) for content in contents)
+                source = await asyncio.to_thread(fetch, source, self.config.image_hosts, left)
             contents.append(source)
         async with self._decoding:
-            check_pictures(contents, self.config.limits)
+            check_pictures(contents, limits)
             return await asyncio.to_thread(decode, contents)
 
     async def submit(self, call: EditCall) -> Batch:
