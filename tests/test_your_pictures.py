@@ -2,18 +2,19 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image, ImageOps
 
 from uniref_fast.scenes.backgrounds import PHOTOS, background
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "your-pictures.md").read_text()
-PROGRAMS = {"uniref-fast": "-m uniref_fast", "torchrun": "-m torch.distributed.run --standalone"}
 SHORT = "--stages.0.steps 1 --stages.1.steps 1 --sample-count 1 --warmup 1 --save-every 2"  # a run of two steps
 
 
@@ -40,11 +41,13 @@ def test_the_commands_of_the_page_work_in_order(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     printed = {}
     for line in commands():
-        command = line
-        for program, module in PROGRAMS.items():
-            command = re.sub(rf"^{program} ", f"{sys.executable} {module} ", command)
-        command += f" {SHORT}" if "sft.py" in command else ""
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        if line.startswith("uniref-fast "):
+            done = warm.run("-m", "uniref_fast", *shlex.split(line)[1:], cwd=tmp_path, env=environment)
+        else:
+            command = re.sub(
+                "^torchrun (.*)", rf"{sys.executable} -m torch.distributed.run --standalone \1 {SHORT}", line
+            )
+            done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         printed[line] = done.stdout + done.stderr
     found = "\n".join(printed.values())

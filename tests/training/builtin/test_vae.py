@@ -6,13 +6,12 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -200,13 +199,7 @@ def flags(config):
 
 def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path):
     config = dataclasses.replace(SMALL, out=tmp_path / "run")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "" if not torch.cuda.is_available() else "0",
-    }
-    done = subprocess.run([sys.executable, "-c", KILLED, *flags(config)], env=environment,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = warm.run("-c", KILLED, *flags(config), cwd=Path.cwd())
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step-000002"]
     assert not (config.out / "model").exists()

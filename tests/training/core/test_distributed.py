@@ -8,6 +8,7 @@ from pathlib import Path
 import mesh_worker
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file
 
 from uniref_fast import PackedQwenImage
@@ -28,17 +29,14 @@ ADAPTER_CASES = ("1-recomputed-dora", "2-kept-dora.host", "1-kept-lokr", "2-reco
 
 
 def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command += [str(WORKER), str(folder), *cases]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # on the CPU everywhere: a machine may have one GPU
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    warm.run_ranks(count, WORKER, folder, *cases, env=environment)
     return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases if not case.startswith("rows")}
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    """Return a folder and the results of four ranks, which are shared: starting ranks takes longest."""
+    """Return a folder and the results of four ranks, which several tests share."""
     folder = tmp_path_factory.mktemp("four")
     return folder, run_ranks(4, folder, "2-kept-full", "2-host-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
 

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import warm
 from safetensors.torch import load_file
 from synthetic import synthetic_sample
 
@@ -215,14 +215,6 @@ processes.leave(sft.main(sys.argv[1:]))
 """
 
 
-def torchrun(script, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
 def weights(out):
     return load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
 
@@ -232,26 +224,26 @@ def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_res
     out, script, waiting = tmp_path / "run", tmp_path / "slow.py", tmp_path / "waiting"
     script.write_text(SLOW)
     waiting.mkdir()
-    first = torchrun(script, waiting, *flags(data, out))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([*command, str(waiting), *flags(data, out)], cwd=ROOT, env=environment)
     wait_for(lambda: len(list(waiting.iterdir())) == 2 or first.poll() is not None, "the second step of both ranks")
     pids = [int(path.name) for path in waiting.iterdir()]
     assert first.poll() is None and len(pids) == 2
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    second = torchrun(script, waiting, *flags(data, out))  # the same command while it runs
-    _, errors = second.communicate(timeout=300)
-    assert second.returncode != 0
-    assert any(f"is in use by process {pid} (rank 0 of 2) on " in errors for pid in pids), errors[-3000:]
+    second = [rank.wait() for rank in warm.start_ranks(2, "training/sft.py", *flags(data, out))]  # while it runs
+    assert [rank.returncode for rank in second] == [2, 2]
+    used = [f"is in use by process {pid} (rank 0 of 2) on " for pid in pids]
+    assert any(text in second[0].stderr for text in used), second[0].stderr[-3000:]
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}, "nothing was written"
     assert all(map(alive, pids))
 
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    first.kill()
+    first.wait()
     wait_for(lambda: not any(map(alive, pids)), "both ranks to end")
     shutil.rmtree(waiting)
-    again = torchrun(script, waiting, *flags(data, out))
-    _, errors = again.communicate(timeout=300)
-    assert again.returncode == 0, errors[-3000:]
+    warm.run_ranks(2, "training/sft.py", *flags(data, out))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [0, 1, 2]
     assert (out / "checkpoints" / "step-000003").is_dir() and weights(out)

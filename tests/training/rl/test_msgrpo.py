@@ -1,11 +1,8 @@
 """MSGRPO runs from end to end, on the built-in model: exact resume, ranks, a judge that misbehaves, refusals."""
 
 import contextlib
-import os
 import shutil
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import judge_server
 import pytest
 import torch
+import warm
 from msgrpo_runs import assert_same_run, events, flags, records, steps_of, weights
 
 from uniref_fast import cli
@@ -119,8 +117,7 @@ processes.leave(msgrpo.main(sys.argv[1:]))
 def test_a_run_that_is_stopped_in_the_middle_of_a_group_resumes_exactly(data, whole, tmp_path, name, status):
     """Rollouts and their noise are keyed, so that the lost part of the step is repeated bit for bit."""
     out = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED.replace("{signal}", name), *flags(data, out, "--packs", 2)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = warm.run("-c", KILLED.replace("{signal}", name), *flags(data, out, "--packs", 2))
     assert done.returncode == status, done.stderr[-2000:]
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000001"]
     assert msgrpo.main(flags(data, out, "--packs", 2, "--resume", "auto")) == 0
@@ -166,18 +163,11 @@ def test_the_state_of_the_detector_is_kept_unless_the_rewards_change(data, begun
 two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
 
-def run_two_ranks(arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "training/msgrpo.py", *arguments], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, timeout=600)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @two_ranks
 def test_two_ranks_resume_a_run_of_one(data, whole, begun):
     """Step 1 has the same rollouts and scores bit for bit; its gradients are summed in another order."""
-    run_two_ranks(flags(data, begun, "--sample-every", 2, "--eval-every", 3, "--resume", "auto"))
+    more = ("--sample-every", 2, "--eval-every", 3, "--resume", "auto")
+    warm.run_ranks(2, "training/msgrpo.py", *flags(data, begun, *more))
     found, expected = steps_of(begun), steps_of(whole)
     assert found[0] == expected[0] and len(found) == 3
     exact = ("reward", "reward/quality", "group_std", "ratio_max", "tokens")
@@ -190,8 +180,8 @@ def test_two_ranks_resume_a_run_of_one(data, whole, begun):
 @two_ranks
 def test_two_ranks_share_packs(data, tmp_path):
     """Each rank has half of the tokens of every pack; the ratio is still 1, and scores differ by rounding only."""
-    shared = [f"--stages.{i}.sequence-parallel" for i in range(2)]
-    run_two_ranks(flags(data, tmp_path / "run", shared[0], 2, shared[1], 2, "--rollout-true-cfg-scale", 2, steps=2))
+    more = ("--stages.0.sequence-parallel", 2, "--stages.1.sequence-parallel", 2, "--rollout-true-cfg-scale", 2)
+    warm.run_ranks(2, "training/msgrpo.py", *flags(data, tmp_path / "run", *more, steps=2))
     found = steps_of(tmp_path / "run")
     assert events(tmp_path / "run", "on-policy check")[0]["worst_log_ratio"] <= on_policy.TOLERANCE
     alone = tmp_path / "alone"

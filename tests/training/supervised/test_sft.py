@@ -4,13 +4,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from diffusers import QwenImageTransformer2DModel
 from PIL import Image
 from safetensors import SafetensorError
@@ -146,26 +145,12 @@ def test_resume_without_flags_keeps_the_settings_of_the_run(data, whole, half):
     equal_to(whole, half)
 
 
-def run_two_ranks(arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "training/sft.py", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 two_ranks = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs, or none")
 
 
 @two_ranks
 def test_resume_with_twice_the_ranks_is_exact(data, whole, half):
-    run_two_ranks(flags(data, half, "--resume", "auto"))
+    warm.run_ranks(2, "training/sft.py", *flags(data, half, "--resume", "auto"))
     equal_to(whole, half)
     shutil.rmtree(half / "transformer")
     assert cli.main(["export", str(half)]) == 0, "the checkpoint of two ranks"
@@ -178,16 +163,12 @@ def test_encoders_are_gone_while_a_run_trains_and_an_encoding_pass_that_was_kill
 ):
     """Two ranks begin to encode and are killed; one rank encodes the rest and trains to the same bits."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    begun = subprocess.Popen(
-        [*command, "training/sft.py", *flags(data, out, "--encoders", "free")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    begun = warm.start_ranks(2, "training/sft.py", *flags(data, out, "--encoders", "free"))
     while len(list((out / "cache").rglob("*.safetensors"))) < 12:  # more than two unfinished rows can have
-        assert begun.poll() is None
+        assert all(rank.poll() is None for rank in begun), begun[0].stderr[-4000:]
         time.sleep(0.01)
-    os.killpg(begun.pid, signal.SIGKILL)
-    begun.wait()
+    for rank in begun:
+        rank.kill()
 
     storages, live = [], []
     free, step = Encoders.free, trainer.SFTTrainer.train_step
@@ -219,7 +200,7 @@ def test_encoders_are_gone_while_a_run_trains_and_an_encoding_pass_that_was_kill
 @two_ranks
 def test_ranks_that_share_packs_from_the_second_stage_on(data, whole, tmp_path):
     """Two replicas, then two ranks with half of each pack: the same losses but for rounding."""
-    run_two_ranks(flags(data, tmp_path / "run", "--stages.1.sequence-parallel", 2))
+    warm.run_ranks(2, "training/sft.py", *flags(data, tmp_path / "run", "--stages.1.sequence-parallel", 2))
     found = losses(tmp_path / "run")
     assert {step: found[step] for step in (0, 1)} == {step: losses(whole)[step] for step in (0, 1)}
     assert found == pytest.approx(losses(whole), rel=1e-5)
@@ -244,7 +225,7 @@ sft.main(sys.argv[1:])
 
 def test_kill_while_saving(data, whole, tmp_path):
     out = tmp_path / "run"
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *flags(data, out)], cwd=ROOT, capture_output=True)
+    done = warm.run("-c", KILLED_WHILE_SAVING, *flags(data, out))
     assert done.returncode == -signal.SIGKILL
     kept = out / "checkpoints"
     assert sorted(path.name for path in kept.iterdir()) == [".step-000004.partial", "step-000002"]
