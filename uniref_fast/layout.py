@@ -25,13 +25,17 @@ import torch
 
 from uniref_fast.memo import memo
 
-__all__ = ["Grid", "Kind", "Position", "RotaryScheme", "Sample", "Segment", "SelfLayout"]
+__all__ = ["REFERENCE_PLACE", "Grid", "Kind", "Position", "RotaryScheme", "Sample", "Segment", "SelfLayout"]
 
 Grid = tuple[int, int, int]
 """(frames, height, width) of an image, in tokens (one token = 2 x 2 latent pixels)."""
 
 Position = tuple[int, ...]
 """Rotary position of a token, one number per axis: frame, height, width and any more that a model has."""
+
+
+REFERENCE_PLACE = (0, False)
+"""Run of a text, `Sample.text`, that is the place of the next reference in models whose text and images alternate."""
 
 
 class Kind(enum.IntEnum):
@@ -95,13 +99,12 @@ class Sample:
     """One sample of a pack.
 
     Attributes:
-        text: Number of text tokens, or the (length, valid) runs of a padding mask.
+        text: Number of text tokens, or the (length, valid) runs of a padding mask. In models whose text and images
+            alternate, an empty run is the place of the next reference (`REFERENCE_PLACE`).
         target: Grid of the noisy target.
         references: Grids of the references, in order; any number, any sizes.
         group: Samples with the same group number share one copy of their references in a layout with
             `shared_references`.
-        text_before: Number of text tokens before each reference, ascending, for models whose text and images alternate
-            in one sequence; None for all others.
         guidance: Guidance scale for models that embed it (FLUX.2 dev); None for all others.
     """
 
@@ -109,7 +112,6 @@ class Sample:
     target: Grid
     references: tuple[Grid, ...] = ()
     group: int | None = None
-    text_before: tuple[int, ...] | None = None
     guidance: float | None = None
 
     @property
@@ -132,8 +134,6 @@ class Sample:
             object.__setattr__(self, name, _frozen(getattr(self, name)))
         if not isinstance(self.text, int):
             object.__setattr__(self, "text", _frozen(self.text))
-        if self.text_before is not None:
-            object.__setattr__(self, "text_before", tuple(self.text_before))
         if any(length < 0 for length, _ in self.text_runs):
             raise ValueError(f"text lengths must not be negative, got {self.text}")
         for grid in (self.target, *self.references):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uniref_fast.layout import Sample
+from uniref_fast.layout import REFERENCE_PLACE, Sample
 from uniref_fast.models import PackedQwenImage21
 
 CHANNELS, CONTEXT = 64, 48
@@ -62,7 +62,6 @@ def case(lengths, references=(), target=(1, 4, 6), seed=1, dtype=torch.float32, 
     total = sum(lengths)
     text, timestep = normal(total, CONTEXT), torch.rand(1, generator=generator).to(dtype)
     images = [normal(math.prod(grid), CHANNELS) for grid in (target, *references)]
-    before = [sum(lengths[: i + 1]) for i in range(len(references))]
     # The encoder's sequence has one position for every four tokens of a reference, whose embeddings are not used.
     parts, slots, at = [], [], 0
     for length, grid in zip(lengths, (*references, None), strict=True):
@@ -78,7 +77,10 @@ def case(lengths, references=(), target=(1, 4, 6), seed=1, dtype=torch.float32, 
     if mask is not None:
         valid = torch.ones(1, len(slots), dtype=torch.bool)
         valid[0, ~torch.tensor(slots)] = torch.tensor(mask).bool()
-    runs = total if mask is None else tuple((1, bool(each)) for each in mask)
+    flags, runs = iter([True] * total if mask is None else mask), []
+    for length, grid in zip(lengths, (*references, None), strict=True):
+        runs += [(1, bool(next(flags))) for _ in range(length)] if mask else [(length, True)] * (length > 0)
+        runs += [REFERENCE_PLACE] * (grid is not None)
     stock = {
         "hidden_states": torch.cat([*images[1:], images[0]])[None],
         "encoder_hidden_states": encoder,
@@ -88,7 +90,7 @@ def case(lengths, references=(), target=(1, 4, 6), seed=1, dtype=torch.float32, 
         "img_mask": img_mask,
         "return_dict": False,
     }
-    return Case(Sample(runs, target, tuple(references), text_before=before), torch.cat(images), text, timestep, stock)
+    return Case(Sample(tuple(runs), target, tuple(references)), torch.cat(images), text, timestep, stock)
 
 
 def run_stock(model, one, dtype=None, **options):

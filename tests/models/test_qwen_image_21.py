@@ -9,6 +9,7 @@ from patching import ROUNDING
 from qwen_image_21 import case, run_packed, run_stock, transformer
 
 from uniref_fast import native
+from uniref_fast.layout import REFERENCE_PLACE as PLACE
 from uniref_fast.layout import Kind, Sample, SelfLayout
 from uniref_fast.models import PackedQwenImage21
 from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule, dependence, kept_bytes
@@ -73,7 +74,7 @@ def test_padding_at_the_end_may_be_left_out_but_for_the_position_of_the_target()
     one = case((6,), mask=[1, 1, 1, 1, 0, 0])
     (out,) = run_packed(make(), [one])
     short = case((6,))
-    short.sample, short.text = Sample(4, one.sample.target, text_before=()), short.text[:4]
+    short.sample, short.text = Sample(4, one.sample.target), short.text[:4]
     (without,) = run_packed(make(), [short])
     assert max_relative_error(out, run_stock(make(), one)) < EXACT
     assert max_relative_error(without, out) > EXACT
@@ -161,8 +162,8 @@ def test_positions_are_those_of_diffusers():
     """The rotary tables have the same bits, also for odd sides, which diffusers does not centre."""
     from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21Rope
 
-    sample = Sample(9, (1, 5, 3), ((1, 3, 7), (1, 4, 4)), text_before=(2, 2))
-    layout = interleaved_layout([Sample(3, (1, 2, 2), text_before=()), sample])
+    sample = Sample(((2, True), PLACE, PLACE, (7, True)), (1, 5, 3), ((1, 3, 7), (1, 4, 4)))
+    layout = interleaved_layout([Sample(3, (1, 2, 2)), sample])
     rows = [segment for segment in layout.segments if segment.sample == 1]
     is_image = torch.cat([torch.full((s.length,), not s.kind.is_text) for s in rows])
     expected = QwenImage21Rope(10000, [16, 56, 56])([*sample.references, sample.target], is_image, "cpu")
@@ -171,7 +172,8 @@ def test_positions_are_those_of_diffusers():
 
 
 def test_the_layout_places_images_between_the_text():
-    sample = Sample(((3, True), (2, False), (4, True)), (1, 2, 2), ((1, 2, 3), (1, 1, 4)), text_before=(1, 6))
+    runs = ((1, True), PLACE, (2, True), (2, False), (1, True), PLACE, (3, True))
+    sample = Sample(runs, (1, 2, 2), ((1, 2, 3), (1, 1, 4)))
     layout = interleaved_layout([sample, sample])
     kinds = [(s.kind, s.length) for s in layout.segments if s.sample == 0]
     text, padding, reference, target = Kind.TEXT, Kind.PADDING, Kind.REFERENCE, Kind.TARGET
@@ -191,13 +193,21 @@ def test_the_layout_places_images_between_the_text():
     assert joint[19:23].tolist() == [-1] * 4
 
 
+def test_references_without_a_place_follow_the_text():
+    """So do those of a text of which only the length is known."""
+    found = [interleaved_layout([Sample(text, (1, 2, 2), ((1, 1, 2), (1, 1, 3)))]) for text in (5, ((5, True), PLACE))]
+    for layout in found:
+        assert [s.length for s in layout.segments] == [5, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("sample", "error"),
     [
-        (Sample(4, (1, 2, 2), ((1, 2, 2),)), "text_before is None for 1 references"),
-        (Sample(4, (1, 2, 2), ((1, 2, 2),), text_before=(5,)), "at most 4"),
-        (Sample(4, (1, 2, 2), ((1, 2, 2),) * 2, text_before=(3, 2)), "ascending"),
-        (Sample(4, (2, 2, 2), text_before=()), r"one frame, got the grid \(2, 2, 2\)"),
+        (
+            Sample((PLACE, (4, True), PLACE), (1, 2, 2), ((1, 2, 2),)),
+            "has 1 places more than the sample has references",
+        ),
+        (Sample(4, (2, 2, 2)), r"one frame, got the grid \(2, 2, 2\)"),
     ],
 )
 def test_samples_that_are_refused(sample, error):
@@ -309,7 +319,7 @@ def test_samples_of_a_group_share_text_and_references(keep):
 
 
 def test_a_group_with_different_texts_is_refused():
-    samples = [Sample(n, (1, 2, 2), group=0, text_before=()) for n in (3, 4)]
+    samples = [Sample(n, (1, 2, 2), group=0) for n in (3, 4)]
     with pytest.raises(ValueError, match="samples 0 and 1 of group 0 share text and references but list different"):
         interleaved_layout(samples, shared_references=True)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast import ops
-from uniref_fast.layout import Grid, Kind, Sample, Segment, SelfLayout
+from uniref_fast.layout import REFERENCE_PLACE, Grid, Kind, Sample, Segment, SelfLayout
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences
 from uniref_fast.models.packed import (
@@ -47,14 +47,14 @@ def interleaved_layout(
     this position on the frame axis, is centred on 0 on the other two, and moves the position on by its longer side.
 
     Args:
-        samples: Samples of the pack, in order; `text_before` places their references.
+        samples: Samples of the pack, in order. References without a place in the text follow it.
         causal_condition: Modulate text and references with t = 0, in rows after those of the sampled t.
         shared_references: Hold text and references of the samples of one `group` once. These samples must have the same
             text and references.
 
     Raises:
-        ValueError: If there are no samples, the references of a sample have no places in its text, an image has more
-            than one frame, or samples of a group differ.
+        ValueError: If there are no samples, a text has more places than there are references, an image has more than
+            one frame, or samples of a group differ.
     """
     return _layout(tuple(samples), causal_condition, shared_references)
 
@@ -88,7 +88,7 @@ def _owners(samples: tuple[Sample, ...]) -> list[int]:
     first: dict[int, int] = {}
     owners = [i if sample.group is None else first.setdefault(sample.group, i) for i, sample in enumerate(samples)]
     for i, owner in enumerate(owners):
-        prefixes = [(samples[n].text_runs, samples[n].references, samples[n].text_before) for n in (owner, i)]
+        prefixes = [(samples[n].text_runs, samples[n].references) for n in (owner, i)]
         if prefixes[0] != prefixes[1]:
             raise ValueError(
                 f"samples {owner} and {i} of group {samples[i].group} share text and references but list different "
@@ -99,32 +99,29 @@ def _owners(samples: tuple[Sample, ...]) -> list[int]:
 
 def _pieces(sample: Sample) -> Iterator[tuple[Kind, int, Grid, Grid]]:
     """Yield (kind, index, grid, rotary origin) of the segments of a sample, in joint order."""
-    runs = [*sample.text_runs]
-    total = sum(length for length, _ in runs)
-    places = sample.text_before or ()
-    if len(places) != len(sample.references) or [*places] != sorted(places) or not all(0 <= n <= total for n in places):
-        raise ValueError(
-            f"a sample of this model needs the number of text tokens before each reference, ascending and at most "
-            f"{total}; text_before is {sample.text_before} for {len(sample.references)} references"
-        )
-    at, position, texts = 0, 0, 0
-    for index, (place, grid) in enumerate([*zip(places, sample.references, strict=True), (total, sample.target)], 1):
-        while at < place:
-            length, valid = runs.pop(0)
-            if length > place - at:
-                runs.insert(0, (length - (place - at), valid))
-                length = place - at
-            if length:
-                yield Kind.TEXT if valid else Kind.PADDING, texts, (length, 1, 1), (position,) * 3
-                texts += 1
-            at, position = at + length, position + length
-        frames, height, width = grid
-        if frames != 1:
-            raise ValueError(f"an image of this model has one frame, got the grid {grid}")
-        is_target = index > len(places)
-        kind = Kind.TARGET if is_target else Kind.REFERENCE
-        yield kind, 0 if is_target else index, grid, (position, height // 2 - height, width // 2 - width)
-        position += max(height, width)
+    references = list(enumerate(sample.references, 1))
+    at, runs = 0, 0  # rotary position, runs of text so far
+    parts: list[tuple[int, bool]] = [*sample.text_runs]
+    if (surplus := parts.count(REFERENCE_PLACE) - len(references)) > 0:
+        raise ValueError(f"the text of a sample has {surplus} places more than the sample has references: {sample}")
+    parts += [REFERENCE_PLACE] * -surplus
+    for length, valid in parts:
+        if length:
+            yield Kind.TEXT if valid else Kind.PADDING, runs, (length, 1, 1), (at,) * 3
+            at, runs = at + length, runs + 1
+        elif not valid:
+            index, grid = references.pop(0)
+            yield Kind.REFERENCE, index, grid, _origin(grid, at)
+            at += max(grid)
+    yield Kind.TARGET, 0, sample.target, _origin(sample.target, at)
+
+
+def _origin(grid: Grid, position: int) -> Grid:
+    """Return the rotary position of the first token of an image."""
+    frames, height, width = grid
+    if frames != 1:
+        raise ValueError(f"an image of this model has one frame, got the grid {grid}")
+    return position, height // 2 - height, width // 2 - width
 
 
 class SingleStreamBlock(PackedBlock):
@@ -197,7 +194,7 @@ class PackedQwenImage21(PackedModel):
         """Return the layout of a pack for this model (`interleaved_layout`).
 
         Args:
-            samples: Samples of the pack, in order; `text_before` places their references.
+            samples: Samples of the pack, in order. References without a place in the text follow it.
             shared_references: Hold text and references of the samples of one group once.
         """
         causal_condition = bool(self.transformer.config.causal_condition)
