@@ -24,6 +24,7 @@ __all__ = [
     "text_lengths",
     "text_runs",
     "to_rgb",
+    "to_rgba",
 ]
 
 
@@ -33,6 +34,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: If the pixels of an opened file cannot be decoded; the message names the file.
     """
+    image = _decoded(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_rgba(image: Image.Image) -> Image.Image:
+    """Convert an image to RGBA; errors as for `to_rgb`."""
+    return _decoded(image).convert("RGBA")
+
+
+def _decoded(image: Image.Image) -> Image.Image:
     try:
         image.load()
     except Exception as error:  # decoders raise any kind of error for damaged bytes
@@ -40,10 +54,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(f"{name} cannot be decoded: {error or type(error).__name__}") from error
     if image.mode.startswith("I;16"):  # 16 bit grey: PIL's own conversion would clip it to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image
 
 
 def prompt_embeddings(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,13 @@ import torch
 __all__ = ["denoising_schedule", "resolution_shift", "shift_time"]
 
 
-def denoising_schedule(scheduler: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+def denoising_schedule(
+    scheduler: Any,
+    tokens: int,
+    steps: int,
+    device: torch.device | str,
+    sigmas: Sequence[float] | None = None,
+) -> Any:
     """Return a copy of a scheduler, its state included, with its timesteps set as the pipeline sets them.
 
     Args:
@@ -25,13 +32,15 @@ def denoising_schedule(scheduler: Any, tokens: int, steps: int, device: torch.de
         tokens: Number of target tokens, which the dynamic shift depends on.
         steps: Number of denoising steps.
         device: Device of the timesteps.
+        sigmas: Noise levels of the steps before the shift; None spaces them evenly.
 
     Raises:
         ValueError: If the scheduler does not accept the pipeline's `sigmas`.
     """
     scheduler = copy.deepcopy(scheduler)
-    sigmas: Any = np.linspace(1.0, 1 / steps, steps)  # an array, as the pipeline passes, whatever the annotation says
-    _stock().retrieve_timesteps(scheduler, steps, device, sigmas=sigmas, mu=_mu(scheduler.config, tokens))
+    # an array, as the pipeline passes, whatever the annotation says
+    levels: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+    _stock().retrieve_timesteps(scheduler, steps, device, sigmas=levels, mu=_mu(scheduler.config, tokens))
     scheduler.set_begin_index(0)
     return scheduler
 

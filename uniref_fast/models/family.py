@@ -42,6 +42,7 @@ __all__ = [
 
 _INSTANCES = {
     "qwen-image-edit": "uniref_fast.models.qwen_image_edit:QWEN_IMAGE_EDIT",
+    "qwen-image-2.1": "uniref_fast.models.qwen_image_21_family:QWEN_IMAGE_21",
 }
 """Instance of every family, as "module:name", by its name. A module is imported when a family is first looked up."""
 

@@ -269,25 +269,8 @@ class QwenImageEdit(Family):
         return 2 * linear, 4 * area * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-        config = pipe.text_encoder.config
-        language, vision = config.text_config, config.vision_config
-        merge = pipe.processor.image_processor.merge_size**2
-        flops = peak = 0
-        width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
-        kv = language.num_key_value_heads * head
-        layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
-        vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-        element = compute_dtype(pipe.text_encoder).itemsize
-        for size, lengths in zip(sizes, texts, strict=True):
-            patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
-            for kept in lengths:
-                tokens = kept + pipe.prompt_template_encode_start_idx
-                flops += language.num_hidden_layers * (2 * layer * tokens + 4 * tokens**2 * width)
-                flops += 2 * width * language.vocab_size * tokens  # diffusers calls the head as well
-                flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
-                states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-                peak = max(peak, tokens * states * element)
-        return flops, peak
+        prefix = pipe.prompt_template_encode_start_idx
+        return vision_language_cost(pipe, sizes, [[length + prefix for length in lengths] for lengths in texts])
 
     def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
         width, height = size
@@ -301,6 +284,34 @@ def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
     """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
     processor = pipe.processor.image_processor
     return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
+
+
+def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int]]) -> tuple[int, int]:
+    """Return operations and peak bytes of a Qwen-VL text encoder.
+
+    Args:
+        pipe: Pipeline of the requests.
+        sizes: Sizes of each request.
+        tokens: Tokens of each text that is encoded, by request: with the template and the references.
+    """
+    config = pipe.text_encoder.config
+    language, vision = config.text_config, config.vision_config
+    merge = pipe.processor.image_processor.merge_size**2
+    flops = peak = 0
+    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
+    kv = language.num_key_value_heads * head
+    layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
+    vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
+    element = compute_dtype(pipe.text_encoder).itemsize
+    for size, lengths in zip(sizes, tokens, strict=True):
+        patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
+        for length in lengths:
+            flops += language.num_hidden_layers * (2 * layer * length + 4 * length**2 * width)
+            flops += 2 * width * language.vocab_size * length  # diffusers calls the head as well
+            flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
+            states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
+            peak = max(peak, length * states * element)
+    return flops, peak
 
 
 def _stock() -> Any:

@@ -1,0 +1,316 @@
+"""Qwen-Image-2.1 as a family: the pipeline around the transformer, and what it costs.
+
+The packed model is in `uniref_fast.models.qwen_image_21`. The text encoder sees the references inside the prompt; its
+positions for them are left out of the embeddings, and the text of a sample records their places.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.encode import text_runs, to_rgba
+from uniref_fast.layout import REFERENCE_PLACE, Sample, SelfLayout
+from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.qwen_image_21 import PackedQwenImage21, interleaved_layout
+from uniref_fast.models.qwen_image_edit import vision_language_cost
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.schedule import denoising_schedule
+from uniref_fast.visibility import Rule, block_causal, plan, target_plan
+
+__all__ = ["QWEN_IMAGE_21", "QwenImage21"]
+
+OUTPUT_AREA = 1024 * 1024
+"""Area in pixels of references and result, unless the pipeline has an attribute `output_area`."""
+
+SLOT = 32
+"""Side in pixels of a position of the text encoder, which stands for 2 x 2 latent tokens."""
+
+_MODEL = "diffusers.models.transformers.transformer_qwenimage21"
+_BLOCK, _ATTN = "transformer_blocks.*", "transformer_blocks.*.attn"
+
+REPLACED = (
+    Replaced(
+        "", f"{_MODEL}:QwenImage21Transformer2DModel", ("forward", "build_token_metadata"),
+        calls=("img_in", "txt_in", "time_text_embed", "modulation", "proj_out"), reads=("config",), onloaded=True,
+    ),
+    Replaced("pos_embed", f"{_MODEL}:QwenImage21Rope", ("forward", "rope_params")),
+    Replaced("norm_out", f"{_MODEL}:QwenImage21AdaLayerNormContinuous", calls=("silu", "linear")),
+    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    Replaced(
+        _BLOCK, f"{_MODEL}:QwenImage21TransformerBlock", ("forward", "_modulate"), calls=("img_mlp",), onloaded=True
+    ),
+    *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",)) for name in ("img_norm1", "img_norm2")),
+    Replaced(
+        _ATTN, f"{_MODEL}:QwenImage21Attention", calls=("to_q", "to_k", "to_v", "to_out"), reads=("heads", "inner_dim")
+    ),
+    *(Replaced(f"{_ATTN}.{name}", "diffusers.models.normalization:RMSNorm", reads=("weight", "eps"), onloaded=True)
+      for name in ("norm_q", "norm_k")),
+)  # fmt: skip
+
+
+class QwenImage21(Family):
+    """Qwen-Image-2.1 and 2.1-Turbo."""
+
+    name = "qwen-image-2.1"
+    models = ("Qwen/Qwen-Image-2.1", "Qwen/Qwen-Image-2.1-Turbo")
+    transformer = "QwenImage21Transformer2DModel"
+    pipelines = ("QwenImage21Pipeline",)
+    missing: ClassVar[Mapping[str, str]] = {
+        "patch": "its blocks have no patched places; edit() runs its packed forward",
+        "patch_keep_references": "the pipeline of diffusers keeps text and references itself (use_kv_cache=True)",
+        "fast": "its blocks were not measured in 8 bits",
+        "sft": "the training loops do not have its text and sequence parallelism",
+        "msgrpo": "the training loops do not have its text and sequence parallelism",
+    }
+    replaced = REPLACED
+    packed = PackedQwenImage21
+
+    # ---- the packed model ----
+
+    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
+        return interleaved_layout(samples, causal_condition=bool(config.causal_condition))
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(
+                f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
+                f"must be 1); {instead}"
+            )
+        axes, width = config.get("axes_dims_rope", (16, 56, 56)), config.get("attention_head_dim", 128)
+        if len(axes) != 3 or sum(axes) != width:
+            raise ValueError(
+                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
+                f"width of a head, {width}; {instead}"
+            )
+
+    # ---- the pipeline around the transformer ----
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        config, encoder = pipe.transformer.config, pipe.text_encoder
+        pairs = [("in_channels", config.in_channels, "VAE", pipe.vae.config.z_dim)]
+        if encoder is not None:
+            width = encoder.config.get_text_config().hidden_size
+            pairs.append(("context_in_dim", config.context_in_dim, "text encoder", width))
+        for option, ours, part, theirs in pairs:
+            if ours != theirs:
+                raise ValueError(
+                    f"{given} has a transformer with {option} = {ours}, but its {part} gives {theirs} channels; the "
+                    "two belong to different models"
+                )
+
+    def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Refuse embeddings of prompts with references, and take the number of steps of the pipeline's own sigmas."""
+        if request.images and any(embeds is not None for _, embeds, _ in request.texts):
+            raise ValueError(
+                f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
+                "prompt itself, or no images"
+            )
+        sigmas = pipe.config.get("sample_sigmas")
+        return request if sigmas is None else replace(request, num_inference_steps=len(sigmas))
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        area = getattr(pipe, "output_area", OUTPUT_AREA)
+        return area, area, area
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        area = self.image_areas(pipe)[2]
+        dimensions = _stock().calculate_dimensions
+        computed = dimensions(area, sizes[-1][0] / sizes[-1][1] if sizes else 1.0)
+        result_width, result_height = (
+            (given or side) // SLOT * SLOT for given, side in zip((width, height), computed, strict=False)
+        )
+        if budget is None:
+            references = [dimensions(area, w / h)[:2] for w, h in sizes]
+        else:  # sides must be multiples of 32, and those of half the size are multiples of 16
+            halves = fit_to_budget([(max(w // 2, 1), max(h // 2, 1)) for w, h in sizes], max(budget // 2, 1))
+            references = [(2 * w, 2 * h) for w, h in halves]
+        # One resize feeds the text encoder and the VAE.
+        return Geometry((result_width, result_height), tuple(references), tuple(references), pipe.vae_scale_factor)
+
+    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+        return denoising_schedule(pipe.scheduler, tokens, steps, device, sigmas=pipe.config.get("sample_sigmas"))
+
+    def convert_image(self, image: Image.Image) -> Image.Image:
+        """Return a reference with transparency, which the VAE takes; the text encoder gets it over white."""
+        return to_rgba(image)
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        device = device or pipe._execution_device
+        resized = None
+        if embeds is None:
+            resized = [
+                pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)
+            ] or None
+        else:
+            embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
+            mask = None if mask is None else mask.reshape(1, -1).to(device)
+        embeds, mask, slots = pipe.encode_prompt(
+            prompt=prompt, image=resized, device=device, num_images_per_prompt=1, prompt_embeds=embeds,
+            prompt_embeds_mask=mask,
+        )  # fmt: skip
+        if resized is None:
+            text = text_runs(embeds.shape[1], mask)
+            return embeds[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+        assert mask is None, "a single prompt has no padding"
+        return embeds[0][~slots[0]], _text_of(slots[0].tolist(), [_slots(size) for size in sizes])
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        width, height = size
+        pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
+        latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
+        rows, columns = latents.shape[3:]
+        return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
+        if pairs and not own:
+            pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
+        width, height = sizes.size
+        latents, packed = pipe.prepare_latents(
+            pixels, 1, pipe.transformer.config.in_channels, height, width, dtype, pipe._execution_device, generator,
+            request.latents,
+        )  # fmt: skip
+        if not own:
+            return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
+        # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
+        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
+        return latents, torch.cat([latents[0, :0], *parts])
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        vae = pipe.vae
+        width, height = size
+        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
+        mean, std = (
+            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        image = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
+        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+        if sizes:
+            first, *more = (f"<image{i}><|vision_start|><|image_pad|><|vision_end|>" for i in range(1, len(sizes) + 1))
+            template = pipe.prompt_template_ti2i.replace(first, " ".join([first, *more]))
+        else:
+            template = pipe.prompt_template_t2i
+        tokens = pipe.processor.tokenizer(template.format(prompt or " "))["input_ids"][pipe._drop_idx :]
+        text = _text_of([token == pipe._img_token_id for token in tokens], [1] * len(sizes))
+        return text if sizes else len(tokens)
+
+    def transformer_flops(
+        self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
+    ) -> tuple[int, int]:
+        rule = block_causal if visibility == "full" else visibility
+        whole, last = plan(layout, rule), target_plan(layout, rule)
+        if kept:
+            computed = kept_step(layout)
+            layout, whole = computed.layout, computed.plan(rule)
+        width = config.num_attention_heads * config.attention_head_dim
+        tokens, targets, rows = layout.joint_length, sum(s.length for s in layout.targets), layout.num_modulation_rows
+        blocks = config.num_layers
+        rest = width**2 * (1 + 3 * config.mlp_ratio)  # output projection and the SwiGLU feed-forward
+        linear = blocks * 3 * width**2 * tokens + rest * ((blocks - 1) * tokens + targets)
+        linear += rows * (256 * width + width**2 + 5 * width**2)  # timestep embedding, both modulations
+        linear += layout.image_length * config.in_channels * width + targets * width * config.out_channels
+        linear += layout.text_length * (config.context_in_dim * width + width**2)
+        return 2 * linear, 4 * ((blocks - 1) * whole.area + last.area) * width
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        tokens = [
+            [length + sum(map(_slots, size.condition_sizes)) + pipe._drop_idx for length in lengths]
+            for size, lengths in zip(sizes, texts, strict=True)
+        ]
+        return vision_language_cost(pipe, sizes, tokens)
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        width, height = size
+        if direction == "encode":
+            return 1, vae.config.in_channels, 1, height, width
+        factor = vae.config.scale_factor_spatial
+        return 1, vae.config.z_dim, 1, height // factor, width // factor
+
+
+def _slots(size: tuple[int, int]) -> int:
+    """Return the number of positions of a reference of (width, height) pixels in the text encoder."""
+    return (size[0] // SLOT) * (size[1] // SLOT)
+
+
+def _text_of(slots: Sequence[bool], counts: Sequence[int]) -> tuple[tuple[int, bool], ...]:
+    """Return the text of a sample without the positions of its references, whose places become empty runs.
+
+    Args:
+        slots: True for each position of a reference.
+        counts: Positions of each reference.
+
+    Raises:
+        ValueError: If the positions are not those of these references.
+    """
+    runs: list[tuple[int, bool]] = []
+    left = [*counts]
+    for is_slot, group in itertools.groupby(slots):
+        length = len(list(group))
+        if not is_slot:
+            runs.append((length, True))
+        while is_slot and length > 0 and left:
+            length -= left.pop(0)
+            runs.append(REFERENCE_PLACE)
+        if is_slot and length:
+            left.append(-length)
+            break
+    if left:
+        raise ValueError(
+            f"the text encoder has {sum(slots)} positions for references, which need {sum(counts)}: its processor must "
+            f"not resize images whose sides are multiples of {SLOT} pixels; check its min_pixels and max_pixels"
+        )
+    return tuple(runs)
+
+
+def _stock() -> Any:
+    """Return diffusers' module of the pipeline, imported when first needed."""
+    from diffusers.pipelines.qwenimage21 import pipeline_qwenimage21
+
+    return pipeline_qwenimage21
+
+
+QWEN_IMAGE_21 = QwenImage21()
