@@ -194,7 +194,7 @@ def test_the_layout_places_images_between_the_text():
 
 
 def test_references_without_a_place_follow_the_text():
-    """So do those of a text of which only the length is known."""
+    """References of a text of which only the length is known are placed likewise."""
     found = [interleaved_layout([Sample(text, (1, 2, 2), ((1, 1, 2), (1, 1, 3)))]) for text in (5, ((5, True), PLACE))]
     for layout in found:
         assert [s.length for s in layout.segments] == [5, 2, 3, 4]
@@ -217,7 +217,7 @@ def test_samples_that_are_refused(sample, error):
 
 @pytest.mark.slow
 def test_compiled_blocks():
-    """At most two graphs for each of the first, the last and the other blocks, with the results of uncompiled ones."""
+    """Compiled blocks need at most two graphs for each kind of block, and give the results of uncompiled ones."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()

@@ -217,10 +217,10 @@ class PackedQwenImage21(PackedModel):
         context = self._context(layout, rotary, references, image.dtype)
         joint = model.img_in(image)
         if len(text):
-            joint = torch.cat([model.txt_in(text), joint]).index_select(0, joint_sources(layout, image.device))
+            joint = torch.cat([self._text_stream(text, layout, model.txt_in), joint])
         else:
             skip(model.txt_in)
-            joint = joint.index_select(0, joint_sources(layout, image.device))
+        joint = joint.index_select(0, joint_sources(layout, image.device))
         timestep = timestep.to(joint.dtype)
         if layout.clean_references:
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
