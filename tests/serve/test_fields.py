@@ -1,10 +1,14 @@
 """Fields of edit requests: what they mean, and the errors of those that are wrong or cannot be honoured."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 
 from uniref_fast.serve.config import Limits, ServeConfig
 from uniref_fast.serve.errors import ApiError, error_body
-from uniref_fast.serve.fields import EditCall, parse
+from uniref_fast.serve.fields import KNOWN, UNSUPPORTED, EditCall, parse
 
 CONFIG = ServeConfig("builtin", ("gpt-image",), steps=8, guidance=1.0, loras=("ink", "oil"), limits=Limits(images=2))
 BASE = [("prompt", "make it night"), ("image", b"1")]
@@ -129,6 +133,28 @@ def test_hints_name_our_fields():
     for name, ours in (("guidance_scale", "guidance"), ("num_inference_steps", "steps"), ("promt", "prompt")):
         with pytest.raises(ApiError, match=f"did you mean {ours}"):
             call((name, "1"))
+
+
+def test_the_documents_list_all_codes_and_fields():
+    """The page has a table of the codes of errors, and one of the fields."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs/serving.md").read_text()
+    calls = [
+        node for path in (root / "uniref_fast/serve").glob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    used = {
+        node.args[1].value
+        for node in calls
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "ApiError"
+        and isinstance(node.args[1], ast.Constant)
+    }
+    rows = re.findall(r"^\| (?:\d+(?:, )?)+ \| (.*?) \|", text, flags=re.M)
+    assert {code for row in rows for code in re.findall(r"`(\w+)`", row)} == used | {"not_found", "method_not_allowed"}
+    section = text.partition("## Fields of an edit")[2].partition("## ")[0]
+    named = {*re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", section, flags=re.M)))}
+    assert named == {*KNOWN}
+    assert all(f"`{name}`" in section for name in UNSUPPORTED)
 
 
 def test_bodies_of_errors_have_the_form_of_openai():

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 from serving import StubEngine, opened, picture
 
 import uniref_fast
@@ -99,6 +100,15 @@ def test_openai_clients_and_signals(started, pipe, tmp_path):
     assert names == ["image_edit.progress"] * 2 + ["image_edit.partial_image", "image_edit.progress", names[-1]]
     assert names[-1] == "image_edit.completed" and last.b64_json == found.data[0].b64_json
     assert [model.id for model in client.models.list()] == ["builtin"]
+
+    # the examples
+    environment = os.environ | {"BASE_URL": f"{server.url}/v1", "UNIREF_API_KEY": "secret"}
+    for name, words in (("edit.sh", []), ("client.py", [sys.executable])):
+        out = tmp_path / f"{name}.png"
+        script = [*words, str(ROOT / "examples/serve" / name), *map(str, paths), "make it night", str(out)]
+        done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        assert done.returncode == 0 and Image.open(out).size == expected.shape[1::-1], done.stderr
+    assert "step 8 of 8" in done.stdout and f"{out}: 64x64" in done.stdout
 
     # errors of the client
     with pytest.raises(openai.BadRequestError) as caught:
