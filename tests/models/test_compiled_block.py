@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import uniref_fast
 from uniref_fast import EditRequest, PackedQwenImage, Sample
 from uniref_fast.models.compiled_block import compiler_of
+from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule
 from uniref_fast.testing import max_relative_error
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,43 @@ def test_layouts(make_transformer, zero_cond_t, layouts):
     assert sum("segment_attention" in name for name in found) == counter.frame_count
 
 
+@pytest.mark.parametrize("zero_cond_t, dtype", [(True, None), (False, "int8")])
+def test_kept_references(make_transformer, zero_cond_t, dtype):
+    """One graph for each of the first, the last and the other blocks computes, keeps, and does both in one pack."""
+    model = make_transformer(zero_cond_t, layers=3)
+    counter = CompileCounterWithBackend("aot_eager")
+    plain, compiled = PackedQwenImage(model), PackedQwenImage(model)
+    compiled.compile_repeated_blocks(backend=counter, fullgraph=True)
+    for samples in (LAYOUTS[1], LAYOUTS[0], LAYOUTS[8]) if dtype is None else LAYOUTS[1:2]:
+        every = [2, None, 3][: len(samples)] if len(samples) == 3 else [2, 3][: len(samples)]  # None: nothing is kept
+        stores = [[n and KeptReferences(RefreshSchedule(every=n), dtype) for n in every] for _ in range(2)]
+        image, text, _, layout = inputs(plain, samples)
+        for step in range(5):
+            given = image + step, text, torch.full((len(samples),), 0.9 - step / 8), layout
+            with torch.no_grad():
+                ours, theirs = compiled(*given, stores[1]), plain(*given, stores[0])
+            assert max_relative_error(ours, theirs) < (ROUNDING if dtype is None else 1e-3)
+        for ours, theirs in zip(*stores, strict=True):
+            if theirs is not None:
+                assert ours.refreshed == theirs.refreshed and len(theirs.refreshed) < 5 and ours.nbytes == theirs.nbytes
+                assert ours.drifts == pytest.approx(theirs.drifts, rel=1e-3)
+    assert counter.frame_count == 3
+
+
+def test_graphs_with_and_without_kept_references(make_transformer):
+    """A process that runs both stays within PyTorch's limit of graphs for one function."""
+    model = make_transformer(True, layers=3)
+    counter, packed = CompileCounterWithBackend("eager"), PackedQwenImage(model)
+    packed.compile_repeated_blocks(backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for samples in LAYOUTS[:2]:
+            packed(*inputs(packed, samples))
+            stores = [KeptReferences() for _ in samples]
+            for _ in range(2):
+                packed(*inputs(packed, samples), stores)
+    assert counter.frame_count <= 9
+
+
 def test_gradients(make_transformer):
     model = make_transformer(True, layers=2)
     gradients = []
@@ -91,16 +129,17 @@ def test_inductor(make_transformer):
         assert max_relative_error(compiled(*given), plain(*given)) < ROUNDING
 
 
-@pytest.mark.parametrize("how, offloaded", [("compile_repeated_blocks", True), ("compile", False)])
-def test_edit_with_a_compiled_transformer(builtin_pipe, monkeypatch, how, offloaded):
+@pytest.mark.parametrize("how, offloaded, keep", [("compile_repeated_blocks", True, False), ("compile", False, 2)])
+def test_edit_with_a_compiled_transformer(builtin_pipe, monkeypatch, how, offloaded, keep):
     """The user's options are used, a second edit compiles nothing, and hooks of blocks stay outside of the graph."""
-    expected, pipe, counter = edit(builtin_pipe), copied(builtin_pipe), CompileCounterWithBackend("eager")
+    expected = edit(builtin_pipe, keep_references=keep)
+    pipe, counter = copied(builtin_pipe), CompileCounterWithBackend("eager")
     offloading = Offloading(monkeypatch)
     if offloaded:
         offloading.enable(pipe.transformer, "block_level", stream=True)
     getattr(pipe.transformer, how)(backend=counter, fullgraph=True, dynamic=True)
     for _ in range(2):
-        for ours, theirs in zip(edit(pipe), expected, strict=True):
+        for ours, theirs in zip(edit(pipe, keep_references=keep), expected, strict=True):
             assert max_relative_error(ours, theirs) < 1e-4
         assert counter.frame_count == 3 and not offloading.onloaded
     assert compiler_of(builtin_pipe.transformer) is None
@@ -113,7 +152,6 @@ def by_leaf(pipe):
 
 
 UNCOMPILED = {
-    "kept references are stored": (lambda pipe: None, {"keep_references": 2}),
     "hooks move the weights of the QK norms": (by_leaf, {}),
     "Linears compute in 8 bits": (lambda pipe: None, {"mode": "fast", "impl": "reference"}),
     "plans attention on the host": (lambda pipe: None, {"impl": "dense"}),

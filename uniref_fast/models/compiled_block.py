@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from uniref_fast import ops
+from uniref_fast.models.kept_references import TracedReferences
 from uniref_fast.ops.segment_attention import PreparedPlan, prepare_plan
 
-__all__ = ["TracedContext", "compiler_of", "traced_context"]
+__all__ = ["TracedContext", "compiler_of", "mark_dynamic", "traced_context"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,6 +34,7 @@ class TracedContext:
         impl: Implementation of every op.
         fuse_residual: A block leaves its last residual to the first norm of the next block.
         for_training: Attention was chosen by the cost of forward and backward.
+        references: Keys and values of the whole joint sequence if some references are kept, or None.
     """
 
     joint_rows: tuple[Tensor, Tensor]
@@ -45,7 +47,7 @@ class TracedContext:
     fuse_residual: bool
     for_training: bool
     rounding: ops.Rounding = "once"
-    references: None = None
+    references: TracedReferences | None = None
     parallel: None = None
 
     @property
@@ -91,8 +93,6 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
         q: Tensor `[0, H, D]` with the heads, dtype and device of the queries.
     """
     layout, device = context.layout, q.device
-    if context.references is not None:
-        return "kept references are stored and read between its operators"
     if context.parallel is not None or context.checkpointing:
         return "it is recomputed or shared between ranks"
     impl = ops.choose(context.impl, q, q.shape[-1])
@@ -100,7 +100,8 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
         return f"impl={context.impl or impl!r} plans attention on the host"
     backward = torch.is_grad_enabled()
     plans = [prepare_plan(q, plan, impl, backward=backward) for plan in (context.plan, context.target_plan)]
-    return TracedContext(
+    references = None if context.references is None else context.references.buffers(q)
+    traced = TracedContext(
         joint_rows=(layout.joint_index("text", device), layout.joint_index("image", device)),
         table_rows=tuple(context.modulation_rows(stream) for stream in ("text", "image", "joint")),
         rotary=context.rotary,
@@ -110,7 +111,18 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
         impl=impl,
         fuse_residual=context.fuse_residual,
         for_training=context.for_training,
+        references=references,
     )
+    if references is not None:  # the steps of one edit have different numbers of rows, but not in every tensor
+        tensors = *traced.joint_rows, *traced.table_rows, *traced.rotary, traced.targets
+        mark_dynamic(*tensors, references.rows, references.keys, references.values)
+    return traced
+
+
+def mark_dynamic(*tensors: Tensor) -> None:
+    """Make the first size of tensors a symbol from the first compilation on."""
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
 def compiler_of(module: nn.Module) -> Callable[[Callable], Callable] | None:

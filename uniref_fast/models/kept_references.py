@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ __all__ = [
     "KeptReferences",
     "ReferenceRows",
     "RefreshSchedule",
+    "TracedReferences",
     "check_keep_dtype",
     "dependence",
     "kept_bytes",
@@ -368,11 +369,38 @@ class ReferenceRows:
         rows = memo(self.whole, _computed_rows, "joint", self.reused, k.device)
         for joint, computed in zip(self._joint, (k, v), strict=True):
             joint.index_copy_(0, rows, computed)
-        spans = memo(self.whole, _reference_spans)
-        for i in self.reused:
-            start, end = spans[i]
-            self._stores[i].load(attn, self._joint[0][start:end], self._joint[1][start:end])
+        self.before_block(attn)
         return self._joint
+
+    def buffers(self, q: Tensor) -> TracedReferences:
+        """Return keys and values of the whole joint sequence for blocks that are compiled, without values yet.
+
+        A compiled block writes the computed rows, between `before_block` and `after_block`.
+
+        Args:
+            q: Tensor `[0, H, D]` with the heads, dtype and device of the queries.
+        """
+        shape = self.whole.joint_length, *q.shape[1:]
+        self._joint = q.new_empty(shape), q.new_empty(shape)
+        return TracedReferences(memo(self.whole, _computed_rows, "joint", self.reused, q.device), *self._joint)
+
+    def before_block(self, attn: nn.Module) -> None:
+        """Write the stored keys and values of a block into `buffers`."""
+        for i, k, v in self._buffered(self.reused):
+            self._stores[i].load(attn, k, v)
+
+    def after_block(self, attn: nn.Module) -> None:
+        """Store the keys and values that a compiled block has written into `buffers`."""
+        for i, k, v in self._buffered(self._refreshed):
+            self._stores[i].store(attn, k, v)
+
+    def _buffered(self, samples: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield samples with the rows of their references in the buffers."""
+        assert self._joint is not None, "call buffers() first"
+        spans = memo(self.whole, _reference_spans)
+        for i in samples:
+            start, end = spans[i]
+            yield i, self._joint[0][start:end], self._joint[1][start:end]
 
     def finish(self) -> None:
         """Count the step in every store, and set the drift that its refreshes have measured; call it once at the end.
@@ -395,6 +423,24 @@ class ReferenceRows:
                 store._drifts.append(math.sqrt(square))
         for store in self._stores.values():
             store.steps += 1
+
+
+@dataclass(frozen=True, eq=False)
+class TracedReferences:
+    """Keys and values of the whole joint sequence, as a compiled block gets them.
+
+    Attributes:
+        rows: Joint rows that are computed, int64 `[n]`.
+        keys, values: Buffers `[N, H, D]`. The rows of references that are kept have their values already.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def keys_and_values(self, attn: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the computed rows, `[n, H, D]`, and return keys and values of the whole joint sequence."""
+        return self.keys.index_copy_(0, self.rows, k), self.values.index_copy_(0, self.rows, v)
 
 
 def _reference_spans(layout: SelfLayout) -> dict[int, tuple[int, int]]:

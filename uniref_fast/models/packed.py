@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
-from uniref_fast.models.compiled_block import TracedContext, compiler_of, traced_context
+from uniref_fast.models.compiled_block import TracedContext, compiler_of, mark_dynamic, traced_context
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks, onloaded
 from uniref_fast.models.sequence_parallel import SequenceParallel
@@ -142,6 +142,7 @@ class PackedBlock(nn.Module):
 
     Attributes:
         compiled: Compiled code of the block, which `compile` sets, or None.
+        compiled_with_references: The same for forwards with kept references.
     """
 
     block: Any
@@ -150,10 +151,15 @@ class PackedBlock(nn.Module):
         super().__init__()
         self.block, self.last, self.attention_8bit = block, last, attention_8bit
         self.compiled: Callable[..., Any] | None = None
+        self.compiled_with_references: Callable[..., Any] | None = None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the block; the arguments are those of `torch.compile`."""
-        self.compiled = torch.compile(self._run, *args, **kwargs)
+        self.compile_by(lambda run: torch.compile(run, *args, **kwargs))
+
+    def compile_by(self, compiler: Callable[[Callable], Callable]) -> None:
+        """Compile the block with a function such as `torch.compile`."""
+        self.compiled, self.compiled_with_references = compiler(self._run), compiler(self._run_with_references)
 
     def forward(
         self,
@@ -179,10 +185,15 @@ class PackedBlock(nn.Module):
         if context.checkpointing and torch.is_grad_enabled():
             return self._recomputed(streams, residuals, temb, context)
         with onloaded(self.block):
-            if traced is not None and self.compiled is not None:
-                for table in (temb, *(gate for _, gate in residuals)):
-                    torch._dynamo.maybe_mark_dynamic(table, 0)  # packs of 2 and 3 samples share a graph
-                return self.compiled(streams, residuals, temb, traced)
+            if traced is not None and self.compiled is not None and self.compiled_with_references is not None:
+                mark_dynamic(temb, *(gate for _, gate in residuals))  # packs of 2 and 3 samples share a graph
+                if context.references is None:
+                    return self.compiled(streams, residuals, temb, traced)
+                mark_dynamic(*streams, *(branch for branch, _ in residuals))
+                context.references.before_block(self.block.attn)
+                outputs = self.compiled_with_references(streams, residuals, temb, traced)
+                context.references.after_block(self.block.attn)
+                return outputs
             return self._run(streams, residuals, temb, context)
 
     def _recomputed(
@@ -210,6 +221,10 @@ class PackedBlock(nn.Module):
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         """Run the block as `forward` describes; a family defines it."""
         raise NotImplementedError
+
+    def _run_with_references(self, *arguments: Any) -> tuple[list[Tensor], list[DeferredResidual]]:
+        """Run the block: a function of its own, because torch.compile limits the number of graphs of a function."""
+        return self._run(*arguments)
 
 
 class PackedModel(nn.Module):
@@ -270,7 +285,7 @@ class PackedModel(nn.Module):
         blocks[-1].last = True
         for packed in blocks:  # as the user has compiled the blocks of diffusers, or the whole model
             if compiler := compiler_of(packed.block) or compiler_of(transformer):
-                packed.compiled = compiler(packed._run)
+                packed.compile_by(compiler)
         self.blocks = nn.ModuleList(blocks)
         self._linears: list[nn.Linear] | None = None  # of the blocks, if they are compiled
         self.embed_and_head = nn.ModuleList(getattr(transformer, name) for name in self.ends)
@@ -285,7 +300,8 @@ class PackedModel(nn.Module):
         """Compile every block; the arguments are those of `torch.compile`.
 
         One block is compiled for all of them: once for the first, the last and the others, and again when a size
-        changes for the first time. A model whose transformer was compiled has compiled blocks from the beginning.
+        changes for the first time; once more for each of them with kept references. A model whose transformer was
+        compiled has compiled blocks from the beginning.
         """
         for packed in self.blocks:
             packed.compile(*args, **kwargs)
