@@ -1,5 +1,6 @@
 """edit() with weights that are elsewhere between their uses: equal bits, and every weight is fetched and returned."""
 
+import dataclasses
 import functools
 from copy import deepcopy
 
@@ -9,6 +10,7 @@ from accelerate import cpu_offload
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import hooks as diffusers_hooks
 from offloading import CPU, Offloading
+from peft import LoraConfig
 from PIL import Image
 
 import uniref_fast
@@ -211,3 +213,18 @@ def test_norms_on_another_device_are_refused(pipe):
     pipe.transformer.transformer_blocks[1].attn.norm_k.to("meta")
     with pytest.raises(ValueError, match=r"blocks\.1\.attn\.norm_k has its weight on meta, not cpu"):
         run(pipe)
+
+
+@pytest.mark.parametrize("how", ["block_level", "leaves"])
+def test_a_lora_for_each_request(pipe, offloading, how):
+    torch.manual_seed(0)
+    pipe.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=["to_q", "txt_mod.1"]), "a")
+    pipe.transformer.disable_adapters()
+    requests = [dataclasses.replace(REQUESTS[0], lora={"a": 1.0}), REQUESTS[1]]
+    expected = run(pipe, requests)
+    if how == "leaves":
+        cpu_offload(pipe.transformer, CPU)
+    else:
+        offloading.enable(pipe.transformer, how, stream=True)
+    assert_equal(run(pipe, requests), expected)
+    assert not offloading.onloaded

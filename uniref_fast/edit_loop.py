@@ -24,6 +24,7 @@ from torch import Tensor
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import KeptReferences
+from uniref_fast.models.pack_adapters import PackAdapters
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.packing import next_fit
@@ -209,6 +210,7 @@ class _Pack:
         image: Image stream, `[N_image, C]`. References are written once, targets before each step.
         kept: Kept references of each sequence, or None if nothing is kept.
         constants: Store of what the model computes once for all steps of the pack.
+        adapters: LoRA of each sequence, or None if all have the active adapters of the pipeline.
     """
 
     sequences: tuple[_Sequence, ...]
@@ -217,6 +219,7 @@ class _Pack:
     image: Tensor
     kept: tuple[KeptReferences | None, ...] | None
     constants: StepConstants
+    adapters: PackAdapters | None
 
 
 @dataclass
@@ -294,7 +297,9 @@ class EditLoop:
             kept = tuple(row.store for row in chosen)
             text = torch.cat([row.prompt for row in chosen])
             constants = self.model.step_constants()
-            packs.append(_Pack(chosen, text, layout, image, kept if any(kept) else None, constants))
+            loras = [row.edit.request.lora for row in chosen]
+            adapters = None if all(lora is None for lora in loras) else self.model.pack_adapters(loras)
+            packs.append(_Pack(chosen, text, layout, image, kept if any(kept) else None, constants, adapters))
         return packs
 
     def _predict(self, packs: Sequence[_Pack]) -> list[list[Tensor]]:
@@ -305,7 +310,8 @@ class EditLoop:
             t = torch.stack([
                 row.edit.timesteps[row.edit.steps].to(row.edit.latents.dtype) / 1000 for row in pack.sequences
             ])  # fmt: skip
-            predicted = self.model(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants)
+            options = {} if pack.adapters is None else {"adapters": pack.adapters}
+            predicted = self.model(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants, **options)
             velocities += pack.layout.split_targets(predicted)
         at = iter(velocities)
         return [[next(at) for _ in range(len(edit.latents) * len(edit.prompts))] for edit in self.edits]

@@ -24,6 +24,7 @@ from uniref_fast.models.kept_references import (
     dependence,
 )
 from uniref_fast.models.module_hooks import is_offloaded
+from uniref_fast.models.pack_adapters import check_lora
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
@@ -118,6 +119,10 @@ class EditSession:
         request = validated_one(request, where, self.pipe)
         sizes = request_geometry(self.pipe, request, self.budget)
         _check_latents(self.pipe, request, sizes, where)
+        if request.lora is not None:
+            if not self.model.row_kinds:
+                raise ValueError(f"{where}: lora is not supported for {self.family.name} models; leave it out")
+            check_lora(self.model.transformer, request.lora, where)
         steps = request.num_inference_steps
         scheduler = self.family.schedule(self.pipe, sizes.target_tokens, steps, self.device)
         return CheckedRequest(request, sizes, scheduler, self._refresh(sizes))

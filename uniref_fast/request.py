@@ -72,6 +72,9 @@ class EditRequest:
         prompt_embeds_mask: Valid rows of `prompt_embeds`, `[L]` or `[1, L]`; None for all.
         negative_prompt_embeds: Embeddings instead of the negative prompt.
         negative_prompt_embeds_mask: Valid rows of `negative_prompt_embeds`.
+        lora: Scales of the LoRA adapters of this request, such as `{"style": 0.8}`. The adapters were loaded by
+            `pipe.load_lora_weights(..., adapter_name="style")`. `{}` uses no adapter; None uses the active adapters of
+            the pipeline with their scales.
         callback_on_step_end: Function that is called after each step of this edit, `callback(pipe, step, timestep,
             callback_kwargs)`, as in diffusers (docs/editing.md). The dict that it returns replaces tensors, and
             `pipe._interrupt = True` ends the edit.
@@ -94,6 +97,7 @@ class EditRequest:
     prompt_embeds_mask: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds_mask: torch.Tensor | None = None
+    lora: Mapping[str, float] | None = None
     callback_on_step_end: Callable[..., Any] | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
 

@@ -10,6 +10,7 @@ of them, or its part under sequence parallelism.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext, compiler_of, mark_dynamic, traced_context
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks, onloaded
+from uniref_fast.models.pack_adapters import PackAdapters
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.quantised_linear import is_quantised
@@ -246,6 +248,9 @@ class PackedModel(nn.Module):
         ends: Names of the modules of the transformer that are called outside of its blocks.
         refused_options: Options of the transformer's configuration that the family's forward does not compute.
         text_channels: Name of the option that is the width of the prompt embeddings.
+        row_kinds: Parts of the names of modules, and the kind of the rows of their inputs: "text", "image" or "joint"
+            for a stream, "table" for the modulation table. The first part that a name contains counts. Empty for a
+            family whose samples cannot have adapters of their own.
         blocks: The `PackedBlock`s, which sharding by block wraps.
         parallel: A `SequenceParallel` if the ranks of a group share every pack, or None.
 
@@ -257,6 +262,7 @@ class PackedModel(nn.Module):
     ends: ClassVar[tuple[str, ...]]
     refused_options: ClassVar[tuple[str, ...]] = ()
     text_channels: ClassVar[str] = "joint_attention_dim"
+    row_kinds: ClassVar[tuple[tuple[str, str], ...]] = ()
     transformer: Any
 
     def __init__(
@@ -294,7 +300,8 @@ class PackedModel(nn.Module):
         self.checkpointing = checkpointing
         self.for_training = for_training
         self.parallel: SequenceParallel | None = None
-        self._constants: StepConstants | None = None  # of the running forward
+        self._constants: StepConstants | None = None  # of the running forward, and its adapters
+        self._adapters: PackAdapters | None = None
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile every block; the arguments are those of `torch.compile`.
@@ -319,6 +326,14 @@ class PackedModel(nn.Module):
         """Return an empty store of what is equal in all steps of one pack, for `constants` of `forward`."""
         return StepConstants()
 
+    def pack_adapters(self, loras: Sequence[Mapping[str, float] | None]) -> PackAdapters:
+        """Return the adapters of the samples of a pack, for `adapters` of `forward`.
+
+        Args:
+            loras: Scales of the adapters of each sample by name; None for the active adapters of the transformer.
+        """
+        return PackAdapters(self.transformer, self.row_kinds, loras)
+
     def forward(
         self,
         image: Tensor,
@@ -327,6 +342,7 @@ class PackedModel(nn.Module):
         layout: SelfLayout,
         kept: Sequence[KeptReferences | None] | None = None,
         constants: StepConstants | None = None,
+        adapters: PackAdapters | None = None,
     ) -> Tensor:
         """Predict the velocity of every target.
 
@@ -338,6 +354,8 @@ class PackedModel(nn.Module):
             kept: Store of the references of each sample, or None for a sample whose references are computed in every
                 step (`uniref_fast.models.kept_references`). The forward is then one step of them, without gradients.
             constants: Store of what is equal in all steps of this pack, from `step_constants`, or None.
+            adapters: Adapters of each sample, from `pack_adapters`, without gradients. None applies the active adapters
+                of the transformer to all samples.
 
         Returns:
             Velocities of the targets' tokens by sample, `[N_target, 4 * out_channels]` (`layout.split_targets`). Under
@@ -348,12 +366,14 @@ class PackedModel(nn.Module):
             ValueError: If shapes differ from the layout's, or the layout is not one of this model.
         """
         self._check(image, text, timestep, layout)
-        self._constants = constants
+        if adapters is not None and (torch.is_grad_enabled() or self.parallel is not None):
+            raise ValueError("adapters of single samples have no gradients and no sequence parallelism")
+        self._constants, self._adapters = constants, adapters
         try:
-            with onloaded(self.transformer):
+            with contextlib.nullcontext() if adapters is None else adapters.applied(), onloaded(self.transformer):
                 return self._predict(image, text, timestep, layout, kept)
         finally:
-            self._constants = None
+            self._constants = self._adapters = None
 
     def _predict(
         self,
@@ -370,6 +390,8 @@ class PackedModel(nn.Module):
         self, layout: SelfLayout, rotary: tuple[Tensor, Tensor], references: ReferenceRows | None, dtype: torch.dtype
     ) -> ForwardContext:
         """Return the context of a forward whose streams have a dtype."""
+        if self._adapters is not None:
+            self._adapters.layout = layout
         return ForwardContext(
             layout=layout,
             visibility=self.visibility,
@@ -429,7 +451,9 @@ class PackedModel(nn.Module):
         if self._linears is None:
             self._linears = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
         traced: TracedContext | str
-        if any(map(is_quantised, self._linears)):
+        if self._adapters is not None:
+            traced = "samples have their own LoRA"
+        elif any(map(is_quantised, self._linears)):
             traced = "Linears compute in 8 bits"
         elif any(may_have_hooks(norm) for attn in attention for norm in qk_norms(attn)):
             traced = "hooks move the weights of the QK norms"

@@ -249,6 +249,10 @@ class PackedQwenImage(PackedModel):
     block_classes: ClassVar = {"transformer_blocks": DoubleStreamBlock}
     ends = ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
     refused_options = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
+    row_kinds = (
+        ("time_text_embed", "table"), ("norm_out", "table"), ("img_mod", "table"), ("txt_mod", "table"),
+        ("txt_", "text"), (".add_", "text"), ("to_add_out", "text"), ("", "image"),
+    )  # fmt: skip
 
     def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
         """Return the layout of a pack for this model (`SelfLayout.qwen` with the model's `zero_cond_t`).

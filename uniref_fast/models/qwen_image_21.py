@@ -181,6 +181,10 @@ class PackedQwenImage21(PackedModel):
     block_classes: ClassVar = {"transformer_blocks": SingleStreamBlock}
     ends = ("img_in", "txt_in", "time_text_embed", "modulation", "norm_out", "proj_out")
     text_channels = "context_in_dim"
+    row_kinds = (
+        ("time_text_embed", "table"), ("modulation", "table"), ("norm_out", "table"), ("txt_in", "text"),
+        ("img_in", "image"), ("proj_out", "image"), ("", "joint"),
+    )  # fmt: skip
 
     def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
         if isinstance(visibility, str) and visibility != "full":
