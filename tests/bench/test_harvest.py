@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 pytestmark = pytest.mark.slow
 
@@ -14,10 +15,40 @@ pytest.importorskip("pytest_benchmark")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
+FORKED_PARTS = """
+import os, sys
+import pytest
+import harvest
+
+run = harvest.run
+
+def forked(arguments, seconds, on_line=None):
+    if on_line is not None:
+        return run(arguments, seconds, on_line)
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            for name in ("conftest", "harvest"):
+                del sys.modules[name]
+            for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+                del os.environ[name]
+            os.chdir(harvest.ROOT)
+            assert arguments[:2] == ["-m", "pytest"]
+            status = int(pytest.main(arguments[2:]))
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+harvest.run = forked
+del harvest.KERNEL_TESTS["attention"]
+sys.exit(harvest.main())
+"""
+
+
 def test_every_part_runs_and_writes_its_results(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "harvest.py", "--out", tmp_path, "--tiny"], cwd=BENCH, capture_output=True, text=True
-    )
+    """The benchmarks run in forks, and one of the groups of kernel tests as it is: each imports PyTorch otherwise."""
+    done = warm.run("-c", FORKED_PARTS, "--out", tmp_path, "--tiny", cwd=BENCH)
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem.split("-", 3)[-1]: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     groups = {
@@ -29,6 +60,7 @@ def test_every_part_runs_and_writes_its_results(tmp_path):
             assert all(row["ratio"] > 0 and row["seconds"] > 0 for row in rows), rows
     steps = [[row["member"] for row in rows] for rows in groups["edit-20b"].values()]
     assert steps == [["stock", "compiled", "patched", "one pack", "one pack, 8 bits"]]
+    assert [*groups["kernel-tests"]] == ["token ops"]
     for group in groups["kernel-tests"].values():
         assert group["complete"] and group["passed"] > 0 and not group["failed"]
     assert all({"date", "device", "torch", "triton", "commit"} <= content.keys() for content in results.values())
@@ -77,9 +109,7 @@ def test_a_part_that_fails_costs_the_next_part_nothing(tmp_path):
 
 
 def test_refuses_to_measure_without_a_gpu(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "harvest.py", "--out", tmp_path / "out"], cwd=BENCH, capture_output=True, text=True
-    )
+    done = warm.run(BENCH / "harvest.py", "--out", tmp_path / "out", cwd=BENCH)
     assert done.returncode == 2 and "--tiny checks on the CPU" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -99,7 +129,7 @@ print(json.dumps([harvest.passed_before(folder, name) for name in (device, "anot
 
 
 def test_tests_of_unchanged_kernels_are_not_repeated_on_the_same_device(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CHANGED, tmp_path], cwd=BENCH, capture_output=True, text=True)
+    done = warm.run("-c", CHANGED, tmp_path, cwd=BENCH)
     assert done.returncode == 0, done.stderr
     here, elsewhere, expected = json.loads(done.stdout)
     assert here == expected and elsewhere == {}
