@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import (
     FluxPipeline,
-    QwenImageEditPipeline,
+    QwenImageEditInpaintPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
@@ -26,7 +26,7 @@ from uniref_fast.training import msgrpo, sft
 FLUX = {"_class_name": "FluxTransformer2DModel", "in_channels": 64, "guidance_embeds": True}
 FLUX_PART = ["diffusers", "FluxTransformer2DModel"]
 KINDS = {  # changes of model_index.json and of transformer/config.json, and what the message says
-    "first generation": ({"_class_name": "QwenImageEditPipeline"}, {}, "first generation of Qwen-Image-Edit"),
+    "inpainting": ({"_class_name": "QwenImageEditInpaintPipeline"}, {}, "first generation of Qwen-Image-Edit, for inp"),
     "text to image": ({"_class_name": "QwenImagePipeline"}, {}, "a text-to-image model, which takes no references"),
     "flux": ({"_class_name": "FluxPipeline", "transformer": FLUX_PART}, FLUX, "is a FluxPipeline, which is not"),
     "no transformer": ({"_class_name": "StableDiffusionXLPipeline", "transformer": None}, {}, "StableDiffusionXL"),
@@ -92,7 +92,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(make, ki
 
 
 @pytest.mark.parametrize("command", ["edit", "estimate", "eval", "sft", "msgrpo"])
-@pytest.mark.parametrize("kind", ["first generation", "text to image", "flux"])
+@pytest.mark.parametrize("kind", ["inpainting", "text to image", "flux"])
 def test_every_command_gives_that_message(make, kind, command, tmp_path, capsys):
     folder = make(kind)
     assert commands(folder, tmp_path)[command]() == 2
@@ -129,7 +129,7 @@ def test_runs_on_models_of_another_kind(tmp_path, builtin_pipe, capsys):
             assert str(run) in line and "Traceback" not in captured, captured
 
 
-@pytest.mark.parametrize("kind", [QwenImageEditPipeline, QwenImagePipeline, FluxPipeline])
+@pytest.mark.parametrize("kind", [QwenImageEditInpaintPipeline, QwenImagePipeline, FluxPipeline])
 def test_loaded_pipelines_of_another_kind(builtin_pipe, kind):
     pipe = kind.__new__(kind)
     for call in (uniref_fast.edit, uniref_fast.estimate):

@@ -40,7 +40,7 @@ LEVELS = [
     {"training.builtin"},
     {"training.sft", "training.msgrpo"},
     {"run_plan"},
-    {"demo", "doctor", "encode_rows", "plan", "serve", "weights"},
+    {"demo", "doctor", "encode_rows", "family_table", "plan", "serve", "weights"},
     {"cli"},
 ]
 APART = {("training.rl", "training.supervised"), ("training.supervised", "training.rl")}  # neither imports the other

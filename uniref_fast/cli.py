@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     plot = command("plot", _plot, "Draw the metrics of training runs.",
                    "Each panel shows one metric or a group of metrics; several runs are overlaid.")  # fmt: skip
     _add_plot(plot)
+    family = command("families", _families, "Show the supported families of models, and what works for each of them.")
+    family.add_argument("--json", action="store_true", help="Print a JSON list instead of text.")
     doctor = command(
         "doctor", _doctor, "Show versions, devices, and the implementation of each operator with its reason."
     )
@@ -444,6 +446,15 @@ def _plot(args: argparse.Namespace) -> int:
     except OSError as error:  # a folder without metrics, or a file that cannot be written
         raise UsageError(str(error)) from error
     print(args.out)
+    return 0
+
+
+def _families(args: argparse.Namespace) -> int:
+    announce_import("PyTorch", "torch")
+    from uniref_fast.family_table import facts, report
+
+    found = facts()
+    print(json.dumps(found) if args.json else report(found))
     return 0
 
 

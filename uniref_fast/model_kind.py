@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # commands import this module, and start without torch
     from uniref_fast.models.family import Family
 
-__all__ = ["check_configuration", "check_pipeline", "check_transformer", "transformer_class"]
+__all__ = ["check_configuration", "check_pipeline", "check_trainable", "check_transformer", "transformer_class"]
 
 BUILTIN = "SmallQwenImageEditPlusPipeline"
 """Class of the built-in pipeline, which is one of Qwen-Image-Edit."""
@@ -48,6 +48,13 @@ def check_configuration(given: str, index: Mapping[str, Any], transformer: Mappi
     kind, family = str(index.get("_class_name")), _family(index)
     if family is None or kind not in (*family.pipelines, BUILTIN):
         raise ValueError(_message(given, kind))
+    if family.transformer_class() is None:
+        import diffusers
+
+        raise ValueError(
+            f"{given} is a {kind}: the installed diffusers {diffusers.__version__} has no {family.transformer}; "
+            "install a newer version of diffusers"
+        )
     part = (index.get("transformer") or (None, None))[1]
     check_transformer(given, {"_class_name": part}, family)
     if transformer is not None:
@@ -74,6 +81,20 @@ def check_transformer(given: str, config: Mapping[str, Any], family: Family | No
             f"{given} has a transformer of the class {found}, not {family.transformer}; {_instead(family)}"
         )
     family.check_config(given, config, _instead(family))
+
+
+def check_trainable(given: str, index: Mapping[str, Any]) -> None:
+    """Raise ValueError with the reason if training does not support the pipeline of a `model_index.json`.
+
+    Args:
+        given: Name of the pipeline in the message.
+        index: Content of the file, which `check_configuration` has accepted.
+    """
+    kind, family = str(index.get("_class_name")), _family(index)
+    assert family is not None
+    reason = family.untrained.get(kind) or family.reason_against("sft")
+    if reason is not None:
+        raise ValueError(f"{given} is a {kind}, which training does not support: {reason}")
 
 
 def check_pipeline(pipe: Any, given: str | None = None) -> None:
@@ -114,7 +135,7 @@ def _message(given: str, kind: str) -> str:
         what = f"; the nearest class that is supported is {near[0]}" if near else ""
     elif kind in family.other_pipelines:
         what = f": {family.other_pipelines[kind]}"
-        if kind not in family.unpatched and family.reason_against("patch") is None:
+        if family.reason_against("patch") is None:
             patch = "; uniref_fast.patch(pipe) accelerates this one in diffusers"
     named = kind if given == kind else f"{given} is a {kind}, which"
     return f"{named} is not supported{what}; {_instead(family)}{patch}"

@@ -6,6 +6,7 @@ import importlib.util
 import math
 
 from uniref_fast.builtin import recorded_areas
+from uniref_fast.model_kind import check_trainable
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import LIBRARIES, check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import ModelSize
@@ -57,6 +58,7 @@ def check_model(config: Recipe) -> ModelSize:
     from uniref_fast.loading import configuration
 
     index, transformer = configuration(config.model)
+    check_trainable(f"--model {config.model}", index)
     size = ModelSize.of(transformer, recorded_areas(index, transformer))
     check_sizes(config, size.output_side)
     return size

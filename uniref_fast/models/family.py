@@ -93,12 +93,13 @@ class Family:
         models: Hub ids of known checkpoints.
         transformer: Name of the class of the transformer in diffusers.
         pipelines: Names of the pipeline classes that `edit`, `estimate` and training take.
-        other_pipelines: Other pipeline classes with that transformer, and why `edit` does not take them. `patch`
-            accelerates those that `unpatched` does not name.
-        unpatched: Pipeline classes of `other_pipelines` that `patch` does not accelerate.
+        other_pipelines: Other pipeline classes with that transformer, which `patch` accelerates, and the reason why
+            `edit` does not take them.
+        untrained: Classes of `pipelines` that training does not take, and the reason.
         missing: Reason why a capability (`CAPABILITIES`) does not work, by its name. What is not named works.
         replaced: Modules that the packed forward replaces; it calls the other modules inside the transformer.
         packed: Class of the packed model.
+        exact_references: When kept references give the same result as computing them in every step.
     """
 
     name: str
@@ -106,10 +107,11 @@ class Family:
     transformer: str
     pipelines: tuple[str, ...]
     other_pipelines: ClassVar[Mapping[str, str]] = {}
-    unpatched: tuple[str, ...] = ()
+    untrained: ClassVar[Mapping[str, str]] = {}
     missing: ClassVar[Mapping[str, str]] = {}
     replaced: tuple[Replaced, ...]
     packed: type[PackedModel]
+    exact_references: str = "never"
 
     # ---- names and classes ----
 
@@ -317,7 +319,9 @@ def unsupported_class(given: str) -> str:
     one = transformers[0] if len(transformers) == 1 else f"one of {', '.join(transformers)}"
     return (
         f"{given} is not supported: it must be a {one} (exactly that class) or a pipeline holding one, "
-        f"such as {families()[0].pipelines[0]}" + (f"; nearest: {near[0]}" if near else "")
+        f"such as {families()[0].pipelines[0]}"
+        + (f"; nearest: {near[0]}" if near else "")
+        + "; `uniref-fast families` shows what is supported"
     )
 
 

@@ -1,7 +1,7 @@
 """Qwen-Image-Edit as a family: the pipeline around the transformer, and what it costs.
 
-The packed model is in `uniref_fast.models.qwen_image`. The family has the checkpoints that load as
-`QwenImageEditPlusPipeline`.
+The packed model is in `uniref_fast.models.qwen_image`. `QwenImageEditPlusPipeline` takes any number of references; the
+first generation, `QwenImageEditPipeline`, takes one, which the text encoder and the VAE see at the same size.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 __all__ = ["QWEN_IMAGE_EDIT", "QwenImageEdit"]
 
 DEFAULT_OUTPUT_AREA = 1024 * 1024
+FIRST = "QwenImageEditPipeline"
 
 LAYOUT = {
     "patch_size": 2,
@@ -66,16 +67,19 @@ REPLACED = (
 
 
 class QwenImageEdit(Family):
-    """Qwen-Image-Edit-2509, 2511 and what shares their pipeline."""
+    """Qwen-Image-Edit of all generations, and the models that share its modules."""
 
     name = "qwen-image-edit"
-    models = ("Qwen/Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2509")
+    models = (
+        "Qwen/Qwen-Image-Edit-2511",
+        "Qwen/Qwen-Image-Edit-2509",
+        "FireRedTeam/FireRed-Image-Edit-1.1",
+        "FireRedTeam/FireRed-Image-Edit-1.0",
+        "Qwen/Qwen-Image-Edit",
+    )
     transformer = "QwenImageTransformer2DModel"
-    pipelines = ("QwenImageEditPlusPipeline",)
+    pipelines = ("QwenImageEditPlusPipeline", FIRST)
     other_pipelines: ClassVar[Mapping[str, str]] = {
-        "QwenImageEditPipeline": (
-            "the first generation of Qwen-Image-Edit, which takes one image and has another prompt"
-        ),
         "QwenImageEditInpaintPipeline": "the first generation of Qwen-Image-Edit, for inpainting",
         "QwenImagePipeline": "a text-to-image model, which takes no references",
         "QwenImageImg2ImgPipeline": "a text-to-image model, which starts from an image instead of taking references",
@@ -84,9 +88,10 @@ class QwenImageEdit(Family):
         "QwenImageControlNetInpaintPipeline": "a text-to-image model with a ControlNet, which takes no references",
         "QwenImageLayeredPipeline": "a model that splits one image into layers",
     }
-    unpatched = ("QwenImageLayeredPipeline",)
+    untrained: ClassVar[Mapping[str, str]] = {FIRST: "it takes exactly one reference; train on 2511 or 2509"}
     replaced = REPLACED
     packed = PackedQwenImage
+    exact_references = 'visibility="reference_causal" or "reference_isolated", and zero_cond_t (2511)'
 
     # ---- the packed model ----
 
@@ -127,6 +132,8 @@ class QwenImageEdit(Family):
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         """Return the areas from the pipeline's attributes, else its transformer's configuration, else diffusers."""
+        if _is_first(pipe):
+            return (DEFAULT_OUTPUT_AREA,) * 3
         stock = _stock()
         usual = zip(AREAS, (stock.CONDITION_IMAGE_SIZE, stock.VAE_IMAGE_SIZE, DEFAULT_OUTPUT_AREA), strict=True)
         recorded = recorded_areas({}, pipe.transformer.config)
@@ -143,7 +150,11 @@ class QwenImageEdit(Family):
     ) -> Geometry:
         condition_area, vae_area, output_area = self.image_areas(pipe)
         dimensions = getattr(pipe, "calculate_dimensions", _stock().calculate_dimensions)
-        if recorded_areas({}, pipe.transformer.config):  # small, of which diffusers would round a short side to 0
+        if _is_first(pipe):
+            if len(sizes) != 1:
+                raise ValueError(f"a {FIRST} takes exactly one image per request, got {len(sizes)}")
+            dimensions = _first_dimensions
+        elif recorded_areas({}, pipe.transformer.config):  # small, of which diffusers would round a short side to 0
             from uniref_fast.builtin.pipeline import small_dimensions as dimensions
         ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
         computed = dimensions(output_area, ratio)
@@ -203,9 +214,11 @@ class QwenImageEdit(Family):
         generator: Any,
         own: bool,
     ) -> tuple[Tensor, Tensor]:
-        pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
+        pairs = list(zip(images, sizes.reference_sizes, strict=True))
+        pixels: Any = None
         if pairs and not own:
             pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
+            pixels = pixels[0] if _is_first(pipe) else pixels
         width, height = sizes.size
         channels = pipe.transformer.config.in_channels // 4
         latents, packed = pipe.prepare_latents(
@@ -243,6 +256,8 @@ class QwenImageEdit(Family):
 
     def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
         pictures = "".join(f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes)))
+        if _is_first(pipe):  # its template has the image
+            pictures = ""
         tokens = pipe.tokenizer(pipe.prompt_template_encode.format(pictures + prompt))["input_ids"]
         seen = sum(condition_tokens(pipe, size) for size in sizes)
         return len(tokens) + seen - len(sizes) - pipe.prompt_template_encode_start_idx
@@ -312,6 +327,19 @@ def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int
             states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
             peak = max(peak, length * states * element)
     return flops, peak
+
+
+def _is_first(pipe: Any) -> bool:
+    from diffusers import QwenImageEditPipeline
+
+    return isinstance(pipe, QwenImageEditPipeline)
+
+
+def _first_dimensions(area: int, ratio: float) -> tuple[int, int]:
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+
+    width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(area, ratio)
+    return width, height
 
 
 def _stock() -> Any:

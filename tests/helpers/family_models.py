@@ -1,0 +1,84 @@
+"""Small pipelines of every class that a family supports, with random or built-in weights."""
+
+import inspect
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from uniref_fast import builtin
+
+SIDE = 64
+
+
+def picture(seed=0, side=SIDE):
+    """Return an image of noise."""
+    values = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def _random(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def _transformer(like, **changes):
+    """Return a random transformer of two blocks with a changed configuration."""
+    known = inspect.signature(type(like).__init__).parameters
+    config = {key: value for key, value in like.config.items() if key in known} | changes | {"num_layers": 2}
+    return _random(type(like)(**config))
+
+
+def _qwen(name, monkeypatch):
+    """Return a pipeline on the components of the built-in model, which makes images of 64 x 64 pixels."""
+    import diffusers.pipelines.qwenimage as folder
+
+    for module in ("edit", "edit_inpaint", "layered"):  # these pipelines take no other size
+        place = getattr(folder, f"pipeline_qwenimage_{module}")
+        size = (SIDE, SIDE) if module == "layered" else (SIDE, SIDE, None)
+        monkeypatch.setattr(place, "calculate_dimensions", lambda area, ratio, size=size: size)
+    if name == "QwenImageEditPlusPipeline":
+        return builtin.load()
+    parts = dict(builtin.load().components)
+    transformer, vae = parts["transformer"], parts["vae"]
+    kind = getattr(diffusers, name)
+    if "ControlNet" in name:  # for text-to-image models, which have no zero_cond_t
+        parts["transformer"] = transformer = _transformer(transformer, zero_cond_t=False)
+        config = transformer.config
+        parts["controlnet"] = _random(
+            diffusers.QwenImageControlNetModel.from_transformer(
+                transformer, 1, config.attention_head_dim, config.num_attention_heads,
+                extra_condition_channels=4 if "Inpaint" in name else 0,
+            )
+        )  # fmt: skip
+    if "Layered" in name:
+        parts["transformer"] = _transformer(transformer, use_layer3d_rope=True, use_additional_t_cond=True)
+        known = inspect.signature(diffusers.AutoencoderKLQwenImage.__init__).parameters
+        config = {key: value for key, value in vae.config.items() if key in known} | {"input_channels": 4}
+        parts["vae"] = _random(diffusers.AutoencoderKLQwenImage(**config))
+    known = inspect.signature(kind.__init__).parameters
+    return kind(**{key: value for key, value in parts.items() if key in known})
+
+
+def _qwen_arguments(name):
+    mask = Image.fromarray((np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 7 < 3).astype(np.uint8) * 255)
+    more = {
+        "QwenImageEditPlusPipeline": {"image": [picture(1), picture(2)]},
+        "QwenImageEditPipeline": {"image": picture(1)},
+        "QwenImageEditInpaintPipeline": {"image": picture(1), "mask_image": mask},
+        "QwenImageImg2ImgPipeline": {"image": picture(1)},
+        "QwenImageInpaintPipeline": {"image": picture(1), "mask_image": mask},
+        "QwenImageControlNetPipeline": {"control_image": picture(1)},
+        "QwenImageControlNetInpaintPipeline": {"control_image": picture(1), "control_mask": mask},
+        "QwenImageLayeredPipeline": {"image": picture(1).convert("RGBA"), "layers": 2},
+    }.get(name, {})
+    size = {} if "Layered" in name else {"height": SIDE, "width": SIDE}
+    return {"prompt": "an owl", "negative_prompt": " ", "true_cfg_scale": 2.0, **size, **more}
+
+
+FAMILIES = {"qwen-image-edit": (_qwen, _qwen_arguments)}
+"""By the name of a family: a function of (pipeline class, monkeypatch) that returns a small pipeline, and a function of
+the pipeline class that returns the arguments of a call, without steps, generator and output type."""

@@ -1,0 +1,231 @@
+"""The table of families: what it says works, on small models of the real classes."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from family_models import FAMILIES, picture
+
+import uniref_fast
+from uniref_fast.cli import main
+from uniref_fast.family_table import facts, markdown, report
+from uniref_fast.layout import Sample
+from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
+from uniref_fast.models.kept_references import dependence
+from uniref_fast.testing import max_relative_error
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = 1e-4  # of latents in float32 after two steps of models that amplify rounding
+PIPELINES = [
+    pytest.param(family.name, name, id=name)
+    for family in families()
+    for name in (*family.pipelines, *family.other_pipelines)
+]
+EDITED = [pytest.param(family.name, name, id=name) for family in families() for name in family.pipelines]
+
+
+def named(name):
+    return next(family for family in families() if family.name == name)
+
+
+def make(family, name, monkeypatch):
+    if getattr(diffusers, name, None) is None:
+        pytest.skip(f"the installed diffusers has no {name}")
+    pipe = FAMILIES[family][0](name, monkeypatch)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, FAMILIES[family][1](name)
+
+
+def stock(pipe, arguments, seed=0):
+    torch.manual_seed(0)  # QwenImageControlNetInpaintPipeline draws the latents of its image without the generator
+    generator = torch.Generator().manual_seed(seed)
+    form = "pt" if "layers" in arguments else "latent"
+    images = pipe(**arguments, num_inference_steps=2, generator=generator, output_type=form).images
+    return torch.cat(list(images)) if isinstance(images, list) else images
+
+
+def request_of(arguments, seed=0):
+    """Return the request that is the call of a pipeline."""
+    images = arguments.get("image", [])
+    fields = {key: value for key, value in arguments.items() if key != "image"}
+    images = images if isinstance(images, list) else [images]
+    return {**fields, "images": images, "num_inference_steps": 2, "seed": seed}
+
+
+def test_every_family_is_tested_here():
+    assert {family.name for family in families()} == set(FAMILIES)
+    for family in families():
+        assert set(family.missing) <= set(CAPABILITIES)
+        assert set(family.untrained) <= set(family.pipelines)
+        assert not set(family.pipelines) & set(family.other_pipelines)
+
+
+@pytest.mark.parametrize("family, name", PIPELINES)
+def test_patch_gives_the_images_of_the_stock_pipeline(family, name, monkeypatch):
+    pipe, arguments = make(family, name, monkeypatch)
+    assert family_of(pipe).name == family
+    if reason := named(family).reason_against("patch"):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            uniref_fast.patch(pipe)
+        return
+    expected = stock(pipe, arguments)
+    patched = uniref_fast.patch(pipe)
+    for _ in range(2):
+        assert max_relative_error(stock(pipe, arguments), expected) < TOLERANCE
+    assert patched.calls.total() and not patched.fallbacks and patched.max_rel_error < 1e-3
+    uniref_fast.unpatch(pipe)
+    assert torch.equal(stock(pipe, arguments), expected)
+
+
+@pytest.mark.parametrize("family, name", PIPELINES)
+def test_edit_gives_the_latents_of_the_stock_pipeline_or_says_why_not(family, name, monkeypatch):
+    pipe, arguments = make(family, name, monkeypatch)
+    reason = named(family).other_pipelines.get(name)
+    if reason is not None:
+        for call in (uniref_fast.edit, uniref_fast.estimate):
+            with pytest.raises(TypeError, match=re.escape(reason)):
+                call(pipe, [{"prompt": "x"}])
+        return
+    expected = stock(pipe, arguments)
+    one, other = request_of(arguments), request_of(arguments, seed=1) | {"prompt": "two rockets and a fish"}
+    packed = uniref_fast.edit(pipe, [one, other], output_type="latent", progress=False)
+    assert packed[0].shape == expected.shape and max_relative_error(packed[0], expected) < TOLERANCE
+    (alone,) = uniref_fast.edit(pipe, [one], output_type="latent", progress=False)
+    assert max_relative_error(alone, packed[0]) < TOLERANCE
+    assert max_relative_error(packed[1], packed[0]) > 100 * TOLERANCE, "the requests have different seeds"
+    assert uniref_fast.edit(pipe, [one], progress=False)[0].size == (arguments["width"], arguments["height"])
+
+
+@pytest.mark.parametrize("family, name", EDITED)
+def test_estimate_counts_the_tokens_of_the_edit(family, name, monkeypatch):
+    pipe, arguments = make(family, name, monkeypatch)
+    counted = uniref_fast.estimate(pipe, [request_of(arguments)])
+    seen = []
+    packed = named(family).packed
+    monkeypatch.setattr(packed, "_check", lambda model, image, text, t, layout: seen.append((len(image), len(text))))
+    uniref_fast.edit(pipe, [request_of(arguments)], output_type="latent", progress=False)
+    tokens = counted.tokens
+    assert set(seen) == {(tokens["target"] + tokens["reference"], tokens["text"])}
+
+
+@pytest.mark.parametrize("family, name", EDITED)
+def test_kept_references(family, name, monkeypatch):
+    pipe, arguments = make(family, name, monkeypatch)
+    one, asked = request_of(arguments), named(family)
+
+    def edited(**options):
+        return uniref_fast.edit(pipe, [one], output_type="latent", progress=False, **options)[0]
+
+    if reason := asked.reason_against("keep_references"):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            edited(keep_references=2)
+        return
+    every = edited(keep_references=1)
+    assert torch.equal(every, edited()) or max_relative_error(every, edited()) < TOLERANCE
+    exact = dependence(asked.layout(pipe.transformer.config, [Sample(2, (1, 2, 2), ((1, 2, 2),))]), "full") is None
+    if exact:
+        assert max_relative_error(edited(keep_references=True), edited()) < TOLERANCE
+    else:
+        with pytest.raises(ValueError, match="would not be exact"):
+            edited(keep_references=True)
+
+
+@pytest.mark.parametrize("family", [family.name for family in families()])
+def test_8_bits(family, monkeypatch):
+    pipe, arguments = make(family, named(family).pipelines[0], monkeypatch)
+
+    def edited():
+        return uniref_fast.edit(pipe, [request_of(arguments)], mode="fast", impl="reference", progress=False)
+
+    if reason := named(family).reason_against("fast"):
+        for call in (edited, lambda: uniref_fast.patch(pipe, mode="fast", impl="reference")):
+            with pytest.raises(ValueError, match=re.escape(reason) + "|not supported"):
+                call()
+    else:
+        assert edited()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["sft", "msgrpo"])
+@pytest.mark.parametrize("family", [family.name for family in families()])
+def test_training(family, program, tmp_path, monkeypatch):
+    from uniref_fast.training import msgrpo, sft
+    from uniref_fast.training.core.suitability import check_trainable
+
+    pipe, _ = make(family, named(family).pipelines[0], monkeypatch)
+    if reason := named(family).reason_against(program):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            check_trainable("x", {"_class_name": type(pipe).__name__})
+        return
+    if family != "qwen-image-edit":
+        pipe.save_pretrained(tmp_path / "model")
+    model = "builtin" if family == "qwen-image-edit" else str(tmp_path / "model")
+    run = sft if program == "sft" else msgrpo
+    flags = ["--recipe=tiny", f"--model={model}", f"--out={tmp_path / 'out'}", "--stages.0.steps=1", "--sample-count=0"]
+    assert run.main(flags if program == "sft" else [*flags[:3], "--stages.0.steps=1"]) == 0
+
+
+def test_the_first_generation_takes_one_image(monkeypatch):
+    pipe, _ = make("qwen-image-edit", "QwenImageEditPipeline", monkeypatch)
+    for images in ([], [picture(1), picture(2)]):
+        with pytest.raises(ValueError, match=f"takes exactly one image per request, got {len(images)}"):
+            uniref_fast.edit(pipe, [{"prompt": "x", "images": images}])
+
+
+def test_a_pipeline_that_training_does_not_take(monkeypatch):
+    from uniref_fast.model_kind import check_trainable
+
+    with pytest.raises(ValueError, match="is a QwenImageEditPipeline, which training does not support: it"):
+        check_trainable("--model x", {"_class_name": "QwenImageEditPipeline"})
+    check_trainable("--model x", {"_class_name": "SmallQwenImageEditPlusPipeline"})
+
+
+@pytest.mark.parametrize("kind", [diffusers.FluxTransformer2DModel, diffusers.PixArtTransformer2DModel])
+def test_an_unknown_transformer_is_refused_with_the_nearest_class(kind):
+    with torch.device("meta"):
+        model = kind(num_layers=1)
+    for call in (find_transformer, family_of, uniref_fast.patch):
+        with pytest.raises(TypeError) as error:
+            call(model)
+        message = str(error.value)
+        assert f"{kind.__name__} is not supported" in message and "QwenImageTransformer2DModel" in message
+        assert "uniref-fast families" in message
+
+
+def test_a_misspelt_class_gets_the_nearest_one():
+    class QwenImageEditPlusPipelines:
+        pass
+
+    with pytest.raises(TypeError, match="nearest: QwenImageEditPlusPipeline"):
+        family_of(QwenImageEditPlusPipelines())
+
+
+def test_a_family_that_the_installed_diffusers_does_not_have(monkeypatch):
+    from uniref_fast.model_kind import check_configuration
+
+    family = families()[0]
+    monkeypatch.setattr(diffusers, family.transformer, None)
+    index = {"_class_name": family.pipelines[0], "transformer": ["diffusers", family.transformer]}
+    with pytest.raises(ValueError, match=f"the installed diffusers .* has no {family.transformer}; install a newer"):
+        check_configuration("--model x", index)
+
+
+def test_the_command(capsys):
+    assert main(["families"]) == 0
+    text = capsys.readouterr().out
+    assert text.strip() == report(facts())
+    assert main(["families", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(facts()))
+    for family in families():
+        assert all(name in text for name in (family.name, *family.pipelines, *family.other_pipelines, *family.models))
+
+
+def test_the_tables_of_the_documentation():
+    page = (ROOT / "docs/families.md").read_text(encoding="utf-8")
+    assert markdown(facts()) in page, "write the tables of `uniref_fast.family_table.markdown(facts())` into the page"
+    for path, lines in re.findall(r"^\| `([\w/.]+\.py)` \| [^|]* \| (\d+) \|$", page, re.M):
+        count = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+        assert abs(count - int(lines)) <= 0.1 * count, f"{path} has {count} lines"
