@@ -10,9 +10,10 @@ import torch
 from family_models import FAMILIES, picture
 
 import uniref_fast
+from uniref_fast import EditRequest
 from uniref_fast.cli import main
 from uniref_fast.family_table import facts, markdown, report
-from uniref_fast.layout import Sample
+from uniref_fast.layout import REFERENCE_PLACE, Sample
 from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
 from uniref_fast.models.kept_references import dependence
 from uniref_fast.testing import max_relative_error
@@ -50,7 +51,7 @@ def stock(pipe, arguments, seed=0):
 def request_of(arguments, seed=0):
     """Return the request that is the call of a pipeline."""
     images = arguments.get("image", [])
-    fields = {key: value for key, value in arguments.items() if key != "image"}
+    fields = {key: value for key, value in arguments.items() if key in EditRequest.__dataclass_fields__}
     images = images if isinstance(images, list) else [images]
     return {**fields, "images": images, "num_inference_steps": 2, "seed": seed}
 
@@ -125,7 +126,10 @@ def test_kept_references(family, name, monkeypatch):
         return
     every = edited(keep_references=1)
     assert torch.equal(every, edited()) or max_relative_error(every, edited()) < TOLERANCE
-    exact = dependence(asked.layout(pipe.transformer.config, [Sample(2, (1, 2, 2), ((1, 2, 2),))]), "full") is None
+    model = asked.packed(pipe.transformer)
+    text = ((2, True), REFERENCE_PLACE, (1, True))
+    exact = dependence(model.layout([Sample(text, (1, 2, 2), ((1, 2, 2),))]), model.visibility) is None
+    assert exact == (asked.exact_references == "always")
     if exact:
         assert max_relative_error(edited(keep_references=True), edited()) < TOLERANCE
     else:

@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 import numpy as np
+import qwen_image_21
 import torch
 from PIL import Image
 
@@ -79,6 +80,20 @@ def _qwen_arguments(name):
     return {"prompt": "an owl", "negative_prompt": " ", "true_cfg_scale": 2.0, **size, **more}
 
 
-FAMILIES = {"qwen-image-edit": (_qwen, _qwen_arguments)}
+def _qwen_21(name, monkeypatch):
+    return qwen_image_21.pipeline(area=SIDE * SIDE)
+
+
+def _qwen_21_arguments(name):
+    return {
+        "prompt": "an owl", "negative_prompt": " ", "true_cfg_scale": 2.0, "height": SIDE, "width": SIDE,
+        "image": [picture(1), picture(2)], "output_resolution": SIDE, "use_kv_cache": False,
+    }  # fmt: skip
+
+
+FAMILIES = {
+    "qwen-image-edit": (_qwen, _qwen_arguments),
+    "qwen-image-2.1": (_qwen_21, _qwen_21_arguments),
+}
 """By the name of a family: a function of (pipeline class, monkeypatch) that returns a small pipeline, and a function of
 the pipeline class that returns the arguments of a call, without steps, generator and output type."""

@@ -74,6 +74,7 @@ class QwenImage21(Family):
     }
     replaced = REPLACED
     packed = PackedQwenImage21
+    exact_references = "always"
 
     # ---- the packed model ----
 
