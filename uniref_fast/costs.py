@@ -122,7 +122,7 @@ def transformer_peak(transformer: Any, layout: SelfLayout) -> int:
 @functools.lru_cache(maxsize=8)
 def _packed_peak(family: Family, config: tuple, dtype: torch.dtype, layout: SelfLayout) -> int:
     with torch.device("meta"), torch.no_grad():
-        model: Any = family.transformer_class()(**dict(config))
+        model: Any = family.built(dict(config), layout)
         packed = family.packed(torch.nn.Module.to(model, dtype), impl="native")
         with LivingTensors() as memory:
             image = torch.empty(layout.image_length, model.config.in_channels, dtype=dtype)

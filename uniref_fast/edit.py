@@ -115,7 +115,7 @@ def edit(
     for i, request in enumerate(given, start=1):
         with failures.of(i):
             checked[i] = session.check_one(request, f"request {i}")
-    warn_of_guidance({i: each.request for i, each in checked.items()})
+    warn_of_guidance(checked)
     if len(checked) > 1 and (reason := row_dependence(session.model.transformer)):
         warnings.warn(f"each result depends a little on the other requests: {reason}", stacklevel=2)
     shown = progress and not getattr(pipe, "_progress_bar_config", {}).get("disable")

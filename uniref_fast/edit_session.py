@@ -98,6 +98,8 @@ class EditSession:
         self.parts = _eight_bit_parts(transformer, self.device, impl, mode, modules_to_not_convert, model)
         self._cast = model is None  # the parameters of a given model may have another dtype than its computation
         eight_bit: dict[str, Any] = {} if self.parts is None else {"attention_8bit": self.parts.attention}
+        if keep_references is False and self.family.keeps_references(transformer):
+            self.keep_references = True
         self.model: PackedModel = model or self.family.packed(
             transformer, visibility=visibility, impl=impl, **eight_bit
         )
@@ -161,13 +163,16 @@ def check_output_type(output_type: Any) -> None:
         raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
 
 
-def warn_of_guidance(requests: Mapping[int, EditRequest]) -> None:
+def warn_of_guidance(checked: Mapping[int, CheckedRequest]) -> None:
     """Warn about scales and negative prompts that have no effect, as the pipeline does; called by a public function.
 
     Args:
-        requests: Requests by number, from 1.
+        checked: Checked requests by number, from 1.
     """
-    for i, request in requests.items():
+    for i, each in checked.items():
+        request = each.request
+        if each.geometry.guidance is not None:  # the transformer embeds the scale
+            continue
         if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
             reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
         elif not is_guided(request.true_cfg_scale) and request.has_negative_prompt:

@@ -191,7 +191,7 @@ class Engine:
         if on_progress is not None and not callable(on_progress):
             raise TypeError(f"on_progress must be a function, got {on_progress!r}")
         (checked,) = self._session.check([request])
-        warn_of_guidance({1: checked.request})
+        warn_of_guidance({1: checked})
         job = Job(checked, output_type, Future(), on_progress, priority)
         with self._changed:
             if self._failure is not None:

@@ -214,6 +214,8 @@ def estimate(
     texts = [[text_length(text) for text in group] for group in runs]
     saved = _saved_bytes(transformer, mode, modules_to_not_convert)
     model = family.packed(transformer, visibility=visibility)
+    if keep_references is False and family.keeps_references(transformer):
+        keep_references = True
     layout = model.layout([sample for group in samples for sample in group])
     check_keep_dtype(keep_dtype)
     layouts = [model.layout(group) for group in samples]  # operations of a sample do not depend on its pack

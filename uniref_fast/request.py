@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -133,12 +133,14 @@ class Geometry:
         condition_sizes: Sizes of the references for the text encoder.
         reference_sizes: Sizes of the references for the VAE.
         patch: Side of a token in pixels.
+        guidance: Guidance scale that the transformer embeds, or None (`Family.embedded_guidance`).
     """
 
     size: tuple[int, int]
     condition_sizes: tuple[tuple[int, int], ...]
     reference_sizes: tuple[tuple[int, int], ...]
     patch: int
+    guidance: float | None = None
 
     @property
     def target_tokens(self) -> int:
@@ -151,7 +153,8 @@ class Geometry:
 
     def sample(self, text: int | tuple[tuple[int, bool], ...]) -> Sample:
         """Return the sample of a layout for this request with `text` text tokens, or (length, valid) runs of them."""
-        return Sample(text, self.grid(self.size), tuple(self.grid(size) for size in self.reference_sizes))
+        references = tuple(self.grid(size) for size in self.reference_sizes)
+        return Sample(text, self.grid(self.size), references, guidance=self.guidance)
 
 
 def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = None) -> list[EditRequest]:
@@ -373,7 +376,8 @@ def geometry(
 def request_geometry(pipe: Any, request: EditRequest, budget: int | None = None) -> Geometry:
     """Compute the sizes of a request; `pipe` and `budget` as for `geometry`."""
     sizes = [image.size for image in request.images]
-    return geometry(pipe, sizes, width=request.width, height=request.height, budget=budget)
+    result = geometry(pipe, sizes, width=request.width, height=request.height, budget=budget)
+    return replace(result, guidance=family_of(pipe).embedded_guidance(pipe, request))
 
 
 def target_size(target: tuple[int, int] | None, references: Sequence[tuple[int, int]], side: int) -> tuple[int, int]:

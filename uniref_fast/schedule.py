@@ -24,6 +24,7 @@ def denoising_schedule(
     steps: int,
     device: torch.device | str,
     sigmas: Sequence[float] | None = None,
+    mu: float | None = None,
 ) -> Any:
     """Return a copy of a scheduler, its state included, with its timesteps set as the pipeline sets them.
 
@@ -33,6 +34,7 @@ def denoising_schedule(
         steps: Number of denoising steps.
         device: Device of the timesteps.
         sigmas: Noise levels of the steps before the shift; None spaces them evenly.
+        mu: Logarithm of the dynamic shift; None computes it from the scheduler's configuration.
 
     Raises:
         ValueError: If the scheduler does not accept the pipeline's `sigmas`.
@@ -40,7 +42,8 @@ def denoising_schedule(
     scheduler = copy.deepcopy(scheduler)
     # an array, as the pipeline passes, whatever the annotation says
     levels: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
-    _stock().retrieve_timesteps(scheduler, steps, device, sigmas=levels, mu=_mu(scheduler.config, tokens))
+    mu = _mu(scheduler.config, tokens) if mu is None else mu
+    _stock().retrieve_timesteps(scheduler, steps, device, sigmas=levels, mu=mu)
     scheduler.set_begin_index(0)
     return scheduler
 

@@ -63,7 +63,9 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, quant
             parts[part] = model
     if areas := builtin.recorded_areas(index, getattr(parts.get("transformer"), "config", {})):
         return builtin.SmallQwenImageEditPlusPipeline(**parts, **areas)
-    return getattr(diffusers, index["_class_name"])(**parts)
+    pipeline_class = getattr(diffusers, index["_class_name"])
+    settings = {name: index[name] for name in pipeline_class._get_signature_keys(pipeline_class)[1] if name in index}
+    return pipeline_class(**parts, **{name: value for name, value in settings.items() if name not in parts})
 
 
 def _register(model: Any, config: dict[str, Any]) -> None:

@@ -295,6 +295,39 @@ def test_refusals(make_flux2):
         run(image[0], text[0], t, clean)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="not built")
+@pytest.mark.parametrize("kind", ["dev", "klein-kv"])
+def test_compiled_blocks_equal_diffusers(make_flux2, kind):
+    """At most two graphs for each of the first blocks of both kinds, the last block and the others."""
+    model = make_flux2(kind)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model.compile_repeated_blocks(fullgraph=True)
+    try:
+        run = PackedFlux2(model, impl="native")
+        packs = [
+            [(SIZES[:2], 3)],
+            [(SIZES[1:4], 11), (SIZES[:1], 2)],
+            [(SIZES[2:4], 1), (SIZES[:3], 5), (SIZES[3:5], 6)],
+        ]
+        outs = []
+        for pack in packs:
+            data = [inputs(model, grids, text, seed=i) for i, (grids, text) in enumerate(pack)]
+            samples = guided([Sample(text, *split(grids)) for grids, text in pack], [each[3] for each in data])
+            layout = run.layout(samples)
+            streams = (torch.cat([each[i][0] for each in data]) for i in (0, 1))
+            outs.append(layout.split_targets(run(*streams, torch.cat([each[2] for each in data]), layout)))
+        assert counters["stats"]["unique_graphs"] <= 2 * 5
+    finally:
+        for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+            block._compiled_call_impl = None
+    for pack, out in zip(packs, outs, strict=True):
+        for i, ((grids, text), ours) in enumerate(zip(pack, out, strict=True)):
+            assert max_relative_error(ours, stock(model, grids, *inputs(model, grids, text, seed=i))) < ROUNDING
+
+
 # ---- gradients ----
 
 

@@ -43,6 +43,7 @@ __all__ = [
 _INSTANCES = {
     "qwen-image-edit": "uniref_fast.models.qwen_image_edit:QWEN_IMAGE_EDIT",
     "qwen-image-2.1": "uniref_fast.models.qwen_image_21_family:QWEN_IMAGE_21",
+    "flux2": "uniref_fast.models.flux2_family:FLUX_2",
 }
 """Instance of every family, as "module:name", by its name. A module is imported when a family is first looked up."""
 
@@ -153,6 +154,14 @@ class Family:
         """
         raise NotImplementedError
 
+    def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
+        """Return a new transformer with a configuration, of the kind that a layout is for."""
+        return self.transformer_class()(**config)
+
+    def keeps_references(self, transformer: Any) -> bool:
+        """Return True for a model whose pipeline in diffusers computes references in the first step only."""
+        return False
+
     # ---- the pipeline around the transformer ----
 
     def check_parts(self, pipe: Any, given: str) -> None:
@@ -170,6 +179,10 @@ class Family:
             ValueError: If the request cannot run.
         """
         return request
+
+    def embedded_guidance(self, pipe: Any, request: EditRequest) -> float | None:
+        """Return the guidance scale that the transformer embeds for a checked request; None if it embeds none."""
+        return None
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         """Return three areas in pixels: of a reference for the text encoder, of one for the VAE, and of the result."""

@@ -27,7 +27,7 @@ from uniref_fast.models.packed import DeferredResidual, ForwardContext, PackedBl
 from uniref_fast.models.qwen_image import DoubleStreamBlock, Modulation, joint_qkv
 from uniref_fast.visibility import Rule
 
-__all__ = ["FLUX2", "PackedFlux2", "has_kept_references"]
+__all__ = ["FLUX2", "PackedFlux2", "has_clean_references"]
 
 REFERENCE_STEP = 10
 """Distance of two references on the first rotary axis."""
@@ -45,10 +45,10 @@ FLUX2 = RotaryScheme(_text, _image, text_axes=(3,))
 """Scheme of `Flux2Pipeline`: the target at 0 of the first axis, reference i at 10 i, text on the last axis."""
 
 
-def has_kept_references(transformer: Any) -> bool:
+def has_clean_references(transformer: Any) -> bool:
     """Return True for the transformer of a `Flux2KleinKVPipeline`, which its attention processors distinguish."""
-    names = {kind.__name__ for kind in type(transformer.transformer_blocks[0].attn.processor).__mro__}
-    return "Flux2KVAttnProcessor" in names
+    processor = transformer.transformer_blocks[0].attn.processor
+    return type(getattr(processor, "stock", processor)).__name__ == "Flux2KVAttnProcessor"
 
 
 class Flux2DoubleStreamBlock(DoubleStreamBlock):
@@ -112,6 +112,9 @@ def _joined(streams: list[Tensor], residuals: list[DeferredResidual], context: F
         streams[i] = ops.gate_residual(streams[i], branch, gate, rows, impl=context.impl)
     image, text = streams
     both = torch.cat([text, image])
+    if isinstance(layout, TracedContext):
+        index = torch.cat([layout.joint_index("text"), layout.joint_index("image")])
+        return torch.empty_like(both).index_copy(0, index.long(), both)
     if layout.num_samples == 1:
         return both
     return both.index_select(0, joint_sources(layout, device))
@@ -132,8 +135,8 @@ class PackedFlux2(PackedModel):
 
     Args:
         transformer: The diffusers model whose parameters are used.
-        visibility: Policy name or rule. None takes what the model was trained for: "reference_causal" for klein-KV,
-            and otherwise "full".
+        visibility: Policy name or rule. "full" is the visibility of the model in diffusers, which for klein-KV is
+            "reference_causal".
         options: Further arguments of `PackedModel`.
     """
 
@@ -152,10 +155,10 @@ class PackedFlux2(PackedModel):
         "proj_out",
     )
 
-    def __init__(self, transformer: Any, *, visibility: str | Rule | None = None, **options: Any) -> None:
-        self.clean_references = has_kept_references(transformer)
-        if visibility is None:
-            visibility = "reference_causal" if self.clean_references else "full"
+    def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
+        self.clean_references = has_clean_references(transformer)
+        if self.clean_references and visibility == "full":
+            visibility = "reference_causal"
         super().__init__(transformer, visibility=visibility, **options)
 
     def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:

@@ -287,7 +287,7 @@ def kept_bytes(config: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: 
     """Return the bytes of the keys and values of all references of a layout, as they are stored.
 
     Args:
-        config: Configuration of the `QwenImageTransformer2DModel`.
+        config: Configuration of the transformer.
         layout: Layout of the sequences.
         dtype: Dtype of the computation.
         keep_dtype: "int8" for 8 bits with a scale for each row and head, or None.
@@ -295,7 +295,8 @@ def kept_bytes(config: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: 
     rows = sum(segment.length for segment in layout.segments if layout.is_kept(segment))
     head = config.attention_head_dim
     row = head * dtype.itemsize if keep_dtype is None else head + dtype.itemsize  # of one head
-    return 2 * config.num_layers * rows * config.num_attention_heads * row
+    blocks = config.num_layers + getattr(config, "num_single_layers", 0)
+    return 2 * blocks * rows * config.num_attention_heads * row
 
 
 def kept_step(layout: SelfLayout) -> ReferenceRows:

@@ -1,0 +1,202 @@
+"""edit and estimate of FLUX.2 pipelines against the pipelines of diffusers."""
+
+import dataclasses
+import warnings
+
+import flux2
+import pytest
+import torch
+
+from uniref_fast import EditRequest, edit, estimate
+from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.request import request_geometry
+from uniref_fast.testing import max_relative_error
+
+KINDS = ["klein", "klein-kv", "dev"]
+RELATIVE = 5e-5
+"""Largest relative error, in float32, after the steps of an edit and the VAE."""
+
+PICTURES = [flux2.picture(96, 64, 1), flux2.picture(80, 112, 2), flux2.picture(70, 90, 3)]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def pipes(make_flux2):
+    return {kind: flux2.pipeline(make_flux2(kind), kind) for kind in KINDS}
+
+
+def requests(kind, scale=1.0):
+    """Return four requests that differ: K = 0..3 references, other sizes, guidance scales and numbers of steps."""
+    made = [
+        EditRequest("a red cat", width=64, height=96, seed=1),
+        EditRequest("make it blue", PICTURES[:1], seed=2),
+        EditRequest("put both on a table", PICTURES[1:], width=80, height=64, seed=3, num_inference_steps=2),
+        EditRequest("", PICTURES, seed=4) if kind == "dev" else EditRequest("three of them", PICTURES, seed=4),
+    ]
+    if kind == "dev":  # without text encoder; unlike lengths of text
+        generator = torch.Generator().manual_seed(0)
+        texts = [torch.randn(n, 96, generator=generator) for n in (5, 9, 1, 17)]
+        made = [dataclasses.replace(r, prompt=None, prompt_embeds=x) for r, x in zip(made, texts, strict=True)]
+    steps = [min(each.num_inference_steps, STEPS) for each in made]
+    return [
+        dataclasses.replace(each, num_inference_steps=n, true_cfg_scale=scale + i / 2 if kind == "dev" else scale)
+        for i, (each, n) in enumerate(zip(made, steps, strict=True))
+    ]
+
+
+def stock(pipe, request, **more):
+    """Return the result of diffusers' own pipeline, `[3, H, W]`."""
+    options = {} if "KV" in type(pipe).__name__ else {"guidance_scale": request.true_cfg_scale}
+    if request.prompt_embeds is not None:
+        options["prompt_embeds"] = request.prompt_embeds[None]
+    return pipe(
+        prompt=request.prompt,
+        image=list(request.images) or None,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        generator=torch.Generator().manual_seed(request.seed),
+        output_type="pt",
+        **options,
+        **more,
+    ).images[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pack_of_different_requests_equals_the_pipeline_one_by_one(pipes, kind):
+    pipe, given = pipes[kind], requests(kind)
+    results = edit(pipe, given, output_type="pt", progress=False)
+    for request, result in zip(given, results, strict=True):
+        assert max_relative_error(result, stock(pipe, request)) < RELATIVE
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")
+@pytest.mark.parametrize("kind", ["klein", "klein-kv"])
+def test_results_have_the_same_bits_alone_and_in_a_pack(make_flux2, kind):
+    pipe, given = flux2.pipeline(make_flux2(kind, dtype=torch.bfloat16), kind), requests(kind)[1:]
+    together = edit(pipe, given, output_type="latent", progress=False)
+    for request, result in zip(given, together, strict=True):
+        assert torch.equal(result, edit(pipe, [request], output_type="latent", progress=False)[0])
+
+
+def test_guidance_of_klein_has_an_empty_negative_prompt(pipes):
+    pipe = pipes["klein"]
+    request = dataclasses.replace(requests("klein")[1], true_cfg_scale=3.0)
+    expected = stock(pipe, request)
+    for negative in (None, " "):
+        given = dataclasses.replace(request, negative_prompt=negative)
+        assert max_relative_error(edit(pipe, [given], output_type="pt", progress=False)[0], expected) < RELATIVE
+    (other,) = edit(pipe, [dataclasses.replace(request, negative_prompt="green")], output_type="pt", progress=False)
+    assert max_relative_error(other, expected) > 100 * RELATIVE
+
+
+def test_a_distilled_model_ignores_the_scale_and_refuses_a_negative_prompt(pipes, make_flux2):
+    distilled = flux2.pipeline(make_flux2("klein"), "klein", distilled=True)
+    request = dataclasses.replace(requests("klein")[1], true_cfg_scale=4.0)
+    expected = stock(distilled, request)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (result,) = edit(distilled, [request], output_type="pt", progress=False)
+    assert max_relative_error(result, expected) < RELATIVE
+    for pipe in (distilled, pipes["klein-kv"]):
+        with pytest.raises(ValueError, match="takes no negative prompt"):
+            edit(pipe, [dataclasses.replace(request, negative_prompt="green")])
+
+
+def test_the_scale_of_dev_is_embedded_without_a_warning(pipes):
+    first, second = (requests("dev", scale)[1] for scale in (1.5, 4.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = edit(pipes["dev"], [first, second], output_type="pt", progress=False)
+    assert max_relative_error(results[0], results[1]) > 100 * RELATIVE
+    assert max_relative_error(results[1], stock(pipes["dev"], second)) < RELATIVE
+
+
+def test_large_references_are_scaled_and_cropped_as_in_the_pipeline(pipes):
+    """A picture of over 1024 x 1024 pixels; its size is that of the result too."""
+    pipe, request = pipes["klein"], EditRequest("x", [flux2.picture(1500, 1100, 5), PICTURES[2]])
+    sizes = request_geometry(pipe, request)
+    assert sizes.reference_sizes == ((1184, 864), (64, 80)) and sizes.size == (1184, 864)
+    seen = []
+    hook = pipe.vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        for image, size in zip(request.images, sizes.reference_sizes, strict=True):
+            family_of(pipe).encode_image(pipe, image, size)
+            pipe(image=image, prompt="x", width=64, height=64, num_inference_steps=1, guidance_scale=1.0)
+    finally:
+        hook.remove()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_a_joint_budget_resizes_references(pipes):
+    request = requests("klein")[3]
+    sizes = request_geometry(pipes["klein"], request, 96)
+    assert sum(w * h for w, h in sizes.reference_sizes) <= 96 * 96
+    (result,) = edit(pipes["klein"], [request], budget=96, output_type="latent", progress=False)
+    assert result.isfinite().all()
+
+
+def test_given_latents(pipes):
+    pipe, request = pipes["klein"], requests("klein")[1]
+    noise = torch.randn(1, 4 * 6, 128)
+    (result,) = edit(pipe, [dataclasses.replace(request, latents=noise)], output_type="pt", progress=False)
+    expected = stock(pipe, request, latents=noise.transpose(1, 2).reshape(1, 128, 4, 6))
+    assert max_relative_error(result, expected) < RELATIVE
+
+
+def test_klein_kv_computes_references_once(pipes):
+    from uniref_fast import EditReport
+
+    report = EditReport()
+    edit(pipes["klein-kv"], requests("klein-kv")[1:2], output_type="latent", progress=False, report=report)
+    (references,) = report.references
+    assert references.refreshed == (0,) and references.steps == STEPS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": [flux2.picture(40, 80)]}, "request 1: image 1: Image too small"),
+        ({"images": [flux2.picture(64, 640)]}, "request 1: image 1: Aspect ratio"),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(4, 96), "prompt_embeds_mask": torch.tensor([1, 1, 0, 0])},
+            "prompt_embeds_mask masks tokens",
+        ),
+    ],
+)
+def test_requests_that_cannot_run(pipes, changes, message):
+    with pytest.raises(ValueError, match=message):
+        edit(pipes["klein"], [dataclasses.replace(requests("klein")[1], **changes)])
+
+
+def test_models_that_cannot_run(make_flux2, pipes):
+    with pytest.raises(ValueError, match="computation in 8 bits"):
+        edit(pipes["klein"], requests("klein")[:1], mode="fast")
+    pipe = flux2.pipeline(make_flux2("klein"), "klein")
+    pipe.transformer.register_to_config(joint_attention_dim=128)
+    with pytest.raises(ValueError, match="joint_attention_dim = 128, but its text encoder gives 96"):
+        edit(pipe, requests("klein")[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimate(pipes, kind):
+    """Operations of Linears equal those that PyTorch counts in the packed forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipe, given = pipes[kind], requests(kind)[3:]
+    found = estimate(pipe, given)
+    text = 17 if kind == "dev" else 512
+    assert found.tokens == {"text": text, "target": 24, "reference": 24 + 35 + 20, "together": text + 24 + 79}
+    family, transformer = family_of(pipe), find_transformer(pipe)
+    model = family.packed(transformer, impl="dense")
+    layout = model.layout([request_geometry(pipe, given[0]).sample(text)])
+    streams = torch.zeros(layout.image_length, 128), torch.zeros(layout.text_length, 96)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*streams, torch.ones(1), layout)
+    linear, attention = family.transformer_flops(transformer.config, layout, model.visibility)
+    assert linear == counter.get_total_flops()
+    if kind != "klein-kv":
+        assert attention == 4 * 256 * layout.joint_length * (4 * layout.joint_length + 24)
+    (transformer_stage,) = (stage for stage in found.stages if stage.name == "transformer")
+    assert transformer_stage.activation_bytes > 0 and (found.kept_bytes > 0) == (kind == "klein-kv")
+    assert found.computed_references == ((1,) if kind == "klein-kv" else (STEPS,))

@@ -1,0 +1,321 @@
+"""FLUX.2 as a family: the pipelines around the transformer, and what they cost.
+
+The packed model is in `uniref_fast.models.flux2`. Text always has the 512 tokens to which the pipelines pad it, since
+their transformers attend to the padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
+from uniref_fast.models.kept_references import kept_step
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.schedule import denoising_schedule
+from uniref_fast.visibility import Rule, plan, target_plan
+
+__all__ = ["FLUX_2", "Flux2"]
+
+AREA = 1024 * 1024
+"""Largest area of a reference in pixels."""
+
+TEXT_LENGTH = 512
+"""Number of text tokens, padding included."""
+
+TEXT_LAYERS = 3
+"""Number of layers of the text encoder whose outputs are concatenated."""
+
+_MODEL = "diffusers.models.transformers.transformer_flux2"
+_BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
+
+REPLACED = (
+    Replaced("", f"{_MODEL}:Flux2Transformer2DModel", calls=PackedFlux2.ends, reads=("config",), onloaded=True),
+    Replaced("pos_embed", f"{_MODEL}:Flux2PosEmbed"),
+    Replaced("norm_out", "diffusers.models.normalization:AdaLayerNormContinuous", calls=("silu", "linear")),
+    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    Replaced(_BLOCK, f"{_MODEL}:Flux2TransformerBlock", calls=("ff", "ff_context"), onloaded=True),
+    Replaced(_SINGLE, f"{_MODEL}:Flux2SingleTransformerBlock", onloaded=True),
+    *(Replaced(name, "torch.nn:LayerNorm", reads=("eps",)) for name in (
+        f"{_BLOCK}.norm1", f"{_BLOCK}.norm1_context", f"{_BLOCK}.norm2", f"{_BLOCK}.norm2_context", f"{_SINGLE}.norm",
+    )),
+    Replaced(f"{_BLOCK}.attn", f"{_MODEL}:Flux2Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim")),
+    Replaced(
+        f"{_SINGLE}.attn", f"{_MODEL}:Flux2ParallelSelfAttention", calls=("to_qkv_mlp_proj", "mlp_act_fn", "to_out"),
+        reads=("heads", "head_dim", "inner_dim", "mlp_hidden_dim", "mlp_mult_factor"),
+    ),
+    *(Replaced(f"{_BLOCK}.attn.{name}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
+      for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+    *(Replaced(f"{_SINGLE}.attn.{name}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
+      for name in ("norm_q", "norm_k")),
+)  # fmt: skip
+
+
+class Flux2(Family):
+    """FLUX.2 dev, klein and klein-KV."""
+
+    name = "flux2"
+    models = (
+        "black-forest-labs/FLUX.2-klein-4B",
+        "black-forest-labs/FLUX.2-klein-9B",
+        "black-forest-labs/FLUX.2-klein-9b-kv",
+        "black-forest-labs/FLUX.2-dev",
+    )
+    transformer = "Flux2Transformer2DModel"
+    pipelines = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2Pipeline")
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "Flux2KleinInpaintPipeline": "a pipeline for inpainting, which starts from an image and a mask",
+    }
+    missing: ClassVar[Mapping[str, str]] = {
+        "patch": "its blocks have no patched places; edit() runs its packed forward",
+        "patch_keep_references": "its blocks have no patched places",
+        "fast": "its blocks were not measured in 8 bits",
+        "sft": "the training loops encode prompts with pictures",
+        "msgrpo": "the training loops encode prompts with pictures",
+    }
+    replaced = REPLACED
+    packed = PackedFlux2
+
+    # ---- the packed model ----
+
+    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
+        return SelfLayout.pack(samples, FLUX2, clean_references=False)
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        if config.get("patch_size", 1) != 1:
+            raise ValueError(
+                f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
+                f"must be 1); {instead}"
+            )
+        axes, width = config.get("axes_dims_rope", (32, 32, 32, 32)), config.get("attention_head_dim", 128)
+        if len(axes) != 4 or sum(axes) != width:
+            raise ValueError(
+                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be four that add up to the "
+                f"width of a head, {width}; {instead}"
+            )
+
+    def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
+        transformer = super().built(config, layout)
+        if layout.clean_references:
+            from diffusers import Flux2KleinKVPipeline
+
+            Flux2KleinKVPipeline._set_kv_attn_processors(SimpleNamespace(transformer=transformer))
+        return transformer
+
+    def keeps_references(self, transformer: Any) -> bool:
+        return has_clean_references(transformer)
+
+    # ---- the pipeline around the transformer ----
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        config, encoder = pipe.transformer.config, pipe.text_encoder
+        pairs = [("in_channels", config.in_channels, "VAE", pipe.vae.config.latent_channels * 4)]
+        if encoder is not None:
+            width = encoder.config.get_text_config().hidden_size * TEXT_LAYERS
+            pairs.append(("joint_attention_dim", config.joint_attention_dim, "text encoder", width))
+        for option, ours, part, theirs in pairs:
+            if ours != theirs:
+                raise ValueError(
+                    f"{given} has a transformer with {option} = {ours}, but its {part} gives {theirs} channels; the "
+                    "two belong to different models"
+                )
+
+    def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Refuse images that the pipeline refuses, and set the negative prompt and the scale that it would use."""
+        for i, image in enumerate(request.images, start=1):
+            try:
+                pipe.image_processor.check_image_input(image)
+            except ValueError as error:
+                raise ValueError(f"{where}: image {i}: {error}") from None
+        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+            mask = getattr(request, name)
+            if mask is not None and not mask.bool().all():
+                raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+        if reason := _no_negative_prompt(pipe):
+            if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
+                raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: {reason}")
+            scale = request.true_cfg_scale if pipe.transformer.config.guidance_embeds else 1.0
+            return replace(request, negative_prompt=None, true_cfg_scale=scale)
+        if request.true_cfg_scale <= 1 or request.negative_prompt_embeds is not None:
+            return request
+        if pipe.text_encoder is None:
+            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
+        negative = (request.negative_prompt or "").strip()
+        return replace(request, negative_prompt=request.negative_prompt if negative else "")
+
+    def embedded_guidance(self, pipe: Any, request: EditRequest) -> float | None:
+        return request.true_cfg_scale if pipe.transformer.config.guidance_embeds else None
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        return AREA, AREA, (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        patch = pipe.vae_scale_factor * 2
+        alone = [_reference_size(size, patch) for size in sizes]
+        usual = alone[0] if alone else (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
+        result_width, result_height = (
+            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
+        )
+        references = alone if budget is None else fit_to_budget(sizes, budget)
+        return Geometry((result_width, result_height), (), tuple(references), patch)
+
+    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
+        return denoising_schedule(pipe.scheduler, tokens, steps, device, mu=compute_empirical_mu(tokens, steps))
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        device = device or pipe._execution_device
+        if embeds is not None:
+            embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
+        embeds, _ = pipe.encode_prompt(
+            prompt=prompt, prompt_embeds=embeds, device=device, num_images_per_prompt=1, max_sequence_length=TEXT_LENGTH
+        )
+        return embeds[0], embeds.shape[1]
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        width, height = size
+        processor = pipe.image_processor
+        if size != _reference_size(image.size, pipe.vae_scale_factor * 2):  # of a joint budget
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        elif image.width * image.height > AREA:
+            image = processor._resize_to_target_area(image, AREA)
+        pixels = processor.preprocess(image, height=height, width=width, resize_mode="crop")
+        latents, _ = pipe.prepare_image_latents(
+            images=[pixels], batch_size=1, generator=None, device=device or pipe._execution_device, dtype=pipe.vae.dtype
+        )
+        return latents[0]
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        width, height = sizes.size
+        channels, given = pipe.transformer.config.in_channels, request.latents
+        if given is not None:
+            _, rows, columns = sizes.grid(sizes.size)
+            given = given.transpose(1, 2).unflatten(2, (rows, columns))
+        latents, _ = pipe.prepare_latents(
+            batch_size=1, num_latents_channels=channels // 4, height=height, width=width, dtype=dtype,
+            device=pipe._execution_device, generator=generator, latents=given,
+        )  # fmt: skip
+        pairs = zip(images, sizes.reference_sizes, strict=True)
+        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
+        return latents, torch.cat([latents[0, :0], *parts])
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        return negative + scale * (positive - negative)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
+        width, height = size
+        latents = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+        mean, variance = (
+            values.view(1, -1, 1, 1).to(latents.device, latents.dtype)
+            for values in (vae.bn.running_mean, vae.bn.running_var + vae.config.batch_norm_eps)
+        )
+        latents = pipe._unpatchify_latents(latents * variance.sqrt() + mean).to(vae.dtype)
+        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+        return TEXT_LENGTH
+
+    def transformer_flops(
+        self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
+    ) -> tuple[int, int]:
+        whole, last = plan(layout, visibility), target_plan(layout, visibility)
+        if kept:
+            computed = kept_step(layout)
+            layout, whole = computed.layout, computed.plan(visibility)
+        width = config.num_attention_heads * config.attention_head_dim
+        tokens, targets, rows = layout.joint_length, sum(s.length for s in layout.targets), layout.num_modulation_rows
+        double, single, mlp = config.num_layers, config.num_single_layers, int(width * config.mlp_ratio)
+        first, second = (3 * width + 2 * mlp) * width, (width + mlp) * width  # of both kinds of block
+        linear = double * (first + second) * tokens + single * first * tokens
+        linear += second * ((single - 1) * tokens + targets)
+        embeddings = 1 + bool(layout.guidance)
+        linear += rows * (
+            embeddings * (config.timestep_guidance_channels + width) * width + 15 * width**2 + 2 * width**2
+        )
+        linear += (layout.image_length * config.in_channels + layout.text_length * config.joint_attention_dim) * width
+        linear += targets * width * (config.out_channels or config.in_channels)
+        return 2 * linear, 4 * ((double + single - 1) * whole.area + last.area) * width
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        language = pipe.text_encoder.config.get_text_config()
+        width, layers = language.hidden_size, language.num_hidden_layers
+        head = getattr(language, "head_dim", None) or width // language.num_attention_heads
+        q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
+        layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
+        count = sum(map(len, texts))
+        # diffusers calls the head of the language model as well
+        flops = (
+            layers * (2 * layer * TEXT_LENGTH + 4 * TEXT_LENGTH**2 * q) + 2 * width * language.vocab_size * TEXT_LENGTH
+        )
+        states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
+        return count * flops, TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        width, height = size
+        if direction == "encode":
+            return 1, vae.config.in_channels, height, width
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return 1, vae.config.latent_channels, height // factor, width // factor
+
+
+def _reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return the size that the pipelines give a reference: at most `AREA`, cropped to whole tokens."""
+    width, height = size
+    if width * height > AREA:
+        scale = math.sqrt(AREA / (width * height))
+        width, height = int(width * scale), int(height * scale)
+    return width // patch * patch, height // patch * patch
+
+
+def _no_negative_prompt(pipe: Any) -> str | None:
+    """Return the reason why a pipeline predicts for one prompt only; None if it has classifier-free guidance."""
+    if pipe.transformer.config.guidance_embeds:
+        return "true_cfg_scale is the guidance scale that its transformer embeds"
+    if not type(pipe).__name__.endswith("KleinPipeline"):
+        return "it has no classifier-free guidance"
+    return "the model is distilled, and guidance is part of it" if pipe.config.is_distilled else None
+
+
+FLUX_2 = Flux2()
