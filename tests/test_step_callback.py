@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import uniref_fast
-from uniref_fast import EditRequest, Engine
+from uniref_fast import EditReport, EditRequest, Engine
 
 pytestmark = pytest.mark.usefixtures("threads")
 
@@ -78,6 +78,20 @@ def test_what_a_callback_sees(pipe):
     edit(pipe, [request(num_images=2, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)])
     assert [each[0] for each in seen] == [0, 1, 2, 3] and {each[2:] for each in seen} == {(STEPS, 1.0, False)}
     assert [each[1] for each in seen] == sorted((each[1] for each in seen), reverse=True)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_other_embeddings_compute_kept_references_again(pipe, in_place):
+    def callback(given, step, timestep, tensors):
+        if step == 0:
+            embeds = tensors["prompt_embeds"]
+            return {"prompt_embeds": embeds.mul_(0.5) if in_place else embeds * 0.5}
+        return tensors
+
+    report = EditReport()
+    changing = request(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    edit(pipe, [changing, request()], keep_references=3, report=report)
+    assert [each.refreshed for each in report.references] == [(0, 1), (0, 3)]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class StepCallback:
             ValueError: If it returns an unknown name or a tensor of another shape.
         """
         given = {"latents": edit.latents, "prompt_embeds": edit.prompts[0][None]}
-        view = StepPipeline(self.pipe, edit)
+        view, before = StepPipeline(self.pipe, edit), _version(edit.prompts[0])
         step = edit.steps - 1
         returned = self.function(view, step, edit.timesteps[step], {name: given[name] for name in self.names})
         if returned is None:
@@ -84,16 +84,24 @@ class StepCallback:
                 raise ValueError(
                     f"callback_on_step_end returned {name!r}; it can replace {' and '.join(TENSOR_INPUTS)}"
                 )
-            before = given[name]
+            old = given[name]
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"callback_on_step_end must return a tensor as {name}, got {type(value).__name__}")
-            if value.shape != before.shape:
+            if value.shape != old.shape:
                 raise ValueError(
-                    f"callback_on_step_end returned {name} of shape {list(value.shape)} instead of {list(before.shape)}"
+                    f"callback_on_step_end returned {name} of shape {list(value.shape)} instead of {list(old.shape)}"
                 )
-            value = value.to(before.device, before.dtype)
+            value = value.to(old.device, old.dtype)
             if name == "latents":
                 edit.latents = value
-            else:
+            elif value is not old:
                 edit.prompts[0] = value[0]
+        if self.may_change_prompts and _version(edit.prompts[0]) != before:
+            for store in edit.kept or ():  # its keys and values may depend on the text
+                store.refresh_now()
         edit.is_stopped = view._interrupt
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return numbers that differ after a tensor was replaced or changed in place."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

@@ -1,9 +1,12 @@
 """edit() and estimate() of Qwen-Image-2.1 against the pipeline of diffusers, request by request."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from patching import ROUNDING
+from peft import LoraConfig
 from PIL import Image
 from qwen_image_21 import pipeline
 
@@ -227,3 +230,30 @@ def test_the_estimate_counts_the_operations_of_the_forward(pipe):
     kept = uniref_fast.estimate(pipe, [request], keep_references=True)
     assert next(stage for stage in kept.stages if stage.name == "transformer").flops < stage.flops
     assert kept.computed_references == (1,)
+
+
+def test_several_images_and_a_lora_for_each_request(pipe):
+    """The results equal the pipeline with that adapter, also with kept text and references."""
+    torch.manual_seed(0)
+    targets = ["to_q", "to_v", "to_out.0", "img_in", "in_layer", "modulation.1", "norm_out.linear", "proj_out"]
+    pipe.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "a")
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data.mul_(0.3)
+    requests = [
+        dataclasses.replace(REQUESTS[1], num_images=2, seed=[7, 8], lora={"a": 0.8}),
+        dataclasses.replace(REQUESTS[2], lora={}),
+    ]
+    try:
+        pipe.transformer.disable_adapters()
+        images, other = edit(pipe, requests, keep_references=True)
+        assert max_relative_error(other[0], stock(pipe, requests[1])) < ROUNDING
+        plain = stock(pipe, dataclasses.replace(REQUESTS[1], seed=7))
+        pipe.transformer.enable_adapters()
+        pipe.transformer.set_adapters(["a"], [0.8])
+        for seed, image in zip((7, 8), images, strict=True):
+            expected = stock(pipe, dataclasses.replace(REQUESTS[1], seed=seed))
+            assert max_relative_error(image[0], expected) < ROUNDING
+        assert max_relative_error(images[0][0], plain) > 1e-2
+    finally:
+        pipe.transformer.delete_adapters(["a"])

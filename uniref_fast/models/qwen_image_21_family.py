@@ -204,8 +204,8 @@ class QwenImage21(Family):
             pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
         width, height = sizes.size
         latents, packed = pipe.prepare_latents(
-            pixels, 1, pipe.transformer.config.in_channels, height, width, dtype, pipe._execution_device, generator,
-            request.latents,
+            pixels, request.num_images, pipe.transformer.config.in_channels, height, width, dtype,
+            pipe._execution_device, generator, request.latents,
         )  # fmt: skip
         if not own:
             return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
