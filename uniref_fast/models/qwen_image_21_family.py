@@ -66,7 +66,6 @@ class QwenImage21(Family):
     transformer = "QwenImage21Transformer2DModel"
     pipelines = ("QwenImage21Pipeline",)
     missing: ClassVar[Mapping[str, str]] = {
-        "patch": "its blocks have no patched places; edit() runs its packed forward",
         "patch_keep_references": "the pipeline of diffusers keeps text and references itself (use_kv_cache=True)",
         "fast": "its blocks were not measured in 8 bits",
         "sft": "the training loops do not have its text and sequence parallelism",

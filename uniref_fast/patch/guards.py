@@ -33,6 +33,7 @@ __all__ = [
     "changed_qk_norm",
     "has_hooks",
     "innermost_forward",
+    "is_from",
     "is_plain",
     "norm_change",
     "replaced_forward",
@@ -87,21 +88,21 @@ def attention_change() -> str | None:
     if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
     for name, home in (("dispatch_attention_fn", attention_dispatch), ("apply_rotary_emb_qwen", stock)):
-        if not _is_from(getattr(stock, name), home):
+        if not is_from(getattr(stock, name), home):
             return f"{stock.__name__}.{name} was replaced"
-    if not _is_from(stock.QwenDoubleStreamAttnProcessor2_0.__call__, stock):
+    if not is_from(stock.QwenDoubleStreamAttnProcessor2_0.__call__, stock):
         return "QwenDoubleStreamAttnProcessor2_0.__call__ was replaced"
     return None
 
 
 def norm_change() -> str | None:
     """Describe replaced code of the LayerNorms of every model; None if none is replaced."""
-    if not _is_from(nn.LayerNorm.forward, nn_normalization):
+    if not is_from(nn.LayerNorm.forward, nn_normalization):
         return "torch.nn.LayerNorm.forward was replaced"
-    return None if _is_from(F.layer_norm, F) else "torch.nn.functional.layer_norm was replaced"
+    return None if is_from(F.layer_norm, F) else "torch.nn.functional.layer_norm was replaced"
 
 
-def _is_from(function: Any, module: types.ModuleType) -> bool:
+def is_from(function: Any, module: types.ModuleType) -> bool:
     """Return True if the code of a function is in the file of a module; a wrapper may copy every other attribute."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename == module.__file__
@@ -151,7 +152,7 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str 
     from diffusers.models.normalization import RMSNorm
 
     found = [norm for norm in map(attn._modules.get, QK_NORMS) if norm is not None]
-    if found and not _is_from(RMSNorm.forward, normalization):
+    if found and not is_from(RMSNorm.forward, normalization):
         return "diffusers.models.normalization.RMSNorm.forward was replaced"
     for norm in found:
         if type(norm) is not RMSNorm:
@@ -220,12 +221,10 @@ def innermost_forward(block: Any) -> tuple[Any, str]:
     return block, "forward"
 
 
-def stock_forward(block: Any) -> bool:
-    """Return True if a block runs the forward of diffusers, below hooks of diffusers and accelerate."""
-    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock as Stock
-
-    if not isinstance(block, Stock):
+def stock_forward(block: Any, kind: Any) -> bool:
+    """Return True if a block runs the forward of its class `kind` in diffusers, below hooks."""
+    if not isinstance(block, kind):
         return False
     forward = getattr(*innermost_forward(block))
-    stock = type(block).forward is Stock.forward and type(block)._modulate is Stock._modulate
-    return stock and "_modulate" not in vars(block) and getattr(forward, "__func__", None) is Stock.forward
+    stock = type(block).forward is kind.forward and type(block)._modulate is kind._modulate
+    return stock and "_modulate" not in vars(block) and getattr(forward, "__func__", None) is kind.forward

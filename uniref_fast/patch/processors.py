@@ -40,12 +40,16 @@ from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded
 __all__ = [
     "PatchedAttention",
     "PatchedBlock",
+    "checkable",
+    "joint_rows",
+    "outside_compiler",
+    "refusal",
     "register_processor",
 ]
 
 
 @functools.cache
-def _outside_compiler() -> Callable:
+def outside_compiler() -> Callable:
     """Return a function that calls another with torch.compile off.
 
     Nothing below an uncompiled forward is then compiled by itself.
@@ -53,7 +57,7 @@ def _outside_compiler() -> Callable:
     return torch.compiler.disable(lambda function, *args: function(*args))
 
 
-def _refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> str | None:
+def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> str | None:
     """Return the reason why a call with these tensors must run the original, or None."""
     if site.disabled:
         return site.disabled
@@ -91,12 +95,12 @@ def _untraceable(state: PatchState) -> str | None:
     return None
 
 
-def _checkable(site: Site, tensor: Tensor) -> bool:
+def checkable(site: Site, tensor: Tensor) -> bool:
     """Return True if the site was not compared with the original yet, and values can be read on the host now."""
     return site.max_rel_error is None and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _rows(x: Tensor) -> Tensor:
+def joint_rows(x: Tensor) -> Tensor:
     """Reshape `[B, N, C]` to `[B * N, C]`, contiguous in C."""
     x = x.flatten(0, 1)
     return x if x.stride(-1) == 1 or not x.numel() else x.contiguous()
@@ -171,7 +175,7 @@ class PatchedAttention:
             impl = self.state.impl or ops.choose(None, hidden_states, attn.inner_dim // attn.heads)
             forced = self.state.impl is not None
             return traced_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, impl, forced)
-        return _outside_compiler()(self._run, attn, *arguments)
+        return outside_compiler()(self._run, attn, *arguments)
 
     def _untraceable(self, attn: Any, *arguments: Any) -> str | None:
         """Return the reason why torch.compile traces the original for a call, or None."""
@@ -196,7 +200,7 @@ class PatchedAttention:
         if reason := self.refusal(attn, image, text, mask, attention_mask, rotary):
             return self._refuse(reason, original)
         assert text is not None and rotary is not None  # else refused
-        comparable = self.state.visibility == "full" and not self.state.in_kept_step and _checkable(self.site, image)
+        comparable = self.state.visibility == "full" and not self.state.in_kept_step and checkable(self.site, image)
         calls = Calls(attn, inputs=comparable)
         fused = self._fused(calls, image, text, mask, rotary)
         if isinstance(fused, str):
@@ -230,7 +234,7 @@ class PatchedAttention:
             return f"to_q returned {qkv[0].shape[-1]} channels, heads have {head_dim}"
         calls.release()
         context = self.state.context(image, text.shape[1], mask, rotary)
-        heads = [_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
+        heads = [joint_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
         del qkv, out
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
         del heads
@@ -284,7 +288,7 @@ class PatchedAttention:
         if text is None or rotary is None or attention_mask is not None:
             return "called without text or rotary embedding, or with an external mask"
         head_dim = attn.inner_dim // attn.heads
-        if reason := _refusal(self.state, self.site, head_dim, image, text):
+        if reason := refusal(self.state, self.site, head_dim, image, text):
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text):
             return f"called with streams of shapes {list(image.shape)} and {list(text.shape)}"
@@ -409,7 +413,7 @@ class PatchedBlock:
         )
         if torch.compiler.is_compiling():
             return self._trace(*arguments)
-        return _outside_compiler()(self._run, *arguments)
+        return outside_compiler()(self._run, *arguments)
 
     def _trace(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         """Run the block as torch.compile traces it: the fused operators, or the original, in the graph."""
@@ -433,7 +437,7 @@ class PatchedBlock:
         image = arguments[0]
         if reason := self.refusal(*arguments):
             return self.state.refuse(self.site, reason, original)
-        checked = _checkable(self.site, image)
+        checked = checkable(self.site, image)
         calls = Calls(self.block, inputs=checked)
 
         def replay() -> tuple[tuple[Tensor, Tensor], StandIn]:
@@ -449,7 +453,7 @@ class PatchedBlock:
 
         def check() -> float:
             expected, stand_in = replay()
-            stand_in.compare(fused, expected)
+            stand_in.compare(*((x,) if isinstance(x, Tensor) else x for x in (fused, expected)))
             return stand_in.max_rel_error
 
         return self.state.accept(self.site, fused, image, original, check if checked else None, (impl, None))
@@ -461,7 +465,7 @@ class PatchedBlock:
     def call_refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
         """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
         block = self.block
-        if reason := _refusal(self.state, self.site, block.attn.inner_dim // block.attn.heads, image, text, temb):
+        if reason := refusal(self.state, self.site, block.attn.inner_dim // block.attn.heads, image, text, temb):
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text) or image.shape[2] != text.shape[2]:
             return f"called with streams of shapes {list(image.shape)} and {list(text.shape)}"
@@ -501,7 +505,7 @@ class PatchedBlock:
             state.modulation_rows(None, batch, text.shape[1], image.device),
         )
         options: Any = {"rounding": "eager", "impl": impl}
-        streams, norms = (_rows(image), _rows(text)), (block.img_norm1, block.txt_norm1)
+        streams, norms = (joint_rows(image), joint_rows(text)), (block.img_norm1, block.txt_norm1)
         normed = [
             ops.norm_modulate(x, mod.shift1, mod.scale1, row, norm.eps, **options)
             for x, mod, row, norm in zip(streams, mods, rows, norms, strict=True)
@@ -528,12 +532,12 @@ class PatchedBlock:
         )
         for x, branch, mod, row, norm, mlp, shape in parts:
             x, hidden = ops.gate_residual_norm_modulate(
-                x, _rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
+                x, joint_rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
             )
             branch = calls(mlp, hidden.view(shape), run=mlp_8bit)
             if reason := unlike(branch, tuple(shape), x, "the feed-forward"):
                 return reason
-            x = ops.gate_residual(x, _rows(branch), mod.gate2, row, **options)
+            x = ops.gate_residual(x, joint_rows(branch), mod.gate2, row, **options)
             x = torch.ops.aten._unsafe_view(x, shape)  # for autograd not a view: nothing else refers to the rows
             out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
         return out[1], out[0]

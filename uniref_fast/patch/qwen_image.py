@@ -25,6 +25,8 @@ _ROTARY_THETA = 10000.0
 
 def install(transformer: Any, state: PatchState) -> Iterator[Place | str]:
     """Install the places of all blocks, and yield each place, or a note on one that runs unchanged."""
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+
     register_processor()
     for name, block in transformer.transformer_blocks.named_children():
         where = f"transformer_blocks.{name}"
@@ -32,7 +34,7 @@ def install(transformer: Any, state: PatchState) -> Iterator[Place | str]:
             yield PatchedAttention(block.attn, state, Site(f"{where}.attn"))
         else:
             yield f"{where}.attn has its own {_processor(block)}, which runs unchanged"
-        if stock_forward(block):
+        if stock_forward(block, QwenImageTransformerBlock):
             yield PatchedBlock(block, state, Site(where))
         else:
             yield f"{where} has its own forward, which runs unchanged"

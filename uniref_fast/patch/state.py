@@ -19,7 +19,7 @@ from uniref_fast.models.packed import ForwardContext
 from uniref_fast.patch.report import SELF_CHECK_TOLERANCE, PatchReport, Site
 from uniref_fast.visibility import Rule
 
-__all__ = ["PatchState"]
+__all__ = ["PatchState", "batch_rows"]
 
 
 class _Calls(threading.local):
@@ -160,12 +160,12 @@ class PatchState:
             rows = torch.arange(batch, dtype=torch.int32, device=device)[:, None].expand(batch, length)
             return (rows if index is None else rows + (index != 0).to(torch.int32) * batch).reshape(-1).contiguous()
         if index is None:
-            return _batch_rows(batch, length, device)
+            return batch_rows(batch, length, device)
         saved = self.calls.rows
         if saved and saved[0] is index and saved[1] == batch:
             return saved[2]
         # rows [batch, 2 * batch) of the table are those of t = 0
-        rows = _batch_rows(batch, length, device).view(batch, length) + (index != 0).to(torch.int32) * batch
+        rows = batch_rows(batch, length, device).view(batch, length) + (index != 0).to(torch.int32) * batch
         self.calls.rows = (index, batch, rows.reshape(-1))
         return self.calls.rows[2]
 
@@ -241,7 +241,8 @@ def _grids(shapes: Any, sample: int, image_length: int) -> tuple:
 
 @functools.lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _batch_rows(batch: int, length: int, device: torch.device) -> Tensor:
+def batch_rows(batch: int, length: int, device: torch.device) -> Tensor:
+    """Return the number of the sample for every token of a batch, int32 `[B * length]`."""
     return torch.arange(batch, dtype=torch.int32, device=device).repeat_interleave(length)
 
 
