@@ -13,6 +13,7 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 from uniref_fast import PackedQwenImage, Sample, SelfLayout
+from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.training.core.base import QUANTISED
 from uniref_fast.training.core.distributed import Ranks, global_norm, shard
@@ -36,6 +37,9 @@ PACKS = (
     (Sample(5, (1, 4, 4), ((1, 3, 3), (1, 2, 5))), Sample(1, (1, 2, 3))),
     (Sample(7, (1, 1, 1), ((1, 6, 7), (1, 1, 1))),),
 )
+
+
+STEPS, DRIFT = 6, 0.012  # steps with kept references, and the tolerance that decides which of them compute them
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> QwenImageTransformer2DModel:
@@ -123,6 +127,26 @@ def gathered(group: dist.ProcessGroup, bounds: list[int]) -> dict[str, torch.Ten
     return {"rows": rows.detach().contiguous(), "gradient": gradient, "bfloat16": low.contiguous()}
 
 
+def kept_steps(packed: PackedQwenImage) -> dict[str, torch.Tensor]:
+    """Velocities of all targets in every step of both packs, with kept references, and what their stores say."""
+    drift, result = DRIFT if packed.visibility == "full" else None, {}
+    for number in range(len(PACKS)):
+        batch = make_batch(number)
+        stores = [KeptReferences(RefreshSchedule(drift=drift)) for _ in range(batch.layout.num_samples)]
+        for step in range(STEPS):
+            batch.image[batch.layout.target_rows("cpu")] += 0.3
+            with torch.no_grad():
+                out = packed(batch.image, batch.text, batch.t * (1 - step / STEPS), batch.layout, stores)
+            if packed.parallel is not None:
+                out = packed.parallel.gather_rows(out, packed.target_bounds)
+            result[f"{number}.{step}"] = out
+        for sample, store in enumerate(stores):
+            result[f"{number}.refreshed.{sample}"] = torch.tensor(store.refreshed)
+            result[f"{number}.drifts.{sample}"] = torch.tensor(store.drifts)
+            result[f"{number}.nbytes.{sample}"] = torch.tensor(store.nbytes)
+    return result
+
+
 def main(folder: str, *cases: str) -> None:
     """Each case is "<ranks that share a pack>-<kept, recomputed, inputs or host>-<kind>"; one file of results each.
 
@@ -130,6 +154,8 @@ def main(folder: str, *cases: str) -> None:
     with ".host" behind it, the frozen weights of two blocks are on the host.
 
     Or "rows-<bounds with dashes>", for as many ranks as there are parts; one file of results each and a rank.
+
+    Or "references-<ranks that share a pack>-<visibility>", for steps with kept references; likewise.
     """
     torch.set_num_threads(1)
     ranks = Ranks.start()
@@ -139,6 +165,12 @@ def main(folder: str, *cases: str) -> None:
             group = dist.new_group(range(len(bounds) - 1))
             if ranks.rank < len(bounds) - 1:
                 save_file(gathered(group, bounds), f"{folder}/{ranks.rank}-{case}.safetensors")
+            continue
+        if case.startswith("references-"):
+            _, sequence, visibility = case.split("-")
+            packed = PackedQwenImage(make_model(), visibility=visibility)
+            ranks.share_sequences(packed, int(sequence))
+            save_file(kept_steps(packed), f"{folder}/{ranks.rank}-{case}.safetensors")
             continue
         sequence, blocks, kind = case.split("-")
         result = run(ranks, int(sequence), {"kept": False, "recomputed": True}.get(blocks, blocks), kind)

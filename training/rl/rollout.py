@@ -295,8 +295,8 @@ def velocities(
         device=pack.text.device,
     )  # [S], one for each sequence
     out = packed(image, pack.text, t, pack.layout, kept)  # [N_target, C]
-    if packed.parallel is not None:
-        out = packed.parallel.gather_rows(out, packed.parallel.targets(pack.layout))
+    if packed.parallel is not None and packed.target_bounds is not None:
+        out = packed.parallel.gather_rows(out, packed.target_bounds)
     parts = iter(pack.layout.split_targets(out))
     predicted = [[next(parts).float() for _ in member.group.texts] for member in pack.members]
     return [guide(each[0], each[1], pack.guidance) if len(each) == 2 else each[0] for each in predicted]
@@ -315,11 +315,10 @@ def denoise(
         pack: Members to denoise.
         sampler: Sampler of the noisy steps; None denoises without noise.
         seed: Seed of the noise.
-        keep_references: Compute the references in the first step only. Ranks that share a pack compute them in every
-            step all the same.
+        keep_references: Compute the references in the first step only; `RolloutGenerator` has checked that this is
+            exact.
     """
-    keep = keep_references and packed.parallel is None  # `RolloutGenerator` has checked that this is exact
-    kept = [KeptReferences() for _ in range(pack.layout.num_samples)] if keep else None
+    kept = [KeptReferences() for _ in range(pack.layout.num_samples)] if keep_references else None
     image = pack.image([member.latents for member in pack.members])  # a step changes only the rows of the targets
     for i in range(len(pack.members[0].group.sigmas) - 1):
         times = [member.group.sigmas[i] for member in pack.members]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from uniref_fast.layout import Segment, SelfLayout
 from uniref_fast.memo import memo
+from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_of
 
 __all__ = [
@@ -231,10 +232,19 @@ class KeptReferences:
         for part, out in zip(self._blocks[attn], (k, v), strict=True):
             part.load(out)
 
-    def take_changes(self) -> Tensor | None:
-        """Return the mean square of the changes since the last refresh as a scalar tensor, and forget them."""
+    def take_changes(self, parallel: SequenceParallel | None = None) -> Tensor | None:
+        """Return the mean square of the changes since the last refresh as a scalar tensor, and forget them.
+
+        Args:
+            parallel: Communication between the ranks that each keep some heads; all of them get the same result.
+        """
         changes, self._changes = self._changes, []
-        return torch.stack(changes).mean() if changes else None
+        if not changes:
+            return None
+        sums = torch.stack(changes)  # [keys and values of every block, 2]
+        if parallel is not None:
+            parallel.add(sums)
+        return (sums[:, 0] / sums[:, 1].clamp_min(1e-30)).mean()
 
 
 class _Stored:
@@ -258,10 +268,10 @@ class _Stored:
             torch.mul(self.values, self.scale, out=out)
 
     def replace(self, x: Tensor) -> Tensor:
-        """Store x instead, and return the squared relative change as a scalar tensor."""
+        """Store x instead, and return the sums of the squares of the change and of x, `[2]`."""
         old = self.values if self.scale is None else self.values * self.scale
         wide = x.float()
-        change = (wide - old.float()).square().sum() / wide.square().sum().clamp_min(1e-30)
+        change = torch.stack([(wide - old.float()).square().sum(), wide.square().sum()])
         if self.scale is None:
             self.values.copy_(x)
         else:
@@ -403,17 +413,20 @@ class ReferenceRows:
             start, end = spans[i]
             yield i, self._joint[0][start:end], self._joint[1][start:end]
 
-    def finish(self) -> None:
+    def finish(self, parallel: SequenceParallel | None = None) -> None:
         """Count the step in every store, and set the drift that its refreshes have measured; call it once at the end.
 
         The drifts that decide the next refresh are read together, which waits for the device; the others are read when
         they are asked for.
+
+        Args:
+            parallel: Communication between the ranks that share the pack, or None.
         """
         deciding: list[tuple[KeptReferences, Tensor]] = []
         for store in (self._stores[i] for i in self._refreshed):
             store._due = False
             store.refreshed.append(store.steps)
-            change = store.take_changes()
+            change = store.take_changes(parallel)
             if change is not None and store.schedule.drift is None:
                 store._unread.append(change)
             elif change is not None:

@@ -253,6 +253,8 @@ class PackedModel(nn.Module):
             family whose samples cannot have adapters of their own.
         blocks: The `PackedBlock`s, which sharding by block wraps.
         parallel: A `SequenceParallel` if the ranks of a group share every pack, or None.
+        target_bounds: Cuts of the targets' rows that each rank has got from the last forward under `parallel`:
+            `ranks + 1` ascending numbers.
 
     Raises:
         ValueError: If the model's forward differs from the packed one (`refused_options`).
@@ -300,6 +302,7 @@ class PackedModel(nn.Module):
         self.checkpointing = checkpointing
         self.for_training = for_training
         self.parallel: SequenceParallel | None = None
+        self.target_bounds: list[int] | None = None
         self._constants: StepConstants | None = None  # of the running forward, and its adapters
         self._adapters: PackAdapters | None = None
 
@@ -360,7 +363,7 @@ class PackedModel(nn.Module):
         Returns:
             Velocities of the targets' tokens by sample, `[N_target, 4 * out_channels]` (`layout.split_targets`). Under
             sequence parallelism all ranks of a group are given the same whole pack, and each returns its own part
-            (`parallel.targets(layout)`).
+            (`target_bounds`), which is `parallel.targets(layout)` unless references are kept.
 
         Raises:
             ValueError: If shapes differ from the layout's, or the layout is not one of this model.
@@ -390,6 +393,8 @@ class PackedModel(nn.Module):
         self, layout: SelfLayout, rotary: tuple[Tensor, Tensor], references: ReferenceRows | None, dtype: torch.dtype
     ) -> ForwardContext:
         """Return the context of a forward whose streams have a dtype."""
+        if self.parallel is not None:
+            self.target_bounds = self.parallel.targets(layout)
         if self._adapters is not None:
             self._adapters.layout = layout
         return ForwardContext(
@@ -438,7 +443,7 @@ class PackedModel(nn.Module):
         for block in self.blocks:
             streams, residuals = block(streams, residuals, temb, context, traced)
         if context.references is not None:
-            context.references.finish()
+            context.references.finish(self.parallel)
         return streams[0]
 
     def _traced(self, context: ForwardContext, image: Tensor) -> TracedContext | None:
@@ -467,8 +472,6 @@ class PackedModel(nn.Module):
     def _references(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> ReferenceRows:
         if torch.is_grad_enabled():
             raise ValueError("kept references have no gradients; call the model under torch.no_grad()")
-        if self.parallel is not None:
-            raise ValueError("kept references are not supported under sequence parallelism; leave out kept=")
         return ReferenceRows(layout, kept)
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:

@@ -50,7 +50,11 @@ class SequenceParallel:
         return slice(bounds[self.rank], bounds[self.rank + 1])
 
     def targets(self, layout: SelfLayout) -> list[int]:
-        """Return the cuts of the image stream, counted in target rows: `size + 1` ascending numbers."""
+        """Return the cuts of the image stream, counted in target rows: `size + 1` ascending numbers.
+
+        Args:
+            layout: Layout of the rows that are computed, without references that are kept.
+        """
         spans = [(s.stream_start, s.stream_start + s.length) for s in layout.targets]
         bounds = self.bounds(layout.image_length)
         return [sum(min(max(bound - start, 0), end - start) for start, end in spans) for bound in bounds]
@@ -75,6 +79,10 @@ class SequenceParallel:
         of its own rows.
         """
         return _Gather.apply(x, bounds, self.rank, self.group)
+
+    def add(self, x: Tensor) -> None:
+        """Replace a tensor by the sum of those of all ranks, without gradients."""
+        dist.all_reduce(x, group=self.group)
 
 
 class _Gather(torch.autograd.Function):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from uniref_fast import PackedQwenImage
 from uniref_fast.models.sequence_parallel import SequenceParallel
-from uniref_fast.testing import assert_within_budget
+from uniref_fast.testing import assert_within_budget, max_relative_error
 from uniref_fast.training.core.base import QUANTISED
 from uniref_fast.training.core.frozen_base import dequantised, quantise_base
 from uniref_fast.training.supervised.flow_matching import sample_errors
@@ -27,18 +27,22 @@ BOUNDS = ("0-4-8", "0-2-7", "0-6-7", "0-0-1", "0-5-5", "0-2-4-6", "0-1-6-9", "0-
 FROZEN_CASES = ("1-kept-nf4", "2-recomputed-nf4.host", "1-recomputed-int8.host", "2-kept-fp8", "1-kept-lora.host")
 ADAPTER_CASES = ("1-recomputed-dora", "2-kept-dora.host", "1-kept-lokr", "2-recomputed-lokr")
 
+KEPT_CASES = ("references-2-full", "references-4-full", "references-2-reference_causal")
+
 
 def run_ranks(count: int, folder: Path, *cases: str) -> dict[str, dict[str, torch.Tensor]]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # on the CPU everywhere: a machine may have one GPU
     warm.run_ranks(count, WORKER, folder, *cases, env=environment)
-    return {case: load_file(folder / f"{count}-{case}.safetensors") for case in cases if not case.startswith("rows")}
+    one_file = [case for case in cases if not case.startswith(("rows", "references"))]  # the others have one each rank
+    return {case: load_file(folder / f"{count}-{case}.safetensors") for case in one_file}
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
     """Return a folder and the results of four ranks, which several tests share."""
     folder = tmp_path_factory.mktemp("four")
-    return folder, run_ranks(4, folder, "2-kept-full", "2-host-lora", *(f"rows-{bounds}" for bounds in BOUNDS))
+    more = [*(f"rows-{bounds}" for bounds in BOUNDS), *KEPT_CASES]
+    return folder, run_ranks(4, folder, "2-kept-full", "2-host-lora", *more)
 
 
 def alone(dtype: torch.dtype, kind: str) -> dict[str, torch.Tensor]:
@@ -110,6 +114,27 @@ def test_gathered_rows(four_ranks, bounds):
         mine = torch.zeros_like(expected)
         mine[cuts[rank] : cuts[rank + 1]] = expected[cuts[rank] : cuts[rank + 1]]
         torch.testing.assert_close(found["gradient"], mine)
+
+
+@pytest.mark.parametrize("case", KEPT_CASES)
+def test_kept_references_of_some_heads(four_ranks, case):
+    """Each rank keeps its heads; velocities, drift and the steps that compute the references are those of one rank."""
+    _, size, visibility = case.split("-")
+    expected = mesh_worker.kept_steps(PackedQwenImage(mesh_worker.make_model(), visibility=visibility))
+    refreshed = [len(value) for name, value in expected.items() if "refreshed" in name]
+    assert max(refreshed) < mesh_worker.STEPS and (visibility != "full" or len({*refreshed}) > 2)
+    for rank in range(4):
+        found = load_file(four_ranks[0] / f"{rank}-{case}.safetensors")
+        assert set(found) == set(expected)
+        for name, value in found.items():
+            value = value * int(size) if "nbytes" in name else value
+            assert value.shape == expected[name].shape, f"rank {rank}: {name}"
+            if "drifts" in name:
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=0)
+            elif value.dtype == torch.int64:
+                assert torch.equal(value, expected[name]), f"rank {rank}: {name}"
+            else:
+                assert max_relative_error(value, expected[name]) < 1e-5, f"rank {rank}: {name}"
 
 
 class FakeGroup:

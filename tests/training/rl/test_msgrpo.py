@@ -179,13 +179,17 @@ def test_two_ranks_resume_a_run_of_one(data, whole, begun):
 
 @two_ranks
 def test_two_ranks_share_packs(data, tmp_path):
-    """Each rank has half of the tokens of every pack; the ratio is still 1, and scores differ by rounding only."""
-    more = ("--stages.0.sequence-parallel", 2, "--stages.1.sequence-parallel", 2, "--rollout-true-cfg-scale", 2)
+    """Each rank has half of the tokens of every pack; the ratio is still 1, and scores differ by rounding only.
+
+    In the rollouts, each rank keeps the references of half of the heads.
+    """
+    shared = ("--rollout-true-cfg-scale", 2, "--visibility", "reference_causal", "--keep-references", "true")
+    more = ("--stages.0.sequence-parallel", 2, "--stages.1.sequence-parallel", 2, *shared)
     warm.run_ranks(2, "training/msgrpo.py", *flags(data, tmp_path / "run", *more, steps=2))
     found = steps_of(tmp_path / "run")
     assert events(tmp_path / "run", "on-policy check")[0]["worst_log_ratio"] <= on_policy.TOLERANCE
     alone = tmp_path / "alone"
-    assert msgrpo.main(flags(data, alone, "--rollout-true-cfg-scale", 2, steps=2)) == 0
+    assert msgrpo.main(flags(data, alone, *shared, steps=2)) == 0
     for one, other in zip(found, steps_of(alone), strict=True):
         assert one["reward"] == pytest.approx(other["reward"], abs=1e-3)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=2e-3)
