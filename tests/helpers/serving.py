@@ -1,7 +1,10 @@
 """Pictures, an engine that tests control, and clients of the server without a socket."""
 
 import base64
+import contextlib
 import io
+import socket
+import threading
 from concurrent.futures import Future
 
 import httpx
@@ -12,6 +15,7 @@ from uniref_fast.layout import Sample
 from uniref_fast.request import Geometry
 from uniref_fast.serve.app import create_app
 from uniref_fast.serve.config import ServeConfig
+from uniref_fast.serve.server import Server
 from uniref_fast.serve.service import EditService
 
 
@@ -78,3 +82,18 @@ def client_of(engine, base="http://testserver", headers=None, **fields):
     client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=base, headers=headers, timeout=60)
     client.service = app.state.service
     return client
+
+
+@contextlib.contextmanager
+def served(engine, **fields):
+    """Serve an engine on a socket in a thread, and yield the address."""
+    config = ServeConfig(**{"model": "builtin", "steps": 4, "guidance": 1.0} | fields)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = Server(EditService(engine, config))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join(30)

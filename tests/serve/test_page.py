@@ -1,21 +1,16 @@
 """The page at `/`: what its response allows, and its use in a real browser where Chromium is installed."""
 
 import base64
-import contextlib
 import hashlib
 import re
-import socket
-import threading
 import time
 
 import pytest
 from browser import CHROMIUM, Browser
-from serving import StubEngine, picture
+from serving import StubEngine, picture, served
 
-from uniref_fast.serve.config import Limits, ServeConfig
+from uniref_fast.serve.config import Limits
 from uniref_fast.serve.page import page
-from uniref_fast.serve.server import Server
-from uniref_fast.serve.service import EditService
 
 COLORS = ("red", "green", "blue")
 NAMES = "[...document.querySelectorAll('#pictures img')].map(image => image.alt.split(': ')[1])"
@@ -46,21 +41,6 @@ def test_the_page_needs_no_other_resource():
     markup = re.sub(r"<(script|style)>.*?</\1>", "", html, flags=re.DOTALL)
     assert not re.findall(r"\s(?:on[a-z]+|style)=", markup)
     assert re.findall(r"\s(?:src|href)=\"([^\"]*)\"", markup) == ["data:,"]
-
-
-@contextlib.contextmanager
-def served(engine, **fields):
-    """Serve an engine on a socket, and yield the address."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = Server(EditService(engine, ServeConfig(**{"model": "builtin", "steps": 4, "guidance": 1.0} | fields)))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(30)
-        listener.close()
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +112,8 @@ def test_an_edit_from_its_pictures_to_its_result(browser, files):
         browser.wait("document.querySelector('.card .partial')")
         browser.wait("document.querySelector('.card .state').textContent === 'Step 2 of 4'")
         assert browser.evaluate("document.querySelector('.card progress').value") == 0.5
+        images = "document.querySelectorAll('.card .results img').length"
+        assert browser.evaluate(images) == 1  # the second partial image takes the place of the first
         engine.end(0)
         browser.wait("document.querySelector('.card.done')")
         browser.wait("document.querySelector('.card .results img:not(.partial)').naturalWidth === 96")
