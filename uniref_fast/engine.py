@@ -66,6 +66,7 @@ class EngineStats:
         waiting: Requests that wait.
         running: Edits in the denoising loop.
         tokens: Tokens of these edits.
+        waiting_tokens: Tokens of the requests that wait, without those that have arrived since the last step.
         finished: Edits that have a result.
         failed: Edits that ended with an error.
         cancelled: Edits that were cancelled.
@@ -77,6 +78,7 @@ class EngineStats:
     waiting: int
     running: int
     tokens: int
+    waiting_tokens: int
     finished: int
     failed: int
     cancelled: int
@@ -224,6 +226,7 @@ class Engine:
                 waiting=self._waiting(),
                 running=len(self._running),
                 tokens=sum(edit.tokens for edit in self._running),
+                waiting_tokens=sum(job.tokens or 0 for job in self._queue.jobs),
                 steps=self._steps,
                 step_seconds=self._step_seconds,
                 has_failed=self._failure is not None,

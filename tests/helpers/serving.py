@@ -65,7 +65,7 @@ class StubEngine:
 
     def stats(self):
         waiting = sum(not future.done() for *_, future in self.jobs)
-        return EngineStats(waiting, 0, 0, 0, 0, 0, 0, 0.0, self.failed)
+        return EngineStats(waiting, 0, 0, 75 * waiting, 0, 0, 0, 0, 0.0, self.failed)
 
     def close(self, drain=True):
         self.closed = True
