@@ -137,7 +137,12 @@ def check_adapters(adapters: Sequence[Adapter], model: str, initial: Sequence[Pa
 
 
 def apply_adapters(
-    pipe: Any, adapters: Sequence[Adapter], below: Path | None, active: Sequence[str], dtype: torch.dtype
+    pipe: Any,
+    adapters: Sequence[Adapter],
+    below: Path | None,
+    active: Sequence[str],
+    dtype: torch.dtype,
+    given_names: Sequence[str] | None = None,
 ) -> None:
     """Apply adapters to a pipeline without fusing them: in 16 bits, rounding would remove small updates.
 
@@ -147,6 +152,8 @@ def apply_adapters(
         below: Run whose transformer replaces that of the pipeline, see `check_adapters`; None keeps it.
         active: Names of adapters that are applied already, at scale 1.
         dtype: Data type of the transformer of `below`.
+        given_names: Names of the adapters on the pipeline, for requests that choose their own adapters. None chooses
+            names, and activates all adapters.
 
     Raises:
         ValueError: A file cannot be read or does not fit the model.
@@ -155,7 +162,7 @@ def apply_adapters(
         load_transformer(pipe, below, dtype, given=str(below))
     names, scales = list(active), [1.0] * len(active)
     for number, adapter in enumerate(adapters):
-        name = f"lora{number}"
+        name = f"lora{number}" if given_names is None else given_names[number]
         try:
             held = _load(pipe, adapter, name)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -178,7 +185,7 @@ def apply_adapters(
             )
         names.append(name)
         scales.append(adapter.scale)
-    if names:
+    if names and given_names is None:
         pipe.set_adapters(names, scales)
 
 

@@ -236,7 +236,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     model = _add_model(parser)
     model.add_argument("--budget", type=int, metavar="SIDE",
         help="Joint pixel budget of the references of a request: SIDE x SIDE pixels for all of them together, or 0 to "
-        "scale each as diffusers does. (default: that of the last run of --initial, else 0)")  # fmt: skip
+        "scale each as diffusers does. (default: that of the run of the last --lora, else of the last --initial, else "
+        "0)")  # fmt: skip
+    model.add_argument("--lora", action="append", default=[], metavar="NAME=PATH",
+        help="LoRA adapter that requests may use by its name: the folder of a training run, its lora/ folder, or a "
+        ".safetensors file; repeat the flag for more.")  # fmt: skip
     _add_weights(parser, model)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("ray", reason="the extra ray is not installed")
 import ray
 from ray import serve
 
-from uniref_fast.serve.ray import Edits, application, replicas_for_tokens
+from uniref_fast.serve.ray import Edits, TokenPolicy, application
 
 LIMIT = 240
 
@@ -30,7 +30,7 @@ def context(*tokens, least=1, most=4):
     ("tokens", "replicas"), [((), 1), ((0, 0), 1), ((100,), 1), ((101,), 2), ((100, 150), 3), ((900, 900), 4)]
 )
 def test_replicas_follow_the_tokens(tokens, replicas):
-    assert replicas_for_tokens(100)(context(*tokens)) == (replicas, {})
+    assert TokenPolicy(100)(context(*tokens)) == (replicas, {})
 
 
 def test_a_replica_reports_its_tokens_and_a_failed_engine(stub):
@@ -44,7 +44,11 @@ def test_a_replica_reports_its_tokens_and_a_failed_engine(stub):
         replica.check_health()
 
 
-def test_wrong_numbers_of_replicas():
+def test_numbers_of_replicas():
+    scaled = application(lambda: None, min_replicas=1, max_replicas=4, tokens_per_replica=100)._bound_deployment
+    policy = scaled._deployment_config.autoscaling_config.policy
+    assert policy.get_policy()(**policy.policy_kwargs)(context(250)) == (3, {})
+    assert application(lambda: None, min_replicas=2, max_replicas=2)._bound_deployment.num_replicas == 2
     with pytest.raises(ValueError, match="min = 3 and max = 2"):
         application(lambda: None, min_replicas=3, max_replicas=2)
 

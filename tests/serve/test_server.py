@@ -1,5 +1,7 @@
 """The server in a process of its own: OpenAI's client, clients that leave, signals, and the command's arguments."""
 
+import asyncio
+import json
 import os
 import re
 import signal
@@ -14,13 +16,15 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 from serving import StubEngine, opened, picture
 
 import uniref_fast
-from uniref_fast import EditRequest, cli
+from uniref_fast import EditRequest, builtin, cli
 from uniref_fast.data.images import ImageSource
 from uniref_fast.serve import command
+from uniref_fast.serve.app import create_app
 from uniref_fast.serve.config import ServeConfig
 from uniref_fast.serve.server import Server
 from uniref_fast.serve.service import EditService
@@ -193,6 +197,62 @@ def test_a_second_signal_stops_at_once(signals):
 
 
 @pytest.fixture
+def adapters(tmp_path):
+    """The folder of a run with an adapter, and a file with another one."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    for number, folder in enumerate((tmp_path / "run" / "lora", tmp_path)):
+        pipe = builtin.load()
+        torch.manual_seed(number)
+        config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
+        pipe.transformer.add_adapter(config)
+        lora = get_peft_model_state_dict(pipe.transformer)
+        type(pipe).save_lora_weights(str(folder), transformer_lora_layers=lora)
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"model": "builtin"}))
+    return tmp_path / "run", tmp_path / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.usefixtures("threads")
+def test_requests_choose_adapters_beside_those_of_all(adapters):
+    """Adapters of --initial apply to all requests, those of --lora to requests that name them."""
+    run, file = adapters
+    flags = ["serve", "--device", "cpu", "--initial", str(run), "--lora", f"ink={file}"]
+    service = command.build_service(cli._parser().parse_args(flags), None)
+
+    def edited(scales):
+        pipe = builtin.load()
+        pipe.load_lora_weights(str(run / "lora"), adapter_name="first")
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="second")
+        pipe.set_adapters(["first", "second"], scales)
+        request = EditRequest(
+            "x", [ImageSource("", data=picture()).load()], seed=1, true_cfg_scale=1.0, num_inference_steps=2
+        )
+        return np.asarray(uniref_fast.edit(pipe, [request], progress=False)[0]).astype(int)
+
+    async def work():
+        app = create_app(service)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+            fields = {"prompt": "x", "steps": "2", "seed": "1"}
+            asked = [
+                client.post("/v1/images/edits", data=fields | lora, files={"image": picture()}, timeout=LIMIT)
+                for lora in ({}, {"lora[ink]": "0.5"}, {"lora": "pencil"})
+            ]
+            return (await client.get("/v1/models")).json(), await asyncio.gather(*asked)
+
+    try:
+        models, (plain, ink, unknown) = asyncio.run(work())
+    finally:
+        service.engine.close()
+    images = [np.asarray(opened(answer.json()["data"][0])).astype(int) for answer in (plain, ink)]
+    expected = [edited([1.0, scale]) for scale in (0.0, 0.5)]
+    assert np.abs(expected[0] - expected[1]).max() > 10
+    for image, own in zip(images, expected, strict=True):
+        assert np.abs(image - own).max() <= 1
+    assert models["data"][0]["loras"] == ["ink"] and unknown.json()["error"]["code"] == "lora_not_found"
+
+
+@pytest.fixture
 def unloaded(monkeypatch):
     """A command that fails the test if it loads a model."""
     monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("the model was loaded"))
@@ -209,6 +269,9 @@ def unloaded(monkeypatch):
         (["--drift", "0.1"], "--drift is the tolerance of --keep-references auto"),
         (["--budget", "3"], "budget is the side of a square"),
         (["--initial", "/no/such/run"], "/no/such/run"),
+        (["--lora", "/no/name"], "--lora is NAME=PATH"),
+        (["--lora", "run0=/no/such"], "the name run0 is taken"),
+        (["--lora", "ink=/no/such/file"], "no such file or folder /no/such/file"),
         (["--device", "abacus"], "unknown device 'abacus'"),
         (["--offload", "model", "--device", "cpu"], "--offload model makes room on a GPU"),
         (["--offload", "block", "--mode", "fast"], "--offload block needs the weights as they are stored"),

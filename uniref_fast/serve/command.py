@@ -7,7 +7,9 @@ import contextlib
 import ipaddress
 import math
 import os
+import re
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from uniref_fast.progress import announce, announce_import
 from uniref_fast.serve.config import Limits, ServeConfig
 
 if TYPE_CHECKING:
+    from uniref_fast.adapters import Adapter
     from uniref_fast.serve.service import EditService
 
 __all__ = ["add_arguments", "build_service", "run"]
@@ -144,6 +147,7 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
         key: Key that requests must send, or None.
     """
     announce_import("PyTorch", "torch")
+    from uniref_fast.adapters import check_adapters
     from uniref_fast.evaluation.config import EvalConfig
     from uniref_fast.evaluation.model import check_runs, on_device
     from uniref_fast.flags import parse_keep_references
@@ -155,14 +159,21 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
         raise ValueError(f"--drift is the tolerance of --keep-references auto, got {args.keep_references}")
     runs = tuple(run_folder(path) for path in args.initial)
     check_runs(runs, args.model)
-    trained = EvalConfig((), Path(), model=args.model, initial=runs, budget=args.budget, visibility=args.visibility)
+    loras = _loras(args.lora)
+    trained = EvalConfig(
+        (), Path(), model=args.model, initial=runs, lora=tuple(loras.values()), budget=args.budget,
+        visibility=args.visibility,
+    )  # fmt: skip
+    check_adapters(trained.adapters, args.model, runs)
+    if scaled := next((each for each in trained.adapters if each.scale != 1), None):
+        raise ValueError(f"--lora {scaled.given}: requests give the scales; leave :{scaled.scale:g} out")
     device, dtype = on_device(args.device, args.dtype)
     if args.offload and (args.mode == "fast" or args.quantisation):
         raise ValueError(f"--offload {args.offload} needs the weights as they are stored, without --mode fast and "
                          "--quantisation; leave one out")  # fmt: skip
     if args.offload and device == "cpu":
         raise ValueError(f"--offload {args.offload} makes room on a GPU, and the model is on the CPU; leave it out")
-    pipe = _load(args, runs, device, dtype)
+    pipe, active = _load(args, runs, dict(zip(loras, trained.adapters, strict=True)), device, dtype)
 
     from uniref_fast import Engine
     from uniref_fast.serve.service import EditService
@@ -179,24 +190,48 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
     hosts = (*LOOPBACK, *args.allow_host) if key is None and _is_loopback(args.host) else ()
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     config = ServeConfig(
-        name, tuple(args.model_name), min(steps, limits.steps), guidance, limits=limits, api_key=key,
+        name, tuple(args.model_name), min(steps, limits.steps), guidance, tuple(loras), active, limits, api_key=key,
         hosts=hosts, origins=tuple(args.allow_origin),
         image_hosts=tuple(name.lower() for name in args.allow_image_host),
     )  # fmt: skip
     return EditService(engine, config)
 
 
-def _load(args: argparse.Namespace, runs: tuple[Any, ...], device: str, dtype: str) -> Any:
+def _loras(given: Sequence[str]) -> dict[str, str]:
+    """Return the paths of adapters by their names, from NAME=PATH."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or not path:
+            raise ValueError(f"--lora is NAME=PATH with a name of letters, digits, - and _, got {text!r}")
+        if name in found or re.fullmatch(r"run[0-9]+", name):
+            raise ValueError(f"--lora {text}: the name {name} is taken; choose another one")
+        found[name] = path
+    return found
+
+
+def _load(
+    args: argparse.Namespace, runs: tuple[Path, ...], loras: Mapping[str, Adapter], device: str, dtype: str
+) -> tuple[Any, tuple[str, ...]]:
+    """Return the pipeline, with adapters for single requests, and the names of the adapters that all requests have."""
+    import torch
+
     from uniref_fast import patch
+    from uniref_fast.adapters import apply_adapters, check_adapters
     from uniref_fast.evaluation.model import load
     from uniref_fast.loading import offload
 
     pipe = load(args.model, runs, False, "cpu" if args.offload else device, dtype, (), args.quantisation)
+    active = tuple(pipe.get_active_adapters()) if getattr(pipe.transformer, "peft_config", None) else ()
+    if loras:
+        adapters = list(loras.values())
+        below = check_adapters(adapters, args.model, runs)
+        apply_adapters(pipe, adapters, below, active, getattr(torch, dtype), given_names=list(loras))
     if args.offload:
         offload(pipe, args.offload, device)
     if args.mode == "fast":
         patch(pipe, mode="fast")  # frees the memory of 16-bit weights
-    return pipe
+    return pipe, active
 
 
 def _is_loopback(host: str) -> bool:

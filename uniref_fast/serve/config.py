@@ -40,6 +40,7 @@ class ServeConfig:
         steps: Denoising steps of a request that gives none.
         guidance: True CFG scale of a request that gives none; 1 turns guidance off.
         loras: Names of the adapters that requests may use.
+        active_loras: Names of the adapters that all requests have, those of the runs of `--initial`.
         limits: Largest values.
         api_key: Key that requests must send; None asks for none.
         hosts: Values of the header `Host` that are accepted; empty accepts all.
@@ -52,6 +53,7 @@ class ServeConfig:
     steps: int = 50
     guidance: float = 4.0
     loras: tuple[str, ...] = ()
+    active_loras: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     api_key: str | None = field(default=None, repr=False)
     hosts: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 from uniref_fast.serve.app import create_app
 from uniref_fast.serve.service import EditService
 
-__all__ = ["application", "replicas_for_tokens"]
+__all__ = ["TokenPolicy", "application"]
 
 TOKENS = "tokens"
 """Name of the metric by which replicas are added: the tokens of the edits of a replica that wait and run."""
@@ -44,20 +44,26 @@ class Edits:
             raise RuntimeError("the engine has failed")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """Return the metric that `replicas_for_tokens` reads."""
+        """Return the metric that `TokenPolicy` reads."""
         stats = self.service.engine.stats()
         return {TOKENS: float(stats.tokens + stats.waiting_tokens)}
 
 
-def replicas_for_tokens(each: int) -> Callable[[AutoscalingContext], tuple[int, dict[str, Any]]]:
-    """Return a policy of autoscaling that gives each replica so many tokens, waiting ones included."""
+class TokenPolicy:
+    """Policy of autoscaling: as many replicas as the tokens of all edits need, waiting ones included.
 
-    def policy(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    Args:
+        tokens_per_replica: Number of tokens for which one replica is kept.
+    """
+
+    def __init__(self, tokens_per_replica: int) -> None:
+        self.tokens_per_replica = tokens_per_replica
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """Return the number of replicas, and no state."""
         tokens = sum((context.aggregated_metrics or {}).get(TOKENS, {}).values())
         least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-        return min(max(math.ceil(tokens / each), least), most), {}
-
-    return policy
+        return min(max(math.ceil(tokens / self.tokens_per_replica), least), most), {}
 
 
 def application(
@@ -88,7 +94,9 @@ def application(
         raise ValueError(f"replicas must be 1 <= min <= max, got min = {min_replicas} and max = {max_replicas}")
     number: dict[str, Any] = {"num_replicas": min_replicas}
     if max_replicas > min_replicas:
-        policy = AutoscalingPolicy(policy_function=replicas_for_tokens(tokens_per_replica))
+        policy = AutoscalingPolicy(
+            policy_function=TokenPolicy, policy_kwargs={"tokens_per_replica": tokens_per_replica}
+        )
         number = {
             "autoscaling_config": AutoscalingConfig(min_replicas=min_replicas, max_replicas=max_replicas, policy=policy)
         }

@@ -217,6 +217,7 @@ class EditService:
 
     def _request(self, call: EditCall, images: Sequence[Image.Image], seed: int) -> EditRequest:
         width, height = call.size or (None, None)
+        lora = dict.fromkeys(self.config.active_loras, 1.0) | dict(call.lora) if self.config.loras else None
         return EditRequest(
             call.prompt,
             images,
@@ -226,6 +227,7 @@ class EditService:
             height=height,
             num_inference_steps=call.steps,
             seed=seed,
+            lora=lora,
         )
 
     def _check(self, request: EditRequest, call: EditCall) -> tuple[int, int]:
