@@ -10,6 +10,8 @@ from PIL import Image
 
 import uniref_fast
 from uniref_fast import EditReport, EditRequest, Engine
+from uniref_fast.edit_loop import EditLoop
+from uniref_fast.models.kept_references import KeptReferences, empty_stores
 from uniref_fast.testing import max_relative_error
 
 pytestmark = pytest.mark.usefixtures("threads")
@@ -104,6 +106,35 @@ def test_the_report_names_the_images(pipe):
     assert names == [(0, "prompt"), (0, "negative prompt"), *(
         (1, f"{name} of image {i}") for i in (1, 2, 3) for name in ("prompt", "negative prompt"))]  # fmt: skip
     assert len(report.latent_errors) == 2
+
+
+@pytest.mark.parametrize("pack_tokens", [None, 150])
+def test_images_share_the_keys_of_their_references_where_that_is_exact(pipe, monkeypatch, pack_tokens):
+    """Each prompt has one copy, also in the next steps and after a restart of the engine."""
+    stores, step = [], EditLoop.step
+
+    def seen(loop):
+        stores.append([edit.kept for edit in loop.edits])
+        return step(loop)
+
+    monkeypatch.setattr(EditLoop, "step", seen)
+    report = EditReport()
+    options = {"visibility": "reference_causal", "keep_references": True, "pack_tokens": pack_tokens}
+    edit(pipe, [request()], report=report, **options)
+    assert {each.refreshed for each in report.references} == {(0,)} and len(report.references) == 6
+    assert {each.steps for each in report.references} == {3}
+    ((kept,), *_) = stores
+    planned = {name: value for name, value in options.items() if name != "pack_tokens"}
+    assert uniref_fast.estimate(pipe, [request()], **planned).kept_bytes == sum(
+        each.kept_bytes for each in report.references[:2]
+    )
+    for each in (kept, empty_stores(kept)):
+        copies = [id(store._blocks) for store in each]
+        assert copies == copies[:2] * 3 and copies[0] != copies[1]
+    assert len({id(store._blocks) for store in empty_stores([KeptReferences(), KeptReferences()])}) == 2
+    stores.clear()
+    edit(pipe, [request()], keep_references=2, pack_tokens=pack_tokens)
+    assert len({id(store._blocks) for store in stores[0][0]}) == 6, "not exact: each sequence has its own"
 
 
 def test_an_engine_gives_the_same_images(pipe):

@@ -147,6 +147,10 @@ class EditSession:
         edit = encoded_edit(self.pipe, checked.request, checked.geometry, checked.scheduler, self._cast)
         if checked.refresh is not None:
             edit.kept = [KeptReferences(checked.refresh, self.keep_dtype, len(edit.timesteps)) for _ in edit.sequences]
+            if checked.refresh == RefreshSchedule():  # never computed again, because they depend on the prompt at most
+                prompts = len(edit.prompts)
+                siblings = [store.sibling() for store in edit.kept[:prompts] * (len(edit.latents) - 1)]
+                edit.kept = edit.kept[:prompts] + siblings
         return edit
 
     def decode(self, edit: Edit, output_type: str) -> Any:

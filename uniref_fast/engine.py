@@ -31,7 +31,7 @@ from uniref_fast.edit_session import EditSession, check_output_type, warn_of_gui
 from uniref_fast.encode import text_lengths
 from uniref_fast.engine_queue import EditProgress, Job, Queue
 from uniref_fast.layout import Sample
-from uniref_fast.models.kept_references import KeepDtype, KeptReferences
+from uniref_fast.models.kept_references import KeepDtype, empty_stores
 from uniref_fast.models.module_hooks import is_offloaded
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.patch.install import patched_parts
@@ -498,7 +498,7 @@ class Engine:
         edit.latents, edit.scheduler, edit.step_options = fresh.latents, fresh.scheduler, fresh.step_options
         edit.prompts, edit.is_stopped = fresh.prompts, False
         if edit.kept is not None:
-            edit.kept = [KeptReferences(store.schedule, store.dtype, store.total) for store in edit.kept]
+            edit.kept = empty_stores(edit.kept)
         edit.steps, edit.is_interrupted = 0, False
         self._loop.rebuild()
 

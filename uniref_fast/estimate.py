@@ -225,8 +225,11 @@ def estimate(
                 for schedule, count in zip(schedules, steps, strict=True)]  # fmt: skip
     linear, attention = _transformer_flops(model, layouts, steps, computed)
     dtype = compute_dtype(transformer)
-    kept = sum(kept_bytes(transformer.config, one, dtype, keep_dtype)
-               for one, schedule in zip(layouts, schedules, strict=True) if schedule is not None)  # fmt: skip
+    kept = 0
+    for one, schedule, count in zip(layouts, schedules, images, strict=True):
+        if schedule is not None:  # images share what is never computed again
+            copies = count if schedule == RefreshSchedule() else 1
+            kept += kept_bytes(transformer.config, one, dtype, keep_dtype) // copies
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item, count in zip(sizes, images, strict=True) for _ in range(count)]
     encoded = [

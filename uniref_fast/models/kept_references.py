@@ -38,6 +38,7 @@ __all__ = [
     "TracedReferences",
     "check_keep_dtype",
     "dependence",
+    "empty_stores",
     "kept_bytes",
     "kept_step",
 ]
@@ -196,6 +197,13 @@ class KeptReferences:
         drifts = self.drifts if self.schedule.drift is not None else ()
         return self.steps - self.refreshed[-1] >= self.schedule.interval(self.refreshed, drifts, self.total)
 
+    def sibling(self) -> KeptReferences:
+        """Return a store for another sequence with the same references, where these depend on nothing else.
+
+        Both have one copy of the keys and values.
+        """
+        return KeptReferences(self.schedule, self.dtype, self.total, _blocks=self._blocks)
+
     def refresh_now(self) -> None:
         """Make the next step compute the references, whatever the schedule says."""
         self._due = True
@@ -245,6 +253,17 @@ class KeptReferences:
         if parallel is not None:
             parallel.add(sums)
         return (sums[:, 0] / sums[:, 1].clamp_min(1e-30)).mean()
+
+
+def empty_stores(stores: Sequence[KeptReferences]) -> list[KeptReferences]:
+    """Return empty stores like those of an edit: siblings stay siblings."""
+    first: dict[int, KeptReferences] = {}
+    empty = []
+    for store in stores:
+        copied = first.get(id(store._blocks))
+        empty.append(KeptReferences(store.schedule, store.dtype, store.total) if copied is None else copied.sibling())
+        first.setdefault(id(store._blocks), empty[-1])
+    return empty
 
 
 class _Stored:
@@ -335,6 +354,8 @@ class ReferenceRows:
         self.whole = layout
         self._stores = {i: store for i, store in enumerate(kept) if store is not None and i in holders}
         self._refreshed = [i for i, store in self._stores.items() if store.due]
+        # Siblings compute the same keys and values, which one of them stores.
+        self._storing = [*{id(self._stores[i]._blocks): i for i in reversed(self._refreshed)}.values()]
         self.reused = frozenset(self._stores).difference(self._refreshed)
         self.layout = memo(layout, _without_references, self.reused) if self.reused else layout
         self._joint: tuple[Tensor, Tensor] | None = None
@@ -369,7 +390,7 @@ class ReferenceRows:
                 the next block.
         """
         spans = memo(self.layout, _reference_spans)
-        for i in self._refreshed:
+        for i in self._storing:
             start, end = spans[i]
             self._stores[i].store(attn, k[start:end], v[start:end])
         if not self.reused:
@@ -402,7 +423,7 @@ class ReferenceRows:
 
     def after_block(self, attn: nn.Module) -> None:
         """Store the keys and values that a compiled block has written into `buffers`."""
-        for i, k, v in self._buffered(self._refreshed):
+        for i, k, v in self._buffered(self._storing):
             self._stores[i].store(attn, k, v)
 
     def _buffered(self, samples: Iterable[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
