@@ -5,8 +5,9 @@
 FlashAttention and cuDNN's flex attention are measured too where they are installed; of several generations of
 FlashAttention the fastest one is written. Results are checked first. On a GPU bfloat16 is measured; float16, whose
 arithmetic costs the same, is checked and gets the same figures. Launches are tried side by side, each in a process of
-its own. Costs are a linear function of a plan (`uniref_fast.tuning.FEATURES`), fitted to the fastest rounds of plans
-from tiny to big, by relative error and with no coefficient below zero; how far they are off is printed.
+its own, those of attention in 8 bits too; no table has the latter yet. Costs are a linear function of a plan
+(`uniref_fast.tuning.FEATURES`), fitted to the fastest rounds of plans from tiny to big, by relative error and with no
+coefficient below zero; how far they are off is printed.
 """
 
 from __future__ import annotations
@@ -29,9 +30,16 @@ import torch
 from conftest import CUDA, captured, stopwatch
 
 from uniref_fast import ops, tuning
-from uniref_fast.kernels.segment_attention_config import AttentionConfig, pick_backward_config, pick_config
+from uniref_fast.kernels.segment_attention_config import (
+    AttentionConfig,
+    pick_backward_config,
+    pick_config,
+    pick_fp8_config,
+)
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.ops import _dispatch, dense_attention, flash_attention, flex_attention
+from uniref_fast.ops.attention_fp8 import attention_fp8_reference
+from uniref_fast.ops.fp8 import FP8
 from uniref_fast.ops.segment_attention import segment_attention_reference
 from uniref_fast.testing import max_relative_error
 from uniref_fast.visibility import AttentionPlan, plan
@@ -41,7 +49,7 @@ OURS = "triton" if CUDA else "native"
 DTYPES = (torch.bfloat16,) if CUDA else (torch.float32, torch.bfloat16)
 SAME = {torch.bfloat16: (torch.float16,)} if CUDA else {}  # dtypes that take the figures of another dtype
 HEADS, DIMS, SIDE = (24, (64, 128), 64) if CUDA else (4, (64, 128), 16)
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, FP8: 3e-2}
 
 
 def plans() -> list[AttentionPlan]:
@@ -68,6 +76,14 @@ def calls(compiled: AttentionPlan, impl: str, dtype: torch.dtype, dim: int):
     out = ops.segment_attention(*leaves, compiled, impl=impl)
     forward = torch.no_grad()(lambda: ops.segment_attention(*x, compiled, impl=impl))
     return forward, lambda: torch.autograd.grad(out, leaves, x[0], retain_graph=True)
+
+
+def timed_call(compiled: AttentionPlan, dtype: torch.dtype, dim: int, way: str):
+    """Return the call that a launch is timed by; attention in 8 bits (`FP8`) takes tensors in 16 bits."""
+    if dtype != FP8:
+        return calls(compiled, "triton", dtype, dim)[way == "backward"]
+    x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(DTYPES[0]) for _ in range(3)]
+    return lambda: ops.attention_fp8(*x, compiled, impl="triton")
 
 
 def seconds_of(call, rounds: int = 15) -> float:
@@ -169,6 +185,16 @@ def check_against_dense(compiled: AttentionPlan, dtype: torch.dtype, dim: int) -
         raise ArithmeticError(f"wrong by {worst:.1e}")
 
 
+def check_in_8_bits(compiled: AttentionPlan, dim: int) -> None:
+    """Raise ArithmeticError if the result of the launch under test is not that of the emulated arithmetic."""
+    x = [torch.randn(compiled.num_queries, HEADS, dim, device=DEVICE).to(DTYPES[0]) for _ in range(3)]
+    worst = max_relative_error(
+        ops.attention_fp8(*x, compiled, impl="triton"), attention_fp8_reference(*x, compiled, dim**-0.5)
+    )
+    if worst > TOLERANCE[FP8]:
+        raise ArithmeticError(f"wrong by {worst:.1e}")
+
+
 def launch_key(dtype: torch.dtype, dim: int, way: str) -> str:
     return f"{_name(dtype)}/{dim}/{way}"
 
@@ -189,6 +215,11 @@ def candidates(dtype: torch.dtype, dim: int, way: str) -> list:
     def grid(rows, keys, warps, stages):
         return [AttentionConfig(*each) for each in itertools.product(rows, keys, warps, stages)]
 
+    if dtype == FP8:
+        default = pick_fp8_config(dim, capability, causal=False)
+        tried = grid((128,), (32, 64, 128), (8,), (2, 3, 4)) + grid((128,), (64,), (4,), (2, 3))
+        tried += grid((64,), (64, 128), (4,), (2, 3))
+        return [default, *(config for config in tried if config != default)]
     if way == "forward":
         tried = [pick_config(dim, dtype, capability)]
         tried += grid((128,), (64,), (8,), (2, 3, 4)) + grid((64,), (64,), (4,), (2, 3, 4))
@@ -227,7 +258,10 @@ def trial(dtype: torch.dtype, dim: int, way: str, parameters: dict, answer: Conn
     """Send the reason why a launch cannot be used, or None."""
     try:
         with using({launch_key(dtype, dim, way): parameters}):
-            check_against_dense(long_sequence(), dtype, dim)
+            if dtype == FP8:
+                check_in_8_bits(long_sequence(), dim)
+            else:
+                check_against_dense(long_sequence(), dtype, dim)
         answer.send(None)
     except Exception as error:  # does not fit this GPU, or is wrong
         answer.send(f"{type(error).__name__} {str(error)[:160]}")
@@ -248,13 +282,19 @@ def tried(*what) -> str | None:
     return verdict
 
 
+def wanted_launches() -> list[tuple[torch.dtype, int, str]]:
+    """Return dtype, head dimension and direction of the kernels to tune; in 8 bits where this GPU computes in them."""
+    wanted = list(itertools.product(DTYPES, DIMS, ("forward", "backward")))
+    return wanted + [(FP8, dim, "forward") for dim in DIMS if torch.cuda.get_device_capability() >= (8, 9)]
+
+
 def launches() -> dict:
     """Return the fastest launch parameters of the Triton kernels by "dtype/head_dim/direction"."""
     compiled = long_sequence()
     torch.manual_seed(0)
     jobs = {
         (dtype, dim, way): [dataclasses.asdict(config) for config in candidates(dtype, dim, way)]
-        for dtype, dim, way in itertools.product(DTYPES, DIMS, ("forward", "backward"))
+        for dtype, dim, way in wanted_launches()
     }
     best = {}
     room = torch.cuda.mem_get_info()[0] // (6 * 2**30)  # a trial takes about 4 GiB
@@ -267,8 +307,7 @@ def launches() -> dict:
         for parameters, why in zip(given, verdicts[key], strict=True):
             if why is None:
                 with using({launch_key(*key): parameters}):
-                    calls_ = calls(compiled, "triton", dtype, dim)
-                    timings.append((seconds_of(calls_[way == "backward"]), parameters))
+                    timings.append((seconds_of(timed_call(compiled, dtype, dim, way)), parameters))
                 print(f"  {launch_key(*key)} {timings[-1][0] * 1e3:.3f} ms {parameters}", flush=True)
                 continue
             print(f"  {launch_key(*key)} {parameters}: {why}", flush=True)

@@ -9,10 +9,10 @@ from oracles import attention as attention_oracle
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from uniref_fast import ops
+from uniref_fast import ops, tuning
 from uniref_fast.kernels import segment_attention_fp8 as kernels
 from uniref_fast.kernels.segment_attention_config import AttentionConfig, AttentionTables
-from uniref_fast.ops.attention_fp8 import attention_fp8_reference
+from uniref_fast.ops.attention_fp8 import attention_fp8_reference, launch_config
 from uniref_fast.visibility import AttentionPlan
 
 CUDA = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
@@ -35,6 +35,17 @@ def qkv(num_queries, num_keys, heads=2, head_dim=32, seed=0):
 def kernel(q, k, v, plan, config=SMALL):
     tables = AttentionTables.by_query(plan, q.device, config)
     return kernels.segment_attention_fp8(q, k, v, tables, q.shape[2] ** -0.5)
+
+
+def test_launch_of_the_table(monkeypatch):
+    """A measured launch is taken, but for a plan with causal intervals or another head dimension."""
+    measured = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    table = {"attention_configs": {"float8_e4m3fn/64/forward": measured}}
+    monkeypatch.setattr(tuning, "table", lambda name: table)
+    spans = ((0, 8),), (((0, 8),),), 8, 8
+    for dim, causal, taken in ((64, (-1,), True), (64, (0,), False), (128, (-1,), False)):
+        config = launch_config(torch.empty(8, 2, dim, device=DEVICE), AttentionPlan(*spans, causal))
+        assert (config == AttentionConfig(**measured)) == taken
 
 
 def emulation(q, k, v, plan):

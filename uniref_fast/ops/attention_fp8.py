@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from uniref_fast import tuning
 from uniref_fast.kernels import segment_attention_config as configs
 from uniref_fast.kernels.segment_attention_config import AttentionTables
 from uniref_fast.ops._dispatch import define_op, observed, unit_stride
@@ -25,7 +26,7 @@ from uniref_fast.ops.fp8 import FP8, _choose, _quantize
 from uniref_fast.ops.segment_attention import REFERENCE_ROWS, _capability, causally_hidden, checked_scale
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["attention_fp8", "attention_fp8_reference"]
+__all__ = ["attention_fp8", "attention_fp8_reference", "launch_config"]
 
 LARGEST_POWER = 8.0
 """Binary exponent of the largest P of a query, which is at most 256 and so below the 448 of e4m3."""
@@ -54,10 +55,23 @@ def attention_fp8(
     if _choose(impl, q, k, v, head_dim=q.shape[-1]) == "reference":
         return attention_fp8_reference(q, k, v, plan, scale)
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    config = configs.pick_fp8_config(q.shape[-1], _capability(q), bool(plan.causal))
-    tensors, launch = AttentionTables.by_query(plan, q.device, config).operands()
+    tensors, launch = AttentionTables.by_query(plan, q.device, launch_config(q, plan)).operands()
     run = torch.ops.uniref_fast.attention_fp8 if observed(q, k, v) else _attention_fp8
     return run(q, k, v, tensors, launch, scale)
+
+
+def launch_config(q: Tensor, plan: AttentionPlan) -> configs.AttentionConfig:
+    """Return the launch parameters of the kernel for queries like q `[N, H, D]`.
+
+    They come from the table of the device (`bench/autotune.py`), or for causal intervals and without a table from the
+    compiler's report. No table was measured yet.
+    """
+    tuned = None
+    if not plan.causal:
+        tuned = tuning.attention_config(tuning.device_name(q.device), FP8, q.shape[-1], "forward")
+    if tuned is not None:
+        return configs.AttentionConfig(**tuned)
+    return configs.pick_fp8_config(q.shape[-1], _capability(q), bool(plan.causal))
 
 
 def attention_fp8_reference(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
