@@ -470,11 +470,11 @@ def test_out_of_memory_halves_the_packs(pipe, monkeypatch, caplog):
     model_type = type(EditSession(pipe).model)
     forward, packs = model_type.forward, []
 
-    def limited(model, image, text, t, layout, kept=None):
+    def limited(model, image, text, t, layout, *more, **options):
         packs.append(layout.joint_length)
         if layout.joint_length > 120:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(model, image, text, t, layout, kept)
+        return forward(model, image, text, t, layout, *more, **options)
 
     small = {"height": 48, "width": 48, "images": [], "num_inference_steps": 2}
     requests = [drawn(seed, **small) for seed in range(6)]
