@@ -3,6 +3,7 @@
 import inspect
 
 import diffusers
+import flux2
 import numpy as np
 import qwen_image_21
 import torch
@@ -33,14 +34,15 @@ def _transformer(like, **changes):
     return _random(type(like)(**config))
 
 
-def _qwen(name, monkeypatch):
+def _qwen(name, request):
     """Return a pipeline on the components of the built-in model, which makes images of 64 x 64 pixels."""
     import diffusers.pipelines.qwenimage as folder
 
+    patcher = request.getfixturevalue("monkeypatch")
     for module in ("edit", "edit_inpaint", "layered"):  # these pipelines take no other size
         place = getattr(folder, f"pipeline_qwenimage_{module}")
         size = (SIDE, SIDE) if module == "layered" else (SIDE, SIDE, None)
-        monkeypatch.setattr(place, "calculate_dimensions", lambda area, ratio, size=size: size)
+        patcher.setattr(place, "calculate_dimensions", lambda area, ratio, size=size: size)
     if name == "QwenImageEditPlusPipeline":
         return builtin.load()
     parts = dict(builtin.load().components)
@@ -80,7 +82,7 @@ def _qwen_arguments(name):
     return {"prompt": "an owl", "negative_prompt": " ", "true_cfg_scale": 2.0, **size, **more}
 
 
-def _qwen_21(name, monkeypatch):
+def _qwen_21(name, request):
     return qwen_image_21.pipeline(area=SIDE * SIDE)
 
 
@@ -91,9 +93,24 @@ def _qwen_21_arguments(name):
     }  # fmt: skip
 
 
+def _flux2(name, request):
+    kind = {"Flux2KleinKVPipeline": "klein-kv", "Flux2Pipeline": "dev"}.get(name, "klein")
+    pipe = flux2.pipeline(request.getfixturevalue("make_flux2")(kind), kind)
+    return diffusers.Flux2KleinInpaintPipeline(**pipe.components) if "Inpaint" in name else pipe
+
+
+def _flux2_arguments(name):
+    prompt = {"prompt": "an owl"}
+    if name == "Flux2Pipeline":  # without a text encoder
+        prompt = {"prompt_embeds": torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0))}
+    guidance = {} if "KV" in name else {"guidance_scale": 2.0}
+    return {**prompt, **guidance, "height": SIDE, "width": SIDE, "image": [picture(1), picture(2)]}
+
+
 FAMILIES = {
     "qwen-image-edit": (_qwen, _qwen_arguments),
     "qwen-image-2.1": (_qwen_21, _qwen_21_arguments),
+    "flux2": (_flux2, _flux2_arguments),
 }
-"""By the name of a family: a function of (pipeline class, monkeypatch) that returns a small pipeline, and a function of
+"""By the name of a family: a function of (pipeline class, pytest's request) that returns a small pipeline, and one of
 the pipeline class that returns the arguments of a call, without steps, generator and output type."""

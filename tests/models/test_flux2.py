@@ -299,7 +299,7 @@ def test_refusals(make_flux2):
 @pytest.mark.skipif(not native.available(), reason="not built")
 @pytest.mark.parametrize("kind", ["dev", "klein-kv"])
 def test_compiled_blocks_equal_diffusers(make_flux2, kind):
-    """At most two graphs for each of the first blocks of both kinds, the last block and the others."""
+    """Two graphs at most for each of the first blocks of both kinds, the last block and the others."""
     model = make_flux2(kind)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

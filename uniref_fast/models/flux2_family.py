@@ -87,6 +87,7 @@ class Flux2(Family):
     }
     replaced = REPLACED
     packed = PackedFlux2
+    exact_references = "Flux2KleinKVPipeline: always; the others: never"
 
     # ---- the packed model ----
 
