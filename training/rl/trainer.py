@@ -94,13 +94,14 @@ class RLTrainer(Trainer):
         self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")
         if config.resolve_encoders() == "free":
             heldout = heldout_rows(self.heldout, config, target=False, guided=heldout_count(config))
-            prompts = Prompts(self.dataset, self.encoder, config, state.get("prompts"))
-            report = encode_ahead(self.encoder, self.ranks, config, prompts.upcoming(step) + heldout)
-            if report.broken:  # other rows take their places
+            broken: dict[str, str] = {}
+            encoded, found = 0, True
+            while found:  # other rows take the places of broken ones, and may be broken too
                 prompts = Prompts(self.dataset, self.encoder, config, state.get("prompts"))
-                rows = prompts.upcoming(step, dict(report.broken))
-                encode_ahead(self.encoder, self.ranks, config, rows)
-            self.announce("encoded", rows=report.rows, now=report.encoded, broken=len(report.broken))
+                report = encode_ahead(self.encoder, self.ranks, config, prompts.upcoming(step, broken) + heldout)
+                encoded, found = encoded + report.encoded, not broken.keys() >= dict(report.broken).keys()
+                broken |= dict(report.broken)
+            self.announce("encoded", rows=report.rows, now=encoded, broken=len(broken))
 
     def _same_scores(self) -> bool:
         """Return True if the scores before the resume can be compared with those after it."""

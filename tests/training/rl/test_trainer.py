@@ -378,6 +378,30 @@ def test_rows_that_cannot_be_used_are_replaced_and_named(own_data, tmp_path, mon
     assert [record["samples"] for record in records(out)] == [usable * 3] * 2
 
 
+def test_rows_in_place_of_broken_ones_are_encoded_before_the_run_until_none_is_broken(own_data, tmp_path, monkeypatch):
+    """All rows with two references but one are refused by the text encoder."""
+    path = own_data / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    refused = [number for number, row in enumerate(rows) if len(row["input_images"]) == 2][:-1]
+    for number in refused:
+        rows[number]["instruction"] = f"the encoder refuses {number}"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    embeddings, kept = samples.prompt_embeddings, []
+
+    def refusing(pipe, prompt, *rest):
+        if prompt.startswith("the encoder refuses"):
+            raise ValueError("no such words")
+        kept.append(prompt)
+        return embeddings(pipe, prompt, *rest)
+
+    monkeypatch.setattr(samples, "prompt_embeddings", refusing)
+    with trainer_of(own_data, tmp_path / "run", "--prompts", 1, "--encoders", "free") as trainer:
+        (announced,) = [details for kind, details in trainer._announced if kind == "encoded"]
+        assert announced["broken"] == len(refused) > 3
+        before = len(kept)
+        assert trainer.train_step() and len(kept) == before, "everything was encoded"
+
+
 def test_a_damaged_held_out_image_is_named(own_data, tmp_path):
     heldout = own_data / "heldout_objects.jsonl"
     image = own_data / json.loads(heldout.read_text().splitlines()[1])["input_images"][0]
