@@ -1,11 +1,14 @@
 """Whole edits on the built-in pipeline: patched against stock, a packed batch against one by one; kept references.
 
+The same for Qwen-Image-2.1 with random weights, whose pipelines keep text and references, patched or not.
+
 pytest bench/bench_edit.py --benchmark-only
 """
 
 import functools
 
 import pytest
+import qwen_image_21
 import torch
 
 import uniref_fast
@@ -155,3 +158,59 @@ def test_kept_references(timed, benchmark, wide, tiny, which):
     benchmark.extra_info["refreshed"] = len(refreshed)
     exact = functools.partial(edit, "exact")
     timed(exact if which == "exact" else functools.partial(edit, which), exact, graph=False)
+
+
+# ---- Qwen-Image-2.1, 6 blocks of 512 channels with random weights ----
+
+SIDE = 256
+"""Side in pixels of a square with the area of references and results."""
+
+
+@pytest.fixture(scope="module")
+def pipes_21(tiny):
+    """A stock and a patched pipeline, the latter after its self-check."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"area": 64**2} if tiny else {"area": SIDE**2, "layers": 6, "num_attention_heads": 4}
+    pipes = {name: qwen_image_21.pipeline(**sizes).to(device) for name in ("stock", "patched")}
+    uniref_fast.patch(pipes["patched"])
+    stock_21(pipes["patched"], requests_21()[2])
+    return pipes
+
+
+def requests_21():
+    """K = 1, 2, 3 references of mixed sizes, guided; results of the aspect ratio of the last reference."""
+    return [
+        EditRequest(r.prompt, r.images, " ", seed=r.seed, num_inference_steps=STEPS, true_cfg_scale=4.0)
+        for r in requests()
+    ]
+
+
+def stock_21(pipe, request):
+    return pipe(
+        image=list(request.images), prompt=request.prompt, negative_prompt=" ", true_cfg_scale=4.0,
+        num_inference_steps=STEPS, generator=torch.Generator().manual_seed(request.seed), output_type="latent",
+        output_resolution=round(pipe.output_area**0.5),
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["stock", "patched"])
+@pytest.mark.benchmark(group="Qwen-Image-2.1: one edit, 3 references")
+def test_patch_21(timed, pipes_21, which):
+    calls = {name: functools.partial(stock_21, pipe, requests_21()[2]) for name, pipe in pipes_21.items()}
+    assert max_relative_error(calls["patched"](), calls["stock"]()) < 1e-4
+    timed(calls[which], calls["stock"])
+
+
+@pytest.mark.parametrize("which", ["stock one by one", "edit one by one", "edit packed"])
+@pytest.mark.benchmark(group="Qwen-Image-2.1: six edits, 1 to 3 references, mixed sizes")
+def test_packed_batch_21(timed, pipes_21, which):
+    pipe, batch = pipes_21["stock"], requests_21()
+    edit = functools.partial(uniref_fast.edit, pipe, output_type="latent", progress=False, keep_references=True)
+    calls = {
+        "stock one by one": lambda: [stock_21(pipe, request) for request in batch],
+        "edit one by one": lambda: [edit([request])[0] for request in batch],
+        "edit packed": lambda: edit(batch),
+    }
+    for a, b in zip(calls["edit packed"](), calls["stock one by one"](), strict=True):
+        assert max_relative_error(a, b) < 1e-4
+    timed(calls[which], calls["stock one by one"])

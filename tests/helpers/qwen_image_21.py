@@ -17,8 +17,8 @@ def transformer(dtype=torch.float32, layers=3, seed=0, **config):
 
     torch.manual_seed(seed)
     model = QwenImage21Transformer2DModel(
-        in_channels=CHANNELS, out_channels=CHANNELS, num_layers=layers, num_attention_heads=2, context_in_dim=CONTEXT,
-        **config,
+        in_channels=CHANNELS, out_channels=CHANNELS, num_layers=layers, context_in_dim=CONTEXT,
+        **{"num_attention_heads": 2, **config},
     )  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # the RMSNorm of the text is stored around 0

@@ -69,6 +69,15 @@ def test_equals_diffusers(model, mask):
     assert report.calls.total() == 3 * 2 * 3 and not report.fallbacks, report
 
 
+def test_masks_of_one_shape_do_not_share_a_plan(model):
+    """The values of a mask decide what is computed, in all calls of one patched model."""
+    given = [batch(mask) for mask in MASKS[1:]]
+    expected = [run(model, each) for each in given]
+    uniref_fast.patch(model)
+    for each, out in zip(given, expected, strict=True):
+        assert max_relative_error(run(model, each), out) < ROUNDING
+
+
 def test_without_references_and_without_causal_condition():
     for one, options in ((case((7,)), {}), (case((2, 3), GRIDS[:1]), {"causal_condition": False})):
         model = make(**options)
