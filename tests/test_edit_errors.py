@@ -82,7 +82,8 @@ def test_an_error_that_is_raised_names_its_request(pipe, tmp_path, bad, error, m
         bad = {"images": [damaged(tmp_path)]}
     with pytest.raises(error) as raised:
         edit(pipe, [request(1), request(2, **bad), request(3)])
-    assert message in "\n".join([str(raised.value), *getattr(raised.value, "__notes__", [message])])
+    notes = getattr(raised.value, "__notes__", []) if hasattr(raised.value, "add_note") else [message]  # Python 3.10
+    assert message in "\n".join([str(raised.value), *notes])
 
 
 def test_a_check_that_fails_is_raised_before_any_work(pipe, monkeypatch):

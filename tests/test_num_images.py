@@ -154,7 +154,7 @@ def test_an_engine_counts_the_tokens_of_all_images(pipe):
     tokens = uniref_fast.estimate(pipe, [request()]).tokens["together"]
     assert tokens == 3 * uniref_fast.estimate(pipe, [single(1)]).tokens["together"]
     order = []
-    with Engine(pipe, max_tokens=tokens + 1) as engine:
+    with Engine(pipe, max_tokens=tokens * 3 // 2) as engine:
         futures = [engine.submit(request(), lambda _, i=i: order.append(i)) for i in range(2)]
         assert all(future.result(60) for future in futures)
     assert order == [0] * 3 + [1] * 3

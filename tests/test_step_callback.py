@@ -1,5 +1,6 @@
 """`callback_on_step_end` of a request, as in diffusers."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -42,7 +43,7 @@ def changed(pipe, step, timestep, tensors):
     if "latents" in tensors:
         tensors["latents"] = tensors["latents"] * 0.9
     if "prompt_embeds" in tensors and step == 0:
-        tensors["prompt_embeds"].mul_(0.5)
+        tensors["prompt_embeds"].mul_(-1)
     if step == 2:
         pipe._interrupt = True
     return tensors
@@ -56,6 +57,10 @@ def test_a_callback_changes_its_edit_as_in_the_stock_pipeline(pipe, names):
     result, other = edit(pipe, [ours, plain])
     (alone,), (unchanged,) = edit(pipe, [ours]), edit(pipe, [plain])
     assert torch.equal(result, alone) and torch.equal(other, unchanged), "the other edit does not see the callback"
+    if "prompt_embeds" in names:
+        others = [name for name in names if name != "prompt_embeds"]
+        without = dataclasses.replace(ours, callback_on_step_end_tensor_inputs=others)
+        assert not torch.equal(edit(pipe, [without])[0], result), "the embeddings count from the next step on"
     pipe._interrupt = False
     expected = stock(pipe, plain, callback_on_step_end=changed, callback_on_step_end_tensor_inputs=list(names))
     pipe._interrupt = False
