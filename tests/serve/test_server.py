@@ -189,6 +189,8 @@ def test_a_second_signal_stops_at_once(signals):
         time.sleep(0.3)  # three ticks
         assert thread.is_alive() == (signals == 1)
         if signals == 1:
+            late = httpx.post(url, data={"prompt": "x"}, files={"image": picture()}, timeout=LIMIT)
+            assert late.json()["error"]["code"] == "shutting_down"
             stub.end(0)
         thread.join(LIMIT)
         client.join(LIMIT)
