@@ -144,6 +144,10 @@ def test_estimate_answers_whether_a_gpu_is_large_enough(capsys):
     status, text, _ = run(capsys, *args, 0.001)
     assert status == 0 and "does not fit a GPU of 0.001 GB" in text and "not measured on some-gpu" in text
     assert json.loads(run(capsys, *args, 1, "--json")[1])["fits"] is True
+    whole, block = (json.loads(run(capsys, *args, 1, "--json", *more)[1]) for more in ((), ("--offload", "block")))
+    assert block["peak_bytes"] < whole["peak_bytes"] and block["weight_bytes"] == whole["weight_bytes"]
+    status, _, err = run(capsys, *args, 1, "--offload", "model", "--mode", "fast")
+    assert status == 2 and "--offload model needs the weights as they are stored" in err
     status, _, err = run(capsys, *args, "nan")
     assert status == 2 and "--gpu-memory is a number of GB above 0, got nan" in err
 

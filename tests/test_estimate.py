@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+from diffusers.hooks import group_offloading
+from offloading import Offloading
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -268,6 +270,79 @@ def test_a_block_frees_what_it_has_used(make_transformer):
             uniref_fast.PackedQwenImage(model)(torch.zeros(900, 64), torch.zeros(10, 48), torch.ones(1), layout)
     row = 128 * 4
     within(memory.peak, row * (10 * 900 + 2 * 10) + 900 * 64 * 4, 0.02)
+
+
+ONLOAD = group_offloading.ModuleGroup.onload_
+OFFLOADED = [EditRequest("make it night", [Image.new("RGB", (64, 64))] * 2, num_inference_steps=2, height=64, width=64),
+             EditRequest("a red apple", num_inference_steps=2, height=64, width=64)]  # fmt: skip
+
+
+@pytest.mark.parametrize("requests", [OFFLOADED, OFFLOADED[1:]])
+def test_offloading_by_model_is_that_of_the_hooks(builtin_pipe, monkeypatch, requests):
+    """In each stage those parts are on the device that the hooks have brought there and not taken away."""
+    from accelerate import hooks
+
+    pipe = type(builtin_pipe)(**builtin_pipe.components)
+    present, seen = set(), {}
+    names = {"text_encoder": pipe.text_encoder, "vae": pipe.vae, "transformer": pipe.transformer}
+    bring = hooks.CpuOffload.pre_forward
+
+    def brought(hook, module, *args, **kwargs):
+        result = bring(hook, module, *args, **kwargs)  # it takes away the part before, but one that is on a CPU
+        if hook.prev_module_hook is not None:
+            present.difference_update(name for name, part in names.items() if part is hook.prev_module_hook.model)
+        name = next(name for name, part in names.items() if part is module)
+        present.add(name)
+        stage = {"text_encoder": 0, "vae": 3 if 2 in seen else 1, "transformer": 2}[name]
+        seen.setdefault(stage, set()).update(present)
+        return result
+
+    monkeypatch.setattr(hooks.CpuOffload, "pre_forward", brought)
+    pipe.enable_model_cpu_offload(device="cpu")
+    try:
+        uniref_fast.edit(pipe, requests, progress=False)
+    finally:
+        pipe.remove_all_hooks()
+    estimate = uniref_fast.estimate(builtin_pipe, requests, offload="model")
+    sizes = {name: sum(t.nbytes for t in (*part.parameters(), *part.buffers())) for name, part in names.items()}
+    expected = {stage: sum(sizes[name] for name in parts) for stage, parts in seen.items()}
+    assert {stage: estimate.resident_bytes[stage] for stage in seen} == expected and {0, 2, 3} <= set(seen)
+
+
+@pytest.mark.parametrize("part, kind", [("transformer", "block_level"), ("text_encoder", "leaf_level")])
+def test_offloading_by_block_is_what_is_on_the_device(builtin_pipe, monkeypatch, part, kind):
+    """The groups that are there at once: exactly those of the transformer, at most those of the text encoder."""
+    pipe = type(builtin_pipe)(**{**builtin_pipe.components, part: copy.deepcopy(getattr(builtin_pipe, part))})
+    offloading, peak = Offloading(monkeypatch), 0
+    onload = offloading._onload
+
+    def counted(group, original):
+        nonlocal peak
+        onload(group, original)
+        tensors = {tensor for each in offloading.onloaded for tensor in offloading._tensors(each)}
+        peak = max(peak, sum(tensor.nbytes for tensor in tensors))
+
+    monkeypatch.setattr(group_offloading.ModuleGroup, "onload_", offloading._method(counted, ONLOAD))
+    offloading.enable(getattr(pipe, part), kind, stream=True)
+    uniref_fast.edit(pipe, OFFLOADED, progress=False)
+    estimate = uniref_fast.estimate(builtin_pipe, OFFLOADED, offload="block")
+    resident = dict(zip(("text_encoder", "vae", "transformer"), estimate.resident_bytes[:3], strict=True))[part]
+    assert peak == resident if part == "transformer" else 0 < peak <= resident
+
+
+def test_offloading_in_the_report(builtin_pipe):
+    plain, model, block = (
+        uniref_fast.estimate(builtin_pipe, REQUESTS, offload=how) for how in (None, "model", "block")
+    )
+    assert plain.peak_bytes == plain.weight_bytes + max(stage.activation_bytes for stage in plain.stages)
+    assert block.peak_bytes < model.peak_bytes < plain.peak_bytes
+    assert model.weight_bytes == plain.weight_bytes and model.stages == plain.stages
+    assert "offloading  by block; weights on the device: " in str(block) and "offloading" not in str(plain)
+    assert "without offloading" in model.time.source and block.as_dict()["offload"] == "block"
+    with pytest.raises(ValueError, match='offload must be "model", "block" or None, got \'disk\''):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, offload="disk")
+    with pytest.raises(ValueError, match="weights as they are stored"):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, offload="model", mode="fast")
 
 
 def weights(pipe):

@@ -257,9 +257,7 @@ def _add_weights(parser: argparse.ArgumentParser, model: Any) -> None:
     _add_quantisation(add)
     add("--dtype", choices=DTYPES, help="Data type of the model. (default: float32 on a CPU, bfloat16 on a GPU)")
     add("--device", help="Device of the model: cpu, cuda or cuda:N. (default: cuda if there is a GPU)")
-    add("--offload", choices=("model", "block"),
-        help="Keep the weights in host memory, and bring to the GPU one model after the other, or one block of the "
-        "transformer after the other. (default: all weights stay on the GPU)")  # fmt: skip
+    _add_offload(add)
 
 
 def _add_estimate(model: Any) -> None:
@@ -268,6 +266,7 @@ def _add_estimate(model: Any) -> None:
         help="Device whose measured times are used: cpu or cuda of this machine, or the name of a measured device such "
         "as h100-80gb-hbm3. (default: cuda if there is a GPU, else cpu)")  # fmt: skip
     _add_quantisation(add)
+    _add_offload(add)
     add("--gpu-memory", type=float, metavar="GB", help="Memory of a GPU that the edit has to fit.")
 
 
@@ -275,6 +274,12 @@ def _add_quantisation(add: Any) -> None:
     add("--quantisation", choices=("int8", "fp8", "nf4"),
         help="Format in which text encoder and transformer are stored: int8 or fp8 (torchao), or nf4 (bitsandbytes, on "
         "a GPU). (default: 16 or 32 bits, or as the model is stored)")  # fmt: skip
+
+
+def _add_offload(add: Any) -> None:
+    add("--offload", choices=("model", "block"),
+        help="Keep the weights in host memory, and bring to the GPU one model after the other, or one block of the "
+        "transformer after the other. (default: all weights stay on the GPU)")  # fmt: skip
 
 
 def _add_keep(parser: argparse.ArgumentParser) -> None:
@@ -420,6 +425,9 @@ def _estimate(args: argparse.Namespace) -> int:
     memory = args.gpu_memory
     if memory is not None and not 0 < memory < math.inf:
         raise UsageError(f"--gpu-memory is a number of GB above 0, got {memory:g}")
+    if args.offload and (args.mode == "fast" or args.quantisation):
+        raise UsageError(f"--offload {args.offload} needs the weights as they are stored, without --mode fast and "
+                         "--quantisation")  # fmt: skip
     sizes = [_image(path).size() for path in args.image] + [parse_size(text) for text in args.image_size]
     request = EditRequest(**_request_fields(args))
     keep = parse_keep_references(args.keep_references)
@@ -432,6 +440,7 @@ def _estimate(args: argparse.Namespace) -> int:
         result = estimate(
             pipe, [request], image_sizes=[sizes], budget=args.budget, device=device, mode=args.mode,
             keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype, quantisation=args.quantisation,
+            offload=args.offload,
         )  # fmt: skip
     if args.json:
         print(json.dumps(result.as_dict() | {"fits": None if memory is None else fits(result.peak_bytes, memory)}))

@@ -11,7 +11,7 @@ GPU uses the memory-efficient kernel, which has no limit and accumulates its out
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,7 +23,15 @@ from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, st
 from uniref_fast.request import Geometry
 from uniref_fast.visibility import Rule
 
-__all__ = ["text_encoder_cost", "transformer_flops", "transformer_peak", "vae_cost", "vae_image_cost", "weight_bytes"]
+__all__ = [
+    "offloaded_weights",
+    "text_encoder_cost",
+    "transformer_flops",
+    "transformer_peak",
+    "vae_cost",
+    "vae_image_cost",
+    "weight_bytes",
+]
 
 
 def transformer_flops(
@@ -143,6 +151,52 @@ def weight_bytes(module: torch.nn.Module | None) -> int:
         for part in stored_tensors(tensor):
             storages[part.untyped_storage()._cdata] = part.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+def offloaded_weights(pipe: Any, how: str, encoded: bool, references: bool) -> tuple[int, int, int, int]:
+    """Return the bytes of weights on the device in each stage of an edit under `uniref_fast.loading.offload`.
+
+    With "model", the hooks of diffusers take a part away only when the next one in the order text encoder, transformer,
+    VAE is called: the text encoder stays while the VAE encodes, and the VAE then stays beside the transformer. With
+    "block", the next block or layer is fetched while one computes.
+
+    Args:
+        pipe: The pipeline, loaded or without weights.
+        how: "model" or "block".
+        encoded: The text encoder runs.
+        references: The VAE encodes references.
+
+    Returns:
+        Bytes for text encoder, VAE encode, transformer and VAE decode.
+
+    Raises:
+        ValueError: If blocks of a pipeline without weights have no size, because its configuration quantises them.
+    """
+    if how == "block":
+        if any(part is not None and planned_bytes(part) is not None for part in (pipe.text_encoder, pipe.transformer)):
+            raise ValueError(
+                'offload="block" needs the size of single blocks, which a configuration that quantises them does not '
+                "give; load the pipeline, and estimate with it"
+            )
+        text, vae = (_two_largest(part.modules()) if part is not None else 0 for part in (pipe.text_encoder, pipe.vae))
+        return text, vae, _two_blocks(pipe.transformer), vae
+    text = weight_bytes(pipe.text_encoder) if encoded else 0
+    vae = weight_bytes(pipe.vae)
+    encoding = text + (vae if references else 0)
+    return encoding, encoding, weight_bytes(pipe.transformer) + (vae if references else 0), vae
+
+
+def _two_blocks(transformer: torch.nn.Module) -> int:
+    """Return the bytes of everything outside of the blocks and of the two largest blocks."""
+    lists = [each for each in transformer.children() if isinstance(each, (torch.nn.ModuleList, torch.nn.Sequential))]
+    blocks = [weight_bytes(block) for each in lists for block in each]
+    return weight_bytes(transformer) - sum(blocks) + sum(sorted(blocks)[-2:])
+
+
+def _two_largest(modules: Iterable[torch.nn.Module]) -> int:
+    """Return the bytes of the two largest layers."""
+    layers = [weight_bytes(module) for module in modules if not any(True for _ in module.children())]
+    return sum(sorted(layers)[-2:])
 
 
 def _hashable(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from uniref_fast.costs import text_encoder_cost, transformer_peak, vae_cost, weight_bytes
+from uniref_fast.costs import offloaded_weights, text_encoder_cost, transformer_peak, vae_cost, weight_bytes
 from uniref_fast.encode import request_texts, text_length
 from uniref_fast.fast import check_mode, eight_bit_parts, saved_bytes
 from uniref_fast.gpu_memory import fits_text, size_text
@@ -72,6 +72,8 @@ class Estimate:
             it, and the operations are then those of computing them in every step.
         kept_bytes: Memory of the keys and values that are kept in the other steps, in bytes. It is part of the
             activations of the transformer.
+        offload: "model" or "block" if the weights are in host memory and are brought to the device while they are used.
+        resident_bytes: Bytes of weights that are on the device in each stage; all weights without offloading.
     """
 
     stages: tuple[Stage, ...]
@@ -82,6 +84,8 @@ class Estimate:
     time: MeasuredTime
     computed_references: tuple[int | None, ...] = ()
     kept_bytes: int = 0
+    offload: str | None = None
+    resident_bytes: tuple[int, ...] = ()
 
     @property
     def flops(self) -> int:
@@ -95,8 +99,8 @@ class Estimate:
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of all weights and of the activations of the largest stage."""
-        return self.weight_bytes + max(stage.activation_bytes for stage in self.stages)
+        """Bytes of the weights on the device and of the activations, in the stage that has most of both."""
+        return max(weights + s.activation_bytes for weights, s in zip(self.resident_bytes, self.stages, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain numbers for JSON."""
@@ -111,6 +115,8 @@ class Estimate:
             "attention_share": self.attention_share,
             "computed_references": list(self.computed_references),
             "kept_bytes": self.kept_bytes,
+            "offload": self.offload,
+            "resident_bytes": list(self.resident_bytes),
             "stages": [
                 {
                     "name": s.name,
@@ -145,6 +151,11 @@ class Estimate:
             lines.append(f"references  computed {steps}; {size_text(self.kept_bytes)} kept for the others")
             if None in self.computed_references:
                 lines.append("            operations are those of computing them in every step")
+        if self.offload:
+            resident = ", ".join(
+                f"{size_text(n)} ({s.name})" for n, s in zip(self.resident_bytes, self.stages, strict=True)
+            )
+            lines.append(f"offloading  by {self.offload}; weights on the device: {resident}")
         lines.append(f"memory      peak about {size_text(self.peak_bytes)}; {fits_text(self.peak_bytes)}")
         seconds = "" if self.time.value is None else f"{self.time.value:.3g} s: "
         lines.append(f"time        {seconds}{self.time.source}")
@@ -166,6 +177,7 @@ def estimate(
     drift: float | None = None,
     keep_dtype: KeepDtype | None = None,
     quantisation: str | None = None,
+    offload: str | None = None,
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
@@ -187,12 +199,21 @@ def estimate(
         keep_dtype: Data type of kept keys and values, as for `edit`.
         quantisation: Format in which text encoder and transformer will be stored, "int8", "fp8" or "nf4", as by
             `uniref-fast edit --quantisation`; for a folder or hub id. A loaded pipeline counts as it is stored.
+        offload: "model" keeps text encoder, transformer and VAE in host memory and brings one at a time to the device,
+            "block" single blocks of the transformer and layers of the others, as `uniref-fast edit --offload`. None
+            keeps all weights on the device.
 
     Raises:
         ValueError: If `edit` would raise one before any work is done.
         TypeError: Likewise.
         OSError: If a configuration of a folder or hub id cannot be read.
     """
+    if offload not in (None, "model", "block"):
+        raise ValueError(f'offload must be "model", "block" or None, got {offload!r}')
+    if offload is not None and (quantisation is not None or check_mode(mode, modules_to_not_convert)):
+        raise ValueError(
+            f'offload="{offload}" needs the weights as they are stored, without mode="fast" and without quantisation'
+        )
     if isinstance(pipe, (str, os.PathLike)):
         pipe = skeleton(pipe, quantisation=quantisation)
     elif quantisation is not None:
@@ -261,8 +282,14 @@ def estimate(
         time = MeasuredTime(None, 'measured for the mode "exact" only')
     if keep_references is not False:
         time = MeasuredTime(None, "measured for edits that compute the references in every step")
+    resident: tuple[int, ...]
+    if offload is not None:
+        time = MeasuredTime(None, "measured without offloading only")
+        resident = offloaded_weights(pipe, offload, any(encoded), bool(pixels))
+    else:
+        resident = (sum(stage.weight_bytes for stage in stages[:3]),) * len(stages)
     share = attention / (linear + attention)
-    return Estimate(stages, layout, tokens, share, tuple(results), time, tuple(computed), kept)
+    return Estimate(stages, layout, tokens, share, tuple(results), time, tuple(computed), kept, offload, resident)
 
 
 def _saved_bytes(transformer: Any, mode: str, modules_to_not_convert: Sequence[str] | None) -> int:
