@@ -27,7 +27,7 @@ from uniref_fast.models.packed import DeferredResidual, ForwardContext, PackedBl
 from uniref_fast.models.qwen_image import DoubleStreamBlock, Modulation, joint_qkv
 from uniref_fast.visibility import Rule
 
-__all__ = ["FLUX2", "PackedFlux2", "has_clean_references"]
+__all__ = ["FLUX2", "PackedFlux2", "has_clean_references", "split_projection"]
 
 REFERENCE_STEP = 10
 """Distance of two references on the first rotary axis."""
@@ -84,7 +84,7 @@ class Flux2SingleStreamBlock(PackedBlock):
             x, y = gated_input(attn.to_qkv_mlp_proj, x, *residuals.pop(), shift, scale, rows, eps, impl)
         else:
             y = modulated_input(attn.to_qkv_mlp_proj, x, shift, scale, rows, eps, impl)
-        qkv, mlp = _split(attn, attn.to_qkv_mlp_proj(y))
+        qkv, mlp = split_projection(attn, attn.to_qkv_mlp_proj(y))
         del y
         plan = context.plan
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
@@ -120,7 +120,7 @@ def _joined(streams: list[Tensor], residuals: list[DeferredResidual], context: F
     return both.index_select(0, joint_sources(layout, device))
 
 
-def _split(attn: Any, fused: Tensor) -> tuple[Tensor, Tensor]:
+def split_projection(attn: Any, fused: Tensor) -> tuple[Tensor, Tensor]:
     """Split the output of `to_qkv_mlp_proj`, `[N, ...]`, into those of attention and feed-forward.
 
     It is split by the ratio of their widths, which stays the same where tensor parallelism shards the heads.

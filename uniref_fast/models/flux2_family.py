@@ -79,8 +79,7 @@ class Flux2(Family):
         "Flux2KleinInpaintPipeline": "a pipeline for inpainting, which starts from an image and a mask",
     }
     missing: ClassVar[Mapping[str, str]] = {
-        "patch": "its blocks have no patched places; edit() runs its packed forward",
-        "patch_keep_references": "its blocks have no patched places",
+        "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
         "fast": "its blocks were not measured in 8 bits",
         "sft": "the training loops encode prompts with pictures",
         "msgrpo": "the training loops encode prompts with pictures",

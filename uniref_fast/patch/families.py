@@ -14,6 +14,7 @@ __all__ = ["FamilyPatch", "Place", "family_patch"]
 _PATCHES = {
     "qwen-image-edit": "uniref_fast.patch.qwen_image:PATCH",
     "qwen-image-2.1": "uniref_fast.patch.qwen_image_21:PATCH",
+    "flux2": "uniref_fast.patch.flux2:PATCH",
 }
 """`FamilyPatch` of each family, as "module:name". A module is imported when it is first needed."""
 

@@ -8,6 +8,7 @@ runs, so each guard finds one kind of change. Guards are cheap, because they run
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "is_from",
     "is_plain",
     "norm_change",
+    "replaced_attention",
     "replaced_forward",
     "stock_forward",
     "unlike",
@@ -85,13 +87,28 @@ def attention_change() -> str | None:
     from diffusers.models import attention_dispatch
     from diffusers.models.transformers import transformer_qwenimage as stock
 
+    homes = {"dispatch_attention_fn": attention_dispatch, "apply_rotary_emb_qwen": stock}
+    return replaced_attention(stock, homes, ("QwenDoubleStreamAttnProcessor2_0",))
+
+
+def replaced_attention(
+    stock: types.ModuleType, homes: dict[str, types.ModuleType], processors: tuple[str, ...]
+) -> str | None:
+    """Describe a replaced function of a model's attention; None if none is replaced.
+
+    Args:
+        stock: Module of the model in diffusers.
+        homes: Functions that its attention calls by name, and the module of the code of each.
+        processors: Names of its attention processors.
+    """
     if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
         return "torch.nn.functional.scaled_dot_product_attention was replaced"
-    for name, home in (("dispatch_attention_fn", attention_dispatch), ("apply_rotary_emb_qwen", stock)):
+    for name, home in homes.items():
         if not is_from(getattr(stock, name), home):
             return f"{stock.__name__}.{name} was replaced"
-    if not is_from(stock.QwenDoubleStreamAttnProcessor2_0.__call__, stock):
-        return "QwenDoubleStreamAttnProcessor2_0.__call__ was replaced"
+    for name in processors:
+        if not is_from(getattr(stock, name).__call__, stock):
+            return f"{name}.__call__ was replaced"
     return None
 
 
@@ -140,29 +157,32 @@ def changed_norm(norm: Any, channels: int) -> str | None:
     return "a block's norm has its own forward" if replaced_forward(norm) else None
 
 
-def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device) -> str | None:
+def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device, kind: Any = None) -> str | None:
     """Describe how the QK norms of an attention differ from RMSNorms with one eps, or return None.
 
     Args:
         attn: Attention module; any of its QK norms may be missing.
         dtype: Dtype of the streams, which the weights of the norms must have.
         device: Device of the streams, likewise.
+        kind: Class of the norms; None is diffusers' `RMSNorm`.
     """
-    from diffusers.models import normalization
-    from diffusers.models.normalization import RMSNorm
+    if kind is None:
+        from diffusers.models.normalization import RMSNorm
 
+        kind = RMSNorm
     found = [norm for norm in map(attn._modules.get, QK_NORMS) if norm is not None]
-    if found and not is_from(RMSNorm.forward, normalization):
-        return "diffusers.models.normalization.RMSNorm.forward was replaced"
+    if found and not is_from(kind.forward, sys.modules[kind.__module__]):
+        return f"{kind.__module__}.RMSNorm.forward was replaced"
     for norm in found:
-        if type(norm) is not RMSNorm:
+        if type(norm) is not kind:
             return f"a QK norm is a {type(norm).__name__}"
         if reason := _held_elsewhere(norm):
             return reason
         if replaced_forward(norm):
             return "a QK norm has its own forward"
         weight = norm.weight
-        if weight is None or norm.bias is not None or len(norm.dim) != 1:
+        shape = norm.dim if hasattr(norm, "dim") else norm.normalized_shape
+        if weight is None or getattr(norm, "bias", None) is not None or len(shape) != 1:
             return "a QK norm has no weight, a bias, or more than one dimension"
         if not is_plain(weight):
             return f"the weight of a QK norm is a {type(weight).__name__}"

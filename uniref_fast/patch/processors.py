@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,10 +41,12 @@ __all__ = [
     "PatchedAttention",
     "PatchedBlock",
     "checkable",
+    "fused_streams",
     "joint_rows",
     "outside_compiler",
     "refusal",
     "register_processor",
+    "whole_stream",
 ]
 
 
@@ -104,6 +106,10 @@ def joint_rows(x: Tensor) -> Tensor:
     """Reshape `[B, N, C]` to `[B * N, C]`, contiguous in C."""
     x = x.flatten(0, 1)
     return x if x.stride(-1) == 1 or not x.numel() else x.contiguous()
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
 
 
 # ---- layer 1: the attention processor ----
@@ -261,7 +267,7 @@ class PatchedAttention:
             return x
         return quantised_input(x, self.state.impl)
 
-    def _refuse(self, reason: str, original: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _refuse(self, reason: str, original: Callable[[], tuple]) -> Any:
         if self.state.visibility != "full":
             raise RuntimeError(self._impossible(reason))
         if self.state.in_kept_step:
@@ -430,9 +436,9 @@ class PatchedBlock:
         self.record_trace(reason)
         return type(self.block).forward(StandIn(calls), *arguments) if calls.made else self.original(*arguments)
 
-    def _run(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        def original() -> tuple[Tensor, Tensor]:
-            return type(self.block).forward(self.block, *arguments)
+    def _run(self, *arguments: Any) -> tuple[Tensor, ...]:
+        def original() -> tuple[Tensor, ...]:
+            return _tuple(type(self.block).forward(self.block, *arguments))
 
         image = arguments[0]
         if reason := self.refusal(*arguments):
@@ -440,9 +446,9 @@ class PatchedBlock:
         checked = checkable(self.site, image)
         calls = Calls(self.block, inputs=checked)
 
-        def replay() -> tuple[tuple[Tensor, Tensor], StandIn]:
+        def replay() -> tuple[tuple[Tensor, ...], StandIn]:
             stand_in = StandIn(calls)
-            return type(self.block).forward(stand_in, *arguments), stand_in
+            return _tuple(type(self.block).forward(stand_in, *arguments)), stand_in
 
         impl = ops.choose(self.state.impl, image)
         recorded = self.state.parts is not None and checked
@@ -504,40 +510,68 @@ class PatchedBlock:
             state.modulation_rows(index, batch, image.shape[1], image.device),
             state.modulation_rows(None, batch, text.shape[1], image.device),
         )
-        options: Any = {"rounding": "eager", "impl": impl}
-        streams, norms = (joint_rows(image), joint_rows(text)), (block.img_norm1, block.txt_norm1)
-        normed = [
-            ops.norm_modulate(x, mod.shift1, mod.scale1, row, norm.eps, **options)
-            for x, mod, row, norm in zip(streams, mods, rows, norms, strict=True)
-        ]
-        branches = calls(
-            "attn",
-            hidden_states=normed[0].view(image.shape),
-            encoder_hidden_states=normed[1].view(text.shape),
-            encoder_hidden_states_mask=mask,
-            image_rotary_emb=rotary,
-            **(attention_kwargs or {}),
+        attention = {"encoder_hidden_states_mask": mask, "image_rotary_emb": rotary, **(attention_kwargs or {})}
+        norms = (block.img_norm1, block.txt_norm1), (block.img_norm2, block.txt_norm2)
+        return fused_streams(calls, state, impl, (image, text), mods, rows, norms, ("img_mlp", "txt_mlp"), attention)
+
+
+def fused_streams(
+    calls: Calls,
+    state: PatchState,
+    impl: str,
+    streams: tuple[Tensor, Tensor],
+    mods: Sequence[Modulation],
+    rows: tuple[Tensor, Tensor],
+    norms: Sequence[tuple[Any, Any]],
+    mlps: tuple[str, str],
+    attention: dict[str, Any],
+) -> tuple[Tensor, Tensor] | str:
+    """Return (text, image) of a block with two streams, or the reason why that is not possible.
+
+    Args:
+        calls: Recorder that calls the children of the block.
+        state: State of the patched transformer.
+        impl: Implementation of the operators.
+        streams: Image and text, `[B, N, C]` each; all arguments in pairs have this order.
+        mods: Modulation of both streams.
+        rows: Row of the modulation table of every token of both streams, int32 `[B * N]`.
+        norms: First norms of both streams, and their second norms.
+        mlps: Names of both feed-forwards.
+        attention: Further arguments of the attention.
+    """
+    image, text = streams
+    options: Any = {"rounding": "eager", "impl": impl}
+    flat = joint_rows(image), joint_rows(text)
+    normed = [
+        ops.norm_modulate(x, mod.shift1, mod.scale1, row, norm.eps, **options)
+        for x, mod, row, norm in zip(flat, mods, rows, norms[0], strict=True)
+    ]
+    branches = calls(
+        "attn",
+        hidden_states=normed[0].view(image.shape),
+        encoder_hidden_states=normed[1].view(text.shape),
+        **attention,
+    )
+    del normed
+    if not isinstance(branches, (tuple, list)) or len(branches) != 2:
+        return "attention did not return two streams"
+    for branch, like in zip(branches, streams, strict=True):
+        if reason := unlike(branch, tuple(like.shape), like, "attention"):
+            return reason
+    mlp_8bit = None if state.parts is None else functools.partial(feed_forward, impl=state.impl)
+    out = []
+    for x, branch, mod, row, norm, mlp, like in zip(flat, branches, mods, rows, norms[1], mlps, streams, strict=True):
+        x, hidden = ops.gate_residual_norm_modulate(
+            x, joint_rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
         )
-        del normed
-        if not isinstance(branches, (tuple, list)) or len(branches) != 2:
-            return "attention did not return two streams"
-        for branch, like in zip(branches, (image, text), strict=True):
-            if reason := unlike(branch, tuple(like.shape), like, "attention"):
-                return reason
-        mlp_8bit = None if state.parts is None else functools.partial(feed_forward, impl=state.impl)
-        out = []
-        parts = (
-            (streams[0], branches[0], mods[0], rows[0], block.img_norm2, "img_mlp", image.shape),
-            (streams[1], branches[1], mods[1], rows[1], block.txt_norm2, "txt_mlp", text.shape),
-        )
-        for x, branch, mod, row, norm, mlp, shape in parts:
-            x, hidden = ops.gate_residual_norm_modulate(
-                x, joint_rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
-            )
-            branch = calls(mlp, hidden.view(shape), run=mlp_8bit)
-            if reason := unlike(branch, tuple(shape), x, "the feed-forward"):
-                return reason
-            x = ops.gate_residual(x, joint_rows(branch), mod.gate2, row, **options)
-            x = torch.ops.aten._unsafe_view(x, shape)  # for autograd not a view: nothing else refers to the rows
-            out.append(x.clip(-65504, 65504) if x.dtype == torch.float16 else x)
-        return out[1], out[0]
+        branch = calls(mlp, hidden.view(like.shape), run=mlp_8bit)
+        if reason := unlike(branch, tuple(like.shape), x, "the feed-forward"):
+            return reason
+        out.append(whole_stream(ops.gate_residual(x, joint_rows(branch), mod.gate2, row, **options), like.shape))
+    return out[1], out[0]
+
+
+def whole_stream(x: Tensor, shape: torch.Size) -> Tensor:
+    """Return rows `[B * N, C]` as a stream `[B, N, C]`, in float16 clipped to the finite range, as diffusers does."""
+    x = torch.ops.aten._unsafe_view(x, shape)  # for autograd not a view: nothing else refers to the rows
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

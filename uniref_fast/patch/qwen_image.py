@@ -14,7 +14,7 @@ from uniref_fast.patch.guards import attention_change, stock_forward
 from uniref_fast.patch.processors import PatchedAttention, PatchedBlock, register_processor
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.stock import found_modules, is_own_method
+from uniref_fast.patch.stock import found_modules, processor_changes
 from uniref_fast.visibility import Rule
 
 __all__ = ["PATCH"]
@@ -50,10 +50,14 @@ def refuse_processors(transformer: Any, visibility: str | Rule) -> None:
             )
 
 
-def _has_stock_processor(block: Any) -> bool:
-    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
+def _stock_processor() -> Any:
+    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
-    return type(getattr(getattr(block, "attn", None), "processor", None)) is Stock
+    return QwenDoubleStreamAttnProcessor2_0
+
+
+def _has_stock_processor(block: Any) -> bool:
+    return type(getattr(getattr(block, "attn", None), "processor", None)) is _stock_processor()
 
 
 def _processor(block: Any) -> str:
@@ -84,7 +88,7 @@ def changes(transformer: Any) -> Iterator[str]:
             qk_norm_eps(attn)
         except ValueError as error:
             yield f"{name}: {error}"
-        yield from _processor_changes(name, attn.processor)
+        yield from processor_changes(name, attn.processor, (_stock_processor(),))
 
 
 @functools.lru_cache(maxsize=4)
@@ -94,23 +98,6 @@ def _rotary_tables(axes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.device("cpu"), torch.inference_mode(False):
         rope = QwenEmbedRope(theta=_ROTARY_THETA, axes_dim=list(axes), scale_rope=True)  # type: ignore[arg-type]
     return rope.pos_freqs, rope.neg_freqs
-
-
-def _processor_changes(where: str, processor: Any) -> Iterator[str]:
-    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0 as Stock
-
-    stock = processor.stock if isinstance(processor, PatchedAttention) else processor
-    if type(stock) is not Stock:
-        yield f"{where} has its own processor {type(stock).__name__}"
-    elif not is_own_method(stock, "__call__"):
-        yield f"{Stock.__name__}.__call__ was replaced by code that is not diffusers' own"
-        return
-    if processor._parallel_config is not None:
-        yield f"{where} is set to context parallelism, which splits a sequence over ranks"
-    backend = getattr(processor._attention_backend, "value", processor._attention_backend)
-    if backend not in (None, "native"):
-        advice = "transformer.reset_attention_backend() undoes it"
-        yield f"{where} is set to attention backend {backend!r}, and a packed forward chooses its own (impl=); {advice}"
 
 
 PATCH = FamilyPatch(install, changes, refuse_processors)

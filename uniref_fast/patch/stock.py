@@ -27,7 +27,7 @@ from uniref_fast.patch.guards import (
 )
 from uniref_fast.patch.processors import PatchedBlock
 
-__all__ = ["deviations", "found_modules", "is_own_method", "weight_hooks"]
+__all__ = ["deviations", "found_modules", "is_own_method", "processor_changes", "weight_hooks"]
 
 _KNOWN = ("diffusers", "torch", "uniref_fast")
 """Packages whose own code the packed forward is written for."""
@@ -213,3 +213,25 @@ def _name(hook: Any) -> str:
 
 def _root(module: str) -> str:
     return module.split(".", 1)[0]
+
+
+def processor_changes(where: str, processor: Any, kinds: tuple[Any, ...]) -> Iterator[str]:
+    """Describe how an attention processor differs from those that a packed forward is written for.
+
+    Args:
+        where: Name of the attention.
+        processor: Its processor, patched or not.
+        kinds: Classes of the processors of diffusers.
+    """
+    stock = getattr(processor, "stock", processor)  # of a patched place
+    if type(stock) not in kinds:
+        yield f"{where} has its own processor {type(stock).__name__}"
+    elif not is_own_method(stock, "__call__"):
+        yield f"{type(stock).__name__}.__call__ was replaced by code that is not diffusers' own"
+        return
+    if processor._parallel_config is not None:
+        yield f"{where} is set to context parallelism, which splits a sequence over ranks"
+    backend = getattr(processor._attention_backend, "value", processor._attention_backend)
+    if backend not in (None, "native"):
+        advice = "transformer.reset_attention_backend() undoes it"
+        yield f"{where} is set to attention backend {backend!r}, and a packed forward chooses its own (impl=); {advice}"
