@@ -79,35 +79,9 @@ def make_transformer():
 @pytest.fixture(scope="session")
 def make_flux2():
     """Builds small FLUX.2 transformers with random weights; head dimensions and ratios are those of the real ones."""
-    from diffusers import Flux2Transformer2DModel
-    from diffusers.models.transformers import transformer_flux2
+    from flux2 import transformer
 
-    def build(kind="klein", dtype=torch.float32, seed=0):
-        torch.manual_seed(seed)
-        model = Flux2Transformer2DModel(
-            in_channels=128,
-            num_layers=2,
-            num_single_layers=3,
-            attention_head_dim=128,
-            num_attention_heads=2,
-            joint_attention_dim=96,
-            timestep_guidance_channels=256,
-            mlp_ratio=3.0,
-            axes_dims_rope=(32, 32, 32, 32),
-            rope_theta=2000,
-            guidance_embeds="dev" in kind,
-        )
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
-        if "kv" in kind:  # as `Flux2KleinKVPipeline` does
-            for block in model.transformer_blocks:
-                block.attn.set_processor(transformer_flux2.Flux2KVAttnProcessor())
-            for block in model.single_transformer_blocks:
-                block.attn.set_processor(transformer_flux2.Flux2KVParallelSelfAttnProcessor())
-        return model.eval().to(dtype)
-
-    return build
+    return transformer
 
 
 @pytest.fixture

@@ -428,8 +428,7 @@ class _OneStreamBlock(_Block):
         if torch.compiler.is_compiling():
             self.record_trace(_TRACED)
             return self.original(*arguments)
-        result = outside_compiler()(self._run, *arguments)
-        return result if len(result) > 1 else result[0]
+        return outside_compiler()(self._run, *arguments)
 
     def call_refusal(self, x, text, table, rotary, attention_kwargs, split, length) -> str | None:  # type: ignore[override]
         if text is not None or split:
@@ -450,7 +449,7 @@ class _OneStreamBlock(_Block):
         del normed
         if reason := unlike(branch, tuple(x.shape), x, "attention"):
             return reason
-        return (whole_stream(ops.gate_residual(flat, joint_rows(branch), gate, rows, **options), x.shape),)
+        return whole_stream(ops.gate_residual(flat, joint_rows(branch), gate, rows, **options), x.shape)
 
 
 # ---- the family ----

@@ -108,10 +108,6 @@ def joint_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or not x.numel() else x.contiguous()
 
 
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 # ---- layer 1: the attention processor ----
 
 
@@ -436,9 +432,9 @@ class PatchedBlock:
         self.record_trace(reason)
         return type(self.block).forward(StandIn(calls), *arguments) if calls.made else self.original(*arguments)
 
-    def _run(self, *arguments: Any) -> tuple[Tensor, ...]:
-        def original() -> tuple[Tensor, ...]:
-            return _tuple(type(self.block).forward(self.block, *arguments))
+    def _run(self, *arguments: Any) -> Any:
+        def original() -> Any:
+            return type(self.block).forward(self.block, *arguments)
 
         image = arguments[0]
         if reason := self.refusal(*arguments):
@@ -446,9 +442,9 @@ class PatchedBlock:
         checked = checkable(self.site, image)
         calls = Calls(self.block, inputs=checked)
 
-        def replay() -> tuple[tuple[Tensor, ...], StandIn]:
+        def replay() -> tuple[Any, StandIn]:
             stand_in = StandIn(calls)
-            return _tuple(type(self.block).forward(stand_in, *arguments)), stand_in
+            return type(self.block).forward(stand_in, *arguments), stand_in
 
         impl = ops.choose(self.state.impl, image)
         recorded = self.state.parts is not None and checked
