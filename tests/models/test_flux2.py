@@ -299,11 +299,7 @@ def test_refusals(make_flux2):
 @pytest.mark.skipif(not native.available(), reason="not built")
 @pytest.mark.parametrize("kind", ["dev", "klein-kv"])
 def test_compiled_blocks_equal_diffusers(make_flux2, kind):
-<<<<<<< HEAD
     """Two graphs at most for each of the first blocks of both kinds, the last block and the others."""
-=======
-    """The first blocks of both kinds, the last block and the others have at most two graphs each."""
->>>>>>> 44b251c (test: wording)
     model = make_flux2(kind)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

@@ -84,7 +84,6 @@ class Flux2(Family):
         "sft": "the training loops encode prompts with pictures",
         "msgrpo": "the training loops encode prompts with pictures",
     }
-    exact_references = "klein-KV, always"
     replaced = REPLACED
     packed = PackedFlux2
     exact_references = "Flux2KleinKVPipeline: always; the others: never"
