@@ -104,6 +104,9 @@ def _flux2_arguments(name):
     if name == "Flux2Pipeline":  # without a text encoder
         prompt = {"prompt_embeds": torch.randn(1, 7, 96, generator=torch.Generator().manual_seed(0))}
     guidance = {} if "KV" in name else {"guidance_scale": 2.0}
+    if "Inpaint" in name:
+        mask = Image.new("L", (SIDE, SIDE), 255)
+        return {**prompt, **guidance, "height": SIDE, "width": SIDE, "image": picture(1), "mask_image": mask}
     return {**prompt, **guidance, "height": SIDE, "width": SIDE, "image": [picture(1), picture(2)]}
 
 
