@@ -6,6 +6,7 @@ import warnings
 import flux2
 import pytest
 import torch
+from peft import LoraConfig
 
 from uniref_fast import EditRequest, edit, estimate
 from uniref_fast.models.family import family_of, find_transformer
@@ -68,6 +69,32 @@ def test_a_pack_of_different_requests_equals_the_pipeline_one_by_one(pipes, kind
     results = edit(pipe, given, output_type="pt", progress=False)
     for request, result in zip(given, results, strict=True):
         assert max_relative_error(result, stock(pipe, request)) < RELATIVE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_images_and_a_lora_for_each_request(pipes, kind):
+    """The results equal the pipeline with that adapter, one image at a time."""
+    pipe = pipes[kind]
+    torch.manual_seed(0)
+    targets = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    pipe.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "a")
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data.mul_(0.1)
+    _, one, two, _ = requests(kind)
+    try:
+        pipe.transformer.disable_adapters()
+        both = [dataclasses.replace(one, num_images=2, seed=[7, 8], lora={"a": 0.8}), dataclasses.replace(two, lora={})]
+        images, other = edit(pipe, both, output_type="pt", progress=False)
+        assert max_relative_error(other, stock(pipe, two)) < RELATIVE
+        plain = stock(pipe, dataclasses.replace(one, seed=7))
+        pipe.transformer.enable_adapters()
+        pipe.transformer.set_adapters(["a"], [0.8])
+        for seed, image in zip((7, 8), images, strict=True):
+            assert max_relative_error(image, stock(pipe, dataclasses.replace(one, seed=seed))) < RELATIVE
+        assert max_relative_error(images[0], plain) > 1e-2
+    finally:
+        pipe.transformer.delete_adapters(["a"])
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")

@@ -154,6 +154,11 @@ class PackedFlux2(PackedModel):
         "norm_out",
         "proj_out",
     )
+    row_kinds = (
+        ("time_guidance_embed", "table"), ("modulation", "table"), ("norm_out", "table"), ("context_embedder", "text"),
+        ("single_transformer_blocks", "joint"), (".add_", "text"), ("to_add_out", "text"), ("ff_context", "text"),
+        ("", "image"),
+    )  # fmt: skip
 
     def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
         self.clean_references = has_clean_references(transformer)

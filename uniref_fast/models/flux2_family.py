@@ -231,7 +231,7 @@ class Flux2(Family):
             _, rows, columns = sizes.grid(sizes.size)
             given = given.transpose(1, 2).unflatten(2, (rows, columns))
         latents, _ = pipe.prepare_latents(
-            batch_size=1, num_latents_channels=channels // 4, height=height, width=width, dtype=dtype,
+            batch_size=request.num_images, num_latents_channels=channels // 4, height=height, width=width, dtype=dtype,
             device=pipe._execution_device, generator=generator, latents=given,
         )  # fmt: skip
         pairs = zip(images, sizes.reference_sizes, strict=True)
