@@ -279,7 +279,7 @@ OFFLOADED = [EditRequest("make it night", [Image.new("RGB", (64, 64))] * 2, num_
 
 @pytest.mark.parametrize("requests", [OFFLOADED, OFFLOADED[1:]])
 def test_offloading_by_model_is_that_of_the_hooks(builtin_pipe, monkeypatch, requests):
-    """In each stage those parts are on the device that the hooks have brought there and not taken away."""
+    """The parts on the device in each stage are those that the hooks have brought there and not taken away."""
     from accelerate import hooks
 
     pipe = type(builtin_pipe)(**builtin_pipe.components)
