@@ -146,6 +146,8 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
         args: Flags of the command.
         key: Key that requests must send, or None.
     """
+    # oneDNN keeps 1024 compiled products by default, one for each length of a pack: memory would grow for hours.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     announce_import("PyTorch", "torch")
     from uniref_fast.adapters import check_adapters
     from uniref_fast.evaluation.config import EvalConfig
