@@ -384,6 +384,25 @@ def test_a_step_that_fails_ends_one_edit_and_no_other(pipe, monkeypatch, keep):
         assert torch.equal(result, alone(pipe, request, keep_references=keep))
 
 
+@pytest.mark.parametrize("keep", [False, 2])
+def test_a_last_step_that_fails_once(pipe, monkeypatch, keep):
+    """An edit with kept references starts again, and no edit is lost."""
+    request = drawn(1, images=[picture("red")], num_inference_steps=3)
+    expected = alone(pipe, request, keep_references=keep)
+    predict, failed = EditLoop._predict, []
+
+    def failing(loop, packs):
+        if loop.edits[0].steps == 2 and not failed:
+            failed.append(True)
+            raise RuntimeError("once")
+        return predict(loop, packs)
+
+    monkeypatch.setattr(EditLoop, "_predict", failing)
+    with Engine(pipe, keep_references=keep) as engine:
+        result = engine.submit(request, output_type="latent").result(LIMIT)
+    assert failed and torch.equal(result, expected) and not engine._loop.edits
+
+
 def test_a_step_that_fails_for_the_pack_only(pipe, monkeypatch, caplog):
     """Each edit runs alone from then on, and the results have the same bits."""
     requests = [drawn(seed, num_inference_steps=3) for seed in (1, 2)]

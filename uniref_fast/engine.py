@@ -434,7 +434,7 @@ class Engine:
                 log.warning("a step has failed that works for each edit alone; each runs alone from now on: %s", error)
                 self._loop.set_pack_tokens(1)
         for edit in edits:
-            if edit not in failed and edit.kept is not None:  # its stores may be half written
+            if edit not in failed and edit.error is None and edit.kept is not None:  # its stores may be half written
                 self._restart(edit)
         return failed
 
@@ -486,7 +486,7 @@ class Engine:
             except Exception as error:
                 self._free_memory(error)
                 failed[edit] = error
-            if edit.error is not None or edit.is_finished:
+            if edit.error is not None:
                 self._loop.leave([edit])
         return failed
 
