@@ -39,6 +39,7 @@ from uniref_fast.patch.processors import (
     joint_rows,
     outside_compiler,
     refusal,
+    register_processor,
     whole_stream,
 )
 from uniref_fast.patch.replay import Calls, StandIn
@@ -457,6 +458,7 @@ class _OneStreamBlock(_Block):
 
 def install(transformer: Any, state: PatchState) -> Iterator[Place | str]:
     """Install the places of all blocks, and yield each place, or a note on one that runs unchanged."""
+    register_processor()
     kinds = {
         "transformer_blocks": ("Flux2TransformerBlock", _TwoStreamBlock, _PROCESSORS, (_TwoStreams, _TwoStreamsKV)),
         "single_transformer_blocks": (
