@@ -138,7 +138,8 @@ class Engine:
             warnings.warn(f"each result depends a little on the edits that run beside it: {reason}", stacklevel=2)
         if max_tokens is None and self._session.device.type == "cuda":
             free = _free_bytes(self._session)
-            max_tokens = tokens_in_memory(self._session.model, free, kept=keep_references is not False)
+            # klein-KV and Qwen-Image-2.1 keep references without the option
+            max_tokens = tokens_in_memory(self._session.model, free, kept=self._session.keep_references is not False)
         self.max_tokens, self.max_waiting = max_tokens, max_waiting
         self._loop = EditLoop(self._session.model, max_tokens)
         self._running: dict[Edit, Job] = {}
@@ -557,5 +558,6 @@ def tokens_in_memory(model: PackedModel, free: int, *, kept: bool = False) -> in
     if kept:
         config = model.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
-        bytes_each += 2 * config.num_layers * width * compute_dtype(model.transformer).itemsize
+        blocks = config.num_layers + getattr(config, "num_single_layers", 0)
+        bytes_each += 2 * blocks * width * compute_dtype(model.transformer).itemsize
     return max(int(free * MEMORY_SHARE / bytes_each), 1)

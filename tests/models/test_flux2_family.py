@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from uniref_fast import EditRequest, edit, estimate
+from uniref_fast import EditRequest, Engine, edit, engine, estimate
+from uniref_fast.edit_session import EditSession
 from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.request import request_geometry
 from uniref_fast.testing import max_relative_error
@@ -178,6 +179,27 @@ def test_klein_kv_computes_references_once(pipes):
     edit(pipes["klein-kv"], requests("klein-kv")[1:2], output_type="latent", progress=False, report=report)
     (references,) = report.references
     assert references.refreshed == (0,) and references.steps == STEPS
+
+
+def test_the_engine_plans_memory_for_kept_references(pipes, monkeypatch):
+    """klein-KV keeps keys and values of both kinds of block, also without the option keep_references."""
+
+    class OnGpu(EditSession):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.device = torch.device("cuda")
+
+    free, each = 1 << 40, {}
+    monkeypatch.setattr(engine, "EditSession", OnGpu)
+    monkeypatch.setattr(engine, "_free_bytes", lambda session: free)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for kind in ("klein", "klein-kv"):
+        with Engine(pipes[kind]) as running:
+            model = running._session.model
+            for kept in (False, True):
+                each[kept] = engine.MEMORY_SHARE * free / engine.tokens_in_memory(model, free, kept=kept)
+            assert running.max_tokens == engine.tokens_in_memory(model, free, kept=kind == "klein-kv")
+        assert each[True] - each[False] == pytest.approx(2 * (2 + 3) * 256 * 4, abs=1)
 
 
 @pytest.mark.parametrize(
