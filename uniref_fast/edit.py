@@ -72,8 +72,8 @@ def edit(
             the embeddings that requests give. None builds one from the pipeline's transformer.
         keep_references: Keep the keys and values of references over denoising steps, so that most steps compute text
             and target only (docs/fast.md). A number n computes the references in every n-th step, "auto" as often as
-            `drift` requires. True computes them once, which needs a model for which this is exact. False computes them
-            in every step.
+            `drift` requires. True computes them once, which needs a model for which this is exact. False does
+            what the pipeline does: it computes them in every step, or once for models whose pipeline keeps them.
         drift: Tolerance of "auto": the largest relative change of the references' keys and values between two steps
             that compute them. None takes the default.
         keep_dtype: "int8" keeps them in 8 bits, in half the memory of 16 bits, and rounds each value to a multiple of

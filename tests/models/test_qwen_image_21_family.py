@@ -60,7 +60,7 @@ def edit(pipe, requests, **options):
 pytestmark = pytest.mark.filterwarnings("ignore:request .*guidance is off")
 
 
-@pytest.mark.parametrize("keep_references", [False, True])
+@pytest.mark.parametrize("keep_references", [False, True, 1])
 def test_six_unlike_requests_equal_the_pipeline_one_by_one(pipe, keep_references):
     """Numbers and sizes of references, sizes of results, numbers of steps and guidance differ."""
     results = edit(pipe, REQUESTS, keep_references=keep_references)
@@ -72,9 +72,25 @@ def test_six_unlike_requests_equal_the_pipeline_one_by_one(pipe, keep_references
 def test_packed_alone_and_kept_have_the_same_bits_in_bfloat16():
     pipe = pipeline(torch.bfloat16)
     together = edit(pipe, REQUESTS)
-    assert all(torch.equal(*pair) for pair in zip(edit(pipe, REQUESTS, keep_references=True), together, strict=True))
+    every_step = edit(pipe, REQUESTS, keep_references=1)
+    assert all(torch.equal(*pair) for pair in zip(every_step, together, strict=True))
     for request, result in zip(REQUESTS, together, strict=True):
         assert torch.equal(edit(pipe, [request])[0], result), request.prompt
+
+
+def test_references_are_computed_once_as_in_the_pipeline(pipe):
+    """A model without causal_condition cannot keep them exactly, and computes them in every step."""
+    report = uniref_fast.EditReport()
+    edit(pipe, REQUESTS[1:2], report=report)
+    (references,) = report.references
+    assert references.refreshed == (0,) and references.steps == 3
+    pipe.transformer.register_to_config(causal_condition=False)
+    try:
+        assert uniref_fast.estimate(pipe, REQUESTS[1:2]).computed_references == (3,)
+        (result,) = edit(pipe, REQUESTS[1:2])
+        assert max_relative_error(result[0], stock(pipe, REQUESTS[1])) < ROUNDING
+    finally:
+        pipe.transformer.register_to_config(causal_condition=True)
 
 
 def test_decoded_results_equal_the_pipeline(pipe):
@@ -131,7 +147,7 @@ def test_sigmas_of_the_checkpoint_set_the_number_of_steps(pipe):
     pipe.register_to_config(sample_sigmas=[1.0, 0.7, 0.2])
     try:
         (result,), expected = edit(pipe, [request]), stock(pipe, request)
-        assert uniref_fast.estimate(pipe, [request]).computed_references == (3,)
+        assert uniref_fast.estimate(pipe, [request]).computed_references == (1,)
     finally:
         pipe.register_to_config(sample_sigmas=None)
     assert max_relative_error(result[0], expected) < ROUNDING
@@ -216,7 +232,7 @@ def test_the_estimate_counts_the_operations_of_the_forward(pipe):
     from torch.utils.flop_counter import FlopCounterMode
 
     request = REQUESTS[2]
-    found = uniref_fast.estimate(pipe, [request])
+    found = uniref_fast.estimate(pipe, [request], keep_references=1)
     assert found.tokens["reference"] == sum(w // 16 * (h // 16) for w, h in geometry(
         pipe, [image.size for image in request.images]).reference_sizes)  # fmt: skip
     family, model = family_of(pipe), family_of(pipe).packed(pipe.transformer)
@@ -227,7 +243,7 @@ def test_the_estimate_counts_the_operations_of_the_forward(pipe):
     assert counter.get_total_flops() == linear
     stage = next(stage for stage in found.stages if stage.name == "transformer")
     assert stage.flops == 2 * (linear + attention)
-    kept = uniref_fast.estimate(pipe, [request], keep_references=True)
+    kept = uniref_fast.estimate(pipe, [request])
     assert next(stage for stage in kept.stages if stage.name == "transformer").flops < stage.flops
     assert kept.computed_references == (1,)
 

@@ -73,7 +73,7 @@ class QwenImage21(Family):
     }
     replaced = REPLACED
     packed = PackedQwenImage21
-    exact_references = "always"
+    exact_references = "QwenImage21Pipeline with causal_condition (2.1 and Turbo): always"
 
     # ---- the packed model ----
 
@@ -92,6 +92,9 @@ class QwenImage21(Family):
                 f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
                 f"width of a head, {width}; {instead}"
             )
+
+    def keeps_references(self, transformer: Any) -> bool:
+        return bool(transformer.config.causal_condition)
 
     # ---- the pipeline around the transformer ----
 
