@@ -1,5 +1,6 @@
 """The table of families: what it says works, on small models of the real classes."""
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -14,8 +15,11 @@ from uniref_fast import EditRequest, builtin
 from uniref_fast.cli import main
 from uniref_fast.family_table import facts, markdown, report
 from uniref_fast.layout import REFERENCE_PLACE, Sample
+from uniref_fast.loading import defaults
+from uniref_fast.model_kind import _instead
 from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
 from uniref_fast.models.kept_references import dependence
+from uniref_fast.quantisation import outside
 from uniref_fast.request import geometry
 from uniref_fast.testing import max_relative_error
 
@@ -171,6 +175,43 @@ def test_training_is_refused_where_the_table_says_so(family):
     else:
         with pytest.raises(ValueError, match=re.escape(reason)):
             check_trainable("x", index)
+
+
+@pytest.mark.parametrize("family, name", EDITED)
+def test_commands_use_the_defaults_of_the_pipeline(family, name, tmp_path):
+    """A pipeline without classifier-free guidance has a scale of 1."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    call = inspect.signature(getattr(diffusers, name).__call__).parameters
+    scale = next((call[key].default for key in ("true_cfg_scale", "guidance_scale") if key in call), 1.0)
+    assert defaults(str(tmp_path)) == (call["num_inference_steps"].default, scale)
+
+
+@pytest.mark.parametrize(
+    "index, expected",
+    [
+        ({"_class_name": "QwenImage21Pipeline", "sample_sigmas": [1.0, 0.8, 0.5]}, (3, 1.0)),
+        ({"_class_name": "QwenImage21Pipeline", "sample_sigmas": None}, (40, 1.0)),
+        ({"_class_name": "Flux2KleinPipeline", "is_distilled": True}, (4, 1.0)),
+    ],
+)
+def test_a_distilled_checkpoint_has_its_own_defaults(index, expected, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert defaults(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("family", [family.name for family in families()])
+def test_linears_outside_of_the_blocks_are_not_quantised(family, request):
+    """A name of the list leaves out the modules whose path contains it, as diffusers compares them."""
+    pipe, _ = make(family, named(family).pipelines[0], request)
+    linears = [name for name, each in pipe.transformer.named_modules() if isinstance(each, torch.nn.Linear)]
+    skipped = {name for name in linears if any(key == name or f"{key}." in name for key in outside())}
+    assert skipped == {name for name in linears if "transformer_blocks." not in name} and skipped
+
+
+def test_the_error_names_training_only_where_it_works():
+    for family in families():
+        words = "editing, estimates, training and evaluation take a "
+        assert (words in _instead(family)) == (family.reason_against("sft") is None)
 
 
 def test_the_first_generation_takes_one_image(request):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # training, a folder below it), imports units of its own level or of a level above it in this list.
 LEVELS = [
     {"memo", "guidance", "packing", "meta_device", "gpu_memory", "speeds", "hub", "progress", "step_callback"},
-    {"quantised", "quantisation"},
+    {"quantised"},
     {"layout", "budget", "testing", "native", "files", "keyed_random", "fingerprint", "sheets", "runs"},
     {"visibility"},
     {"tuning"},
@@ -23,7 +23,7 @@ LEVELS = [
     {"ops"},
     {"quantised_linear"},
     {"models", "fast", "builtin", "edit_report", "encode", "request", "schedule"},
-    {"model_kind"},
+    {"model_kind", "quantisation"},
     {"loading"},
     {"patch"},
     {"skeleton", "costs"},

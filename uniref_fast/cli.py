@@ -191,9 +191,11 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
     add("--width", type=int, help="Width of the result in pixels. (default: as the pipeline chooses)")
     add("--height", type=int, help="Height of the result in pixels. (default: as the pipeline chooses)")
     add("--num-inference-steps", type=int, metavar="N",
-        help="Number of denoising steps. (default: 8 for the built-in model, 50 for others)")  # fmt: skip
+        help="Number of denoising steps. (default: that of the model's pipeline, 50 for Qwen-Image-Edit, 8 for the "
+        "built-in model)")  # fmt: skip
     add("--true-cfg-scale", type=float, metavar="SCALE",
-        help="True CFG scale; 1 turns guidance off. (default: 1 for the built-in model, 4 for others)")  # fmt: skip
+        help="True CFG scale; 1 turns guidance off. (default: that of the model's pipeline, 4 for Qwen-Image-Edit, "
+        "1 for the built-in model)")  # fmt: skip
     add("--budget", type=int, metavar="SIDE",
         help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together"
         + (". (default: each reference is scaled as diffusers does)" if sizes else

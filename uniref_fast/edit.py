@@ -66,7 +66,7 @@ def edit(
         impl: Implementation forced on every op, or a library ("dense", "flash", "cudnn_flex") forced on attention
             alone. None chooses by device.
         output_type: "pil", "np" (float32 `[H, W, 3]`, 0 to 1), "pt" (`[3, H, W]`, 0 to 1, the pipeline's dtype), or
-            "latent" (packed latents `[1, N, C]`).
+            "latent" (packed latents `[1, N, C]`). Images of Qwen-Image-2.1 have 4 channels, with transparency.
         progress: Show the pipeline's progress bar.
         model: Packed model to run, such as a sharded one, with its own visibility and impl. It computes in the dtype of
             the embeddings that requests give. None builds one from the pipeline's transformer.

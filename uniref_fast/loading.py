@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from uniref_fast.hub import local_or_hub
-from uniref_fast.model_kind import check_configuration, check_pipeline, check_transformer, transformer_class
+from uniref_fast.model_kind import (
+    check_configuration,
+    check_pipeline,
+    check_transformer,
+    default_sampling,
+    transformer_class,
+)
 from uniref_fast.progress import launcher_rank, running
 
 __all__ = [
@@ -28,14 +34,37 @@ __all__ = [
 ]  # fmt: skip
 
 
-def defaults(name: str) -> tuple[int, float]:
+def defaults(name: str, index: Mapping[str, Any] | None = None) -> tuple[int, float]:
     """Return the denoising steps and the true CFG scale that commands use by default.
 
     A scale of 1 turns guidance off: the built-in model makes better images without it.
+
+    Args:
+        name: "builtin", a diffusers folder, or a hub id.
+        index: Content of the model's `model_index.json`; None reads it, from the hub if it is not in the cache.
+
+    Raises:
+        ValueError: If the name is not a model, its file cannot be read, or it is a model of another kind.
     """
     from uniref_fast.builtin import is_builtin_folder
 
-    return (8, 1.0) if name == "builtin" or is_builtin_folder(name) else (50, 4.0)
+    if name == "builtin" or is_builtin_folder(name):
+        return 8, 1.0
+    return default_sampling(f"--model {name}", _index(name) if index is None else index)
+
+
+def _index(name: str) -> dict[str, Any]:
+    """Return the content of the `model_index.json` of a folder or a hub id."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    file = "model_index.json"
+    # The cache comes first: commands ask for this after they have loaded the model.
+    cached = None if Path(name).is_dir() or name.count("/") != 1 else try_to_load_from_cache(name, file)
+    if isinstance(cached, str):
+        return json.loads(Path(cached).read_text(encoding="utf-8"))
+    with model_errors(name) as place:
+        path = Path(place) / file if Path(place).is_dir() else Path(hf_hub_download(place, file))
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_pipeline(name: str, dtype: Any, device: str, quantisation: str | None = None) -> Any:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # commands import this module, and start without torch
     from uniref_fast.models.family import Family
 
-__all__ = ["check_configuration", "check_pipeline", "check_trainable", "check_transformer", "transformer_class"]
+__all__ = [
+    "check_configuration",
+    "check_pipeline",
+    "check_trainable",
+    "check_transformer",
+    "default_sampling",
+    "transformer_class",
+]
 
 BUILTIN = "SmallQwenImageEditPlusPipeline"
 """Class of the built-in pipeline, which is one of Qwen-Image-Edit."""
@@ -24,6 +31,22 @@ def transformer_class(index: Mapping[str, Any]) -> Any:
     family = _family(index)
     assert family is not None
     return family.transformer_class()
+
+
+def default_sampling(given: str, index: Mapping[str, Any]) -> tuple[int, float]:
+    """Return the default denoising steps and true CFG scale of a pipeline (`Family.defaults`).
+
+    Args:
+        given: Name of the pipeline in messages.
+        index: Content of its `model_index.json`.
+
+    Raises:
+        ValueError: If the pipeline is not supported.
+    """
+    family = _family(index)
+    if family is None:
+        raise ValueError(_message(given, str(index.get("_class_name"))))
+    return family.defaults(index)
 
 
 def _family(index: Mapping[str, Any]) -> Family | None:
@@ -141,12 +164,18 @@ def _message(given: str, kind: str) -> str:
     return f"{named} is not supported{what}; {_instead(family)}{patch}"
 
 
+def _uses(family: Family) -> str:
+    """Return what the pipelines of a family can be used for, training only if it supports one of them."""
+    trained = family.reason_against("sft") is None
+    return "editing, estimates, training and evaluation" if trained else "editing, estimates and evaluation"
+
+
 def _instead(family: Family | None) -> str:
     """Return the end of a message: which pipelines are supported."""
     from uniref_fast.models.family import families
 
     family = family or families()[0]
     return (
-        f"editing, estimates, training and evaluation take a {' or '.join(family.pipelines)}: use "
+        f"{_uses(family)} take a {' or '.join(family.pipelines)}: use "
         f"{', '.join(family.models)}, or another model of that class"
     )

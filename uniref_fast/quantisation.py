@@ -18,13 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["NAMES", "OUTSIDE", "check_unquantised", "pipeline_config", "planned_configs", "trials"]
+__all__ = ["NAMES", "check_unquantised", "outside", "pipeline_config", "planned_configs", "trials"]
 
 NAMES = ("int8", "fp8", "nf4")
 """Values of `--quantisation`: 8-bit integers and floats by torchao, 4-bit values by bitsandbytes; weights only."""
-
-OUTSIDE = ("img_in", "txt_in", "time_text_embed", "norm_out", "proj_out")
-"""Layers of the transformer outside of its blocks, which are not quantised."""
 
 PACKAGES = {"torchao": "torchao", "bitsandbytes": "bitsandbytes", "gguf": "gguf", "optimum.quanto": "optimum-quanto"}
 """Names of the libraries as they are imported and as they are installed."""
@@ -56,6 +53,16 @@ def pipeline_config(name: str, dtype: torch.dtype, device: str) -> Any:
     return PipelineQuantizationConfig(quant_mapping=_configs(name, dtype))
 
 
+def outside() -> list[str]:
+    """Return the names of the modules outside of the blocks of the transformers of all families.
+
+    They are not quantised. No module of a block has one of these names.
+    """
+    from uniref_fast.models.family import families
+
+    return [*dict.fromkeys(name for family in families() for name in family.packed.ends)]
+
+
 def check_unquantised(given: str, transformer: Mapping[str, Any]) -> None:
     """Raise ValueError if the configuration of a transformer says that it is quantised already.
 
@@ -78,14 +85,14 @@ def _configs(name: str, dtype: torch.dtype) -> dict[str, Any]:
             "bnb_4bit_compute_dtype": dtype,
         }  # fmt: skip
         return {
-            "transformer": diffusers.BitsAndBytesConfig(**options, llm_int8_skip_modules=[*OUTSIDE]),
+            "transformer": diffusers.BitsAndBytesConfig(**options, llm_int8_skip_modules=outside()),
             "text_encoder": transformers.BitsAndBytesConfig(**options),
         }
     import torchao.quantization as torchao
 
     kind = {"int8": torchao.Int8WeightOnlyConfig, "fp8": torchao.Float8WeightOnlyConfig}[name]
     return {
-        "transformer": diffusers.TorchAoConfig(kind(), modules_to_not_convert=[*OUTSIDE]),
+        "transformer": diffusers.TorchAoConfig(kind(), modules_to_not_convert=outside()),
         "text_encoder": transformers.TorchAoConfig(kind()),
     }
 
@@ -102,9 +109,9 @@ def planned_configs(name: str) -> dict[str, dict[str, Any]]:
         common: dict[str, Any] = {
             "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True,
         }  # fmt: skip
-        return {"transformer": common | {"llm_int8_skip_modules": [*OUTSIDE]}, "text_encoder": common}
+        return {"transformer": common | {"llm_int8_skip_modules": outside()}, "text_encoder": common}
     common = {"quant_method": "torchao", "quant_type": {"int8": "int8_weight_only", "fp8": "float8_weight_only"}[name]}
-    return {"transformer": common | {"modules_to_not_convert": [*OUTSIDE]}, "text_encoder": common}
+    return {"transformer": common | {"modules_to_not_convert": outside()}, "text_encoder": common}
 
 
 # ---- what a device can run

@@ -8,9 +8,10 @@ import pytest
 from uniref_fast.runs import trained_sizes
 
 
-def test_default_guidance_is_off_for_the_built_in_model(config):
+def test_default_guidance_is_off_for_the_built_in_model(config, tmp_path):
     assert replace(config, true_cfg_scale=None).resolve_sampling()[1] == 1.0 == config.resolve_sampling()[1]
-    other = replace(config, num_inference_steps=None, true_cfg_scale=None, model="a/b")
+    other = replace(config, num_inference_steps=None, true_cfg_scale=None, model=str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImageEditPlusPipeline"}')
     assert other.resolve_sampling() == (50, 4.0) and replace(other, true_cfg_scale=2.5).resolve_sampling() == (50, 2.5)
 
 

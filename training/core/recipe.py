@@ -263,7 +263,7 @@ class Recipe:
 
     def resolve_sampling(self) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""
-        steps, scale = defaults(self.model)
+        steps, scale = defaults(self.model, {"_class_name": "QwenImageEditPlusPipeline"})  # reads no file of the model
         return (
             steps if self.sample_num_inference_steps is None else self.sample_num_inference_steps,
             scale if self.sample_true_cfg_scale is None else self.sample_true_cfg_scale,

@@ -52,8 +52,8 @@ class EvalConfig:
         device: Device of the model, such as cpu or cuda:0; none takes a GPU if there is one.
 
     Attributes: Sampling
-        num_inference_steps: Number of denoising steps; none takes 8 for the built-in model and 50 for others.
-        true_cfg_scale: True CFG scale, 1 turns guidance off; none takes 1 for the built-in model and 4 for others.
+        num_inference_steps: Number of denoising steps; none takes that of the model, as `uniref-fast edit` does.
+        true_cfg_scale: True CFG scale, 1 turns guidance off; none takes that of the model.
         seed: Seed of the noise, which also depends on the row.
         budget: Joint pixel budget of the references of a row: budget x budget pixels for all of them together, or 0 to
             scale each reference as diffusers does; none takes that of the last adapter or run, else 0.

@@ -125,6 +125,14 @@ class Family:
         classes = [_diffusers_class(name) for name in self.pipelines]
         return isinstance(pipe, tuple(each for each in classes if each is not None))
 
+    def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
+        """Return the denoising steps and the true CFG scale that commands use for a pipeline unless flags give others.
+
+        Args:
+            index: Content of the `model_index.json` of the pipeline.
+        """
+        return 50, 4.0
+
     def reason_against(self, capability: str) -> str | None:
         """Return the reason why a capability (`CAPABILITIES`) does not work for this family, or None."""
         return self.missing.get(capability)

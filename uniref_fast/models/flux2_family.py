@@ -71,6 +71,8 @@ class Flux2(Family):
         "black-forest-labs/FLUX.2-klein-4B",
         "black-forest-labs/FLUX.2-klein-9B",
         "black-forest-labs/FLUX.2-klein-9b-kv",
+        "black-forest-labs/FLUX.2-klein-base-4B",
+        "black-forest-labs/FLUX.2-klein-base-9B",
         "black-forest-labs/FLUX.2-dev",
     )
     transformer = "Flux2Transformer2DModel"
@@ -87,6 +89,11 @@ class Flux2(Family):
     replaced = REPLACED
     packed = PackedFlux2
     exact_references = "Flux2KleinKVPipeline: always; the others: never"
+
+    def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
+        """Return the defaults of the pipeline; a distilled model needs 4 steps, and guidance is part of it."""
+        distilled = index.get("is_distilled") or index.get("_class_name") == "Flux2KleinKVPipeline"
+        return (4, 1.0) if distilled else (50, 4.0)
 
     # ---- the packed model ----
 

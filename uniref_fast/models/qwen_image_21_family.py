@@ -75,6 +75,10 @@ class QwenImage21(Family):
     packed = PackedQwenImage21
     exact_references = "QwenImage21Pipeline with causal_condition (2.1 and Turbo): always"
 
+    def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
+        """Return the defaults of the pipeline; 2.1-Turbo has sigmas of its own, one for each step."""
+        return len(index.get("sample_sigmas") or ()) or 40, 1.0
+
     # ---- the packed model ----
 
     def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
