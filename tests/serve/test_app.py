@@ -2,13 +2,18 @@
 
 import asyncio
 import base64
+import contextlib
+import io
 import json
 import struct
+import threading
+import time
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from serving import StubEngine, client_of, opened, picture
 
 import uniref_fast
@@ -17,6 +22,10 @@ from uniref_fast.data.images import ImageSource
 from uniref_fast.serve import app as routes
 from uniref_fast.serve import service as services
 from uniref_fast.serve.config import Limits
+from uniref_fast.serve.errors import ApiError
+from uniref_fast.serve.fields import EditCall
+from uniref_fast.serve.pictures import check_pictures
+from uniref_fast.serve.server import Server
 
 PATH = "/v1/images/edits"
 TWO = [("image[]", ("a.png", picture("red"))), ("image[]", ("b.jpg", picture("blue", 30, 50, "JPEG")))]
@@ -285,6 +294,133 @@ def test_pictures_are_checked_before_they_are_decoded(engine, monkeypatch, conte
             return await post(client, [("image[]", ("a", content)) for content in contents])
 
     assert words in refused(run(work()), 400, code, "image")
+
+
+def test_jpeg_files_of_many_scans_are_refused(stub):
+    """Each scan costs the decoder as much as a picture, and has a few bytes."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    scan = content[content.rfind(b"\xff\xda") : -2]
+    scans = content.count(b"\xff\xda")
+    metadata = b"\xff\xe5\xff\xff" + b"\xff\xda" * 32766 + b"x"  # a segment whose content is no scan
+    files = [content[:2] + metadata + content[2:-2] + scan * (100 - scans) + content[-2:] + scan * 200]
+    files += [
+        content[:-2] + scan * (101 - scans) + content[-2:],
+        content[:2] + b"\xff\xe5\x00\x02" * 10_001 + content[2:],
+    ]
+    for content, is_refused in zip(files, (False, True, True), strict=True):
+        with pytest.raises(ApiError, match="more than 100 scans") if is_refused else contextlib.nullcontext():
+            check_pictures([content], Limits())
+    assert files[0].count(b"\xff\xda") > 100
+
+
+def test_more_images_than_can_wait_are_a_wrong_value():
+    async def work():
+        async with client_of(StubEngine(max_waiting=2)) as client:
+            return await post(client, n=3), (await client.get("/v1/models")).json()
+
+    response, models = run(work())
+    assert "from 1 to 2" in refused(response, 400, "invalid_value", "n") and models["data"][0]["limits"]["n"] == 2
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    """A decoder that waits until the event is set."""
+    opened, decode = threading.Event(), services.decode
+
+    def waiting(contents):
+        assert opened.wait(60)
+        return decode(contents)
+
+    monkeypatch.setattr(services, "decode", waiting)
+    yield opened
+    opened.set()
+
+
+def test_requests_that_are_decoded_count_as_waiting(decoder):
+    async def work():
+        stub = StubEngine(max_waiting=2)
+        async with client_of(stub) as client:
+            tasks = [asyncio.ensure_future(post(client)) for _ in range(2)]
+            await until(lambda: client.service.reading == 2)
+            await asyncio.sleep(0.1)
+            full = await post(client)
+            decoder.set()
+            await until(lambda: len(stub.jobs) == 2)
+            stub.end(0)
+            stub.end(1)
+            return full, await asyncio.gather(*tasks), client.service.reading
+
+    full, accepted, reading = run(work())
+    refused(full, 429, "queue_full")
+    assert [response.status_code for response in accepted] == [200, 200] and reading == 0
+
+
+def test_decoding_is_under_the_deadline(stub, decoder):
+    async def work():
+        async with client_of(stub, limits=Limits(seconds=0.2)) as client:
+            return await post(client), client.service.reading, client.service.active
+
+    response, *counts = run(work())
+    refused(response, 504, "deadline_exceeded")
+    assert counts == [0, 0] and not stub.jobs
+
+
+def test_edits_of_a_request_that_is_cancelled_while_they_are_submitted(stub):
+    entered, opened, submit = threading.Event(), threading.Event(), stub.submit
+
+    def waiting(*args):
+        entered.set()
+        assert opened.wait(60)
+        return submit(*args)
+
+    stub.submit = waiting
+
+    async def work():
+        async with client_of(stub) as client:
+            task = asyncio.ensure_future(post(client, n=2))
+            await until(entered.is_set)
+            task.cancel()
+            await asyncio.wait([task])
+            opened.set()
+            await until(lambda: stub.jobs and stub.jobs[0][2].cancelled())
+            await asyncio.sleep(0.05)
+
+    run(work())
+    assert len(stub.jobs) == 1
+
+
+def test_an_edit_that_cannot_be_submitted_cancels_the_others(stub):
+    submit = stub.submit
+    stub.submit = lambda *args: submit(*args) if not stub.jobs else 1 / 0
+
+    async def work():
+        async with client_of(stub) as client:
+            return await post(client, n=2)
+
+    refused(run(work()), 500, "internal_error")
+    assert stub.jobs[0][2].cancelled()
+
+
+def test_a_stream_whose_client_does_not_read_ends_after_the_deadline(stub, monkeypatch):
+    monkeypatch.setattr(routes, "STALLED_SECONDS", 0.1)
+    service = client_of(stub).service
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        await asyncio.sleep(60)
+
+    async def work():
+        batch = services.Batch(EditCall("x", (b"",), stream=True))
+        await service.submit(batch, [])
+        await routes._EventStream(service, batch, time.monotonic() + 0.1)({"type": "http"}, receive, send)
+
+    run(work())
+    assert service.active == 0 and stub.jobs[0][2].cancelled()
+    assert Server(service).config.timeout_graceful_shutdown
 
 
 def test_sizes_that_the_model_cannot_make(engine):

@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 router = APIRouter()
 
 CLIENT_GONE = 499  # as nginx logs it; nobody receives the response
+STALLED_SECONDS = 30.0  # from the deadline, after which a stream ends whose client has stopped reading
 DISCARD_SECONDS = 5.0  # that the rest of a refused body is read, so that the client reads the response
 
 
@@ -118,20 +119,23 @@ async def _run(request: Request, service: EditService, body: _Body, until: float
     service.reading += 1
     try:
         call = parse(await _fields(request, body, until, service), service.config)
+        images = await _until(service.pictures(call), body, until, service)
     finally:
         service.reading -= 1
-    batch = await service.submit(call)
-    if call.stream:
-        return _EventStream(service, batch, until)
+    batch = Batch(call)
     try:
-        work = asyncio.ensure_future(service.result(batch))
-        return JSONResponse(await _until(work, body, until, service))
-    finally:
+        await _until(service.submit(batch, images), body, until, service)
+        if not call.stream:
+            return JSONResponse(await _until(service.result(batch), body, until, service))
+    except BaseException:
         batch.cancel()
+        raise
+    return _EventStream(service, batch, until)
 
 
-async def _until(work: asyncio.Future[Any], body: _Body, until: float, service: EditService) -> Any:
-    """Return the result of some work, which is cancelled if the client leaves or the time is over."""
+async def _until(coroutine: Coroutine[Any, Any, Any], body: _Body, until: float, service: EditService) -> Any:
+    """Return the result of a coroutine, which is cancelled if the client leaves or the time is over."""
+    work = asyncio.ensure_future(coroutine)
     gone = asyncio.ensure_future(body.disconnected())
     try:
         left = max(until - time.monotonic(), 0)
@@ -238,7 +242,7 @@ class _EventStream(StreamingResponse):
     """Server-sent events of a request; its edits are cancelled when the client leaves."""
 
     def __init__(self, service: EditService, batch: Batch, until: float) -> None:
-        self._service, self._batch = service, batch
+        self._service, self._batch, self._until = service, batch, until
         super().__init__(
             self._lines(until),
             media_type="text/event-stream",
@@ -248,7 +252,10 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._service.active += 1
         try:
-            await super().__call__(scope, receive, send)
+            left = max(self._until - time.monotonic(), 0) + STALLED_SECONDS
+            await asyncio.wait_for(super().__call__(scope, receive, send), left)
+        except asyncio.TimeoutError:
+            log.warning("a client has stopped reading its stream, which is closed")
         finally:
             self._service.active -= 1
             self._batch.cancel()

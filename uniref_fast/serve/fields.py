@@ -192,7 +192,7 @@ def _check_name(name: str) -> None:
         raise ApiError(400, "unsupported_parameter", f"{name} is not supported: {UNSUPPORTED[name]}", name)
     if name in KNOWN:
         return
-    near = CALLED.get(name) or next(iter(difflib.get_close_matches(name, KNOWN, n=1)), None)
+    near = CALLED.get(name) or next(iter(difflib.get_close_matches(name[:100], KNOWN, n=1)), None)
     hint = f"; did you mean {near}?" if near else f"; known are {', '.join(sorted(KNOWN))}"
     raise ApiError(400, "unknown_parameter", f"{name[:100]!r} is not a field of this server{hint}", name[:100])
 

@@ -20,6 +20,15 @@ __all__ = ["check_pictures", "data_url", "decode", "encode"]
 # Pillow warns about sizes that `Limits.pixels` decides about; the filter is global, because threads share the filters.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+MAX_SCANS = 100
+"""Largest number of scans of a JPEG file. Each is decoded for all pixels, and a few bytes are enough for one."""
+
+MAX_SEGMENTS = 10_000
+"""Largest number of segments of a JPEG file."""
+
+SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]", re.S)
+"""Marker of a segment of a JPEG file. The markers that are left out have no length."""
+
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats of pictures that the server reads, as OpenAI's."""
 
@@ -41,9 +50,26 @@ def check_pictures(pictures: Sequence[bytes], limits: Limits) -> None:
             empty = ": it has 0 bytes" if not content else ""
             message = f"image {number} is not a readable picture of the format PNG, JPEG or WebP{empty}"
             raise ApiError(400, "invalid_image", message, "image") from None
+        if content.startswith(b"\xff\xd8") and _has_many_scans(content):
+            message = f"image {number} is a JPEG file of more than {MAX_SCANS} scans or {MAX_SEGMENTS} segments"
+            raise ApiError(400, "invalid_image", message, "image")
         total += width * height
         if total > limits.pixels:
             raise _too_large(number, f"{width} x {height} pixels", limits)
+
+
+def _has_many_scans(content: bytes) -> bool:
+    """Return whether a JPEG file has more than `MAX_SCANS` scans, or more than `MAX_SEGMENTS` segments."""
+    scans, place = 0, 2
+    for _ in range(MAX_SEGMENTS):
+        marker = SEGMENT.search(content, place)
+        if marker is None or marker[0] == b"\xff\xd9":  # the end of the picture; other data may follow it
+            return False
+        scans += marker[0] == b"\xff\xda"
+        if scans > MAX_SCANS:
+            return True
+        place = marker.end() + max(int.from_bytes(content[marker.end() : marker.end() + 2], "big"), 2)
+    return True
 
 
 def _too_large(number: int, size: str, limits: Limits) -> ApiError:

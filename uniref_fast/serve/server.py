@@ -13,6 +13,9 @@ from uniref_fast.serve.service import EditService
 
 __all__ = ["Server"]
 
+STALLED_SECONDS = 30
+"""Seconds that a stopping server waits for clients which do not read their responses."""
+
 
 class Server(uvicorn.Server):
     """Server of a service, which stops after a signal as soon as no edit is left, and when the engine has failed.
@@ -24,7 +27,12 @@ class Server(uvicorn.Server):
     def __init__(self, service: EditService) -> None:
         super().__init__(
             uvicorn.Config(
-                create_app(service), log_level="warning", access_log=False, server_header=False, proxy_headers=False
+                create_app(service),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=STALLED_SECONDS,
             )
         )
         self._service = service

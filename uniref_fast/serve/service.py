@@ -11,8 +11,8 @@ import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ PARAMS = {
 
 DECODING = 4
 """Number of requests whose pictures are decoded at the same time."""
+
+FETCHING = 4
+"""Number of pictures behind URLs that are read at the same time."""
 
 
 @dataclass(eq=False)
@@ -105,15 +108,24 @@ class Batch:
         call: The fields of the request.
         edits: Its edits.
         events: Events for a stream: the edit, its steps so far (None when it has ended), and a partial image or None.
+        is_cancelled: True if edits that are submitted from now on are cancelled at once.
     """
 
     call: EditCall
-    edits: list[OneEdit]
-    events: asyncio.Queue[tuple[OneEdit, int | None, Image.Image | None]]
+    edits: list[OneEdit] = field(default_factory=list)
+    events: asyncio.Queue[tuple[OneEdit, int | None, Image.Image | None]] = field(default_factory=asyncio.Queue)
+    is_cancelled: bool = False
+
+    def add(self, edit: OneEdit) -> None:
+        """Add an edit that was submitted. `cancel` may run in another thread at the same time."""
+        self.edits.append(edit)
+        if self.is_cancelled:
+            edit.future.cancel()
 
     def cancel(self) -> None:
         """Cancel the edits that have no image yet."""
-        for edit in self.edits:
+        self.is_cancelled = True
+        for edit in list(self.edits):
             edit.future.cancel()
 
 
@@ -130,14 +142,17 @@ class EditService:
     """
 
     def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        if engine.max_waiting is not None and engine.max_waiting < config.limits.n:  # more could never be queued
+            config = replace(config, limits=replace(config.limits, n=engine.max_waiting))
         self.engine, self.config = engine, config
         self.metrics = Metrics(engine)
         self.active = 0
         self.is_draining = False
-        self.reading = 0  # requests whose body is being read
+        self.reading = 0  # requests whose body and pictures are being read
         self._created = int(time.time())
         self._recent: deque[float] = deque(maxlen=32)  # seconds of the last edits
-        self._decoding = asyncio.Semaphore(DECODING)
+        self._decoders = ThreadPoolExecutor(DECODING, "uniref_fast.decode")
+        self._fetchers = ThreadPoolExecutor(FETCHING, "uniref_fast.fetch")
 
     # ---- admission ----
 
@@ -177,43 +192,54 @@ class EditService:
 
     async def pictures(self, call: EditCall) -> list[Image.Image]:
         """Return the decoded pictures of a request."""
-        contents: list[bytes] = []
-        limits = self.config.limits
+        sources: list[bytes | str] = []
+        loop, limits = asyncio.get_running_loop(), self.config.limits
         for source in call.images:
-            if isinstance(source, str) and source[:5].lower() == "data:":
-                source = data_url(source)
-            elif isinstance(source, str):
-                left = limits.body_bytes - sum(len(content) for content in contents)
-                source = await asyncio.to_thread(fetch, source, self.config.image_hosts, left)
-            contents.append(source)
-        async with self._decoding:
-            check_pictures(contents, limits)
-            return await asyncio.to_thread(decode, contents)
+            if isinstance(source, str) and source[:5].lower() != "data:":
+                left = limits.body_bytes - sum(map(len, sources))
+                source = await loop.run_in_executor(self._fetchers, fetch, source, self.config.image_hosts, left)
+            sources.append(source)
+        return await loop.run_in_executor(self._decoders, self._decode, sources)
 
-    async def submit(self, call: EditCall) -> Batch:
-        """Submit the edits of a request to the engine: all, or none if one cannot be queued."""
-        images = await self.pictures(call)
-        loop = asyncio.get_running_loop()
-        return await asyncio.to_thread(self._submit, call, images, loop)
+    def _decode(self, sources: Sequence[bytes | str]) -> list[Image.Image]:
+        """Return the pictures of files and data URLs."""
+        contents = [data_url(source) if isinstance(source, str) else source for source in sources]
+        check_pictures(contents, self.config.limits)
+        return decode(contents)
 
-    def _submit(self, call: EditCall, images: Sequence[Image.Image], loop: asyncio.AbstractEventLoop) -> Batch:
+    async def submit(self, batch: Batch, images: Sequence[Image.Image]) -> None:
+        """Submit the edits of a request to the engine: all, or none if one cannot be queued.
+
+        Args:
+            batch: The request, without edits. Cancel it if this coroutine is cancelled, because the thread that
+                submits the edits continues.
+            images: Its decoded pictures.
+
+        Raises:
+            ApiError: If the model cannot run the request, or the engine does not take it.
+        """
+        await asyncio.to_thread(self._submit, batch, images, asyncio.get_running_loop())
+
+    def _submit(self, batch: Batch, images: Sequence[Image.Image], loop: asyncio.AbstractEventLoop) -> None:
+        call = batch.call
         seed = secrets.randbelow(2**31) if call.seed is None else call.seed
         requests = [self._request(call, images, seed + number) for number in range(call.n)]
         size = self._check(requests[0], call)
-        batch = Batch(call, [], asyncio.Queue())
-        for number, request in enumerate(requests):
-            edit = OneEdit(number, request, size)
-            try:
+        try:
+            for number, request in enumerate(requests):
+                if batch.is_cancelled:
+                    return
+                edit = OneEdit(number, request, size)
                 edit.future = self.engine.submit(request, self._follow(edit, batch, loop))
-            except QueueFullError:
-                batch.cancel()
+                batch.add(edit)
+                edit.future.add_done_callback(functools.partial(self._ended, edit, batch, loop))
+        except BaseException as error:
+            batch.cancel()
+            if isinstance(error, QueueFullError):
                 raise self._queue_full() from None
-            except EngineClosedError as error:
-                batch.cancel()
+            if isinstance(error, EngineClosedError):
                 raise self._closed(error) from error
-            batch.edits.append(edit)
-            edit.future.add_done_callback(functools.partial(self._ended, edit, batch, loop))
-        return batch
+            raise
 
     def _request(self, call: EditCall, images: Sequence[Image.Image], seed: int) -> EditRequest:
         width, height = call.size or (None, None)
