@@ -110,10 +110,11 @@ def serve(backend: str, dtype: str, threads: int, listener: socket.socket, profi
     import torch
 
     from uniref_fast import Engine, builtin
-    from uniref_fast.serve.config import ServeConfig
+    from uniref_fast.serve.config import ServeConfig, limit_cached_products
     from uniref_fast.serve.server import Server
     from uniref_fast.serve.service import EditService
 
+    limit_cached_products()
     torch.set_num_threads(threads)
     pipe = builtin.load(getattr(torch, dtype))
     if profile:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uniref_fast.progress import announce, announce_import
-from uniref_fast.serve.config import Limits, ServeConfig
+from uniref_fast.serve.config import Limits, ServeConfig, limit_cached_products
 
 if TYPE_CHECKING:
     from uniref_fast.adapters import Adapter
@@ -146,8 +146,7 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
         args: Flags of the command.
         key: Key that requests must send, or None.
     """
-    # oneDNN keeps 1024 compiled products by default, one for each length of a pack: memory would grow for hours.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    limit_cached_products()
     announce_import("PyTorch", "torch")
     from uniref_fast.adapters import check_adapters
     from uniref_fast.evaluation.config import EvalConfig

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
-__all__ = ["Limits", "ServeConfig"]
+__all__ = ["Limits", "ServeConfig", "limit_cached_products"]
+
+
+def limit_cached_products() -> None:
+    """Limit the memory that oneDNN uses on a CPU for its cache of compiled products.
+
+    It keeps 1024 of them by default, and a server meets packs of ever new lengths: its memory would grow for hours.
+    A value of the environment variable `ONEDNN_PRIMITIVE_CACHE_CAPACITY` that the user has set stays. oneDNN reads it
+    at the first product of a process, so this is called before a model runs.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from uniref_fast.serve.app import create_app
+from uniref_fast.serve.config import limit_cached_products
 from uniref_fast.serve.service import EditService
 
 __all__ = ["TokenPolicy", "application"]
@@ -33,6 +34,7 @@ class Edits:
     """
 
     def __init__(self, build: Callable[[], EditService]) -> None:
+        limit_cached_products()
         self.service = build()
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -45,7 +45,8 @@ class Server(uvicorn.Server):
             return
         self._service.is_draining = True
         active = self._service.active
-        announce(f"{signal.Signals(sig).name}: {active} requests are finished first; send it again to stop at once")
+        running = f"the server stops after the end of its {active} edits" if active else "the server stops"
+        announce(f"{signal.Signals(sig).name}: {running}; send the signal again to stop at once")
 
     async def on_tick(self, counter: int) -> bool:
         """Do what has to be done ten times in a second."""
