@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import uniref_fast
 from uniref_fast import builtin, cli
 from uniref_fast.cli import main
 
@@ -113,6 +114,34 @@ def test_edit_reads_odd_pictures(tmp_path, capsys):
     out = tmp_path / "result.png"
     assert run(capsys, "edit", *images, "--prompt", "x", "--out", out, *TWO_STEPS)[0] == 0
     assert Image.open(out).height > Image.open(out).width, "the orientation tag counts"
+
+
+@pytest.mark.parametrize("ending, mode", [(".png", "RGBA"), (".webp", "RGBA"), (".jpg", "RGB"), (".bmp", "RGB")])
+def test_results_with_transparency_are_saved_in_every_format(tmp_path, ending, mode):
+    path = tmp_path / f"a{ending}"
+    cli._save(Image.new("RGBA", (16, 16), (0, 0, 0, 0)), path)
+    with Image.open(path) as image:
+        assert image.mode == mode and (mode == "RGBA" or image.getpixel((3, 3)) == (255, 255, 255))
+
+
+def test_the_family_decides_about_transparency(tmp_path, monkeypatch, capsys):
+    """The command and the server pass transparency on, and Qwen-Image-Edit gets pictures over white."""
+    from uniref_fast.models.family import families
+    from uniref_fast.serve.pictures import decode
+
+    Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    given = decode([(tmp_path / "clear.png").read_bytes()])
+
+    def edit(pipe, requests, **options):
+        given.extend(requests[0].images)
+        return [Image.new("RGB", (16, 16))]
+
+    monkeypatch.setattr(uniref_fast, "edit", edit)
+    args = ("edit", "--image", tmp_path / "clear.png", "--prompt", "x", "--out", tmp_path / "a.png")
+    assert run(capsys, *args)[0] == 0
+    corner = {each.name: [each.convert_image(image).getpixel((0, 0)) for image in given] for each in families()}
+    white = [(255, 255, 255)] * 2
+    assert corner == {"qwen-image-edit": white, "flux2": white, "qwen-image-2.1": [(255, 0, 0, 0)] * 2}
 
 
 def test_edit_with_a_model_folder(tmp_path, pictures, capsys):

@@ -351,7 +351,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _edit(args: argparse.Namespace) -> int:
     _writable(args.out)
-    images = [_image(path).load() for path in args.image]
+    images = [_image(path).load("original") for path in args.image]
     if not args.prompt.strip():
         raise UsageError("--prompt is empty; give an instruction, for example --prompt 'put picture 1 on picture 2'")
     announce_import("PyTorch", "torch")
@@ -546,7 +546,10 @@ def _save(image: Any, path: Path) -> None:
     """Write an image completely or not at all, in the format that the ending of its name chooses."""
     from PIL import Image
 
+    from uniref_fast.encode import saveable
+
     form = Image.registered_extensions().get(path.suffix.lower())
+    image = saveable(image, form)
     write_whole(path, lambda file: image.save(file, form))
 
 

@@ -20,12 +20,17 @@ __all__ = [
     "prompt_embeddings",
     "prompt_tokens",
     "request_texts",
+    "saveable",
     "text_length",
     "text_lengths",
     "text_runs",
     "to_rgb",
     "to_rgba",
 ]
+
+
+TRANSPARENT = ("PNG", "WEBP", "AVIF", "TIFF", "JPEG2000")
+"""Formats in which a result keeps its transparency channel."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -39,6 +44,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def saveable(image: Image.Image, form: str | None) -> Image.Image:
+    """Return an image that a file format can hold: over white, if the format has no transparency.
+
+    Args:
+        image: The image.
+        form: Name of the format in Pillow, such as "JPEG"; None for an unknown one.
+    """
+    return image if form in TRANSPARENT else to_rgb(image)
 
 
 def to_rgba(image: Image.Image) -> Image.Image:

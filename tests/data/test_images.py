@@ -296,6 +296,24 @@ def test_transparency_can_be_kept():
     assert source(content.getvalue()).load().getpixel((0, 0)) == WHITE
 
 
+def test_the_original_mode_keeps_transparency_where_it_is():
+    """Families without transparency get the pixels that they got from `load()`."""
+    clear = Image.effect_noise((7, 5), 90)
+    clear = Image.merge("RGBA", (*Image.merge("RGB", (clear, clear.rotate(90), clear.rotate(180))).split(), clear))
+    palette, exif = Image.new("P", (7, 5), 3), Image.Exif()
+    exif[0x0112] = 6
+    for image, more, mode in (
+        (clear, {"exif": exif}, "RGBA"), (clear.convert("LA"), {}, "RGBA"), (palette, {"transparency": 3}, "RGBA"),
+        (clear.convert("RGB"), {}, "RGB"), (clear.convert("L"), {}, "RGB"),
+        (Image.fromarray(np.full((5, 7), 40000, np.uint16)), {}, "RGB"),
+    ):  # fmt: skip
+        content = io.BytesIO()
+        image.save(content, "PNG", **more)
+        found = source(content.getvalue())
+        loaded = found.load("original")
+        assert loaded.mode == mode and np.array_equal(np.asarray(to_rgb(loaded)), np.asarray(found.load()))
+
+
 def test_an_image_that_edit_is_given_and_cannot_decode_is_named(tmp_path):
     (tmp_path / "cut.png").write_bytes(encoded(RED, (300, 300), compress_level=0)[:5000])
     with Image.open(tmp_path / "cut.png") as image, pytest.raises(ValueError, match=r"cut.png cannot be decoded: "):

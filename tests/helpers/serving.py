@@ -39,6 +39,8 @@ class StubEngine:
     def __init__(self, max_waiting=None):
         self.max_waiting, self.jobs = max_waiting, []
         self.failed = self.closed = False
+        self.fixed_steps = None  # of a model with its own number of steps
+        self.mode = "RGB"  # of results
 
     def check(self, request):
         size = (request.width or 64, request.height or 64)
@@ -54,12 +56,13 @@ class StubEngine:
     def step(self, number, steps):
         request, on_progress, _ = self.jobs[number]
         sample = Sample(5, (1, 8, 8), ((1, 2, 3),))
-        on_progress(EditProgress(steps, request.num_inference_steps, sample, 75, 0.5, lambda: image_of(request)))
+        total = self.fixed_steps or request.num_inference_steps
+        on_progress(EditProgress(steps, total, sample, 75, 0.5, lambda: image_of(request, self.mode)))
 
     def end(self, number, error=None):
         request, _, future = self.jobs[number]
         if error is None:
-            future.set_result(image_of(request))
+            future.set_result(image_of(request, self.mode))
         else:
             future.set_exception(error)
 
@@ -71,8 +74,10 @@ class StubEngine:
         self.closed = True
 
 
-def image_of(request):
-    return Image.new("RGB", (request.width or 64, request.height or 64), (request.seed % 256, 0, 0))
+def image_of(request, mode="RGB"):
+    """Return an image of one colour; in RGBA it is half transparent."""
+    colour = (request.seed % 256, 0, 0, 128)[: len(mode)]
+    return Image.new(mode, (request.width or 64, request.height or 64), colour)
 
 
 def client_of(engine, base="http://testserver", headers=None, **fields):

@@ -177,6 +177,43 @@ def test_a_stream_has_progress_partial_images_and_the_result(engine):
         assert {"created_at", "size", "quality", "background", "output_format"} <= {*partial, *completed}
 
 
+def test_a_model_with_its_own_number_of_steps_reports_that_number(stub):
+    stub.fixed_steps = 4
+
+    async def work():
+        async with client_of(stub) as client:
+            task = asyncio.ensure_future(post(client, stream="true", steps=20, partial_images=1))
+            await until(lambda: len(stub.jobs) == 1)
+            for step in range(1, 5):
+                stub.step(0, step)
+            stub.end(0)
+            return await task
+
+    found = [data for _, data in events(run(work()).text)]
+    assert {data["steps"] for data in found[1:]} == {4}
+    (partial,) = (data for data in found if data["type"] == "image_edit.partial_image")
+    assert partial["step"] == 2 and found[-1]["type"] == "image_edit.completed"
+
+
+@pytest.mark.parametrize("form, background", [("png", "transparent"), ("webp", "transparent"), ("jpeg", "opaque")])
+def test_results_with_transparency(stub, form, background):
+    """JPEG has none: its images are over white."""
+    stub.mode = "RGBA"
+
+    async def work():
+        async with client_of(stub) as client:
+            task = asyncio.ensure_future(post(client, output_format=form, seed=0))
+            await until(lambda: len(stub.jobs) == 1)
+            stub.end(0)
+            return await task
+
+    body = run(work()).json()
+    image = opened(body["data"][0])
+    assert body["background"] == background
+    assert image.mode == ("RGB" if form == "jpeg" else "RGBA")
+    assert abs(image.getpixel((0, 0))[0] - (127 if form == "jpeg" else 0)) <= 2
+
+
 def test_a_stream_ends_with_an_error_event(stub):
     async def work():
         async with client_of(stub) as client:

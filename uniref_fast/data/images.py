@@ -92,8 +92,13 @@ class ImageSource:
         """Return the suffix of a file of its format, with the dot."""
         return self._with(_suffix)
 
-    def load(self, mode: Literal["RGB", "RGBA"] = "RGB") -> Image.Image:
-        """Return the upright image as RGB, with transparent pixels on white, or as RGBA."""
+    def load(self, mode: Literal["RGB", "RGBA", "original"] = "RGB") -> Image.Image:
+        """Return the upright image.
+
+        Args:
+            mode: "RGB" puts transparent pixels on white, "RGBA" gives every image a transparency channel, and
+                "original" returns RGBA for an image with transparency and RGB for others.
+        """
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ValueError(
                 f"{self.name}: PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so damaged images would "
@@ -210,7 +215,8 @@ def _suffix(image: Image.Image) -> str:
 def _upright(image: Image.Image, mode: str) -> Image.Image:
     image.load()
     turn = _orientation(image)  # after decoding: a PNG may hold it behind its pixels, and Pillow turns TIFFs itself
-    upright = image.convert("RGBA") if mode == "RGBA" else _rgb(image)
+    keeps = mode == "original" and image.has_transparency_data and not _is_16_bit_grey(image)
+    upright = image.convert("RGBA") if mode == "RGBA" or keeps else _rgb(image)
     return upright.transpose(UPRIGHT[turn]) if turn in UPRIGHT else upright
 
 

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from PIL import Image
 
 from uniref_fast.data.images import ImageSource
+from uniref_fast.encode import saveable
 from uniref_fast.serve.config import Limits
 from uniref_fast.serve.errors import ApiError
 
-__all__ = ["check_pictures", "data_url", "decode", "encode"]
+__all__ = ["background_of", "check_pictures", "data_url", "decode", "encode"]
 
 # Pillow warns about sizes that `Limits.pixels` decides about; the filter is global, because threads share the filters.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -78,7 +79,7 @@ def _too_large(number: int, size: str, limits: Limits) -> ApiError:
 
 
 def decode(pictures: Sequence[bytes]) -> list[Image.Image]:
-    """Decode checked pictures as `uniref-fast edit` does: upright, and with transparent pixels on white.
+    """Decode checked pictures as `uniref-fast edit` does: upright, and with their transparency if they have one.
 
     Raises:
         ApiError: If one is damaged.
@@ -86,7 +87,7 @@ def decode(pictures: Sequence[bytes]) -> list[Image.Image]:
     images = []
     for number, content in enumerate(pictures, start=1):
         try:
-            images.append(ImageSource(f"image {number}", data=content).load())
+            images.append(ImageSource(f"image {number}", data=content).load("original"))
         except ValueError as error:
             raise ApiError(400, "invalid_image", str(error), "image") from error
     return images
@@ -117,5 +118,13 @@ def encode(image: Image.Image, output_format: str, quality: int) -> str:
         quality: Quality of JPEG and WebP, from 0 to 100.
     """
     file = io.BytesIO()
+    image = saveable(image, output_format.upper())
     image.save(file, output_format.upper(), **({} if output_format == "png" else {"quality": quality}))
     return base64.b64encode(file.getvalue()).decode()
+
+
+def background_of(image: Image.Image, output_format: str) -> str:
+    """Return "transparent" if the file of `encode` has a pixel that is not opaque, otherwise "opaque"."""
+    bands = saveable(image, output_format.upper())
+    lowest = bands.getchannel("A").getextrema()[0] if bands.mode == "RGBA" else 255
+    return "opaque" if lowest == 255 else "transparent"

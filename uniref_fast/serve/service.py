@@ -24,7 +24,7 @@ from uniref_fast.serve.config import ServeConfig
 from uniref_fast.serve.errors import NO_RETRY, ApiError
 from uniref_fast.serve.fields import EditCall
 from uniref_fast.serve.metrics import Metrics
-from uniref_fast.serve.pictures import check_pictures, data_url, decode, encode
+from uniref_fast.serve.pictures import background_of, check_pictures, data_url, decode, encode
 from uniref_fast.serve.remote import fetch
 
 __all__ = ["Batch", "EditService", "OneEdit"]
@@ -66,6 +66,7 @@ class OneEdit:
         progress: Latest progress; None before the first step.
         started: When it was submitted, in seconds of `time.monotonic`.
         ended: When its future ended, likewise.
+        background: "transparent" if its latest image has pixels that are not opaque, otherwise "opaque".
     """
 
     index: int
@@ -75,6 +76,12 @@ class OneEdit:
     progress: EditProgress | None = None
     started: float = field(default_factory=time.monotonic)
     ended: float = 0.0
+    background: str = "opaque"
+
+    @property
+    def steps(self) -> int:
+        """Number of its denoising steps; before the first one the number that was asked for."""
+        return self.progress.num_inference_steps if self.progress else self.request.num_inference_steps
 
     @property
     def waited(self) -> float:
@@ -275,12 +282,13 @@ class EditService:
 
     def _follow(self, edit: OneEdit, batch: Batch, loop: asyncio.AbstractEventLoop) -> Callable[[EditProgress], None]:
         """Return the function that the engine calls after each step of an edit."""
-        total, partial = batch.call.steps, batch.call.partial_images
-        shown = {total * number // (partial + 1) for number in range(1, partial + 1)} - {0, total}
+        partial = batch.call.partial_images
 
         def follow(progress: EditProgress) -> None:
             edit.progress = progress
             if batch.call.stream:
+                total = edit.steps  # a model may have its own number
+                shown = {total * number // (partial + 1) for number in range(1, partial + 1)} - {0, total}
                 preview = progress.preview() if progress.steps in shown else None
                 _put(batch, loop, (edit, progress.steps, preview))
 
@@ -319,16 +327,20 @@ class EditService:
 
     async def image(self, edit: OneEdit, image: Image.Image, call: EditCall) -> dict[str, Any]:
         """Return the entry of an image in a response."""
-        content = await asyncio.to_thread(encode, image, call.output_format, call.output_compression)
         return {
-            "b64_json": content,
+            "b64_json": await self._encoded(edit, image, call),
             "seed": edit.request.seed,
             "seconds_waited": round(edit.waited, 4),
             "seconds_run": round(edit.ran, 4),
         }
 
+    async def _encoded(self, edit: OneEdit, image: Image.Image, call: EditCall) -> str:
+        """Return an image of an edit as a file in base64, and record its background."""
+        edit.background = await asyncio.to_thread(background_of, image, call.output_format)
+        return await asyncio.to_thread(encode, image, call.output_format, call.output_compression)
+
     def describe(self, batch: Batch, edits: Sequence[OneEdit]) -> dict[str, Any]:
-        """Return the entries that a response and an event share."""
+        """Return the entries that a response and an event share, after the images are encoded."""
         usages = [edit.usage() for edit in edits]
         total: dict[str, Any] = {
             name: sum(usage[name] for usage in usages) for name in ("input_tokens", "output_tokens", "total_tokens")
@@ -338,10 +350,10 @@ class EditService:
             for name in ("text_tokens", "image_tokens")
         }
         found = {
-            "background": "opaque",
+            "background": max(edit.background for edit in edits),  # transparent if one of them is
             "output_format": batch.call.output_format,
             "size": "x".join(map(str, edits[0].size)),
-            "steps": batch.call.steps,
+            "steps": edits[0].steps,
             "usage": total,
         }
         if batch.call.safety_identifier:
@@ -401,13 +413,12 @@ class EditService:
                 if steps is None:
                     left -= 1
                     (done,) = await self._gathered([asyncio.wrap_future(edit.future)], batch)
-                    body = self.describe(batch, [edit]) | await self.image(edit, done, batch.call)
-                    yield self._event("completed", edit, batch) | body
+                    body = await self.image(edit, done, batch.call)
+                    yield self._event("completed", edit, batch) | self.describe(batch, [edit]) | body
                     continue
                 yield self._event("progress", edit, batch) | {"step": steps}
                 if preview is not None:
-                    call = batch.call
-                    content = await asyncio.to_thread(encode, preview, call.output_format, call.output_compression)
+                    content = await self._encoded(edit, preview, batch.call)
                     yield self._event("partial_image", edit, batch) | {
                         "b64_json": content, "partial_image_index": partials[edit], "step": steps,
                     }  # fmt: skip
@@ -422,9 +433,9 @@ class EditService:
             "image_index": edit.index,
             "size": "x".join(map(str, edit.size)),
             "quality": "auto",
-            "background": "opaque",
+            "background": edit.background,
             "output_format": batch.call.output_format,
-            "steps": batch.call.steps,
+            "steps": edit.steps,
         }
 
     # ---- description ----
