@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from serving import StubEngine, client_of, opened, picture
+from starlette.datastructures import UploadFile
 
 import uniref_fast
 from uniref_fast import EditRequest
@@ -563,6 +564,62 @@ def test_errors_of_edits(stub):
     refused(memory, 503, "out_of_memory")
     refused(internal, 500, "internal_error")
     assert all("details" not in response.text for response in (failed, memory, internal))
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_an_engine_that_is_closed_while_a_client_waits(stub, stream):
+    async def work():
+        async with client_of(stub) as client:
+            task = asyncio.ensure_future(post(client, n=2, stream=stream))
+            await until(lambda: len(stub.jobs) == 2)
+            for job in stub.jobs:
+                job[2].cancel()
+            return await task
+
+    response = run(work())
+    if stream == "false":
+        refused(response, 503, "shutting_down")
+    else:
+        error = events(response.text)[-1][1]["error"]
+        assert (error["code"], error["status"]) == ("shutting_down", 503)
+
+
+def test_finished_edits_keep_no_tensors(stub):
+    async def work():
+        service, batch = client_of(stub).service, services.Batch(EditCall("x", (b"",)))
+        await service.submit(batch, [])
+        stub.step(0, 1)
+        return batch.edits[0].progress
+
+    progress = run(work())
+    assert progress.waited == 0.5 and progress.preview() is None
+
+
+def test_errors_of_any_text_and_route(stub):
+    async def work():
+        async with client_of(stub, origins=("https://ok.example",)) as client:
+            surrogate = await client.post(PATH, content=b'{"\\ud800": 1}', headers={"content-type": "application/json"})
+            headers = {"origin": "https://ok.example", "host": "["}
+            return surrogate, await client.get(PATH), await client.get("/nothing", headers=headers)
+
+    surrogate, method, missing = run(work())
+    refused(surrogate, 400, "unknown_parameter", "\ud800")
+    refused(method, 405, "method_not_allowed")
+    assert method.headers["allow"] == "POST"
+    assert "GET /nothing" in refused(missing, 404, "not_found")
+    assert "retry-after" in missing.headers["access-control-expose-headers"].lower()
+
+
+def test_files_of_a_refused_form_are_closed(stub, monkeypatch):
+    closed = []
+    monkeypatch.setattr(UploadFile, "close", lambda file: asyncio.sleep(0, closed.append(file.filename)))
+
+    async def work():
+        async with client_of(stub) as client:
+            return await post(client, [("image", ("a.png", picture())), ("prompt2", ("b.png", picture()))])
+
+    refused(run(work()), 400, "invalid_value", "prompt2")
+    assert closed == ["a.png", "b.png"]
 
 
 def test_a_stopping_server_finishes_and_refuses(stub):

@@ -109,6 +109,7 @@ def test_images_of_forms_and_of_json():
         ([("image", "/etc/passwd")], "invalid_image", "image"),
         ([("image", "file:///etc/passwd")], "invalid_image", "image"),
         ([("images", [{"file_id": "file-1"}])], "invalid_image", "image"),
+        ([("images", [[b"1"]])], "invalid_image", "image"),
         ([("image", b"2"), ("image", b"3")], "too_many_images", "image"),
     ],
 )

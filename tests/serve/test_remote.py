@@ -127,6 +127,27 @@ def test_one_request_is_limited_and_carries_nothing_of_ours(monkeypatch):
     refused("https://images.example/a", "image_url_failed")
 
 
+def test_a_response_that_closes_its_connection(monkeypatch):
+    """Newer versions of Python close it when the content is complete."""
+    answer = Connection(b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\nconnection: close\r\n\r\n" + bytes(500))
+    read, closed = http.client.HTTPResponse.read1, []
+
+    def read1(self, most=-1):
+        content = read(self, most) if not self.isclosed() else b""
+        if not self.length and not closed:
+            self._close_conn()
+            closed.append(True)
+        return content
+
+    def settimeout(seconds):
+        assert not closed
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", read1)
+    monkeypatch.setattr(answer, "settimeout", settimeout)
+    monkeypatch.setattr(remote, "_connect", lambda host, end: answer)
+    assert remote.fetch("https://images.example/a", HOSTS, 1000) == bytes(500) and closed
+
+
 def test_the_connection_goes_to_the_checked_address(monkeypatch):
     """A second answer of the name server could be a private address."""
     answers, connected = [PUBLIC, "127.0.0.1"], []

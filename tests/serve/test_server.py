@@ -266,6 +266,9 @@ def unloaded(monkeypatch):
         (["--port", "65536"], "--port: must be a whole number from 0 to 65535"),
         (["--max-waiting", "0"], "--max-waiting: must be a whole number from 1"),
         (["--deadline", "nan"], "--deadline: must be a number of seconds above 0"),
+        (["--allow-origin", "example.com"], "--allow-origin: must be a scheme and a host"),
+        (["--allow-origin", "https://example.com/"], "--allow-origin: must be a scheme and a host"),
+        (["--allow-origin", "*"], "--allow-origin: must be a scheme and a host"),
         (["--host", "no.such.host.invalid"], "cannot listen on --host no.such.host.invalid"),
         (["--keep-references", "often"], "keep_references is true, false, auto or a number"),
         (["--drift", "0.1"], "--drift is the tolerance of --keep-references auto"),
@@ -285,6 +288,35 @@ def test_wrong_arguments_fail_before_the_model_is_loaded(unloaded, capsys, flags
     except SystemExit as end:
         status = end.code
     assert status == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "address", "expected"),
+    [
+        ([], None, "127.0.0.2", (*command.LOOPBACK, "127.0.0.2")),
+        (["Edits.Example"], None, "::1", (*command.LOOPBACK, "::1", "edits.example")),
+        (["edits.example"], "secret", "10.0.0.1", (*command.LOOPBACK, "10.0.0.1", "edits.example")),
+        (["edits.example"], None, "0.0.0.0", (*command.LOOPBACK, "0.0.0.0", "edits.example")),
+        ([], "secret", "127.0.0.1", ()),
+        ([], None, "0.0.0.0", ()),
+    ],
+)
+def test_names_of_the_host_that_are_accepted(given, key, address, expected):
+    assert command._hosts(given, key, address) == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "LOCALHOST", "127.1"])
+def test_the_address_of_the_socket_decides_about_names_of_the_host(monkeypatch, host):
+    addresses = []
+
+    def build(args, key, address):
+        addresses.append(address)
+        raise ValueError("enough")
+
+    monkeypatch.delenv("UNIREF_API_KEY", raising=False)
+    monkeypatch.setattr(command, "build_service", build)
+    assert cli.main(["serve", "--port", "0", "--host", host]) == 2
+    assert addresses[0].startswith("127.0.0.") or addresses == ["::1"]
 
 
 def test_a_port_in_use_and_a_wrong_key_fail_before_the_model_is_loaded(unloaded, capsys, monkeypatch):

@@ -46,7 +46,11 @@ def create_app(service: EditService) -> FastAPI:
     app.add_exception_handler(Exception, _on_error)
     if service.config.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=service.config.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=service.config.origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["retry-after", "x-should-retry"],
         )
     return app
 
@@ -217,14 +221,16 @@ async def _form(request: Request) -> list[tuple[str, Any]]:
     except HTTPException as error:  # of a form that cannot be read
         raise ApiError(400, "invalid_multipart", f"the form cannot be read: {error.detail}") from error
     pairs: list[tuple[str, Any]] = []
-    for name, value in form.multi_items():
-        if not isinstance(value, UploadFile):
-            pairs.append((name, value))
-            continue
-        if name not in ("image", "image[]", "mask", "markup"):
-            raise ApiError(400, "invalid_value", f"{name[:100]!r} must be a text, got a file", name[:100])
-        pairs.append((name, await value.read()))
-    await form.close()
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                pairs.append((name, value))
+                continue
+            if name not in ("image", "image[]", "mask", "markup"):
+                raise ApiError(400, "invalid_value", f"{name[:100]!r} must be a text, got a file", name[:100])
+            pairs.append((name, await value.read()))
+    finally:
+        await form.close()
     return pairs
 
 
@@ -266,10 +272,15 @@ class _EventStream(StreamingResponse):
                 yield ": waiting\n\n" if event is None else _line(event["type"], event)
         except ApiError as error:
             self._service.metrics.responses.labels("stream", error.code).inc()
-            yield _line("error", {"type": "error", **error_body(error)})
+            yield _error_line(error)
         except Exception as error:
             log.error("a stream has failed", exc_info=error)
-            yield _line("error", {"type": "error", **error_body(_internal_error())})
+            yield _error_line(_internal_error())
+
+
+def _error_line(error: ApiError) -> str:
+    """Return the event of an error, with the status that a response would have."""
+    return _line("error", {"type": "error", "error": error_body(error)["error"] | {"status": error.status}})
 
 
 def _line(name: str, data: dict[str, Any]) -> str:
@@ -313,7 +324,8 @@ def _url(text: str) -> SplitResult:
 
 
 def _error_response(error: ApiError) -> Response:
-    return JSONResponse(error_body(error), error.status, error.headers)
+    content = json.dumps(error_body(error))  # ASCII, because texts of a client may have half of a surrogate pair
+    return Response(content, error.status, error.headers, "application/json")
 
 
 async def _on_api_error(request: Request, error: ApiError) -> Response:
@@ -322,8 +334,9 @@ async def _on_api_error(request: Request, error: ApiError) -> Response:
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
     codes = {404: "not_found", 405: "method_not_allowed"}
-    message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-    return _error_response(ApiError(error.status_code, codes.get(error.status_code, "invalid_request"), message))
+    message = f"{request.method} {request.scope['path'][:100]}: {error.detail}"  # its URL may have a wrong host
+    code = codes.get(error.status_code, "invalid_request")
+    return _error_response(ApiError(error.status_code, code, message, headers=error.headers))
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

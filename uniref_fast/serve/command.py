@@ -40,9 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Further name that requests may give as their model; repeat the flag for more. (default: only --model)",
     )
     add("--allow-host", action="append", default=[], metavar="NAME",
-        help="Further value of the header Host to accept; repeat the flag for more. Without a key, a server on a "
-        "loopback address answers to loopback names only.")  # fmt: skip
-    add("--allow-origin", action="append", default=[], metavar="ORIGIN",
+        help="Further value of the header Host to accept beside loopback names; repeat the flag for more. (default: "
+        "loopback names only for a server on a loopback address without a key; all names otherwise)")  # fmt: skip
+    add("--allow-origin", type=_origin, action="append", default=[], metavar="ORIGIN",
         help="Origin of other web pages that may use the server, such as https://example.com; repeat the flag for "
         "more.")  # fmt: skip
     add("--allow-image-host", action="append", default=[], metavar="NAME",
@@ -84,6 +84,15 @@ def _whole(least: int, most: int = 2**53) -> Any:
     return parse
 
 
+def _origin(text: str) -> str:
+    found = re.fullmatch(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?", text.lower())
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"must be a scheme and a host, such as https://example.com or http://localhost:3000, got {text!r}"
+        )
+    return found[0]
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -101,12 +110,12 @@ def run(args: argparse.Namespace) -> int:
     key = _key()
     listener = _listen(args.host, args.port)
     with contextlib.closing(listener):
-        service = build_service(args, key)
+        host, port = listener.getsockname()[:2]
+        service = build_service(args, key, host)
 
         from uniref_fast.serve.server import Server
 
         server = Server(service)
-        host, port = listener.getsockname()[:2]
         announce(f"serving {args.model} on http://{f'[{host}]' if ':' in host else host}:{port}")
         if key is None and not ipaddress.ip_address(host).is_loopback:
             announce(f"anyone who reaches {host} can use this server: set {KEY} to ask for a key")
@@ -139,12 +148,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def build_service(args: argparse.Namespace, key: str | None) -> EditService:
+def build_service(args: argparse.Namespace, key: str | None, address: str = "127.0.0.1") -> EditService:
     """Load the model and start its engine.
 
     Args:
         args: Flags of the command.
         key: Key that requests must send, or None.
+        address: IP address on which the server listens.
     """
     limit_cached_products()
     announce_import("PyTorch", "torch")
@@ -188,11 +198,10 @@ def build_service(args: argparse.Namespace, key: str | None) -> EditService:
     limits = Limits(
         args.max_bytes, args.max_images, args.max_pixels, args.max_result_pixels, args.max_steps, seconds=args.deadline
     )
-    hosts = (*LOOPBACK, *args.allow_host) if key is None and _is_loopback(args.host) else ()
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     config = ServeConfig(
         name, tuple(args.model_name), min(steps, limits.steps), guidance, tuple(loras), active, limits, api_key=key,
-        hosts=hosts, origins=tuple(args.allow_origin),
+        hosts=_hosts(args.allow_host, key, address), origins=tuple(args.allow_origin),
         image_hosts=tuple(name.lower() for name in args.allow_image_host),
     )  # fmt: skip
     return EditService(engine, config)
@@ -235,7 +244,8 @@ def _load(
     return pipe, active
 
 
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
+def _hosts(given: Sequence[str], key: str | None, address: str) -> tuple[str, ...]:
+    """Return the values of the header Host to accept; none if all are accepted."""
+    if not given and (key is not None or not ipaddress.ip_address(address).is_loopback):
+        return ()
+    return (*LOOPBACK, address, *(name.lower() for name in given))

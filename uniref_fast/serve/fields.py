@@ -177,7 +177,7 @@ def _collect(pairs: Iterable[tuple[str, Any]]) -> tuple[list[bytes | str], list[
 def _images(value: Any) -> list[bytes | str]:
     """Return the pictures of a value: uploaded bytes, a URL, an object {"image_url": URL}, or a list of these."""
     if isinstance(value, list):
-        return [image for each in value for image in _images(each)]
+        return [image for each in value for image in _images(None if isinstance(each, list) else each)]
     if isinstance(value, Mapping) and set(value) == {"image_url"}:
         value = value["image_url"]
     if isinstance(value, bytes) or (isinstance(value, str) and re.match(r"(https?|data):", value, re.I)):

@@ -88,13 +88,15 @@ def _get(parts: SplitResult, end: float, most: int) -> tuple[int, str | None, by
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"accept": "image/*", "accept-encoding": "identity"})
         response = connection.getresponse()
-        content = b""
+        chunks, size = [], 0
         while response.status == 200 and (chunk := response.read1(1 << 16)):
-            content += chunk
-            if len(content) > most:
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > most:
                 raise _failed(f"the picture of {host} has more than {most:,} bytes")
-            plain.settimeout(_left(end))
-        return response.status, response.getheader("location"), content
+            if not response.isclosed():  # the end of the content may close the connection
+                plain.settimeout(_left(end))
+        return response.status, response.getheader("location"), b"".join(chunks)
     finally:
         connection.close()
 

@@ -285,7 +285,7 @@ class EditService:
         partial = batch.call.partial_images
 
         def follow(progress: EditProgress) -> None:
-            edit.progress = progress
+            edit.progress = replace(progress, _preview=_no_preview)  # which would keep the tensors of the edit
             if batch.call.stream:
                 total = edit.steps  # a model may have its own number
                 shown = {total * number // (partial + 1) for number in range(1, partial + 1)} - {0, total}
@@ -317,13 +317,16 @@ class EditService:
 
     async def _gathered(self, futures: Sequence[asyncio.Future[Any]], batch: Batch) -> list[Any]:
         try:
-            return await asyncio.gather(*futures)
+            done, _ = await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
         except asyncio.CancelledError:
             batch.cancel()
             raise
-        except Exception as error:
-            batch.cancel()
-            raise self.failure(error) from error
+        for future in done:
+            closed = EngineClosedError("the engine was closed") if future.cancelled() else None  # it cancels its edits
+            if error := closed or future.exception():
+                batch.cancel()
+                raise self.failure(error) from error
+        return [future.result() for future in futures]
 
     async def image(self, edit: OneEdit, image: Image.Image, call: EditCall) -> dict[str, Any]:
         """Return the entry of an image in a response."""
@@ -458,6 +461,10 @@ class EditService:
             for name in names
         ]
         return {"object": "list", "data": data}
+
+
+def _no_preview() -> None:
+    """Return nothing: a preview is possible in the thread of the engine only."""
 
 
 def _put(batch: Batch, loop: asyncio.AbstractEventLoop, event: tuple[OneEdit, int | None, Image.Image | None]) -> None:
