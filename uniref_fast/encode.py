@@ -118,8 +118,8 @@ def encoded_prompt(
         cast: Cast `embeds` to the dtype of the transformer.
 
     Returns:
-        Embeddings `[n, joint_attention_dim]` without the padding at their end, and n or, if some of the rows are
-        masked, their (length, valid) runs.
+        Embeddings `[n, joint_attention_dim]` without the padding at their end (Qwen-Image-2.1 keeps it in `embeds`),
+        and n or, if some of the rows are masked, their (length, valid) runs.
     """
     return family_of(pipe).encode_prompt(pipe, prompt, images, sizes, embeds, mask, device, cast)
 
@@ -182,7 +182,7 @@ def request_texts(pipe: Any, request: EditRequest, sizes: Geometry) -> list[Text
     return [
         family.prompt_text(pipe, text or "", sizes.condition_sizes)
         if embeds is None
-        else text_runs(embeds.shape[-2], mask)
+        else family.given_text(embeds.shape[-2], mask)
         for text, embeds, mask in request.texts
     ]
 

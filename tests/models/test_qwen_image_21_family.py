@@ -182,6 +182,20 @@ def test_embeddings_of_a_prompt_without_references(pipe):
     assert torch.equal(edit(pipe, [given])[0], edit(pipe, [request])[0])
 
 
+@pytest.mark.parametrize("masked", [slice(7, 12), slice(2, 5)])
+def test_masked_embeddings_equal_the_pipeline(pipe, masked):
+    """Padding at the end is not seen, but the target is placed after it."""
+    embeds = torch.randn(12, pipe.transformer.config.context_in_dim, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(12, dtype=torch.bool)
+    mask[masked] = False
+    request = EditRequest(
+        prompt_embeds=embeds, prompt_embeds_mask=mask, seed=1, height=32, width=64, num_inference_steps=2
+    )
+    expected = stock(pipe, request, prompt_embeds=embeds[None], prompt_embeds_mask=mask[None])
+    assert max_relative_error(edit(pipe, [request])[0][0], expected) < ROUNDING
+    assert uniref_fast.estimate(pipe, [request]).tokens["text"] == 12
+
+
 def test_refusals(pipe, monkeypatch):
     embeds = torch.zeros(4, pipe.transformer.config.context_in_dim)
     with pytest.raises(ValueError, match="request 1: embeddings of a prompt do not record where its references are"):

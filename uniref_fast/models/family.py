@@ -232,6 +232,17 @@ class Family:
         """Encode a prompt, or pass given embeddings through the pipeline (`uniref_fast.encode.encoded_prompt`)."""
         raise NotImplementedError
 
+    def given_text(self, length: int, mask: Tensor | None) -> Text:
+        """Return the text of `encode_prompt` for given embeddings.
+
+        Args:
+            length: Number of rows of the embeddings.
+            mask: Valid rows, `[length]` or `[1, length]`; None for all.
+        """
+        from uniref_fast.encode import text_runs
+
+        return text_runs(length, mask)
+
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         """Encode an image to normalised latents, `[tokens, channels]` (`uniref_fast.encode.image_latents`)."""
         raise NotImplementedError

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.encode import text_runs, to_rgba
+from uniref_fast.encode import to_rgba
 from uniref_fast.layout import REFERENCE_PLACE, Sample, SelfLayout
 from uniref_fast.models.family import Family, Replaced, Text
 from uniref_fast.models.kept_references import kept_step
@@ -183,10 +183,15 @@ class QwenImage21(Family):
             prompt_embeds_mask=mask,
         )  # fmt: skip
         if resized is None:
-            text = text_runs(embeds.shape[1], mask)
-            return embeds[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+            return embeds[0], self.given_text(embeds.shape[1], mask)
         assert mask is None, "a single prompt has no padding"
         return embeds[0][~slots[0]], _text_of(slots[0].tolist(), [_slots(size) for size in sizes])
+
+    def given_text(self, length: int, mask: Tensor | None) -> Text:
+        """Keep padding at the end too: it moves the rotary position of the target, which comes after it."""
+        runs = [] if mask is None else itertools.groupby(mask.reshape(-1).bool().tolist())
+        found = tuple((len([*group]), valid) for valid, group in runs)
+        return length if all(valid for _, valid in found) else found
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         width, height = size
