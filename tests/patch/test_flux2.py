@@ -237,6 +237,12 @@ def test_refusals(make_flux2):
     with pytest.raises(ValueError, match="8 bits"):
         uniref_fast.patch(model, mode="fast")
     pipe = flux2.pipeline(model)
+    stock = model.attn_processors
+    for block in model.transformer_blocks:
+        block.attn.processor = lambda *args, **options: None  # without the settings of diffusers' own
+    with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn has its own processor function"):
+        uniref_fast.edit(pipe, [{"prompt": "x"}])
+    model.set_attn_processor(stock)
     model.single_transformer_blocks[1].attn.processor._attention_backend = "flash"
     with pytest.raises(ValueError, match=r"single_transformer_blocks\.1\.attn is set to attention backend 'flash'"):
         uniref_fast.edit(pipe, [{"prompt": "x"}])

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from uniref_fast import ops
 from uniref_fast.layout import Kind, Segment, SelfLayout
@@ -26,9 +25,9 @@ from uniref_fast.patch.families import FamilyPatch, Place
 from uniref_fast.patch.guards import (
     changed_norm,
     changed_qk_norm,
-    is_from,
     is_plain,
     norm_change,
+    replaced_attention,
     stock_forward,
     unlike,
 )
@@ -44,7 +43,7 @@ from uniref_fast.patch.processors import (
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState, batch_rows
-from uniref_fast.patch.stock import found_modules, is_own_method
+from uniref_fast.patch.stock import found_modules, processor_changes
 from uniref_fast.visibility import Rule, block_causal, plan, target_plan
 
 __all__ = ["PATCH"]
@@ -349,21 +348,10 @@ def attention_change() -> str | None:
     """Describe a replaced function that the attention of diffusers calls by name; None if none is replaced."""
     from diffusers.models import attention_dispatch
 
-    stock: Any = _stock()
-    if F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention:
-        return "torch.nn.functional.scaled_dot_product_attention was replaced"
-    homes = {"dispatch_attention_fn": attention_dispatch}
-    for name in (
-        "dispatch_attention_fn",
-        "apply_rotary_emb_qwen",
-        "_qwenimage21_prepare_qkv",
-        "_select_modulation_rows",
-    ):
-        if not is_from(getattr(stock, name), homes.get(name, stock)):
-            return f"{stock.__name__}.{name} was replaced"
-    if not is_from(stock.QwenImage21AttnProcessor.__call__, stock):
-        return "QwenImage21AttnProcessor.__call__ was replaced"
-    return None
+    stock = _stock()
+    names = ("apply_rotary_emb_qwen", "_qwenimage21_prepare_qkv", "_select_modulation_rows")
+    homes = {"dispatch_attention_fn": attention_dispatch} | dict.fromkeys(names, stock)
+    return replaced_attention(stock, homes, ("QwenImage21AttnProcessor",))
 
 
 def changes(transformer: Any) -> Iterator[str]:
@@ -373,6 +361,7 @@ def changes(transformer: Any) -> Iterator[str]:
     if not len(transformer.transformer_blocks):
         yield "transformer_blocks is empty"
     rope, axes = transformer.pos_embed, tuple(transformer.config.axes_dims_rope)
+    kinds = _stock().QwenImage21AttnProcessor, _stock().QwenImage21FlexAttnProcessor
     if type(rope).__name__ == "QwenImage21Rope" and not all(
         not ours.is_meta and torch.equal(ours.cpu(), theirs)
         for ours, theirs in zip(rope.freqs, _rotary_tables(axes), strict=True)
@@ -383,30 +372,13 @@ def changes(transformer: Any) -> Iterator[str]:
             qk_norm_eps(attn)
         except ValueError as error:
             yield f"{name}: {error}"
-        yield from _processor_changes(name, attn.processor)
+        yield from processor_changes(name, attn.processor, kinds)
 
 
 @functools.lru_cache(maxsize=4)
 def _rotary_tables(axes: tuple[int, ...]) -> list[Tensor]:
     with torch.device("cpu"), torch.inference_mode(False):
         return _stock().QwenImage21Rope(theta=10000, axes_dim=list(axes)).freqs
-
-
-def _processor_changes(where: str, processor: Any) -> Iterator[str]:
-    kinds = _stock()
-    stock = processor.stock if isinstance(processor, PatchedAttention21) else processor
-    if type(stock) not in (kinds.QwenImage21AttnProcessor, kinds.QwenImage21FlexAttnProcessor):
-        yield f"{where} has its own processor {type(stock).__name__}"
-        return
-    if not is_own_method(stock, "__call__"):
-        yield f"{type(stock).__name__}.__call__ was replaced by code that is not diffusers' own"
-        return
-    if processor._parallel_config is not None:
-        yield f"{where} is set to context parallelism, which splits a sequence over ranks"
-    backend = getattr(processor._attention_backend, "value", processor._attention_backend)
-    if backend not in (None, "native"):
-        advice = "transformer.reset_attention_backend() undoes it"
-        yield f"{where} is set to attention backend {backend!r}, and a packed forward chooses its own (impl=); {advice}"
 
 
 def _stock() -> Any:

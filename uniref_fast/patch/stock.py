@@ -226,7 +226,8 @@ def processor_changes(where: str, processor: Any, kinds: tuple[Any, ...]) -> Ite
     stock = getattr(processor, "stock", processor)  # of a patched place
     if type(stock) not in kinds:
         yield f"{where} has its own processor {type(stock).__name__}"
-    elif not is_own_method(stock, "__call__"):
+        return
+    if not is_own_method(stock, "__call__"):
         yield f"{type(stock).__name__}.__call__ was replaced by code that is not diffusers' own"
         return
     if processor._parallel_config is not None:
