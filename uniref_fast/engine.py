@@ -553,10 +553,10 @@ def tokens_in_memory(model: PackedModel, free: int, *, kept: bool = False) -> in
         kept: Keys and values of references are kept over steps; any token may be one of a reference.
     """
     side = 64
-    sample = Sample(1, (1, side, side))
+    config = model.transformer.config
+    sample = Sample(1, (1, side, side), guidance=1.0 if getattr(config, "guidance_embeds", False) else None)
     bytes_each = transformer_peak(model.transformer, model.layout([sample])) / sample.length
     if kept:
-        config = model.transformer.config
         width = config.num_attention_heads * config.attention_head_dim
         blocks = config.num_layers + getattr(config, "num_single_layers", 0)
         bytes_each += 2 * blocks * width * compute_dtype(model.transformer).itemsize

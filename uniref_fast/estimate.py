@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -362,5 +362,6 @@ def _geometries(
             raise ValueError(f"request {i}: give images or image_sizes, not both")
         for j, size in enumerate(sizes, start=1):
             check_size(size, f"request {i}: image {j}")
-        geometries.append(geometry(pipe, sizes, width=request.width, height=request.height, budget=budget))
+        found = geometry(pipe, sizes, width=request.width, height=request.height, budget=budget)
+        geometries.append(replace(found, guidance=family_of(pipe).embedded_guidance(pipe, request)))
     return geometries

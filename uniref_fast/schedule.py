@@ -25,6 +25,7 @@ def denoising_schedule(
     device: torch.device | str,
     sigmas: Sequence[float] | None = None,
     mu: float | None = None,
+    own_sigmas: bool = False,
 ) -> Any:
     """Return a copy of a scheduler, its state included, with its timesteps set as the pipeline sets them.
 
@@ -35,13 +36,14 @@ def denoising_schedule(
         device: Device of the timesteps.
         sigmas: Noise levels of the steps before the shift; None spaces them evenly.
         mu: Logarithm of the dynamic shift; None computes it from the scheduler's configuration.
+        own_sigmas: Let the scheduler choose its noise levels by the number of steps.
 
     Raises:
         ValueError: If the scheduler does not accept the pipeline's `sigmas`.
     """
     scheduler = copy.deepcopy(scheduler)
     # an array, as the pipeline passes, whatever the annotation says
-    levels: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas
+    levels: Any = np.linspace(1.0, 1 / steps, steps) if sigmas is None and not own_sigmas else sigmas
     mu = _mu(scheduler.config, tokens) if mu is None else mu
     _stock().retrieve_timesteps(scheduler, steps, device, sigmas=levels, mu=mu)
     scheduler.set_begin_index(0)

@@ -178,7 +178,9 @@ def test_references_are_not_moved(make_flux2, kind):
     model = make_flux2(kind)
     grids = SIZES[:4]
     run = PackedFlux2(model)
-    layout = run.layout([Sample(7, *split(grids)), Sample(2, *split(grids[1:]))])
+    scales = [2.0, 3.0] if kind == "dev" else [None, None]
+    samples = Sample(7, *split(grids), guidance=scales[0]), Sample(2, *split(grids[1:]), guidance=scales[1])
+    layout = run.layout(samples)
     first, second = inputs(model, grids), inputs(model, grids[1:], 2)
     image = torch.cat([first[0][0], second[0][0]])
     before = image.clone()
@@ -267,7 +269,7 @@ def test_fused_projections_are_called(make_flux2):
 
 @pytest.mark.parametrize("kind", ["dev", "dev-kv"])
 def test_guidance_embedding(make_flux2, kind):
-    """Every sample has its own scale, its clean references too; None adds no embedding, as in diffusers."""
+    """Every sample has its own scale, its clean references too."""
     model, grids = make_flux2(kind), SIZES[:2]
     image, text, t, scale = inputs(model, grids)
     sample = Sample(7, *split(grids))
@@ -275,8 +277,43 @@ def test_guidance_embedding(make_flux2, kind):
     for out, own in zip(outs, (scale, scale + 3), strict=True):
         assert max_relative_error(out, stock(model, grids, image, text, t, own)) < RELATIVE
     assert max_relative_error(outs[0], outs[1]) > 100 * ROUNDING
-    (without,) = packed(model, [sample], [image], [text], [t], [None])
-    assert max_relative_error(without, stock(model, grids, image, text, t, None)) < RELATIVE
+    with pytest.raises(ValueError, match="the samples have no guidance scales"):
+        packed(model, [sample], [image], [text], [t], [None])
+
+
+def test_text_is_embedded_once_for_all_steps(make_flux2):
+    model = make_flux2("klein")
+    run = PackedFlux2(model)
+    constants = run.step_constants()
+    with torch.no_grad():
+        for arguments in steps(model, run, KV_SAMPLES, 3):
+            assert torch.equal(run(*arguments, None, constants), run(*arguments))
+    assert constants.computed == 1
+
+
+def test_rows_of_every_module(make_flux2):
+    """The kind of rows by name is that of the stream that a module gets, fused projections included."""
+    model, found = make_flux2("klein"), {}
+
+    def record(name, rows):
+        found[name] = rows
+
+    image, text, t, _ = inputs(model, SIZES[:2])
+    layout = (run := PackedFlux2(model)).layout([Sample(7, *split(SIZES[:2]))])
+    rows = {"image": layout.image_length, "text": layout.text_length, "joint": layout.joint_length, "table": 1}
+    model.fuse_qkv_projections()
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(lambda _, args, out, name=name: record(name, len(args[0])))
+        run(image[0], text[0], t, layout)
+        for name, count in found.items():
+            kind = next(kind for part, kind in run.row_kinds if part in name)
+            if "proj_out" not in name and "blocks.2" not in name:  # of the target alone
+                assert count == rows[kind], name
+        assert found["transformer_blocks.0.attn.to_added_qkv"] == 7
+    finally:
+        model.unfuse_qkv_projections()
 
 
 def test_refusals(make_flux2):

@@ -193,7 +193,7 @@ def test_the_engine_plans_memory_for_kept_references(pipes, monkeypatch):
     monkeypatch.setattr(engine, "EditSession", OnGpu)
     monkeypatch.setattr(engine, "_free_bytes", lambda session: free)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    for kind in ("klein", "klein-kv"):
+    for kind in KINDS:
         with Engine(pipes[kind]) as running:
             model = running._session.model
             for kept in (False, True):
@@ -225,6 +225,55 @@ def test_models_that_cannot_run(make_flux2, pipes):
     pipe.transformer.register_to_config(joint_attention_dim=128)
     with pytest.raises(ValueError, match="joint_attention_dim = 128, but its text encoder gives 96"):
         edit(pipe, requests("klein")[:1])
+
+
+def test_a_transformer_that_another_kind_of_pipeline_has_changed(make_flux2):
+    """A klein-KV pipeline replaces the attention processors of the transformer that it shares."""
+    klein = flux2.pipeline(make_flux2("klein"), "klein")
+    own = klein.transformer.attn_processors
+    kv = flux2.pipeline(klein.transformer, "klein-kv")
+    for call in (edit, estimate):
+        with pytest.raises(ValueError, match="the attention processor Flux2KVAttnProcessor, which is that of another"):
+            call(klein, requests("klein")[:1])
+    assert estimate(kv, requests("klein-kv")[:1])
+    klein.transformer.set_attn_processor(own)
+    assert estimate(klein, requests("klein")[:1])
+    with pytest.raises(ValueError, match=r"set the attention processors Flux2KVAttnProcessor \(blocks with two"):
+        edit(kv, requests("klein-kv")[:1])
+
+
+def test_schedulers_that_choose_their_noise_levels(make_flux2):
+    from diffusers import UniPCMultistepScheduler
+
+    pipe, request = flux2.pipeline(make_flux2("klein"), "klein"), requests("klein")[1]
+    pipe.scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        use_dynamic_shifting=True,
+        time_shift_type="exponential",
+    )
+    (result,) = edit(pipe, [request], output_type="pt", progress=False)
+    assert max_relative_error(result, stock(pipe, request)) < RELATIVE
+
+
+def test_decoding_rounds_as_the_pipeline(make_flux2, monkeypatch):
+    """The square root of the variance is taken in the dtype of the VAE, and rounded to that of the latents."""
+    pipe = flux2.pipeline(make_flux2("klein"), "klein")
+    seen, vae = [], pipe.vae
+    monkeypatch.setattr(vae, "decode", lambda latents, return_dict: seen.append(latents) or [latents[:, :3]])
+    latents = torch.randn(1, 24, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    family_of(pipe).decode(pipe, latents, (96, 64), "pt")
+    std = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).bfloat16()
+    image = latents.transpose(1, 2).unflatten(2, (4, 6)) * std + vae.bn.running_mean.view(1, -1, 1, 1).bfloat16()
+    assert torch.equal(seen[0], pipe._unpatchify_latents(image).to(vae.dtype))
+
+
+def test_estimate_with_sizes_of_images(pipes):
+    """The guidance scale of dev is embedded there too."""
+    request = requests("dev")[3]
+    sizes = [[image.size for image in request.images]]
+    found = estimate(pipes["dev"], [dataclasses.replace(request, images=[])], image_sizes=sizes)
+    assert found.stages == estimate(pipes["dev"], [request]).stages
 
 
 @pytest.mark.parametrize("kind", KINDS)

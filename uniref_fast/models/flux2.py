@@ -156,8 +156,8 @@ class PackedFlux2(PackedModel):
     )
     row_kinds = (
         ("time_guidance_embed", "table"), ("modulation", "table"), ("norm_out", "table"), ("context_embedder", "text"),
-        ("single_transformer_blocks", "joint"), (".add_", "text"), ("to_add_out", "text"), ("ff_context", "text"),
-        ("", "image"),
+        ("single_transformer_blocks", "joint"), ("to_added_qkv", "text"), (".add_", "text"), ("to_add_out", "text"),
+        ("ff_context", "text"), ("", "image"),
     )  # fmt: skip
 
     def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
@@ -199,7 +199,7 @@ class PackedFlux2(PackedModel):
             model.double_stream_modulation_txt(temb),
             model.single_stream_modulation(temb),
         )
-        streams = [model.x_embedder(image), model.context_embedder(text)]  # [n, C] each
+        streams = [model.x_embedder(image), self._text_stream(text, layout, model.context_embedder)]  # [n, C] each
         out = self._run_blocks(streams, torch.cat(modulation, dim=-1), context)
         scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(out.dtype)).chunk(2, dim=1)
         rows = context.modulation_rows("image")[context.target_rows()]
@@ -226,6 +226,11 @@ class PackedFlux2(PackedModel):
             raise ValueError(
                 "the samples have guidance scales, but the model has no guidance embeddings "
                 "(config.guidance_embeds=False); leave out `Sample.guidance`"
+            )
+        if not layout.guidance and self.transformer.config.guidance_embeds:
+            raise ValueError(
+                "the model has guidance embeddings (config.guidance_embeds=True), but the samples have no guidance "
+                "scales; give each sample one, `Sample.guidance`"
             )
         if self.parallel is not None:
             raise ValueError("sequence parallelism is not supported for FLUX.2")

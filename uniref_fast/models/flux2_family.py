@@ -127,6 +127,18 @@ class Flux2(Family):
     # ---- the pipeline around the transformer ----
 
     def check_parts(self, pipe: Any, given: str) -> None:
+        from diffusers import Flux2KleinKVPipeline
+
+        is_clean = has_clean_references(pipe.transformer)
+        if is_clean != isinstance(pipe, Flux2KleinKVPipeline):
+            kind = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+            kind_kv = ("Flux2KVAttnProcessor", "Flux2KVParallelSelfAttnProcessor")
+            (found, _), (first, second) = (kind_kv, kind) if is_clean else (kind, kind_kv)
+            raise ValueError(
+                f"{given} has a transformer with the attention processor {found}, which is that of another pipeline: a "
+                f"Flux2KleinKVPipeline sets its own on every pipeline that shares its transformer. Load {given} again, "
+                f"or set the attention processors {first} (blocks with two streams) and {second} (the others)"
+            )
         config, encoder = pipe.transformer.config, pipe.text_encoder
         pairs = [("in_channels", config.in_channels, "VAE", pipe.vae.config.latent_channels * 4)]
         if encoder is not None:
@@ -188,7 +200,9 @@ class Flux2(Family):
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-        return denoising_schedule(pipe.scheduler, tokens, steps, device, mu=compute_empirical_mu(tokens, steps))
+        scheduler, mu = pipe.scheduler, compute_empirical_mu(tokens, steps)
+        is_own = bool(scheduler.config.get("use_flow_sigmas"))
+        return denoising_schedule(scheduler, tokens, steps, device, mu=mu, own_sigmas=is_own)
 
     def encode_prompt(
         self,
@@ -252,11 +266,11 @@ class Flux2(Family):
         vae, patch = pipe.vae, pipe.vae_scale_factor * 2
         width, height = size
         latents = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
-        mean, variance = (
+        mean, std = (
             values.view(1, -1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.bn.running_mean, vae.bn.running_var + vae.config.batch_norm_eps)
+            for values in (vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt())
         )
-        latents = pipe._unpatchify_latents(latents * variance.sqrt() + mean).to(vae.dtype)
+        latents = pipe._unpatchify_latents(latents * std + mean).to(vae.dtype)
         return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
 
     # ---- what an edit costs ----

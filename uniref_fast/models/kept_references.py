@@ -69,8 +69,7 @@ def dependence(layout: SelfLayout, visibility: str | Rule) -> str | None:
         name = visibility if isinstance(visibility, str) else getattr(visibility, "__name__", "custom")
         return f"references attend to text and target under visibility {name!r}"
     if references and not layout.clean_references:
-        option = "causal_condition" if layout.causal_prefix else "zero_cond_t"
-        return f"references are modulated with the time t of each step, because the model has {option}=False"
+        return "references are modulated with the time t of each step"
     return None
 
 

@@ -251,7 +251,7 @@ class PackedQwenImage(PackedModel):
     refused_options = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     row_kinds = (
         ("time_text_embed", "table"), ("norm_out", "table"), ("img_mod", "table"), ("txt_mod", "table"),
-        ("txt_", "text"), (".add_", "text"), ("to_add_out", "text"), ("", "image"),
+        ("txt_", "text"), ("to_added_qkv", "text"), (".add_", "text"), ("to_add_out", "text"), ("", "image"),
     )  # fmt: skip
 
     def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
