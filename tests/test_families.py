@@ -1,6 +1,8 @@
 """The table of families: what it says works, on small models of the real classes."""
 
+import importlib.util
 import inspect
+import io
 import json
 import re
 from pathlib import Path
@@ -13,9 +15,13 @@ from family_models import FAMILIES, picture
 import uniref_fast
 from uniref_fast import EditRequest, builtin
 from uniref_fast.cli import main
+from uniref_fast.data.dataset import Row
+from uniref_fast.data.images import ImageSource
+from uniref_fast.evaluation.metrics import through_vae
+from uniref_fast.evaluation.requests import eval_request
 from uniref_fast.family_table import facts, markdown, report
 from uniref_fast.layout import REFERENCE_PLACE, Sample
-from uniref_fast.loading import defaults
+from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.model_kind import _instead
 from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
 from uniref_fast.models.kept_references import dependence
@@ -197,6 +203,37 @@ def test_commands_use_the_defaults_of_the_pipeline(family, name, tmp_path):
 def test_a_distilled_checkpoint_has_its_own_defaults(index, expected, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert defaults(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("family", [family.name for family in families()])
+def test_the_bound_of_an_evaluation_is_an_rgb_image(family, request):
+    pipe, _ = make(family, named(family).pipelines[0], request)
+    image = through_vae(pipe, picture(1))
+    assert image.mode == "RGB" and image.size == picture(1).size
+
+
+def test_a_row_that_the_family_refuses_has_an_error_of_its_own(request):
+    """FLUX.2 takes no reference with a side below 64 pixels."""
+    content = io.BytesIO()
+    picture(1, 48).save(content, "PNG")
+    row = Row("x", (ImageSource("a", data=content.getvalue()),), None, None, "a:1")
+    pipe, _ = make("flux2", "Flux2KleinPipeline", request)
+    with pytest.raises(ValueError, match="too small"):
+        eval_request(pipe, row, ("a", 0), target_side=64, budget=None, seed=0, num_inference_steps=2, true_cfg_scale=1)
+
+
+def test_a_processor_that_needs_torchvision_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name))
+    index = {
+        "_class_name": "QwenImage21Pipeline", "processor": ["transformers", "Qwen3VLProcessor"],
+        "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
+    }  # fmt: skip
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer/config.json").write_text('{"_class_name": "QwenImage21Transformer2DModel"}')
+    with pytest.raises(ValueError, match=r"Qwen3VLProcessor, which needs torchvision; .*uniref_fast\[processor\]"):
+        load_pipeline(str(tmp_path), torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("family", [family.name for family in families()])

@@ -337,7 +337,13 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **m
         pipeline_class = SmallQwenImageEditPlusPipeline
     options, kind = {"dtype": dtype, "use_safetensors": True, **more}, (index.get("processor") or [None, None])[1]
     # transformers' own processor needs torchvision, for its videos
-    if kind is not None and (importlib.util.find_spec("torchvision") is None or kind == BuiltinProcessor.__name__):
+    without_torchvision = importlib.util.find_spec("torchvision") is None
+    if kind == "Qwen3VLProcessor" and without_torchvision:  # `BuiltinProcessor` stands for a Qwen2VLProcessor only
+        raise ValueError(
+            f"{given} has a {kind}, which needs torchvision; install it with the extra processor: "
+            "pip install 'uniref_fast[processor]'"
+        )
+    if kind is not None and (without_torchvision or kind == BuiltinProcessor.__name__):
         pipe = pipeline_class.from_pretrained(name, processor=None, **options)
         pipe.register_modules(processor=BuiltinProcessor.from_pretrained(name, subfolder="processor"))
     else:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from uniref_fast.encode import decode_image, image_latents
+from uniref_fast.encode import decode_image, image_latents, to_rgb
 from uniref_fast.evaluation.requests import EvalRequest
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.rewards.scene import SceneDetails, scene_details
@@ -28,9 +28,13 @@ def psnr(image: Image.Image, target: Image.Image) -> float:
 
 @torch.no_grad()
 def through_vae(pipe: Any, image: Image.Image) -> Image.Image:
-    """Encode and decode an RGB image with the pipeline's autoencoder, at its own size (multiples of 16 pixels)."""
+    """Encode and decode an RGB image with the pipeline's autoencoder, at its own size (multiples of 16 pixels).
+
+    Returns:
+        An RGB image; an autoencoder with transparency gives one over white.
+    """
     with single_frame(pipe.vae):
-        return decode_image(pipe, image_latents(pipe, image, image.size)[None], image.size)
+        return to_rgb(decode_image(pipe, image_latents(pipe, image, image.size)[None], image.size))
 
 
 def measure(request: EvalRequest, image: Image.Image, bound: Image.Image | None, scene_reward: bool) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def eval_request(
         seed=draw(seed, "evaluation", key).initial_seed(),  # type: ignore[arg-type]  # keys may be texts
     )
     try:
-        (request,) = validated([request])
+        (request,) = validated([request], pipe)
     except TypeError as error:
         raise ValueError(str(error)) from error
     result_size = request_geometry(pipe, request, budget).size

@@ -195,7 +195,7 @@ class QwenImage21(Family):
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         width, height = size
-        pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
+        pixels = pipe.image_processor.preprocess(to_rgba(image), height, width).unsqueeze(2)
         latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
         rows, columns = latents.shape[3:]
         return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
