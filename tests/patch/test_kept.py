@@ -255,7 +255,7 @@ def test_refused_values(make_transformer):
     model = make_transformer(True)
     with pytest.raises(ValueError, match="not be exact: references attend to text and target"):
         uniref_fast.patch(model, keep_references=True)
-    with pytest.raises(ValueError, match="zero_cond_t=False"):
+    with pytest.raises(ValueError, match="modulated with the time t"):
         uniref_fast.patch(make_transformer(False), visibility="reference_causal", keep_references=True)
     with pytest.raises(ValueError, match='keep_dtype must be "int8" or None'):
         uniref_fast.patch(model, keep_references=2, keep_dtype="fp4")
