@@ -13,6 +13,7 @@ from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import (
     check_configuration,
     check_pipeline,
+    check_processor,
     check_transformer,
     default_sampling,
     transformer_class,
@@ -329,6 +330,7 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **m
     check_configuration(given, index)  # before anything else is read
     config = transformer_class(index).load_config(name, subfolder="transformer")
     check_configuration(given, index, config)
+    check_processor(given, index)
     if "quantization_config" in more:
         from uniref_fast.quantisation import check_unquantised
 
@@ -338,11 +340,6 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **m
     options, kind = {"dtype": dtype, "use_safetensors": True, **more}, (index.get("processor") or [None, None])[1]
     # transformers' own processor needs torchvision, for its videos
     without_torchvision = importlib.util.find_spec("torchvision") is None
-    if kind == "Qwen3VLProcessor" and without_torchvision:  # `BuiltinProcessor` stands for a Qwen2VLProcessor only
-        raise ValueError(
-            f"{given} has a {kind}, which needs torchvision; install it with the extra processor: "
-            "pip install 'uniref_fast[processor]'"
-        )
     if kind is not None and (without_torchvision or kind == BuiltinProcessor.__name__):
         pipe = pipeline_class.from_pretrained(name, processor=None, **options)
         pipe.register_modules(processor=BuiltinProcessor.from_pretrained(name, subfolder="processor"))

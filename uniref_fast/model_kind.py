@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ if TYPE_CHECKING:  # commands import this module, and start without torch
 __all__ = [
     "check_configuration",
     "check_pipeline",
+    "check_processor",
     "check_trainable",
     "check_transformer",
     "default_sampling",
@@ -82,6 +84,23 @@ def check_configuration(given: str, index: Mapping[str, Any], transformer: Mappi
     check_transformer(given, {"_class_name": part}, family)
     if transformer is not None:
         check_transformer(given, transformer, family)
+
+
+def check_processor(given: str, index: Mapping[str, Any]) -> None:
+    """Raise ValueError if the processor of a pipeline needs torchvision, which is not installed.
+
+    Without it, a Qwen2VLProcessor is replaced by the one of the built-in model; there is none for other processors.
+
+    Args:
+        given: Name of the pipeline in the message.
+        index: Content of its `model_index.json`.
+    """
+    kind = (index.get("processor") or (None, None))[1]
+    if kind == "Qwen3VLProcessor" and importlib.util.find_spec("torchvision") is None:
+        raise ValueError(
+            f"{given} has a {kind}, which needs torchvision; install it with the extra processor: "
+            "pip install 'uniref_fast[processor]'"
+        )
 
 
 def check_transformer(given: str, config: Mapping[str, Any], family: Family | None = None) -> None:

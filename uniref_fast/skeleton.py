@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uniref_fast import builtin
-from uniref_fast.model_kind import check_configuration, transformer_class
+from uniref_fast.model_kind import check_configuration, check_processor, transformer_class
 from uniref_fast.quantisation import check_unquantised, planned_configs
 
 __all__ = ["skeleton"]
@@ -34,6 +34,7 @@ def skeleton(name: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, quant
     check_configuration(str(name), index)
     transformer = transformer_class(index).load_config(name, subfolder="transformer")
     check_configuration(str(name), index, transformer)
+    check_processor(str(name), index)
     parts: dict[str, Any] = {}
     planned = {}
     if quantisation is not None:

@@ -124,7 +124,7 @@ def parse(pairs: Iterable[tuple[str, Any]], config: ServeConfig) -> EditCall:
         message = f"{len(images)} images were sent; at most {limits.images} are possible"
         raise ApiError(400, "too_many_images", message, "image")
     read("response_format", _choice("b64_json", url="this server keeps no files; images come as b64_json"))
-    read("background", _choice("auto", "opaque", transparent="the model makes opaque images"))
+    read("background", _choice("auto", "opaque", transparent="the model chooses the background; leave it out"))
     read("quality", _choice("auto", rest="the number of denoising steps decides the quality; give steps"))
     user = read("user", _text)
     guidance = read("guidance", _number(1, 100), config.guidance)
