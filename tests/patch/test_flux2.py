@@ -6,6 +6,7 @@ import torch
 from patching import ROUNDING
 
 import uniref_fast
+from uniref_fast.patch.stock import deviations
 from uniref_fast.testing import assert_within_budget, max_relative_error
 
 KINDS = ["klein", "klein-kv", "dev"]
@@ -242,6 +243,7 @@ def test_refusals(make_flux2):
         block.attn.processor = lambda *args, **options: None  # without the settings of diffusers' own
     with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn has its own processor function"):
         uniref_fast.edit(pipe, [{"prompt": "x"}])
+    assert len([*deviations(model, torch.device("cpu"))]) == 2
     model.set_attn_processor(stock)
     model.single_transformer_blocks[1].attn.processor._attention_backend = "flash"
     with pytest.raises(ValueError, match=r"single_transformer_blocks\.1\.attn is set to attention backend 'flash'"):
