@@ -152,7 +152,7 @@ def test_openai_clients_and_signals(started, pipe, tmp_path):
     while metric("uniref_fast_running") < 1:
         time.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)
-    server.wait_for("SIGTERM: 1 request")
+    server.wait_for("SIGTERM: the server stops after")
     late = httpx.post(f"{server.url}/v1/images/edits", data=slow, files=files, headers=headers)
     assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
     assert httpx.get(f"{server.url}/ready").status_code == 503
