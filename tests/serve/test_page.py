@@ -158,7 +158,7 @@ def test_several_edits_and_what_can_go_wrong(browser, files):
         browser.type("[name=size]", "auto")
         engine.max_waiting = 0
         browser.click("button.main")
-        browser.wait("document.querySelector('.card .state').textContent.includes('trying again in 1 s')")
+        browser.wait("document.querySelector('.card .state').textContent.includes('trying again in')")
         engine.max_waiting = None
         arrived(engine, 3)
         engine.end(2)

@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
             return
         self._service.is_draining = True
         active = self._service.active
-        running = f"the server stops after the end of its {active} edits" if active else "the server stops"
+        running = "the server stops after its running edits have ended" if active else "the server stops"
         announce(f"{signal.Signals(sig).name}: {running}; send the signal again to stop at once")
 
     async def on_tick(self, counter: int) -> bool:
