@@ -117,7 +117,8 @@ def eval_request(
         seed=draw(seed, "evaluation", key).initial_seed(),  # type: ignore[arg-type]  # keys may be texts
     )
     try:
-        (request,) = validated([request], pipe)
+        # Training may have freed the text encoder, and then encodes prompts itself.
+        (request,) = validated([request], pipe if pipe.text_encoder is not None else None)
     except TypeError as error:
         raise ValueError(str(error)) from error
     result_size = request_geometry(pipe, request, budget).size
