@@ -57,7 +57,7 @@ CAPABILITIES = {
     "sft": "training/sft.py",
     "msgrpo": "training/msgrpo.py",
 }
-"""What may work for a family, by the name that `Family.missing` uses."""
+"""Description of each capability that a family may have, by its name, which is a key of `Family.missing`."""
 
 Text = int | tuple[tuple[int, bool], ...]
 """Text of a sequence: its length without padding, or (length, valid) runs, as `Sample.text`."""
