@@ -91,7 +91,7 @@ def plot_load(result: dict[str, Any], path: Path) -> None:
 
     names = {"stock": "stock diffusers,\none after another", "engine": "uniref_fast.Engine"}
     colors = {"stock": "#8a8f98", "engine": "#2f55d4"}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), width_ratios=(1, 2), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.8), width_ratios=(1, 2), layout="constrained")
     for at, backend in enumerate(names):
         run = result[backend]
         bar = left.bar(at, run["edits_per_second"], color=colors[backend], width=0.6)
@@ -104,10 +104,11 @@ def plot_load(result: dict[str, Any], path: Path) -> None:
             right.axvline(value, color=colors[backend], linestyle=style, linewidth=1)
     left.set_xticks(range(2), names.values())
     left.set_ylabel("edits per second")
+    left.margins(y=0.12)
     right.set(
         xlabel="latency in seconds (dashed: mean, dotted: 95th percentile)", ylabel="part of the edits", ylim=(0, 1)
     )
-    right.legend(loc="lower right", fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     where = f"{result['device']}, {result['threads']} threads, {result['dtype']}"
     figure.suptitle(f"{result['clients']} clients on the built-in model; {where}")
     figure.savefig(path, dpi=110)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import queue
@@ -53,7 +54,9 @@ class StockQueue:
         """Return the state as an `EngineStats`."""
         from uniref_fast.engine import EngineStats
 
-        return EngineStats(self._jobs.qsize(), self._running, 0, self._ended, 0, 0, 0, 0.0, False)
+        nothing = dict.fromkeys((field.name for field in dataclasses.fields(EngineStats)), 0)
+        state = {"waiting": self._jobs.qsize(), "running": self._running, "finished": self._ended}
+        return EngineStats(**nothing | state | {"step_seconds": 0.0, "has_failed": False})
 
     def close(self, drain: bool = True) -> None:
         """Stop the thread."""
