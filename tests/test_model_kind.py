@@ -114,7 +114,7 @@ def other_runs(tmp_path, builtin_pipe):
     QwenImageEditPlusPipeline.save_lora_weights(adapter / "lora", get_peft_model_state_dict(other))
     return {
         flux: "FluxTransformer2DModel, not",
-        narrow: "for text of width 48",
+        narrow: "joint_attention_dim = 48, but",
         adapter: "could not be loaded into the model builtin",
     }
 
@@ -149,8 +149,13 @@ def test_the_supported_kinds_pass(builtin_pipe):
 @pytest.mark.parametrize(
     "part, option, value, says",
     [
-        ("transformer", "in_channels", 32, "32 channels, but its VAE gives 64; the two belong to different models"),
-        ("transformer", "joint_attention_dim", 64, "text of width 64, but its text encoder gives 128"),
+        (
+            "transformer",
+            "in_channels",
+            32,
+            "in_channels = 32, but its VAE gives 64 channels; the two belong to different models",
+        ),
+        ("transformer", "joint_attention_dim", 64, "joint_attention_dim = 64, but its text encoder gives 128"),
         ("transformer", "use_layer3d_rope", True, "use_layer3d_rope = True"),
     ],
 )

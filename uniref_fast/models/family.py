@@ -278,8 +278,8 @@ class Family:
         return to_rgb(image)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        """Combine the velocities `[n, C]` of both prompts by classifier-free guidance."""
-        raise NotImplementedError
+        """Combine the velocities `[n, C]` of both prompts by classifier-free guidance, without rescaling."""
+        return negative + scale * (positive - negative)
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
         """Decode latents `[1, n, C]` to an image (`uniref_fast.encode.decode_image`)."""

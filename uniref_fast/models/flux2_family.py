@@ -19,6 +19,7 @@ from torch import Tensor
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes, check_widths, given_embeddings
 from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.quantised import compute_dtype
@@ -101,17 +102,8 @@ class Flux2(Family):
         return SelfLayout.pack(samples, FLUX2, clean_references=False)
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        if config.get("patch_size", 1) != 1:
-            raise ValueError(
-                f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
-                f"must be 1); {instead}"
-            )
-        axes, width = config.get("axes_dims_rope", (32, 32, 32, 32)), config.get("attention_head_dim", 128)
-        if len(axes) != 4 or sum(axes) != width:
-            raise ValueError(
-                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be four that add up to the "
-                f"width of a head, {width}; {instead}"
-            )
+        check_patch_size(given, config, instead)
+        check_rotary_axes(given, config, (32, 32, 32, 32), instead)
 
     def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
         transformer = super().built(config, layout)
@@ -139,17 +131,11 @@ class Flux2(Family):
                 f"Flux2KleinKVPipeline sets its own on every pipeline that shares its transformer. Load {given} again, "
                 f"or set the attention processors {first} (blocks with two streams) and {second} (the others)"
             )
-        config, encoder = pipe.transformer.config, pipe.text_encoder
-        pairs = [("in_channels", config.in_channels, "VAE", pipe.vae.config.latent_channels * 4)]
-        if encoder is not None:
-            width = encoder.config.get_text_config().hidden_size * TEXT_LAYERS
-            pairs.append(("joint_attention_dim", config.joint_attention_dim, "text encoder", width))
-        for option, ours, part, theirs in pairs:
-            if ours != theirs:
-                raise ValueError(
-                    f"{given} has a transformer with {option} = {ours}, but its {part} gives {theirs} channels; the "
-                    "two belong to different models"
-                )
+        widths = [("in_channels", "VAE", pipe.vae.config.latent_channels * 4)]
+        if pipe.text_encoder is not None:
+            width = pipe.text_encoder.config.get_text_config().hidden_size * TEXT_LAYERS
+            widths.append(("joint_attention_dim", "text encoder", width))
+        check_widths(given, pipe.transformer.config, widths)
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse images that the pipeline refuses, and set the negative prompt and the scale that it would use."""
@@ -216,8 +202,7 @@ class Flux2(Family):
         cast: bool = True,
     ) -> tuple[Tensor, Text]:
         device = device or pipe._execution_device
-        if embeds is not None:
-            embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
+        embeds, _ = given_embeddings(pipe, embeds, None, device, cast)
         embeds, _ = pipe.encode_prompt(
             prompt=prompt, prompt_embeds=embeds, device=device, num_images_per_prompt=1, max_sequence_length=TEXT_LENGTH
         )
@@ -258,9 +243,6 @@ class Flux2(Family):
         pairs = zip(images, sizes.reference_sizes, strict=True)
         parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
         return latents, torch.cat([latents[0, :0], *parts])
-
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        return negative + scale * (positive - negative)
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
         vae, patch = pipe.vae, pipe.vae_scale_factor * 2

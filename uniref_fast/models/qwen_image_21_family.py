@@ -18,11 +18,11 @@ from torch import Tensor
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.encode import to_rgba
 from uniref_fast.layout import REFERENCE_PLACE, Sample, SelfLayout
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family import Replaced, Text
+from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes, check_widths
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_image_21 import PackedQwenImage21, interleaved_layout
-from uniref_fast.models.qwen_image_edit import vision_language_cost
-from uniref_fast.quantised import compute_dtype
+from uniref_fast.models.qwen_pipeline import QwenFamily, vision_language_cost
 from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule, block_causal, plan, target_plan
@@ -58,7 +58,7 @@ REPLACED = (
 )  # fmt: skip
 
 
-class QwenImage21(Family):
+class QwenImage21(QwenFamily):
     """Qwen-Image-2.1 and 2.1-Turbo."""
 
     name = "qwen-image-2.1"
@@ -85,17 +85,8 @@ class QwenImage21(Family):
         return interleaved_layout(samples, causal_condition=bool(config.causal_condition))
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        if config.get("patch_size", 1) != 1:
-            raise ValueError(
-                f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
-                f"must be 1); {instead}"
-            )
-        axes, width = config.get("axes_dims_rope", (16, 56, 56)), config.get("attention_head_dim", 128)
-        if len(axes) != 3 or sum(axes) != width:
-            raise ValueError(
-                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
-                f"width of a head, {width}; {instead}"
-            )
+        check_patch_size(given, config, instead)
+        check_rotary_axes(given, config, (16, 56, 56), instead)
 
     def keeps_references(self, transformer: Any) -> bool:
         return bool(transformer.config.causal_condition)
@@ -103,17 +94,10 @@ class QwenImage21(Family):
     # ---- the pipeline around the transformer ----
 
     def check_parts(self, pipe: Any, given: str) -> None:
-        config, encoder = pipe.transformer.config, pipe.text_encoder
-        pairs = [("in_channels", config.in_channels, "VAE", pipe.vae.config.z_dim)]
-        if encoder is not None:
-            width = encoder.config.get_text_config().hidden_size
-            pairs.append(("context_in_dim", config.context_in_dim, "text encoder", width))
-        for option, ours, part, theirs in pairs:
-            if ours != theirs:
-                raise ValueError(
-                    f"{given} has a transformer with {option} = {ours}, but its {part} gives {theirs} channels; the "
-                    "two belong to different models"
-                )
+        widths = [("in_channels", "VAE", pipe.vae.config.z_dim)]
+        if pipe.text_encoder is not None:
+            widths.append(("context_in_dim", "text encoder", pipe.text_encoder.config.get_text_config().hidden_size))
+        check_widths(given, pipe.transformer.config, widths)
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse embeddings of prompts with references, and take the number of steps of the pipeline's own sigmas."""
@@ -169,20 +153,9 @@ class QwenImage21(Family):
         device: Any = None,
         cast: bool = True,
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        resized = None
-        if embeds is None:
-            resized = [
-                pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)
-            ] or None
-        else:
-            embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
-            mask = None if mask is None else mask.reshape(1, -1).to(device)
-        embeds, mask, slots = pipe.encode_prompt(
-            prompt=prompt, image=resized, device=device, num_images_per_prompt=1, prompt_embeds=embeds,
-            prompt_embeds_mask=mask,
-        )  # fmt: skip
-        if resized is None:
+        arguments = self.prompt_arguments(pipe, images, sizes, embeds, mask, device, cast)
+        embeds, mask, slots = pipe.encode_prompt(prompt=prompt, **arguments)
+        if arguments["image"] is None:
             return embeds[0], self.given_text(embeds.shape[1], mask)
         assert mask is None, "a single prompt has no padding"
         return embeds[0][~slots[0]], _text_of(slots[0].tolist(), [_slots(size) for size in sizes])
@@ -193,50 +166,11 @@ class QwenImage21(Family):
         found = tuple((len([*group]), valid) for valid, group in runs)
         return length if all(valid for _, valid in found) else found
 
-    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
-        width, height = size
-        pixels = pipe.image_processor.preprocess(to_rgba(image), height, width).unsqueeze(2)
-        latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
-        rows, columns = latents.shape[3:]
-        return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
+    def latent_channels(self, config: Any) -> int:
+        return config.in_channels
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        pairs, pixels = list(zip(images, sizes.reference_sizes, strict=True)), None
-        if pairs and not own:
-            pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
-        width, height = sizes.size
-        latents, packed = pipe.prepare_latents(
-            pixels, request.num_images, pipe.transformer.config.in_channels, height, width, dtype,
-            pipe._execution_device, generator, request.latents,
-        )  # fmt: skip
-        if not own:
-            return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-        # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
-
-    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-        return negative + scale * (positive - negative)
-
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae = pipe.vae
-        width, height = size
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
-        mean, std = (
-            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        image = vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+    def unnormalised(self, latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return latents * std + mean
 
     # ---- what an edit costs ----
 

@@ -18,11 +18,12 @@ from uniref_fast.builtin.store import AREAS, recorded_areas
 from uniref_fast.encode import text_runs
 from uniref_fast.guidance import guide
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family import Replaced, Text
+from uniref_fast.models.family_checks import check_rotary_axes, check_widths
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_image import PackedQwenImage
-from uniref_fast.quantised import compute_dtype
-from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.models.qwen_pipeline import QwenFamily, condition_tokens, vision_language_cost
+from uniref_fast.request import Geometry
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
 
@@ -66,7 +67,7 @@ REPLACED = (
 )  # fmt: skip
 
 
-class QwenImageEdit(Family):
+class QwenImageEdit(QwenFamily):
     """Qwen-Image-Edit of all generations, and the models that share its modules."""
 
     name = "qwen-image-edit"
@@ -105,30 +106,16 @@ class QwenImageEdit(Family):
                     f"{given} has a transformer with {name} = {config[name]!r}, which is not supported (it must be "
                     f"{value!r}); {instead}"
                 )
-        axes, width = config.get("axes_dims_rope", (16, 56, 56)), config.get("attention_head_dim", 128)
-        if len(axes) != 3 or sum(axes) != width:
-            raise ValueError(
-                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
-                f"width of a head, {width}; {instead}"
-            )
+        check_rotary_axes(given, config, (16, 56, 56), instead)
 
     # ---- the pipeline around the transformer ----
 
     def check_parts(self, pipe: Any, given: str) -> None:
         config, parts = pipe.transformer.config, pipe.components
-        latent = parts["vae"].config.z_dim * config.patch_size**2
-        if config.in_channels != latent:
-            raise ValueError(
-                f"{given} has a transformer of {config.in_channels} channels, but its VAE gives {latent}; the two "
-                "belong to different models"
-            )
+        widths = [("in_channels", "VAE", parts["vae"].config.z_dim * config.patch_size**2)]
         if (encoder := parts["text_encoder"]) is not None:
-            width = encoder.config.get_text_config().hidden_size
-            if config.joint_attention_dim != width:
-                raise ValueError(
-                    f"{given} has a transformer for text of width {config.joint_attention_dim}, but its text encoder "
-                    f"gives {width}; the two belong to different models"
-                )
+            widths.append(("joint_attention_dim", "text encoder", encoder.config.get_text_config().hidden_size))
+        check_widths(given, config, widths)
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         """Return the areas from the pipeline's attributes, else its transformer's configuration, else diffusers."""
@@ -181,76 +168,22 @@ class QwenImageEdit(Family):
         device: Any = None,
         cast: bool = True,
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        if embeds is None:
-            resized = [
-                pipe.image_processor.resize(image, h, w) for image, (w, h) in zip(images, sizes, strict=True)
-            ] or None
-        else:
-            resized = None
-            embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
-            mask = None if mask is None else mask.reshape(1, -1).to(device)
-        embeds, mask = pipe.encode_prompt(
-            prompt=prompt, image=resized, device=device, num_images_per_prompt=1, prompt_embeds=embeds,
-            prompt_embeds_mask=mask, max_sequence_length=512,
-        )  # fmt: skip
+        arguments = self.prompt_arguments(pipe, images, sizes, embeds, mask, device, cast)
+        embeds, mask = pipe.encode_prompt(prompt=prompt, max_sequence_length=512, **arguments)
         text = text_runs(embeds.shape[1], mask)
         return embeds[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
 
-    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
-        width, height = size
-        pixels = pipe.image_processor.preprocess(image, height, width).unsqueeze(2)
-        latents = pipe._encode_vae_image(pixels.to(device or pipe._execution_device, pipe.vae.dtype), None)
-        rows, columns = latents.shape[3:]
-        return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
+    def latent_channels(self, config: Any) -> int:
+        return config.in_channels // 4
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        pairs = list(zip(images, sizes.reference_sizes, strict=True))
-        pixels: Any = None
-        if pairs and not own:
-            pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
-            pixels = pixels[0] if _is_first(pipe) else pixels
-        width, height = sizes.size
-        channels = pipe.transformer.config.in_channels // 4
-        latents, packed = pipe.prepare_latents(
-            pixels,
-            request.num_images,
-            channels,
-            height,
-            width,
-            dtype,
-            pipe._execution_device,
-            generator,
-            request.latents,
-        )
-        if not own:
-            return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-        # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+    def prepared_pixels(self, pipe: Any, pixels: list[Tensor]) -> Any:
+        return pixels[0] if _is_first(pipe) else pixels
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         return guide(positive, negative, scale)
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae = pipe.vae
-        width, height = size
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
-        mean, std = (
-            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        image = vae.decode(latents / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+    def unnormalised(self, latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return latents / (1.0 / std) + mean
 
     # ---- what an edit costs ----
 
@@ -293,40 +226,6 @@ class QwenImageEdit(Family):
             return 1, 3, 1, height, width
         factor = 2 ** len(vae.temperal_downsample)
         return 1, vae.config.z_dim, 1, height // factor, width // factor
-
-
-def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
-    """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
-    processor = pipe.processor.image_processor
-    return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
-
-
-def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int]]) -> tuple[int, int]:
-    """Return operations and peak bytes of a Qwen-VL text encoder.
-
-    Args:
-        pipe: Pipeline of the requests.
-        sizes: Sizes of each request.
-        tokens: Tokens of each text that is encoded, by request: with the template and the references.
-    """
-    config = pipe.text_encoder.config
-    language, vision = config.text_config, config.vision_config
-    merge = pipe.processor.image_processor.merge_size**2
-    flops = peak = 0
-    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
-    kv = language.num_key_value_heads * head
-    layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
-    vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    element = compute_dtype(pipe.text_encoder).itemsize
-    for size, lengths in zip(sizes, tokens, strict=True):
-        patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
-        for length in lengths:
-            flops += language.num_hidden_layers * (2 * layer * length + 4 * length**2 * width)
-            flops += 2 * width * language.vocab_size * length  # diffusers calls the head as well
-            flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
-            states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-            peak = max(peak, length * states * element)
-    return flops, peak
 
 
 def _is_first(pipe: Any) -> bool:

@@ -1,0 +1,74 @@
+"""Checks and conversions of a pipeline's parts that several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from uniref_fast.quantised import compute_dtype
+
+__all__ = ["check_patch_size", "check_rotary_axes", "check_widths", "given_embeddings"]
+
+NUMBERS = {3: "three", 4: "four"}
+
+
+def check_patch_size(given: str, config: Mapping[str, Any], instead: str) -> None:
+    """Raise ValueError for a transformer whose tokens are more than one latent pixel (`Family.check_config`)."""
+    if config.get("patch_size", 1) != 1:
+        raise ValueError(
+            f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
+            f"must be 1); {instead}"
+        )
+
+
+def check_rotary_axes(given: str, config: Mapping[str, Any], usual: tuple[int, ...], instead: str) -> None:
+    """Raise ValueError if the rotary axes of a transformer do not fill a head (`Family.check_config`).
+
+    Args:
+        given: Name of the pipeline in the message.
+        config: Configuration of the transformer.
+        usual: Axes of a configuration that names none; their number is the number that is needed.
+        instead: End of the message: what is supported.
+    """
+    axes, width = config.get("axes_dims_rope", usual), config.get("attention_head_dim", 128)
+    if len(axes) != len(usual) or sum(axes) != width:
+        raise ValueError(
+            f"{given} has a transformer with rotary axes {tuple(axes)}, which must be {NUMBERS[len(usual)]} that add "
+            f"up to the width of a head, {width}; {instead}"
+        )
+
+
+def check_widths(given: str, config: Any, widths: Iterable[tuple[str, str, int]]) -> None:
+    """Raise ValueError if parts of a pipeline give other widths than its transformer takes (`Family.check_parts`).
+
+    Args:
+        given: Name of the pipeline in the message.
+        config: Configuration of the transformer.
+        widths: Option of the configuration, name of the part, and number of channels that the part gives.
+    """
+    for option, part, theirs in widths:
+        if config[option] != theirs:
+            raise ValueError(
+                f"{given} has a transformer with {option} = {config[option]}, but its {part} gives {theirs} channels; "
+                "the two belong to different models"
+            )
+
+
+def given_embeddings(
+    pipe: Any, embeds: Tensor | None, mask: Tensor | None, device: Any, cast: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return given prompt embeddings `[1, L, C]` and their mask `[1, L]` as a pipeline's `encode_prompt` takes them.
+
+    Args:
+        pipe: The pipeline.
+        embeds: Embeddings `[L, C]` or `[1, L, C]`, or None.
+        mask: Valid rows, `[L]` or `[1, L]`, or None.
+        device: Device of the result.
+        cast: Cast the embeddings to the dtype of the transformer.
+    """
+    if embeds is None:
+        return None, None
+    embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
+    return embeds, None if mask is None else mask.reshape(1, -1).to(device)
