@@ -133,7 +133,7 @@ def _packed_peak(family: Family, config: tuple, dtype: torch.dtype, layout: Self
         model: Any = family.built(dict(config), layout)
         packed = family.packed(torch.nn.Module.to(model, dtype), impl="native")
         with LivingTensors() as memory:
-            image = torch.empty(layout.image_length, model.config.in_channels, dtype=dtype)
+            image = torch.empty(layout.image_length, packed.sizes(model.config).token_channels, dtype=dtype)
             text = torch.empty(layout.text_length, family.text_channels(model.config), dtype=dtype)
             packed(image, text, torch.empty(layout.num_samples, dtype=dtype), layout)
     return memory.peak

@@ -307,9 +307,8 @@ class EditLoop:
         velocities: list[Tensor] = []
         for pack in packs:
             pack.layout.write_targets(pack.image, [row.latents for row in pack.sequences])
-            t = torch.stack([
-                row.edit.timesteps[row.edit.steps].to(row.edit.latents.dtype) / 1000 for row in pack.sequences
-            ])  # fmt: skip
+            timesteps = [row.edit.timesteps[row.edit.steps] for row in pack.sequences]
+            t = self.model.times(timesteps, pack.image.dtype)
             options = {} if pack.adapters is None else {"adapters": pack.adapters}
             predicted = self.model(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants, **options)
             velocities += pack.layout.split_targets(predicted)

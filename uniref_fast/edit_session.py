@@ -233,7 +233,8 @@ def _check_latents(pipe: Any, request: EditRequest, sizes: Geometry, where: str)
     if request.latents is None:
         return
     _, height, width = sizes.grid(sizes.size)
-    expected = [request.num_images, height * width, pipe.transformer.config.in_channels]
+    channels = family_of(pipe).packed.sizes(pipe.transformer.config).token_channels
+    expected = [request.num_images, height * width, channels]
     if list(request.latents.shape) != expected:
         raise ValueError(
             f"{where}: latents have shape {list(request.latents.shape)}, a {sizes.size[0]} x {sizes.size[1]} result "

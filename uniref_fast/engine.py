@@ -557,7 +557,6 @@ def tokens_in_memory(model: PackedModel, free: int, *, kept: bool = False) -> in
     sample = Sample(1, (1, side, side), guidance=1.0 if getattr(config, "guidance_embeds", False) else None)
     bytes_each = transformer_peak(model.transformer, model.layout([sample])) / sample.length
     if kept:
-        width = config.num_attention_heads * config.attention_head_dim
-        blocks = config.num_layers + getattr(config, "num_single_layers", 0)
-        bytes_each += 2 * blocks * width * compute_dtype(model.transformer).itemsize
+        sizes = model.sizes(config)
+        bytes_each += 2 * sizes.blocks * sizes.width * compute_dtype(model.transformer).itemsize
     return max(int(free * MEMORY_SHARE / bytes_each), 1)

@@ -245,12 +245,12 @@ def estimate(
     computed = [count if schedule is None else schedule.refreshes(count)
                 for schedule, count in zip(schedules, steps, strict=True)]  # fmt: skip
     linear, attention = _transformer_flops(model, layouts, steps, computed)
-    dtype = compute_dtype(transformer)
+    dtype, shape = compute_dtype(transformer), model.sizes(transformer.config)
     kept = 0
     for one, schedule, count in zip(layouts, schedules, images, strict=True):
         if schedule is not None:  # images share what is never computed again
             copies = count if schedule == RefreshSchedule() else 1
-            kept += kept_bytes(transformer.config, one, dtype, keep_dtype) // copies
+            kept += kept_bytes(shape, one, dtype, keep_dtype) // copies
     pixels = [size for item in sizes for size in item.reference_sizes]
     results = [item.size for item, count in zip(sizes, images, strict=True) for _ in range(count)]
     encoded = [
@@ -261,7 +261,7 @@ def estimate(
     # every request keeps embeddings, and latents of references and target, from its encoding to its decoding
     embeddings = sum(sum(lengths) for lengths in texts) * family.text_channels(transformer.config)
     targets = sum((count - 1) * item.target_tokens for item, count in zip(sizes, images, strict=True))
-    latents = (targets + sum(item.sample(0).length for item in sizes)) * transformer.config.in_channels
+    latents = (targets + sum(item.sample(0).length for item in sizes)) * shape.token_channels
     held = (embeddings + latents) * dtype.itemsize
     peak = held + kept + _packs_peak(model, [sample for group in samples for sample in group], pack_tokens)
     vae_bytes = weight_bytes(pipe.vae)
@@ -315,7 +315,7 @@ def _time(
         loaded = getattr(transformer, "device", torch.device("meta")).type
         device = loaded if loaded != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = str(compute_dtype(transformer)).removeprefix("torch.")
-    key, name = model_key(transformer.config), named_device(device)
+    key, name = model_key(family_of(transformer).packed.sizes(transformer.config)), named_device(device)
     return edit_time(key, dtype, request.guided, tokens, request.num_inference_steps, name)
 
 
@@ -340,9 +340,9 @@ def _packs_peak(model: PackedModel, samples: Sequence[Sample], pack_tokens: int 
     packs = next_fit([sample.length for sample in samples], pack_tokens)
     longest = max(packs, key=lambda pack: sum(samples[i].length for i in pack))
     largest = model.layout([samples[i] for i in longest])
-    whole, config = model.layout(samples), model.transformer.config
-    images = (whole.image_length - largest.image_length) * config.in_channels
-    texts = whole.text_length * config.num_attention_heads * config.attention_head_dim  # kept between steps
+    whole, sizes = model.layout(samples), model.sizes(model.transformer.config)
+    images = (whole.image_length - largest.image_length) * sizes.token_channels
+    texts = whole.text_length * sizes.width  # kept between steps
     return (images + texts) * compute_dtype(model.transformer).itemsize + transformer_peak(model.transformer, largest)
 
 

@@ -32,9 +32,13 @@ class MeasuredTime:
     source: str
 
 
-def model_key(config: Any) -> str:
-    """Return the name of a transformer's shape in the tables, such as "60 blocks of 24 x 128"."""
-    return f"{config.num_layers} blocks of {config.num_attention_heads} x {config.attention_head_dim}"
+def model_key(sizes: Any) -> str:
+    """Return the name of a transformer's shape in the tables, such as "60 blocks of 24 x 128".
+
+    Args:
+        sizes: Configuration of a transformer, or any object with these sizes under the same names.
+    """
+    return f"{sizes.num_layers} blocks of {sizes.num_attention_heads} x {sizes.attention_head_dim}"
 
 
 @functools.cache

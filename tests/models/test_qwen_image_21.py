@@ -277,7 +277,7 @@ def test_kept_keys_own_their_storage_and_have_the_estimated_size():
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in stored)
     assert len({x.untyped_storage().data_ptr() for x in stored}) == len(stored) == 2 * 3 * len(cases)
     layout = run.layout([one.sample for one in cases])
-    size = kept_bytes(run.transformer.config, layout, torch.bfloat16, None)
+    size = kept_bytes(run.sizes(run.transformer.config), layout, torch.bfloat16, None)
     assert sum(store.nbytes for store in kept) == size
 
 

@@ -311,20 +311,19 @@ def check_keep_dtype(keep_dtype: str | None) -> None:
         raise ValueError(f'keep_dtype must be "int8" or None, got {keep_dtype!r}')
 
 
-def kept_bytes(config: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: KeepDtype | None) -> int:
+def kept_bytes(sizes: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: KeepDtype | None) -> int:
     """Return the bytes of the keys and values of all references of a layout, as they are stored.
 
     Args:
-        config: Configuration of the transformer.
+        sizes: Sizes of the transformer, a `uniref_fast.models.packed.ModelSizes`.
         layout: Layout of the sequences.
         dtype: Dtype of the computation.
         keep_dtype: "int8" for 8 bits with a scale for each row and head, or None.
     """
     rows = sum(segment.length for segment in layout.segments if layout.is_kept(segment))
-    head = config.attention_head_dim
+    head = sizes.attention_head_dim
     row = head * dtype.itemsize if keep_dtype is None else head + dtype.itemsize  # of one head
-    blocks = config.num_layers + getattr(config, "num_single_layers", 0)
-    return 2 * blocks * rows * config.num_attention_heads * row
+    return 2 * sizes.blocks * rows * sizes.num_attention_heads * row
 
 
 def kept_step(layout: SelfLayout) -> ReferenceRows:

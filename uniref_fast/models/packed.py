@@ -35,13 +35,44 @@ from uniref_fast.visibility import AttentionPlan, Rule, plan, rule_of, target_pl
 __all__ = [
     "DeferredResidual",
     "ForwardContext",
+    "ModelSizes",
     "PackedBlock",
     "PackedModel",
     "clipped",
     "joint_sources",
+    "qk_norm_names",
     "qk_norms",
     "skip",
 ]
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a transformer, under the names that most configurations of diffusers have.
+
+    Attributes:
+        token_channels: Channels of a latent token.
+        num_attention_heads: Number of heads.
+        attention_head_dim: Channels of a head.
+        num_layers: Number of blocks, without those of `num_single_layers`.
+        num_single_layers: Number of blocks with one stream that follow blocks with two.
+    """
+
+    token_channels: int
+    num_attention_heads: int
+    attention_head_dim: int
+    num_layers: int
+    num_single_layers: int = 0
+
+    @property
+    def width(self) -> int:
+        """Channels of all heads."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of all kinds."""
+        return self.num_layers + self.num_single_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +337,21 @@ class PackedModel(nn.Module):
         self._constants: StepConstants | None = None  # of the running forward, and its adapters
         self._adapters: PackAdapters | None = None
 
+    @classmethod
+    def sizes(cls, config: Any) -> ModelSizes:
+        """Return the sizes of a transformer with a configuration."""
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return ModelSizes(config.in_channels, heads, head_dim, config.num_layers, config.get("num_single_layers", 0))
+
+    def times(self, timesteps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the times of samples for `timestep` of `forward`, with the rounding of the pipeline in diffusers.
+
+        Args:
+            timesteps: Timestep of the scheduler of each sample, 1000 times its time.
+            dtype: Dtype of the latents.
+        """
+        return torch.stack([t.to(dtype) / 1000 for t in timesteps])
+
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile every block; the arguments are those of `torch.compile`.
 
@@ -452,7 +498,7 @@ class PackedModel(nn.Module):
             return None
         blocks: list[Any] = [packed.block for packed in self.blocks]
         attention = [block.attn for block in blocks]
-        q = image.new_empty(0, attention[0].heads, attention[0].inner_dim // attention[0].heads)
+        q = image.new_empty(0, attention[0].heads, self.sizes(self.transformer.config).attention_head_dim)
         if self._linears is None:
             self._linears = [m for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
         traced: TracedContext | str
@@ -477,7 +523,7 @@ class PackedModel(nn.Module):
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
         config = self.transformer.config
         expected = {
-            "image": (image, (layout.image_length, config.in_channels)),
+            "image": (image, (layout.image_length, self.sizes(config).token_channels)),
             "text": (text, (layout.text_length, getattr(config, self.text_channels))),
             "timestep": (timestep, (layout.num_samples,)),
         }
@@ -519,7 +565,14 @@ def _inverse_of_joint(layout: SelfLayout, device: torch.device) -> Tensor:
     return torch.argsort(joint)
 
 
+def qk_norm_names(attn: Any) -> tuple[str, str, str, str]:
+    """Return the names of the QK norms of an attention: of q and k of the image stream, then of the text stream."""
+    if hasattr(attn, "img_attn_q_norm"):
+        return "img_attn_q_norm", "img_attn_k_norm", "txt_attn_q_norm", "txt_attn_k_norm"
+    return "norm_q", "norm_k", "norm_added_q", "norm_added_k"
+
+
 def qk_norms(attn: Any) -> list[Any]:
     """Return the QK norms that an attention has."""
-    norms = (getattr(attn, name, None) for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"))
+    norms = (getattr(attn, name, None) for name in qk_norm_names(attn))
     return [norm for norm in norms if norm is not None]

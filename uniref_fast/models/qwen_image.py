@@ -9,12 +9,13 @@ R rows of the modulation table. A rank has n rows of a stream: all of them, or i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
@@ -28,6 +29,7 @@ from uniref_fast.models.packed import (
     PackedBlock,
     PackedModel,
     clipped,
+    qk_norm_names,
     qk_norms,
     skip,
 )
@@ -35,7 +37,6 @@ from uniref_fast.models.packed import (
 __all__ = [
     "Modulation",
     "PackedQwenImage",
-    "joint_attention",
     "joint_qkv",
     "project_image",
     "qk_norm_eps",
@@ -46,26 +47,6 @@ __all__ = [
 
 QKV = tuple[Tensor, Tensor, Tensor]
 """q, k and v, or their projections."""
-
-
-def project_qkv(attn: Any, image: Tensor, text: Tensor, context: ForwardContext) -> QKV:
-    """Project, normalise and rotate both streams (`[n, C]`) into the joint q, k, v, `[N, H, D]` each."""
-    head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
-
-    def heads(x: Tensor, fused: str, *linears: Any) -> QKV:
-        if has_fused_projections(attn):
-            parts = getattr(attn, fused)(x).chunk(3, -1)
-        else:
-            parts = [linear(x) for linear in linears]
-        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)  # [n, H, D]
-        return q, k, v
-
-    # In the order of diffusers, in which offloading fetches weights in advance.
-    image_qkv = heads(image, "to_qkv", attn.to_q, attn.to_k, attn.to_v)
-    text_qkv = heads(text, "to_added_qkv", attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-    if context.parallel is not None:
-        text_qkv, image_qkv = _all_rows(text_qkv, context, "text"), _all_rows(image_qkv, context, "image")
-    return joint_qkv(attn, image_qkv, text_qkv, context)
 
 
 def has_fused_projections(attn: Any) -> bool:
@@ -115,34 +96,6 @@ def _all_rows(qkv: QKV, context: ForwardContext, stream: str) -> QKV:
     return q, k, v
 
 
-def joint_attention(
-    attn: Any, image: Tensor, text: Tensor, context: ForwardContext, eight_bit: str = ""
-) -> tuple[Tensor, Tensor]:
-    """Run the attention of one double-stream block, output projections included.
-
-    Args:
-        attn: The diffusers `Attention` with added k, v projections.
-        image: Modulated image stream, `[n, C]`.
-        text: Modulated text stream, `[n, C]`.
-        context: Context of the forward.
-        eight_bit: Name of attention in 8 bits (`models.eight_bit.attend`); empty for 16 bits.
-
-    Returns:
-        (image, text) stream outputs with the shapes of the inputs.
-    """
-    q, k, v = project_qkv(attn, image, text, context)
-    del image, text
-    out = attend(q, k, v, context.plan, context.impl, context.for_training, eight_bit)
-    del q, k, v
-    streams = {}
-    for name in ("image", "text"):
-        part = stream_rows(out, context.layout, name)  # [N_stream, H, D]
-        if context.parallel is not None:
-            part = context.parallel.scatter_heads(part, context.parallel.bounds(len(part)))
-        streams[name] = part.flatten(1)
-    return project_image(attn, streams["image"]), attn.to_add_out(streams["text"])
-
-
 def project_image(attn: Any, out: Tensor) -> Tensor:
     """Apply the output projection of the image stream and, in training, its dropout."""
     for module in attn.to_out:
@@ -156,10 +109,34 @@ class DoubleStreamBlock(PackedBlock):
     Attributes:
         norms: Names of the two norms of the image stream, and of those of the text stream.
         mlps: Names of the feed-forwards of both streams.
+        finite: Function that is applied to the output of the block: diffusers clips that of most models in float16.
     """
 
     norms: ClassVar = (("img_norm1", "img_norm2"), ("txt_norm1", "txt_norm2"))
     mlps: ClassVar = ("img_mlp", "txt_mlp")
+    finite: Callable[[Tensor], Tensor] = staticmethod(clipped)
+
+    def first_linears(self) -> tuple[nn.Module, nn.Module]:
+        """Return the first projection of the image and of the text stream; the others share their inputs."""
+        return self.block.attn.to_q, self.block.attn.add_q_proj
+
+    def projections(self, x: Tensor, stream: str) -> QKV:
+        """Project a modulated stream "image" or "text", `[n, C]`, to q, k, v, `[n, H, D]` each."""
+        attn = self.block.attn
+        if has_fused_projections(attn):
+            parts = (attn.to_qkv if stream == "image" else attn.to_added_qkv)(x).chunk(3, -1)
+        elif stream == "image":
+            parts = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+        else:
+            parts = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
+        head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+        return q, k, v
+
+    def output(self, stream: str) -> Any:
+        """Return the output projection of attention for the stream "image" or "text"."""
+        attn = self.block.attn
+        return functools.partial(project_image, attn) if stream == "image" else attn.to_add_out
 
     def modulation(self, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
         """Return the modulation of both streams; text always uses the sampled timesteps, the first S rows.
@@ -186,7 +163,7 @@ class DoubleStreamBlock(PackedBlock):
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
         norms = [[getattr(block, name) for name in names] for names in self.norms]
         mlps = [getattr(block, name) for name in self.mlps]
-        first = block.attn.to_q, block.attn.add_q_proj  # they share their inputs with the projections of k and v
+        first = self.first_linears()
         unchanged, normed = [], []  # image and text, [n, C] each
         for i, (mod, rows) in enumerate(zip(mods, all_rows, strict=True)):
             x, eps = streams.pop(0), norms[i][0].eps
@@ -201,7 +178,7 @@ class DoubleStreamBlock(PackedBlock):
             del x, y
         if self.last:
             return [self._targets(mods[0], unchanged.pop(0), normed, context)], []
-        branches = [*joint_attention(block.attn, normed.pop(0), normed.pop(0), context, self.attention_8bit)]
+        branches = self._attention(normed, context)
         outputs, left = [], []
         for mod, mlp, rows, (_, norm) in zip(mods, mlps, all_rows, norms, strict=True):
             x, y = gated_input(
@@ -212,10 +189,35 @@ class DoubleStreamBlock(PackedBlock):
             if context.fuse_residual:
                 left.append(DeferredResidual(y, mod.gate2))
             else:
-                x = clipped(ops.gate_residual(x, y, mod.gate2, rows, impl=impl))
+                x = self.finite(ops.gate_residual(x, y, mod.gate2, rows, impl=impl))
             outputs.append(x)
             del x, y
         return outputs, left
+
+    def _joint_qkv(self, normed: list[Tensor], context: ForwardContext) -> QKV:
+        """Project, normalise and rotate both streams (image and text, `[n, C]`) into the joint q, k, v, `[N, H, D]`.
+
+        The list is emptied.
+        """
+        # In the order of diffusers, in which offloading fetches weights in advance.
+        image, text = (self.projections(normed.pop(0), stream) for stream in ("image", "text"))
+        if context.parallel is not None:
+            text, image = _all_rows(text, context, "text"), _all_rows(image, context, "image")
+        return joint_qkv(self.block.attn, image, text, context)
+
+    def _attention(self, normed: list[Tensor], context: ForwardContext) -> list[Tensor]:
+        """Run attention, output projections included; the arguments and results are those of `_joint_qkv`, `[n, C]`."""
+        q, k, v = self._joint_qkv(normed, context)
+        out = attend(q, k, v, context.plan, context.impl, context.for_training, self.attention_8bit)
+        del q, k, v
+        parts = []
+        for name in ("image", "text"):
+            part = stream_rows(out, context.layout, name)  # [N_stream, H, D]
+            if context.parallel is not None:
+                part = context.parallel.scatter_heads(part, context.parallel.bounds(len(part)))
+            parts.append(part.flatten(1))
+        del out, part
+        return [self.output(name)(parts.pop(0)) for name in ("image", "text")]
 
     def _targets(self, mod: Modulation, image: Tensor, normed: list[Tensor], context: ForwardContext) -> Tensor:
         """Run the last block for the targets' queries only, because no other rows of its output are used.
@@ -224,7 +226,7 @@ class DoubleStreamBlock(PackedBlock):
         """
         block, layout, impl = self.block, context.layout, context.impl
         targets = layout.target_rows(image.device)
-        q, k, v = project_qkv(block.attn, normed.pop(0), normed.pop(0), context)
+        q, k, v = self._joint_qkv(normed, context)
         q = q[layout.joint_index("image", image.device)[targets]]  # [N_target, H, D]
         out = attend(q, k, v, context.target_plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
@@ -233,14 +235,14 @@ class DoubleStreamBlock(PackedBlock):
         mine = context.target_rows()
         rows = context.modulation_rows("image")[mine]
         image, hidden = gated_input(
-            first_linear(block.img_mlp), image[mine], project_image(block.attn, out.flatten(1)), mod.gate1, mod.shift2,
+            first_linear(block.img_mlp), image[mine], self.output("image")(out.flatten(1)), mod.gate1, mod.shift2,
             mod.scale2, rows, block.img_norm2.eps, impl,
         )  # fmt: skip
         del out
-        skip(block.attn.to_add_out)
+        skip(self.output("text"))
         hidden = feed_forward(block.img_mlp, hidden, impl)
         skip(block.txt_mlp)
-        return clipped(ops.gate_residual(image, hidden, mod.gate2, rows, impl=impl))
+        return self.finite(ops.gate_residual(image, hidden, mod.gate2, rows, impl=impl))
 
 
 class PackedQwenImage(PackedModel):
@@ -314,7 +316,8 @@ class Modulation:
 
 def qk_norm_weights(attn: Any, stream: str) -> tuple[Tensor | None, Tensor | None]:
     """Return the weights of a stream's RMSNorms of q and k; None where the attention has no such norm."""
-    norms = (attn.norm_q, attn.norm_k) if stream == "image" else (attn.norm_added_q, attn.norm_added_k)
+    names = qk_norm_names(attn)
+    norms = [getattr(attn, name) for name in (names[:2] if stream == "image" else names[2:])]
     q, k = (None if norm is None else norm.weight for norm in norms)
     return q, k
 

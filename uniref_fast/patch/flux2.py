@@ -25,16 +25,14 @@ from uniref_fast.patch.families import FamilyPatch, Place
 from uniref_fast.patch.guards import (
     changed_norm,
     changed_qk_norm,
-    innermost_forward,
     is_plain,
     norm_change,
     replaced_attention,
+    stock_forward,
     unlike,
 )
 from uniref_fast.patch.processors import (
-    PatchedAttention,
     PatchedBlock,
-    checkable,
     fused_streams,
     joint_rows,
     outside_compiler,
@@ -42,17 +40,17 @@ from uniref_fast.patch.processors import (
     register_processor,
     whole_stream,
 )
-from uniref_fast.patch.replay import Calls, StandIn
+from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.stock import found_modules, processor_changes
+from uniref_fast.patch.streams import TRACED, StreamsAttention
 from uniref_fast.visibility import AttentionPlan, Rule
 
 __all__ = ["PATCH"]
 
 _PROCESSORS = ("Flux2AttnProcessor", "Flux2KVAttnProcessor")
 _SINGLE_PROCESSORS = ("Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor")
-_TRACED = "torch.compile traces the code of diffusers"
 
 
 def _stock() -> Any:
@@ -74,39 +72,11 @@ def _attention_change() -> str | None:
 # ---- attention ----
 
 
-class _Attention(PatchedAttention):
-    """A processor of FLUX.2; subclasses have the signature of the original, by which diffusers filters arguments."""
+class _Attention(StreamsAttention):
+    """A processor of FLUX.2."""
 
-    def _call(self, attn: Any, streams: tuple[Any, ...], *others: Any, **kv: Any) -> Any:
-        if torch.compiler.is_compiling():
-            self.record_trace(_TRACED)
-            return self._pass_on()(attn, *streams, *others, **kv)
-        result = outside_compiler()(self._attend, attn, streams, others, kv)
-        return result if len(result) > 1 else result[0]
-
-    def _attend(self, attn: Any, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]) -> tuple[Tensor, ...]:
-        def original(instead: Any = attn) -> tuple[Tensor, ...]:
-            result = self._pass_on()(instead, *streams, *others, **kv)
-            return result if isinstance(result, tuple) else (result,)
-
-        if reason := self._reason(attn, streams, *others):
-            return self._refuse(reason, original)
-        comparable = checkable(self.site, streams[0])
-        calls = Calls(attn, inputs=comparable)
-        fused = self._computed(calls, streams, others[1], kv)
-        if isinstance(fused, str):
-            return self._refuse(fused, functools.partial(original, StandIn(calls)))
-        outs, choice = fused
-
-        def check() -> float:
-            stand_in = StandIn(calls)
-            stand_in.compare(outs, original(stand_in))
-            return stand_in.max_rel_error
-
-        return self.state.accept(self.site, outs, streams[0], original, check if comparable else None, choice)
-
-    def _reason(self, attn: Any, streams: tuple[Any, ...], mask: Any, rotary: Any) -> str | None:
-        """Return the reason why a call must run the original, or None."""
+    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+        mask, rotary = others
         if rotary is None or mask is not None or any(stream is None for stream in streams):
             return "called without text or rotary embedding, or with an external mask"
         if reason := refusal(self.state, self.site, attn.head_dim, *streams):
@@ -123,12 +93,6 @@ class _Attention(PatchedAttention):
             return "the rotary embedding does not have one float32 value per token and channel of a head"
         first = streams[0]
         return _attention_change() or changed_qk_norm(self.attn, first.dtype, first.device, torch.nn.RMSNorm)
-
-    def _computed(
-        self, calls: Calls, streams: tuple[Any, ...], rotary: Any, kv: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], tuple[str, str]] | str:
-        """Return (streams, (implementation, reason of the choice)), or the reason why this is not possible."""
-        raise NotImplementedError
 
     def _joint(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, batch: int, text: int, kv: dict[str, Any]
@@ -174,7 +138,7 @@ class _TwoStreams(_Attention):
         return self._call(attn, (hidden_states, encoder_hidden_states), attention_mask, image_rotary_emb)
 
     def _computed(
-        self, calls: Calls, streams: tuple[Any, ...], rotary: Any, kv: dict[str, Any]
+        self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
     ) -> tuple[tuple[Tensor, ...], tuple[str, str]] | str:
         attn: Any = calls.module
         image, text = streams
@@ -191,7 +155,7 @@ class _TwoStreams(_Attention):
                     return reason
                 qkv += out.chunk(3 // len(one), dim=-1)
         calls.release()
-        context = _context(self.state, rotary, len(image), text.shape[1], image.shape[1])
+        context = _context(self.state, others[1], len(image), text.shape[1], image.shape[1])
         heads = [joint_rows(x).unflatten(-1, (-1, attn.head_dim)) for x in qkv]
         del qkv, out
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
@@ -238,7 +202,7 @@ class _OneStream(_Attention):
         return self._call(attn, (hidden_states,), attention_mask, image_rotary_emb)
 
     def _computed(
-        self, calls: Calls, streams: tuple[Any, ...], rotary: Any, kv: dict[str, Any]
+        self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
     ) -> tuple[tuple[Tensor, ...], tuple[str, str]] | str:
         attn: Any = calls.module
         (x,) = streams
@@ -250,7 +214,7 @@ class _OneStream(_Attention):
         mlp = calls("mlp_act_fn", mlp.unflatten(0, x.shape[:2]))
         if reason := unlike(mlp, (*x.shape[:2], attn.mlp_hidden_dim), x, "mlp_act_fn"):
             return reason
-        context = _context(self.state, rotary, len(x), 0, x.shape[1])
+        context = _context(self.state, others[1], len(x), 0, x.shape[1])
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
         joint, choice = self._joint(q, k, v, context, len(x), kv.get("num_txt_tokens", 0), kv)
@@ -376,7 +340,7 @@ class _TwoStreamBlock(_Block):
             joint_attention_kwargs,
         )
         if torch.compiler.is_compiling():
-            self.record_trace(_TRACED)
+            self.record_trace(TRACED)
             return self.original(*arguments)
         return outside_compiler()(self._run, *arguments)
 
@@ -427,7 +391,7 @@ class _OneStreamBlock(_Block):
             text_seq_len,
         )
         if torch.compiler.is_compiling():
-            self.record_trace(_TRACED)
+            self.record_trace(TRACED)
             return self.original(*arguments)
         return outside_compiler()(self._run, *arguments)
 
@@ -475,17 +439,10 @@ def install(transformer: Any, state: PatchState) -> Iterator[Place | str]:
                 yield by_class[type(processor)](block.attn, state, Site(f"{where}.attn"))
             else:
                 yield f"{where}.attn has its own {type(processor).__name__}, which runs unchanged"
-            if _stock_forward(block, getattr(_stock(), block_class)):
+            if stock_forward(block, getattr(_stock(), block_class)):
                 yield block_place(block, state, Site(where))
             else:
                 yield f"{where} has its own forward, which runs unchanged"
-
-
-def _stock_forward(block: Any, kind: Any) -> bool:
-    """Return True if a block runs the forward of diffusers, below hooks of diffusers and accelerate."""
-    if not isinstance(block, kind) or type(block).forward is not kind.forward:
-        return False
-    return getattr(getattr(*innermost_forward(block)), "__func__", None) is kind.forward
 
 
 def refuse_processors(transformer: Any, visibility: str | Rule) -> None:

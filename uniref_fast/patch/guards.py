@@ -23,6 +23,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from uniref_fast.models.packed import qk_norm_names
 from uniref_fast.models.qwen_image import qk_norm_eps
 
 __all__ = [
@@ -42,8 +43,6 @@ __all__ = [
     "stock_forward",
     "unlike",
 ]
-
-QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
 def is_plain(tensor: Any) -> bool:
@@ -146,9 +145,15 @@ def replaced_forward(module: nn.Module) -> bool:
     return forward is not None and forward != types.MethodType(type(module).forward, module)
 
 
-def changed_norm(norm: Any, channels: int) -> str | None:
-    """Describe how a block's norm differs from a LayerNorm over `channels` without weight and bias, or return None."""
-    if type(norm) is not nn.LayerNorm:
+def changed_norm(norm: Any, channels: int, kind: Any = nn.LayerNorm) -> str | None:
+    """Describe how a block's norm differs from a LayerNorm over `channels` without weight and bias, or return None.
+
+    Args:
+        norm: The norm.
+        channels: Number of channels.
+        kind: Class that the norm must have.
+    """
+    if type(norm) is not kind:
         return f"a block's norm is a {type(norm).__name__}"
     if norm.normalized_shape != (channels,) or norm.weight is not None or norm.bias is not None:
         return f"a block's norm is {norm}"
@@ -170,7 +175,7 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device, kind: A
         from diffusers.models.normalization import RMSNorm
 
         kind = RMSNorm
-    found = [norm for norm in map(attn._modules.get, QK_NORMS) if norm is not None]
+    found = [norm for norm in map(attn._modules.get, qk_norm_names(attn)) if norm is not None]
     if found and not is_from(kind.forward, sys.modules[kind.__module__]):
         return f"{kind.__module__}.RMSNorm.forward was replaced"
     for norm in found:
@@ -246,5 +251,6 @@ def stock_forward(block: Any, kind: Any) -> bool:
     if not isinstance(block, kind):
         return False
     forward = getattr(*innermost_forward(block))
-    stock = type(block).forward is kind.forward and type(block)._modulate is kind._modulate
+    modulate = [getattr(each, "_modulate", None) for each in (type(block), kind)]  # a method that some classes have
+    stock = type(block).forward is kind.forward and modulate[0] is modulate[1]
     return stock and "_modulate" not in vars(block) and getattr(forward, "__func__", None) is kind.forward

@@ -145,10 +145,11 @@ class _Installation:
 
     def __init__(self, transformer: Any, options: tuple, pipe: Any, parts: EightBitParts | None) -> None:
         mode, visibility, strict, impl, schedule, keep_dtype, _ = self.options = options
-        installed = family_patch(family_of(transformer))
+        family = family_of(transformer)
+        installed = family_patch(family)
         assert installed is not None  # `Family.require` has checked it
         probe = torch.empty(0, dtype=_compute_dtype(transformer), device=_device(transformer))
-        head_dim = transformer.config.attention_head_dim
+        head_dim = family.packed.sizes(transformer.config).attention_head_dim
         if impl is None:
             implementation, reason = ops.explain(probe, head_dim)
         elif impl in ops.ATTENTION_LIBRARIES:

@@ -521,6 +521,7 @@ def fused_streams(
     norms: Sequence[tuple[Any, Any]],
     mlps: tuple[str, str],
     attention: dict[str, Any],
+    clip: bool = True,
 ) -> tuple[Tensor, Tensor] | str:
     """Return (text, image) of a block with two streams, or the reason why that is not possible.
 
@@ -534,6 +535,7 @@ def fused_streams(
         norms: First norms of both streams, and their second norms.
         mlps: Names of both feed-forwards.
         attention: Further arguments of the attention.
+        clip: Clip the results in float16 to the finite range, as most models of diffusers do.
     """
     image, text = streams
     options: Any = {"rounding": "eager", "impl": impl}
@@ -563,11 +565,11 @@ def fused_streams(
         branch = calls(mlp, hidden.view(like.shape), run=mlp_8bit)
         if reason := unlike(branch, tuple(like.shape), x, "the feed-forward"):
             return reason
-        out.append(whole_stream(ops.gate_residual(x, joint_rows(branch), mod.gate2, row, **options), like.shape))
+        out.append(whole_stream(ops.gate_residual(x, joint_rows(branch), mod.gate2, row, **options), like.shape, clip))
     return out[1], out[0]
 
 
-def whole_stream(x: Tensor, shape: torch.Size) -> Tensor:
+def whole_stream(x: Tensor, shape: torch.Size, clip: bool = True) -> Tensor:
     """Return rows `[B * N, C]` as a stream `[B, N, C]`, in float16 clipped to the finite range, as diffusers does."""
     x = torch.ops.aten._unsafe_view(x, shape)  # for autograd not a view: nothing else refers to the rows
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+    return x.clip(-65504, 65504) if clip and x.dtype == torch.float16 else x
