@@ -18,13 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from uniref_fast import ops
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
-from uniref_fast.models.eight_bit import attend, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences
-from uniref_fast.models.packed import DeferredResidual, ForwardContext, PackedBlock, PackedModel, clipped, joint_sources
-from uniref_fast.models.qwen_image import DoubleStreamBlock, Modulation, joint_qkv
+from uniref_fast.models.packed import PackedModel
+from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
+from uniref_fast.models.single_stream import SingleStreamBlock
 from uniref_fast.visibility import Rule
 
 __all__ = ["FLUX2", "PackedFlux2", "has_clean_references", "split_projection"]
@@ -63,61 +62,32 @@ class Flux2DoubleStreamBlock(DoubleStreamBlock):
         return Modulation(*parts[:6]), Modulation(*parts[6:12])
 
 
-class Flux2SingleStreamBlock(PackedBlock):
-    """A block with one stream of all tokens in joint order, whose attention and feed-forward run in parallel."""
+class Flux2SingleStreamBlock(SingleStreamBlock):
+    """A block with one stream, whose attention and feed-forward share their two Linears."""
 
-    def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[DeferredResidual],
-        temb: Tensor,
-        context: ForwardContext,
-    ) -> tuple[list[Tensor], list[DeferredResidual]]:
-        attn, impl = self.block.attn, context.impl
+    @property
+    def norm(self) -> Any:
+        return self.block.norm
+
+    @property
+    def first_linear(self) -> Any:
+        return self.block.attn.to_qkv_mlp_proj
+
+    def modulation(self, temb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift, scale, gate = temb.chunk(15, dim=-1)[12:]
-        rows = context.modulation_rows("joint")
-        if len(streams) == 2:  # the first of these blocks
-            streams = [_joined(streams, residuals, context)]
-            residuals = []
-        x, eps = streams.pop(), self.block.norm.eps
-        if residuals:
-            x, y = gated_input(attn.to_qkv_mlp_proj, x, *residuals.pop(), shift, scale, rows, eps, impl)
-        else:
-            y = modulated_input(attn.to_qkv_mlp_proj, x, shift, scale, rows, eps, impl)
+        return shift, scale, gate
+
+    def project(self, y: Tensor, rows: Tensor | None) -> tuple[QKV, Tensor]:
+        attn = self.block.attn
         qkv, mlp = split_projection(attn, attn.to_qkv_mlp_proj(y))
-        del y
-        plan = context.plan
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
-        q, k, v = joint_qkv(attn, (q, k, v), None, context)
-        if self.last:  # no other rows of its output are used
-            targets = context.target_rows()
-            rows = context.modulation_rows("image")[targets]
-            targets = context.layout.joint_index("image", x.device)[targets]
-            plan, q, mlp, x = context.target_plan, q[targets], mlp[targets], x[targets]
-        mlp = attn.mlp_act_fn(mlp)
-        out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
-        del q, k, v, qkv
-        y = attn.to_out(torch.cat([out.flatten(1), mlp], dim=-1))
-        del out, mlp
-        if context.fuse_residual and not self.last:
-            return [x], [DeferredResidual(y, gate)]
-        return [clipped(ops.gate_residual(x, y, gate, rows, impl=impl))], []
+        return (q, k, v), mlp if rows is None else mlp[rows]
 
+    def activate(self, mlp: Tensor) -> Tensor:
+        return self.block.attn.mlp_act_fn(mlp)
 
-def _joined(streams: list[Tensor], residuals: list[DeferredResidual], context: ForwardContext) -> Tensor:
-    """Return the image and the text stream as one in joint order, `[N, C]`, with their last residuals added."""
-    layout, device = context.layout, streams[0].device
-    for i, (branch, gate) in enumerate(residuals):
-        rows = context.modulation_rows(("image", "text")[i])
-        streams[i] = ops.gate_residual(streams[i], branch, gate, rows, impl=context.impl)
-    image, text = streams
-    both = torch.cat([text, image])
-    if isinstance(layout, TracedContext):
-        index = torch.cat([layout.joint_index("text"), layout.joint_index("image")])
-        return torch.empty_like(both).index_copy(0, index.long(), both)
-    if layout.num_samples == 1:
-        return both
-    return both.index_select(0, joint_sources(layout, device))
+    def output(self, joint: Tensor) -> Tensor:
+        return self.block.attn.to_out(joint)
 
 
 def split_projection(attn: Any, fused: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,9 +171,7 @@ class PackedFlux2(PackedModel):
         )
         streams = [model.x_embedder(image), self._text_stream(text, layout, model.context_embedder)]  # [n, C] each
         out = self._run_blocks(streams, torch.cat(modulation, dim=-1), context)
-        scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(out.dtype)).chunk(2, dim=1)
-        rows = context.modulation_rows("image")[context.target_rows()]
-        return model.proj_out(ops.norm_modulate(out, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
+        return self._head(out, temb, context)
 
     def _time_embedding(self, timestep: Tensor, layout: SelfLayout) -> Tensor:
         """Return the embedding of the time and the guidance scale of each row of the modulation table, `[R, C]`."""
@@ -222,15 +190,6 @@ class PackedFlux2(PackedModel):
                 f"the layout was built with clean_references={layout.clean_references}, the model has "
                 f"{self.clean_references}; build it with the model's own `layout(samples)`"
             )
-        if layout.guidance and not self.transformer.config.guidance_embeds:
-            raise ValueError(
-                "the samples have guidance scales, but the model has no guidance embeddings "
-                "(config.guidance_embeds=False); leave out `Sample.guidance`"
-            )
-        if not layout.guidance and self.transformer.config.guidance_embeds:
-            raise ValueError(
-                "the model has guidance embeddings (config.guidance_embeds=True), but the samples have no guidance "
-                "scales; give each sample one, `Sample.guidance`"
-            )
+        self._check_guidance(layout)
         if self.parallel is not None:
             raise ValueError("sequence parallelism is not supported for FLUX.2")

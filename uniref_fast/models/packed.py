@@ -474,6 +474,19 @@ class PackedModel(nn.Module):
 
         return compute() if self._constants is None else self._constants.text_stream(text, modules, compute)
 
+    def _head(self, out: Tensor, temb: Tensor, context: ForwardContext) -> Tensor:
+        """Return the velocities of the targets' tokens, `[n_target, 4 * out_channels]`.
+
+        Args:
+            out: Targets' rows of the output of the last block, `[n_target, C]`.
+            temb: Timestep embedding, `[R, C]`.
+            context: Context of the forward.
+        """
+        model = self.transformer
+        scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(out.dtype)).chunk(2, dim=1)
+        rows = context.modulation_rows("image")[context.target_rows()]
+        return model.proj_out(ops.norm_modulate(out, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
+
     def _run_blocks(self, streams: list[Tensor], temb: Tensor, context: ForwardContext) -> Tensor:
         """Run all blocks, and return the targets' rows of their output, `[n_target, C]`.
 
@@ -519,6 +532,19 @@ class PackedModel(nn.Module):
         if torch.is_grad_enabled():
             raise ValueError("kept references have no gradients; call the model under torch.no_grad()")
         return ReferenceRows(layout, kept)
+
+    def _check_guidance(self, layout: SelfLayout) -> None:
+        """Raise ValueError unless the samples have guidance scales exactly if the model embeds them."""
+        if layout.guidance and not self.transformer.config.guidance_embeds:
+            raise ValueError(
+                "the samples have guidance scales, but the model has no guidance embeddings "
+                "(config.guidance_embeds=False); leave out `Sample.guidance`"
+            )
+        if not layout.guidance and self.transformer.config.guidance_embeds:
+            raise ValueError(
+                "the model has guidance embeddings (config.guidance_embeds=True), but the samples have no guidance "
+                "scales; give each sample one, `Sample.guidance`"
+            )
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
         config = self.transformer.config

@@ -288,9 +288,7 @@ class PackedQwenImage(PackedModel):
             timestep = torch.cat([timestep, torch.zeros_like(timestep)])
         temb = model.time_text_embed(timestep, streams[0])  # [R, C]
         out = self._run_blocks(streams, temb, context)
-        scale, shift = model.norm_out.linear(model.norm_out.silu(temb).to(out.dtype)).chunk(2, dim=1)
-        rows = context.modulation_rows("image")[context.target_rows()]
-        return model.proj_out(ops.norm_modulate(out, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
+        return self._head(out, temb, context)
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
         super()._check(image, text, timestep, layout)

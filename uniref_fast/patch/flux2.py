@@ -9,27 +9,25 @@ Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from uniref_fast import ops
-from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.eight_bit import attend
-from uniref_fast.models.flux2 import FLUX2, split_projection
+from uniref_fast.models.flux2 import split_projection
 from uniref_fast.models.packed import ForwardContext
-from uniref_fast.models.qwen_image import Modulation, has_fused_projections, joint_qkv, qk_norm_eps, stream_rows
+from uniref_fast.models.qwen_image import Modulation, joint_qkv
 from uniref_fast.patch.families import FamilyPatch, Place
-from uniref_fast.patch.guards import (
-    changed_norm,
-    changed_qk_norm,
-    is_plain,
-    norm_change,
-    replaced_attention,
-    stock_forward,
-    unlike,
+from uniref_fast.patch.guards import changed_norm, norm_change, replaced_attention, unlike
+from uniref_fast.patch.joint_streams import (
+    TextImageAttention,
+    TwoStreamAttention,
+    attention_changes,
+    refuse_visibility,
+    stock_places,
+    stream_context,
 )
 from uniref_fast.patch.processors import (
     PatchedBlock,
@@ -41,11 +39,9 @@ from uniref_fast.patch.processors import (
     whole_stream,
 )
 from uniref_fast.patch.replay import Calls
-from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.stock import found_modules, processor_changes
-from uniref_fast.patch.streams import TRACED, StreamsAttention
-from uniref_fast.visibility import AttentionPlan, Rule
+from uniref_fast.patch.streams import TRACED, Choice
+from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["PATCH"]
 
@@ -72,40 +68,15 @@ def _attention_change() -> str | None:
 # ---- attention ----
 
 
-class _Attention(StreamsAttention):
-    """A processor of FLUX.2."""
+class _Attention(TextImageAttention):
+    """A processor of FLUX.2. The processors of klein-KV fill and read the cache of its pipeline."""
 
-    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
-        mask, rotary = others
-        if rotary is None or mask is not None or any(stream is None for stream in streams):
-            return "called without text or rotary embedding, or with an external mask"
-        if reason := refusal(self.state, self.site, attn.head_dim, *streams):
-            return reason
-        if any(x.ndim != 3 or len(x) != len(streams[0]) or not x.shape[1] for x in streams):
-            return f"called with streams of shapes {[list(x.shape) for x in streams]}"
-        if reason := self.settings_refusal():
-            return reason
-        shape = sum(x.shape[1] for x in streams), attn.head_dim
-        if len(rotary) != 2 or any(
-            not is_plain(x) or x.dtype != torch.float32 or x.device != streams[0].device or x.shape != shape
-            for x in rotary
-        ):
-            return "the rotary embedding does not have one float32 value per token and channel of a head"
-        first = streams[0]
-        return _attention_change() or changed_qk_norm(self.attn, first.dtype, first.device, torch.nn.RMSNorm)
+    def code_change(self) -> str | None:
+        return _attention_change()
 
     def _joint(
-        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, batch: int, text: int, kv: dict[str, Any]
-    ) -> tuple[Tensor, tuple[str, str]]:
-        """Return the attention of all queries `[B * N, H, D]`, and the implementation with the reason of its choice.
-
-        Args:
-            q, k, v: Queries, keys and values, `[B * N, H, D]` each.
-            context: Context of the call.
-            batch: Number of samples B.
-            text: Number of text tokens of each sample.
-            kv: Arguments of the cache of klein-KV.
-        """
+        self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, batch: int, text: int, mask: Any, kv: dict
+    ) -> tuple[Tensor, Choice]:
         plan, n = context.plan, len(q) // batch
         cache, mode, references = kv.get("kv_cache"), kv.get("kv_cache_mode"), kv.get("num_ref_tokens", 0)
         if mode == "extract" and references:
@@ -119,55 +90,11 @@ class _Attention(StreamsAttention):
                 for x, kept in zip((k.unflatten(0, (batch, n)), v.unflatten(0, (batch, n))), cache.get(), strict=True)
             )
             plan = _plan_of_cache(batch, n, len(k) // batch)
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        choice = ops.explain_attention(q.detach(), plan, context.impl, backward=needs_grad)
-        return attend(q, k, v, plan, choice[0], False, ""), choice
+        return self._attention(q, k, v, plan, context)
 
 
-class _TwoStreams(_Attention):
+class _TwoStreams(_Attention, TwoStreamAttention):
     """Joint attention of diffusers' `Flux2AttnProcessor`."""
-
-    def __call__(  # type: ignore[override]
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        return self._call(attn, (hidden_states, encoder_hidden_states), attention_mask, image_rotary_emb)
-
-    def _computed(
-        self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], tuple[str, str]] | str:
-        attn: Any = calls.module
-        image, text = streams
-        qkv: list[Tensor] = []
-        for stream, fused, names in (
-            (image, "to_qkv", ("to_q", "to_k", "to_v")),
-            (text, "to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
-        ):
-            one = (fused,) if has_fused_projections(attn) else names
-            for name in one:
-                out = calls(name, stream)
-                width = attn.inner_dim * (3 // len(one))
-                if reason := unlike(out, (*stream.shape[:2], width), stream, name):
-                    return reason
-                qkv += out.chunk(3 // len(one), dim=-1)
-        calls.release()
-        context = _context(self.state, others[1], len(image), text.shape[1], image.shape[1])
-        heads = [joint_rows(x).unflatten(-1, (-1, attn.head_dim)) for x in qkv]
-        del qkv, out
-        q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
-        del heads
-        joint, choice = self._joint(q, k, v, context, len(image), text.shape[1], kv)
-        del q, k, v
-        image_out, text_out = (
-            stream_rows(joint, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
-            for name, stream in (("image", image), ("text", text))
-        )
-        text_out = calls("to_add_out", text_out)
-        return (calls("to_out.1", calls("to_out.0", image_out)), text_out), choice
 
 
 class _TwoStreamsKV(_TwoStreams):
@@ -203,8 +130,9 @@ class _OneStream(_Attention):
 
     def _computed(
         self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
-    ) -> tuple[tuple[Tensor, ...], tuple[str, str]] | str:
+    ) -> tuple[tuple[Tensor, ...], Choice] | str:
         attn: Any = calls.module
+        mask, rotary = others
         (x,) = streams
         fused = calls("to_qkv_mlp_proj", x)
         width = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
@@ -214,10 +142,10 @@ class _OneStream(_Attention):
         mlp = calls("mlp_act_fn", mlp.unflatten(0, x.shape[:2]))
         if reason := unlike(mlp, (*x.shape[:2], attn.mlp_hidden_dim), x, "mlp_act_fn"):
             return reason
-        context = _context(self.state, others[1], len(x), 0, x.shape[1])
+        context = stream_context(self.state, rotary, len(x), 0, x.shape[1])
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
-        joint, choice = self._joint(q, k, v, context, len(x), kv.get("num_txt_tokens", 0), kv)
+        joint, choice = self._joint(q, k, v, context, len(x), kv.get("num_txt_tokens", 0), mask, kv)
         del q, k, v, qkv, fused
         joint = joint.flatten(1).unflatten(0, x.shape[:2])
         return (calls("to_out", torch.cat([joint, mlp], dim=-1)),), choice
@@ -240,27 +168,6 @@ class _OneStreamKV(_OneStream):
         kv = {"kv_cache": kv_cache, "kv_cache_mode": kv_cache_mode}
         kv |= {"num_txt_tokens": num_txt_tokens, "num_ref_tokens": num_ref_tokens}
         return self._call(attn, (hidden_states,), attention_mask, image_rotary_emb, **kv)
-
-
-def _context(state: PatchState, rotary: Any, batch: int, text: int, image: int) -> ForwardContext:
-    """Return the context of a call; blocks of a kind share it in one forward.
-
-    Args:
-        state: State of the patched transformer.
-        rotary: Tables cos and sin of text and image, float32 `[N, D]` each, with every value twice.
-        batch: Number of samples.
-        text: Text tokens of each sample; 0 for a stream of all tokens.
-        image: Image tokens of each sample, or all tokens.
-    """
-    key, saved = (batch, text, image), state.calls.context
-    if saved and saved[0] == key and saved[1] is rotary[0] and saved[2] is rotary[1]:
-        return saved[3]
-    with torch.inference_mode(False), torch.no_grad():
-        layout = SelfLayout.pack([Sample(text, (1, 1, image))] * batch, FLUX2, clean_references=False)
-        cos, sin = (table[:, ::2].repeat(batch, 1) for table in rotary)
-        context = ForwardContext(layout=layout, visibility="full", rotary=(cos, sin), impl=state.impl, rounding="eager")
-    state.calls.context = (key, *rotary, context)  # holding the tensors keeps their identity unambiguous
-    return context
 
 
 @functools.lru_cache(maxsize=8)
@@ -423,34 +330,15 @@ class _OneStreamBlock(_Block):
 def install(transformer: Any, state: PatchState) -> Iterator[Place | str]:
     """Install the places of all blocks, and yield each place, or a note on one that runs unchanged."""
     register_processor()
-    kinds = {
-        "transformer_blocks": ("Flux2TransformerBlock", _TwoStreamBlock, _PROCESSORS, (_TwoStreams, _TwoStreamsKV)),
-        "single_transformer_blocks": (
-            "Flux2SingleTransformerBlock", _OneStreamBlock, _SINGLE_PROCESSORS, (_OneStream, _OneStreamKV)
-        ),
-    }  # fmt: skip
-    for group, (block_class, block_place, processors, places) in kinds.items():
-        by_class: dict[Any, Callable[..., Place]] = {
-            getattr(_stock(), name): place for name, place in zip(processors, places, strict=True)
-        }
-        for name, block in getattr(transformer, group).named_children():
-            where, processor = f"{group}.{name}", getattr(getattr(block, "attn", None), "processor", None)
-            if type(processor) in by_class:
-                yield by_class[type(processor)](block.attn, state, Site(f"{where}.attn"))
-            else:
-                yield f"{where}.attn has its own {type(processor).__name__}, which runs unchanged"
-            if stock_forward(block, getattr(_stock(), block_class)):
-                yield block_place(block, state, Site(where))
-            else:
-                yield f"{where} has its own forward, which runs unchanged"
-
-
-def refuse_processors(transformer: Any, visibility: str | Rule) -> None:
-    """Raise ValueError: calls of this transformer do not say which tokens are those of a reference."""
-    raise ValueError(
-        f"patch supports visibility='full' only for {type(transformer).__name__}, whose calls have no image sizes, got "
-        f"{visibility!r}; use edit(), whose packed forward supports it"
-    )
+    stock = _stock()
+    for group, block, processors, places in (
+        ("transformer_blocks", (stock.Flux2TransformerBlock, _TwoStreamBlock), _PROCESSORS,
+         (_TwoStreams, _TwoStreamsKV)),
+        ("single_transformer_blocks", (stock.Flux2SingleTransformerBlock, _OneStreamBlock), _SINGLE_PROCESSORS,
+         (_OneStream, _OneStreamKV)),
+    ):  # fmt: skip
+        attention = {getattr(stock, name): place for name, place in zip(processors, places, strict=True)}
+        yield from stock_places(transformer, group, block, attention, state)
 
 
 def changes(transformer: Any) -> Iterator[str]:
@@ -460,20 +348,8 @@ def changes(transformer: Any) -> Iterator[str]:
     rope, config = transformer.pos_embed, transformer.config
     if (rope.theta, tuple(rope.axes_dim)) != (config.rope_theta, tuple(config.axes_dims_rope)):
         yield "pos_embed has other frequencies than those of the model's configuration"
-    for path, processors in (
-        ("transformer_blocks.*.attn", _PROCESSORS),
-        ("single_transformer_blocks.*.attn", _SINGLE_PROCESSORS),
-    ):
-        kinds = tuple(getattr(_stock(), name) for name in processors)
-        found = [*found_modules(transformer, path)]
-        if len({type(getattr(attn.processor, "stock", attn.processor)) for _, attn in found}) > 1:
-            yield f"{path} has processors of different classes"
-        for name, attn in found:
-            try:
-                qk_norm_eps(attn)
-            except ValueError as error:
-                yield f"{name}: {error}"
-            yield from processor_changes(name, attn.processor, kinds)
+    processors = {"transformer_blocks.*.attn": _PROCESSORS, "single_transformer_blocks.*.attn": _SINGLE_PROCESSORS}
+    yield from attention_changes(transformer, _stock(), processors)
 
 
-PATCH = FamilyPatch(install, changes, refuse_processors)
+PATCH = FamilyPatch(install, changes, refuse_visibility)

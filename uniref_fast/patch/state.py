@@ -30,6 +30,7 @@ class _Calls(threading.local):
         checking: True while the original runs within a site, whose calls are not counted.
         context: Last result of `PatchState.context` and its arguments.
         rows: Last result of `PatchState.modulation_rows` and its arguments.
+        masked: Last plan of attention with a mask, and the mask.
         kept: `KeptForward` of a transformer with kept references, or None.
         predictions: Predictions of the running edit with their kept references.
     """
@@ -38,6 +39,7 @@ class _Calls(threading.local):
     checking: bool = False
     context: Any = None
     rows: Any = None
+    masked: Any = None
     kept: Any = None
 
     def __init__(self) -> None:

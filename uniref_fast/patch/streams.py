@@ -39,13 +39,13 @@ class StreamsAttention(PatchedAttention):
         """
         if torch.compiler.is_compiling():
             self.record_trace(TRACED)
-            return self._pass_on()(attn, *streams, *others, **kv)
+            return self._pass_on()(attn, *self._arguments(streams, others), **kv)
         result = outside_compiler()(self._attend, attn, streams, others, kv)
         return result if len(result) > 1 else result[0]
 
     def _attend(self, attn: Any, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]) -> tuple[Tensor, ...]:
         def original(instead: Any = attn) -> tuple[Tensor, ...]:
-            result = self._pass_on()(instead, *streams, *others, **kv)
+            result = self._pass_on()(instead, *self._arguments(streams, others), **kv)
             return result if isinstance(result, tuple) else (result,)
 
         if reason := self._reason(attn, streams, *others):
@@ -63,6 +63,10 @@ class StreamsAttention(PatchedAttention):
             return stand_in.max_rel_error
 
         return self.state.accept(self.site, outs, streams[0], original, check if comparable else None, choice)
+
+    def _arguments(self, streams: tuple[Any, ...], others: tuple) -> tuple[Any, ...]:
+        """Return the positional arguments of the original after the attention module."""
+        return *streams, *others
 
     def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
         """Return the reason why a call must run the original, or None."""
