@@ -1,5 +1,6 @@
 """The packed FLUX.2 against diffusers, sample by sample."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from uniref_fast.layout import Kind, Sample, SelfLayout
 from uniref_fast.models.flux2 import FLUX2, PackedFlux2
 from uniref_fast.models.kept_references import KeptReferences, dependence
 from uniref_fast.testing import assert_within_budget, max_relative_error
+from uniref_fast.training.core.adapter import add_adapter
 
 SIZES = [(1, 4, 6), (1, 3, 5), (1, 1, 1), (1, 2, 9), (1, 7, 7), (1, 1, 8), (1, 5, 2)]  # target, then references 1..6
 IMPLS = ["reference", pytest.param("native", marks=pytest.mark.skipif(not native.available(), reason="not built"))]
@@ -367,36 +369,76 @@ def test_compiled_blocks_equal_diffusers(make_flux2, kind):
 
 # ---- gradients ----
 
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in",
+                "linear_out", "to_qkv_mlp_proj", "to_out")  # fmt: skip
+CASES = [(SIZES[:3], 7), (SIZES[:1], 1), (SIZES[1:6], 5)]
+"""Sizes of target and references, and text tokens of samples with 2, 0 and 4 references."""
+
+
+def velocity_loss(model, data, run=None):
+    """Return the mean over samples of the error of their velocities, one by one in diffusers or packed by `run`."""
+    if run is None:
+        outs = [stock(model, grids, *one) for (grids, _), one in zip(CASES, data, strict=True)]
+    else:
+        samples = [Sample(text, *split(grids)) for grids, text in CASES]
+        layout = run.layout(guided(samples, [one[3] for one in data]))
+        streams = (torch.cat([one[i][0] for one in data]) for i in (0, 1))
+        outs = layout.split_targets(run(*streams, torch.cat([one[2] for one in data]), layout))
+    generator = torch.Generator().manual_seed(3)
+    return sum((out - torch.randn(out.shape, generator=generator)).square().mean() for out in outs) / len(outs)
+
+
+def loss_and_gradients(model, run=None):
+    """Return the loss, and the gradients of all trained parameters and of the inputs by name."""
+    data = [inputs(model, grids, text, seed=i) for i, (grids, text) in enumerate(CASES)]
+    leaves = [x.requires_grad_() for one in data for x in one[:2]]
+    model.zero_grad()
+    with torch.enable_grad():
+        loss = velocity_loss(model, data, run)
+        loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found, **{f"input {i}": leaf.grad for i, leaf in enumerate(leaves)}}
+
+
+def add_lora(model):
+    """Add a LoRA with random factors to all Linears of the blocks."""
+    add_adapter(model.requires_grad_(False), 4, 4.0, LORA_TARGETS)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", ["dev", "klein-kv"])
-def test_gradients_of_a_pack_are_the_sum_of_single_ones(make_flux2, kind, impl):
-    """Gradients of every parameter and of the inputs equal those of diffusers one by one; K = 2, 0 and 1 references."""
+@pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
+def test_loss_and_gradients_equal_diffusers(make_flux2, lora, kind, impl):
+    """A pack equals diffusers one by one: gradients of all weights, or of the factors of a LoRA, and of the inputs."""
     model = make_flux2(kind)
-    cases = [(SIZES[:3], 7), (SIZES[:1], 1), (SIZES[1:3], 5)]
-    data = [inputs(model, grids, text, seed=i) for i, (grids, text) in enumerate(cases)]
-    results = []
-    for use_pack, checkpointing in ((False, False), (True, False), (True, True), (True, "inputs"), (True, "host")):
-        model.zero_grad()
-        leaves = [(image.clone().requires_grad_(), text.clone().requires_grad_(), *more) for image, text, *more in data]
-        with torch.enable_grad():
-            if use_pack:
-                run = PackedFlux2(model, impl=impl, checkpointing=checkpointing)
-                samples = [Sample(text, *split(grids)) for grids, text in cases]
-                layout = run.layout(guided(samples, [leaf[3] for leaf in leaves]))
-                streams = (torch.cat([leaf[i][0] for leaf in leaves]) for i in (0, 1))
-                out = run(*streams, torch.cat([leaf[2] for leaf in leaves]), layout)
-            else:
-                out = torch.cat([stock(model, grids, *leaf) for (grids, _), leaf in zip(cases, leaves, strict=True)])
-            out.square().sum().backward()
-        named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        results.append(named | {f"input {i}.{j}": leaf[j].grad for i, leaf in enumerate(leaves) for j in (0, 1)})
-    theirs, *all_ours = results
-    largest = max(g.abs().max().item() for g in theirs.values())
+    if lora:
+        add_lora(model)
+    theirs = loss_and_gradients(model)
+    all_ours = [
+        loss_and_gradients(model, PackedFlux2(model, impl=impl, for_training=True, checkpointing=checkpointing))
+        for checkpointing in (False, True, "inputs", "host")
+    ]
+    assert sum("lora" in name for name in theirs) == 2 * (2 * 12 + 3 * 2) * lora
     for ours in all_ours:
         assert not any(theirs[name].any() for name in theirs.keys() - ours.keys())
-        for name, grad in ours.items():
-            scale = max(theirs[name].abs().max().item(), 1e-3 * largest)
-            assert (grad - theirs[name]).abs().max().item() < 1e-4 * scale, name
+        assert all(max_relative_error(grad, theirs[name]) < RELATIVE for name, grad in ours.items())
     for other in all_ours[2:]:  # recomputed with the attention kept or not, and from host memory
         assert all(torch.equal(other[name], grad) for name, grad in all_ours[1].items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="not built")
+def test_gradients_of_compiled_blocks(make_flux2):
+    model = make_flux2("klein-kv")
+    add_lora(model)
+    theirs, run = loss_and_gradients(model), PackedFlux2(model, impl="native", for_training=True)
+    torch._dynamo.reset()
+    run.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the packed forward ran its blocks uncompiled")
+        ours = loss_and_gradients(model, run)
+    assert ours.keys() == theirs.keys()
+    assert all(max_relative_error(grad, theirs[name]) < RELATIVE for name, grad in ours.items())

@@ -27,6 +27,9 @@ NAMES: Mapping[str, str] = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", 
 def add_adapter(transformer: Any, rank: int, alpha: float, targets: Sequence[str], kind: str = "lora") -> None:
     """Add a new adapter, which changes nothing before it is trained, to a transformer.
 
+    A name may be that of Linear layers in some blocks and of a list of layers in others, as `to_out` of FLUX.2: only
+    the Linear layers get an adapter.
+
     Args:
         transformer: Transformer of diffusers.
         rank: Rank of the adapter.
@@ -40,14 +43,21 @@ def add_adapter(transformer: Any, rank: int, alpha: float, targets: Sequence[str
     from peft import LoKrConfig, LoraConfig
 
     config: Any
+    excluded = _no_linears(transformer, targets)
     if kind == "lokr":
-        config = LoKrConfig(r=rank, alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
+        config = LoKrConfig(
+            r=rank,
+            alpha=alpha,  # type: ignore[arg-type]
+            target_modules=list(targets),
+            exclude_modules=excluded,
+        )
     else:
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too
             init_lora_weights="gaussian",
             target_modules=list(targets),
+            exclude_modules=excluded,
             use_rslora=kind == "rslora",
             use_dora=kind == "dora",
         )
@@ -55,6 +65,21 @@ def add_adapter(transformer: Any, rank: int, alpha: float, targets: Sequence[str
         transformer.add_adapter(config)
     except ValueError as error:
         raise ValueError(f"lora_targets {list(targets)}: {error}") from error
+
+
+def _no_linears(transformer: Any, targets: Sequence[str]) -> list[str] | None:
+    """Return the names of the modules, lists of layers, that have the name of a target and hold layers; None without.
+
+    A target that names no Linear layer at all is left to peft, which refuses it.
+    """
+    from torch import nn
+
+    lists = [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.ModuleList) and any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+    return lists or None
 
 
 def is_adapter(name: str) -> bool:
