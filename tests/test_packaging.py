@@ -22,7 +22,7 @@ LEVELS = [
     {"kernels"},
     {"ops"},
     {"quantised_linear"},
-    {"models", "fast", "builtin", "edit_report", "encode", "request", "schedule"},
+    {"models", "fast", "builtin", "random_models", "edit_report", "encode", "request", "schedule"},
     {"model_kind", "quantisation"},
     {"loading"},
     {"patch"},
@@ -40,7 +40,7 @@ LEVELS = [
     {"training.builtin"},
     {"training.sft", "training.msgrpo"},
     {"run_plan"},
-    {"demo", "doctor", "encode_rows", "family_table", "plan", "serve", "weights"},
+    {"demo", "doctor", "family_demo", "encode_rows", "family_table", "plan", "serve", "weights"},
     {"cli"},
 ]
 APART = {("training.rl", "training.supervised"), ("training.supervised", "training.rl")}  # neither imports the other

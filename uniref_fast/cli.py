@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     demo = command("demo", _demo, "Compare the stock with the patched pipeline on a generated scene.",
-                   "Prints the times and the error, and writes the images as a contact sheet.")  # fmt: skip
+                   "Prints the times and the error, and writes the images as a contact sheet. With --family, it shows "
+                   "the small pipelines of that family.")  # fmt: skip
     _add_demo(demo)
     edit = command("edit", _edit, "Edit your own images.")
     _add_edit(edit, _add_request(edit))
@@ -167,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    add("--family", metavar="NAME",
+        help="Family of models to show on small pipelines of its classes with random weights, such as flux2: patch and "
+        "edit against the unchanged pipeline. `uniref-fast families` prints the names. (default: the built-in "
+        "model)")  # fmt: skip
     add("--out", type=Path, default=Path("out/demo.png"), help="Contact sheet to write. (default: %(default)s)")
     add("--json", action="store_true", help=JSON_HELP)
     add("--seed", type=int, default=0, help="Seed of the scene and of the noise. (default: %(default)s)")
@@ -320,6 +325,8 @@ def _demo(args: argparse.Namespace) -> int:
     from uniref_fast.demo import MORE, run_demo
 
     _check_device(args.device)
+    if args.family is not None:
+        return _demo_family(args)
     result, sheet, report = run_demo(
         seed=args.seed,
         references=args.references,
@@ -345,6 +352,30 @@ def _demo(args: argparse.Namespace) -> int:
             print(UNTRAINED)
     if not result.equal:
         print(f"the patched pipeline differs by more than {result.tolerance:.1e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _demo_family(args: argparse.Namespace) -> int:
+    import torch
+
+    from uniref_fast.family_demo import demo_family, report, run_family_demo
+
+    family = demo_family(args.family)
+    results, sheet = run_family_demo(
+        family, seed=args.seed, references=args.references, num_inference_steps=args.num_inference_steps,
+        repeats=args.repeats, dtype=getattr(torch, args.dtype), device=args.device, log=announce,
+    )  # fmt: skip
+    _save(sheet, args.out)
+    if args.json:
+        pipelines = [result.as_dict() for result in results]
+        print(json.dumps({"family": family.name, "weights": "random", "dtype": args.dtype, "device": args.device,
+                          "pipelines": pipelines, "out": str(args.out)}))  # fmt: skip
+    else:
+        print(report(results, args.dtype, args.device))
+        print(f"contact sheet   {args.out}\nThe weights are random: the images only show that the results agree.")
+    if different := [result.pipeline for result in results if not result.equal]:
+        print(f"results differ by more than the allowed error: {', '.join(different)}", file=sys.stderr)
         return 1
     return 0
 

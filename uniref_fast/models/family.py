@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -101,6 +102,8 @@ class Family:
         replaced: Modules that the packed forward replaces; it calls the other modules inside the transformer.
         packed: Class of the packed model.
         exact_references: When kept references give the same result as computing them in every step.
+        random_models: Module that builds small pipelines with random weights (`uniref_fast.random_models`); None for
+            no such module.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Family:
     replaced: tuple[Replaced, ...]
     packed: type[PackedModel]
     exact_references: str = "never"
+    random_models: str | None = None
 
     # ---- names and classes ----
 
@@ -141,6 +145,52 @@ class Family:
         """Raise ValueError with the reason if a capability (`CAPABILITIES`) does not work for this family."""
         if reason := self.reason_against(capability):
             raise ValueError(f"{CAPABILITIES[capability]}: not supported for {self.name} models: {reason}")
+
+    # ---- small pipelines, and calls of the pipelines of diffusers ----
+
+    def random_pipelines(self) -> tuple[str, ...]:
+        """Return the classes of pipelines that `random_pipeline` builds."""
+        return () if self.random_models is None else importlib.import_module(self.random_models).PIPELINES
+
+    def random_pipeline(self, name: str, dtype: torch.dtype = torch.float32, **sizes: int) -> Any:
+        """Return a small pipeline with random weights and without a progress bar.
+
+        Args:
+            name: Class of the pipeline, one of `random_pipelines`.
+            dtype: Data type of the weights.
+            sizes: `layers`, `heads` and `grid` (`uniref_fast.random_models`).
+
+        Raises:
+            ValueError: If the class is not one of `random_pipelines`.
+        """
+        if name not in self.random_pipelines():
+            raise ValueError(f"no small {name} can be built; {self.name} has {', '.join(self.random_pipelines())}")
+        pipe = importlib.import_module(str(self.random_models)).pipeline(name, dtype, **sizes)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def most_references(self, pipe: Any) -> int | None:
+        """Return the largest number of references of a request for a pipeline; None if the pipeline has no limit."""
+        return None
+
+    def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
+        """Return the arguments with which the pipeline itself computes a request that has one seed.
+
+        Args:
+            pipe: The pipeline.
+            request: The request, with prompts or with embeddings of prompts.
+        """
+        known = inspect.signature(type(pipe).__call__).parameters
+        names = (
+            "prompt", "negative_prompt", "height", "width", "num_inference_steps", "prompt_embeds",
+            "prompt_embeds_mask", "negative_prompt_embeds", "negative_prompt_embeds_mask",
+        )  # fmt: skip
+        given = {name: getattr(request, name) for name in names}
+        given |= {name: value[None] for name, value in given.items() if torch.is_tensor(value) and value.ndim == 2}
+        given["image"] = list(request.images) or None
+        given["true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"] = request.true_cfg_scale
+        given["generator"] = torch.Generator().manual_seed(request.seed)  # type: ignore[arg-type]
+        return {name: value for name, value in given.items() if name in known and value is not None}
 
     # ---- the packed model ----
 

@@ -90,6 +90,7 @@ class Flux2(Family):
     replaced = REPLACED
     packed = PackedFlux2
     exact_references = "Flux2KleinKVPipeline: always; the others: never"
+    random_models = "uniref_fast.random_models.flux2"
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the defaults of the pipeline; a distilled model needs 4 steps, and guidance is part of it."""

@@ -74,6 +74,7 @@ class QwenImage21(QwenFamily):
     replaced = REPLACED
     packed = PackedQwenImage21
     exact_references = "QwenImage21Pipeline with causal_condition (2.1 and Turbo): always"
+    random_models = "uniref_fast.random_models.qwen_image_21"
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the defaults of the pipeline; 2.1-Turbo has sigmas of its own, one for each step."""
@@ -90,6 +91,10 @@ class QwenImage21(QwenFamily):
 
     def keeps_references(self, transformer: Any) -> bool:
         return bool(transformer.config.causal_condition)
+
+    def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
+        resolution = round(self.image_areas(pipe)[2] ** 0.5)
+        return {**super().stock_arguments(pipe, request), "output_resolution": resolution}
 
     # ---- the pipeline around the transformer ----
 

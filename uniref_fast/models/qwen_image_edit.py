@@ -93,6 +93,7 @@ class QwenImageEdit(QwenFamily):
     replaced = REPLACED
     packed = PackedQwenImage
     exact_references = 'visibility="reference_causal" or "reference_isolated", and zero_cond_t (2511)'
+    random_models = "uniref_fast.random_models.qwen_image_edit"
 
     # ---- the packed model ----
 

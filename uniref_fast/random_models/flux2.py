@@ -1,0 +1,129 @@
+"""Small FLUX.2 models with random weights, whose parts fit each other as those of the released checkpoints do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["PIPELINES", "pipeline", "pipeline_of", "transformer"]
+
+PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2Pipeline")
+"""Pipeline classes that `pipeline` builds. `Flux2Pipeline` has no text encoder: that of the released model is a
+Mistral with a processor of its own, and prompt embeddings are given instead."""
+
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+
+def transformer(
+    kind: str = "klein",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    *,
+    layers: int = 2,
+    single_layers: int = 3,
+    heads: int = 2,
+) -> Any:
+    """Return a transformer with random weights.
+
+    Args:
+        kind: "klein", "klein-kv" or "dev", or a name that contains "kv" or "dev".
+        dtype: Data type of the weights.
+        seed: Seed of the weights.
+        layers: Number of blocks with two streams.
+        single_layers: Number of blocks with one stream.
+        heads: Number of attention heads.
+    """
+    from diffusers import Flux2Transformer2DModel
+    from diffusers.models.transformers import transformer_flux2
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=layers,
+            num_single_layers=single_layers,
+            attention_head_dim=128,
+            num_attention_heads=heads,
+            joint_attention_dim=96,
+            timestep_guidance_channels=256,
+            mlp_ratio=3.0,
+            axes_dims_rope=(32, 32, 32, 32),
+            rope_theta=2000,
+            guidance_embeds="dev" in kind,
+        )
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    if "kv" in kind:  # as `Flux2KleinKVPipeline` does
+        for block in model.transformer_blocks:
+            block.attn.set_processor(transformer_flux2.Flux2KVAttnProcessor())
+        for block in model.single_transformer_blocks:
+            block.attn.set_processor(transformer_flux2.Flux2KVParallelSelfAttnProcessor())
+    return nn.Module.to(model.eval(), dtype)  # without the warning of diffusers
+
+
+def pipeline(name: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, heads: int = 2, grid: int = 8) -> Any:
+    """Return a small pipeline with random weights, which takes images of any size.
+
+    Args:
+        name: Pipeline class, one of `PIPELINES`.
+        dtype: Data type of the weights.
+        layers: Number of blocks of each of the two kinds.
+        heads: Number of attention heads.
+        grid: Not used: these pipelines take references as they are.
+    """
+    kind = {"Flux2KleinKVPipeline": "klein-kv", "Flux2Pipeline": "dev"}.get(name, "klein")
+    return pipeline_of(transformer(kind, dtype, layers=layers, single_layers=layers, heads=heads), kind)
+
+
+def pipeline_of(transformer: Any, kind: str = "klein", distilled: bool = False) -> Any:
+    """Return a pipeline around a transformer.
+
+    Args:
+        transformer: Transformer of `transformer`.
+        kind: "klein", "klein-kv", "inpaint" or "dev".
+        distilled: Make a klein pipeline one of a distilled model, without classifier-free guidance.
+    """
+    import diffusers
+
+    from uniref_fast.builtin import components
+
+    dtype = transformer.dtype
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+        parts = {"transformer": transformer, "vae": _vae(dtype), "scheduler": scheduler}
+        if kind == "dev":
+            return diffusers.Flux2Pipeline(text_encoder=None, tokenizer=None, **parts)
+        tokenizer = components.tokenizer()
+        tokenizer.chat_template = CHAT
+        parts |= {"text_encoder": _text_encoder(len(tokenizer)).to(dtype), "tokenizer": tokenizer}
+    if kind == "klein-kv":
+        return diffusers.Flux2KleinKVPipeline(**parts)
+    if kind == "inpaint":
+        return diffusers.Flux2KleinInpaintPipeline(**parts)
+    return diffusers.Flux2KleinPipeline(**parts, is_distilled=distilled)
+
+
+def _text_encoder(vocabulary: int) -> Any:
+    """Return an encoder with the 27 layers that the pipelines read; its width is a third of that of the embeddings."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=27, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
+
+
+def _vae(dtype: torch.dtype) -> Any:
+    from diffusers import AutoencoderKLFlux2
+
+    vae: Any = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64
+    )
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return nn.Module.to(vae.eval(), dtype)
