@@ -45,7 +45,7 @@ def group(pipe):
         text = prompt_embeddings(pipe, scene.instruction, scene.references, made.condition_sizes)
         parts = [image_latents(pipe, *pair) for pair in zip(scene.references, made.reference_sizes, strict=True)]
     prepared = Prepared(None, scene.instruction, False, made, made.sample(len(text)))
-    times = sigmas(pipe.scheduler, SIDE**2 // made.patch**2, STEPS)
+    times = sigmas(pipe, SIDE**2 // made.patch**2, STEPS)
     return EncodedGroup((0, 0), 0, prepared, 1.0, (len(text),), times, (), torch.cat(parts), (text,))
 
 

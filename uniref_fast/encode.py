@@ -18,6 +18,7 @@ __all__ = [
     "encoded_prompt",
     "image_latents",
     "prompt_embeddings",
+    "prompt_text",
     "prompt_tokens",
     "request_texts",
     "saveable",
@@ -75,7 +76,7 @@ def _decoded(image: Image.Image) -> Image.Image:
 def prompt_embeddings(
     pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], device: Any = None
 ) -> Tensor:
-    """Encode a prompt and its references, `[n, joint_attention_dim]` without padding.
+    """Encode a prompt and its references, `[n, text_channels]` without padding.
 
     Args:
         pipe: A pipeline of a supported family.
@@ -88,7 +89,7 @@ def prompt_embeddings(
         ValueError: If the pipeline masks tokens inside a prompt.
     """
     embeds, text = encoded_prompt(pipe, prompt, images, sizes, device=device)
-    if not isinstance(text, int):
+    if not isinstance(text, int) and any(length and not valid for length, valid in text):
         raise ValueError(
             "encode_prompt of this pipeline masks tokens inside a prompt; only padding at its end is supported here"
         )
@@ -161,7 +162,12 @@ def decode_image(pipe: Any, latents: Tensor, size: tuple[int, int], output_type:
 
 def prompt_tokens(pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
     """Return the length of `prompt_embeddings` without running the encoder."""
-    return text_length(family_of(pipe).prompt_text(pipe, prompt, sizes))
+    return text_length(prompt_text(pipe, prompt, sizes))
+
+
+def prompt_text(pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+    """Return the text of `encoded_prompt` without running the encoder; the arguments are those of `prompt_tokens`."""
+    return family_of(pipe).prompt_text(pipe, prompt, sizes)
 
 
 def text_lengths(pipe: Any, request: EditRequest, sizes: Geometry) -> list[int]:

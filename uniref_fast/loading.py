@@ -30,9 +30,13 @@ __all__ = [
     "load_pipeline",
     "load_run",
     "load_transformer",
+    "local_index",
     "model_errors",
     "offload",
 ]  # fmt: skip
+
+
+INDEX = "model_index.json"
 
 
 def defaults(name: str, index: Mapping[str, Any] | None = None) -> tuple[int, float]:
@@ -56,16 +60,27 @@ def defaults(name: str, index: Mapping[str, Any] | None = None) -> tuple[int, fl
 
 def _index(name: str) -> dict[str, Any]:
     """Return the content of the `model_index.json` of a folder or a hub id."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download
 
-    file = "model_index.json"
     # The cache comes first: commands ask for this after they have loaded the model.
-    cached = None if Path(name).is_dir() or name.count("/") != 1 else try_to_load_from_cache(name, file)
-    if isinstance(cached, str):
-        return json.loads(Path(cached).read_text(encoding="utf-8"))
+    if (found := local_index(name)) is not None:
+        return found
     with model_errors(name) as place:
-        path = Path(place) / file if Path(place).is_dir() else Path(hf_hub_download(place, file))
+        path = Path(place) / INDEX if Path(place).is_dir() else Path(hf_hub_download(place, INDEX))
         return json.loads(path.read_text(encoding="utf-8"))
+
+
+def local_index(name: str) -> dict[str, Any] | None:
+    """Return the content of the `model_index.json` of a folder, or of a hub id in the local cache; else None."""
+    path: Any = Path(name) / INDEX
+    if not Path(name).is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        path = try_to_load_from_cache(name, INDEX) if name.count("/") == 1 else None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8")) if isinstance(path, str | Path) else None
+    except (OSError, ValueError):
+        return None
 
 
 def load_pipeline(name: str, dtype: Any, device: str, quantisation: str | None = None) -> Any:

@@ -125,18 +125,21 @@ def check_transformer(given: str, config: Mapping[str, Any], family: Family | No
     family.check_config(given, config, _instead(family))
 
 
-def check_trainable(given: str, index: Mapping[str, Any]) -> None:
+def check_trainable(given: str, index: Mapping[str, Any], kind: str = "sft") -> None:
     """Raise ValueError with the reason if training does not support the pipeline of a `model_index.json`.
 
     Args:
         given: Name of the pipeline in the message.
         index: Content of the file, which `check_configuration` has accepted.
+        kind: Kind of the training, "sft" or "msgrpo".
     """
-    kind, family = str(index.get("_class_name")), _family(index)
+    name, family = str(index.get("_class_name")), _family(index)
     assert family is not None
-    reason = family.untrained.get(kind) or family.reason_against("sft")
+    reason = family.untrained.get(name) or family.reason_against("sft")
     if reason is not None:
-        raise ValueError(f"{given} is a {kind}, which training does not support: {reason}")
+        raise ValueError(f"{given} is a {name}, which training does not support: {reason}")
+    if (reason := family.reason_against(kind)) is not None:
+        raise ValueError(f"{given} is a {name}, which training/{kind}.py does not support: {reason}")
 
 
 def check_pipeline(pipe: Any, given: str | None = None) -> None:

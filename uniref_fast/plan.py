@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     parsed = flags.parse(KINDS[kind], words, extra=PlanOptions(), prog=f"uniref-fast plan {kind}",
                          description=DESCRIPTION, renamed=resume.RENAMED)  # fmt: skip
     config = with_adapter(with_visibility(parsed.config), parsed.given)
-    plan = make_plan(kind, parsed.recipe, config, parsed.extra, command=_command(kind, words, parsed))
+    plan = make_plan(kind, parsed.recipe, config, parsed.extra, _command(kind, words, parsed), parsed.given)
     print(json.dumps(plan.as_dict()) if parsed.extra.json else text(plan))
     return 0 if plan.fits else 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, of
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
-from uniref_fast.training.core.suitability import check_sizes
+from uniref_fast.training.core.suitability import check_sizes, with_targets
 from uniref_fast.training.rl.recipes import MSGRPO
 
 __all__ = ["PlanOptions", "RunPlan", "StagePlan", "make_plan"]
@@ -158,7 +158,9 @@ class RunPlan:
         }  # fmt: skip
 
 
-def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, command: str = "") -> RunPlan:
+def make_plan(
+    kind: str, recipe: str, config: Recipe, options: PlanOptions, command: str = "", given: Collection[str] = ()
+) -> RunPlan:
     """Plan a run.
 
     Args:
@@ -167,11 +169,13 @@ def make_plan(kind: str, recipe: str, config: Recipe, options: PlanOptions, comm
         config: Configuration of the run, with the settings of the adapter that it continues.
         options: Options of the plan.
         command: Command that starts the run.
+        given: Names of the settings that were given on the command line.
 
     Raises:
         ValueError: The recipe does not suit the model, or the model or the data cannot be read.
     """
     size = model_size(config.model)
+    config = with_targets(config, given, size.lora_targets)
     check_base(config)
     check_sizes(config, size.output_side)
     offloaded_blocks(size.num_layers, config.offload_blocks)
@@ -291,7 +295,7 @@ def _memory_plan(
         return memory.plan_memory(
             stage, size, ranks=ranks, memory=available, fixed=fixed, sharded=sharded, element=element,
             gathered=memory.gathered_bytes(block, in_block, element, ranks, quantised),
-            update=update_bytes(config, trained), vae_width=size.vae_width, freed=freed, patch=size.token_side,
+            update=update_bytes(config, trained), freed=freed, patch=size.token_side,
             sequences=config.sequences, reference_area=size.reference_area,
         )  # fmt: skip
     except ValueError as error:

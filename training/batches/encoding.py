@@ -7,6 +7,7 @@ lacks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import shutil
@@ -16,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from PIL import Image
 
@@ -216,7 +217,8 @@ class EncodingPass:
         cache = self.encoder.cache
         cache.required = True
         try:
-            for one, loaded in self._ahead(_images, rows, "encoding"):
+            load = functools.partial(_images, mode=self.encoder.family.image_mode)
+            for one, loaded in self._ahead(load, rows, "encoding"):
                 for form in one.forms:
                     with _broken_rows(one, broken):
                         self._encode_form(one, form, *_result(loaded))
@@ -266,11 +268,11 @@ def _digested(one: RowForms) -> Row:
     return row
 
 
-def _images(one: RowForms) -> tuple[Row, Image.Image | None, list[Image.Image]]:
+def _images(one: RowForms, mode: Literal["RGB", "RGBA"]) -> tuple[Row, Image.Image | None, list[Image.Image]]:
     """Return a row with its target, if that is needed, and its references."""
     row = one.dataset[one.index]
-    target = row.target.load() if one.target and row.target else None
-    return row, target, [] if all(form.no_references for form in one.forms) else [x.load() for x in row.references]
+    target = row.target.load(mode) if one.target and row.target else None
+    return row, target, [] if all(form.no_references for form in one.forms) else [x.load(mode) for x in row.references]
 
 
 def _result(found: T | Exception) -> T:

@@ -24,12 +24,15 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import Sample
+
+if TYPE_CHECKING:
+    from uniref_fast.models.family import Family
 
 __all__ = ["CostModel", "Pack", "PackKey", "PackReport", "Packer", "Pending", "assign", "report"]
 
@@ -68,20 +71,27 @@ class CostModel:
         return asdict(self)
 
     @classmethod
-    def from_config(cls, config: Any) -> CostModel:
-        """Return the costs in floating-point operations of a forward of a `QwenImageTransformer2DModel`.
+    def from_config(cls, config: Any, family: Family | None = None) -> CostModel:
+        """Return the costs in floating-point operations of a forward of a transformer.
 
         A backward multiplies all costs by the same factor. The result is exact for samples that are half target and
         half references.
 
         Args:
             config: Configuration of the transformer.
+            family: Family of the transformer; None is Qwen-Image-Edit.
         """
         from uniref_fast.costs import transformer_flops  # it imports the models
+        from uniref_fast.models.family import families
 
-        small = Sample(128, (1, 64, 64), ((1, 64, 64),))
-        large = Sample(256, (1, 128, 64), ((1, 128, 64),))
-        (few, _), (many, pairs) = (transformer_flops(config, SelfLayout.qwen([s])) for s in (small, large))
+        family = family or families()[0]
+        guidance = family.training_guidance(config)
+
+        small = Sample(128, (1, 64, 64), ((1, 64, 64),), guidance=guidance)
+        large = Sample(256, (1, 128, 64), ((1, 128, 64),), guidance=guidance)
+        # Rows of the modulation table for t = 0 are few, and are not counted.
+        layouts = [replace(family.layout(config, [one]), clean_references=False) for one in (small, large)]
+        (few, _), (many, pairs) = (transformer_flops(config, each, family=family) for each in layouts)
         linear = (many - few) / (large.length - small.length)
         return cls(linear, pairs / large.length**2, max(few - linear * small.length, 0.0))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from uniref_fast.budget import fit_to_budget
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.training.core.launch import BUILTIN_ROWS, builtin_rows
 from uniref_fast.training.core.model_size import ModelSize
@@ -78,7 +77,7 @@ def row_tokens(config: Recipe, size: ModelSize, target: bool, element: int) -> R
     stages = [[_tokens(stage, size, row) for row in read] for stage in config.stages]
     latents = {(i, *found[:2]) for stage in stages for i, found in enumerate(stage)}
     cached = sum(target + references for _, target, references in latents) * size.in_channels
-    cached += sum(text for _, _, text in stages[0]) * size.joint_attention_dim
+    cached += sum(text for _, _, text in stages[0]) * size.text_channels
     lengths = tuple(tuple(sum(found) for found in stage) for stage in stages)
     counts = tuple(len(references) for _, references, _ in read)
     return RowTokens(rows, broken, lengths, counts, round(cached * element * rows / len(read)))
@@ -94,15 +93,7 @@ def _tokens(stage: BudgetStage, size: ModelSize, row: Sizes) -> tuple[int, int, 
         return (pixels[0] // size.token_side) * (pixels[1] // size.token_side)
 
     target = count(target_size(own, references, stage.target_side))
-    if stage.budget is None:
-        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
-
-        from uniref_fast.builtin.pipeline import small_dimensions
-
-        dimensions = small_dimensions if size.small else calculate_dimensions
-        scaled = [dimensions(size.reference_area, width / height) for width, height in references]
-    else:
-        scaled = fit_to_budget(references, stage.budget)
+    scaled = size.reference_sizes(references, stage.budget)
     text = len(references) * size.picture_tokens + len(instruction.encode()) // CHARACTERS + 6
     return target, sum(map(count, scaled)), text
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -15,11 +15,12 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.data.images import ImageSource
-from uniref_fast.encode import image_latents, prompt_embeddings, prompt_tokens
+from uniref_fast.encode import image_latents, prompt_embeddings, prompt_text, text_length
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.keyed_random import uniform
 from uniref_fast.layout import Sample
+from uniref_fast.models.family import family_of
 from uniref_fast.request import Geometry, geometry, target_size
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.core.encoders import EncoderError, Encoders
@@ -55,6 +56,7 @@ class Prepared:
         dropped: The references are left out.
         geometry: Sizes in pixels and tokens.
         sample: Sizes for the layout.
+        mode: Mode in which its images are loaded (`Family.image_mode`).
     """
 
     row: Row
@@ -62,6 +64,7 @@ class Prepared:
     dropped: bool
     geometry: Geometry
     sample: Sample
+    mode: Literal["RGB", "RGBA"] = "RGB"
 
     @property
     def task(self) -> str:
@@ -71,13 +74,12 @@ class Prepared:
     @property
     def text_tokens(self) -> int:
         """Number of tokens of the instruction."""
-        assert isinstance(self.sample.text, int)  # only padded texts have runs
-        return self.sample.text
+        return text_length(self.sample.text)
 
     def load(self) -> tuple[Image.Image, list[Image.Image], Tensor | None]:
-        """Return target and references, decoded, in RGB, and `load_mask()`."""
+        """Return target and references, decoded, in `mode`, and `load_mask()`."""
         assert self.row.target is not None  # `Encoder.prepare` refuses rows without a target
-        return self.row.target.load(), self.load_references(), self.load_mask()
+        return self.row.target.load(self.mode), self.load_references(), self.load_mask()
 
     def load_mask(self) -> Tensor | None:
         """Return the mean of the mask over each token of the target, float32 `[n]`; None if the row has no mask."""
@@ -88,8 +90,8 @@ class Prepared:
         return adaptive_avg_pool2d(torch.tensor(pixels)[None], (height, width)).flatten()
 
     def load_references(self) -> list[Image.Image]:
-        """Return the references, decoded, in RGB."""
-        return [] if self.dropped else [image.load() for image in self.row.references]
+        """Return the references, decoded, in `mode`."""
+        return [] if self.dropped else [image.load(self.mode) for image in self.row.references]
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Encoder:
     """An encoder of rows that uses the tokenizer, processor, VAE and text encoder of a pipeline.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline`.
+        pipe: A pipeline of a family that training supports.
         cache: Cache of latents and embeddings.
         seed: Seed of the choice of dropped texts and references.
         drop_text: Share of samples whose instruction is replaced by the empty prompt.
@@ -131,11 +133,15 @@ class Encoder:
         encoders: Encoders | None = None,
     ) -> None:
         self.pipe, self.cache, self.seed, self.encoders = pipe, cache, seed, encoders
+        self.family = family_of(pipe)
+        self.token_side = self.family.token_side(pipe)
         self.device = encoders.device if encoders else pipe._execution_device  # a property that searches all modules
         self._dtype = pipe.vae.dtype
         self.drop_text, self.drop_references = drop_text, drop_references
         self._vae = fingerprint(pipe.vae) if cache.folder else ""
-        self._text = content_key(fingerprint(pipe.text_encoder), pipe.prompt_template_encode) if cache.folder else ""
+        self._text = ""
+        if cache.folder:
+            self._text = content_key(fingerprint(pipe.text_encoder), self.family.prompt_template(pipe))
 
     def prepare(
         self, row: Row, key: Sequence[int], budget: int | None, target_side: int, rollout: bool = False
@@ -172,10 +178,11 @@ class Encoder:
             sizes = [] if form.no_references else sizes
             width, height = target_size(own, sizes, form.target_side)
             made = geometry(self.pipe, sizes, width=width, height=height, budget=form.budget)
-            text = prompt_tokens(self.pipe, instruction, made.condition_sizes)
+            made = replace(made, guidance=self.family.training_guidance(self.pipe.transformer.config))
+            text = prompt_text(self.pipe, instruction, made.condition_sizes)
         except ValueError as error:
             raise error if isinstance(error, RowError) else RowError(row.where, error) from error
-        return Prepared(row, instruction, form.no_references, made, made.sample(text))
+        return Prepared(row, instruction, form.no_references, made, made.sample(text), self.family.image_mode)
 
     @torch.no_grad()
     def encode(self, prepared: Prepared, images: tuple[Image.Image, list[Image.Image], Tensor | None]) -> Encoded:
@@ -230,8 +237,8 @@ class Encoder:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             raise RowError(where, f"the text encoder refuses it: {error}") from error
-        if instruction is None and len(text) != prepared.sample.text:
-            raise RuntimeError(f"{where}: {len(text)} text tokens, {prepared.sample.text} were planned")
+        if instruction is None and len(text) != prepared.text_tokens:
+            raise RuntimeError(f"{where}: {len(text)} text tokens, {prepared.text_tokens} were planned")
         return text.to(self.device)
 
     def missing(self, prepared: Prepared, target: bool, texts: Sequence[str]) -> dict[str, int]:
@@ -260,7 +267,7 @@ class Encoder:
 
     def _latents_entry(self, digest: str, size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
         """Return the key and the shape of the latents of an image."""
-        patch = self.pipe.vae_scale_factor * 2
+        patch = self.token_side
         shape = size[0] // patch * (size[1] // patch), self.pipe.transformer.config.in_channels
         return content_key(self._vae, digest, size), shape
 
@@ -271,8 +278,8 @@ class Encoder:
 
         If the number of its tokens is not given, the text is tokenized.
         """
-        length = prompt_tokens(self.pipe, words, sizes) if tokens is None else tokens
-        shape = length, self.pipe.transformer.config.joint_attention_dim
+        length = text_length(prompt_text(self.pipe, words, sizes)) if tokens is None else tokens
+        shape = length, self.family.text_channels(self.pipe.transformer.config)
         return content_key(self._text, words, digests, sizes), shape
 
     def _image_latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:

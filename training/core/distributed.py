@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.models.sequence_parallel import SequenceParallel
 
 __all__ = ["Ranks", "global_norm", "local", "scale_gradients", "shard"]
@@ -71,7 +71,7 @@ class Ranks:
         """Number of this rank's group."""
         return self.rank // self.sequence
 
-    def share_sequences(self, model: PackedQwenImage, size: int) -> None:
+    def share_sequences(self, model: PackedModel, size: int) -> None:
         """Let groups of `size` neighbouring ranks share each pack from now on. All ranks.
 
         Raises:
@@ -102,9 +102,7 @@ class Ranks:
         return values[0]
 
 
-def shard(
-    model: PackedQwenImage, ranks: Ranks, compute: torch.dtype, whole: Collection[torch.nn.Parameter] = ()
-) -> None:
+def shard(model: PackedModel, ranks: Ranks, compute: torch.dtype, whole: Collection[torch.nn.Parameter] = ()) -> None:
     """Shard the parameters block by block; they are gathered in `compute` and their gradients reduced in float32.
 
     Args:

@@ -26,7 +26,7 @@ class Encoders:
     """The frozen encoders of a pipeline.
 
     Args:
-        pipe: A `QwenImageEditPlusPipeline` in host memory.
+        pipe: A pipeline in host memory.
         model: Name of the model that the pipeline was loaded from: "builtin", a folder, or a hub id.
         dtype: Dtype of the weights.
         device: Device to encode and decode on.

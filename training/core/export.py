@@ -21,6 +21,7 @@ from torch import Tensor
 
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.files import check_new_folder, whole_folder
+from uniref_fast.models.family import Family, families, family_of, family_of_class, unsupported_class
 from uniref_fast.runs import base_run
 from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.checkpoint import Checkpoints
@@ -147,11 +148,11 @@ def write_weights(
         tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in whole.items()}
         save_torch_state_dict(tensors, folder, filename_pattern=pattern)
         return
-    from diffusers import QwenImageEditPlusPipeline
+    import diffusers
     from peft.utils import get_peft_model_state_dict
 
     adapter = get_peft_model_state_dict(transformer, state_dict=dict(whole))
-    QwenImageEditPlusPipeline.save_lora_weights(
+    getattr(diffusers, family_of(transformer).pipelines[0]).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.contiguous() for name, tensor in adapter.items()},
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
@@ -204,18 +205,18 @@ def _config(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _empty_transformer(config: Mapping[str, Any]) -> Any:
     """Return the transformer of a run on the meta device, with its adapter if it trains one."""
-    from diffusers import QwenImageTransformer2DModel
+    from diffusers import ModelMixin
 
     initial = Path(config["initial"]) if config.get("initial") else None
     base = None if initial is None else base_run(initial)
     name = str(model_folder()) if config["model"] == "builtin" else config["model"]
     source = name if base is None else str(base)
     try:
-        found = QwenImageTransformer2DModel.load_config(source, subfolder="transformer")
+        found = ModelMixin.load_config(source, subfolder="transformer")
     except OSError as error:
         raise ValueError(f"the configuration of {source} could not be loaded: {str(error).splitlines()[0]}") from None
     with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel.from_config(found)
+        transformer = _family(found).transformer_class().from_config(found)
         if config["lora_rank"] is not None and not (initial is not None and (initial / "lora").is_dir()):
             kind = config.get("adapter", "lora")  # older versions have no other
             add_adapter(transformer, config["lora_rank"], config["lora_alpha"], config["lora_targets"], kind)
@@ -225,3 +226,12 @@ def _empty_transformer(config: Mapping[str, Any]) -> Any:
             warnings.filterwarnings("ignore", message=".*to a meta parameter.*")  # only the configuration is needed
             transformer.load_lora_adapter(str(initial / "lora"), adapter_name="default", use_safetensors=True)
     return transformer
+
+
+def _family(config: Mapping[str, Any]) -> Family:
+    """Return the family of the configuration of a transformer; one that names no class is of Qwen-Image-Edit."""
+    name = str(config.get("_class_name", families()[0].transformer))
+    family = family_of_class(name)
+    if family is None:
+        raise ValueError(unsupported_class(name))
+    return family

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from uniref_fast.models.family import family_of
 from uniref_fast.quantised import stored_tensors
 from uniref_fast.training.core.base import Base
 
@@ -71,7 +72,7 @@ def quantise_base(
         device: Device that quantises; quantised weights stay on it.
         host: Numbers of the blocks whose quantised weights go back to the host.
     """
-    for number, block in enumerate(transformer.transformer_blocks):
+    for number, block in enumerate(family_of(transformer).packed.blocks_of(transformer)):
         place = torch.device("cpu") if number in host else device
         for parent in list(block.modules()):
             for name, layer in list(parent.named_children()):

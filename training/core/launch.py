@@ -107,7 +107,7 @@ def _launch(
     make: Callable[[Any, Ranks, Any, int | None], Trainer],
     failures: Callable[[], tuple[type[Exception], ...]],
 ) -> int:
-    from uniref_fast.training.core.suitability import check_suitability
+    from uniref_fast.training.core.suitability import check_suitability, with_targets
 
     if not launcher_rank():
         announce(f"{name}: recipe {parsed.recipe}, model {parsed.config.model}, folder {parsed.extra.out}")
@@ -115,6 +115,7 @@ def _launch(
     resumes = parsed.extra.resume == "auto" and (parsed.extra.out / CONFIG_FILE).exists()
     try:
         if not resumes:  # the settings of a resumed run are known when its checkpoint has been found
+            parsed = dataclasses.replace(parsed, config=with_targets(parsed.config, parsed.given))
             check_suitability(parsed.config, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as error:
         return _failed(name, error, 2)
@@ -153,7 +154,7 @@ def _train(
     """Build the trainer, train until the last step or a signal, and return the trainer."""
     import torch
 
-    from uniref_fast.training.core.suitability import check_suitability
+    from uniref_fast.training.core.suitability import check_suitability, with_targets
 
     out, alone = parsed.extra.out, not parsed.extra.read_only
     with locked(out, ranks) if alone else contextlib.nullcontext():
@@ -161,7 +162,7 @@ def _train(
             newest = find(parsed.extra, ranks, parsed.config.keep)
         with _no_data_of_failed_start(out) if alone and ranks.rank == 0 else contextlib.nullcontext():
             before = recorded(newest, out, ranks)
-            config = with_recorded(parsed.config, before, parsed.given, out)
+            config = with_targets(with_recorded(parsed.config, before, parsed.given, out), parsed.given)
             if before:
                 check_suitability(config, ranks.size)
             config = with_data(config, out, ranks)

@@ -12,13 +12,15 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from uniref_fast.gpu_memory import USABLE
 from uniref_fast.training.core.recipe import BudgetStage, Checkpointing
 
 if TYPE_CHECKING:  # the command `plan` starts without torch
     import torch
+
+    from uniref_fast.training.core.model_size import ModelSize
 
 __all__ = [
     "RECOMPUTATION",
@@ -43,11 +45,8 @@ RECOMPUTATION: dict[Checkpointing, str] = {
 }
 """Values of `BudgetStage.checkpointing` in words, the one that takes the least time first."""
 
-KEPT = 21  # widths per token that a block keeps: see `activation_bytes`
 KEPT_RECOMPUTED: dict[Checkpointing, int] = {True: 2, "inputs": 1, "host": 0}
-RECOMPUTING = 24  # widths per token of the block that is recomputed, gradients of activations included
 FETCHED = 3  # widths per token of inputs on their way to host memory and back
-ENCODED, DECODED = 9.1, 17.1  # numbers per pixel that the VAE holds at its peak, in widths of its first layer
 REFERENCES = 3  # of the largest sample without a joint budget: the models were trained with up to three
 TEXT_TOKENS = 1536  # room in the largest sample for the prompt and six pictures of about 190 tokens
 
@@ -73,29 +72,31 @@ class MemoryPlan:
     rejected: str = ""
 
 
-def activation_bytes(config: Any, tokens: int, checkpointing: Checkpointing, element: int, shared: bool = False) -> int:
+def activation_bytes(
+    size: ModelSize, tokens: int, checkpointing: Checkpointing, element: int, shared: bool = False
+) -> int:
     """Return the bytes that the backward of one pack keeps, on a rank that holds `tokens` of its tokens.
 
-    A block keeps, in widths per token: its input and the normed input (2), q and k before norm and rotary (2; q, k, v
-    with the exchange between ranks that share a pack) and q, k, v after (3), attention's result twice, in joint and in
-    stream order (2; once for a single sample), the branch, the stream after it and its normed form (3), the 4x hidden
-    layer before and after GELU (8), the second branch (1). A recomputed block keeps its input and, unless attention is
-    recomputed too, attention's result. One block at a time keeps everything, beside the gradients of activations.
+    A block of Qwen-Image-Edit keeps, in widths per token: its input and the normed input (2), q and k before norm and
+    rotary (2; q, k, v with the exchange between ranks that share a pack) and q, k, v after (3), attention's result
+    twice, in joint and in stream order (2; once for a single sample), the branch, the stream after it and its normed
+    form (3), the 4x hidden layer before and after GELU (8), the second branch (1). A recomputed block keeps its input
+    and, unless attention is recomputed too, attention's result. One block at a time keeps everything, beside the
+    gradients of activations.
 
     Args:
-        config: Configuration of the transformer.
+        size: Sizes of the model.
         tokens: Number of tokens on the rank.
         checkpointing: Recomputation in the backward, as in `BudgetStage`.
         element: Bytes per number.
         shared: Ranks share the pack.
     """
-    width = config.num_attention_heads * config.attention_head_dim
-    blocks = config.num_layers
-    widths = (KEPT + shared) * blocks
+    blocks = size.num_layers
+    widths = size.kept_widths + shared * blocks
     if checkpointing is not False:
-        widths = KEPT_RECOMPUTED[checkpointing] * blocks + RECOMPUTING + shared
+        widths = KEPT_RECOMPUTED[checkpointing] * blocks + size.recomputing + shared
         widths += FETCHED * (checkpointing == "host")
-    return tokens * width * widths * element
+    return tokens * size.width * widths * element
 
 
 def gathered_bytes(block: int, trained: int, element: int, ranks: int, quantised: int = 0) -> int:
@@ -111,16 +112,17 @@ def gathered_bytes(block: int, trained: int, element: int, ranks: int, quantised
     return block * element * (1 if ranks == 1 else 2) + trained * (element + 4) + 2 * quantised * element
 
 
-def coding_bytes(width: int, element: int, encoded: int, decoded: int) -> int:
+def coding_bytes(size: ModelSize, element: int, encoded: int, decoded: int) -> int:
     """Return the bytes that the VAE needs at its peak for the largest images of a stage.
 
     Args:
-        width: Channels of the first layer of the VAE.
+        size: Sizes of the model.
         element: Bytes per number.
         encoded: Pixels of the largest image that is encoded.
         decoded: Pixels of the largest image that is decoded.
     """
-    return int(max(ENCODED * encoded, DECODED * decoded) * width * element)
+    encoding, decoding = size.coding
+    return int(max(encoding * encoded, decoding * decoded) * size.vae_width * element)
 
 
 def device_memory(device: torch.device, limit_gib: float | None) -> int:
@@ -168,7 +170,7 @@ def _joint_side(stage: BudgetStage, reference_area: int) -> int:
 
 def plan_memory(
     stage: BudgetStage,
-    config: Any,
+    size: ModelSize,
     *,
     ranks: int,
     memory: int,
@@ -177,7 +179,6 @@ def plan_memory(
     element: int,
     gathered: int = 0,
     update: int = 0,
-    vae_width: int = 0,
     freed: int = 0,
     patch: int = 16,
     sequences: int = 1,
@@ -187,7 +188,7 @@ def plan_memory(
 
     Args:
         stage: Stage of the curriculum.
-        config: Configuration of the transformer.
+        size: Sizes of the model.
         ranks: Number of ranks of the run.
         memory: Memory of a rank, in bytes.
         fixed: Bytes that every rank holds, such as the text encoder and the VAE.
@@ -195,7 +196,6 @@ def plan_memory(
         element: Bytes per number in the computation.
         gathered: Bytes of gathered blocks (`gathered_bytes`).
         update: Bytes that the update of the weights needs for a moment, and that the ranks share.
-        vae_width: Channels of the first layer of the VAE.
         freed: Bytes of text encoder and VAE if they encode before the first step, when they are alone on the device,
             and are freed then; 0 if images are encoded while the run trains. Samples are decoded in any case.
         patch: Side of a token in pixels.
@@ -212,15 +212,15 @@ def plan_memory(
     # Images are encoded and weights are updated while no activations are kept.
     reference, target = reference_area if stage.budget is None else stage.budget**2, stage.target_side**2
     largest_image = max(reference, target)
-    other = max(coding_bytes(vae_width, element, 0 if freed else largest_image, target), update // ranks)
-    first = freed + coding_bytes(vae_width, element, largest_image, 0) if freed else 0
+    other = max(coding_bytes(size, element, 0 if freed else largest_image, target), update // ranks)
+    first = freed + coding_bytes(size, element, largest_image, 0) if freed else 0
     # Sharing a pack costs exchanges in every block, recomputing costs a second forward. The first option that fits is
     # the cheapest: within a degree of sharing, keep as many activations as possible.
     recomputation = list(RECOMPUTATION) if stage.checkpointing is None else [stage.checkpointing]
-    options = [(degree, again) for degree in sharing_degrees(stage, ranks, config) for again in recomputation]
+    options = [(degree, again) for degree in sharing_degrees(stage, ranks, size) for again in recomputation]
     before, least = "", 0
     for degree, checkpointing in options:
-        per_token = activation_bytes(config, 1, checkpointing, element, degree > 1) / degree
+        per_token = activation_bytes(size, 1, checkpointing, element, degree > 1) / degree
         least = max(first, held + max(other, int(gathered + wanted * per_token)))
         how = f"{degree} rank(s) per pack, {RECOMPUTATION[checkpointing]}"
         if least <= memory:
@@ -285,9 +285,17 @@ def smaller_stages(stages: Sequence[BudgetStage], fits: Sequence[bool]) -> str:
     return f"stage {fitting} fits; train the others with its sizes: {' '.join(flags)}"
 
 
-def sharing_degrees(stage: BudgetStage, ranks: int, config: Any) -> list[int]:
+def sharing_degrees(stage: BudgetStage, ranks: int, size: ModelSize) -> list[int]:
     """Return the numbers of ranks that may share a pack, ascending, or the one that the stage sets."""
-    heads = config.num_attention_heads
+    heads = size.num_attention_heads
+    if not size.shares_packs:
+        if stage.sequence_parallel not in (None, 1):
+            raise ValueError(
+                f"sequence_parallel = {stage.sequence_parallel}: ranks cannot share a pack of this model, whose "
+                "sequence is causal; leave it out, or set it to 1. More ranks share the weights and run packs of "
+                "their own"
+            )
+        return [1]
     possible = [n for n in range(1, ranks + 1) if ranks % n == 0 and heads % n == 0]
     if stage.sequence_parallel is None:
         return possible

@@ -16,7 +16,8 @@ from torch import Tensor
 from uniref_fast.files import whole_folder
 from uniref_fast.layout import Sample
 from uniref_fast.loading import inference_mode, load_pipeline, load_run, load_transformer
-from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.family import Family, family_of
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.progress import running
 from uniref_fast.runs import adapter_kind, base_run, check_export
 from uniref_fast.training.core.adapter import add_adapter, is_adapter, peft_alpha
@@ -26,6 +27,7 @@ from uniref_fast.training.core.encoders import Encoders
 from uniref_fast.training.core.export import ExportError, write_weights
 from uniref_fast.training.core.frozen_base import quantise_base, quantised_parameters, stored_bytes
 from uniref_fast.training.core.memory import gathered_bytes
+from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.offload import Offloading
 from uniref_fast.training.core.optimizer import moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import Recipe
@@ -44,6 +46,8 @@ class TrainedModel:
 
     Attributes:
         pipe: The pipeline; its encoders are None while they are freed.
+        family: Family of the pipeline.
+        size: Sizes of the model, for the plan of its memory.
         encoders: Text encoder and VAE, frozen, and whole on every rank.
         packed: The packed transformer, sharded.
         parameters: Trained parameters by their names in the transformer.
@@ -59,10 +63,14 @@ class TrainedModel:
         self.config, self.ranks = config, ranks
         compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
         self.pipe = load_pipeline(config.model, compute, "cpu")
+        self.family: Family = family_of(self.pipe)
         self.pipe.set_progress_bar_config(disable=True)
         if config.initial is not None:
             self._load_below(config.initial, compute)
         self.encoders = Encoders(self.pipe, config.model, compute, ranks.device)
+        self.size = ModelSize.of({**self.pipe.transformer.config, "_class_name": self.family.transformer}, {}).with_vae(
+            self.encoders.vae_config
+        )
         free = config.resolve_encoders() == "free"
         if not free:
             self.encoders.to_device()
@@ -82,7 +90,8 @@ class TrainedModel:
     def _prepare(self, compute: torch.dtype, master: torch.dtype) -> None:
         """Quantise the base, load or add the adapter, and pack and shard the transformer."""
         config, ranks, transformer = self.config, self.ranks, self.pipe.transformer
-        host = offloaded_blocks(len(transformer.transformer_blocks), config.offload_blocks)
+        blocks = self.family.packed.blocks_of(transformer)
+        host = offloaded_blocks(len(blocks), config.offload_blocks)
         if config.base is not None:
             quantise_base(transformer, config.base, compute, ranks.device, host)
         if config.initial is not None:
@@ -94,9 +103,9 @@ class TrainedModel:
                 parameter.data = parameter.data.to(master)
         if config.initial is not None and (config.initial / "lora").is_dir():
             self._unrounded(config.initial / "lora")
-        self.packed = PackedQwenImage(transformer, visibility=config.visibility or "full", for_training=True)
+        self.packed = self.family.packed(transformer, visibility=config.visibility or "full", for_training=True)
         if config.compile:
-            _compile_blocks(transformer)
+            _compile_blocks(self.packed)
         self.offloading = Offloading({number: self.packed.blocks[number] for number in host}, ranks.device)
         away = {id(parameter) for parameter in self.offloading.parameters}
         self.whole = [parameter for parameter in quantised_parameters(self.packed) if id(parameter) not in away]
@@ -156,9 +165,10 @@ class TrainedModel:
         as often as the others do.
         """
         config, device, dtype = self.pipe.transformer.config, self.ranks.device, getattr(torch, self.config.dtype)
-        layout = self.packed.layout([Sample(1, (1, 1, 1))])
+        family = family_of(self.packed.transformer)
+        layout = self.packed.layout([Sample(1, (1, 1, 1), guidance=family.training_guidance(config))])
         image = torch.zeros(1, config.in_channels, device=device, dtype=dtype)
-        text = torch.zeros(1, config.joint_attention_dim, device=device, dtype=dtype)
+        text = torch.zeros(1, family.text_channels(config), device=device, dtype=dtype)
         return self.packed(image, text, torch.full((1,), 0.5, device=device), layout)
 
     def sharded_bytes(self) -> int:
@@ -175,8 +185,7 @@ class TrainedModel:
         element = getattr(torch, self.config.dtype).itemsize
         found = quantised = 0
         if self.config.base in QUANTISED:
-            layers = self.pipe.transformer.transformer_blocks[0].modules()
-            linears = [x for x in layers if isinstance(x, torch.nn.Linear)]
+            linears = [x for x in self.packed.blocks.modules() if isinstance(x, torch.nn.Linear)]
             quantised = max(layer.in_features * layer.out_features for layer in linears)
         for block in self.packed.blocks:
             sharded = [p for p in block.parameters() if id(p) not in whole]
@@ -222,7 +231,7 @@ class TrainedModel:
             raise ExportError(f"the trained weights could not be written to {folder / name}: {problem}")
 
 
-def _compile_blocks(transformer: Any) -> None:
+def _compile_blocks(packed: PackedModel) -> None:
     """Compile the parts of every block that take tensors alone: MLPs, and attention projections with an adapter.
 
     All blocks share the compiled code, in which the number of tokens is dynamic. The code between these parts is single
@@ -230,9 +239,11 @@ def _compile_blocks(transformer: Any) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for block in transformer.transformer_blocks:
+    for each in packed.blocks:
+        block: Any = each.block
+        mlps: Any = each.mlps
         adapted = [part for part in block.attn.modules() if isinstance(part, BaseTunerLayer)]
-        for part in (block.img_mlp, block.txt_mlp, *adapted):
+        for part in (*(getattr(block, name) for name in mlps), *adapted):
             part.compile(dynamic=True)
 
 

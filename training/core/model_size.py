@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from uniref_fast.budget import fit_to_budget
 from uniref_fast.builtin.store import model_folder, recorded_areas
 from uniref_fast.lora.names import LINEARS
 from uniref_fast.training.core.adapter import layer_parameters
+from uniref_fast.training.core.recipe import LORA_TARGETS
 
 __all__ = ["BYTES", "KNOWN", "ModelSize", "model_size"]
 
@@ -25,7 +27,16 @@ BYTES = {"float32": 4, "bfloat16": 2}
 class ModelSize:
     """Sizes of a pipeline; the names are those of diffusers' configuration of the transformer.
 
+    This class is for Qwen-Image-Edit; a subclass for another family is named in `SIZES`.
+
     Attributes:
+        transformer_class: Class of the transformer in diffusers.
+        lora_targets: Names of the Linear layers that get an adapter if a run names none.
+        shares_packs: Ranks can share a pack.
+        kept: Widths per token that a block keeps for the backward (`memory.activation_bytes`).
+        recomputing: Widths per token of the block that is recomputed, gradients of activations included.
+        coding: Numbers per pixel that the VAE holds at its peak while it encodes, and while it decodes, in widths of
+            its first layer.
         num_layers: Number of blocks.
         num_attention_heads: Number of attention heads.
         attention_head_dim: Width of a head.
@@ -41,6 +52,13 @@ class ModelSize:
         output_side: Side in pixels of the images that the model was made for.
         small: The model has image areas of its own, as the built-in model, and runs on a CPU.
     """
+
+    transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
+    lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    shares_packs: ClassVar[bool] = True
+    kept: ClassVar[int] = 21
+    recomputing: ClassVar[int] = 24
+    coding: ClassVar[tuple[float, float]] = (9.1, 17.1)
 
     num_layers: int = 60
     num_attention_heads: int = 24
@@ -58,9 +76,24 @@ class ModelSize:
     small: bool = False
 
     @property
+    def width(self) -> int:
+        """Width of the transformer."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def text_channels(self) -> int:
+        """Width of the prompt embeddings."""
+        return self.joint_attention_dim
+
+    @property
+    def kept_widths(self) -> int:
+        """Widths per token that all blocks together keep for the backward."""
+        return self.kept * self.num_layers
+
+    @property
     def transformer(self) -> int:
         """Number of parameters of the transformer."""
-        width = self.num_attention_heads * self.attention_head_dim
+        width = self.width
         outside = (256 + 1) * width + (width + 1) * width + self.joint_attention_dim
         outside += (self.in_channels + 1) * width + (self.joint_attention_dim + 1) * width + (width + 1) * 2 * width
         outside += (width + 1) * self.patch_size**2 * self.out_channels
@@ -88,9 +121,10 @@ class ModelSize:
             fitting = {name: sides for name, sides in linears.items() if f".{name}".endswith(f".{target}")}
             if not fitting:
                 kinds = sorted({kind for name in linears if not (kind := name.rpartition(".")[2]).isdecimal()})
+                more = ", and net.0.proj and net.2 of the MLPs" if any(".net." in name for name in linears) else ""
                 raise ValueError(
                     f"lora_targets: no Linear layer of the transformer has the name {target!r}; there are "
-                    f"{', '.join(kinds)}, and net.0.proj and net.2 of the MLPs"
+                    f"{', '.join(kinds)}{more}"
                 )
             narrowest = min(map(min, fitting.values()))
             if rank > narrowest and kind != "lokr":
@@ -108,7 +142,7 @@ class ModelSize:
 
     def block_linears(self) -> dict[str, tuple[int, int]]:
         """Return (rows, columns) of the weights of the Linear layers of one block, by their names in it."""
-        width = self.num_attention_heads * self.attention_head_dim
+        width = self.width
         return {name: (rows * width, columns * width) for name, (rows, columns) in LINEARS.items()}
 
     def _linears(self) -> dict[str, tuple[int, int]]:
@@ -118,7 +152,7 @@ class ModelSize:
         return blocks | self._outer_linears()
 
     def _outer_linears(self) -> dict[str, tuple[int, int]]:
-        width = self.num_attention_heads * self.attention_head_dim
+        width = self.width
         return {
             "img_in": (width, self.in_channels),
             "txt_in": (width, self.joint_attention_dim),
@@ -136,9 +170,9 @@ class ModelSize:
             transformer: Configuration of the transformer; a value that it lacks is diffusers' default.
             areas: Image areas that the model records, as the built-in model does; empty for others.
         """
-        names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
-                 "joint_attention_dim")  # fmt: skip
-        return cls(
+        kind = SIZES.get(str(transformer.get("_class_name", "")), cls)
+        names = (field.name for field in fields(kind))
+        return kind(
             **{name: int(transformer[name]) for name in names if transformer.get(name) is not None},
             condition_area=areas.get("condition_image_area", CONDITION_AREA),
             reference_area=areas.get("vae_image_area", OUTPUT_AREA),
@@ -146,6 +180,35 @@ class ModelSize:
             small=bool(areas),
         )
 
+    def with_vae(self, vae: Mapping[str, Any]) -> ModelSize:
+        """Return the sizes with those that the configuration of the VAE tells."""
+        return replace(self, vae_width=int(vae["base_dim"]), token_side=2 * 2 ** len(vae["temperal_downsample"]))
+
+    def transformer_config(self) -> dict[str, Any]:
+        """Return a configuration of a transformer of these sizes, whose references are at t = 0."""
+        names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
+                 "joint_attention_dim")  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {"zero_cond_t": True}
+
+    def reference_sizes(self, references: Sequence[tuple[int, int]], budget: int | None) -> Sequence[tuple[int, int]]:
+        """Return the (width, height) in pixels that references are scaled to.
+
+        Args:
+            references: Sizes of the images.
+            budget: Joint pixel budget; None scales each reference as diffusers does.
+        """
+        if budget is not None:
+            return fit_to_budget(references, budget)
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+
+        from uniref_fast.builtin.pipeline import small_dimensions
+
+        dimensions = small_dimensions if self.small else calculate_dimensions
+        return [dimensions(self.reference_area, width / height) for width, height in references]
+
+
+SIZES: dict[str, type[ModelSize]] = {kind.transformer_class: kind for kind in (ModelSize,)}
+"""Class of the sizes by the class of the transformer in diffusers."""
 
 KNOWN = {name: ModelSize() for name in ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")}
 """Sizes of models whose configuration is known without a download."""
@@ -165,14 +228,14 @@ def model_size(name: str) -> ModelSize:
     folder = model_folder() if name == "builtin" else _folder(name)
     try:
         transformer = _config(folder / "transformer")
+        if (kind := transformer.get("_class_name", "QwenImageTransformer2DModel")) not in SIZES:
+            raise ValueError(f"its transformer is a {kind}, which training does not support")
         areas = recorded_areas(_config(folder, "model_index.json"), transformer)
-        size = ModelSize.of(transformer, areas)
-        vae = _config(folder / "vae")
-        pixels, width = 2 ** len(vae["temperal_downsample"]), int(vae["base_dim"])
+        size = ModelSize.of(transformer, areas).with_vae(_config(folder / "vae"))
         encoders = sum(_parameters(folder / part) for part in ("text_encoder", "vae"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--model {name}: the sizes of the model cannot be read: {error}") from None
-    return replace(size, encoders=encoders, vae_width=width, token_side=2 * pixels)
+    return replace(size, encoders=encoders)
 
 
 def _folder(name: str) -> Path:

@@ -6,16 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from uniref_fast.budget import check_budget
 from uniref_fast.data.columns import Columns
-from uniref_fast.loading import defaults
+from uniref_fast.loading import defaults, local_index
 
 __all__ = ["BudgetStage", "Checkpointing", "Recipe", "stage_at"]
 
 Checkpointing = Literal[False, True, "inputs", "host"]
 """Recomputation of the transformer blocks in the backward pass, see `BudgetStage.checkpointing`."""
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+                "net.0.proj", "net.2")  # fmt: skip
+"""Names of the Linear layers of Qwen-Image-Edit that get an adapter unless a run names others."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Recipe:
         lora_rank: Rank of the adapter; none trains all weights of the transformer.
         lora_alpha: Alpha of the adapter, whose update is multiplied by lora_alpha / lora_rank; none takes the
             rank, so that this factor is 1, and sqrt(lora_rank) for rslora.
-        lora_targets: Names of the Linear layers that get an adapter.
+        lora_targets: Names of the Linear layers that get an adapter; if none are given, those of attention and MLPs in
+            the blocks of the model.
 
     Attributes: Data
         data: Files or folders of dataset rows; "builtin" generates a small dataset with the shipped emoji.
@@ -132,9 +137,9 @@ class Recipe:
         sample_count: Number of held-out rows of each file that samples are generated for, for their PSNR at each
             validation and for the sample grids.
         sample_num_inference_steps: Number of denoising steps of a sample; none takes that of `uniref-fast eval`: 8 for
-            the built-in model and 50 for others.
+            the built-in model and 50 for Qwen-Image-Edit (docs/families.md).
         sample_true_cfg_scale: True CFG scale of a sample, 1 turns guidance off; none takes that of `uniref-fast eval`:
-            1 for the built-in model and 4 for others.
+            1 for the built-in model and 4 for Qwen-Image-Edit (docs/families.md).
 
     Attributes: Checkpoints
         save_every: Number of steps between checkpoints.
@@ -145,6 +150,7 @@ class Recipe:
         wandb: Log to Weights & Biases as well.
     """
 
+    kind: ClassVar[str] = "sft"  # of `uniref_fast.models.family.CAPABILITIES`
     stages: tuple[BudgetStage, ...]
     model: str = "Qwen/Qwen-Image-Edit-2511"
     initial: Path | None = None
@@ -159,8 +165,7 @@ class Recipe:
     adapter: Literal["lora", "rslora", "dora", "lokr"] = "lora"
     lora_rank: int | None = None
     lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
-                                     "to_add_out", "net.0.proj", "net.2")  # fmt: skip
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
@@ -263,7 +268,8 @@ class Recipe:
 
     def resolve_sampling(self) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""
-        steps, scale = defaults(self.model, {"_class_name": "QwenImageEditPlusPipeline"})  # reads no file of the model
+        index = local_index(self.model) or {"_class_name": "QwenImageEditPlusPipeline"}  # downloads nothing
+        steps, scale = defaults(self.model, index)
         return (
             steps if self.sample_num_inference_steps is None else self.sample_num_inference_steps,
             scale if self.sample_true_cfg_scale is None else self.sample_true_cfg_scale,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
+from collections.abc import Collection, Sequence
+from typing import TypeVar
 
 from uniref_fast.builtin import recorded_areas
 from uniref_fast.model_kind import check_trainable
@@ -11,10 +14,11 @@ from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import LIBRARIES, check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.optimizer import check_optimizer
-from uniref_fast.training.core.recipe import Recipe
+from uniref_fast.training.core.recipe import LORA_TARGETS, Recipe
 
-__all__ = ["check_model", "check_sizes", "check_suitability"]
+__all__ = ["check_model", "check_sizes", "check_suitability", "with_targets"]
 
+C = TypeVar("C", bound=Recipe)
 SMALLEST, LARGEST = 1 / 8, 4  # side of a stage's images, relative to those of the model; a budget may be twice as much
 
 
@@ -45,6 +49,28 @@ def check_suitability(config: Recipe, ranks: int) -> None:
         size.adapter(config.lora_rank, config.lora_targets, config.adapter)
 
 
+def with_targets(config: C, given: Collection[str], own: Sequence[str] | None = None) -> C:
+    """Return the configuration with the Linear layers that get a new adapter in its model, if it names none.
+
+    Args:
+        config: Configuration of the run, with the settings of the adapter that it continues.
+        given: Names of the settings that were given on the command line.
+        own: `lora_targets` of the model; None reads the files of the model.
+
+    Raises:
+        ValueError: The model does not exist or is of another kind.
+    """
+    if config.lora_rank is None or "lora_targets" in given or config.lora_targets != LORA_TARGETS:
+        return config
+    if own is None:
+        from uniref_fast.loading import configuration
+
+        own = (
+            LORA_TARGETS if config.model == "builtin" else ModelSize.of(configuration(config.model)[1], {}).lora_targets
+        )
+    return dataclasses.replace(config, lora_targets=tuple(own))
+
+
 def check_model(config: Recipe) -> ModelSize:
     """Check that the model exists and that the images of all stages suit it, and return its sizes.
 
@@ -58,7 +84,7 @@ def check_model(config: Recipe) -> ModelSize:
     from uniref_fast.loading import configuration
 
     index, transformer = configuration(config.model)
-    check_trainable(f"--model {config.model}", index)
+    check_trainable(f"--model {config.model}", index, config.kind)
     size = ModelSize.of(transformer, recorded_areas(index, transformer))
     check_sizes(config, size.output_side)
     return size

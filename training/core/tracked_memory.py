@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from uniref_fast.layout import Sample
-from uniref_fast.models import PackedQwenImage, packed
+from uniref_fast.models import packed
+from uniref_fast.models.family import family_of, family_of_class
 from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.distributed import Ranks, local, shard
 from uniref_fast.training.core.model_size import ModelSize
@@ -40,7 +41,8 @@ class FakeTrainedModel:
         self.config, self.mode = config, FakeTensorMode()
         self.size = size if layers is None else replace(size, num_layers=layers)
         transformer = self._transformer()
-        self.packed = PackedQwenImage(transformer, visibility=config.visibility or "full", for_training=True)
+        self.family = family_of(transformer)
+        self.packed = self.family.packed(transformer, visibility=config.visibility or "full", for_training=True)
         compute = getattr(torch, config.dtype)
         with self.mode:
             shard(self.packed, ranks, compute)
@@ -52,24 +54,19 @@ class FakeTrainedModel:
 
     def _transformer(self) -> Any:
         """Return the transformer with its adapter, of fake tensors in the dtypes of a run."""
-        from diffusers import QwenImageTransformer2DModel
-        from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-
         config, size = self.config, self.size
         compute, master = (getattr(torch, name) for name in (config.dtype, config.weight_dtype))
-        names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
-                 "joint_attention_dim")  # fmt: skip
+        family = family_of_class(size.transformer_class)
+        assert family is not None
         with torch.device("meta"):
-            shape: dict[str, Any] = {name: getattr(size, name) for name in names}
-            transformer: Any = QwenImageTransformer2DModel(**shape, zero_cond_t=True)
+            transformer: Any = family.transformer_class()(**size.transformer_config())
             transformer.requires_grad_(config.lora_rank is None)
             if config.lora_rank is not None:
                 add_adapter(
                     transformer, config.lora_rank, config.resolve_alpha() or 1.0, config.lora_targets, config.adapter
                 )
         with self.mode:
-            axes = list(transformer.config.axes_dims_rope)
-            transformer.pos_embed = QwenEmbedRope(theta=10000, axes_dim=axes, scale_rope=True)
+            transformer.pos_embed = torch.nn.Identity()  # the packed forward has rotary tables of its own
             for module in transformer.modules():
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
@@ -103,7 +100,7 @@ class FakeTrainedModel:
             with tracker, mock.patch.object(packed, "HOST", "meta"):
                 layout = replace(self.packed.layout(samples))  # a copy: tables that it keeps are fake
                 image = torch.zeros(layout.image_length, config.in_channels, dtype=dtype)
-                text = torch.zeros(layout.text_length, config.joint_attention_dim, dtype=dtype)
+                text = torch.zeros(layout.text_length, self.family.text_channels(config), dtype=dtype)
                 out = self.packed(image, text, torch.full((len(samples),), 0.5), layout)
                 out.float().square().mean().backward()
                 del out

@@ -337,7 +337,7 @@ class Trainer:
             "updates": self.optimizer.updates(),
             "packs": packs,
             "config": json.loads(to_json(self.config)),
-            "visibility": self.model.packed.visibility,
+            "visibility": self.config.visibility or "full",
             "frozen": self.model.frozen,
         }
         with self.progress.of(f"writing the checkpoint of step {self.step}"):
@@ -376,7 +376,7 @@ class Trainer:
                   for stage in config.stages]  # fmt: skip
         plan = functools.partial(
             plan_memory,
-            config=model.pipe.transformer.config,
+            size=model.size,
             ranks=ranks.size,
             memory=memory,
             fixed=model.fixed_bytes(),
@@ -384,9 +384,8 @@ class Trainer:
             element=getattr(torch, config.dtype).itemsize,
             gathered=model.gathered_bytes(),
             update=model.update_bytes(),
-            vae_width=model.encoders.vae_config.base_dim,
             freed=model.freed_bytes(),
-            patch=model.pipe.vae_scale_factor * 2,
+            patch=model.family.token_side(model.pipe),
             sequences=config.sequences,
             reference_area=image_areas(model.pipe)[1],
         )
@@ -401,7 +400,8 @@ class Trainer:
 
     def flops(self, samples: tuple[Sample, ...]) -> int:
         """Return the floating-point operations of one forward of a pack."""
-        return sum(transformer_flops(self.model.pipe.transformer.config, self.model.packed.layout(samples)))
+        config, layout = self.model.pipe.transformer.config, self.model.packed.layout(samples)
+        return sum(transformer_flops(config, layout, family=self.model.family))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

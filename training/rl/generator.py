@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from uniref_fast.encode import decode_image, prompt_tokens
+from uniref_fast.encode import decode_image, prompt_text, to_rgb
 from uniref_fast.guidance import texts_of
 from uniref_fast.layout import Sample
 from uniref_fast.models.kept_references import RefreshSchedule, dependence
@@ -150,9 +150,9 @@ class RolloutGenerator:
         self, key: PackKey, prepared: Prepared, number: int, steps: int, guidance: float, noisy: tuple[int, ...]
     ) -> Group:
         pipe, conditions = self.model.pipe, prepared.geometry.condition_sizes
-        lengths = [prompt_tokens(pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)]
-        times = sigmas(pipe.scheduler, math.prod(prepared.sample.target), steps)
-        return Group(key, number, prepared, guidance, tuple(lengths), times, noisy)
+        prompts = [prompt_text(pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)]
+        times = sigmas(pipe, math.prod(prepared.sample.target), steps)
+        return Group(key, number, prepared, guidance, tuple(prompts), times, noisy)
 
     def _batch(
         self,
@@ -252,7 +252,7 @@ class RolloutGenerator:
         for member in pack.members:
             prepared = member.group.prepared
             with torch.no_grad():
-                image = decode_image(self.model.pipe, member.latents[None], prepared.geometry.size)
+                image = to_rgb(decode_image(self.model.pipe, member.latents[None], prepared.geometry.size))
             batch.images[member.key] = image
             given = references[member.group.number]
             candidate = Candidate(member.key, prepared.instruction, given, image, prepared.row)

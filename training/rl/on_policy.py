@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.rl.rollout import RolloutPack, replay, velocities
 from uniref_fast.training.rl.sde import Sampler, log_density
@@ -57,7 +57,7 @@ class ReplayedStep:
 
 
 def check_on_policy(
-    packed: PackedQwenImage,
+    packed: PackedModel,
     packs: Sequence[RolloutPack | None],
     noisy_steps: int,
     sampler: Sampler,
@@ -109,7 +109,7 @@ def refuse_off_policy(found: Sequence[ReplayedStep]) -> None:
 
 
 def probe(
-    packed: PackedQwenImage, pack: RolloutPack, noisy_step: int, sampler: Sampler, diagnose: bool = True
+    packed: PackedModel, pack: RolloutPack, noisy_step: int, sampler: Sampler, diagnose: bool = True
 ) -> list[ReplayedStep]:
     """Replay one noisy step of a pack as the update does, with gradients.
 
@@ -136,7 +136,7 @@ def probe(
     return [replace(one, cause=cause if one.off else "") for one in found]
 
 
-def _cause(packed: PackedQwenImage, pack: RolloutPack, noisy_step: int) -> str:
+def _cause(packed: PackedModel, pack: RolloutPack, noisy_step: int) -> str:
     """Return the likely reason why two forwards of the same pack differ, found by trying."""
     steps = [member.group.noisy_steps[noisy_step] for member in pack.members]
     latents = [member.taken[i].before for member, i in zip(pack.members, steps, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from uniref_fast.guidance import texts_of
 from uniref_fast.rewards.config import JudgeConfig
@@ -115,6 +115,7 @@ class MSGRPO(Recipe):
             takes that of `uniref-fast eval`: 1 for the built-in model and 4 for others.
     """
 
+    kind: ClassVar[str] = "msgrpo"
     stages: tuple[RLStage, ...]  # type: ignore[assignment]
     prompts: int = 12
     group: int = 16

@@ -14,18 +14,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from uniref_fast.guidance import guide
+from uniref_fast.encode import text_length
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models import PackedQwenImage
+from uniref_fast.models.family import Text, family_of
 from uniref_fast.models.kept_references import KeptReferences
-from uniref_fast.schedule import denoising_schedule
+from uniref_fast.models.packed import PackedModel
 from uniref_fast.training.batches.samples import Prepared
 from uniref_fast.training.rl.sde import Sampler, Transition, log_density, transition
 
@@ -47,7 +47,7 @@ class Group:
         number: Number of the group in the batch.
         prepared: Row with its sizes.
         guidance: True CFG scale of the group's members.
-        lengths: Text tokens of the instruction and, with guidance, of the empty prompt.
+        prompts: Text of the instruction and, with guidance, of the empty prompt, as `Sample.text`.
         sigmas: Times from 1 to 0, one more than there are denoising steps.
         noisy_steps: Numbers of the steps with noise, ascending; the same for all members.
     """
@@ -56,7 +56,7 @@ class Group:
     number: int
     prepared: Prepared
     guidance: float
-    lengths: tuple[int, ...]
+    prompts: tuple[Text, ...]
     sigmas: tuple[float, ...]
     noisy_steps: tuple[int, ...]
 
@@ -64,7 +64,7 @@ class Group:
     def samples(self) -> tuple[Sample, ...]:
         """Sequences of one member in a pack: with guidance two, else one."""
         shape = self.prepared.sample
-        return tuple(Sample(length, shape.target, shape.references, self.number) for length in self.lengths)
+        return tuple(replace(shape, text=text, group=self.number) for text in self.prompts)
 
     @property
     def target_tokens(self) -> int:
@@ -77,12 +77,12 @@ class Group:
     @property
     def own_tokens(self) -> int:
         """Tokens of one member without its references."""
-        return sum(self.lengths) + len(self.lengths) * self.target_tokens
+        return sum(map(text_length, self.prompts)) + len(self.prompts) * self.target_tokens
 
     @property
     def tokens(self) -> int:
         """Tokens of one member that does not share its references."""
-        return self.own_tokens + len(self.lengths) * self.reference_tokens
+        return self.own_tokens + len(self.prompts) * self.reference_tokens
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class RolloutPack:
     text: Tensor
 
     @classmethod
-    def of(cls, members: Sequence[Member], packed: PackedQwenImage, shared: bool, dtype: torch.dtype) -> RolloutPack:
+    def of(cls, members: Sequence[Member], packed: PackedModel, shared: bool, dtype: torch.dtype) -> RolloutPack:
         """Return the pack of some members.
 
         Args:
@@ -204,9 +204,9 @@ def draw_noisy_steps(steps: int, window: int | None, stop: int, seed: int, key: 
     return tuple(range(first, first + window))
 
 
-def sigmas(scheduler: Any, tokens: int, steps: int) -> tuple[float, ...]:
-    """Return the times of the pipeline's scheduler, from its first time to 0."""
-    return tuple(denoising_schedule(scheduler, tokens, steps, "cpu").sigmas.tolist())
+def sigmas(pipe: Any, tokens: int, steps: int) -> tuple[float, ...]:
+    """Return the times of a pipeline's scheduler, from its first time to 0."""
+    return tuple(family_of(pipe).schedule(pipe, tokens, steps, "cpu").sigmas.tolist())
 
 
 def schedule_packs(
@@ -266,7 +266,7 @@ def _cut(costs: Sequence[int], count: int) -> list[int]:
 
 
 def velocities(
-    packed: PackedQwenImage,
+    packed: PackedModel,
     pack: RolloutPack,
     latents: Sequence[Tensor],
     times: Sequence[float],
@@ -299,12 +299,13 @@ def velocities(
         out = packed.parallel.gather_rows(out, packed.target_bounds)
     parts = iter(pack.layout.split_targets(out))
     predicted = [[next(parts).float() for _ in member.group.texts] for member in pack.members]
+    guide = family_of(packed.transformer).guide
     return [guide(each[0], each[1], pack.guidance) if len(each) == 2 else each[0] for each in predicted]
 
 
 @torch.no_grad()
 def denoise(
-    packed: PackedQwenImage, pack: RolloutPack, sampler: Sampler | None, seed: int, keep_references: bool = False
+    packed: PackedModel, pack: RolloutPack, sampler: Sampler | None, seed: int, keep_references: bool = False
 ) -> None:
     """Denoise the members of a pack to the end.
 
@@ -337,9 +338,7 @@ def _advance(member: Member, i: int, v: Tensor, sampler: Sampler | None, seed: i
     member.latents = after
 
 
-def replay(
-    packed: PackedQwenImage, pack: RolloutPack, noisy_step: int, sampler: Sampler
-) -> list[tuple[int, Transition]]:
+def replay(packed: PackedModel, pack: RolloutPack, noisy_step: int, sampler: Sampler) -> list[tuple[int, Transition]]:
     """Run a pack again at the latents before one noisy step of each member; gradients reach the model.
 
     Args:

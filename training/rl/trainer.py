@@ -363,8 +363,8 @@ class RLTrainer(Trainer):
     def _report_noise(self) -> None:
         """Record how noisy the latents of the stage's rollouts are, and warn if the model was not trained on such."""
         config = self.config
-        tokens = (config.stages[self.stage].target_side // (self.model.pipe.vae_scale_factor * 2)) ** 2
-        grid = sigmas(self.model.pipe.scheduler, tokens, config.rollout_num_inference_steps)
+        tokens = (config.stages[self.stage].target_side // (self.encoder.token_side)) ** 2
+        grid = sigmas(self.model.pipe, tokens, config.rollout_num_inference_steps)
         noise = check_noise(self.generator.sampler, grid, config.window, config.window_stop)
         self.monitor.event(
             self.step, "sampler", final=noise.final, largest=noise.largest, after_step=noise.after_step,
@@ -418,8 +418,8 @@ class RLTrainer(Trainer):
         passes = config.rollout_num_inference_steps + config.inner_epochs * config.trained_steps * (
             4 if config.kl else 3
         )
-        model = self.model.pipe.transformer.config
-        own = sum(sum(transformer_flops(model, pack.layout)) for pack in batch.packs if pack is not None)
+        model, family = self.model.pipe.transformer.config, self.model.family
+        own = sum(sum(transformer_flops(model, pack.layout, family=family)) for pack in batch.packs if pack is not None)
         return math.fsum(self.ranks.gather(float(own * passes))) / self.ranks.sequence
 
     def _detect_reward_hacking(self, scores: Mapping[MemberKey, dict[str, float]]) -> None:

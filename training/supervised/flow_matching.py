@@ -140,7 +140,7 @@ def partial_errors(packed: Any, batch: FlowBatch) -> Tensor:
     Ranks that share a pack each compute the error of their own rows of the targets; their parts add up to the error.
 
     Args:
-        packed: A `PackedQwenImage`.
+        packed: A `PackedModel`.
         batch: The pack to predict.
     """
     prediction = packed(batch.image, batch.text, batch.t, batch.layout)  # [N_target, C], or this rank's rows

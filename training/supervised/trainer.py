@@ -14,7 +14,6 @@ from uniref_fast.data.dataset import Dataset, left_out
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample
 from uniref_fast.request import image_areas
-from uniref_fast.schedule import resolution_shift
 from uniref_fast.training.batches import packing
 from uniref_fast.training.batches.encoding import RowForms, heldout_rows
 from uniref_fast.training.batches.latent_cache import TensorCache
@@ -65,8 +64,10 @@ class SFTTrainer(Trainer):
     def _rows_to_encode(self, step: int, state: Mapping[str, Any]) -> list[RowForms]:
         """Return all rows that the run uses from a step on, held-out rows included."""
         config, pipe = self.config, self.model.pipe
-        kept, patch, area = kept_packs(state), pipe.vae_scale_factor * 2, image_areas(pipe)[1]
-        costs = CostModel(**state["costs"]) if state else CostModel.from_config(pipe.transformer.config)
+        kept, patch, area = kept_packs(state), self.model.family.token_side(pipe), image_areas(pipe)[1]
+        costs = (
+            CostModel(**state["costs"]) if state else CostModel.from_config(pipe.transformer.config, self.model.family)
+        )
         rows = upcoming_rows(
             self.dataset, self.encoder, config, step,
             [pack_token_bounds(stage, kept, patch, area) for stage in config.stages], costs, state.get("feeder"),
@@ -188,18 +189,18 @@ class SFTTrainer(Trainer):
         self, step_packs: StepPacks, encoded: dict[PackKey, Encoded], lost: set[PackKey]
     ) -> Iterator[tuple[list[PackKey], FlowBatch | None]]:
         """Yield the keys and the batch of each of this rank's packs, without lost samples; None for an empty pack."""
-        config, scheduler = self.config, self.model.pipe.scheduler.config
+        config, model = self.config, self.model
         for number in step_packs.mine:
             keys = [item.key for item in step_packs.packs[number].items if item.key not in lost]
             times, noises = [], []
             for key in keys:
                 shape = encoded[key].target.shape  # [n, C]
-                shift = resolution_shift(scheduler, len(encoded[key].target))
+                shift = model.family.training_shift(model.pipe, len(encoded[key].target))
                 times.append(sample_t(draw(config.seed, "t", key), config.t_mean, config.t_std, shift))
                 noises.append(torch.randn(shape, generator=draw(config.seed, "noise", key)))
             samples = [(step_packs.prepared[key], encoded[key]) for key in keys]
             outside = config.mask_weight_outside
-            yield keys, assemble_batch(self.model, samples, times, noises, outside) if keys else None
+            yield keys, assemble_batch(model, samples, times, noises, outside) if keys else None
 
     def _backward(self, keys: list[PackKey], batch: FlowBatch | None, samples: int) -> list[tuple[PackKey, float]]:
         """Add the gradient of a pack; return this rank's part of each sample's error."""
@@ -255,7 +256,7 @@ class SFTTrainer(Trainer):
         """Return the costs of samples: operations, or seconds of forward and backward on this machine. All ranks."""
         config = self.model.pipe.transformer.config
         if self.config.cost == "flops":
-            return CostModel.from_config(config)
+            return CostModel.from_config(config, self.model.family)
         # Times are measured up to the tokens that a rank has of a pack in the stage with the smallest packs, which fit
         # the memory of every stage, and with recomputation if any stage needs it.
         most = min(plan.pack_tokens // plan.sequence_parallel for plan in self.plans)
@@ -265,7 +266,8 @@ class SFTTrainer(Trainer):
         samples, seconds = [], []
         with self.progress.of("measuring the cost of packs"):
             for tokens in (most // 8, most // 4, most // 2, most):
-                sample = Sample(16, (1, 1, max(tokens - 16, 1)))
+                guidance = self.model.family.training_guidance(config)
+                sample = Sample(16, (1, 1, max(tokens - 16, 1)), guidance=guidance)
                 samples.append(sample)
                 seconds.append(min(self._timed(sample) for _ in range(3)))
         self.optimizer.zero_grad()
@@ -276,7 +278,7 @@ class SFTTrainer(Trainer):
         layout = self.model.packed.layout([sample])
         dtype = getattr(torch, self.config.dtype)
         image = torch.randn(layout.image_length, config.in_channels, device=device, dtype=dtype)
-        text = torch.randn(layout.text_length, config.joint_attention_dim, device=device, dtype=dtype)
+        text = torch.randn(layout.text_length, self.model.family.text_channels(config), device=device, dtype=dtype)
         self.wait()
         start = time.perf_counter()
         self.model.packed(image, text, torch.full((1,), 0.5, device=device), layout).square().sum().backward()

@@ -18,7 +18,7 @@ from uniref_fast.guidance import texts_of
 from uniref_fast.keyed_random import draw
 from uniref_fast.packing import next_fit
 from uniref_fast.request import EditRequest
-from uniref_fast.schedule import resolution_shift, shift_time
+from uniref_fast.schedule import shift_time
 from uniref_fast.training.batches.heldout import heldout_datasets
 from uniref_fast.training.batches.samples import Encoded, Encoder, Form, Prepared
 from uniref_fast.training.core.distributed import Ranks
@@ -124,7 +124,7 @@ class Validation:
         times, noises = [], []
         for i, (_, encoded) in zip(numbers, chosen, strict=True):
             quantile = torch.tensor((i + 0.5) / len(rows), dtype=torch.float64)
-            shift = resolution_shift(self.model.pipe.scheduler.config, len(encoded.target))
+            shift = self.model.family.training_shift(self.model.pipe, len(encoded.target))
             t = torch.sigmoid(self.config.t_mean + self.config.t_std * torch.special.ndtri(quantile)).item()
             times.append(shift_time(t, shift))
             noises.append(torch.randn(encoded.target.shape, generator=draw(0, f"held out {name}", (i,))))

@@ -16,13 +16,14 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.packed import PackedModel
+from uniref_fast.schedule import resolution_shift
 from uniref_fast.visibility import Rule
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Family:
         exact_references: When kept references give the same result as computing them in every step.
         random_models: Module that builds small pipelines with random weights (`uniref_fast.random_models`); None for
             no such module.
+        image_mode: Mode in which the pipeline's components take images: "RGB", with transparency over white, or "RGBA".
     """
 
     name: str
@@ -117,6 +119,7 @@ class Family:
     packed: type[PackedModel]
     exact_references: str = "never"
     random_models: str | None = None
+    image_mode: Literal["RGB", "RGBA"] = "RGB"
 
     # ---- names and classes ----
 
@@ -242,6 +245,10 @@ class Family:
         """Return the guidance scale that the transformer embeds for a checked request; None if it embeds none."""
         return None
 
+    def token_side(self, pipe: Any) -> int:
+        """Return the side of a token in pixels."""
+        return 2 * pipe.vae_scale_factor
+
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         """Return three areas in pixels: of a reference for the text encoder, of one for the VAE, and of the result."""
         raise NotImplementedError
@@ -322,10 +329,10 @@ class Family:
         raise NotImplementedError
 
     def convert_image(self, image: Image.Image) -> Image.Image:
-        """Return a reference in the mode in which the pipeline's components take it: RGB, transparency over white."""
-        from uniref_fast.encode import to_rgb
+        """Return an image in `image_mode`."""
+        from uniref_fast.encode import to_rgb, to_rgba
 
-        return to_rgb(image)
+        return to_rgba(image) if self.image_mode == "RGBA" else to_rgb(image)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Combine the velocities `[n, C]` of both prompts by classifier-free guidance, without rescaling."""
@@ -334,6 +341,20 @@ class Family:
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
         """Decode latents `[1, n, C]` to an image (`uniref_fast.encode.decode_image`)."""
         raise NotImplementedError
+
+    # ---- training ----
+
+    def training_guidance(self, config: Any) -> float | None:
+        """Return the guidance scale that a transformer with a configuration embeds in training; None if it has none."""
+        return None
+
+    def training_shift(self, pipe: Any, tokens: int) -> float:
+        """Return the shift of the times of training for a target of `tokens` tokens (`schedule.shift_time`)."""
+        return resolution_shift(pipe.scheduler.config, tokens)
+
+    def prompt_template(self, pipe: Any) -> Any:
+        """Return what `encode_prompt` adds to a prompt, as JSON data; it identifies kept embeddings."""
+        return pipe.prompt_template_encode
 
     # ---- what an edit costs ----
 

@@ -54,7 +54,7 @@ class Flux2DoubleStreamBlock(DoubleStreamBlock):
     """A block with two streams; the tables of its modulation are the first two parts of the shared one."""
 
     norms: ClassVar = (("norm1", "norm2"), ("norm1_context", "norm2_context"))
-    mlps: ClassVar = ("ff", "ff_context")
+    mlps = ("ff", "ff_context")
 
     def modulation(self, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
         """Return the modulation of both streams out of the shared table, `[R, 15 C]`."""

@@ -174,10 +174,12 @@ class PackedBlock(nn.Module):
             if their weights are (`uniref_fast.fast`).
 
     Attributes:
+        mlps: Names of the feed-forwards of the diffusers block.
         compiled: Compiled code of the block, which `compile` sets, or None.
         compiled_with_references: The same for forwards with kept references.
     """
 
+    mlps: ClassVar[tuple[str, ...]] = ()
     block: Any
 
     def __init__(self, block: Any, last: bool = False, attention_8bit: str = "") -> None:
@@ -351,6 +353,11 @@ class PackedModel(nn.Module):
             dtype: Dtype of the latents.
         """
         return torch.stack([t.to(dtype) / 1000 for t in timesteps])
+
+    @classmethod
+    def blocks_of(cls, transformer: Any) -> list[Any]:
+        """Return the diffusers blocks of a transformer, in the order in which they run."""
+        return [block for name in cls.block_classes for block in getattr(transformer, name)]
 
     def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
         """Compile every block; the arguments are those of `torch.compile`.

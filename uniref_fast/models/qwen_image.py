@@ -108,12 +108,11 @@ class DoubleStreamBlock(PackedBlock):
 
     Attributes:
         norms: Names of the two norms of the image stream, and of those of the text stream.
-        mlps: Names of the feed-forwards of both streams.
         finite: Function that is applied to the output of the block: diffusers clips that of most models in float16.
     """
 
     norms: ClassVar = (("img_norm1", "img_norm2"), ("txt_norm1", "txt_norm2"))
-    mlps: ClassVar = ("img_mlp", "txt_mlp")
+    mlps = ("img_mlp", "txt_mlp")  # of both streams
     finite: Callable[[Tensor], Tensor] = staticmethod(clipped)
 
     def first_linears(self) -> tuple[nn.Module, nn.Module]:

@@ -130,6 +130,8 @@ class SingleStreamBlock(PackedBlock):
     The table has the columns scale, tanh(gate), scale, tanh(gate) for attention and feed-forward, `[R, 4 C]`.
     """
 
+    mlps = ("img_mlp",)
+
     def _run(
         self,
         streams: list[Tensor],

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.encode import to_rgba
 from uniref_fast.layout import REFERENCE_PLACE, Sample, SelfLayout
 from uniref_fast.models.family import Replaced, Text
 from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes, check_widths
@@ -75,6 +74,7 @@ class QwenImage21(QwenFamily):
     packed = PackedQwenImage21
     exact_references = "QwenImage21Pipeline with causal_condition (2.1 and Turbo): always"
     random_models = "uniref_fast.random_models.qwen_image_21"
+    image_mode = "RGBA"  # the text encoder gets images over white
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the defaults of the pipeline; 2.1-Turbo has sigmas of its own, one for each step."""
@@ -114,6 +114,9 @@ class QwenImage21(QwenFamily):
         sigmas = pipe.config.get("sample_sigmas")
         return request if sigmas is None else replace(request, num_inference_steps=len(sigmas))
 
+    def token_side(self, pipe: Any) -> int:
+        return pipe.vae_scale_factor
+
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         area = getattr(pipe, "output_area", OUTPUT_AREA)
         return area, area, area
@@ -138,14 +141,10 @@ class QwenImage21(QwenFamily):
             halves = fit_to_budget([(max(w // 2, 1), max(h // 2, 1)) for w, h in sizes], max(budget // 2, 1))
             references = [(2 * w, 2 * h) for w, h in halves]
         # One resize feeds the text encoder and the VAE.
-        return Geometry((result_width, result_height), tuple(references), tuple(references), pipe.vae_scale_factor)
+        return Geometry((result_width, result_height), tuple(references), tuple(references), self.token_side(pipe))
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
         return denoising_schedule(pipe.scheduler, tokens, steps, device, sigmas=pipe.config.get("sample_sigmas"))
-
-    def convert_image(self, image: Image.Image) -> Image.Image:
-        """Return a reference with transparency, which the VAE takes; the text encoder gets it over white."""
-        return to_rgba(image)
 
     def encode_prompt(
         self,
@@ -176,6 +175,11 @@ class QwenImage21(QwenFamily):
 
     def unnormalised(self, latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return latents * std + mean
+
+    # ---- training ----
+
+    def prompt_template(self, pipe: Any) -> Any:
+        return [pipe.prompt_template_t2i, pipe.prompt_template_ti2i]
 
     # ---- what an edit costs ----
 

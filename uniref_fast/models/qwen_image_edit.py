@@ -146,7 +146,7 @@ class QwenImageEdit(QwenFamily):
             from uniref_fast.builtin.pipeline import small_dimensions as dimensions
         ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
         computed = dimensions(output_area, ratio)
-        patch = pipe.vae_scale_factor * 2
+        patch = self.token_side(pipe)
         result_width, result_height = (
             (given or side) // patch * patch for given, side in zip((width, height), computed, strict=True)
         )

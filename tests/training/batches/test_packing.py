@@ -17,6 +17,7 @@ QWEN = types.SimpleNamespace(  # Qwen-Image-Edit, 20B
     num_attention_heads=24,
     attention_head_dim=128,
     num_layers=60,
+    zero_cond_t=True,
     patch_size=2,
     in_channels=64,
     out_channels=16,

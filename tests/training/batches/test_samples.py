@@ -358,8 +358,8 @@ def test_what_other_weights_encoded_is_not_used(tmp_path, part):
 
 
 def test_a_row_is_hashed_and_tokenized_once(builtin_pipe, tmp_path, monkeypatch):
-    tokenized, real = [], samples.prompt_tokens
-    monkeypatch.setattr(samples, "prompt_tokens", lambda *args: (tokenized.append(args), real(*args))[1])
+    tokenized, real = [], samples.prompt_text
+    monkeypatch.setattr(samples, "prompt_text", lambda *args: (tokenized.append(args), real(*args))[1])
     read, read_file = [], ImageSource.read
     monkeypatch.setattr(ImageSource, "read", lambda self: (read.append(self.name), read_file(self))[1])
     encoder = encoder_of(builtin_pipe, tmp_path)

@@ -14,6 +14,7 @@ from uniref_fast.training.batches.packing import CostModel
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.batches.upcoming import encode_ahead, pack_token_bounds, upcoming_rows
 from uniref_fast.training.core.memory import plan_memory
+from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.recipe import BudgetStage, stage_at
 from uniref_fast.training.supervised.recipes import SFT
 
@@ -99,8 +100,8 @@ def test_bounds_of_packs():
 def test_bounds_of_packs_are_those_of_the_memory_plan(budget, builtin_pipe):
     """Three references of 50 x 50 pixels have as many tokens as a square of 86 x 86 pixels, and not one more."""
     stage = dataclasses.replace(STAGES[0], budget=budget, target_side=50, pack_tokens=None)
-    area, config = 50**2, builtin_pipe.transformer.config
-    plan = plan_memory(stage, config, ranks=1, memory=10**15, fixed=0, sharded=0, element=2, patch=1,
+    area, size = 50**2, ModelSize.of(builtin_pipe.transformer.config, {})
+    plan = plan_memory(stage, size, ranks=1, memory=10**15, fixed=0, sharded=0, element=2, patch=1,
                        reference_area=area)  # fmt: skip
     assert pack_token_bounds(stage, {}, 1, area)[1] == plan.pack_tokens
 

@@ -25,6 +25,7 @@ from uniref_fast.training.core.memory import (
     plan_stages,
     smaller_stages,
 )
+from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.recipe import BudgetStage, stage_at
 from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES, lora, paper, tiny
@@ -95,11 +96,13 @@ def test_activation_bytes_are_what_autograd_keeps(model_of, threads, samples, ch
     few, many = (model_of(layers, dtype) for layers in (3, 6))
     (less, tokens), (more, _) = (kept_bytes(model, samples, checkpointing) for model in (few, many))
     element = dtype.itemsize
-    estimates = [activation_bytes(model.config, tokens, checkpointing, element) for model in (few, many)]
+    estimates = [
+        activation_bytes(ModelSize.of(model.config, {}), tokens, checkpointing, element) for model in (few, many)
+    ]
     assert (more - less) == pytest.approx(estimates[1] - estimates[0], rel=0.15), "by block"
     width = few.config.num_attention_heads * few.config.attention_head_dim
     if checkpointing:  # the estimate has one block more, that the backward recomputes
-        unit = activation_bytes(few.config, tokens, False, element) // 3
+        unit = activation_bytes(ModelSize.of(few.config, {}), tokens, False, element) // 3
         more, estimate = more + unit, estimates[1]
     else:
         estimate = estimates[1]
@@ -107,24 +110,22 @@ def test_activation_bytes_are_what_autograd_keeps(model_of, threads, samples, ch
 
 
 def test_activation_bytes_by_token_width_and_element(make_transformer):
-    config = make_transformer(layers=1).config
+    size = ModelSize.of(make_transformer(layers=1).config, {})
     for checkpointing in RECOMPUTATION:
-        one = activation_bytes(config, 1, checkpointing, 2)
-        assert activation_bytes(config, 1000, checkpointing, 2) == 1000 * one
-        assert activation_bytes(config, 1, checkpointing, 4) == 2 * one
+        one = activation_bytes(size, 1, checkpointing, 2)
+        assert activation_bytes(size, 1000, checkpointing, 2) == 1000 * one
+        assert activation_bytes(size, 1, checkpointing, 4) == 2 * one
 
 
 # ---- planning ----
 
 
-class Config:
-    """Qwen-Image-Edit's sizes."""
-
-    num_attention_heads, attention_head_dim, num_layers = 24, 128, 60
+SIZE = ModelSize(vae_width=0)  # of Qwen-Image-Edit, whose VAE does not count here
+WITH_VAE = ModelSize(vae_width=96)
 
 
-def planned(stage, memory, ranks=8, fixed=0, sharded=0, **more):
-    return plan_memory(stage, Config, ranks=ranks, memory=memory, fixed=fixed, sharded=sharded, element=2, **more)
+def planned(stage, memory, ranks=8, fixed=0, sharded=0, size=SIZE, **more):
+    return plan_memory(stage, size, ranks=ranks, memory=memory, fixed=fixed, sharded=sharded, element=2, **more)
 
 
 STAGE = BudgetStage(1024, 100, 1e-4)
@@ -132,7 +133,7 @@ LARGEST = 2 * 64 * 64 + TEXT_TOKENS  # tokens of references and target of STAGE,
 
 
 def needs(tokens, checkpointing, degree=1):
-    return activation_bytes(Config, tokens, checkpointing, 2, degree > 1) // degree
+    return activation_bytes(SIZE, tokens, checkpointing, 2, degree > 1) // degree
 
 
 def test_the_least_sharing_and_recomputing_that_fits_is_taken():
@@ -241,18 +242,18 @@ def test_memory_beside_the_activations_counts():
     assert planned(stage, plenty, ranks=1, gathered=GIB // 16).bytes_needed == host + GIB // 16
     small = dataclasses.replace(stage, pack_tokens=1)
     assert planned(small, 4 * plenty, ranks=2, update=6 * GIB).bytes_needed == 3 * GIB
-    coding = coding_bytes(96, 2, 1024**2, 1024**2)
-    assert coding > host and planned(small, 4 * plenty, ranks=1, vae_width=96).bytes_needed == coding
-    for more, needed in (({"update": 2 * GIB}, 2 * GIB), ({"vae_width": 96}, coding), ({"gathered": GIB}, host + GIB)):
+    coding = coding_bytes(WITH_VAE, 2, 1024**2, 1024**2)
+    assert coding > host and planned(small, 4 * plenty, ranks=1, size=WITH_VAE).bytes_needed == coding
+    for more, needed in (({"update": 2 * GIB}, 2 * GIB), ({"size": WITH_VAE}, coding), ({"gathered": GIB}, host + GIB)):
         with pytest.raises(ValueError, match=f"needs {needed / GIB:.1f} GiB"):
             planned(stage, plenty, ranks=1, **more)
     large = dataclasses.replace(small, budget=2048)
-    assert planned(large, 10**12, vae_width=96).bytes_needed == coding_bytes(96, 2, 2048**2, 1024**2)
-    assert planned(large, 10**12, vae_width=96, freed=1).bytes_needed == 1 + coding_bytes(96, 2, 2048**2, 0)
+    assert planned(large, 10**12, size=WITH_VAE).bytes_needed == coding_bytes(WITH_VAE, 2, 2048**2, 1024**2)
+    assert planned(large, 10**12, size=WITH_VAE, freed=1).bytes_needed == 1 + coding_bytes(WITH_VAE, 2, 2048**2, 0)
     small_images = dataclasses.replace(small, budget=64)
-    assert planned(small_images, 10**12, vae_width=96, freed=1).bytes_needed == coding, "samples are decoded"
-    assert planned(small_images, 10**12, vae_width=96, freed=4 * GIB).bytes_needed == 4 * GIB + coding_bytes(
-        96, 2, 1024**2, 0
+    assert planned(small_images, 10**12, size=WITH_VAE, freed=1).bytes_needed == coding, "samples are decoded"
+    assert planned(small_images, 10**12, size=WITH_VAE, freed=4 * GIB).bytes_needed == 4 * GIB + coding_bytes(
+        WITH_VAE, 2, 1024**2, 0
     )
     assert gathered_bytes(1000, 10, 2, ranks=1) == 2060 and gathered_bytes(1000, 10, 2, ranks=2) == 4060
     assert gathered_bytes(1000, 10, 2, ranks=1, quantised=7) == 2088
@@ -289,7 +290,7 @@ def test_the_vae_needs_what_is_planned(direction):
     with torch.no_grad(), single_frame(vae), LivingTensors() as memory, FusedAttention():
         getattr(vae, direction)(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     assert memory.peak == pytest.approx(
-        coding_bytes(96, 2, *((1024**2, 0) if direction == "encode" else (0, 1024**2))), rel=0.02
+        coding_bytes(WITH_VAE, 2, *((1024**2, 0) if direction == "encode" else (0, 1024**2))), rel=0.02
     )
 
 

@@ -130,8 +130,8 @@ def test_guidance_gives_every_member_two_sequences(make_generator, prepared_rows
     assert [pack.guidance for pack in guided.packs if pack] == [2.5] * len([pack for pack in guided.packs if pack])
     for one, two in zip(members_of(plain), members_of(guided), strict=True):
         one, two = one.group, two.group
-        assert (len(one.lengths), len(two.lengths)) == (1, 2) and two.lengths[0] == one.lengths[0]
-        assert [len(text) for text in two.texts] == list(two.lengths) and torch.equal(one.texts[0], two.texts[0])
+        assert (len(one.prompts), len(two.prompts)) == (1, 2) and two.prompts[0] == one.prompts[0]
+        assert [len(text) for text in two.texts] == list(two.prompts) and torch.equal(one.texts[0], two.texts[0])
         assert not torch.equal(two.texts[0][-4:], two.texts[1][-4:])
     assert sum(len(pack.layout.targets) for pack in guided.packs if pack) == 2 * 4
     assert sum(len(pack.layout.targets) for pack in plain.packs if pack) == 4
