@@ -5,6 +5,7 @@ The same for Qwen-Image-2.1 with random weights, whose pipelines keep text and r
 pytest bench/bench_edit.py --benchmark-only
 """
 
+import dataclasses
 import functools
 
 import pytest
@@ -114,6 +115,20 @@ def test_packed_batch(timed, pipe, which):
     for a, b in zip(packed(), calls["stock one by one"](), strict=True):
         assert max_relative_error(a, b) < 1e-4
     timed(calls[which], calls["stock one by one"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@pytest.mark.parametrize("which", ["edit", "edit captured"])
+@pytest.mark.benchmark(group="40 steps of one edit, 3 references")
+def test_capture(timed, pipe, which):
+    request = dataclasses.replace(requests()[2], num_inference_steps=40)
+
+    def edit(capture):
+        return uniref_fast.edit(pipe, [request], output_type="latent", progress=False, capture=capture)[0]
+
+    calls = {"edit": functools.partial(edit, False), "edit captured": functools.partial(edit, True)}
+    assert torch.equal(calls["edit captured"](), calls["edit"]())
+    timed(calls[which], calls["edit"], graph=False)
 
 
 KEPT_STEPS = 12

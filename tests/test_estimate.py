@@ -106,6 +106,15 @@ def test_kept_references_by_drift_count_as_computed_in_every_step(builtin_pipe):
         uniref_fast.estimate(builtin_pipe, REQUESTS, keep_references=True)
 
 
+def test_capture_reserves_the_activations_of_one_more_step(builtin_pipe):
+    plain, captured = (uniref_fast.estimate(builtin_pipe, REQUESTS, capture=capture) for capture in (False, True))
+    before, after = (estimate.stages[2].activation_bytes for estimate in (plain, captured))
+    assert 1.5 < after / before <= 2 and captured.flops == plain.flops
+    assert "without capture" in captured.time.source
+    with pytest.raises(ValueError, match='capture needs weights that stay on the device, got offload="block"'):
+        uniref_fast.estimate(builtin_pipe, REQUESTS, capture=True, offload="block")
+
+
 def test_vae_operations_match_a_real_run(builtin_pipe):
     vae = builtin_pipe.vae
     # PyTorch's counter knows the math backend of attention, not the fused one for CPUs

@@ -1,14 +1,17 @@
 """Check that no step of an edit waits for the device: nothing reads a value of a tensor on the host."""
 
 import pytest
+import recorded_graphs
 import torch
+from family_models import FAMILIES
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniref_fast
-from uniref_fast import EditRequest
+from uniref_fast import EditRequest, edit_session
 from uniref_fast.edit_loop import EditLoop
 from uniref_fast.edit_session import EditSession
+from uniref_fast.models.step_graphs import StepGraphs
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
 OPS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero")
@@ -71,6 +74,37 @@ def test_no_step_of_an_edit_reads_a_value(builtin_pipe, monkeypatch, keep):
     monkeypatch.setattr(EditSession, "decode", lambda *arguments: (monkeypatch.undo(), undone(*arguments))[1])
     uniref_fast.edit(builtin_pipe, REQUESTS, progress=False, keep_references=keep)
     assert steps == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "family, name, options",
+    [
+        ("qwen-image-edit", "QwenImageEditPlusPipeline", {"keep_references": 2, "keep_dtype": "int8"}),
+        ("qwen-image-2.1", "QwenImage21Pipeline", {}),
+        ("flux2", "Flux2KleinKVPipeline", {}),
+    ],
+)
+def test_no_captured_step_reads_a_value(request, monkeypatch, family, name, options):
+    """Check all steps but the first while they are captured and replayed by the stand-in, which refuses reads too."""
+    recorded_graphs.install(monkeypatch)
+    monkeypatch.setattr(edit_session, "check_capture", lambda model, device: None)
+    pipe = FAMILIES[family][0](name, request)
+    run, calls = StepGraphs.__call__, []
+
+    def called(graphs, *arguments):
+        calls.append(graphs)
+        if len(calls) == 1:
+            return run(graphs, *arguments)
+        with pytest.MonkeyPatch.context() as patched, NoReads():
+            refuse_reads(patched)
+            return run(graphs, *arguments)
+
+    monkeypatch.setattr(StepGraphs, "__call__", called)
+    edit = {"prompt": "an owl", "images": IMAGES, "num_inference_steps": 6, "height": 64, "width": 64, "seed": 0}
+    given = {"progress": False, "output_type": "latent", **options}
+    (captured,) = uniref_fast.edit(pipe, [edit], capture=True, **given)
+    assert len(calls) == 6 and calls[0].forwards["replayed"] >= 3
+    assert torch.equal(captured, uniref_fast.edit(pipe, [edit], **given)[0])
 
 
 def test_no_call_of_a_patched_transformer_reads_a_value(builtin_pipe, monkeypatch):

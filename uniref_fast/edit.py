@@ -10,6 +10,7 @@ import contextlib
 import numbers
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from uniref_fast.models.kept_references import (
     KeepDtype,
 )
 from uniref_fast.models.packed import PackedModel
+from uniref_fast.models.step_graphs import StepGraphs
 from uniref_fast.ops._dispatch import one_of
 from uniref_fast.progress import tracked
 from uniref_fast.quantised import row_dependence
@@ -52,6 +54,7 @@ def edit(
     mode: str = "exact",
     modules_to_not_convert: Sequence[str] | None = None,
     errors: Literal["raise", "return"] = "raise",
+    capture: bool = False,
 ) -> list[Any]:
     """Run several edit requests together.
 
@@ -86,6 +89,9 @@ def edit(
         errors: "raise" raises the error of a request, which ends the call. "return" puts the exception into the list of
             results, in the place of its request, and the other requests run. An error of the whole pack, such as too
             little memory for a step, is raised in both cases.
+        capture: Capture denoising steps in CUDA graphs and replay them, which saves the time of Python between the
+            kernels of a small step (docs/fast.md). The result has the same bits. It needs a CUDA device, and memory for
+            the activations of one more step.
 
     Returns:
         One result per request, in order. It is a list of images for a request with `num_images` above 1.
@@ -108,6 +114,7 @@ def edit(
         keep_dtype=keep_dtype,
         mode=mode,
         modules_to_not_convert=modules_to_not_convert,
+        capture=capture,
     )
     if torch.is_autocast_enabled(session.device.type):
         raise ValueError("edit() computes in the pipeline's own dtype; call it outside torch.autocast")
@@ -128,14 +135,18 @@ def edit(
         exact = {i: each.copy() for i, each in edits.items()} if report is not None and report.compare else {}
         product_errors: dict[str, float] = {}
         measured = session.parts is not None and report is not None
+        graphs = StepGraphs(session.model) if capture else None
         with recorded_errors(product_errors) if measured else contextlib.nullcontext():
-            _denoise(pipe, session.model, edits, pack_tokens, progress, failures)
+            _denoise(pipe, session.model, edits, pack_tokens, progress, failures, graphs)
+        if graphs is not None:
+            graphs.clear()  # decoding needs the memory
         edits = {i: each for i, each in edits.items() if each.error is None}
         if report is not None:
             exact = {i: each for i, each in exact.items() if i in edits}
             latent_errors = _latent_errors(pipe, session.model, edits, exact, pack_tokens, progress)
             kept = [(i - 1, each.request.num_images, each.kept or ()) for i, each in edits.items()]
             report.fill(kept, product_errors, latent_errors)
+            report.forwards = Counter() if graphs is None else graphs.forwards
             report.note = quantised_before(session.model.transformer) if session.parts is not None else None
         for each in edits.values():
             each.kept = None  # decoding needs the memory
@@ -209,10 +220,11 @@ def _denoise(
     pack_tokens: int | None,
     progress: bool,
     failures: _Failures,
+    graphs: StepGraphs | None = None,
 ) -> None:
     if not edits:
         return
-    loop = EditLoop(model, pack_tokens)
+    loop = EditLoop(model, pack_tokens, graphs=graphs)
     loop.join(*edits.values())
     bar = pipe.progress_bar(total=max(len(edit.timesteps) for edit in edits.values())) if progress else None
     while loop.edits:

@@ -27,6 +27,7 @@ from uniref_fast.models.kept_references import KeptReferences
 from uniref_fast.models.pack_adapters import PackAdapters
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.models.step_constants import StepConstants
+from uniref_fast.models.step_graphs import StepGraphs
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import is_own_method
 from uniref_fast.request import EditRequest, Geometry
@@ -231,11 +232,13 @@ class EditLoop:
         pack_tokens: Largest number of tokens in one pack; a step then runs as several packs. None puts all sequences
             into one pack.
         edits: Edits that are not finished, in the order in which they joined.
+        graphs: CUDA graphs that run the model, or None to run the model itself.
     """
 
     model: PackedModel
     pack_tokens: int | None = None
     edits: list[Edit] = field(default_factory=list)
+    graphs: StepGraphs | None = field(default=None, kw_only=True)
     _packs: list[_Pack] | None = field(default=None, repr=False)  # None if the edits have changed since they were built
 
     def join(self, *edits: Edit) -> None:
@@ -288,6 +291,8 @@ class EditLoop:
 
     def _build_packs(self) -> list[_Pack]:
         """Put the sequences of the edits into packs of at most `pack_tokens`, in order."""
+        if self.graphs is not None:
+            self.graphs.clear()  # they are those of the packs before
         rows = [sequence for edit in self.edits for sequence in edit.sequences]
         packs = []
         for indices in next_fit([row.sample.length for row in rows], self.pack_tokens):
@@ -310,7 +315,8 @@ class EditLoop:
             timesteps = [row.edit.timesteps[row.edit.steps] for row in pack.sequences]
             t = self.model.times(timesteps, pack.image.dtype)
             options = {} if pack.adapters is None else {"adapters": pack.adapters}
-            predicted = self.model(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants, **options)
+            run: Callable[..., Tensor] = self.model if self.graphs is None else self.graphs
+            predicted = run(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants, **options)
             velocities += pack.layout.split_targets(predicted)
         at = iter(velocities)
         return [[next(at) for _ in range(len(edit.latents) * len(edit.prompts))] for edit in self.edits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -62,6 +63,8 @@ class EditReport:
             keeps no references and computes in 16 bits. Empty without `compare`.
         note: Sentence on the Linears that `mode="fast"` has left as they are, because another library has quantised
             them; None if there is none.
+        forwards: Number of forwards of the packed model by how they ran with `capture=True`: "replayed" from a CUDA
+            graph, or the reason why they were not. Empty without it.
     """
 
     compare: bool = False
@@ -69,6 +72,7 @@ class EditReport:
     errors: dict[str, float] = field(default_factory=dict)
     latent_errors: list[float] = field(default_factory=list)
     note: str | None = None
+    forwards: Counter[str] = field(default_factory=Counter)
 
     def fill(
         self,
@@ -98,6 +102,8 @@ class EditReport:
         if self.errors:
             lines.append(f"{len(self.errors)} parts in 8 bits: {describe_errors(self.errors)}")
         lines += [self.note] if self.note else []
+        if self.forwards:
+            lines.append(f"forwards: {', '.join(f'{count} x {how}' for how, count in self.forwards.items())}")
         lines += [f"request {i}: error of the latents {error:.2%}" for i, error in enumerate(self.latent_errors, 1)]
         return "\n".join(lines)
 

@@ -26,6 +26,7 @@ from uniref_fast.models.kept_references import (
 from uniref_fast.models.module_hooks import is_offloaded
 from uniref_fast.models.pack_adapters import check_lora
 from uniref_fast.models.packed import PackedModel
+from uniref_fast.models.step_graphs import check_capture
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.patch.stock import deviations, is_own_method
 from uniref_fast.request import EditRequest, Geometry, as_list, request_geometry, validated_one
@@ -56,8 +57,8 @@ class EditSession:
 
     Args:
         pipe: A pipeline of a supported family, patched or not. It must not be used by anything else meanwhile.
-        budget, visibility, impl, model, keep_references, drift, keep_dtype, mode, modules_to_not_convert: Options of
-            `uniref_fast.edit`.
+        budget, visibility, impl, model, keep_references, drift, keep_dtype, mode, modules_to_not_convert, capture:
+            Options of `uniref_fast.edit`.
 
     Attributes:
         pipe: The pipeline.
@@ -84,6 +85,7 @@ class EditSession:
         keep_dtype: KeepDtype | None = None,
         mode: str = "exact",
         modules_to_not_convert: Sequence[str] | None = None,
+        capture: bool = False,
     ) -> None:
         if budget is not None:
             check_budget(budget)
@@ -103,6 +105,8 @@ class EditSession:
         self.model: PackedModel = model or self.family.packed(
             transformer, visibility=visibility, impl=impl, **eight_bit
         )
+        if capture:
+            check_capture(self.model, self.device)
 
     def check(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> list[CheckedRequest]:
         """Check requests without running a model.

@@ -178,6 +178,7 @@ def estimate(
     keep_dtype: KeepDtype | None = None,
     quantisation: str | None = None,
     offload: str | None = None,
+    capture: bool = False,
 ) -> Estimate:
     """Estimate `edit(pipe, requests, ...)` without running a model.
 
@@ -202,12 +203,15 @@ def estimate(
         offload: "model" keeps text encoder, transformer and VAE in host memory and brings one at a time to the device,
             "block" single blocks of the transformer and layers of the others, as `uniref-fast edit --offload`. None
             keeps all weights on the device.
+        capture: Count the memory of CUDA graphs, as for `edit`.
 
     Raises:
         ValueError: If `edit` would raise one before any work is done.
         TypeError: Likewise.
         OSError: If a configuration of a folder or hub id cannot be read.
     """
+    if capture and offload is not None:
+        raise ValueError(f'capture needs weights that stay on the device, got offload="{offload}"; leave one out')
     if offload not in (None, "model", "block"):
         raise ValueError(f'offload must be "model", "block" or None, got {offload!r}')
     if offload is not None and (quantisation is not None or check_mode(mode, modules_to_not_convert)):
@@ -263,7 +267,9 @@ def estimate(
     targets = sum((count - 1) * item.target_tokens for item, count in zip(sizes, images, strict=True))
     latents = (targets + sum(item.sample(0).length for item in sizes)) * shape.token_channels
     held = (embeddings + latents) * dtype.itemsize
-    peak = held + kept + _packs_peak(model, [sample for group in samples for sample in group], pack_tokens)
+    packs = _packs_peak(model, [sample for group in samples for sample in group], pack_tokens)
+    # The memory of CUDA graphs stays reserved beside that of the forwards which are not replayed.
+    peak = held + kept + packs * (2 if capture else 1)
     vae_bytes = weight_bytes(pipe.vae)
     encode_flops, encode_peak = vae_cost(pipe, pixels, "encode")
     decode_flops, decode_peak = vae_cost(pipe, results, "decode")
@@ -282,6 +288,8 @@ def estimate(
         time = MeasuredTime(None, 'measured for the mode "exact" only')
     if keep_references is not False:
         time = MeasuredTime(None, "measured for edits that compute the references in every step")
+    if capture:
+        time = MeasuredTime(None, "measured without capture only")
     resident: tuple[int, ...]
     if offload is not None:
         time = MeasuredTime(None, "measured without offloading only")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
-from uniref_fast.models.kept_references import KeptReferences
+from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
 from uniref_fast.models.single_stream import SingleStreamBlock
@@ -153,7 +153,7 @@ class PackedFlux2(PackedModel):
         text: Tensor,
         timestep: Tensor,
         layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | None,
+        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
     ) -> Tensor:
         model = self.transformer
         # diffusers computes the angles in float64 where the device has it

@@ -338,18 +338,22 @@ class ReferenceRows:
         layout: Layout of the pack.
         kept: Store of each sample; None for a sample whose references are computed in every step. Where samples share
             references, only the store of the sample that holds them is used.
+        counts: Count the step in the stores at the end of the forward. With False the caller calls `count` instead,
+            because the forward runs in a CUDA graph and the count on the host.
 
     Attributes:
         whole: Layout of the pack.
         layout: Layout of the rows that are computed; its rotary positions and modulation rows are those of `whole`.
         reused: Samples whose references are taken from the store.
+        changes: Changes that the forward has measured, as `measured` returns them, if `counts` is False.
     """
 
-    def __init__(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> None:
+    def __init__(self, layout: SelfLayout, kept: Sequence[KeptReferences | None], counts: bool = True) -> None:
         if len(kept) != layout.num_samples:
             raise ValueError(f"kept has {len(kept)} entries, the layout has {layout.num_samples} samples")
         holders = memo(layout, _reference_spans)
-        self.whole = layout
+        self.whole, self._counts = layout, counts
+        self.changes: list[Tensor | None] = []
         self._stores = {i: store for i, store in enumerate(kept) if store is not None and i in holders}
         self._refreshed = [i for i, store in self._stores.items() if store.due]
         # Siblings compute the same keys and values, which one of them stores.
@@ -433,19 +437,42 @@ class ReferenceRows:
             yield i, self._joint[0][start:end], self._joint[1][start:end]
 
     def finish(self, parallel: SequenceParallel | None = None) -> None:
-        """Count the step in every store, and set the drift that its refreshes have measured; call it once at the end.
+        """Measure the drift of the stores that were refreshed, and count the step; call it at the end of a forward.
+
+        Args:
+            parallel: Communication between the ranks that share the pack, or None.
+        """
+        self.changes = self.measured(parallel)
+        if self._counts:
+            self.count(self.changes)
+
+    def measured(self, parallel: SequenceParallel | None = None) -> list[Tensor | None]:
+        """Return the squared drift of each store that this forward refreshes; None for the first refresh of one."""
+        return [self._stores[i].take_changes(parallel) for i in self._refreshed]
+
+    def computed(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the samples whose references are taken from the store, and those whose references are refreshed."""
+        return tuple(sorted(self.reused)), tuple(self._refreshed)
+
+    def storage(self) -> tuple[Any, ...]:
+        """Return all stores, and the objects that hold their keys and values now."""
+        stores = tuple(self._stores.values())
+        return *stores, *(pair for store in stores for pair in store._blocks.values())
+
+    def count(self, changes: Sequence[Tensor | None]) -> None:
+        """Count the step in every store, and set the drift that its refreshes have measured.
 
         The drifts that decide the next refresh are read together, which waits for the device; the others are read when
         they are asked for.
 
         Args:
-            parallel: Communication between the ranks that share the pack, or None.
+            changes: Measured changes, as `measured` returns them.
         """
         deciding: list[tuple[KeptReferences, Tensor]] = []
-        for store in (self._stores[i] for i in self._refreshed):
+        for i, change in zip(self._refreshed, changes, strict=True):
+            store = self._stores[i]
             store._due = False
             store.refreshed.append(store.steps)
-            change = store.take_changes(parallel)
             if change is not None and store.schedule.drift is None:
                 store._unread.append(change)
             elif change is not None:

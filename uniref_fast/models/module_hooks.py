@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["device_of_hooks", "is_offloaded", "may_have_hooks", "onloaded"]
+__all__ = ["device_of_hooks", "has_moving_hooks", "is_offloaded", "may_have_hooks", "onloaded"]
 
 _NO_HOOKS = contextlib.nullcontext()
 
@@ -71,6 +71,11 @@ def may_have_hooks(module: nn.Module) -> bool:
     """Return False only for a module without hooks of diffusers and accelerate."""
     own = vars(module)
     return "_hf_hook" in own or "_diffusers_hook" in own
+
+
+def has_moving_hooks(module: nn.Module) -> bool:
+    """Return True if a module has hooks of diffusers or accelerate."""
+    return bool(_hooks(module))
 
 
 def _hooks(module: nn.Module) -> list[Any]:

@@ -396,7 +396,7 @@ class PackedModel(nn.Module):
         text: Tensor,
         timestep: Tensor,
         layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | None = None,
+        kept: Sequence[KeptReferences | None] | ReferenceRows | None = None,
         constants: StepConstants | None = None,
         adapters: PackAdapters | None = None,
     ) -> Tensor:
@@ -409,6 +409,7 @@ class PackedModel(nn.Module):
             layout: Layout of the pack, from `self.layout`.
             kept: Store of the references of each sample, or None for a sample whose references are computed in every
                 step (`uniref_fast.models.kept_references`). The forward is then one step of them, without gradients.
+                `ReferenceRows` of these stores may be given instead.
             constants: Store of what is equal in all steps of this pack, from `step_constants`, or None.
             adapters: Adapters of each sample, from `pack_adapters`, without gradients. None applies the active adapters
                 of the transformer to all samples.
@@ -437,7 +438,7 @@ class PackedModel(nn.Module):
         text: Tensor,
         timestep: Tensor,
         layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | None,
+        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
     ) -> Tensor:
         """Compute `forward` for arguments that have been checked; a family defines it."""
         raise NotImplementedError
@@ -535,10 +536,10 @@ class PackedModel(nn.Module):
             return None
         return traced
 
-    def _references(self, layout: SelfLayout, kept: Sequence[KeptReferences | None]) -> ReferenceRows:
+    def _references(self, layout: SelfLayout, kept: Sequence[KeptReferences | None] | ReferenceRows) -> ReferenceRows:
         if torch.is_grad_enabled():
             raise ValueError("kept references have no gradients; call the model under torch.no_grad()")
-        return ReferenceRows(layout, kept)
+        return kept if isinstance(kept, ReferenceRows) else ReferenceRows(layout, kept)
 
     def _check_guidance(self, layout: SelfLayout) -> None:
         """Raise ValueError unless the samples have guidance scales exactly if the model embeds them."""

@@ -21,7 +21,7 @@ from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
-from uniref_fast.models.kept_references import KeptReferences
+from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.packed import (
     DeferredResidual,
@@ -271,7 +271,7 @@ class PackedQwenImage(PackedModel):
         text: Tensor,
         timestep: Tensor,
         layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | None,
+        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
     ) -> Tensor:
         model = self.transformer
         rotary = layout.rotary(model.config.axes_dims_rope, image.device)

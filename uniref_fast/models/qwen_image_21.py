@@ -22,7 +22,7 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.layout import REFERENCE_PLACE, Grid, Kind, Sample, Segment, SelfLayout
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
-from uniref_fast.models.kept_references import KeptReferences
+from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.packed import (
     DeferredResidual,
     ForwardContext,
@@ -212,7 +212,7 @@ class PackedQwenImage21(PackedModel):
         text: Tensor,
         timestep: Tensor,
         layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | None,
+        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
     ) -> Tensor:
         model = self.transformer
         rotary = layout.rotary(model.config.axes_dims_rope, image.device)
