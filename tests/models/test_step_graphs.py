@@ -65,6 +65,8 @@ def test_latents_references_and_times_are_copied(run, recorded):
         outs.append((graphs(image, text, t, layout), run(image, text, t, layout)))
     assert all(torch.equal(*pair) for pair in outs), "a result was overwritten by a later step, or is another one"
     assert graphs.forwards == forwards(first=1, replayed=2)
+    graphs(image, text, t.double(), layout)
+    assert graphs.forwards == forwards(first=2, replayed=2), "a buffer has one dtype"
 
 
 KEPT = {
@@ -132,8 +134,11 @@ def test_a_change_ends_the_graphs(run, recorded, change):
         run.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False), name)
     run.transformer.set_adapters("a")
     graphs, constants, dtype = StepGraphs(run), run.step_constants(), torch.float32
+    texts = [next(inputs(run, 1, dtype=dtype))[1] for dtype in (torch.float32, torch.bfloat16)]
     for again in range(2):
-        for arguments in inputs(run, 3, dtype=dtype):
+        text = texts[dtype == torch.bfloat16]  # equal tensors would have graphs of their own
+        for image, _, t, layout in inputs(run, 3, dtype=dtype):
+            arguments = image, text, t, layout
             assert torch.equal(graphs(*arguments, None, constants), run(*arguments))
         assert graphs.forwards == forwards(first=1 + again, replayed=2 + 2 * again)
         change(run, graphs)
@@ -142,7 +147,7 @@ def test_a_change_ends_the_graphs(run, recorded, change):
 
 @torch.no_grad()
 def test_other_prompts_have_other_graphs(run, recorded):
-    """Also a prompt that was changed in place."""
+    """Change the prompt in place."""
     graphs, constants = StepGraphs(run), run.step_constants()
     text = None
     for step, (image, first, t, layout) in enumerate(inputs(run, 6)):

@@ -53,9 +53,9 @@ class StepConstants:
 
 
 def weights_state(module: nn.Module) -> tuple:
-    """Return the identity and version of all weights of a module, and the state of all its adapters.
+    """Return the identity, version and address of all weights of a module, and the state of all its adapters.
 
-    It differs after every change of the weights but one that is written through `parameter.data`.
+    It differs after every change of the weights but one that is written in place through `parameter.data`.
     """
     state: list[Any] = []
     part: Any
@@ -63,7 +63,9 @@ def weights_state(module: nn.Module) -> tuple:
         own = vars(part)
         for parameter in own["_parameters"].values():
             if parameter is not None:
-                state += (id(parameter), 0 if parameter.is_inference() else parameter._version)
+                version = 0 if parameter.is_inference() else parameter._version
+                address = parameter.data_ptr() if type(parameter) in (Tensor, nn.Parameter) else 0
+                state += (id(parameter), version, address)
         if "scaling" in own:  # a layer of peft
             state.append((tuple(part.active_adapters), tuple(own["scaling"].items()), tuple(part.merged_adapters),
                           part.disable_adapters))  # fmt: skip

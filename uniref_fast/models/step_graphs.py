@@ -132,7 +132,7 @@ class StepGraphs:
         adapters: PackAdapters | None = None,
     ) -> Tensor:
         """Return what `model(...)` returns for these arguments, see `PackedModel.forward`."""
-        weights = _weights(self.model.transformer)
+        weights = weights_state(self.model.transformer)
         if weights != self._weights:
             self.clear()
             self._weights = weights
@@ -145,7 +145,7 @@ class StepGraphs:
         held: tuple = (layout, text, constants, adapters, *(() if rows is None else rows.storage()))
         key = (
             *map(id, held), 0 if text.is_inference() else text._version, None if rows is None else rows.computed(),
-            *((x.shape, x.dtype, x.device) for x in (image, timestep)), self.model.visibility, self.model.impl,
+            image.dtype, timestep.dtype, self.model.visibility, self.model.impl,
         )  # fmt: skip
         found = self._graphs.get(key)
         if found is None and (reason := self._refusal(key)):
@@ -185,11 +185,3 @@ class StepGraphs:
                 f"a denoising step could not be captured in a CUDA graph ({error}); leave capture out"
             ) from error
         return _Graph(graph, image, timestep, velocity, [] if rows is None else rows.changes)
-
-
-def _weights(transformer: nn.Module) -> tuple:
-    """Return a state of the weights and adapters that differs after a change and after a move to other memory."""
-    addresses = tuple(
-        x.data_ptr() for x in (*transformer.parameters(), *transformer.buffers()) if type(x) in (Tensor, nn.Parameter)
-    )
-    return weights_state(transformer), addresses
