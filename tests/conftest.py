@@ -84,6 +84,14 @@ def make_flux2():
     return transformer
 
 
+@pytest.fixture(scope="session")
+def make_flux3():
+    """Builds small FLUX.3 transformers with random weights; head dimensions and ratios are those of the real ones."""
+    from flux3 import transformer
+
+    return transformer
+
+
 @pytest.fixture
 def linear_by_row(monkeypatch):
     """Linears compute each row by itself: the library's products depend, by rounding, on the number of rows."""

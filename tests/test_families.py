@@ -56,6 +56,8 @@ def stock(pipe, arguments, seed=0):
     torch.manual_seed(0)  # QwenImageControlNetInpaintPipeline draws the latents of its image without the generator
     generator = torch.Generator().manual_seed(seed)
     form = "pt" if "layers" in arguments or "Flux" in type(pipe).__name__ else "latent"
+    if "Modular" in type(pipe).__name__:  # the scale is a setting of its guider
+        arguments = {key: value for key, value in arguments.items() if key != "guidance_scale"}
     images = pipe(**arguments, num_inference_steps=2, generator=generator, output_type=form).images
     return torch.cat(list(images)) if isinstance(images, list) else images
 
@@ -188,6 +190,11 @@ def test_training_is_refused_where_the_table_says_so(family):
 def test_commands_use_the_defaults_of_the_pipeline(family, name, tmp_path):
     """A pipeline without classifier-free guidance has a scale of 1."""
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    if "Modular" in name:  # the arguments are those of its blocks, and the scale is a setting of its guider
+        pipe = getattr(diffusers, name)()
+        scale = getattr(getattr(pipe, "guider", None), "guidance_scale", 1.0)
+        assert defaults(str(tmp_path)) == (pipe.default_call_parameters["num_inference_steps"], scale)
+        return
     call = inspect.signature(getattr(diffusers, name).__call__).parameters
     scale = next((call[key].default for key in ("true_cfg_scale", "guidance_scale") if key in call), 1.0)
     assert defaults(str(tmp_path)) == (call["num_inference_steps"].default, scale)
@@ -244,7 +251,8 @@ def test_linears_outside_of_the_blocks_are_not_quantised(family, request):
     pipe, _ = make(family, named(family).pipelines[0], request)
     linears = [name for name, each in pipe.transformer.named_modules() if isinstance(each, torch.nn.Linear)]
     skipped = {name for name in linears if any(key == name or f"{key}." in name for key in outside())}
-    assert skipped == {name for name in linears if "transformer_blocks." not in name} and skipped
+    blocks = tuple(f"{path}." for path in named(family).packed.block_classes)
+    assert skipped == {name for name in linears if not name.startswith(blocks)} and skipped
 
 
 def test_the_error_names_training_only_where_it_works():

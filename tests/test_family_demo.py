@@ -93,6 +93,6 @@ def test_bfloat16_is_compared_with_float32_of_the_same_weights(monkeypatch):
 
 
 def test_an_unknown_family_is_an_error_with_the_nearest_name(tmp_path, capsys):
-    assert main(["demo", "--family", "flux", "--out", str(tmp_path / "a.png")]) == 2
+    assert main(["demo", "--family", "flux2klein", "--out", str(tmp_path / "a.png")]) == 2
     message = capsys.readouterr().err
-    assert "'flux'" in message and "nearest: flux2" in message and "qwen-image-edit" in message
+    assert "'flux2klein'" in message and "nearest: flux2" in message and "qwen-image-edit" in message

@@ -135,7 +135,8 @@ def _packed_peak(family: Family, config: tuple, dtype: torch.dtype, layout: Self
         with LivingTensors() as memory:
             image = torch.empty(layout.image_length, packed.sizes(model.config).token_channels, dtype=dtype)
             text = torch.empty(layout.text_length, family.text_channels(model.config), dtype=dtype)
-            packed(image, text, torch.empty(layout.num_samples, dtype=dtype), layout)
+            times = (layout.num_samples, 2) if packed.jumps else (layout.num_samples,)
+            packed(image, text, torch.empty(times, dtype=dtype), layout)
     return memory.peak
 
 

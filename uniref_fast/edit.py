@@ -24,6 +24,7 @@ from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import (
     KeepDtype,
 )
+from uniref_fast.models.module_hooks import free_model_hooks
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.models.step_graphs import StepGraphs
 from uniref_fast.ops._dispatch import one_of
@@ -153,8 +154,17 @@ def edit(
         for i in tracked(list(edits), "decoding", "result", shown=shown):
             with failures.of(i, "while its result was decoded"):
                 results[i] = session.decode(edits[i], output_type)
-    pipe.maybe_free_model_hooks()
+    free_model_hooks(pipe)
     return [failures.kept[i] if i in failures.kept else results[i] for i in range(1, len(given) + 1)]
+
+
+def _progress_bar(pipe: Any, total: int) -> Any:
+    """Return the progress bar of a pipeline; modular pipelines have one for each of their blocks only."""
+    if hasattr(pipe, "progress_bar"):
+        return pipe.progress_bar(total=total)
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total)
 
 
 class _Failures:
@@ -226,7 +236,7 @@ def _denoise(
         return
     loop = EditLoop(model, pack_tokens, graphs=graphs)
     loop.join(*edits.values())
-    bar = pipe.progress_bar(total=max(len(edit.timesteps) for edit in edits.values())) if progress else None
+    bar = _progress_bar(pipe, max(len(edit.timesteps) for edit in edits.values())) if progress else None
     while loop.edits:
         running = {i: edit for i, edit in edits.items() if edit in loop.edits}
         loop.step()

@@ -314,9 +314,20 @@ class EditLoop:
             pack.layout.write_targets(pack.image, [row.latents for row in pack.sequences])
             timesteps = [row.edit.timesteps[row.edit.steps] for row in pack.sequences]
             t = self.model.times(timesteps, pack.image.dtype)
+            if self.model.jumps:
+                t = torch.stack([t, self.model.times(self._next_timesteps(pack), pack.image.dtype)], dim=1)
             options = {} if pack.adapters is None else {"adapters": pack.adapters}
             run: Callable[..., Tensor] = self.model if self.graphs is None else self.graphs
             predicted = run(pack.image, pack.text, t, pack.layout, pack.kept, pack.constants, **options)
             velocities += pack.layout.split_targets(predicted)
         at = iter(velocities)
         return [[next(at) for _ in range(len(edit.latents) * len(edit.prompts))] for edit in self.edits]
+
+    @staticmethod
+    def _next_timesteps(pack: _Pack) -> list[Tensor]:
+        """Return the timestep of the next step of each sequence; 0 for its last step."""
+        found = []
+        for edit in (row.edit for row in pack.sequences):
+            left = edit.timesteps[edit.steps :]
+            found.append(left[1] if len(left) > 1 else torch.zeros_like(left[0]))
+        return found

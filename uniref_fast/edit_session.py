@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from uniref_fast.budget import check_budget
 from uniref_fast.edit_loop import Edit, encoded_edit
@@ -161,8 +162,18 @@ class EditSession:
         """Return the result of a finished edit as the `output_type` of `uniref_fast.edit`, or a list of results."""
         images: list[Any] = [*edit.latents.split(1)]
         if output_type != "latent":
-            images = [self.family.decode(self.pipe, each, edit.geometry.size, output_type) for each in images]
+            size, crop = edit.geometry.size, edit.geometry.crop
+            images = [self.family.decode(self.pipe, each, size, output_type) for each in images]
+            images = images if crop is None else [_cropped(each, crop) for each in images]
         return images if edit.request.num_images > 1 else images[0]
+
+
+def _cropped(image: Any, crop: tuple[int, int, int, int]) -> Any:
+    """Return a part of an image: of Pillow, an array `[H, W, C]`, or a tensor `[C, H, W]`."""
+    if isinstance(image, Image.Image):
+        return image.crop(crop)
+    left, top, right, bottom = crop
+    return image[..., top:bottom, left:right] if torch.is_tensor(image) else image[top:bottom, left:right]
 
 
 def check_output_type(output_type: Any) -> None:

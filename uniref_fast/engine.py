@@ -32,7 +32,7 @@ from uniref_fast.encode import text_lengths
 from uniref_fast.engine_queue import EditProgress, Job, Queue
 from uniref_fast.layout import Sample
 from uniref_fast.models.kept_references import KeepDtype, empty_stores
-from uniref_fast.models.module_hooks import is_offloaded
+from uniref_fast.models.module_hooks import free_model_hooks, is_offloaded
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype, row_dependence
@@ -296,7 +296,7 @@ class Engine:
             with self._changed:
                 idle = not self._queue.jobs
             if idle:
-                self._session.pipe.maybe_free_model_hooks()
+                free_model_hooks(self._session.pipe)
         with self._changed:
             while not self._loop.edits and not self._queue.jobs:
                 if self._closing:
@@ -333,7 +333,7 @@ class Engine:
             states = [(each, each.get_state()) for each in job.checked.request.generators]
             try:
                 if self._loop.edits and is_offloaded(self._session.model.transformer, whole=True):
-                    self._session.pipe.maybe_free_model_hooks()  # encoders and transformer are not loaded together
+                    free_model_hooks(self._session.pipe)  # encoders and transformer are not loaded together
                 edit = self._session.encode(job.checked)
                 job.first = edit.copy()
             except Exception as error:

@@ -256,7 +256,8 @@ def estimate(
             copies = count if schedule == RefreshSchedule() else 1
             kept += kept_bytes(shape, one, dtype, keep_dtype) // copies
     pixels = [size for item in sizes for size in item.reference_sizes]
-    results = [item.size for item, count in zip(sizes, images, strict=True) for _ in range(count)]
+    decoded = [item.size for item, count in zip(sizes, images, strict=True) for _ in range(count)]
+    results = [item.result_size for item, count in zip(sizes, images, strict=True) for _ in range(count)]
     encoded = [
         [length for length, (_, embeds, _) in zip(lengths, request.texts, strict=True) if embeds is None]
         for request, lengths in zip(requests, texts, strict=True)
@@ -272,7 +273,7 @@ def estimate(
     peak = held + kept + packs * (2 if capture else 1)
     vae_bytes = weight_bytes(pipe.vae)
     encode_flops, encode_peak = vae_cost(pipe, pixels, "encode")
-    decode_flops, decode_peak = vae_cost(pipe, results, "decode")
+    decode_flops, decode_peak = vae_cost(pipe, decoded, "decode")
     stages = (
         Stage("text encoder", text_flops, weight_bytes(pipe.text_encoder), text_peak),
         Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
@@ -344,14 +345,14 @@ def _transformer_flops(
 
 
 def _packs_peak(model: PackedModel, samples: Sequence[Sample], pack_tokens: int | None) -> int:
-    """Return the peak bytes of the largest pack, with the image streams of all other packs and all text streams."""
+    """Return the peak bytes of the largest pack, with the image streams of all others and what all keep over steps."""
     packs = next_fit([sample.length for sample in samples], pack_tokens)
     longest = max(packs, key=lambda pack: sum(samples[i].length for i in pack))
     largest = model.layout([samples[i] for i in longest])
     whole, sizes = model.layout(samples), model.sizes(model.transformer.config)
     images = (whole.image_length - largest.image_length) * sizes.token_channels
-    texts = whole.text_length * sizes.width  # kept between steps
-    return (images + texts) * compute_dtype(model.transformer).itemsize + transformer_peak(model.transformer, largest)
+    kept = model.constant_rows(whole) * sizes.width
+    return (images + kept) * compute_dtype(model.transformer).itemsize + transformer_peak(model.transformer, largest)
 
 
 def _geometries(

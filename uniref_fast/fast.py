@@ -155,7 +155,8 @@ def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
 def _linears_of_any_class(transformer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the Linears of the blocks, those of other classes included; of a layer of peft the one inside."""
     inside = ""  # name of the layer of peft that is being passed
-    for name, module in transformer.transformer_blocks.named_modules(prefix="transformer_blocks"):
+    blocks = getattr(transformer, "transformer_blocks", torch.nn.ModuleList())
+    for name, module in blocks.named_modules(prefix="transformer_blocks"):
         if inside and name.startswith(inside):
             continue
         base = base_linear(module)

@@ -384,6 +384,7 @@ class SelfLayout:
         device: torch.device | str,
         theta: float = 10000.0,
         dtype: torch.dtype = torch.float32,
+        scales: Sequence[float] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin in joint order, float32 `[N, sum(axes_dims) / 2]` each; one column per interleaved pair.
 
@@ -392,11 +393,12 @@ class SelfLayout:
             device: Device of the result.
             theta: Base of the frequencies.
             dtype: Dtype of the angles, in which the model of diffusers computes them.
+            scales: Factor of the positions of each axis, such as 0.5; empty for positions as they are.
 
         Raises:
             ValueError: If `axes_dims` are not an even number for each axis of the positions.
         """
-        return memo(self, _rotary, tuple(axes_dims), torch.device(device), theta, dtype)
+        return memo(self, _rotary, tuple(axes_dims), torch.device(device), theta, dtype, tuple(scales))
 
     def guidance_scales(self, device: torch.device | str) -> torch.Tensor:
         """Return the guidance scale of each sample, float32 `[S]`."""
@@ -514,9 +516,16 @@ def _positions(layout: SelfLayout, device: torch.device) -> torch.Tensor:
 
 
 def _rotary(
-    layout: SelfLayout, axes_dims: tuple[int, ...], device: torch.device, theta: float, dtype: torch.dtype
+    layout: SelfLayout,
+    axes_dims: tuple[int, ...],
+    device: torch.device,
+    theta: float,
+    dtype: torch.dtype,
+    scales: tuple[float, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     positions = layout.positions(device).to(dtype)
+    if scales:
+        positions = positions * torch.tensor(scales, device=device, dtype=dtype)
     if len(axes_dims) != positions.shape[1] or any(dim % 2 for dim in axes_dims):
         raise ValueError(f"axes_dims must be {positions.shape[1]} even numbers, one for each axis, got {axes_dims}")
     angles = []

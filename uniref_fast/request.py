@@ -129,11 +129,12 @@ class Geometry:
     """Sizes of a request for a pipeline: (width, height) in pixels, grids in tokens.
 
     Attributes:
-        size: Size of the result.
+        size: Size of the result before it is cropped.
         condition_sizes: Sizes of the references for the text encoder.
         reference_sizes: Sizes of the references for the VAE.
         patch: Side of a token in pixels.
         guidance: Guidance scale that the transformer embeds, or None (`Family.embedded_guidance`).
+        crop: Part (left, top, right, bottom) of the decoded image that is the result; None for the whole image.
     """
 
     size: tuple[int, int]
@@ -141,6 +142,12 @@ class Geometry:
     reference_sizes: tuple[tuple[int, int], ...]
     patch: int
     guidance: float | None = None
+    crop: tuple[int, int, int, int] | None = None
+
+    @property
+    def result_size(self) -> tuple[int, int]:
+        """Width and height of the result, which is a part of the decoded image if there is a `crop`."""
+        return self.size if self.crop is None else (self.crop[2] - self.crop[0], self.crop[3] - self.crop[1])
 
     @property
     def target_tokens(self) -> int:

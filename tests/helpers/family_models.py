@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 import flux2
+import flux3
 import numpy as np
 import qwen_image_21
 import torch
@@ -110,10 +111,23 @@ def _flux2_arguments(name):
     return {**prompt, **guidance, "height": SIDE, "width": SIDE, "image": [picture(1), picture(2)]}
 
 
+def _flux3(name, request):
+    pipe = flux3.pipeline(request.getfixturevalue("make_flux3")(flow_map="Distilled" in name))
+    if "Distilled" not in name:
+        pipe.guider.guidance_scale = 2.0
+    return pipe
+
+
+def _flux3_arguments(name):
+    guidance = {} if "Distilled" in name else {"negative_prompt": "red", "guidance_scale": 2.0}  # set in its guider
+    return {"prompt": "an owl", **guidance, "height": SIDE, "width": SIDE, "image": [picture(1), picture(2)]}
+
+
 FAMILIES = {
     "qwen-image-edit": (_qwen, _qwen_arguments),
     "qwen-image-2.1": (_qwen_21, _qwen_21_arguments),
     "flux2": (_flux2, _flux2_arguments),
+    "flux3": (_flux3, _flux3_arguments),
 }
 """By the name of a family: a function of (pipeline class, pytest's request) that returns a small pipeline, and one of
 the pipeline class that returns the arguments of a call, without steps, generator and output type."""

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["device_of_hooks", "has_moving_hooks", "is_offloaded", "may_have_hooks", "onloaded"]
+__all__ = [
+    "device_of_hooks",
+    "free_model_hooks",
+    "has_moving_hooks",
+    "is_offloaded",
+    "may_have_hooks",
+    "onloaded",
+]
 
 _NO_HOOKS = contextlib.nullcontext()
 
@@ -42,6 +49,15 @@ def _hooks_run(modules: list[nn.Module]) -> Iterator[None]:
     yield
     for module, hook in reversed(called):
         hook.post_forward(module, None)
+
+
+def free_model_hooks(pipe: Any) -> None:
+    """Move the models of a pipeline to host memory, if its offloading has brought them to the device.
+
+    Modular pipelines have no such method: their `ComponentsManager` moves models when another one needs the memory.
+    """
+    if hasattr(pipe, "maybe_free_model_hooks"):
+        pipe.maybe_free_model_hooks()
 
 
 def device_of_hooks(module: nn.Module) -> torch.device | None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.layout import SelfLayout
+from uniref_fast.layout import Kind, SelfLayout
 from uniref_fast.memo import memo
 
 __all__ = ["PackAdapters", "check_lora", "tuner_layers"]
@@ -200,8 +200,8 @@ def _rows(layout: SelfLayout, kind: str, count: int, samples: frozenset[int], de
 
     Args:
         layout: Layout of the rows that are computed.
-        kind: "text", "image" or "joint" for a stream, the last two also for the targets' rows alone; "table" for the
-            modulation table, or its rows of the sampled t alone.
+        kind: "text", "image" or "joint" for a stream, the last two also for the targets' rows alone; "references" for
+            the rows of references alone; "table" for the modulation table, or its rows of the sampled t alone.
         count: Number of rows of the input.
         samples: The samples.
         device: Device of the result.
@@ -210,6 +210,11 @@ def _rows(layout: SelfLayout, kind: str, count: int, samples: frozenset[int], de
     if kind == "table":
         spans = [(at, at + 1) for at in range(count) if at % layout.num_samples in samples]
         expected = {layout.num_samples, layout.num_modulation_rows}
+    elif kind == "references":
+        held = [s for s in layout.image_segments if s.kind is Kind.REFERENCE]
+        ends = list(itertools.accumulate(segment.length for segment in held))
+        spans = [(end - s.length, end) for s, end in zip(held, ends, strict=True) if s.sample in samples]
+        expected = {ends[-1]}
     elif kind != "text" and count != (layout.image_length if kind == "image" else layout.joint_length):
         ends = list(itertools.accumulate(segment.length for segment in layout.targets))
         spans = [(end - s.length, end) for s, end in zip(layout.targets, ends, strict=True) if s.sample in samples]

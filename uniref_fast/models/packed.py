@@ -281,6 +281,7 @@ class PackedModel(nn.Module):
         ends: Names of the modules of the transformer that are called outside of its blocks.
         refused_options: Options of the transformer's configuration that the family's forward does not compute.
         text_channels: Name of the option that is the width of the prompt embeddings.
+        jumps: True for a flow map, whose `forward` takes the time of each sample and the time to which the step jumps.
         row_kinds: Parts of the names of modules, and the kind of the rows of their inputs: "text", "image" or "joint"
             for a stream, "table" for the modulation table. The first part that a name contains counts. Empty for a
             family whose samples cannot have adapters of their own.
@@ -297,6 +298,7 @@ class PackedModel(nn.Module):
     ends: ClassVar[tuple[str, ...]]
     refused_options: ClassVar[tuple[str, ...]] = ()
     text_channels: ClassVar[str] = "joint_attention_dim"
+    jumps: bool = False
     row_kinds: ClassVar[tuple[tuple[str, str], ...]] = ()
     transformer: Any
 
@@ -320,7 +322,7 @@ class PackedModel(nn.Module):
         object.__setattr__(self, "transformer", transformer)
         blocks: list[PackedBlock] = []
         for name, block_class in self.block_classes.items():
-            for i, block in enumerate(getattr(transformer, name)):
+            for i, block in enumerate(transformer.get_submodule(name)):
                 attention = f"{name}.{i}.attn.processor"
                 blocks.append(block_class(block, attention_8bit=attention if attention in attention_8bit else ""))
         blocks[-1].last = True
@@ -377,6 +379,10 @@ class PackedModel(nn.Module):
             shared_references: Hold the references of samples of one group once.
         """
         raise NotImplementedError
+
+    def constant_rows(self, layout: SelfLayout) -> int:
+        """Return the number of rows of all streams that are computed once for all steps of a pack (`StepConstants`)."""
+        return layout.text_length
 
     def step_constants(self) -> StepConstants:
         """Return an empty store of what is equal in all steps of one pack, for `constants` of `forward`."""
@@ -495,19 +501,26 @@ class PackedModel(nn.Module):
         rows = context.modulation_rows("image")[context.target_rows()]
         return model.proj_out(ops.norm_modulate(out, shift, scale, rows, model.norm_out.norm.eps, impl=self.impl))
 
-    def _run_blocks(self, streams: list[Tensor], temb: Tensor, context: ForwardContext) -> Tensor:
-        """Run all blocks, and return the targets' rows of their output, `[n_target, C]`.
+    def _run_blocks(
+        self,
+        streams: list[Tensor],
+        temb: Tensor,
+        context: ForwardContext,
+        blocks: Sequence[PackedBlock] | None = None,
+    ) -> Tensor:
+        """Run the blocks, and return the targets' rows of their output, `[n_target, C]`.
 
         Args:
             streams: Streams of the model, `[n, C]` each; the list is emptied.
             temb: Timestep embedding, `[R, C]`, or the modulation that all blocks share, `[R, ...]`.
             context: Context of the forward.
+            blocks: Blocks of all tokens; None for all blocks of the model.
         """
         residuals: list[DeferredResidual] = []
         traced = self._traced(context, streams[0])
         if traced is not None and len(temb) == 1:
             temb = temb.repeat(2, 1)  # a size of 1 would be a constant of the graph; no row refers to the second one
-        for block in self.blocks:
+        for block in self.blocks if blocks is None else blocks:
             streams, residuals = block(streams, residuals, temb, context, traced)
         if context.references is not None:
             context.references.finish(self.parallel)

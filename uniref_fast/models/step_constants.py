@@ -8,6 +8,7 @@ matrix product with the other rows, whose time is that of reading the weights.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ class StepConstants:
 
     computed: int = 0
     _key: tuple = field(default=(), repr=False)
-    _text: Tensor | None = field(default=None, repr=False)
+    _sources: tuple = field(default=(), repr=False)
     _stream: Tensor | None = field(default=None, repr=False)
 
     def text_stream(self, text: Tensor, modules: Sequence[nn.Module], compute: Callable[[], Tensor]) -> Tensor:
@@ -43,11 +44,25 @@ class StepConstants:
             modules: Modules that compute the stream.
             compute: Function that computes this rank's rows of the stream.
         """
+        return self.stream((text,), 0 if text.is_inference() else text._version, modules, compute)
+
+    def stream(
+        self, sources: tuple[Any, ...], state: Any, modules: Sequence[nn.Module], compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return a stream that depends on some objects and modules only, as `text_stream` does.
+
+        Args:
+            sources: Objects that the stream depends on; another object is another value.
+            state: Value that differs after every change of the values of these objects.
+            modules: Modules that compute the stream.
+            compute: Function that computes this rank's rows of the stream.
+        """
         if torch.is_grad_enabled() or any(map(_must_run, modules)):
             return compute()
-        key = (0 if text.is_inference() else text._version, *map(weights_state, modules))
-        if self._stream is None or self._text is not text or self._key != key:
-            self._stream, self._text, self._key = compute(), text, key
+        key = (state, *map(weights_state, modules))
+        same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
+        if self._stream is None or not same or self._key != key:
+            self._stream, self._sources, self._key = compute(), sources, key
             self.computed += 1
         return self._stream
 

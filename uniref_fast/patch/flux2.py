@@ -26,6 +26,7 @@ from uniref_fast.patch.joint_streams import (
     TwoStreamAttention,
     attention_changes,
     refuse_visibility,
+    rotary_changes,
     stock_places,
     stream_context,
 )
@@ -43,7 +44,7 @@ from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.streams import TRACED, Choice
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["PATCH"]
+__all__ = ["PATCH", "ModulatedBlock"]
 
 _PROCESSORS = ("Flux2AttnProcessor", "Flux2KVAttnProcessor")
 _SINGLE_PROCESSORS = ("Flux2ParallelSelfAttnProcessor", "Flux2KVParallelSelfAttnProcessor")
@@ -194,8 +195,12 @@ def _plan_of_cache(batch: int, queries: int, keys: int) -> AttentionPlan:
 # ---- blocks ----
 
 
-class _Block(PatchedBlock):
-    """Forward of a block of FLUX.2."""
+class ModulatedBlock(PatchedBlock):
+    """Forward of a block whose modulation comes as a table of the call, such as those of FLUX.2.
+
+    Attributes:
+        norms: Names of its LayerNorms.
+    """
 
     norms: tuple[str, ...]
 
@@ -204,7 +209,7 @@ class _Block(PatchedBlock):
 
     def traced_refusal(self) -> str | None:
         if self._methods() != self.methods:
-            return f"forward of {type(self.block).__name__} or Flux2Modulation.split was replaced"
+            return f"forward of {type(self.block).__name__} or a function that it calls was replaced"
         for name in self.norms:
             if reason := changed_norm(self.block._modules.get(name), self.block.attn.query_dim):
                 return reason
@@ -224,7 +229,7 @@ class _Block(PatchedBlock):
         return table.chunk(parts, dim=-1), self.state.modulation_rows(None, samples, length, stream.device)
 
 
-class _TwoStreamBlock(_Block):
+class _TwoStreamBlock(ModulatedBlock):
     """Forward of one `Flux2TransformerBlock` with fused norms, modulation and residuals."""
 
     norms = ("norm1", "norm1_context", "norm2", "norm2_context")
@@ -273,7 +278,7 @@ class _TwoStreamBlock(_Block):
         )
 
 
-class _OneStreamBlock(_Block):
+class _OneStreamBlock(ModulatedBlock):
     """Forward of one `Flux2SingleTransformerBlock` with fused norm, modulation and residual."""
 
     norms = ("norm",)
@@ -345,9 +350,7 @@ def changes(transformer: Any) -> Iterator[str]:
     """Describe replaced functions, other processors, and settings that differ from the configuration."""
     if reason := _attention_change():
         yield reason
-    rope, config = transformer.pos_embed, transformer.config
-    if (rope.theta, tuple(rope.axes_dim)) != (config.rope_theta, tuple(config.axes_dims_rope)):
-        yield "pos_embed has other frequencies than those of the model's configuration"
+    yield from rotary_changes(transformer)
     processors = {"transformer_blocks.*.attn": _PROCESSORS, "single_transformer_blocks.*.attn": _SINGLE_PROCESSORS}
     yield from attention_changes(transformer, _stock(), processors)
 

@@ -39,6 +39,7 @@ __all__ = [
     "attention_changes",
     "projected",
     "refuse_visibility",
+    "rotary_changes",
     "stock_places",
     "stream_context",
 ]
@@ -50,10 +51,12 @@ class TextImageAttention(StreamsAttention):
     Attributes:
         takes_mask: True if a mask of padded tokens, bool `[B, 1, 1, N]`, runs on fused operators.
         qk_norm: Class of the QK norms; None is diffusers' `RMSNorm`.
+        rounding: Rounding of QK norm and rotary embedding, see `ops.qk_norm_rope`.
     """
 
     takes_mask: ClassVar[bool] = False
     qk_norm: ClassVar[Any] = torch.nn.RMSNorm
+    rounding: ClassVar[ops.Rounding] = "eager"
 
     def code_change(self) -> str | None:
         """Describe a replaced function that the attention of diffusers calls by name; None if none is replaced."""
@@ -80,7 +83,15 @@ class TextImageAttention(StreamsAttention):
             is_plain(mask) and mask.dtype == torch.bool and mask.shape == (len(first), 1, 1, length)
         ):
             return "the attention mask is not a boolean tensor with one value per token"
-        return self.code_change() or changed_qk_norm(self.attn, first.dtype, first.device, self.qk_norm)
+        return self.code_change() or self._qk_norm_change(first.dtype, first.device)
+
+    def _qk_norm_change(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Describe how the QK norms differ from those that the fused operator takes, or return None.
+
+        Args:
+            dtype, device: Dtype and device of the streams.
+        """
+        return changed_qk_norm(self.attn, dtype, device, self.qk_norm)
 
     def _joint(
         self, q: Tensor, k: Tensor, v: Tensor, context: ForwardContext, batch: int, text: int, mask: Any, kv: dict
@@ -136,7 +147,7 @@ class TwoStreamAttention(TextImageAttention):
             qkv += parts
             del parts
         calls.release()
-        context = stream_context(self.state, rotary, len(image), text.shape[1], image.shape[1])
+        context = stream_context(self.state, rotary, len(image), text.shape[1], image.shape[1], self.rounding)
         head_dim = attn.inner_dim // attn.heads
         heads = [joint_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
         del qkv
@@ -182,7 +193,7 @@ class OneStreamAttention(TextImageAttention):
         if isinstance(parts, str):
             return parts
         calls.release()
-        context = stream_context(self.state, rotary, len(x), 0, x.shape[1])
+        context = stream_context(self.state, rotary, len(x), 0, x.shape[1], self.rounding)
         head_dim = attn.inner_dim // attn.heads
         q, k, v = (joint_rows(part).unflatten(-1, (-1, head_dim)) for part in parts)
         del parts
@@ -211,7 +222,9 @@ def projected(calls: Calls, stream: Tensor, fused: str, names: tuple[str, ...]) 
     return parts
 
 
-def stream_context(state: PatchState, rotary: Any, batch: int, text: int, image: int) -> ForwardContext:
+def stream_context(
+    state: PatchState, rotary: Any, batch: int, text: int, image: int, rounding: ops.Rounding = "eager"
+) -> ForwardContext:
     """Return the context of a call; blocks of a kind share it in one forward.
 
     Args:
@@ -220,6 +233,7 @@ def stream_context(state: PatchState, rotary: Any, batch: int, text: int, image:
         batch: Number of samples.
         text: Text tokens of each sample; 0 for a stream of all tokens.
         image: Image tokens of each sample, or all tokens.
+        rounding: Rounding of QK norm and rotary embedding.
     """
     key, saved = (batch, text, image), state.calls.context
     if saved and saved[0] == key and saved[1] is rotary[0] and saved[2] is rotary[1]:
@@ -227,7 +241,9 @@ def stream_context(state: PatchState, rotary: Any, batch: int, text: int, image:
     with torch.inference_mode(False), torch.no_grad():
         layout = SelfLayout.pack([Sample(text, (1, 1, image))] * batch, FLUX2, clean_references=False)
         cos, sin = (table[:, ::2].repeat(batch, 1) for table in rotary)
-        context = ForwardContext(layout=layout, visibility="full", rotary=(cos, sin), impl=state.impl, rounding="eager")
+        context = ForwardContext(
+            layout=layout, visibility="full", rotary=(cos, sin), impl=state.impl, rounding=rounding
+        )
     state.calls.context = (key, *rotary, context)  # holding the tensors keeps their identity unambiguous
     return context
 
@@ -277,7 +293,7 @@ def stock_places(
         attention: Place by the class of the attention processor in diffusers that it replaces.
         state: State of the patched transformer.
     """
-    for name, each in getattr(transformer, group).named_children():
+    for name, each in transformer.get_submodule(group).named_children():
         where, processor = f"{group}.{name}", getattr(getattr(each, "attn", None), "processor", None)
         if type(processor) in attention:
             yield attention[type(processor)](each.attn, state, Site(f"{where}.attn"))
@@ -296,6 +312,13 @@ def refuse_visibility(transformer: Any, visibility: str | Rule) -> None:
         f"patch supports visibility='full' only for {type(transformer).__name__}, whose calls have no image sizes, got "
         f"{visibility!r}; use edit(), whose packed forward supports it"
     )
+
+
+def rotary_changes(transformer: Any) -> Iterator[str]:
+    """Describe other rotary frequencies than those of the configuration of a FLUX.2 or FLUX.3 transformer."""
+    rope, config = transformer.pos_embed, transformer.config
+    if (rope.theta, tuple(rope.axes_dim)) != (config.rope_theta, tuple(config.axes_dims_rope)):
+        yield "pos_embed has other frequencies than those of the model's configuration"
 
 
 def attention_changes(transformer: Any, stock: types.ModuleType, processors: Mapping[str, tuple]) -> Iterator[str]:

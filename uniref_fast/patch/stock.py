@@ -64,14 +64,15 @@ def is_own_method(owner: Any, name: str) -> bool:
     """Return True if `owner.name(...)` runs code of diffusers, PyTorch or this package.
 
     It returns False for a method that was set on the instance or on the class, and for one of a subclass in another
-    package. A method that `patch` installed counts as the one that it replaced.
+    package. A method that `patch` installed counts as the one that it replaced. It returns True for a name that the
+    class does not have.
     """
     bound = getattr(*innermost_forward(owner)) if name == "forward" else vars(owner).get(name)
     if isinstance(getattr(bound, "__self__", None), PatchedBlock):
         bound = bound.__self__.original
     bound = getattr(bound, "_torchdynamo_orig_callable", bound)  # torch.compile computes the same
-    function = getattr(type(owner), name)
-    if bound is not None and bound != types.MethodType(function, owner):
+    function = getattr(type(owner), name, None)
+    if bound is not None and (function is None or bound != types.MethodType(function, owner)):
         return False
     while function is not None:
         inner = getattr(function, "__wrapped__", None)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PIPELINES", "pipeline", "pipeline_of", "transformer"]
+__all__ = ["PIPELINES", "flux2_vae", "pipeline", "pipeline_of", "transformer"]
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2Pipeline")
 """Pipeline classes that `pipeline` builds. `Flux2Pipeline` has no text encoder: that of the released model is a
@@ -94,7 +94,7 @@ def pipeline_of(transformer: Any, kind: str = "klein", distilled: bool = False) 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-        parts = {"transformer": transformer, "vae": _vae(dtype), "scheduler": scheduler}
+        parts = {"transformer": transformer, "vae": flux2_vae(dtype), "scheduler": scheduler}
         if kind == "dev":
             return diffusers.Flux2Pipeline(text_encoder=None, tokenizer=None, **parts)
         tokenizer = components.tokenizer()
@@ -118,7 +118,8 @@ def _text_encoder(vocabulary: int) -> Any:
     return Qwen3ForCausalLM(config).eval()
 
 
-def _vae(dtype: torch.dtype) -> Any:
+def flux2_vae(dtype: torch.dtype) -> Any:
+    """Return a small VAE with random weights, drawn from the global generator."""
     from diffusers import AutoencoderKLFlux2
 
     vae: Any = AutoencoderKLFlux2(

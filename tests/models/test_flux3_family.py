@@ -1,0 +1,187 @@
+"""edit and estimate of FLUX.3 pipelines against the modular pipelines of diffusers."""
+
+import dataclasses
+
+import flux3
+import pytest
+import torch
+from PIL import Image
+
+from uniref_fast import EditRequest, edit, estimate
+from uniref_fast.models.family import family_of
+from uniref_fast.models.flux3_family import _canvas, _cropped, _fitted
+from uniref_fast.request import geometry
+from uniref_fast.testing import max_relative_error
+
+KINDS = [False, True]
+RELATIVE = 5e-5
+"""Largest relative error, in float32, after the steps of an edit and the VAE."""
+
+PICTURES = [flux3.picture(96, 64, 1), flux3.picture(80, 112, 2), flux3.picture(70, 90, 3)]
+
+
+@pytest.fixture(scope="module")
+def pipes(make_flux3):
+    return {flow_map: flux3.pipeline(make_flux3(flow_map=flow_map)) for flow_map in KINDS}
+
+
+def requests(flow_map):
+    """Return four requests that differ: K = 0..3 references, other sizes, guidance scales and numbers of steps.
+
+    The only reference of the second one is padded to whole tokens, and its result is cropped.
+    """
+    scale, negative = (1.0, None) if flow_map else (3.0, "green")
+    return [
+        EditRequest("a red cat", width=64, height=96, seed=1, num_inference_steps=3, true_cfg_scale=1.0),
+        EditRequest("make it blue", PICTURES[2:], seed=2, num_inference_steps=2, true_cfg_scale=1.0),
+        EditRequest("both on a table", PICTURES[1:], negative, scale, 64, 80, num_inference_steps=2, seed=3),
+        EditRequest("three of them", PICTURES, seed=4, num_inference_steps=3, true_cfg_scale=scale),
+    ]
+
+
+@pytest.mark.parametrize("flow_map", KINDS)
+def test_a_pack_of_different_requests_equals_the_pipeline_one_by_one(pipes, flow_map):
+    pipe, given = pipes[flow_map], requests(flow_map)
+    results = edit(pipe, given, output_type="pt", progress=False)
+    for request, result in zip(given, results, strict=True):
+        (expected,) = flux3.stock(pipe, request)
+        assert result.shape == expected.shape and max_relative_error(result, expected) < RELATIVE
+    assert results[1].shape == (3, 90, 70)
+    images = {form: edit(pipe, given[1:2], output_type=form, progress=False)[0] for form in ("pil", "np")}
+    assert images["pil"].size == (70, 90) and images["np"].shape == (90, 70, 3)
+
+
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")
+def test_results_have_the_same_bits_alone_and_in_a_pack(make_flux3):
+    for flow_map in KINDS:
+        pipe, given = flux3.pipeline(make_flux3(torch.bfloat16, flow_map)), requests(flow_map)[1:]
+        together = edit(pipe, given, output_type="latent", progress=False)
+        for request, result in zip(given, together, strict=True):
+            assert torch.equal(result, edit(pipe, [request], output_type="latent", progress=False)[0])
+
+
+def test_several_images_and_a_lora_for_each_request(pipes):
+    """The results equal the pipeline with that adapter; each image of a request has its own generator."""
+    from peft import LoraConfig
+
+    pipe = pipes[False]
+    torch.manual_seed(0)
+    targets = [name for name, module in pipe.transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    pipe.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "a")
+    for name, parameter in pipe.transformer.named_parameters():
+        if ".lora_" in name:
+            parameter.data.mul_(0.1)
+    _, one, two, _ = requests(False)
+    try:
+        pipe.transformer.disable_adapters()
+        both = [dataclasses.replace(one, num_images=2, seed=[7, 8], lora={"a": 0.8}), dataclasses.replace(two, lora={})]
+        images, other = edit(pipe, both, output_type="pt", progress=False)
+        assert max_relative_error(other, flux3.stock(pipe, two)[0]) < RELATIVE
+        plain = flux3.stock(pipe, dataclasses.replace(one, seed=7))[0]
+        pipe.transformer.enable_adapters()
+        pipe.transformer.set_adapters(["a"], [0.8])
+        expected = flux3.stock(pipe, dataclasses.replace(one, num_images=2, seed=[7, 8]))
+        for image, other in zip(images, expected, strict=True):
+            assert max_relative_error(image, other) < RELATIVE
+        assert max_relative_error(images[0], plain) > 1e-2
+    finally:
+        pipe.transformer.delete_adapters(["a"])
+
+
+def test_sizes_are_those_of_the_image_processor(pipes):
+    """The only reference is kept whole, up to 4 megapixels; several are cut, up to 1 megapixel each."""
+    pipe, patch = pipes[False], 16
+    processor = pipe.image_processor
+    for size in ((64, 64), (30, 20), (70, 90), (1023, 1025), (1500, 1100), (2047, 2049), (3000, 1500), (5000, 400)):
+        image = Image.new("RGB", size)
+        whole, placed = processor.preprocess(image, resize_mode="fill")
+        assert _canvas(_fitted(size, patch), patch) == whole.shape[:1:-1], size
+        sizes = geometry(pipe, [size])
+        box = placed["reference_crop"]
+        assert sizes.result_size == (box[2] - box[0], box[3] - box[1]) and sizes.crop in (box, None)
+        if min(size) >= patch:
+            assert _cropped(size, patch) == processor.preprocess(image, resize_mode="crop")[0].shape[:1:-1], size
+    assert geometry(pipe, [(70, 90)], width=64).crop is None
+    assert geometry(pipe, []).size == (1024, 1024)
+    assert geometry(pipe, [(200, 300)] * 2, budget=128).reference_sizes != geometry(pipe, [(200, 300)] * 2).size
+
+
+def test_the_text_has_the_length_to_which_the_pipeline_pads_it(pipes):
+    pipe = pipes[False]
+    for prompt in ("x", "a long prompt " * 30):
+        embeds, length = family_of(pipe).encode_prompt(pipe, prompt, (), ())
+        assert length == len(embeds) == family_of(pipe).prompt_text(pipe, prompt, ()) and length % 80 == 0
+    request = EditRequest(None, [], prompt_embeds=embeds[:7], width=64, height=64, num_inference_steps=1, seed=1)
+    result, other = edit(pipe, [request, dataclasses.replace(request, prompt_embeds=embeds)], progress=False)
+    assert result.tobytes() != other.tobytes()
+
+
+def test_guidance_has_an_empty_negative_prompt(pipes):
+    request = dataclasses.replace(requests(False)[1], true_cfg_scale=3.0)
+    (result,) = edit(pipes[False], [request], output_type="pt", progress=False)
+    assert max_relative_error(result, flux3.stock(pipes[False], request)[0]) < RELATIVE
+
+
+def test_given_latents(pipes):
+    pipe, request = pipes[False], requests(False)[0]
+    noise = torch.randn(1, 128, 6, 4, generator=torch.Generator().manual_seed(1)).flatten(2).transpose(1, 2)
+    given = dataclasses.replace(request, latents=noise, seed=None)
+    expected, found = (edit(pipe, [each], output_type="latent", progress=False)[0] for each in (request, given))
+    assert torch.equal(expected, found)
+
+
+def test_models_and_requests_that_cannot_run(pipes, make_flux3):
+    import diffusers
+
+    with pytest.raises(ValueError, match="takes no negative prompt"):
+        edit(pipes[True], [{"prompt": "x", "negative_prompt": "green"}])
+    with pytest.raises(ValueError, match="masks tokens"):
+        mask = torch.tensor([True, False])
+        edit(pipes[False], [{"prompt_embeds": torch.zeros(2, 128), "prompt_embeds_mask": mask}])
+    pipe = flux3.pipeline(make_flux3(), blocks=diffusers.Flux3AutoBlocks())
+    with pytest.raises(ValueError, match=r"rewrites prompts with its block .*pop\('prompt_upsampler'\)"):
+        edit(pipe, [{"prompt": "x"}])
+    pipe = flux3.pipeline(make_flux3())
+    pipe.update_components(transformer=make_flux3(flow_map=True))
+    with pytest.raises(ValueError, match="flow_map = True, which belongs to a Flux3DistilledModularPipeline"):
+        edit(pipe, [{"prompt": "x"}])
+    pipe = flux3.pipeline(make_flux3())
+    pipe.guider.config["guidance_rescale"] = 0.5  # through the configuration, as `update_components` does
+    with pytest.raises(ValueError, match=r"guider ClassifierFreeGuidance with .*guidance_rescale"):
+        edit(pipe, [{"prompt": "x"}])
+
+
+def test_a_block_of_your_own_is_refused(make_flux3):
+    import diffusers
+    from diffusers.modular_pipelines.flux3.decoders import Flux3DecodeStep
+
+    class Decode(Flux3DecodeStep):
+        pass
+
+    blocks = diffusers.Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    blocks.sub_blocks["decode"] = Decode()
+    with pytest.raises(ValueError, match="has the block 'decode', which is not diffusers' own"):
+        edit(flux3.pipeline(make_flux3(), blocks=blocks), [{"prompt": "x"}])
+
+
+@pytest.mark.parametrize("flow_map", KINDS)
+def test_estimate(pipes, flow_map):
+    """Operations equal those that PyTorch counts in the packed forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    pipe = pipes[flow_map]
+    model = family_of(pipe).packed(pipe.transformer, impl="reference")
+    given = requests(flow_map)[1:3]
+    layout = model.layout([geometry(pipe, [x.size for x in each.images]).sample(80) for each in given])
+    image = torch.zeros(layout.image_length, 128)
+    text = torch.zeros(layout.text_length, pipe.transformer.config.joint_attention_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image, text, torch.rand(2, 2) if flow_map else torch.rand(2), layout)
+    linear, _ = family_of(pipe).transformer_flops(pipe.transformer.config, layout, "full")
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if "mm" in str(op) and "bmm" not in str(op)
+    )
+    assert linear == counted
+    found = estimate(pipe, given)
+    assert found.results[0] == (70, 90) and found.peak_bytes > 0

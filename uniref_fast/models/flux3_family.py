@@ -1,0 +1,369 @@
+"""FLUX.3 as a family: the modular pipelines around the transformer, and what they cost.
+
+A modular pipeline is a list of blocks of code. `edit` replaces all of them, so it takes those of diffusers only, with
+their settings. It encodes prompts as they are given: the block that rewrites them has to be removed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family_checks import check_rotary_axes, check_widths, given_embeddings
+from uniref_fast.models.flux3 import MODES, PackedFlux3, flux3_layout, mode_layout
+from uniref_fast.models.kept_references import kept_step
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.schedule import denoising_schedule
+from uniref_fast.visibility import Rule, plan, target_plan
+
+__all__ = ["FLUX_3", "Flux3"]
+
+SIDE = 1024
+"""Side in pixels of a result without references, and of the largest area of one of several references."""
+
+ONE_AREA = 4 * 1024 * 1024
+"""Largest area in pixels of the only reference of a request."""
+
+SHORTEST, LONGEST = 64, 4096
+"""Shortest and longest side in pixels of the only reference of a request."""
+
+MAX_TEXT = 8192
+"""Largest number of text tokens; longer prompts are cut."""
+
+_MODEL = "diffusers.models.transformers.transformer_flux3"
+_BLOCKS = (*(f"{blocks}.*" for _, blocks in MODES.values()), "single_transformer_blocks.*")
+
+REPLACED = (
+    Replaced(
+        "", f"{_MODEL}:Flux3Transformer2DModel", calls=(*PackedFlux3.ends, "time_proj"), reads=("config",),
+        onloaded=True,
+    ),
+    Replaced("pos_embed", f"{_MODEL}:Flux3PosEmbed"),
+    Replaced("norm_out", f"{_MODEL}:Flux3AdaLayerNorm", calls=("linear",)),
+    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    *(Replaced(name, f"{_MODEL}:Flux3ModeTransformerBlock", calls=("ff",), onloaded=True) for name in _BLOCKS[:-1]),
+    Replaced(_BLOCKS[-1], f"{_MODEL}:Flux3SingleTransformerBlock", calls=("ff",), onloaded=True),
+    *(Replaced(f"{name}.norm", "torch.nn:LayerNorm", reads=("eps",)) for name in _BLOCKS),
+    *(Replaced(
+        f"{name}.attn", f"{_MODEL}:Flux3Attention", calls=("to_q", "to_k", "to_v", "to_qkv", "to_out"),
+        reads=("heads", "head_dim", "inner_dim"),
+    ) for name in _BLOCKS),
+    *(Replaced(f"{name}.attn.{norm}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
+      for name in _BLOCKS for norm in ("norm_q", "norm_k")),
+)  # fmt: skip
+
+
+class Flux3(Family):
+    """FLUX.3 and its step-distilled flow map."""
+
+    name = "flux3"
+    models = ("black-forest-labs/flux-3-image-klein", "black-forest-labs/flux-3-image-klein-base")
+    transformer = "Flux3Transformer2DModel"
+    pipelines = ("Flux3ModularPipeline", "Flux3DistilledModularPipeline")
+    missing: ClassVar[Mapping[str, str]] = {
+        "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
+        "fast": "its blocks were not measured in 8 bits",
+        "sft": "the training loops do not have its text and its modes",
+        "msgrpo": "the training loops do not have its text and its modes",
+    }
+    replaced = REPLACED
+    packed = PackedFlux3
+    random_models = "uniref_fast.random_models.flux3"
+
+    def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
+        return (16, 1.0) if index.get("_class_name") == "Flux3DistilledModularPipeline" else (50, 3.5)
+
+    # ---- the packed model ----
+
+    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
+        return flux3_layout(tuple(samples))
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        check_rotary_axes(given, config, (32, 32, 32, 32), instead)
+        if (channels := config.get("cond_in_channels", 128)) != config.get("in_channels", 128):
+            raise ValueError(
+                f"{given} has a transformer with cond_in_channels = {channels}, which must be its in_channels, "
+                f"{config.get('in_channels', 128)}; {instead}"
+            )
+
+    # ---- the pipeline around the transformer ----
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        config, widths = pipe.transformer.config, [("in_channels", "VAE", pipe.vae.config.latent_channels * 4)]
+        if pipe.text_encoder is not None:
+            width = pipe.text_encoder.config.get_text_config().hidden_size * len(_text_layers(pipe))
+            widths.append(("joint_attention_dim", "text encoder", width))
+        check_widths(given, config, widths)
+        if config.flow_map != _is_distilled(pipe):
+            raise ValueError(
+                f"{given} has a transformer with flow_map = {config.flow_map}, which belongs to a "
+                f"{self.pipelines[bool(config.flow_map)]}"
+            )
+        for name, block in _leaves(pipe.blocks):
+            if "prompt_upsampler" in name:
+                raise ValueError(
+                    f"{given} rewrites prompts with its block {name!r}, and edit() encodes them as they are given; "
+                    "remove the block before the pipeline is made: blocks.sub_blocks.pop('prompt_upsampler')"
+                )
+            if not type(block).__module__.startswith("diffusers.modular_pipelines.flux3."):
+                raise ValueError(f"{given} has the block {name!r}, which is not diffusers' own and would be skipped")
+        guider = getattr(pipe, "guider", None)
+        if guider is not None and not _is_plain(guider):
+            raise ValueError(
+                f"{given} has the guider {type(guider).__name__} with {dict(guider.config)}; edit() has the "
+                "ClassifierFreeGuidance of all steps, without guidance_rescale and use_original_formulation"
+            )
+
+    def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Set the negative prompt and the scale that the pipeline would use."""
+        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+            mask = getattr(request, name)
+            if mask is not None and not mask.bool().all():
+                raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+        if _is_distilled(pipe):
+            if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
+                raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: guidance is part of it")
+            return replace(request, negative_prompt=None, true_cfg_scale=1.0)
+        if request.true_cfg_scale <= 1 or request.negative_prompt_embeds is not None:
+            return request
+        if pipe.text_encoder is None:
+            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
+        return replace(request, negative_prompt=request.negative_prompt or "")
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        return SIDE**2, SIDE**2, SIDE**2
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        patch, crop = pipe.vae_scale_factor * 2, None
+        if len(sizes) == 1:
+            inside = _fitted(sizes[0], patch)
+            usual = _canvas(inside, patch)
+            alone = [usual]
+            if width is None and height is None and inside != usual:
+                left, top = (usual[0] - inside[0]) // 2, (usual[1] - inside[1]) // 2
+                crop = (left, top, left + inside[0], top + inside[1])
+        else:
+            alone = [_cropped(size, patch) for size in sizes]
+            usual = alone[0] if alone else (SIDE, SIDE)
+        result_width, result_height = (
+            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
+        )
+        references = alone if budget is None else fit_to_budget(sizes, budget)
+        return Geometry((result_width, result_height), (), tuple(references), patch, crop=crop)
+
+    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+        return denoising_schedule(pipe.scheduler, tokens, steps, device)
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        device = device or pipe._execution_device
+        embeds, _ = given_embeddings(pipe, embeds, None, device, cast)
+        if embeds is None:
+            step = _text_step(pipe)
+            embeds = step._get_qwen3_vl_prompt_embeds(
+                pipe.text_encoder, pipe.tokenizer, prompt or "", device, MAX_TEXT, step.pad_multiple, _text_layers(pipe)
+            )
+        return embeds[0], embeds.shape[1]
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        processor, patch = pipe.image_processor, pipe.vae_scale_factor * 2
+        if size == _canvas(_fitted(image.size, patch), patch):  # the only reference of a request
+            pixels, _ = processor.preprocess(image, resize_mode="fill")
+        else:
+            if size != _cropped(image.size, patch):  # of a joint budget
+                image = image.resize(size, Image.Resampling.LANCZOS)
+            pixels, _ = processor.preprocess(image, resize_mode="crop")
+        vae, device = pipe.vae, device or pipe._execution_device
+        latents = pixel_unshuffle(vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode(), 2)
+        mean, std = _latent_scale(vae, latents.device, vae.dtype)
+        return ((latents - mean) / std).flatten(2).transpose(1, 2)[0]
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        device, latents = pipe._execution_device, request.latents
+        if latents is None:
+            _, rows, columns = sizes.grid(sizes.size)
+            shape = (request.num_images, pipe.transformer.config.in_channels, rows, columns)
+            # always drawn in float32, as the pipeline does
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+            latents = latents.flatten(2).transpose(1, 2)
+        latents = latents.to(device, dtype)
+        pairs = zip(images, sizes.reference_sizes, strict=True)
+        return latents, torch.cat([latents[0, :0], *(self.encode_image(pipe, *pair).to(dtype) for pair in pairs)])
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
+        width, height = size
+        latents = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
+        mean, std = _latent_scale(vae, latents.device, latents.dtype)
+        latents = pixel_shuffle(latents * std + mean, 2).to(vae.dtype)
+        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+
+    def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
+        """Return the arguments, and set the scale of the pipeline's guider, which is no argument."""
+        if (guider := getattr(pipe, "guider", None)) is not None:
+            guider.guidance_scale = request.true_cfg_scale
+        known = {param.name for param in pipe.blocks.inputs}
+        names = ("prompt", "negative_prompt", "height", "width", "num_inference_steps")
+        given: dict[str, Any] = {name: getattr(request, name) for name in names}
+        given["image"] = list(request.images) or None
+        given["generator"] = torch.Generator().manual_seed(request.seed)  # type: ignore[arg-type]
+        return {name: value for name, value in given.items() if name in known and value is not None}
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+        text = pipe.tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        length = min(len(pipe.tokenizer.tokenizer(text)["input_ids"]), MAX_TEXT)
+        multiple = _text_step(pipe).pad_multiple
+        return min(math.ceil(length / multiple) * multiple, MAX_TEXT)
+
+    def transformer_flops(
+        self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
+    ) -> tuple[int, int]:
+        whole, last = plan(layout, visibility), target_plan(layout, visibility)
+        if kept:
+            computed = kept_step(layout)
+            layout, whole = computed.layout, computed.plan(visibility)
+        width = config.num_attention_heads * config.attention_head_dim
+        tokens, targets = layout.joint_length, sum(s.length for s in layout.targets)
+        early, joint, mlp = config.num_layers, config.num_single_layers, int(width * config.mlp_ratio)
+        inputs, rest = 3 * width**2, width**2 + 3 * mlp * width
+        linear = (early + joint) * inputs * tokens + rest * ((early + joint - 1) * tokens + targets)
+        modes = 1 + (layout.text_length > 0) + (layout.image_length > targets)
+        embeddings = (2 + bool(config.flow_map)) * (config.timestep_channels + width) * width
+        linear += layout.num_samples * (embeddings + (3 + modes) * 3 * width**2 + 2 * width**2)
+        linear += (layout.image_length * config.in_channels + layout.text_length * config.joint_attention_dim) * width
+        linear += targets * width * config.in_channels
+        own = sum(plan(mode_layout(layout, kind), visibility).area for kind in MODES)
+        return 2 * linear, 4 * (early * own + (joint - 1) * whole.area + last.area) * width
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        language = pipe.text_encoder.config.get_text_config()
+        width, layers = language.hidden_size, language.num_hidden_layers
+        head = getattr(language, "head_dim", None) or width // language.num_attention_heads
+        q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
+        layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
+        lengths = [length for group in texts for length in group]
+        # diffusers calls the head of the language model as well
+        flops = sum(layers * (2 * layer * n + 4 * n**2 * q) + 2 * width * language.vocab_size * n for n in lengths)
+        states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
+        return flops, max(lengths) * states * compute_dtype(pipe.text_encoder).itemsize
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        width, height = size
+        if direction == "encode":
+            return 1, vae.config.in_channels, height, width
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return 1, vae.config.latent_channels, height // factor, width // factor
+
+
+def _fitted(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return the size to which the pipeline scales the only reference of a request, so that its canvas is allowed."""
+    width, height = size
+    scale = min(1.0, math.sqrt(ONE_AREA / (width * height)), LONGEST / max(size))
+    while True:
+        width, height = (max(1, round(side * scale)) for side in size)
+        if math.prod(_canvas((width, height), patch)) <= ONE_AREA:
+            return width, height
+        scale *= 0.995
+
+
+def _canvas(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return the size to which the pipeline pads the only reference of a request: whole tokens."""
+    width, height = (min(LONGEST, max(SHORTEST, math.ceil(side / patch) * patch)) for side in size)
+    return width, height
+
+
+def _cropped(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Return the size that the pipeline gives one of several references: scaled to an area, and cut to whole tokens."""
+    width, height = size
+    if width * height > SIDE**2:
+        scale = math.sqrt(SIDE**2 / (width * height))
+        width, height = int(width * scale), int(height * scale)
+    return width // patch * patch, height // patch * patch
+
+
+def _latent_scale(vae: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the latents of 2 x 2 pixels, `[1, C, 1, 1]` each."""
+    std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    mean, std = (values.view(1, -1, 1, 1).to(device, dtype) for values in (vae.bn.running_mean, std))
+    return mean, std
+
+
+def _is_distilled(pipe: Any) -> bool:
+    return "Distilled" in type(pipe).__name__
+
+
+def _is_plain(guider: Any) -> bool:
+    """Return True if a guider is classifier-free guidance as `edit` computes it, whatever its scale."""
+    settings = (guider.config.get(name) for name in ("guidance_rescale", "use_original_formulation", "start", "stop"))
+    return type(guider).__name__ == "ClassifierFreeGuidance" and [*settings] == [0.0, False, 0.0, 1.0]
+
+
+def _leaves(blocks: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the blocks of code of a modular pipeline that have no blocks inside, with their names."""
+    inside = getattr(blocks, "sub_blocks", None)
+    if not inside:
+        yield name, blocks
+        return
+    for key, block in inside.items():
+        yield from _leaves(block, f"{name}.{key}" if name else key)
+
+
+def _text_step(pipe: Any) -> Any:
+    """Return the block that encodes prompts; a pipeline of parts may not have it."""
+    from diffusers.modular_pipelines.flux3.encoders import Flux3TextEncoderStep
+
+    found = next((block for _, block in _leaves(pipe.blocks) if isinstance(block, Flux3TextEncoderStep)), None)
+    if found is None:
+        raise ValueError(f"the {type(pipe).__name__} has no block that encodes prompts; give prompt_embeds")
+    return found
+
+
+def _text_layers(pipe: Any) -> tuple[int, ...]:
+    """Return the layers of the text encoder whose outputs are stacked."""
+    (layers,) = (param.default for param in _text_step(pipe).inputs if param.name == "text_encoder_out_layers")
+    return tuple(layers)
+
+
+FLUX_3 = Flux3()
