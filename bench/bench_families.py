@@ -1,0 +1,64 @@
+"""Every family on small pipelines with random weights: patched against stock, a packed batch against one by one.
+
+A batch has six edits of 1 to 3 references and of mixed sizes, with guidance where the pipeline has it. Times include
+the text encoder and the VAE, which are small.
+
+pytest bench/bench_families.py --benchmark-only --results bench/results --what families
+"""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import uniref_fast
+from uniref_fast.family_demo import demo_requests, stock_edit
+from uniref_fast.models.family import families
+from uniref_fast.testing import max_relative_error
+
+STEPS = 2
+SIZES = {"layers": 2, "heads": 3, "grid": 8}  # 384 channels
+SIZES_TINY = {"layers": 1, "heads": 2, "grid": 6}
+PIPELINES = {name: family for family in families() for name in family.random_pipelines()[:1]}
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def small(request, tiny):
+    """A stock and a patched pipeline with the same weights, and requests whose results were compared."""
+    family, sizes = PIPELINES[request.param], SIZES_TINY if tiny else SIZES
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    stock, patched = (family.random_pipeline(request.param, **sizes).to(device) for _ in range(2))
+    requests = demo_requests(family, stock, sizes["grid"], 3, STEPS)
+    found = SimpleNamespace(family=family, name=request.param, stock=stock, patched=patched, requests=requests)
+    uniref_fast.patch(patched)
+    expected = [stock_edit(family, stock, each) for each in requests]
+    results = [stock_edit(family, patched, requests[0]), *packed(found)]
+    for result, image in zip(results, [expected[0], *expected], strict=True):
+        assert max_relative_error(result, image) < 1e-4
+    return found
+
+
+def packed(small, requests=None):
+    return uniref_fast.edit(small.stock, requests or small.requests, output_type="pt", progress=False)
+
+
+@pytest.mark.parametrize("which", ["stock", "patched"])
+def test_patch(timed, benchmark, small, which):
+    benchmark.group = f"{small.family.name}, {small.name}: one edit, {len(small.requests[0].images)} references"
+    calls = {
+        name: functools.partial(stock_edit, small.family, pipe, small.requests[0])
+        for name, pipe in (("stock", small.stock), ("patched", small.patched))
+    }
+    timed(calls[which], calls["stock"], graph=False)
+
+
+@pytest.mark.parametrize("which", ["stock one by one", "edit one by one", "edit packed"])
+def test_packed_batch(timed, benchmark, small, which):
+    benchmark.group = f"{small.family.name}, {small.name}: six edits, mixed references and sizes"
+    calls = {
+        "stock one by one": lambda: [stock_edit(small.family, small.stock, each) for each in small.requests],
+        "edit one by one": lambda: [packed(small, [each])[0] for each in small.requests],
+        "edit packed": lambda: packed(small),
+    }
+    timed(calls[which], calls["stock one by one"], rounds=5, graph=False)
