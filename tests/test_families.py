@@ -52,10 +52,15 @@ def make(family, name, request):
     return pipe, FAMILIES[family][1](name)
 
 
+def form_of(name):
+    """Return an output type that `edit` and the pipeline have in the same form."""
+    return "pt" if "Flux" in name or "Joy" in name else "latent"
+
+
 def stock(pipe, arguments, seed=0):
     torch.manual_seed(0)  # QwenImageControlNetInpaintPipeline draws the latents of its image without the generator
     generator = torch.Generator().manual_seed(seed)
-    form = "pt" if "layers" in arguments or "Flux" in type(pipe).__name__ else "latent"
+    form = "pt" if "layers" in arguments else form_of(type(pipe).__name__)
     if "Modular" in type(pipe).__name__:  # the scale is a setting of its guider
         arguments = {key: value for key, value in arguments.items() if key != "guidance_scale"}
     images = pipe(**arguments, num_inference_steps=2, generator=generator, output_type=form).images
@@ -64,7 +69,7 @@ def stock(pipe, arguments, seed=0):
 
 def request_of(arguments, seed=0):
     """Return the request that is the call of a pipeline."""
-    images = arguments.get("image", [])
+    images = arguments.get("image", arguments.get("images", []))
     fields = {key: value for key, value in arguments.items() if key in EditRequest.__dataclass_fields__}
     images = images if isinstance(images, list) else [images]
     if "guidance_scale" in arguments:
@@ -110,7 +115,7 @@ def test_edit_gives_the_latents_of_the_stock_pipeline_or_says_why_not(family, na
     one, other = request_of(arguments), request_of(arguments, seed=1)
     if "prompt" in other:
         other["prompt"] = "two rockets and a fish"
-    form = "pt" if "Flux" in name else "latent"
+    form = form_of(name)
     packed = uniref_fast.edit(pipe, [one, other], output_type=form, progress=False)
     assert max_relative_error(packed[0].reshape(expected.shape), expected) < TOLERANCE
     (alone,) = uniref_fast.edit(pipe, [one], output_type=form, progress=False)

@@ -5,6 +5,7 @@ import inspect
 import diffusers
 import flux2
 import flux3
+import joyimage
 import numpy as np
 import qwen_image_21
 import torch
@@ -123,11 +124,23 @@ def _flux3_arguments(name):
     return {"prompt": "an owl", **guidance, "height": SIDE, "width": SIDE, "image": [picture(1), picture(2)]}
 
 
+def _joyimage(name, request):
+    return joyimage.pipeline()
+
+
+def _joyimage_arguments(name):
+    return {
+        "prompt": "an owl", "negative_prompt": "a cat", "guidance_scale": 2.0, "height": SIDE, "width": SIDE,
+        "images": [picture(1), picture(2)],
+    }  # fmt: skip
+
+
 FAMILIES = {
     "qwen-image-edit": (_qwen, _qwen_arguments),
     "qwen-image-2.1": (_qwen_21, _qwen_21_arguments),
     "flux2": (_flux2, _flux2_arguments),
     "flux3": (_flux3, _flux3_arguments),
+    "joyimage-edit-plus": (_joyimage, _joyimage_arguments),
 }
 """By the name of a family: a function of (pipeline class, pytest's request) that returns a small pipeline, and one of
 the pipeline class that returns the arguments of a call, without steps, generator and output type."""

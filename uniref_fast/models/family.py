@@ -47,6 +47,7 @@ _INSTANCES = {
     "qwen-image-2.1": "uniref_fast.models.qwen_image_21_family:QWEN_IMAGE_21",
     "flux2": "uniref_fast.models.flux2_family:FLUX_2",
     "flux3": "uniref_fast.models.flux3_family:FLUX_3",
+    "joyimage-edit-plus": "uniref_fast.models.joyimage_family:JOYIMAGE_EDIT_PLUS",
 }
 """Instance of every family, as "module:name", by its name. A module is imported when a family is first looked up."""
 

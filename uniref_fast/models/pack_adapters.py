@@ -62,10 +62,10 @@ def check_lora(transformer: nn.Module, lora: Any, where: str) -> None:
     for name, scale in lora.items():
         if name not in loaded:
             known = f"loaded are {', '.join(loaded)}" if loaded else "none is loaded"
-            raise ValueError(
-                f"{where}: lora has the adapter {name!r}, and {known}; load it with "
-                f"pipe.load_lora_weights(..., adapter_name={name!r})"
-            )
+            loading = f"pipe.load_lora_weights(..., adapter_name={name!r})"
+            if not hasattr(transformer, "add_adapter"):  # diffusers loads no adapters into it
+                loading = f"peft.inject_adapter_in_model(config, pipe.transformer, {name!r})"
+            raise ValueError(f"{where}: lora has the adapter {name!r}, and {known}; load it with {loading}")
         if name in fused:
             raise ValueError(
                 f"{where}: lora has the adapter {name!r}, which is fused into the weights; call pipe.unfuse_lora()"

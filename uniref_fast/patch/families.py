@@ -16,6 +16,7 @@ _PATCHES = {
     "qwen-image-2.1": "uniref_fast.patch.qwen_image_21:PATCH",
     "flux2": "uniref_fast.patch.flux2:PATCH",
     "flux3": "uniref_fast.patch.flux3:PATCH",
+    "joyimage-edit-plus": "uniref_fast.patch.joyimage:PATCH",
 }
 """`FamilyPatch` of each family, as "module:name". A module is imported when it is first needed."""
 

@@ -202,7 +202,8 @@ class _Installation:
             place.remove()
         for hook in self.hooks:
             hook.remove()
-        restore(self.transformer)
+        if self.state.parts is not None:
+            restore(self.transformer)
 
 
 def _with_exact_weights(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -40,6 +40,7 @@ from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded
 __all__ = [
     "PatchedAttention",
     "PatchedBlock",
+    "PatchedMethod",
     "checkable",
     "fused_streams",
     "joint_rows",
@@ -350,7 +351,17 @@ def register_processor() -> None:
 # ---- layer 2: the block ----
 
 
-class PatchedBlock:
+class PatchedMethod:
+    """A place that replaces a method of a module by one of its own.
+
+    Attributes:
+        original: The method that it replaces.
+    """
+
+    original: Any
+
+
+class PatchedBlock(PatchedMethod):
     """Forward of one `QwenImageTransformerBlock` with fused norms, modulation and residuals.
 
     Args:

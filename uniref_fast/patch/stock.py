@@ -25,7 +25,7 @@ from uniref_fast.patch.guards import (
     innermost_forward,
     norm_change,
 )
-from uniref_fast.patch.processors import PatchedBlock
+from uniref_fast.patch.processors import PatchedMethod
 
 __all__ = ["deviations", "found_modules", "is_own_method", "processor_changes", "weight_hooks"]
 
@@ -68,7 +68,7 @@ def is_own_method(owner: Any, name: str) -> bool:
     class does not have.
     """
     bound = getattr(*innermost_forward(owner)) if name == "forward" else vars(owner).get(name)
-    if isinstance(getattr(bound, "__self__", None), PatchedBlock):
+    if isinstance(getattr(bound, "__self__", None), PatchedMethod):
         bound = bound.__self__.original
     bound = getattr(bound, "_torchdynamo_orig_callable", bound)  # torch.compile computes the same
     function = getattr(type(owner), name, None)
@@ -123,7 +123,7 @@ def _replaced_module(name: str, module: Any, part: Replaced) -> Iterator[str]:
     for method in part.methods:
         if not is_own_method(module, method):
             yield f"{name}.{method} was replaced by code that is not diffusers' own"
-    if kind == "LayerNorm" and (module.weight is not None or module.bias is not None):
+    if kind.endswith("LayerNorm") and (module.weight is not None or module.bias is not None):
         yield f"{name} has a weight or bias of its own"
     if kind == "RMSNorm" and getattr(module, "bias", None) is not None:
         yield f"{name} has a bias"

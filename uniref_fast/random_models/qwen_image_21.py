@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CHANNELS", "CONTEXT", "PIPELINES", "pipeline", "transformer"]
+__all__ = ["CHANNELS", "CONTEXT", "PIPELINES", "pipeline", "transformer", "vision_language_encoder"]
 
 PIPELINES = ("QwenImage21Pipeline",)
 """Pipeline classes that `pipeline` builds."""
@@ -68,6 +68,27 @@ def pipeline(
         config: Further options of the configuration of the transformer.
     """
     from diffusers import AutoencoderKLQwenImage21, FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder, processor = vision_language_encoder(CONTEXT)
+        vae: Any = AutoencoderKLQwenImage21(base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 2, 2, 2], num_res_blocks=1)
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
+        shift_terminal=0.02,
+    )  # fmt: skip
+    model = transformer(dtype, layers, num_attention_heads=heads, **config)
+    pipe: Any = QwenImage21Pipeline(scheduler, nn.Module.to(vae.eval(), dtype), encoder.to(dtype), processor, model)
+    pipe.output_area = (grid * PATCH) ** 2
+    return pipe
+
+
+def vision_language_encoder(width: int) -> tuple[Any, Any]:
+    """Return a small Qwen3-VL, whose weights are drawn by PyTorch's global generator, and its processor.
+
+    Args:
+        width: Width of its embeddings, a multiple of 2.
+    """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     from uniref_fast.builtin import components
@@ -77,30 +98,18 @@ def pipeline(
     images = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, min_pixels=32 * 32, max_pixels=512 * 512)
     processor = BuiltinProcessor(images, tokenizer, chat_template=TEMPLATE)
     text = dict(
-        vocab_size=components.VOCAB_SIZE, hidden_size=CONTEXT, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=components.VOCAB_SIZE, hidden_size=width, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=24, max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 4, 4]},
     )  # fmt: skip
     vision = dict(
-        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=CONTEXT, patch_size=16,
+        depth=2, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=width, patch_size=16,
         num_position_embeddings=64, deepstack_visual_indexes=[0],
     )  # fmt: skip
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("image_pad", "video_pad", "vision_start", "vision_end")}  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
-            text_config=text, vision_config=vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
-            vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-        ))  # fmt: skip
-        vae: Any = AutoencoderKLQwenImage21(base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 2, 2, 2], num_res_blocks=1)
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192,
-        shift_terminal=0.02,
-    )  # fmt: skip
-    model = transformer(dtype, layers, num_attention_heads=heads, **config)
-    pipe: Any = QwenImage21Pipeline(
-        scheduler, nn.Module.to(vae.eval(), dtype), encoder.eval().to(dtype), processor, model
-    )
-    pipe.output_area = (grid * PATCH) ** 2
-    return pipe
+    encoder: Any = Qwen3VLForConditionalGeneration(Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    ))  # fmt: skip
+    return encoder.eval(), processor

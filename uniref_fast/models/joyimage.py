@@ -1,0 +1,132 @@
+"""JoyImage-Edit-Plus over a packed, ragged sequence.
+
+`PackedJoyImage` runs the parameters of a live diffusers `JoyImageEditPlusTransformer3DModel`, whose blocks have two
+streams as those of Qwen-Image. A token is a patch of 2 x 2 latent pixels. Images are numbered on the first rotary axis
+and begin at 0 on the other two; text is not rotated. All blocks add a table of their own to one modulation.
+
+diffusers pads the samples of a batch to the longest one and hides the padding from attention. A pack has no padding.
+
+Shapes: S samples, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
+from uniref_fast.models.compiled_block import TracedContext
+from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.packed import ModelSizes, PackedModel
+from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
+
+__all__ = ["JOYIMAGE", "PackedJoyImage"]
+
+
+def _text(sample: Sample, n: int) -> Position:
+    return 0, 0, 0
+
+
+def _image(index: int, grid: Grid) -> Position:
+    return index, 0, 0
+
+
+JOYIMAGE = RotaryScheme(_text, _image, text_axes=())
+"""Scheme of `JoyImageEditPlusPipeline`, whose images have one frame: image i of a sample begins at (i, 0, 0)."""
+
+
+class JoyImageBlock(DoubleStreamBlock):
+    """A block with two streams, which adds a table of its own to the modulation that all blocks share."""
+
+    finite = staticmethod(lambda x: x)
+
+    def first_linears(self) -> tuple[nn.Module, nn.Module]:
+        return self.block.attn.img_attn_qkv, self.block.attn.txt_attn_qkv
+
+    def projections(self, x: Tensor, stream: str) -> QKV:
+        attn = self.block.attn
+        fused = attn.img_attn_qkv if stream == "image" else attn.txt_attn_qkv
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in fused(x).chunk(3, dim=-1))
+        return q, k, v
+
+    def output(self, stream: str) -> Any:
+        attn = self.block.attn
+        return attn.img_attn_proj if stream == "image" else attn.txt_attn_proj
+
+    def modulation(self, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
+        """Return the modulation of both streams, of the shared one, `[S, 6 C]`."""
+        shared = temb.unflatten(1, (6, -1))
+        return Modulation(*self.block.img_mod(shared)), Modulation(*self.block.txt_mod(shared))
+
+
+class PackedJoyImage(PackedModel):
+    """A `JoyImageEditPlusTransformer3DModel` that runs packs of samples of different sizes.
+
+    The arguments are those of `PackedModel`. The channels of a token are those of a patch, `(channel, row, column)`.
+    """
+
+    block_classes: ClassVar = {"double_blocks": JoyImageBlock}
+    ends = ("img_in", "condition_embedder", "norm_out", "proj_out")
+    text_channels = "text_dim"
+    row_kinds = (("text_embedder", "text"), ("condition_embedder", "table"), (".txt_", "text"), ("", "image"))
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelSizes:
+        heads = config.num_attention_heads
+        channels = config.in_channels * math.prod(config.patch_size)
+        return ModelSizes(channels, heads, config.hidden_size // heads, config.num_layers)
+
+    def times(self, timesteps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return times from which `forward` gets the timesteps without rounding, as the pipeline passes them."""
+        wide = torch.float32 if timesteps[0].device.type in ("mps", "npu") else torch.float64
+        return torch.stack([t.to(wide) / 1000 for t in timesteps])
+
+    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
+        """Return the layout of a pack for this model (`SelfLayout.pack` with `JOYIMAGE`).
+
+        Args:
+            samples: Samples of the pack, in order.
+            shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
+        """
+        return SelfLayout.pack(samples, JOYIMAGE, clean_references=False, shared_references=shared_references)
+
+    def _predict(
+        self,
+        image: Tensor,
+        text: Tensor,
+        timestep: Tensor,
+        layout: SelfLayout,
+        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
+    ) -> Tensor:
+        model, config = self.transformer, self.transformer.config
+        rotary = layout.rotary(config.rope_dim_list, image.device, config.theta)
+        references = None if kept is None else self._references(layout, kept)
+        if references is not None:
+            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
+        context = self._context(layout, rotary, references, image.dtype)
+        modulation = self._modulation((timestep * 1000).float(), text)
+        text = self._text_stream(text, layout, model.condition_embedder.text_embedder)
+        patches = image.unflatten(1, (config.in_channels, *config.patch_size))
+        streams = [model.img_in(patches).flatten(1), text]  # [n, C] each
+        del image, text, patches
+        out = model.proj_out(model.norm_out(self._run_blocks(streams, modulation, context)))
+        # The channels come last in the output and first in the latents.
+        return out.unflatten(1, (math.prod(config.patch_size), -1)).transpose(1, 2).flatten(1)
+
+    def _modulation(self, timestep: Tensor, like: Tensor) -> Tensor:
+        """Return the modulation that all blocks share, `[S, 6 C]`, with the dtype of another tensor."""
+        embedder = self.transformer.condition_embedder
+        embedding = embedder.timesteps_proj(timestep)
+        dtype = next(embedder.time_embedder.parameters()).dtype  # float32 in a model of 16 bits
+        if dtype != torch.int8:
+            embedding = embedding.to(dtype)
+        return embedder.time_proj(embedder.act_fn(embedder.time_embedder(embedding).type_as(like)))
+
+    def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
+        super()._check(image, text, timestep, layout)
+        if self.parallel is not None:
+            raise ValueError("sequence parallelism is not supported for JoyImage-Edit-Plus; use 1 rank for each pack")

@@ -1,0 +1,91 @@
+"""Small JoyImage-Edit-Plus models with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from uniref_fast.random_models.qwen_image_21 import vision_language_encoder
+
+__all__ = ["PIPELINES", "TEXT", "listed_sizes", "pipeline", "transformer"]
+
+PIPELINES = ("JoyImageEditPlusPipeline",)
+"""Pipeline classes that `pipeline` builds."""
+
+TEXT = 48
+"""Width of the prompt embeddings."""
+
+PATCH = 16
+"""Side of a token in pixels."""
+
+
+def listed_sizes(grid: int) -> list[tuple[int, int]]:
+    """Return the (height, width) in pixels that a small pipeline gives references of several aspect ratios.
+
+    Args:
+        grid: Side in tokens of the square, which has the area of the other sizes or less.
+    """
+    sides = (grid, grid), (grid - 1, grid + 1), (grid + 1, grid - 1), (grid // 2, grid * 3 // 2)
+    return [(PATCH * height, PATCH * width) for height, width in sides]
+
+
+def transformer(dtype: torch.dtype = torch.float32, layers: int = 3, heads: int = 2, seed: int = 0) -> Any:
+    """Return a transformer with the head dimension, rotary axes and MLP ratio of the released one, norms random too.
+
+    Args:
+        dtype: Data type of the weights; those of the embedding of the time stay in float32, as in a loaded model.
+        layers: Number of blocks.
+        heads: Number of attention heads.
+        seed: Seed of the weights.
+    """
+    from diffusers import JoyImageEditPlusTransformer3DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = JoyImageEditPlusTransformer3DModel(
+            hidden_size=128 * heads, num_attention_heads=heads, num_layers=layers, text_dim=TEXT,
+            rope_dim_list=[16, 56, 56],
+        )  # fmt: skip
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or "modulate_table" in name:
+                nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
+    nn.Module.to(model.eval(), dtype)  # without the warning of diffusers
+    model.condition_embedder.time_embedder.float()
+    return model
+
+
+def pipeline(
+    name: str = PIPELINES[0],
+    dtype: torch.dtype = torch.float32,
+    *,
+    layers: int = 3,
+    heads: int = 2,
+    grid: int = 4,
+) -> Any:
+    """Return a small pipeline with random weights.
+
+    The sizes of its references come from a list for the square of `grid` tokens, which is added to those of diffusers.
+
+    Args:
+        name: Pipeline class, one of `PIPELINES`.
+        dtype: Data type of the weights.
+        layers: Number of blocks.
+        heads: Number of attention heads.
+        grid: Side in tokens of a square with the area of a reference and of a result.
+    """
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, JoyImageEditPlusPipeline
+    from diffusers.pipelines.joyimage import image_processor
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        encoder, processor = vision_language_encoder(TEXT)
+        vae: Any = AutoencoderKLWan(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    pipe: Any = JoyImageEditPlusPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=4.0), nn.Module.to(vae.eval(), dtype), encoder.to(dtype),
+        processor.tokenizer, transformer(dtype, layers, heads), processor,
+    )  # fmt: skip
+    image_processor.BUCKETS[grid * PATCH] = listed_sizes(grid)
+    pipe.image_processor.register_to_config(basesize=grid * PATCH)
+    return pipe
