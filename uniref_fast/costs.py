@@ -120,7 +120,7 @@ def transformer_peak(transformer: Any, layout: SelfLayout) -> int:
     sizes = {
         name: value for name, value in config.items() if not name.startswith("_") and name != "quantization_config"
     }
-    for name in ("num_layers", "num_single_layers"):
+    for name in ("num_layers", "num_single_layers", "n_layers"):
         if name in sizes:
             sizes[name] = min(sizes[name], 3)  # all blocks between the first and the last are equal
     shape = tuple(sorted((k, _hashable(v)) for k, v in sizes.items()))
@@ -134,7 +134,7 @@ def _packed_peak(family: Family, config: tuple, dtype: torch.dtype, layout: Self
         packed = family.packed(torch.nn.Module.to(model, dtype), impl="native")
         with LivingTensors() as memory:
             image = torch.empty(layout.image_length, packed.sizes(model.config).token_channels, dtype=dtype)
-            text = torch.empty(layout.text_length, family.text_channels(model.config), dtype=dtype)
+            text = torch.empty(family.text_rows(layout), family.text_channels(model.config), dtype=dtype)
             times = (layout.num_samples, 2) if packed.jumps else (layout.num_samples,)
             packed(image, text, torch.empty(times, dtype=dtype), layout)
     return memory.peak

@@ -173,9 +173,9 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
     images = [family.convert_image(image) for image in request.images]
     prompts, texts = zip(*(
         family.encode_prompt(
-            pipe, None if embeds is not None else text or "", images, sizes.condition_sizes, embeds, mask, cast=cast
+            pipe, None if embeds is not None else text or "", images[: len(seen)], seen, embeds, mask, cast=cast
         )
-        for text, embeds, mask in request.texts
+        for (text, embeds, mask), seen in zip(request.texts, sizes.seen(family), strict=False)
     ), strict=True)  # fmt: skip
     generator = _generator(request)
     own = is_own_method(pipe, "prepare_latents")

@@ -186,10 +186,8 @@ def request_texts(pipe: Any, request: EditRequest, sizes: Geometry) -> list[Text
     `text_lengths`."""
     family = family_of(pipe)
     return [
-        family.prompt_text(pipe, text or "", sizes.condition_sizes)
-        if embeds is None
-        else family.given_text(embeds.shape[-2], mask)
-        for text, embeds, mask in request.texts
+        family.prompt_text(pipe, text or "", seen) if embeds is None else family.given_text(embeds.shape[-2], mask)
+        for (text, embeds, mask), seen in zip(request.texts, sizes.seen(family), strict=False)
     ]
 
 

@@ -280,7 +280,7 @@ def estimate(
         Stage("transformer", linear + attention, weight_bytes(transformer) - saved, peak),
         Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),
     )
-    tokens = {"text": layout.text_length}
+    tokens = {"text": family.text_rows(layout)}
     tokens["target"] = sum(s.length for s in layout.targets)
     tokens["reference"] = layout.image_length - tokens["target"]
     tokens["together"] = layout.joint_length

@@ -197,7 +197,5 @@ def _instead(family: Family | None) -> str:
     from uniref_fast.models.family import families
 
     family = family or families()[0]
-    return (
-        f"{_uses(family)} take a {' or '.join(family.pipelines)}: use "
-        f"{', '.join(family.models)}, or another model of that class"
-    )
+    models = f"{', '.join(family.models)}, or another model" if family.models else "a model"
+    return f"{_uses(family)} take a {' or '.join(family.pipelines)}: use {models} of that class"

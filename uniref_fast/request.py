@@ -14,7 +14,7 @@ from PIL import Image
 from uniref_fast.budget import MAX_ASPECT_RATIO, MAX_SIDE, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
-from uniref_fast.models.family import family_of
+from uniref_fast.models.family import Family, family_of
 from uniref_fast.step_callback import TENSOR_INPUTS
 
 __all__ = [
@@ -157,6 +157,10 @@ class Geometry:
     def grid(self, size: tuple[int, int]) -> Grid:
         """Return the token grid of an image of (width, height) pixels."""
         return 1, size[1] // self.patch, size[0] // self.patch
+
+    def seen(self, family: Family) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+        """Return the sizes of the references that the prompt is encoded with, and the negative prompt."""
+        return self.condition_sizes, self.condition_sizes if family.negative_images else ()
 
     def sample(self, text: int | tuple[tuple[int, bool], ...]) -> Sample:
         """Return the sample of a layout for this request with `text` text tokens, or (length, valid) runs of them."""

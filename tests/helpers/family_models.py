@@ -3,12 +3,14 @@
 import inspect
 
 import diffusers
+import fibo2
 import flux2
 import flux3
 import joyimage
 import numpy as np
 import qwen_image_21
 import torch
+import z_image
 from PIL import Image
 
 from uniref_fast import builtin
@@ -95,6 +97,32 @@ def _qwen_21_arguments(name):
     }  # fmt: skip
 
 
+def _z_image(name, request):
+    with_features = {} if "Omni" in name else {"features": None}
+    return z_image.pipeline(z_image.transformer(**with_features), name)
+
+
+def _z_image_arguments(name):
+    mask = Image.new("L", (SIDE, SIDE), 255)
+    more = {
+        "ZImageOmniPipeline": {"image": [picture(1), picture(2)]},
+        "ZImageImg2ImgPipeline": {"image": picture(1)},
+        "ZImageInpaintPipeline": {"image": picture(1), "mask_image": mask},
+        "ZImageControlNetPipeline": {"control_image": picture(1)},
+        "ZImageControlNetInpaintPipeline": {"image": picture(1), "mask_image": mask, "control_image": picture(2)},
+    }.get(name, {})
+    return {"prompt": "an owl", "guidance_scale": 2.0, "height": SIDE, "width": SIDE, **more}
+
+
+def _fibo_2(name, request):
+    return fibo2.pipeline(fibo2.transformer())
+
+
+def _fibo_2_arguments(name):
+    images = [picture(1), picture(2)]
+    return {"prompt": "an owl", "guidance_scale": 2.0, "height": SIDE, "width": SIDE, "image": images}
+
+
 def _flux2(name, request):
     kind = {"Flux2KleinKVPipeline": "klein-kv", "Flux2Pipeline": "dev"}.get(name, "klein")
     pipe = flux2.pipeline(request.getfixturevalue("make_flux2")(kind), kind)
@@ -138,6 +166,8 @@ def _joyimage_arguments(name):
 FAMILIES = {
     "qwen-image-edit": (_qwen, _qwen_arguments),
     "qwen-image-2.1": (_qwen_21, _qwen_21_arguments),
+    "z-image": (_z_image, _z_image_arguments),
+    "fibo-2": (_fibo_2, _fibo_2_arguments),
     "flux2": (_flux2, _flux2_arguments),
     "flux3": (_flux3, _flux3_arguments),
     "joyimage-edit-plus": (_joyimage, _joyimage_arguments),

@@ -45,6 +45,8 @@ __all__ = [
 _INSTANCES = {
     "qwen-image-edit": "uniref_fast.models.qwen_image_edit:QWEN_IMAGE_EDIT",
     "qwen-image-2.1": "uniref_fast.models.qwen_image_21_family:QWEN_IMAGE_21",
+    "z-image": "uniref_fast.models.z_image_family:Z_IMAGE",
+    "fibo-2": "uniref_fast.models.fibo2_family:FIBO_2",
     "flux2": "uniref_fast.models.flux2_family:FLUX_2",
     "flux3": "uniref_fast.models.flux3_family:FLUX_3",
     "joyimage-edit-plus": "uniref_fast.models.joyimage_family:JOYIMAGE_EDIT_PLUS",
@@ -104,6 +106,7 @@ class Family:
         missing: Reason why a capability (`CAPABILITIES`) does not work, by its name. What is not named works.
         replaced: Modules that the packed forward replaces; it calls the other modules inside the transformer.
         packed: Class of the packed model.
+        negative_images: True if the negative prompt is encoded with the references too.
         exact_references: When kept references give the same result as computing them in every step.
         random_models: Module that builds small pipelines with random weights (`uniref_fast.random_models`); None for
             no such module.
@@ -119,6 +122,7 @@ class Family:
     missing: ClassVar[Mapping[str, str]] = {}
     replaced: tuple[Replaced, ...]
     packed: type[PackedModel]
+    negative_images: bool = True
     exact_references: str = "never"
     random_models: str | None = None
     image_mode: Literal["RGB", "RGBA"] = "RGB"
@@ -202,6 +206,10 @@ class Family:
     def text_channels(self, config: Any) -> int:
         """Return the width of the text embeddings of a transformer with a configuration."""
         return config[self.packed.text_channels]
+
+    def text_rows(self, layout: SelfLayout) -> int:
+        """Return the number of rows of the prompt embeddings of a pack."""
+        return layout.text_length
 
     def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
         """Return the layout of a pack for a transformer with a configuration."""

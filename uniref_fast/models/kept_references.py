@@ -362,6 +362,11 @@ class ReferenceRows:
         self.layout = memo(layout, _without_references, self.reused) if self.reused else layout
         self._joint: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def stores(self) -> list[KeptReferences | None]:
+        """Store of each sample; None for a sample without one or without references."""
+        return [self._stores.get(i) for i in range(self.whole.num_samples)]
+
     def plan(self, visibility: str | Rule) -> AttentionPlan:
         """Return the plan of the computed rows: queries in the order of `layout`, keys of the whole sequence."""
         return (

@@ -568,15 +568,18 @@ class PackedModel(nn.Module):
             )
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
-        config = self.transformer.config
         expected = {
-            "image": (image, (layout.image_length, self.sizes(config).token_channels)),
-            "text": (text, (layout.text_length, getattr(config, self.text_channels))),
+            "image": (image, (layout.image_length, self.sizes(self.transformer.config).token_channels)),
+            "text": (text, self._text_shape(layout)),
             "timestep": (timestep, (layout.num_samples,)),
         }
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {list(shape)}")
+
+    def _text_shape(self, layout: SelfLayout) -> tuple[int, int]:
+        """Return the shape of the prompt embeddings of a pack."""
+        return layout.text_length, getattr(self.transformer.config, self.text_channels)
 
 
 def clipped(x: Tensor) -> Tensor:

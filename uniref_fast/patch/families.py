@@ -14,6 +14,8 @@ __all__ = ["FamilyPatch", "Place", "family_patch"]
 _PATCHES = {
     "qwen-image-edit": "uniref_fast.patch.qwen_image:PATCH",
     "qwen-image-2.1": "uniref_fast.patch.qwen_image_21:PATCH",
+    "z-image": "uniref_fast.patch.sandwich:Z_IMAGE",
+    "fibo-2": "uniref_fast.patch.sandwich:FIBO_2",
     "flux2": "uniref_fast.patch.flux2:PATCH",
     "flux3": "uniref_fast.patch.flux3:PATCH",
     "joyimage-edit-plus": "uniref_fast.patch.joyimage:PATCH",

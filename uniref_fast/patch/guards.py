@@ -33,6 +33,7 @@ __all__ = [
     "attention_change",
     "changed_norm",
     "changed_qk_norm",
+    "changed_rms_norm",
     "has_hooks",
     "innermost_forward",
     "is_from",
@@ -171,28 +172,10 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device, kind: A
         device: Device of the streams, likewise.
         kind: Class of the norms; None is diffusers' `RMSNorm`.
     """
-    if kind is None:
-        from diffusers.models.normalization import RMSNorm
-
-        kind = RMSNorm
     found = [norm for norm in map(attn._modules.get, qk_norm_names(attn)) if norm is not None]
-    if found and not is_from(kind.forward, sys.modules[kind.__module__]):
-        return f"{kind.__module__}.RMSNorm.forward was replaced"
     for norm in found:
-        if type(norm) is not kind:
-            return f"a QK norm is a {type(norm).__name__}"
-        if reason := _held_elsewhere(norm):
+        if reason := changed_rms_norm(norm, dtype, device, "QK norm", kind):
             return reason
-        if replaced_forward(norm):
-            return "a QK norm has its own forward"
-        weight = norm.weight
-        shape = norm.dim if hasattr(norm, "dim") else norm.normalized_shape
-        if weight is None or getattr(norm, "bias", None) is not None or len(shape) != 1:
-            return "a QK norm has no weight, a bias, or more than one dimension"
-        if not is_plain(weight):
-            return f"the weight of a QK norm is a {type(weight).__name__}"
-        if weight.dtype != dtype or weight.device != device:
-            return f"the weight of a QK norm is {weight.dtype} on {weight.device}, the streams are {dtype} on {device}"
     try:
         qk_norm_eps(attn)
     except ValueError as error:
@@ -200,13 +183,48 @@ def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device, kind: A
     return None
 
 
-def _held_elsewhere(norm: nn.Module) -> str | None:
-    """Return the reason why a QK norm must be called and its weight must not be read, or None."""
+def changed_rms_norm(
+    norm: Any, dtype: torch.dtype, device: torch.device, what: str = "norm", kind: Any = None
+) -> str | None:
+    """Describe how a norm differs from an RMSNorm over one dimension whose weight can be read, or return None.
+
+    Args:
+        norm: The norm.
+        dtype: Dtype of the streams, which its weight must have.
+        device: Device of the streams, likewise.
+        what: Name of the norm in the description.
+        kind: Class of the norm; None is diffusers' `RMSNorm`.
+    """
+    if kind is None:
+        from diffusers.models.normalization import RMSNorm
+
+        kind = RMSNorm
+    if not is_from(kind.forward, sys.modules[kind.__module__]):
+        return f"{kind.__module__}.RMSNorm.forward was replaced"
+    if type(norm) is not kind:
+        return f"a {what} is a {type(norm).__name__}"
+    if reason := _held_elsewhere(norm, what):
+        return reason
+    if replaced_forward(norm):
+        return f"a {what} has its own forward"
+    weight = norm.weight
+    shape = norm.dim if hasattr(norm, "dim") else norm.normalized_shape
+    if weight is None or getattr(norm, "bias", None) is not None or len(shape) != 1:
+        return f"a {what} has no weight, a bias, or more than one dimension"
+    if not is_plain(weight):
+        return f"the weight of a {what} is a {type(weight).__name__}"
+    if weight.dtype != dtype or weight.device != device:
+        return f"the weight of a {what} is {weight.dtype} on {weight.device}, the streams are {dtype} on {device}"
+    return None
+
+
+def _held_elsewhere(norm: nn.Module, what: str) -> str | None:
+    """Return the reason why a norm must be called and its weight must not be read, or None."""
     own = vars(norm)
     registry = own.get("_diffusers_hook")
     if "_hf_hook" in own or (registry is not None and registry.hooks):
-        return "the QK norms have hooks of diffusers or accelerate (offloaded by layer)"
-    return "the QK norms have hooks" if has_hooks(norm) else None
+        return f"the {what}s have hooks of diffusers or accelerate (offloaded by layer)"
+    return f"the {what}s have hooks" if has_hooks(norm) else None
 
 
 def unlike(value: Any, shape: tuple[int, ...], like: Tensor, what: str) -> str | None:

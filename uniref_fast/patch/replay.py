@@ -1,6 +1,6 @@
 """Run a module's original forward a second time without calling its children a second time.
 
-The patch calls every child of a block exactly once, as diffusers does, and records inputs and results. The original
+The patch calls every child of a block as often as diffusers does, and records inputs and results. The original
 forward then runs on a stand-in whose children return the recorded results. So the self-check compares everything that
 the fused operators compute with the code of diffusers, without effect on hooks, caches, dropout and random numbers.
 """
@@ -21,7 +21,7 @@ PART = 1 << 22  # elements compared at a time: 128 MiB of copies in float64, and
 
 
 class Calls:
-    """Recorder that calls a module's children, each once, and keeps their results.
+    """Recorder that calls a module's children, each as often as the module does, and keeps their results.
 
     Args:
         module: Parent of the children.
@@ -30,7 +30,7 @@ class Calls:
 
     def __init__(self, module: nn.Module, inputs: bool) -> None:
         self.module, self.inputs = module, inputs
-        self.made: dict[str, tuple[list[_Kept], Any]] = {}
+        self.made: dict[str, list[tuple[list[_Kept], Any]]] = {}
 
     def __call__(self, name: str, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Call the child with this name, such as "to_out.0", and record the call.
@@ -44,7 +44,7 @@ class Calls:
         kept = [_Kept(x) for x in _floats((*args, *kwargs.values()))] if self.inputs else []
         child = self.module.get_submodule(name)
         result = child(*args, **kwargs) if run is None else run(child, *args, **kwargs)
-        self.made[name] = kept, result
+        self.made.setdefault(name, []).append((kept, result))
         return result
 
     def release(self) -> None:
@@ -56,7 +56,7 @@ class Calls:
 class StandIn:
     """Replacement of a module in a run of its original forward.
 
-    Recorded children return their recorded results; all other attributes are the module's.
+    Recorded children return their recorded results, in the order of their calls; all other attributes are the module's.
 
     Attributes:
         max_rel_error: Largest `max|recorded - original| / max|original|` over the inputs of recorded children. It is
@@ -65,6 +65,7 @@ class StandIn:
 
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
+        self.answered: dict[str, int] = {}
         self.max_rel_error = 0.0
 
     def __getattr__(self, name: str) -> Any:
@@ -74,10 +75,14 @@ class StandIn:
         return self._child(name, value)
 
     def _child(self, name: str, value: Any) -> Any:
-        return functools.partial(self._answer, name) if name in self.calls.made else value
+        return functools.partial(self._answer, name, value) if name in self.calls.made else value
 
-    def _answer(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        recorded, result = self.calls.made[name]
+    def _answer(self, name: str, child: Any, *args: Any, **kwargs: Any) -> Any:
+        at = self.answered.get(name, 0)
+        if at == len(self.calls.made[name]):  # recorded calls ended before this one
+            return child(*args, **kwargs)
+        self.answered[name] = at + 1
+        recorded, result = self.calls.made[name][at]
         if self.calls.inputs:
             given = _floats((*args, *kwargs.values()))
             if len(recorded) != len(given):

@@ -1,0 +1,275 @@
+"""Blocks with a norm before and after each branch, as in Z-Image and Fibo 2, over a packed, ragged sequence.
+
+    x' = x + gate[r] * norm_2(branch(norm_1(x) * scale[r]))
+
+The norms are RMSNorms with weights, which are multiplied into the tables: `w_1 * scale` and `w_2 * gate`, `[R, C]`.
+Blocks without modulation have the weights alone, one row for all tokens. The fused operators add 1 to a scale, which
+would cancel digits of small factors; so they normalise with a scale of 0, and a second pass multiplies by the factor.
+
+A model of this kind runs some blocks over a part of the sequence before the others run over all of it.
+
+Shapes: N tokens of C channels, S samples, tables of R rows: S for the sampled t, then S for clean tokens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from uniref_fast import ops
+from uniref_fast.layout import Segment, SelfLayout
+from uniref_fast.memo import memo
+from uniref_fast.models.eight_bit import attend
+from uniref_fast.models.kept_references import ReferenceRows
+from uniref_fast.models.module_hooks import onloaded
+from uniref_fast.models.packed import DeferredResidual, ForwardContext, ModelSizes, PackedBlock, PackedModel
+from uniref_fast.models.qwen_image import joint_qkv, project_image
+from uniref_fast.visibility import Rule
+
+__all__ = [
+    "SandwichBlock",
+    "SandwichModel",
+    "add",
+    "add_and_normalise",
+    "factor",
+    "normalised",
+    "part_layout",
+    "part_rows",
+    "rows_of",
+    "times",
+]
+
+Rounding = ops.Rounding
+
+
+# ---- operators ----
+
+
+def factor(norm: Any, table: Tensor | None) -> Tensor:
+    """Return the weight of a norm multiplied by a table, `[R, C]`; `[1, C]` for the weight alone."""
+    with onloaded(norm):  # its weight is read
+        return norm.weight[None] if table is None else norm.weight * table
+
+
+def normalised(x: Tensor, eps: float, impl: str | None, rounding: Rounding = "once") -> Tensor:
+    """Return the rows of x, `[N, C]`, divided by the roots of their mean squares."""
+    return ops.norm_modulate(x, None, x.new_zeros(1, x.shape[1]), None, eps, norm="rms", rounding=rounding, impl=impl)
+
+
+def times(x: Tensor, table: Tensor, rows: Tensor | None, impl: str | None, rounding: Rounding = "once") -> Tensor:
+    """Return `x * table[r]`."""
+    zero = x.new_zeros(1, x.shape[1]).expand_as(x)  # one row in memory
+    return ops.gate_residual(zero, x, table, rows, rounding=rounding, impl=impl)
+
+
+def add(
+    x: Tensor, branch: Tensor, table: Tensor, rows: Tensor | None, impl: str | None, rounding: Rounding = "once"
+) -> Tensor:
+    """Return `x + table[r] * branch` of a normalised branch."""
+    return ops.gate_residual(x, branch, table, rows, rounding=rounding, impl=impl)
+
+
+def add_and_normalise(
+    x: Tensor,
+    branch: Tensor,
+    table: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    impl: str | None,
+    rounding: Rounding = "once",
+) -> tuple[Tensor, Tensor]:
+    """Return `x' = x + table[r] * branch` of a normalised branch, and `normalised(x')`."""
+    zero = table.new_zeros(table.shape)
+    return ops.gate_residual_norm_modulate(
+        x, branch, table, None, zero, rows, eps, norm="rms", rounding=rounding, impl=impl
+    )
+
+
+# ---- block ----
+
+
+class SandwichBlock(PackedBlock):
+    """A block with one stream; `temb` are the embeddings of the times of all rows of the table, `[R, 256]`."""
+
+    def tables(self, temb: Tensor) -> tuple[Tensor | None, ...]:
+        """Return scale, gate, scale and gate, `[R, C]` each; None each for a block without modulation."""
+        if not getattr(self.block, "modulation", True):
+            return (None,) * 4
+        scale1, gate1, scale2, gate2 = self.block.adaLN_modulation(temb).chunk(4, dim=1)
+        return 1.0 + scale1, gate1.tanh(), 1.0 + scale2, gate2.tanh()
+
+    def between(self, x: Tensor, context: Any, is_target: bool) -> Tensor:
+        """Add what a block computes between attention and feed-forward; most blocks compute nothing.
+
+        Args:
+            x: Stream, `[N, C]`, or the targets' rows.
+            context: Context of the forward.
+            is_target: True if x has the targets' rows alone.
+        """
+        return x
+
+    def _run(
+        self,
+        streams: list[Tensor],
+        residuals: list[DeferredResidual],
+        temb: Tensor,
+        context: ForwardContext,
+    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+        block, attn, impl = self.block, self.block.attention, context.impl
+        scale1, gate1, scale2, gate2 = self.tables(temb)
+        rows = None if scale1 is None else context.modulation_rows("joint")
+        x, eps = streams.pop(0), block.attention_norm1.eps
+        if residuals:
+            x, hidden = add_and_normalise(x, *residuals.pop(0), rows, eps, impl)
+        else:
+            hidden = normalised(x, eps, impl)
+        hidden = times(hidden, factor(block.attention_norm1, scale1), rows, impl)
+        q, k, v = (linear(hidden).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        del hidden
+        q, k, v = joint_qkv(attn, (q, k, v), None, context)
+        plan = context.plan
+        if self.last:  # only the targets' rows of its output are used
+            targets = context.layout.joint_index("image", x.device)[context.layout.target_rows(x.device)]
+            q, x, plan = q[targets], x[targets], context.target_plan
+            rows = None if rows is None else rows[targets]
+        out = attend(q, k, v, plan, impl, context.for_training, "")
+        del q, k, v
+        branch = normalised(project_image(attn, out.flatten(1)), block.attention_norm2.eps, impl)
+        del out
+        gate = factor(block.attention_norm2, gate1)
+        if getattr(block, "cross_attention", None) is None:
+            x, hidden = add_and_normalise(x, branch, gate, rows, block.ffn_norm1.eps, impl)
+        else:
+            x = self.between(add(x, branch, gate, rows, impl), context, self.last)
+            hidden = normalised(x, block.ffn_norm1.eps, impl)
+        del branch
+        hidden = block.feed_forward(times(hidden, factor(block.ffn_norm1, scale2), rows, impl))
+        branch = normalised(hidden, block.ffn_norm2.eps, impl)
+        gate = factor(block.ffn_norm2, gate2)
+        if context.fuse_residual and not self.last:
+            return [x], [DeferredResidual(branch, gate)]
+        return [add(x, branch, gate, rows, impl)], []
+
+
+# ---- model ----
+
+
+class SandwichModel(PackedModel):
+    """A model whose blocks are `SandwichBlock`s; arguments as in `PackedModel`.
+
+    The visibility is "full", that of the models in diffusers, or a rule of your own.
+    """
+
+    row_kinds = (("adaLN_modulation", "table"), ("t_embedder", "table"), ("x_embedder", "image"), ("", "joint"))
+    block_classes: ClassVar = {}
+
+    def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
+        if isinstance(visibility, str) and visibility != "full":
+            raise ValueError(
+                f"visibility {visibility!r} is for models that were trained with it; {type(transformer).__name__} has "
+                'tokens beside text and images: use "full", which is its own visibility'
+            )
+        super().__init__(transformer, visibility=visibility, **options)
+        of_block: dict[Any, Any] = {packed.block: packed for packed in self.blocks}
+        self._stages = {name: [of_block[block] for block in getattr(transformer, name)] for name in self.block_classes}
+
+    @classmethod
+    def sizes(cls, config: Any) -> ModelSizes:
+        """Return the sizes of a transformer with a configuration."""
+        patch = config.get("patch_size", 2)
+        layers = config.n_layers + config.n_refiner_layers  # those that compute images
+        return ModelSizes(patch**2 * config.in_channels, config.n_heads, config.dim // config.n_heads, layers)
+
+    def _part(
+        self,
+        whole: SelfLayout,
+        chosen: Callable[[Segment], bool],
+        rotary: tuple[Tensor, Tensor],
+        kept: ReferenceRows | None,
+        dtype: torch.dtype,
+    ) -> ForwardContext:
+        """Return the context of blocks that run over a part of the sequence.
+
+        Args:
+            whole: Layout of the pack.
+            chosen: Function that tells whether a segment is in the part.
+            rotary: Rotary tables of the pack.
+            kept: Kept references of the forward over the whole sequence, which counts the step; or None.
+            dtype: Dtype of the streams.
+        """
+        layout = memo(whole, part_layout, chosen)
+        rows = memo(whole, part_rows, chosen, rotary[0].device)
+        rotary = rotary[0].index_select(0, rows), rotary[1].index_select(0, rows)
+        references = None if kept is None else ReferenceRows(layout, kept.stores)
+        if references is not None:
+            layout, rotary = references.layout, references.rotary(rotary)
+        return self._context(layout, rotary, references, dtype)
+
+    def _adapt(self, layout: SelfLayout) -> None:
+        """Tell the adapters of single samples the layout of the rows that the next modules get."""
+        if self._adapters is not None:
+            self._adapters.layout = layout
+
+    def _run_stage(self, name: str, x: Tensor, temb: Tensor, context: ForwardContext) -> Tensor:
+        """Run the blocks of one list, and return the stream `[N, C]`; of the model's last block the targets' rows."""
+        self._adapt(context.layout)
+        if any(packed.compiled is not None for packed in self._stages[name]):
+            warnings.warn(
+                "the packed forward ran its blocks uncompiled: those of this model are not traced", stacklevel=6
+            )
+        streams, residuals = [x], list[DeferredResidual]()
+        del x
+        for packed in self._stages[name]:
+            streams, residuals = packed(streams, residuals, temb, context)
+        (x,) = streams
+        if residuals:
+            ((branch, gate),) = residuals
+            rows = context.modulation_rows("joint") if len(gate) > 1 else None
+            x = add(x, branch, gate, rows, context.impl)
+        return x
+
+    def _final(self, x: Tensor, temb: Tensor, layout: SelfLayout, final: Any) -> Tensor:
+        """Return the output of the final layer for the targets' rows, `[N_target, channels]`."""
+        rows = layout.modulation_rows("image", x.device)[layout.target_rows(x.device)]
+        scale = final.adaLN_modulation(temb[: layout.num_samples])
+        return final.linear(ops.norm_modulate(x, None, scale, rows, final.norm_final.eps, impl=self.impl))
+
+    def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
+        super()._check(image, text, timestep, layout)
+        if self.parallel is not None:
+            raise ValueError("sequence parallelism is not supported for this model; use 1 rank for each pack")
+
+
+# ---- parts of a sequence ----
+
+
+def part_layout(whole: SelfLayout, chosen: Callable[[Segment], bool]) -> SelfLayout:
+    """Return the layout of some segments, in the order of the whole sequence."""
+    found = [segment for segment in whole.segments if chosen(segment)]
+    starts: dict[Segment, int] = {}
+    stream_at = {True: 0, False: 0}  # by whether the segment is text
+    for segment in sorted(found, key=lambda each: each.stream_start):
+        starts[segment] = stream_at[segment.kind.is_text]
+        stream_at[segment.kind.is_text] += segment.length
+    segments, joint_at = [], 0
+    for segment in found:
+        segments.append(replace(segment, joint_start=joint_at, stream_start=starts[segment]))
+        joint_at += segment.length
+    return SelfLayout(tuple(segments), whole.num_samples, clean_references=True)
+
+
+def part_rows(whole: SelfLayout, chosen: Callable[[Segment], bool], device: torch.device) -> Tensor:
+    """Return the rows of some segments in the joint sequence, int64 `[n]`."""
+    spans = [(s.joint_start, s.joint_end) for s in whole.segments if chosen(s)]
+    return rows_of(spans, device)
+
+
+def rows_of(spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Return the numbers of the rows of half-open ranges one after the other, int64 `[n]`."""
+    none = torch.arange(0, device=device)
+    return torch.cat([none, *(torch.arange(start, end, device=device) for start, end in spans)])

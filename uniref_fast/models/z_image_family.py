@@ -1,0 +1,431 @@
+"""Z-Image with references as a family: the pipeline around the transformer, and what it costs.
+
+The packed model is in `uniref_fast.models.z_image`. Latents are tokens of 2 x 2 pixels, channels last, in float32, as
+the scheduler of the pipeline gets them. `SandwichFamily` has what Fibo 2 shares.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.memo import memo
+from uniref_fast.models import z_image
+from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family_checks import check_widths, given_embeddings
+from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.sandwich import part_layout
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.schedule import denoising_schedule
+from uniref_fast.visibility import Rule, plan, target_plan
+
+__all__ = ["Z_IMAGE", "SandwichFamily", "ZImage", "replaced_blocks"]
+
+AREA = 1024 * 1024
+"""Largest area of a reference in pixels, and area of a result without references."""
+
+TEXT_LENGTH = 512
+"""Tokens to which the pipeline pads each caption for the text encoder."""
+
+TIME = 256, 1024, 256
+"""Widths of the embedding of the time: of its frequencies, between its Linears, and of its result."""
+
+
+def replaced_blocks(module: str, block: str, attention: str, lists: Sequence[str]) -> tuple[Replaced, ...]:
+    """Return what a packed forward replaces in the blocks of one of these models.
+
+    Args:
+        module: Module of the transformer in diffusers.
+        block: Class of the blocks.
+        attention: Class of their attention, as "package.module:Class".
+        lists: Lists of blocks.
+    """
+    found: list[Replaced] = []
+    norm: Any = {"kind": "diffusers.models.normalization:RMSNorm", "reads": ("weight", "eps"), "onloaded": True}
+    for name in lists:
+        at = f"{name}.*"
+        found.append(Replaced(at, f"{module}:{block}", calls=("feed_forward", "adaLN_modulation"), onloaded=True))
+        found.append(Replaced(f"{at}.attention", attention, calls=("to_q", "to_k", "to_v", "to_out"), reads=("heads",)))
+        for part in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+            found.append(Replaced(f"{at}.{part}", **norm))
+        found += [Replaced(f"{at}.attention.{part}", **norm, optional=True) for part in ("norm_q", "norm_k")]
+    return tuple(found)
+
+
+class SandwichFamily(Family):
+    """A family whose blocks are those of Z-Image: Z-Image itself and Fibo 2."""
+
+    missing: ClassVar[Mapping[str, str]] = {
+        "patch_keep_references": "calls of its blocks do not say which tokens are those of a reference",
+        "fast": "its blocks were not measured in 8 bits",
+        "sft": "the training loops do not have the parts of its sequence that are neither text nor images",
+        "msgrpo": "the training loops do not have the parts of its sequence that are neither text nor images",
+    }
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        axes = config.get("axes_dims", (32, 48, 48))
+        width = config.get("dim", 3840) // config.get("n_heads", 30)
+        if len(axes) != 3 or sum(axes) != width:
+            raise ValueError(
+                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
+                f"width of a head, {width}; {instead}"
+            )
+
+    # ---- latents ----
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Return latents `[B, C, 2 H, 2 W]` as tokens, `[B, H W, 4 C]`."""
+        raise NotImplementedError
+
+    def unpack(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return tokens `[B, H W, 4 C]` of a grid (H, W) as latents, `[B, C, 2 H, 2 W]`."""
+        raise NotImplementedError
+
+    def noise(self, pipe: Any, request: EditRequest, sizes: Geometry, generator: Any, given: Tensor | None) -> Tensor:
+        """Return the starting noise of the pipeline, `[B, C, 2 H, 2 W]` in float32, or what is given instead."""
+        raise NotImplementedError
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        given = None if request.latents is None else self.unpack(request.latents, sizes.grid(sizes.size)[1:])
+        latents = self.pack(self.noise(pipe, request, sizes, generator, given))
+        pairs = zip(images, sizes.reference_sizes, strict=True)
+        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
+        return latents, torch.cat([latents[0, :0], *parts])
+
+    # ---- what an edit costs ----
+
+    def block_flops(self, config: Any, hidden: int, tokens: int, last: int | None = None) -> int:
+        """Return half of the operations of the Linears of a block.
+
+        Args:
+            config: Configuration of the transformer.
+            hidden: Width of the feed-forward.
+            tokens: Tokens that it computes.
+            last: Number of targets' tokens for the last block of the model.
+        """
+        width = config.dim
+        rest = width**2 + 3 * width * hidden
+        return 3 * width**2 * tokens + rest * (tokens if last is None else last)
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        width, height = size
+        if direction == "encode":
+            return 1, vae.config.in_channels, height, width
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return 1, vae.config.latent_channels, height // factor, width // factor
+
+
+_MODEL = "diffusers.models.transformers.transformer_z_image"
+_LISTS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
+
+REPLACED = (
+    Replaced(
+        "", f"{_MODEL}:ZImageTransformer2DModel",
+        ("forward", "patchify_and_embed_omni", "unpatchify", "create_coordinate_grid", "_patchify_image",
+         "_pad_with_ids", "_prepare_sequence", "_build_unified_sequence"),
+        calls=("all_x_embedder", "t_embedder", "cap_embedder", "siglip_embedder"),
+        reads=("config", "t_scale", "rope_embedder", "x_pad_token", "cap_pad_token", "siglip_pad_token"), onloaded=True,
+    ),
+    Replaced("all_final_layer.*", f"{_MODEL}:FinalLayer", calls=("adaLN_modulation", "linear")),
+    Replaced("all_final_layer.*.norm_final", "torch.nn:LayerNorm", reads=("eps",)),
+    *replaced_blocks(_MODEL, "ZImageTransformerBlock", "diffusers.models.attention_processor:Attention", _LISTS),
+)  # fmt: skip
+
+
+class ZImage(SandwichFamily):
+    """Z-Image-Omni, which takes references, and `patch` for the other pipelines of Z-Image."""
+
+    name = "z-image"
+    models = ()  # no checkpoint with references is named
+    transformer = "ZImageTransformer2DModel"
+    pipelines = ("ZImageOmniPipeline",)
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "ZImagePipeline": "a text-to-image model, which takes no references",
+        "ZImageImg2ImgPipeline": "a text-to-image model, which starts from an image instead of taking references",
+        "ZImageInpaintPipeline": "a text-to-image model for inpainting, which takes no references",
+        "ZImageControlNetPipeline": "a text-to-image model with a ControlNet, which takes no references",
+        "ZImageControlNetInpaintPipeline": "a text-to-image model with a ControlNet, which takes no references",
+    }
+    replaced = REPLACED
+    packed = z_image.PackedZImage
+
+    def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
+        """Return the defaults of the pipeline."""
+        return 50, 5.0
+
+    # ---- the packed model ----
+
+    def text_channels(self, config: Any) -> int:
+        return z_image.text_width(config)
+
+    def text_rows(self, layout: SelfLayout) -> int:
+        return z_image.text_rows(layout)
+
+    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
+        return z_image.z_image_layout(samples)
+
+    def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
+        super().check_config(given, config, instead)
+        if config.get("siglip_feat_dim") is None:
+            raise ValueError(
+                f"{given} has a transformer without siglip_feat_dim, which is that of a text-to-image model; {instead}"
+            )
+        if z_image.PATCH not in [f"{a}-{b}" for a, b in zip(
+            config.get("all_patch_size", (2,)), config.get("all_f_patch_size", (1,)), strict=False
+        )]:  # fmt: skip
+            raise ValueError(f"{given} has a transformer without patches of 2 x 2 latent pixels; {instead}")
+
+    # ---- the pipeline around the transformer ----
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        widths = [("in_channels", "VAE", pipe.vae.config.latent_channels)]
+        if pipe.text_encoder is not None:
+            widths.append(("cap_feat_dim", "text encoder", pipe.text_encoder.config.get_text_config().hidden_size))
+        if pipe.siglip is not None:
+            siglip = pipe.siglip.config
+            widths.append(("siglip_feat_dim", "SigLIP model", getattr(siglip, "vision_config", siglip).hidden_size))
+        check_widths(given, pipe.transformer.config, widths)
+
+    def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Refuse images and embeddings that cannot be used, and set the negative prompt that the pipeline would use."""
+        for i, image in enumerate(request.images, start=1):
+            try:
+                pipe.image_processor.check_image_input(image)
+            except ValueError as error:
+                raise ValueError(f"{where}: image {i}: {error}") from None
+        if request.images and any(embeds is not None for _, embeds, _ in request.texts):
+            raise ValueError(
+                f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
+                "prompt itself, or no images"
+            )
+        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+            mask = getattr(request, name)
+            if mask is not None and not mask.bool().all():
+                raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+        if 0 < request.true_cfg_scale < 1:
+            raise ValueError(
+                f"{where}: true_cfg_scale must be 0, or 1 (both without guidance), or more, got "
+                f"{request.true_cfg_scale}; the pipeline of this model guides with a scale under 1 as well, and only it"
+            )
+        if request.true_cfg_scale <= 1 or request.has_negative_prompt:
+            return request
+        if pipe.text_encoder is None:
+            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
+        return replace(request, negative_prompt="")
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        return AREA, AREA, AREA
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        patch = pipe.vae_scale_factor * 2
+        area = AREA if width is None or height is None else width * height
+        seen = [_within(size, area) for size in sizes] if budget is None else fit_to_budget(sizes, budget)
+        references = [(w // patch * patch, h // patch * patch) for w, h in seen]
+        usual = references[-1] if references else (math.isqrt(AREA),) * 2
+        result_width, result_height = (
+            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
+        )
+        return Geometry((result_width, result_height), tuple(seen), tuple(references), patch)
+
+    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
+        sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
+        return denoising_schedule(pipe.scheduler, tokens, steps, device, sigmas=sigmas)
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        device = device or pipe._execution_device
+        width = z_image.text_width(pipe.transformer.config)
+        if embeds is not None:
+            found, _ = given_embeddings(pipe, embeds, None, device, cast)
+            assert found is not None
+            return found[0], found.shape[1]
+        resized = [_resized(image, size) for image, size in zip(images, sizes, strict=True)]
+        captions = pipe.encode_prompt(
+            prompt=[prompt], device=device, do_classifier_free_guidance=False, num_condition_images=len(images),
+            max_sequence_length=TEXT_LENGTH,
+        )[0][0]  # fmt: skip
+        dtype = captions[0].dtype
+        (features,) = pipe.prepare_siglip_embeds(resized, 1, device, torch.float32)
+        rows = [*captions, *(_feature_rows(each).to(dtype) for each in features)]
+        text = torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in rows])
+        grids = [(each.shape[0], each.shape[1]) for each in features]
+        return text, self._text([len(each) for each in captions], grids)
+
+    def _text(self, captions: list[int], features: list[tuple[int, int]]) -> Text:
+        return z_image.text_of(captions, features) if features else captions[0]
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        width, height = size
+        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
+        if any(side // patch * patch != whole for side, whole in zip(image.size, size, strict=True)):
+            image = _resized(image, size)
+        pixels = pipe.image_processor.preprocess(image, height=height, width=width, resize_mode="crop")
+        # rounded to bfloat16, as the pipeline does for a VAE of any dtype
+        pixels = pixels.to(device or pipe._execution_device, torch.bfloat16).to(vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode()[0] - vae.config.shift_factor
+        return self.pack((latents * vae.config.scaling_factor)[None])[0].to(compute_dtype(pipe.transformer))
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        resized = [_resized(image, size) for image, size in zip(images, sizes.condition_sizes, strict=True)]
+        return super().starting_latents(pipe, request, sizes, resized, dtype, generator, own)
+
+    def noise(self, pipe: Any, request: EditRequest, sizes: Geometry, generator: Any, given: Tensor | None) -> Tensor:
+        width, height = sizes.size
+        return pipe.prepare_latents(
+            request.num_images, pipe.transformer.config.in_channels, height, width, torch.float32,
+            pipe._execution_device, generator, given,
+        ).float()  # fmt: skip
+
+    def pack(self, latents: Tensor) -> Tensor:
+        tokens = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H, 2, W, 2]
+        return tokens.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def unpack(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        parts = tokens.unflatten(1, grid).unflatten(3, (2, 2, -1))  # [B, H, W, 2, 2, C]
+        return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+    def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        """Move away from the negative prompt by the scale, where other models do by the scale less 1."""
+        return positive + scale * (positive - negative)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
+        width, height = size
+        latents = self.unpack(latents, (height // patch, width // patch)).to(vae.dtype)
+        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
+        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+        if sizes:
+            parts = ["<|im_start|>user\n<|vision_start|>", *["<|vision_end|><|vision_start|>"] * (len(sizes) - 1),
+                     f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
+                     "<|vision_end|><|im_end|>"]  # fmt: skip
+        else:
+            parts = [f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"]
+        lengths = [min(len(ids), TEXT_LENGTH) for ids in pipe.tokenizer(parts)["input_ids"]]
+        return self._text(lengths, [_feature_grid(pipe.siglip_processor, size) for size in sizes])
+
+    def transformer_flops(
+        self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
+    ) -> tuple[int, int]:
+        images = memo(layout, part_layout, z_image._is_image)
+        area = plan(layout, visibility).area, plan(images, visibility).area
+        last = target_plan(layout, visibility).area
+        if kept:
+            whole, part = kept_step(layout), kept_step(images)
+            layout, images = whole.layout, part.layout
+            area = whole.plan(visibility).area, part.plan(visibility).area
+        width, hidden, time = config.dim, int(config.dim / 3 * 8), min(config.dim, TIME[2])
+        targets, samples = sum(s.length for s in layout.targets), layout.num_samples
+        refiners, blocks = config.n_refiner_layers, config.n_layers
+        linear = refiners * self.block_flops(config, hidden, images.joint_length)
+        linear += (blocks - 1) * self.block_flops(config, hidden, layout.joint_length)
+        linear += self.block_flops(config, hidden, layout.joint_length, targets)
+        linear += 2 * samples * ((refiners + blocks) * 4 * time * width + TIME[0] * TIME[1] + TIME[1] * time)
+        linear += samples * time * width + targets * width * 4 * config.in_channels
+        linear += layout.image_length * 4 * config.in_channels * width
+        attention = refiners * area[1] + (blocks - 1) * area[0] + last
+        for chosen, is_token, channels in (
+            (z_image._is_caption, z_image._is_caption_token, config.cap_feat_dim),
+            (z_image._is_feature, z_image._is_feature_token, config.siglip_feat_dim),
+        ):
+            refined = part_layout(layout, chosen)
+            linear += sum(s.length for s in refined.segments if is_token(s)) * channels * width
+            linear += refiners * self.block_flops(config, hidden, refined.joint_length)
+            attention += refiners * plan(refined, visibility).area
+        return 2 * linear, 4 * attention * width
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        language, vision = pipe.text_encoder.config.get_text_config(), pipe.siglip.config
+        vision = getattr(vision, "vision_config", vision)
+        width, layers = language.hidden_size, language.num_hidden_layers
+        head = getattr(language, "head_dim", None) or width // language.num_attention_heads
+        q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
+        layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
+        caption = layers * (2 * layer * TEXT_LENGTH + 4 * TEXT_LENGTH**2 * q)
+        of_vision = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+        flops = most = 0
+        for size, lengths in zip(sizes, texts, strict=True):
+            captions = len(size.condition_sizes) + 2 if size.condition_sizes else 1
+            most = max(most, captions if lengths else 0)
+            patches = pipe.siglip_processor.max_num_patches
+            image = vision.num_hidden_layers * (2 * of_vision * patches + 4 * patches**2 * vision.hidden_size)
+            flops += len(lengths) * (captions * caption + len(size.condition_sizes) * image)
+        states = (layers + 1) * width + 3 * language.intermediate_size
+        return flops, most * TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
+
+
+def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
+    """Return the size that the pipeline gives a reference: that of `area` pixels, if it has over 1024 x 1024."""
+    width, height = size
+    if width * height <= AREA:
+        return size
+    scale = math.sqrt(area / (width * height))
+    return int(width * scale), int(height * scale)
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _feature_rows(features: Tensor) -> Tensor:
+    """Return features `[H, W, C]` as rows `[H W, C]` in the order in which the transformer of diffusers takes them."""
+    height, width, channels = features.shape
+    return features.permute(2, 0, 1).reshape(height * width, channels)
+
+
+def _feature_grid(processor: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of the features of an image of (width, height) pixels."""
+    module = sys.modules[type(processor).__module__]  # there are two, with and without torchvision
+    side = processor.patch_size
+    height, width = module.get_image_size_for_max_num_patches(size[1], size[0], side, processor.max_num_patches)
+    return height // side, width // side
+
+
+Z_IMAGE = ZImage()
