@@ -173,15 +173,16 @@ def offloaded_weights(pipe: Any, how: str, encoded: bool, references: bool) -> t
     Raises:
         ValueError: If blocks of a pipeline without weights have no size, because its configuration quantises them.
     """
+    encoders = family_of(pipe).text_encoders(pipe)
     if how == "block":
-        if any(part is not None and planned_bytes(part) is not None for part in (pipe.text_encoder, pipe.transformer)):
+        if any(part is not None and planned_bytes(part) is not None for part in (*encoders, pipe.transformer)):
             raise ValueError(
                 'offload="block" needs the size of single blocks, which a configuration that quantises them does not '
                 "give; load the pipeline, and estimate with it"
             )
-        text, vae = (_two_largest(part.modules()) if part is not None else 0 for part in (pipe.text_encoder, pipe.vae))
-        return text, vae, _two_blocks(pipe.transformer), vae
-    text = weight_bytes(pipe.text_encoder) if encoded else 0
+        *texts, vae = (_two_largest(part.modules()) if part is not None else 0 for part in (*encoders, pipe.vae))
+        return max(texts), vae, _two_blocks(pipe.transformer), vae
+    text = max(map(weight_bytes, encoders)) if encoded else 0  # one after the other
     vae = weight_bytes(pipe.vae)
     encoding = text + (vae if references else 0)
     return encoding, encoding, weight_bytes(pipe.transformer) + (vae if references else 0), vae

@@ -275,7 +275,7 @@ def estimate(
     encode_flops, encode_peak = vae_cost(pipe, pixels, "encode")
     decode_flops, decode_peak = vae_cost(pipe, decoded, "decode")
     stages = (
-        Stage("text encoder", text_flops, weight_bytes(pipe.text_encoder), text_peak),
+        Stage("text encoder", text_flops, sum(map(weight_bytes, family.text_encoders(pipe))), text_peak),
         Stage("VAE encode", encode_flops, vae_bytes, encode_peak),
         Stage("transformer", linear + attention, weight_bytes(transformer) - saved, peak),
         Stage("VAE decode", decode_flops, vae_bytes, held + decode_peak),

@@ -163,7 +163,7 @@ def demo_requests(
         (scene,) = heldout_scenes(seed + i, count, 1)
         resized = [image.resize(sizes[(i + j) % 3]) for j, image in enumerate(scene.references[:count])]
         width, height = sizes[i // 2]
-        text: dict[str, Any] = {"prompt": scene.instruction, "negative_prompt": EMPTY_PROMPT}
+        text: dict[str, Any] = {"prompt": family.written(scene.instruction), "negative_prompt": EMPTY_PROMPT}
         if embeds is not None:
             text = {"prompt_embeds": embeds[i].to(pipe.device)}
         requests.append(EditRequest(

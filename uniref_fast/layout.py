@@ -151,11 +151,13 @@ class RotaryScheme:
             index 0, and of reference 1, 2, ... The tokens of an image advance on the first three axes: frame, height,
             width.
         text_axes: Axes on which the tokens of a text advance, by 1 for each token.
+        after_text: Axes on which the images of a sample come after its text: by its length after `image`.
     """
 
     text: Callable[[Sample, int], Position]
     image: Callable[[int, Grid], Position]
     text_axes: tuple[int, ...]
+    after_text: tuple[int, ...] = ()
 
 
 def _qwen_text(sample: Sample, n: int) -> Position:
@@ -456,7 +458,8 @@ def _pieces(sample: Sample, scheme: RotaryScheme, holds_references: bool) -> lis
         at += length
     images = (sample.target, *sample.references) if holds_references else (sample.target,)
     for index, grid in enumerate(images):
-        pieces.append((Kind.REFERENCE if index else Kind.TARGET, index, grid, scheme.image(index, grid)))
+        origin = tuple(x + at * (axis in scheme.after_text) for axis, x in enumerate(scheme.image(index, grid)))
+        pieces.append((Kind.REFERENCE if index else Kind.TARGET, index, grid, origin))
     return pieces
 
 

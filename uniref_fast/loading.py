@@ -151,13 +151,15 @@ def offload(pipe: Any, how: str, device: Any) -> None:
     import torch
     from diffusers.hooks import apply_group_offloading
 
+    from uniref_fast.models.family import family_of
+
     device = torch.device(device)
     if how == "model":
         pipe.enable_model_cpu_offload(device=device)
         return
     stream = device.type == "cuda"
     pipe.transformer.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
-    for part in (pipe.text_encoder, pipe.vae):
+    for part in (*family_of(pipe).text_encoders(pipe), pipe.vae):
         apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream)
 
 

@@ -4,6 +4,7 @@ import inspect
 
 import diffusers
 import fibo2
+import flux1
 import flux2
 import flux3
 import joyimage
@@ -163,6 +164,76 @@ def _joyimage_arguments(name):
     }  # fmt: skip
 
 
+FLUX1_CHANNELS = {"Fill": 384, "Control": 128}
+"""Channels of the latents of models that get an image as more channels, by a part of the name of the pipeline."""
+
+
+def _flux1(name, request):
+    import diffusers.pipelines.flux as folder
+
+    request.getfixturevalue("monkeypatch").setattr(
+        folder.pipeline_flux_kontext_inpaint, "PREFERRED_KONTEXT_RESOLUTIONS", [(SIDE, SIDE)]
+    )
+    if name == "FluxKontextPipeline":
+        pipe = flux1.pipeline(flux1.transformer())
+        pipe.auto_resize = True
+        request.getfixturevalue("monkeypatch").setattr(
+            folder.pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(SIDE, SIDE)]
+        )
+        return pipe
+    net = "ControlNet" in name
+    channels = next((n for part, n in FLUX1_CHANNELS.items() if part in name and not net), 64)
+    transformer = flux1.transformer(in_channels=channels, out_channels=64)
+    more = {}
+    if net:
+        net = diffusers.FluxControlNetModel.from_transformer(
+            transformer, 1, 1, transformer.config.attention_head_dim, transformer.config.num_attention_heads,
+            load_weights_from_transformer=False,
+        )  # fmt: skip
+        more["controlnet"] = _random(net)
+    return flux1.MODULES["kontext"].pipeline_of(transformer, name, **more)
+
+
+def _flux1_arguments(name):
+    mask = Image.fromarray((np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 7 < 3).astype(np.uint8) * 255)
+    given = {"prompt": "an owl", "guidance_scale": 2.0, "height": SIDE, "width": SIDE}
+    if "Kontext" in name:
+        given["max_area"] = SIDE * SIDE
+    if name != "FluxKontextPipeline":
+        given["max_sequence_length"] = 32
+    if "Control" in name:
+        given["control_image"] = picture(2)
+    if "Inpaint" in name or "Fill" in name:
+        given["mask_image"] = mask
+    if name not in ("FluxPipeline", "FluxControlPipeline", "FluxControlNetPipeline"):
+        given["image"] = picture(1)
+    return given
+
+
+def _longcat(name, request):
+    import diffusers.pipelines.longcat_image as folder
+
+    request.getfixturevalue("monkeypatch").setattr(
+        folder.pipeline_longcat_image_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE)
+    )
+    return flux1.MODULES["longcat"].pipeline_of(flux1.transformer("longcat"), getattr(diffusers, name))
+
+
+def _longcat_arguments(name):
+    if "Edit" in name:
+        return {"prompt": "an owl", "guidance_scale": 2.0, "image": picture(1)}
+    return {"prompt": "an owl", "guidance_scale": 2.0, "height": SIDE, "width": SIDE, "enable_prompt_rewrite": False}
+
+
+def _fibo(name, request):
+    return flux1.MODULES["fibo"].pipeline_of(flux1.transformer("fibo"), name)
+
+
+def _fibo_arguments(name):
+    given = {"prompt": flux1.prompt("fibo", "an owl"), "guidance_scale": 2.0, "height": SIDE, "width": SIDE}
+    return given | ({"image": [picture(1), picture(2)]} if "Edit" in name else {})
+
+
 FAMILIES = {
     "qwen-image-edit": (_qwen, _qwen_arguments),
     "qwen-image-2.1": (_qwen_21, _qwen_21_arguments),
@@ -171,6 +242,9 @@ FAMILIES = {
     "flux2": (_flux2, _flux2_arguments),
     "flux3": (_flux3, _flux3_arguments),
     "joyimage-edit-plus": (_joyimage, _joyimage_arguments),
+    "flux1": (_flux1, _flux1_arguments),
+    "longcat-image-edit": (_longcat, _longcat_arguments),
+    "fibo-edit": (_fibo, _fibo_arguments),
 }
 """By the name of a family: a function of (pipeline class, pytest's request) that returns a small pipeline, and one of
 the pipeline class that returns the arguments of a call, without steps, generator and output type."""

@@ -14,6 +14,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.loading import load_pipeline, load_run
+from uniref_fast.models.family import family_of
 from uniref_fast.progress import running
 from uniref_fast.runs import base_run, export_hint, read_field
 
@@ -124,4 +125,5 @@ def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter]
 
 def weights_digest(pipe: Any) -> str:
     """Return a digest of all weights of the pipeline."""
-    return content_key(*(fingerprint(part) for part in (pipe.transformer, pipe.vae, pipe.text_encoder)))
+    encoders = family_of(pipe).text_encoders(pipe)
+    return content_key(*(fingerprint(part) for part in (pipe.transformer, pipe.vae, *encoders)))

@@ -50,6 +50,9 @@ _INSTANCES = {
     "flux2": "uniref_fast.models.flux2_family:FLUX_2",
     "flux3": "uniref_fast.models.flux3_family:FLUX_3",
     "joyimage-edit-plus": "uniref_fast.models.joyimage_family:JOYIMAGE_EDIT_PLUS",
+    "flux1": "uniref_fast.models.flux1_family:FLUX_1",
+    "longcat-image-edit": "uniref_fast.models.longcat_family:LONGCAT_IMAGE_EDIT",
+    "fibo-edit": "uniref_fast.models.fibo_family:FIBO_EDIT",
 }
 """Instance of every family, as "module:name", by its name. A module is imported when a family is first looked up."""
 
@@ -178,6 +181,10 @@ class Family:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    def written(self, text: str) -> str:
+        """Return an instruction in the form in which the pipelines take prompts."""
+        return text
+
     def most_references(self, pipe: Any) -> int | None:
         """Return the largest number of references of a request for a pipeline; None if the pipeline has no limit."""
         return None
@@ -205,7 +212,7 @@ class Family:
 
     def text_channels(self, config: Any) -> int:
         """Return the width of the text embeddings of a transformer with a configuration."""
-        return config[self.packed.text_channels]
+        return self.packed.prompt_channels(config)
 
     def text_rows(self, layout: SelfLayout) -> int:
         """Return the number of rows of the prompt embeddings of a pack."""
@@ -234,6 +241,10 @@ class Family:
         return False
 
     # ---- the pipeline around the transformer ----
+
+    def text_encoders(self, pipe: Any) -> tuple[Any, ...]:
+        """Return the text encoders of a pipeline; each may be None."""
+        return (pipe.text_encoder,)
 
     def check_parts(self, pipe: Any, given: str) -> None:
         """Raise ValueError if the parts of a loaded pipeline do not belong together; `given` names the pipeline."""
@@ -383,14 +394,18 @@ class Family:
         raise NotImplementedError
 
     def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        """Return the shape of the VAE's input for one image.
+        """Return the shape of the VAE's input for one image; a family whose VAE is not one of images defines it.
 
         Args:
             vae: The VAE.
             size: Width and height of the image in pixels.
             direction: "encode" or "decode".
         """
-        raise NotImplementedError
+        width, height = size
+        if direction == "encode":
+            return 1, vae.config.in_channels, height, width
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        return 1, vae.config.latent_channels, height // factor, width // factor
 
 
 @functools.cache

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from uniref_fast.quantised import compute_dtype
 
-__all__ = ["check_patch_size", "check_rotary_axes", "check_widths", "given_embeddings"]
+if TYPE_CHECKING:
+    from uniref_fast.request import EditRequest
+
+__all__ = ["check_patch_size", "check_rotary_axes", "check_widths", "given_embeddings", "refuse_masks"]
 
 NUMBERS = {3: "three", 4: "four"}
 
@@ -72,3 +75,11 @@ def given_embeddings(
         return None, None
     embeds = embeds.reshape(1, *embeds.shape[-2:]).to(device, compute_dtype(pipe.transformer) if cast else None)
     return embeds, None if mask is None else mask.reshape(1, -1).to(device)
+
+
+def refuse_masks(request: EditRequest, where: str) -> None:
+    """Raise ValueError if a request masks text tokens, for a model that attends to all of them (`check_request`)."""
+    for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
+        mask = getattr(request, name)
+        if mask is not None and not mask.bool().all():
+            raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")

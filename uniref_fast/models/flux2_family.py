@@ -19,7 +19,13 @@ from torch import Tensor
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.family import Family, Replaced, Text
-from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes, check_widths, given_embeddings
+from uniref_fast.models.family_checks import (
+    check_patch_size,
+    check_rotary_axes,
+    check_widths,
+    given_embeddings,
+    refuse_masks,
+)
 from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.quantised import compute_dtype
@@ -145,10 +151,7 @@ class Flux2(Family):
                 pipe.image_processor.check_image_input(image)
             except ValueError as error:
                 raise ValueError(f"{where}: image {i}: {error}") from None
-        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
-            mask = getattr(request, name)
-            if mask is not None and not mask.bool().all():
-                raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+        refuse_masks(request, where)
         if reason := _no_negative_prompt(pipe):
             if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
                 raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: {reason}")
@@ -295,13 +298,6 @@ class Flux2(Family):
         )
         states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
         return count * flops, TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
-
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, vae.config.in_channels, height, width
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        return 1, vae.config.latent_channels, height // factor, width // factor
 
 
 def _reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:

@@ -347,6 +347,11 @@ class PackedModel(nn.Module):
         heads, head_dim = config.num_attention_heads, config.attention_head_dim
         return ModelSizes(config.in_channels, heads, head_dim, config.num_layers, config.get("num_single_layers", 0))
 
+    @classmethod
+    def prompt_channels(cls, config: Any) -> int:
+        """Return the width of the prompt embeddings of a transformer with a configuration."""
+        return config[cls.text_channels]
+
     def times(self, timesteps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return the times of samples for `timestep` of `forward`, with the rounding of the pipeline in diffusers.
 
@@ -471,17 +476,19 @@ class PackedModel(nn.Module):
             parallel=self.parallel,
         )
 
-    def _text_stream(self, text: Tensor, layout: SelfLayout, *modules: nn.Module) -> Tensor:
+    def _text_stream(self, text: Tensor, layout: SelfLayout, *modules: nn.Module, columns: int | None = None) -> Tensor:
         """Return this rank's rows of the text stream before the first block, `[n, C]`; once for all steps of a pack.
 
         Args:
             text: Prompt embeddings of the pack, `[N_text, text_channels]`.
             layout: Layout of the rows that are computed.
             modules: Modules that are applied to them, one after the other.
+            columns: Number of columns of the embeddings that the modules get; None for all.
         """
 
         def compute() -> Tensor:
             stream = text if self.parallel is None else text[self.parallel.rows(layout, "text")]
+            stream = stream if columns is None else stream[:, :columns]
             for module in modules:
                 stream = module(stream)
             return stream
@@ -507,6 +514,7 @@ class PackedModel(nn.Module):
         temb: Tensor,
         context: ForwardContext,
         blocks: Sequence[PackedBlock] | None = None,
+        before: Callable[[int, list[Tensor]], None] | None = None,
     ) -> Tensor:
         """Run the blocks, and return the targets' rows of their output, `[n_target, C]`.
 
@@ -515,12 +523,16 @@ class PackedModel(nn.Module):
             temb: Timestep embedding, `[R, C]`, or the modulation that all blocks share, `[R, ...]`.
             context: Context of the forward.
             blocks: Blocks of all tokens; None for all blocks of the model.
+            before: Function of the number of a block and the list of streams, called before each block. It may replace
+                streams in the list, if the context does not fuse residuals.
         """
         residuals: list[DeferredResidual] = []
         traced = self._traced(context, streams[0])
         if traced is not None and len(temb) == 1:
             temb = temb.repeat(2, 1)  # a size of 1 would be a constant of the graph; no row refers to the second one
-        for block in self.blocks if blocks is None else blocks:
+        for i, block in enumerate(self.blocks if blocks is None else blocks):
+            if before is not None:
+                before(i, streams)
             streams, residuals = block(streams, residuals, temb, context, traced)
         if context.references is not None:
             context.references.finish(self.parallel)
@@ -579,7 +591,7 @@ class PackedModel(nn.Module):
 
     def _text_shape(self, layout: SelfLayout) -> tuple[int, int]:
         """Return the shape of the prompt embeddings of a pack."""
-        return layout.text_length, getattr(self.transformer.config, self.text_channels)
+        return layout.text_length, self.prompt_channels(self.transformer.config)
 
 
 def clipped(x: Tensor) -> Tensor:

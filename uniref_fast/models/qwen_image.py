@@ -115,6 +115,10 @@ class DoubleStreamBlock(PackedBlock):
     mlps = ("img_mlp", "txt_mlp")  # of both streams
     finite: Callable[[Tensor], Tensor] = staticmethod(clipped)
 
+    def layer_norms(self) -> list[list[Any]]:
+        """Return the two LayerNorms of the image stream and those of the text stream."""
+        return [[getattr(self.block, name) for name in names] for names in self.norms]
+
     def first_linears(self) -> tuple[nn.Module, nn.Module]:
         """Return the first projection of the image and of the text stream; the others share their inputs."""
         return self.block.attn.to_q, self.block.attn.add_q_proj
@@ -160,7 +164,7 @@ class DoubleStreamBlock(PackedBlock):
         block, impl = self.block, context.impl
         mods = self.modulation(temb, context.layout)
         all_rows = tuple(context.modulation_rows(name) for name in ("image", "text"))
-        norms = [[getattr(block, name) for name in names] for names in self.norms]
+        norms = self.layer_norms()
         mlps = [getattr(block, name) for name in self.mlps]
         first = self.first_linears()
         unchanged, normed = [], []  # image and text, [n, C] each

@@ -113,7 +113,7 @@ class QwenFamily(Family):
 
 def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
     """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
-    processor = pipe.processor.image_processor
+    processor = _image_processor(pipe)
     return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
 
 
@@ -127,7 +127,7 @@ def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int
     """
     config = pipe.text_encoder.config
     language, vision = config.text_config, config.vision_config
-    merge = pipe.processor.image_processor.merge_size**2
+    merge = _image_processor(pipe).merge_size ** 2
     flops = peak = 0
     width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
     kv = language.num_key_value_heads * head
@@ -143,3 +143,8 @@ def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int
             states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
             peak = max(peak, length * states * element)
     return flops, peak
+
+
+def _image_processor(pipe: Any) -> Any:
+    """Return the processor of images of a pipeline's Qwen-VL; LongCat-Image-Edit has it under another name."""
+    return (pipe.text_processor if hasattr(pipe, "text_processor") else pipe.processor).image_processor

@@ -19,6 +19,9 @@ _PATCHES = {
     "flux2": "uniref_fast.patch.flux2:PATCH",
     "flux3": "uniref_fast.patch.flux3:PATCH",
     "joyimage-edit-plus": "uniref_fast.patch.joyimage:PATCH",
+    "flux1": "uniref_fast.patch.flux1:FLUX_1",
+    "longcat-image-edit": "uniref_fast.patch.flux1:LONGCAT",
+    "fibo-edit": "uniref_fast.patch.flux1:FIBO",
 }
 """`FamilyPatch` of each family, as "module:name". A module is imported when it is first needed."""
 

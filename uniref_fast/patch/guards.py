@@ -31,6 +31,7 @@ __all__ = [
     "active_mode",
     "active_modes",
     "attention_change",
+    "changed_adaptive_norm",
     "changed_norm",
     "changed_qk_norm",
     "changed_rms_norm",
@@ -161,6 +162,26 @@ def changed_norm(norm: Any, channels: int, kind: Any = nn.LayerNorm) -> str | No
     if has_hooks(norm):
         return "the norms have hooks"
     return "a block's norm has its own forward" if replaced_forward(norm) else None
+
+
+def changed_adaptive_norm(norm: Any, kind: str, channels: int) -> str | None:
+    """Describe how an adaptive norm differs from diffusers' own over `channels`, or return None.
+
+    Args:
+        norm: The norm, with an activation, a Linear and a LayerNorm.
+        kind: Name of its class in diffusers.
+        channels: Number of channels.
+    """
+    from diffusers.models import normalization
+
+    stock = getattr(normalization, kind)
+    if type(norm) is not stock or getattr(norm, "emb", None) is not None or type(norm.silu) is not nn.SiLU:
+        return f"a block's adaptive norm is a {type(norm).__name__}, not a plain {kind}"
+    if not is_from(stock.forward, normalization):
+        return f"{kind}.forward was replaced"
+    if any(has_hooks(each) or replaced_forward(each) for each in (norm, norm.silu)):
+        return "an adaptive norm has hooks or its own forward"
+    return changed_norm(norm.norm, channels)
 
 
 def changed_qk_norm(attn: Any, dtype: torch.dtype, device: torch.device, kind: Any = None) -> str | None:

@@ -315,9 +315,9 @@ def refuse_visibility(transformer: Any, visibility: str | Rule) -> None:
 
 
 def rotary_changes(transformer: Any) -> Iterator[str]:
-    """Describe other rotary frequencies than those of the configuration of a FLUX.2 or FLUX.3 transformer."""
+    """Describe other rotary frequencies than those of the configuration of a transformer of FLUX."""
     rope, config = transformer.pos_embed, transformer.config
-    if (rope.theta, tuple(rope.axes_dim)) != (config.rope_theta, tuple(config.axes_dims_rope)):
+    if (rope.theta, tuple(rope.axes_dim)) != (config.get("rope_theta", 10000), tuple(config.axes_dims_rope)):
         yield "pos_embed has other frequencies than those of the model's configuration"
 
 

@@ -56,26 +56,39 @@ class Calls:
 class StandIn:
     """Replacement of a module in a run of its original forward.
 
-    Recorded children return their recorded results, in the order of their calls; all other attributes are the module's.
+    Recorded children return their recorded results, in the order of their calls. A child of which only children were
+    recorded, such as an adaptive norm, runs the forward of its class in the same way. All other attributes are the
+    module's.
+
+    Args:
+        calls: Recorder of the calls.
+        prefix: Name of the module in the module of `calls`, with a dot at its end; empty for that module itself.
+        root: Stand-in of that module; None for itself.
 
     Attributes:
         max_rel_error: Largest `max|recorded - original| / max|original|` over the inputs of recorded children. It is
             infinite if only one of the two is finite, or if a child gets another number of tensors.
     """
 
-    def __init__(self, calls: Calls) -> None:
-        self.calls = calls
+    def __init__(self, calls: Calls, prefix: str = "", root: StandIn | None = None) -> None:
+        self.calls, self.prefix = calls, prefix
+        self.root = root or self
         self.answered: dict[str, int] = {}
         self.max_rel_error = 0.0
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.calls.module, name)
+        module = self.calls.module.get_submodule(self.prefix[:-1]) if self.prefix else self.calls.module
+        value = getattr(module, name)
         if isinstance(value, nn.ModuleList):
-            return [self._child(f"{name}.{i}", child) for i, child in enumerate(value)]
-        return self._child(name, value)
+            return [self._child(f"{self.prefix}{name}.{i}", child) for i, child in enumerate(value)]
+        return self._child(self.prefix + name, value)
 
     def _child(self, name: str, value: Any) -> Any:
-        return functools.partial(self._answer, name, value) if name in self.calls.made else value
+        if name in self.calls.made:
+            return functools.partial(self._answer, name, value)
+        if isinstance(value, nn.Module) and any(recorded.startswith(f"{name}.") for recorded in self.calls.made):
+            return functools.partial(type(value).forward, StandIn(self.calls, f"{name}.", self.root))
+        return value
 
     def _answer(self, name: str, child: Any, *args: Any, **kwargs: Any) -> Any:
         at = self.answered.get(name, 0)
@@ -86,9 +99,9 @@ class StandIn:
         if self.calls.inputs:
             given = _floats((*args, *kwargs.values()))
             if len(recorded) != len(given):
-                self.max_rel_error = math.inf
+                self.root.max_rel_error = math.inf
             pairs = [(kept.tensor, other) for kept, other in zip(recorded, given, strict=False) if kept.unchanged()]
-            self.compare([kept for kept, _ in pairs], [other for _, other in pairs])
+            self.root.compare([kept for kept, _ in pairs], [other for _, other in pairs])
         return result
 
     @torch.no_grad()

@@ -1,0 +1,204 @@
+"""FIBO-Edit as a family: the pipeline around the transformer, and what it costs.
+
+The packed model is in `uniref_fast.models.flux1`. Prompts are JSON. A prompt embedding has the outputs of the last two
+layers of the text encoder, as the pipeline concatenates them, and after them those of the layers that the blocks of the
+transformer get, one after the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from uniref_fast.budget import fit_to_budget
+from uniref_fast.encode import text_runs
+from uniref_fast.layout import SelfLayout
+from uniref_fast.models.family import Text
+from uniref_fast.models.family_checks import check_widths, given_embeddings
+from uniref_fast.models.flux1 import PackedFibo
+from uniref_fast.models.flux1_family import AREA, Flux1Family, replaced_parts
+from uniref_fast.quantised import compute_dtype
+from uniref_fast.request import EditRequest, Geometry
+
+__all__ = ["FIBO_EDIT", "FiboEdit"]
+
+TEXT_LENGTH = 3000
+"""Largest number of text tokens."""
+
+_MODELS = "diffusers.models.transformers."
+_MODEL = f"{_MODELS}transformer_bria_fibo"
+
+
+class FiboEdit(Flux1Family):
+    """FIBO-Edit, and `patch` of FIBO."""
+
+    name = "fibo-edit"
+    models = ("briaai/Fibo-Edit", "briaai/Fibo-Edit-1.5-base", "briaai/Fibo-Edit-1.5-turbo")
+    transformer = "BriaFiboTransformer2DModel"
+    pipelines = ("BriaFiboEditPipeline",)
+    other_pipelines: ClassVar[Mapping[str, str]] = {
+        "BriaFiboPipeline": "a text-to-image model, which takes no references",
+    }
+    replaced = replaced_parts(
+        _MODEL, transformer, "BriaFibo", "BriaFiboEmbedND",
+        (f"{_MODEL}:BriaFiboAttention", "diffusers.models.attention_processor:Attention"),
+        ("torch.nn:RMSNorm", "diffusers.models.normalization:RMSNorm"), PackedFibo.ends,
+    )  # fmt: skip
+    packed = PackedFibo
+    random_models = "uniref_fast.random_models.fibo"
+
+    def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
+        return 30, 5.0
+
+    def written(self, text: str) -> str:
+        return json.dumps({"edit_instruction": text})
+
+    def check_parts(self, pipe: Any, given: str) -> None:
+        widths = [("in_channels", "VAE", pipe.vae.config.z_dim)]
+        if pipe.text_encoder is not None:
+            width = pipe.text_encoder.config.hidden_size
+            widths += [("text_encoder_dim", "text encoder", width), ("joint_attention_dim", "text encoder", 2 * width)]
+        check_widths(given, pipe.transformer.config, widths)
+
+    def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Refuse a prompt that the pipeline refuses, and set the negative prompt that it would use."""
+        from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import is_valid_edit_json
+
+        if request.prompt is not None and not is_valid_edit_json(request.prompt):
+            raise ValueError(
+                f'{where}: a BriaFiboEditPipeline takes JSON with the key "edit_instruction" as its prompt, got '
+                f"{request.prompt!r:.80}; its checkpoint comes with a model that writes it"
+            )
+        if not request.images and (request.width is None or request.height is None):
+            raise ValueError(f"{where}: give width and height for a request without images")
+        guided = request.true_cfg_scale > 1 and request.negative_prompt_embeds is None
+        if guided and request.negative_prompt is None and pipe.text_encoder is not None:
+            request = replace(request, negative_prompt="")
+        return request
+
+    def image_areas(self, pipe: Any) -> tuple[int, int, int]:
+        return AREA, AREA, AREA
+
+    def geometry(
+        self,
+        pipe: Any,
+        sizes: Sequence[tuple[int, int]],
+        width: int | None = None,
+        height: int | None = None,
+        budget: int | None = None,
+    ) -> Geometry:
+        from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
+
+        patch = pipe.vae_scale_factor
+        alone = [stock._vae_safe_dims(*size) for size in sizes]
+        if width is None or height is None:  # as the pipeline, which then ignores the other one
+            w, h = alone[0] if alone else (1, 1)
+            width, height = min(stock.PREFERRED_RESOLUTION[AREA], key=lambda size: abs(size[0] / size[1] - w / h))
+        references = alone if budget is None else fit_to_budget(sizes, budget)
+        return Geometry((width // patch * patch, height // patch * patch), (), tuple(references), patch)
+
+    def encode_prompt(
+        self,
+        pipe: Any,
+        prompt: str | None,
+        images: Sequence[Image.Image],
+        sizes: Sequence[tuple[int, int]],
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        device = device or pipe._execution_device
+        given, mask = given_embeddings(pipe, embeds, mask, device, cast)
+        if given is None:
+            given, _, _, mask, _, layers, _ = pipe.encode_prompt(
+                prompt=prompt, device=device, guidance_scale=1.0, max_sequence_length=TEXT_LENGTH
+            )
+            given = torch.cat([given, *_layers_of_blocks(pipe.transformer.config, layers)], dim=-1)
+        text = text_runs(given.shape[1], mask)
+        return given[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+
+    def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
+        from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import _vae_safe_dims
+
+        if size != _vae_safe_dims(*image.size):  # of a joint budget
+            image = image.resize(size, Image.Resampling.LANCZOS)
+        latents, _ = pipe.prepare_reference_latents(
+            image=image, num_channels_latents=pipe.transformer.config.in_channels, dtype=pipe.vae.dtype,
+            device=device or pipe._execution_device,
+        )  # fmt: skip
+        return latents[0]
+
+    def starting_latents(
+        self,
+        pipe: Any,
+        request: EditRequest,
+        sizes: Geometry,
+        images: Sequence[Image.Image],
+        dtype: torch.dtype,
+        generator: Any,
+        own: bool,
+    ) -> tuple[Tensor, Tensor]:
+        width, height = sizes.size
+        latents, _ = pipe.prepare_latents(
+            request.num_images, pipe.transformer.config.in_channels, height, width, dtype, pipe._execution_device,
+            generator, request.latents,
+        )  # fmt: skip
+        pairs = zip(images, sizes.reference_sizes, strict=True)
+        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
+        return latents, torch.cat([latents[0, :0], *parts])
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
+        vae, (width, height) = pipe.vae, size
+        latents = pipe._unpack_latents_no_patch(latents, height, width, pipe.vae_scale_factor).unsqueeze(2)
+        mean, std = (
+            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        image = vae.decode((latents / (1.0 / std) + mean).to(vae.dtype), return_dict=False)[0].squeeze(2)
+        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+
+    # ---- what an edit costs ----
+
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+        return min(len(pipe.tokenizer(prompt)["input_ids"]), TEXT_LENGTH) if prompt else 1
+
+    def embedding_flops(self, config: Any, layout: SelfLayout) -> int:
+        blocks, width = (
+            config.num_layers + config.num_single_layers,
+            config.num_attention_heads * config.attention_head_dim,
+        )
+        return layout.text_length * blocks * config.text_encoder_dim * (width // 2)
+
+    def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
+        language = pipe.text_encoder.config
+        width, layers = language.hidden_size, language.num_hidden_layers
+        kv = language.num_key_value_heads * (width // language.num_attention_heads)
+        layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
+        states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
+        lengths = [length for group in texts for length in group]
+        # diffusers calls the head of the language model as well
+        flops = sum(layers * (2 * layer * n + 4 * n**2 * width) + 2 * width * language.vocab_size * n for n in lengths)
+        return flops, max(lengths, default=0) * states * compute_dtype(pipe.text_encoder).itemsize
+
+    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
+        width, height = size
+        if direction == "encode":
+            return 1, 3, 1, height, width
+        factor = vae.config.scale_factor_spatial
+        return 1, vae.config.z_dim, 1, height // factor, width // factor
+
+
+def _layers_of_blocks(config: Any, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Return the layer of the text encoder for each block: the last ones, or all of them and the last one repeated."""
+    blocks = config.num_layers + config.num_single_layers
+    return [*layers[max(len(layers) - blocks, 0) :], *[layers[-1]] * max(blocks - len(layers), 0)]
+
+
+FIBO_EDIT = FiboEdit()
