@@ -29,6 +29,7 @@ from uniref_fast.quantisation import outside
 from uniref_fast.request import geometry
 from uniref_fast.skeleton import skeleton
 from uniref_fast.testing import max_relative_error
+from uniref_fast.training.core.model_size import SIZES
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4  # of latents in float32 after two steps of models that amplify rounding
@@ -182,13 +183,14 @@ def test_training_is_refused_where_the_table_says_so(family):
     from uniref_fast.model_kind import check_trainable
 
     asked = named(family)
-    assert asked.reason_against("sft") == asked.reason_against("msgrpo"), "`check_trainable` gives one reason for both"
     index = {"_class_name": asked.pipelines[0]}
-    if (reason := asked.reason_against("sft")) is None:
-        check_trainable("x", index)
-    else:
-        with pytest.raises(ValueError, match=re.escape(reason)):
-            check_trainable("x", index)
+    for kind in ("sft", "msgrpo"):
+        if (reason := asked.reason_against("sft") or asked.reason_against(kind)) is None:
+            check_trainable("x", index, kind)
+            assert asked.transformer in SIZES, "uniref-fast plan knows its sizes"
+        else:
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                check_trainable("x", index, kind)
 
 
 @pytest.mark.parametrize("family, name", EDITED)

@@ -30,7 +30,7 @@ from uniref_fast.models.step_constants import StepConstants
 from uniref_fast.models.step_graphs import StepGraphs
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.stock import is_own_method
-from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.request import EditRequest, EncodedRequest, Geometry
 from uniref_fast.step_callback import StepCallback
 
 __all__ = ["Edit", "EditLoop", "encoded_edit"]
@@ -177,6 +177,8 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
         )
         for (text, embeds, mask), seen in zip(request.texts, sizes.seen(family), strict=False)
     ), strict=True)  # fmt: skip
+    if isinstance(request, EncodedRequest):
+        texts = request.encoded_texts
     generator = _generator(request)
     own = is_own_method(pipe, "prepare_latents")
     latents, references = family.starting_latents(pipe, request, sizes, images, prompts[0].dtype, generator, own)

@@ -306,12 +306,14 @@ def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: 
 
     It is quantised in the same way as the transformer that it replaces.
     """
+    from uniref_fast.models.family import family_of
+
     kind, device = type(pipe.transformer), pipe.transformer.device
     quantised = getattr(pipe.transformer.config, "quantization_config", None)
     options = {} if quantised is None else {"quantization_config": quantised}
     with _named(given, model):
         config = kind.load_config(folder / "transformer")
-    check_transformer(f"{given}, put on {model},", config)  # before any weights are read
+    check_transformer(f"{given}, put on {model},", config, family_of(pipe))  # before any weights are read
     with _named(given, model):
         loaded = kind.from_pretrained(folder / "transformer", torch_dtype=dtype, use_safetensors=True, **options)
     pipe.transformer = loaded.to(device)
@@ -358,8 +360,11 @@ def _from_pretrained(pipeline_class: Any, name: str, dtype: Any, given: str, **m
     # transformers' own processor needs torchvision, for its videos
     without_torchvision = importlib.util.find_spec("torchvision") is None
     if kind is not None and (without_torchvision or kind == BuiltinProcessor.__name__):
-        pipe = pipeline_class.from_pretrained(name, processor=None, **options)
-        pipe.register_modules(processor=BuiltinProcessor.from_pretrained(name, subfolder="processor"))
+        processor = BuiltinProcessor.from_pretrained(name, subfolder="processor")
+        # diffusers checks the class of a given processor against the recorded one, which may need torchvision
+        passed = processor if kind == BuiltinProcessor.__name__ else None
+        pipe = pipeline_class.from_pretrained(name, processor=passed, **options)
+        pipe.register_modules(processor=processor)
     else:
         pipe = pipeline_class.from_pretrained(name, **options)
     for part, module in pipe.components.items():

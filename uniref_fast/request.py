@@ -14,11 +14,12 @@ from PIL import Image
 from uniref_fast.budget import MAX_ASPECT_RATIO, MAX_SIDE, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
-from uniref_fast.models.family import Family, family_of
+from uniref_fast.models.family import Family, Text, family_of
 from uniref_fast.step_callback import TENSOR_INPUTS
 
 __all__ = [
     "EditRequest",
+    "EncodedRequest",
     "Geometry",
     "as_list",
     "check_size",
@@ -122,6 +123,18 @@ class EditRequest:
         """(text, embeddings, mask) of the prompt and, with guidance, of the negative prompt."""
         negative = (self.negative_prompt, self.negative_prompt_embeds, self.negative_prompt_embeds_mask)
         return [(self.prompt, self.prompt_embeds, self.prompt_embeds_mask), *[negative] * self.guided]
+
+
+@dataclass(frozen=True)
+class EncodedRequest(EditRequest):
+    """A request with embeddings, and with the text of each of them, which may have places of references.
+
+    Attributes:
+        encoded_texts: Text of the embeddings of the prompt and, with guidance, of the negative prompt, as
+            `Family.encode_prompt` returns it.
+    """
+
+    encoded_texts: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)

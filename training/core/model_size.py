@@ -15,7 +15,7 @@ from uniref_fast.lora.names import LINEARS
 from uniref_fast.training.core.adapter import layer_parameters
 from uniref_fast.training.core.recipe import LORA_TARGETS
 
-__all__ = ["BYTES", "KNOWN", "ModelSize", "model_size"]
+__all__ = ["BYTES", "KNOWN", "SIZES", "ModelSize", "QwenImage21Size", "model_size"]
 
 VISION_TOKEN = 28  # side in pixels of a token of the text encoder's vision tower
 OUTPUT_AREA = 1024 * 1024  # pixels of the images of the released models
@@ -207,7 +207,88 @@ class ModelSize:
         return [dimensions(self.reference_area, width / height) for width, height in references]
 
 
-SIZES: dict[str, type[ModelSize]] = {kind.transformer_class: kind for kind in (ModelSize,)}
+@dataclass(frozen=True)
+class QwenImage21Size(ModelSize):
+    """Sizes of a Qwen-Image-2.1 pipeline; attributes as in `ModelSize`.
+
+    A block keeps, in widths per token: its input and the normed input (2), q and k before norm and rotary (2) and q, k,
+    v after (3), attention's result (1), the branch, the stream after it and its normed form (3), four hidden layers of
+    the feed-forward (12), the second branch (1).
+
+    Attributes:
+        mlp_ratio: Width of the feed-forward's hidden layer, in widths of the model.
+        context_in_dim: Width of the prompt embeddings.
+    """
+
+    transformer_class: ClassVar[str] = "QwenImage21Transformer2DModel"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "to_q", "to_k", "to_v", "to_out.0", "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out",
+    )  # fmt: skip
+    shares_packs: ClassVar[bool] = False
+    kept: ClassVar[int] = 24
+    recomputing: ClassVar[int] = 28
+    coding: ClassVar[tuple[float, float]] = (11.2, 33.5)
+
+    num_layers: int = 32
+    num_attention_heads: int = 32
+    out_channels: int = 64
+    patch_size: int = 1
+    mlp_ratio: int = 3
+    context_in_dim: int = 4096
+    condition_area: int = OUTPUT_AREA
+
+    @property
+    def text_channels(self) -> int:
+        return self.context_in_dim
+
+    @property
+    def transformer(self) -> int:
+        outer = sum(rows * columns for rows, columns in self._outer_linears().values())
+        return self.num_layers * self.block + outer + self.context_in_dim  # the last is the norm of the text
+
+    @property
+    def picture_tokens(self) -> int:
+        """Approximate number of words that announce a reference; the picture itself takes no text tokens."""
+        return 7
+
+    @property
+    def block(self) -> int:
+        return sum(rows * columns for rows, columns in self.block_linears().values()) + 2 * self.attention_head_dim
+
+    def block_linears(self) -> dict[str, tuple[int, int]]:
+        width, hidden = self.width, self.width * self.mlp_ratio
+        attention = {f"attn.{name}": (width, width) for name in ("to_q", "to_k", "to_v", "to_out.0")}
+        mlp = {"proj": (hidden, width), "gate_layer": (hidden, width), "out": (width, hidden)}
+        return attention | {f"img_mlp.{name}": sides for name, sides in mlp.items()}
+
+    def _outer_linears(self) -> dict[str, tuple[int, int]]:
+        width = self.width
+        return {
+            "img_in": (width, self.in_channels),
+            "txt_in.in_layer": (width, self.context_in_dim),
+            "txt_in.out_layer": (width, width),
+            "time_text_embed.timestep_embedder.linear_1": (width, 256),
+            "time_text_embed.timestep_embedder.linear_2": (width, width),
+            "modulation.1": (4 * width, width),
+            "norm_out.linear": (width, width),
+            "proj_out": (self.out_channels, width),
+        }
+
+    def with_vae(self, vae: Mapping[str, Any]) -> ModelSize:
+        return replace(self, vae_width=int(vae["base_dim"]), token_side=2 ** len(vae["temperal_downsample"]))
+
+    def transformer_config(self) -> dict[str, Any]:
+        names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size",
+                 "mlp_ratio", "context_in_dim")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def reference_sizes(self, references: Sequence[tuple[int, int]], budget: int | None) -> Sequence[tuple[int, int]]:
+        from uniref_fast.models.qwen_image_21_family import reference_sizes
+
+        return reference_sizes(references, self.reference_area, budget)
+
+
+SIZES: dict[str, type[ModelSize]] = {kind.transformer_class: kind for kind in (ModelSize, QwenImage21Size)}
 """Class of the sizes by the class of the transformer in diffusers."""
 
 KNOWN = {name: ModelSize() for name in ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")}

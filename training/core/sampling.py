@@ -12,10 +12,11 @@ from torch import Tensor
 
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.edit import edit
-from uniref_fast.encode import prompt_embeddings
+from uniref_fast.encode import prompt_embeddings, prompt_text, to_rgb
 from uniref_fast.evaluation.report import sampling_text
 from uniref_fast.evaluation.requests import EvalRequest, eval_request
-from uniref_fast.request import EditRequest, request_geometry
+from uniref_fast.models.family import Text
+from uniref_fast.request import EditRequest, EncodedRequest, request_geometry
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import Recipe
@@ -41,7 +42,7 @@ def sampling_settings(config: Recipe) -> dict[str, Any]:
 def generate(
     model: TrainedModel, requests: Sequence[EditRequest], budget: int | None, pack_tokens: int
 ) -> list[Image.Image]:
-    """Return the results of requests with the weights that the model has now. All ranks; each generates all of them.
+    """Return the results of requests, RGB, with the weights of now. All ranks; each generates all of them.
 
     Args:
         model: Model of the run.
@@ -53,22 +54,26 @@ def generate(
     parallel, packed.parallel = packed.parallel, None
     try:
         with model.encoders.present("vae"):
-            return edit(
+            images = edit(
                 model.pipe, list(requests), budget=budget, model=packed, pack_tokens=pack_tokens, progress=False
             )
+            return [to_rgb(image) for image in images]
     finally:
         packed.parallel = parallel
 
 
-def embedded(request: EditRequest, texts: Sequence[Tensor]) -> EditRequest:
+def embedded(request: EditRequest, embeds: Sequence[Tensor], texts: Sequence[Text]) -> EditRequest:
     """Return a request that does not need the text encoder.
 
     Args:
         request: The request.
-        texts: Embeddings `[l, D]` of its prompt and, with guidance, of its negative prompt.
+        embeds: Embeddings `[l, D]` of its prompt and, with guidance, of its negative prompt.
+        texts: Texts of these embeddings, as `Sample.text`.
     """
-    negative = texts[1] if len(texts) > 1 else None
-    return replace(request, prompt=None, prompt_embeds=texts[0], negative_prompt=None, negative_prompt_embeds=negative)
+    negative = embeds[1] if len(embeds) > 1 else None
+    given = {**vars(request), "prompt": None, "prompt_embeds": embeds[0]}
+    given |= {"negative_prompt": None, "negative_prompt_embeds": negative}
+    return EncodedRequest(**given, encoded_texts=tuple(texts))
 
 
 def sample_grid(settings: dict[str, Any], samples: Sequence[tuple[str, str, EvalRequest, Image.Image]]) -> Image.Image:
@@ -84,7 +89,9 @@ def sample_grid(settings: dict[str, Any], samples: Sequence[tuple[str, str, Eval
         line = [(f"{i}. {title}", image)]
         if request.target is not None:
             line.append((target_title, request.target))
-        lines.append(line + [(f"picture {j}", shown) for j, shown in enumerate(request.request.images, start=1)])
+        lines.append(
+            line + [(f"picture {j}", to_rgb(shown)) for j, shown in enumerate(request.request.images, start=1)]
+        )
         texts.append(f"{i}. {request.row.instruction}")
     heading = sampling_text(settings, [image.size for *_, image in samples])
     return contact_sheet(lines, heading=heading, caption="\n".join(texts), cell=160)
@@ -141,11 +148,13 @@ class PromptSamples:
             for one in self._requests:
                 request = one.request
                 seen = request_geometry(model.pipe, request).condition_sizes
-                texts = [
-                    prompt_embeddings(model.pipe, text or "", request.images, seen, model.encoders.device).cpu()
-                    for text, _, _ in request.texts
+                prompts = [text or "" for text, _, _ in request.texts]
+                embeds = [
+                    prompt_embeddings(model.pipe, text, request.images, seen, model.encoders.device).cpu()
+                    for text in prompts
                 ]
-                found.append(replace(one, request=embedded(request, texts)))
+                texts = [prompt_text(model.pipe, text, seen) for text in prompts]
+                found.append(replace(one, request=embedded(request, embeds, texts)))
         self._requests = found
 
     def grid(self, pack_tokens: int) -> Image.Image:

@@ -68,6 +68,10 @@ class FakeTrainedModel:
         with self.mode:
             transformer.pos_embed = torch.nn.Identity()  # the packed forward has rotary tables of its own
             for module in transformer.modules():
+                for tensors in (module._buffers, vars(module)):
+                    tensors |= {
+                        n: torch.empty(t.shape, dtype=t.dtype) for n, t in tensors.items() if torch.is_tensor(t)
+                    }
                 for name, parameter in module._parameters.items():
                     if parameter is not None:
                         dtype = master if parameter.requires_grad else compute

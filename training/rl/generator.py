@@ -248,7 +248,7 @@ class RolloutGenerator:
         if self.ranks.rank % self.ranks.sequence:
             return
         groups = {member.group.number: member.group for member in pack.members}
-        references = {number: tuple(group.prepared.load_references()) for number, group in groups.items()}
+        references = {number: tuple(map(to_rgb, group.prepared.load_references())) for number, group in groups.items()}
         for member in pack.members:
             prepared = member.group.prepared
             with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from uniref_fast.encode import prompt_text
 from uniref_fast.evaluation.aggregate import statistic
 from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.evaluation.report import sampling_text
@@ -158,7 +159,9 @@ class Validation:
         prepared = self.encoder.prepare_form(one.row, Form(self.stage.budget, self.stage.target_side), rollout=True)
         texts = [None, *texts_of("", one.request.true_cfg_scale)[1:]]
         found = [self.encoder.encode_text(prepared, list(one.request.images), text) for text in texts]
-        return embedded(one.request, found)
+        seen = prepared.geometry.condition_sizes
+        runs = [prepared.sample.text if text is None else prompt_text(self.model.pipe, text, seen) for text in texts]
+        return embedded(one.request, found, runs)
 
     def settings_text(self, samples: Sequence[HeldoutSample]) -> str:
         """Return the settings that samples were generated with, in words."""

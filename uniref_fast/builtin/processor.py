@@ -7,7 +7,11 @@ has no videos, so this one needs Pillow only; it writes and reads the files that
 import json
 from pathlib import Path
 
-from transformers import Qwen2Tokenizer, Qwen2VLProcessor
+from transformers import (
+    ProcessorMixin,  # noqa: F401  diffusers looks for the base class in the module of a component
+    Qwen2Tokenizer,
+    Qwen2VLProcessor,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 CHAT_TEMPLATE = "chat_template.jinja"

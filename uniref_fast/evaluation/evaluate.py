@@ -32,6 +32,7 @@ from uniref_fast.adapters import check_adapters
 from uniref_fast.data.dataset import Dataset, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.edit import edit
+from uniref_fast.encode import to_rgb
 from uniref_fast.evaluation import compare, report
 from uniref_fast.evaluation import model as models
 from uniref_fast.evaluation.aggregate import aggregates, breakdown
@@ -392,7 +393,7 @@ class _Evaluation:
         except ValueError as error:
             return {**record, "error": error.reason if isinstance(error, RowError) else str(error)}, None
         key = (list(self.files).index(label), i)
-        candidate = Candidate(key, row.instruction, tuple(request.request.images), image, row)
+        candidate = Candidate(key, row.instruction, tuple(map(to_rgb, request.request.images)), image, row)
         if self.own:
             record["own"] = {name: own_reward_record(reward(candidate)) for name, reward in self.own.items()}
         return record, None if judge is None else judge.submit(candidate, step=0)

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from uniref_fast.data.dataset import Dataset, Row, RowError
-from uniref_fast.encode import prompt_embeddings
+from uniref_fast.encode import prompt_embeddings, to_rgb
 from uniref_fast.guidance import negative_prompt_for
 from uniref_fast.keyed_random import draw
+from uniref_fast.models.family import family_of
 from uniref_fast.request import EditRequest, request_geometry, target_size, validated
 from uniref_fast.scenes.scene import crop_box
 
@@ -31,7 +32,7 @@ class EvalRequest:
     Attributes:
         row: The dataset row.
         target: The exact result at the size of the generated image, or None.
-        request: The edit request; its images are the references, RGB.
+        request: The edit request; its images are the references, in the mode of the pipeline's family.
         size: (width, height) of the result in pixels.
     """
 
@@ -102,7 +103,7 @@ def eval_request(
     Raises:
         ValueError: The row cannot be edited.
     """
-    references = [source.load() for source in row.references]
+    references = [source.load(family_of(pipe).image_mode) for source in row.references]
     target = None if row.target is None else row.target.load()
     sizes = [image.size for image in references]
     width, height = size or target_size(target.size if target else None, sizes, target_side)
@@ -137,7 +138,7 @@ def input_baseline(request: EvalRequest) -> Image.Image:
         return Image.new("RGB", request.size, GREY)
     ground = (request.row.scene or {}).get("background")
     number = ground.get("picture") if isinstance(ground, Mapping) else None
-    image = images[number - 1 if isinstance(number, int) and 0 < number <= len(images) else 0]
+    image = to_rgb(images[number - 1 if isinstance(number, int) and 0 < number <= len(images) else 0])
     return image.resize(request.size, Image.Resampling.LANCZOS, box=crop_box(image.size, request.size))
 
 

@@ -22,7 +22,7 @@ from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_image_21 import PackedQwenImage21, interleaved_layout
 from uniref_fast.models.qwen_pipeline import QwenFamily, vision_language_cost
-from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.request import EditRequest, EncodedRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule, block_causal, plan, target_plan
 
@@ -67,7 +67,6 @@ class QwenImage21(QwenFamily):
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "the pipeline of diffusers keeps text and references itself (use_kv_cache=True)",
         "fast": "its blocks were not measured in 8 bits",
-        "sft": "the training loops do not have its text and sequence parallelism",
         "msgrpo": "the training loops do not have its text and sequence parallelism",
     }
     replaced = REPLACED
@@ -106,7 +105,8 @@ class QwenImage21(QwenFamily):
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse embeddings of prompts with references, and take the number of steps of the pipeline's own sigmas."""
-        if request.images and any(embeds is not None for _, embeds, _ in request.texts):
+        placed = isinstance(request, EncodedRequest)
+        if request.images and not placed and any(embeds is not None for _, embeds, _ in request.texts):
             raise ValueError(
                 f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
                 "prompt itself, or no images"
@@ -135,11 +135,7 @@ class QwenImage21(QwenFamily):
         result_width, result_height = (
             (given or side) // SLOT * SLOT for given, side in zip((width, height), computed, strict=False)
         )
-        if budget is None:
-            references = [dimensions(area, w / h)[:2] for w, h in sizes]
-        else:  # sides must be multiples of 32, and those of half the size are multiples of 16
-            halves = fit_to_budget([(max(w // 2, 1), max(h // 2, 1)) for w, h in sizes], max(budget // 2, 1))
-            references = [(2 * w, 2 * h) for w, h in halves]
+        references = reference_sizes(sizes, area, budget)
         # One resize feeds the text encoder and the VAE.
         return Geometry((result_width, result_height), tuple(references), tuple(references), self.token_side(pipe))
 
@@ -224,6 +220,21 @@ class QwenImage21(QwenFamily):
             return 1, vae.config.in_channels, 1, height, width
         factor = vae.config.scale_factor_spatial
         return 1, vae.config.z_dim, 1, height // factor, width // factor
+
+
+def reference_sizes(sizes: Sequence[tuple[int, int]], area: int, budget: int | None = None) -> list[tuple[int, int]]:
+    """Return the (width, height) in pixels that references are scaled to, multiples of 32.
+
+    Args:
+        sizes: Sizes of the images.
+        area: Pixels of a reference without a joint budget.
+        budget: Joint pixel budget, the side of a square in pixels; None scales each reference alone, as diffusers does.
+    """
+    if budget is None:
+        return [_stock().calculate_dimensions(area, w / h)[:2] for w, h in sizes]
+    # The sides of half the size are multiples of 16.
+    halves = fit_to_budget([(max(w // 2, 1), max(h // 2, 1)) for w, h in sizes], max(budget // 2, 1))
+    return [(2 * w, 2 * h) for w, h in halves]
 
 
 def _slots(size: tuple[int, int]) -> int:

@@ -8,12 +8,13 @@ import math
 import warnings
 
 import pytest
+import qwen_image_21
 import torch
 
 from uniref_fast import native
-from uniref_fast.layout import Sample
+from uniref_fast.layout import REFERENCE_PLACE, Sample
 from uniref_fast.meta_device import FusedAttention, LivingTensors
-from uniref_fast.models import PackedQwenImage
+from uniref_fast.models import PackedQwenImage, PackedQwenImage21
 from uniref_fast.training.core.memory import (
     RECOMPUTATION,
     TEXT_TOKENS,
@@ -25,7 +26,7 @@ from uniref_fast.training.core.memory import (
     plan_stages,
     smaller_stages,
 )
-from uniref_fast.training.core.model_size import ModelSize
+from uniref_fast.training.core.model_size import ModelSize, QwenImage21Size
 from uniref_fast.training.core.recipe import BudgetStage, stage_at
 from uniref_fast.training.rl.recipes import MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES, lora, paper, tiny
@@ -59,12 +60,12 @@ def alive(model):
     return storages(model, [x for x in tensors if not torch._C._functorch.is_functorch_wrapped_tensor(x)])
 
 
-def kept_bytes(model, samples, checkpointing):
+def kept_bytes(model, samples, checkpointing, kind=PackedQwenImage):
     """(bytes, tokens): of all storages that a forward leaves for its backward, the parameters aside.
 
     What autograd saves shows in its hooks; what checkpointing keeps (arguments, attention's result) are live tensors.
     """
-    packed = PackedQwenImage(model, impl="native", checkpointing=checkpointing)
+    packed = kind(model, impl="native", checkpointing=checkpointing)
     layout = packed.layout(samples)
     image = torch.randn(layout.image_length, 64).to(model.dtype)
     text = torch.randn(layout.text_length, 48).to(model.dtype)
@@ -107,6 +108,17 @@ def test_activation_bytes_are_what_autograd_keeps(model_of, threads, samples, ch
     else:
         estimate = estimates[1]
     assert more == pytest.approx(estimate, rel=0.15), f"{more / tokens / width / element:.1f} widths a token"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("checkpointing", [False, True, "inputs"])
+def test_activation_bytes_of_qwen_image_21(threads, checkpointing):
+    samples = [Sample(((20, True), REFERENCE_PLACE, (9, True)), (1, 8, 8), ((1, 8, 8),)), Sample(10, (1, 6, 6))]
+    models = [qwen_image_21.transformer(layers=layers) for layers in (3, 6)]
+    (less, tokens), (more, _) = (kept_bytes(model, samples, checkpointing, PackedQwenImage21) for model in models)
+    few, many = (activation_bytes(ModelSize.of(model.config, {}), tokens, checkpointing, 4) for model in models)
+    assert more - less == pytest.approx(many - few, rel=0.05), "by block"
 
 
 def test_activation_bytes_by_token_width_and_element(make_transformer):
@@ -279,18 +291,25 @@ def test_the_first_stages_are_offered_if_a_later_one_does_not_fit():
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])
-def test_the_vae_needs_what_is_planned(direction):
-    from diffusers import AutoencoderKLQwenImage
+@pytest.mark.parametrize(
+    "name, size, image, latents",
+    [
+        ("AutoencoderKLQwenImage", WITH_VAE, (1, 3, 1, 1024, 1024), (1, 16, 1, 128, 128)),
+        ("AutoencoderKLQwenImage21", QwenImage21Size(), (1, 4, 1, 1024, 1024), (1, 64, 1, 64, 64)),
+    ],
+)
+def test_the_vae_needs_what_is_planned(direction, name, size, image, latents):
+    import diffusers
 
     from uniref_fast.models.single_frame import single_frame
 
     with torch.device("meta"):
-        vae = torch.nn.Module.to(AutoencoderKLQwenImage(), torch.bfloat16)
-    shape = (1, 3, 1, 1024, 1024) if direction == "encode" else (1, 16, 1, 128, 128)
+        vae = torch.nn.Module.to(getattr(diffusers, name)(), torch.bfloat16)
+    shape = image if direction == "encode" else latents
     with torch.no_grad(), single_frame(vae), LivingTensors() as memory, FusedAttention():
         getattr(vae, direction)(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     assert memory.peak == pytest.approx(
-        coding_bytes(WITH_VAE, 2, *((1024**2, 0) if direction == "encode" else (0, 1024**2))), rel=0.02
+        coding_bytes(size, 2, *((1024**2, 0) if direction == "encode" else (0, 1024**2))), rel=0.02
     )
 
 
