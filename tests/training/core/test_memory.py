@@ -117,7 +117,7 @@ def test_activation_bytes_of_qwen_image_21(threads, checkpointing):
     samples = [Sample(((20, True), REFERENCE_PLACE, (9, True)), (1, 8, 8), ((1, 8, 8),)), Sample(10, (1, 6, 6))]
     models = [qwen_image_21.transformer(layers=layers) for layers in (3, 6)]
     (less, tokens), (more, _) = (kept_bytes(model, samples, checkpointing, PackedQwenImage21) for model in models)
-    few, many = (activation_bytes(ModelSize.of(model.config, {}), tokens, checkpointing, 4) for model in models)
+    few, many = (activation_bytes(QwenImage21Size.of(model.config, {}), tokens, checkpointing, 4) for model in models)
     assert more - less == pytest.approx(many - few, rel=0.05), "by block"
 
 
