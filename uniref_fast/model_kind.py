@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -158,7 +159,7 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
     kind = type(pipe).__name__
     family = next((each for each in families() if each.has_pipeline(pipe)), None)
     if family is None:
-        raise TypeError(_message(given or kind, kind))
+        raise TypeError(_message(given or kind, kind, pipe))
     named, parts = given or f"the {kind}", pipe.components
     for part in ("vae", "scheduler"):
         if parts[part] is None:
@@ -169,11 +170,15 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
     family.check_parts(pipe, named)
 
 
-def _message(given: str, kind: str) -> str:
-    from uniref_fast.models.family import families, family_of_class
+def _message(given: str, kind: str, pipe: Any = None) -> str:
+    from uniref_fast.models.family import families, family_of, family_of_class
 
     family = family_of_class(kind)
     what = patch = ""
+    if family is None and pipe is not None:  # of another class with the transformer of a family
+        with contextlib.suppress(TypeError):
+            family = family_of(pipe)
+            patch = "; uniref_fast.patch(pipe) accelerates this one in diffusers"
     if family is None:
         names = [name for each in families() for name in each.pipelines]
         near = get_close_matches(kind, names, n=1, cutoff=0.6)
