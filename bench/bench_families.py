@@ -18,8 +18,8 @@ from uniref_fast.models.family import families
 from uniref_fast.testing import max_relative_error
 
 STEPS = 2
-SIZES = {"layers": 2, "heads": 3, "grid": 8}  # 384 channels
-SIZES_TINY = {"layers": 1, "heads": 2, "grid": 6}
+SIZES = {"layers": 3, "heads": 2, "grid": 8}  # 256 channels; 3 blocks of each kind: one between the first and the last
+SIZES_TINY = {"layers": 3, "heads": 2, "grid": 6}
 PIPELINES = {name: family for family in families() for name in family.random_pipelines()[:1]}
 
 
@@ -62,3 +62,18 @@ def test_packed_batch(timed, benchmark, small, which):
         "edit packed": lambda: packed(small),
     }
     timed(calls[which], calls["stock one by one"], rounds=5, graph=False)
+
+
+def test_errors_of_8_bits(benchmark, small):
+    """The relative errors of two edits in 8 bits and of the products, emulated on any device; no time is measured."""
+    if reason := small.family.reason_against("fast"):
+        pytest.skip(reason)
+    benchmark.group = f"{small.family.name}, {small.name}: two edits in 8 bits, emulated"
+    report = uniref_fast.EditReport(compare=True)
+    uniref_fast.edit(small.stock, small.requests[:2], mode="fast", impl="reference", progress=False, report=report)
+    errors = report.errors.values()
+    benchmark.extra_info.update(
+        latents=[float(f"{error:.3g}") for error in report.latent_errors], parts=len(errors),
+        mean_of_parts=sum(errors) / len(errors), largest_of_parts=max(errors),
+    )  # fmt: skip
+    benchmark.pedantic(lambda: None, rounds=1)

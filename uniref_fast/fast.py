@@ -2,12 +2,14 @@
 
 Linears of the blocks get a `QuantisedWeight`, and the attention of a block is computed by `ops.attention_fp8`. The
 parts named in `modules_to_not_convert` stay in 16 bits, by default the first and the last block and the modulation.
+FLUX.2 has two lists of blocks: the first block of the first list and the last block of the second one stay.
 Embeddings and the output layers are not in blocks and always stay. So do Linears that another library has quantised.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniref_fast.models.family import family_of
 from uniref_fast.ops._dispatch import one_of
 from uniref_fast.ops.fp8 import FP8_CAPABILITY
 from uniref_fast.quantised import stored_format
@@ -56,8 +59,13 @@ class EightBitParts:
 
 def default_16bit(transformer: Any) -> tuple[str, ...]:
     """Return the default of `modules_to_not_convert`: the first and the last block, and the modulation."""
-    last = len(transformer.transformer_blocks) - 1
-    return "transformer_blocks.0", f"transformer_blocks.{last}", "img_mod", "txt_mod"
+    first, last = (lists := _block_lists(transformer))[0], lists[-1]
+    return f"{first}.0", f"{last}.{len(getattr(transformer, last)) - 1}", "img_mod", "txt_mod"
+
+
+def _block_lists(transformer: Any) -> tuple[str, ...]:
+    """Return the names of the lists of blocks of a transformer, in the order in which they run."""
+    return tuple(name for name in family_of(transformer).packed.block_classes if len(getattr(transformer, name)))
 
 
 def check_mode(mode: str, modules_to_not_convert: Sequence[str] | None = None) -> bool:
@@ -104,7 +112,7 @@ def eight_bit_parts(
     """Choose the parts of a transformer that compute in 8 bits: no Linears that another library has quantised.
 
     Args:
-        transformer: A `QwenImageTransformer2DModel`, on any device.
+        transformer: A transformer of a family, on any device.
         modules_to_not_convert: Names of modules that stay in 16 bits with everything inside: whole names such as
             "transformer_blocks.0", or parts of names such as "img_mlp" or "to_out". "processor" stands for the
             attention of the blocks. None is the default of `default_16bit`.
@@ -115,7 +123,9 @@ def eight_bit_parts(
     """
     kept = default_16bit(transformer) if modules_to_not_convert is None else tuple(modules_to_not_convert)
     attention = [
-        f"transformer_blocks.{name}.attn.processor" for name, _ in transformer.transformer_blocks.named_children()
+        f"{group}.{name}.attn.processor"
+        for group in _block_lists(transformer)
+        for name, _ in getattr(transformer, group).named_children()
     ]
     names = [name for name, _ in _linears_of_any_class(transformer)]
     linears = [name for name, linear in _block_linears(transformer)
@@ -155,8 +165,8 @@ def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
 def _linears_of_any_class(transformer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the Linears of the blocks, those of other classes included; of a layer of peft the one inside."""
     inside = ""  # name of the layer of peft that is being passed
-    blocks = getattr(transformer, "transformer_blocks", torch.nn.ModuleList())
-    for name, module in blocks.named_modules(prefix="transformer_blocks"):
+    lists = [getattr(transformer, group).named_modules(prefix=group) for group in _block_lists(transformer)]
+    for name, module in itertools.chain(*lists):
         if inside and name.startswith(inside):
             continue
         base = base_linear(module)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniref_fast import ops
-from uniref_fast.quantised_linear import QuantisedActivation, is_quantised, record_error
+from uniref_fast.quantised_linear import QuantisedActivation, is_quantised, quantised_input, record_error
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["attend", "feed_forward", "first_linear", "gated_input", "modulated_input"]
@@ -86,11 +86,11 @@ def gated_input(
 
 
 def first_linear(mlp: Any) -> nn.Module | None:
-    """Return the Linear that the input of a feed-forward goes to, if its two Linears can be called one by one.
+    """Return the Linear in 8 bits that the input of a feed-forward goes to, if only Linears read that input.
 
-    They can in a feed-forward of diffusers in 8 bits; None stands for any other module.
+    This holds for the feed-forwards of diffusers without hooks; None stands for any other module.
     """
-    return mlp.net[0].proj if _is_eight_bit(mlp) else None
+    return mlp.net[0].proj if _is_eight_bit(mlp) else _first_of_gated(mlp)
 
 
 def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
@@ -98,12 +98,13 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
 
     Args:
         mlp: Feed-forward of a block. One that is not diffusers' own, or whose second Linear is not in 8 bits, is called
-            as a whole.
+            as a whole; so is one with SwiGLU, whose last Linear quantises its input itself.
         x: Input, quantised or not.
         impl: Implementation forced on every op, or None.
     """
     if not _is_eight_bit(mlp):
-        return mlp(x)
+        several = _first_of_gated(mlp) is not None and not isinstance(x, QuantisedActivation)
+        return mlp(quantised_input(x, impl) if several else x)
     hidden = mlp.net[0].proj(x)
 
     def exact() -> Tensor:
@@ -111,6 +112,19 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
 
     quantised = ops.gelu_fp8(hidden.flatten(0, -2), impl=impl)
     return mlp.net[2](QuantisedActivation(*quantised, hidden.dtype, exact, hidden.shape))
+
+
+_GATED = {"Flux2FeedForward": ("linear_in",), "QwenImage21SwiGLUFeedForward": ("gate_layer", "proj")}
+"""Linears that read the input, by the class of a feed-forward with SwiGLU in diffusers."""
+
+
+def _first_of_gated(mlp: Any) -> nn.Module | None:
+    """Return a Linear that reads the input of a feed-forward with SwiGLU if all of these are in 8 bits, else None."""
+    kind, own = type(mlp), vars(mlp)
+    linears = [getattr(mlp, name) for name in _GATED.get(kind.__name__, ()) if kind.__module__.startswith("diffusers.")]
+    if not linears or not all(map(is_quantised, linears)):
+        return None
+    return None if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own else linears[0]
 
 
 def _is_eight_bit(mlp: Any) -> bool:

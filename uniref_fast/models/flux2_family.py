@@ -89,7 +89,6 @@ class Flux2(Family):
     }
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
-        "fast": "its blocks were not measured in 8 bits",
         "sft": "the training loops encode prompts with pictures",
         "msgrpo": "the training loops encode prompts with pictures",
     }

@@ -91,7 +91,7 @@ class _Attention(TextImageAttention):
                 for x, kept in zip((k.unflatten(0, (batch, n)), v.unflatten(0, (batch, n))), cache.get(), strict=True)
             )
             plan = _plan_of_cache(batch, n, len(k) // batch)
-        return self._attention(q, k, v, plan, context)
+        return self.attention(q, k, v, plan)
 
 
 class _TwoStreams(_Attention, TwoStreamAttention):

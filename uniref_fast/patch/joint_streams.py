@@ -18,7 +18,6 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.eight_bit import attend
 from uniref_fast.models.flux2 import FLUX2
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, qk_norm_eps, stream_rows
@@ -107,14 +106,7 @@ class TextImageAttention(StreamsAttention):
             kv: Arguments of a cache of keys and values.
         """
         plan = context.plan if mask is None else _masked_plan(self.state, mask)
-        return self._attention(q, k, v, plan, context)
-
-    def _attention(
-        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, context: ForwardContext
-    ) -> tuple[Tensor, Choice]:
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        choice = ops.explain_attention(q.detach(), plan, context.impl, backward=needs_grad)
-        return attend(q, k, v, plan, choice[0], False, ""), choice
+        return self.attention(q, k, v, plan)
 
 
 class TwoStreamAttention(TextImageAttention):
@@ -141,7 +133,7 @@ class TwoStreamAttention(TextImageAttention):
             (image, "to_qkv", ("to_q", "to_k", "to_v")),
             (text, "to_added_qkv", ("add_q_proj", "add_k_proj", "add_v_proj")),
         ):
-            parts = projected(calls, stream, fused, names)
+            parts = projected(calls, self.shared_input(getattr(attn, names[0], None), stream), fused, names)
             if isinstance(parts, str):
                 return parts
             qkv += parts
@@ -189,7 +181,7 @@ class OneStreamAttention(TextImageAttention):
         attn: Any = calls.module
         mask, rotary = others
         (x,) = streams
-        parts = projected(calls, x, "to_qkv", ("to_q", "to_k", "to_v"))
+        parts = projected(calls, self.shared_input(attn.to_q, x), "to_qkv", ("to_q", "to_k", "to_v"))
         if isinstance(parts, str):
             return parts
         calls.release()

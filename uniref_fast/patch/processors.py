@@ -36,6 +36,7 @@ from uniref_fast.patch.report import EIGHT_BIT_TOLERANCE, SELF_CHECK_TOLERANCE, 
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.traced import traced_attention
 from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded_errors
+from uniref_fast.visibility import AttentionPlan
 
 __all__ = [
     "PatchedAttention",
@@ -223,7 +224,7 @@ class PatchedAttention:
         """Return (image, text, (implementation, reason of the choice)), or the reason why this is not possible."""
         attn: Any = calls.module
         head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
-        image_input, text_input = self._shared_input(attn.to_q, image), self._shared_input(attn.add_q_proj, text)
+        image_input, text_input = self.shared_input(attn.to_q, image), self.shared_input(attn.add_q_proj, text)
         streams = {"to_q": image_input, "to_k": image_input, "to_v": image_input}
         streams |= {"add_q_proj": text_input, "add_k_proj": text_input, "add_v_proj": text_input}
         qkv: list[Tensor] = []
@@ -241,13 +242,7 @@ class PatchedAttention:
         del qkv, out
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
         del heads
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        # Chosen once, here, so that the report counts the implementation that the operator uses.
-        if self.eight_bit:
-            choice = self.state.impl or "triton", "8 bits"
-        else:
-            choice = ops.explain_attention(q.detach(), context.plan, context.impl, backward=needs_grad)
-        out = attend(q, k, v, context.plan, choice[0], False, self.eight_bit)
+        out, choice = self.attention(q, k, v, context.plan)
         del q, k, v
         image_out, text_out = (
             stream_rows(out, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
@@ -258,7 +253,22 @@ class PatchedAttention:
             image_out = calls("to_out.1", image_out)  # dropout
         return image_out, calls("to_add_out", text_out), choice
 
-    def _shared_input(self, linear: Any, x: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, tuple[str, str]]:
+        """Return the attention of all queries, and the implementation with the reason of its choice.
+
+        Args:
+            q, k, v: Queries, keys and values, `[N, H, D]` each.
+            plan: Plan of the queries and keys.
+        """
+        # Chosen once, here, so that the report counts the implementation that the operator uses.
+        if self.eight_bit:
+            choice = self.state.impl or "triton", "8 bits"
+        else:
+            needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            choice = ops.explain_attention(q.detach(), plan, self.state.impl, backward=needs_grad)
+        return attend(q, k, v, plan, choice[0], False, self.eight_bit), choice
+
+    def shared_input(self, linear: Any, x: Tensor) -> Tensor:
         """Return the input of the projections of a stream, quantised once for all of them if they are in 8 bits."""
         if self.state.parts is None or not is_quantised(linear):
             return x

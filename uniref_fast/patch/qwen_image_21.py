@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Kind, Segment, SelfLayout
-from uniref_fast.models.eight_bit import attend
+from uniref_fast.models.eight_bit import feed_forward
 from uniref_fast.models.packed import ForwardContext, clipped
 from uniref_fast.models.qwen_image import joint_qkv, qk_norm_eps
 from uniref_fast.patch.families import FamilyPatch, Place
@@ -143,8 +143,9 @@ class PatchedAttention21(PatchedAttention):
         head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
         batch, length = x.shape[:2]
         qkv: list[Tensor] = []
+        shared = self.shared_input(attn.to_q, x)
         for name in ("to_q", "to_k", "to_v"):
-            out = calls(name, x)
+            out = calls(name, shared)
             width = out.shape[-1] if not qkv and isinstance(out, Tensor) and out.ndim else qkv[0].shape[-1]
             if reason := unlike(out, (batch, length, width), x, name):
                 return reason
@@ -167,10 +168,7 @@ class PatchedAttention21(PatchedAttention):
         elif mode == "extract" and written is not None:
             cache.store(*(each.unflatten(0, (batch, length))[:, written].clone() for each in (k, v)))
         seen = target_plan(whole, block_causal) if kept is not None else plan(whole, block_causal)
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        # Chosen once, here, so that the report counts the implementation that the operator uses.
-        choice = ops.explain_attention(q.detach(), seen, context.impl, backward=needs_grad)
-        out = attend(q, k, v, seen, choice[0], False, "")
+        out, choice = self.attention(q, k, v, seen)
         del q, k, v
         out = calls("to_out.0", out.flatten(1).unflatten(0, (batch, length)))
         return calls("to_out.1", out), choice  # the second is a dropout
@@ -298,7 +296,8 @@ class PatchedBlock21(PatchedBlock):
         stream, hidden = ops.gate_residual_norm_modulate(
             stream, joint_rows(branch), gate1, None, scale2, rows, block.img_norm2.eps, **options
         )
-        branch = calls("img_mlp", hidden.view(shape))
+        mlp_8bit = None if self.state.parts is None else functools.partial(feed_forward, impl=self.state.impl)
+        branch = calls("img_mlp", hidden.view(shape), run=mlp_8bit)
         if reason := unlike(branch, tuple(shape), x, "the feed-forward"):
             return reason
         stream = ops.gate_residual(stream, joint_rows(branch), gate2, rows, **options)
