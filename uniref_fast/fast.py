@@ -172,7 +172,7 @@ def _linears_of_any_class(transformer: Any) -> Iterator[tuple[str, Any]]:
         base = base_linear(module)
         if base is not module:
             inside, module = f"{name}.", base
-        if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        if all(hasattr(module, attribute) for attribute in ("in_features", "out_features", "weight")):
             yield name, module
 
 

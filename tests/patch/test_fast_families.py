@@ -105,7 +105,7 @@ def test_edit_and_patch_in_8_bits(pipe):
 
 @pytest.mark.parametrize("impl", ["reference", None])
 def test_a_feed_forward_with_swiglu(pipe, impl):
-    """Its input is quantised once; a row of zeros stays zero, an outlier costs its own row, and hooks see 16 bits."""
+    """The input of a feed-forward with SwiGLU is quantised once; zeros stay zeros, an outlier costs its row only."""
     block = pipe.transformer.transformer_blocks[1]
     mlp = getattr(block, "img_mlp", None) or block.ff
     linears = [module for module in mlp.modules() if isinstance(module, nn.Linear)]

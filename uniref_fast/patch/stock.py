@@ -123,7 +123,7 @@ def _replaced_module(name: str, module: Any, part: Replaced) -> Iterator[str]:
     for method in part.methods:
         if not is_own_method(module, method):
             yield f"{name}.{method} was replaced by code that is not diffusers' own"
-    if kind.endswith("LayerNorm") and (module.weight is not None or module.bias is not None):
+    if kind.endswith("LayerNorm") and any(getattr(module, part, None) is not None for part in ("weight", "bias")):
         yield f"{name} has a weight or bias of its own"
     if kind == "RMSNorm" and getattr(module, "bias", None) is not None:
         yield f"{name} has a bias"
