@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NGINX is None, reason="nginx 
 
 @contextlib.contextmanager
 def proxied(folder, server):
-    """Run the example without TLS in front of a server, and yield a client of it."""
+    """Run the example without TLS in front of a server, and yield a client of the proxy."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     block = re.sub(r"\n    ssl_.*", "", EXAMPLE.read_text()).replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
