@@ -151,11 +151,12 @@ class PackedFlux1(PackedModel):
         # diffusers computes the angles in float64 where the device has it
         dtype = torch.float32 if image.device.type in ("mps", "npu") else torch.float64
         rotary = layout.rotary(config.axes_dims_rope, image.device, config.get("rope_theta", 10000), dtype)
-        temb = self._time_embedding(timestep, text, layout)
+        whole = layout
         references = None if kept is None else self._references(layout, kept)
         if references is not None:
             layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
         context = self._context(layout, rotary, references, image.dtype)
+        temb = self._time_embedding(timestep, text, whole)
         stream = self._text_stream(text, layout, model.context_embedder, columns=config.joint_attention_dim)
         streams = [model.x_embedder(image), stream]  # [n, C] each
         out = self._run_blocks(streams, temb, context, before=self._before_blocks(text, layout))
