@@ -229,6 +229,22 @@ def test_calls_that_run_the_original(changes, reason):
             assert max_relative_error(out, expected) < ROUNDING
 
 
+def test_a_mask_is_that_of_its_call():
+    """Two calls of a block with the same rotary tables and other masks."""
+    stock, model = joyimage.transformer(layers=1).double_blocks[0], joyimage.transformer(layers=1)
+    uniref_fast.patch(model)
+    generator = torch.Generator().manual_seed(0)
+    image, text, temb = (torch.randn(2, n, 256, generator=generator) for n in (15, 7, 6))
+    rotary, outs = (torch.ones(2, 15, 128), torch.zeros(2, 15, 128)), []
+    for hidden in (2, 9):
+        mask = torch.ones(2, 1, 1, 22, dtype=torch.bool)
+        mask[1, :, :, hidden] = False
+        with torch.no_grad():
+            outs.append(model.double_blocks[0](image, text, temb, rotary, mask)[0])
+            assert max_relative_error(outs[-1], stock(image, text, temb, rotary, mask)[0]) < ROUNDING
+    assert torch.equal(outs[0][0], outs[1][0]) and max_relative_error(outs[0][1], outs[1][1]) > 10 * ROUNDING
+
+
 def test_float16_is_not_clipped():
     """Other models of diffusers clip their blocks; these overflow, and the results show where."""
     model = joyimage.transformer(torch.float16, layers=2)
@@ -237,8 +253,8 @@ def test_float16_is_not_clipped():
         model.double_blocks[0].img_mod.modulate_table[:, 5] = 40
     expected = run(model, BATCH[1:2])
     assert not expected.isfinite().any()
-    uniref_fast.patch(model)
-    assert not run(model, BATCH[1:2]).isfinite().any()
+    report = uniref_fast.patch(model, impl="reference")  # there is no other on a CPU
+    assert not run(model, BATCH[1:2]).isfinite().any() and not report.fallbacks
     given = joyimage.inputs(BATCH[1:2], torch.float16)
     image, text = given["hidden_states"][0].flatten(1), given["encoder_hidden_states"][0]
     packed = PackedJoyImage(model)
@@ -267,6 +283,19 @@ def test_compiled_blocks_trace_the_code_of_diffusers():
     assert frames[0] > 0 and frames == frames[:1] * 12
     assert report.calls["kept"] and all("torch.compile" in reason for reason in report.fallbacks)
     assert all("torch.compile" in reason for reason in report.traced_originals)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_one_graph_as_without_the_patch():
+    from torch._dynamo.testing import CompileCounter
+
+    model = joyimage.transformer(layers=1)
+    expected, report = run(model), uniref_fast.patch(model)
+    torch.compiler.reset()
+    counter = CompileCounter()
+    model.compile(backend=counter, fullgraph=True)
+    assert max_relative_error(run(model), expected) < ROUNDING and counter.frame_count == 1
+    assert all("torch.compile" in reason for reason in report.traced_originals) and not report.calls
 
 
 def test_copies_and_edit_on_a_patched_pipeline():

@@ -273,7 +273,7 @@ class _Tables(PatchedMethod):
     def tables(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the tokens of an image, float32 `[N, D]` each, on the CPU."""
         if torch.compiler.is_compiling():
-            self.site.record_trace(TRACED)
+            self.record_trace(TRACED)
             return self.original(start, stop)
         config = self.transformer.config
         key = (*start, *stop, config.theta, tuple(config.rope_dim_list or ()), torch.get_default_device())

@@ -366,9 +366,14 @@ class PatchedMethod:
 
     Attributes:
         original: The method that it replaces.
+        site: Counters of this place.
     """
 
     original: Any
+    site: Site
+
+    def record_trace(self, reason: str | None) -> None:
+        self.site.record_trace(reason)
 
 
 class PatchedBlock(PatchedMethod):
@@ -411,9 +416,6 @@ class PatchedBlock(PatchedMethod):
                 "diffusers and accelerate; undo that first, then unpatch"
             )
         return holder, key
-
-    def record_trace(self, reason: str | None) -> None:
-        self.site.record_trace(reason)
 
     def forward(
         self,
