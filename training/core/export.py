@@ -205,14 +205,14 @@ def _config(run: Path, state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _empty_transformer(config: Mapping[str, Any]) -> Any:
     """Return the transformer of a run on the meta device, with its adapter if it trains one."""
-    from diffusers import ModelMixin
+    from diffusers import AutoModel
 
     initial = Path(config["initial"]) if config.get("initial") else None
     base = None if initial is None else base_run(initial)
     name = str(model_folder()) if config["model"] == "builtin" else config["model"]
     source = name if base is None else str(base)
     try:
-        found = ModelMixin.load_config(source, subfolder="transformer")
+        found = AutoModel.load_config(source, subfolder="transformer")
     except OSError as error:
         raise ValueError(f"the configuration of {source} could not be loaded: {str(error).splitlines()[0]}") from None
     with torch.device("meta"):
