@@ -2,9 +2,12 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image
 
 pytestmark = pytest.mark.slow
@@ -26,6 +29,13 @@ WRITTEN = {"02_edit_a_batch": ["out/edit-0.png", "out/edit-2.png"], "04_lora_on_
 SLOW = ("04_lora_on_your_pictures", "05_custom_reward")  # train in a process of their own
 
 
+def run(command, check, cwd=None):
+    """Run a command of Python in a process that starts quickly."""
+    assert check and command[0] == sys.executable
+    done = warm.run(*command[1:], cwd=cwd or Path.cwd())
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def test_every_example_is_run():
     assert {path.stem for path in FOLDER.glob("*.py")} == {*PRINTED}
 
@@ -33,6 +43,7 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PRINTED])
 def test_example(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # examples write below the working directory
+    monkeypatch.setattr(subprocess, "run", run)
     runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     printed = capsys.readouterr().out
     for text in PRINTED[name]:

@@ -15,7 +15,11 @@ from uniref_fast.scenes.backgrounds import PHOTOS, background
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "your-pictures.md").read_text()
-SHORT = "--stages.0.steps 1 --stages.1.steps 1 --sample-count 1 --warmup 1 --save-every 2"  # a run of two steps
+# A run of two steps.
+SHORT = (
+    "--stages.0.steps 1 --stages.1.steps 1 --stages.0.pack-tokens 512 --stages.1.pack-tokens 512 "
+    "--sample-count 1 --sample-num-inference-steps 2 --warmup 1 --save-every 2"
+)
 
 
 def commands():
@@ -42,7 +46,8 @@ def test_the_commands_of_the_page_work_in_order(tmp_path):
     printed = {}
     for line in commands():
         if line.startswith("uniref-fast "):
-            done = warm.run("-m", "uniref_fast", *shlex.split(line)[1:], cwd=tmp_path, env=environment)
+            fewer = ["--num-inference-steps", "2"] if line.startswith("uniref-fast eval ") else []
+            done = warm.run("-m", "uniref_fast", *shlex.split(line)[1:], *fewer, cwd=tmp_path, env=environment)
         else:
             command = re.sub(
                 "^torchrun (.*)", rf"{sys.executable} -m torch.distributed.run --standalone \1 {SHORT}", line

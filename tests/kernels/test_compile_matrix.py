@@ -35,12 +35,12 @@ def test_attention_compiles_without_violations():
     """The kernels that fill the registers. `make kernels` compiles all, and with the newest Triton."""
     found = compiled(("attention", "attention_backward", "attention_causal", "attention_backward_causal"), "90")
     assert len(found["90"]) == 16
-    found = compiled(("attention_backward", "attention_backward_causal"), "80", "100")
+    found = compiled(("attention_backward",), "80", "100")
     assert len(found["80"]) == len(found["100"]) > 0
 
 
 def test_attention_in_8_bits_compiles_without_violations():
-    found = compiled(("attention_fp8", "attention_fp8_causal"), "89", "90", "100")
+    found = compiled(("attention_fp8",), "89", "100") | compiled(("attention_fp8", "attention_fp8_causal"), "90")
     assert all("segment_attention_fp8_kernel" in "".join(lines) for lines in found.values())
 
 

@@ -222,10 +222,11 @@ def test_requests_choose_adapters_beside_those_of_all(adapters):
     flags = ["serve", "--device", "cpu", "--initial", str(run), "--lora", f"ink={file}"]
     service = command.build_service(cli._parser().parse_args(flags), None)
 
+    pipe = builtin.load()
+    pipe.load_lora_weights(str(run / "lora"), adapter_name="first")
+    pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="second")
+
     def edited(scales):
-        pipe = builtin.load()
-        pipe.load_lora_weights(str(run / "lora"), adapter_name="first")
-        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="second")
         pipe.set_adapters(["first", "second"], scales)
         request = EditRequest(
             "x", [ImageSource("", data=picture()).load()], seed=1, true_cfg_scale=1.0, num_inference_steps=2

@@ -51,7 +51,13 @@ class Encoders:
     def to_device(self) -> None:
         """Move both to the device."""
         for name in PARTS:
-            getattr(self.pipe, name).to(self.device)
+            self._move(name)
+
+    def _move(self, name: str) -> None:
+        """Move an encoder to the device; if it is there, `to` would only visit all its modules."""
+        part = getattr(self.pipe, name)
+        if next(part.parameters()).device != self.device:
+            part.to(self.device)
 
     def free(self) -> None:
         """Free both; `present` loads them again."""
@@ -78,7 +84,7 @@ class Encoders:
                 if "vae" in absent:
                     stack.enter_context(single_frame(self.pipe.vae))
                 for name in names:
-                    getattr(self.pipe, name).to(self.device)
+                    self._move(name)
                 yield
         finally:
             if absent:

@@ -233,7 +233,6 @@ def distance(first, second):
 @pytest.mark.parametrize(
     ("backend", "rank", "checkpointing"),
     [
-        ("aot_eager", None, False),
         ("aot_eager", 4, True),
         ("inductor", None, False),
     ],
