@@ -101,11 +101,16 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
     backward = torch.is_grad_enabled()
     plans = [prepare_plan(q, plan, impl, backward=backward) for plan in (context.plan, context.target_plan)]
     references = None if context.references is None else context.references.buffers(q)
+
+    def own(x: Tensor) -> Tensor:
+        """Return a tensor that can be marked: those of the layout also serve forwards without kept references."""
+        return x if references is None else x.detach()
+
     traced = TracedContext(
-        joint_rows=(layout.joint_index("text", device), layout.joint_index("image", device)),
-        table_rows=tuple(context.modulation_rows(stream) for stream in ("text", "image", "joint")),
-        rotary=context.rotary,
-        targets=context.target_rows(),
+        joint_rows=(own(layout.joint_index("text", device)), own(layout.joint_index("image", device))),
+        table_rows=tuple(own(context.modulation_rows(stream)) for stream in ("text", "image", "joint")),
+        rotary=(own(context.rotary[0]), own(context.rotary[1])),
+        targets=own(context.target_rows()),
         plan=plans[0],
         target_plan=plans[1],
         impl=impl,
