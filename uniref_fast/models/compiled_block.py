@@ -106,9 +106,10 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
         """Return a tensor that can be marked: those of the layout also serve forwards without kept references."""
         return x if references is None else x.detach()
 
+    rows = [own(context.modulation_rows(stream)) for stream in ("text", "image", "joint")]
     traced = TracedContext(
         joint_rows=(own(layout.joint_index("text", device)), own(layout.joint_index("image", device))),
-        table_rows=tuple(own(context.modulation_rows(stream)) for stream in ("text", "image", "joint")),
+        table_rows=(rows[0], rows[1], rows[2]),
         rotary=(own(context.rotary[0]), own(context.rotary[1])),
         targets=own(context.target_rows()),
         plan=plans[0],
