@@ -193,12 +193,20 @@ def _load(pipe: Any, adapter: Adapter, name: str) -> int:
     """Add an adapter of any known format to a pipeline, and return the number of its tensors."""
     from uniref_fast.lora.file import read_lora, to_format
     from uniref_fast.lora.names import FORMATS
+    from uniref_fast.models.family import families, family_of
 
+    folder, options = str(adapter.file.parent), {"weight_name": adapter.file.name, "use_safetensors": True}
+    if family_of(pipe) is not families()[0]:  # `uniref_fast.lora` knows the layers of Qwen-Image alone
+        if not hasattr(pipe, "lora_state_dict"):
+            raise ValueError(f"the {type(pipe).__name__} of diffusers loads no LoRA files")
+        with _quiet_diffusers():
+            tensors = pipe.lora_state_dict(folder, **options)
+            load_adapter(pipe, folder, name, any(".lokr_" in key for key in tensors), **options)
+        return sum(not key.endswith(".alpha") for key in tensors)
     file = read_lora(adapter.file)
     lokr = "lokr" in file.kinds
     with _quiet_diffusers():
         if file.format == "diffusers":  # as it is: the factor of its configuration is not rounded
-            folder, options = str(adapter.file.parent), {"weight_name": adapter.file.name, "use_safetensors": True}
             load_adapter(pipe, folder, name, lokr, **options)
             return sum(len(layer.tensors) for layer in file.layers.values())
         tensors, _ = to_format(file, FORMATS["diffusers"])

@@ -313,10 +313,11 @@ def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: 
     options = {} if quantised is None else {"quantization_config": quantised}
     with _named(given, model):
         config = kind.load_config(folder / "transformer")
-    check_transformer(f"{given}, put on {model},", config, family_of(pipe))  # before any weights are read
+    family = family_of(pipe)
+    check_transformer(f"{given}, put on {model},", config, family)  # before any weights are read
     with _named(given, model):
         loaded = kind.from_pretrained(folder / "transformer", torch_dtype=dtype, use_safetensors=True, **options)
-    pipe.transformer = loaded.to(device)
+    pipe.transformer = family.adopted(pipe, loaded).to(device)
     check_pipeline(pipe, f"{given}, put on {model},")
 
 

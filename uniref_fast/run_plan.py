@@ -10,7 +10,7 @@ from uniref_fast import gpu_memory, speeds
 from uniref_fast.packing import next_fit
 from uniref_fast.training.core import memory
 from uniref_fast.training.core.adapter import check_adapter
-from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, offloaded_blocks, resident_blocks
+from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, offloaded_blocks
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
@@ -178,7 +178,7 @@ def make_plan(
     config = with_targets(config, given, size.lora_targets)
     check_base(config)
     check_sizes(config, size.output_side)
-    offloaded_blocks(size.num_layers, config.offload_blocks)
+    offloaded_blocks(size.num_blocks, config.offload_blocks)
     check_adapter(config)
     trained = (
         size.transformer
@@ -228,9 +228,8 @@ def _shared(config: Recipe, size: ModelSize, trained: int) -> dict[str, int]:
     element, master = BYTES[config.dtype], BYTES[config.weight_dtype]
     frozen = 0
     if config.lora_rank is not None:  # the weights of blocks are shared if they are neither quantised nor on the host
-        blocks = 0 if config.base in QUANTISED else size.num_layers - config.offload_blocks
-        numbers = sum(rows * columns for rows, columns in size.block_linears().values())
-        frozen = (size.transformer - size.num_layers * numbers) * element + blocks * _base_of_a_block(config, size)
+        frozen = (size.transformer - sum(block.numbers for block in size.blocks)) * element
+        frozen += 0 if config.base in QUANTISED else sum(_base_bytes(config, size)[0])
     more = 4 if config.ema is None else 8
     state = trained * more + moment_bytes(config, trained)
     return {"weights": frozen + trained * master, "gradients and optimizer": state}
@@ -238,20 +237,26 @@ def _shared(config: Recipe, size: ModelSize, trained: int) -> dict[str, int]:
 
 def _fixed(config: Recipe, size: ModelSize) -> dict[str, int]:
     """Return the bytes that every rank holds, by part; the sum is `TrainedModel.fixed_bytes`."""
-    found, away = {}, config.offload_blocks
+    found: dict[str, int] = {}
+    resident, away = _base_bytes(config, size)
+    fetched = sum(sorted(away)[-2:])  # the block that is computed, and the next one
     if config.base in QUANTISED:
-        blocks = resident_blocks(size.num_layers, away)
-        found[f"{config.base} base"] = blocks * _base_of_a_block(config, size)
+        found[f"{config.base} base"] = sum(resident) + fetched
     elif away:
-        found["fetched blocks"] = resident_blocks(away, away) * _base_of_a_block(config, size)
+        found["fetched blocks"] = fetched
     if config.resolve_encoders() == "resident":
         found["encoders"] = size.encoders * BYTES[config.dtype]
     return found
 
 
-def _base_of_a_block(config: Recipe, size: ModelSize) -> int:
-    """Return the bytes of the frozen weights of the Linear layers of a block."""
-    return sum(base_bytes(config.base, *sides, BYTES[config.dtype]) for sides in size.block_linears().values())
+def _base_bytes(config: Recipe, size: ModelSize) -> tuple[list[int], list[int]]:
+    """Return the bytes of the frozen weights of the Linear layers of each block: of those on the device, and others."""
+    host = offloaded_blocks(size.num_blocks, config.offload_blocks)
+    found: tuple[list[int], list[int]] = [], []
+    for number, block in enumerate(size.blocks):
+        sides = block.linears.values()
+        found[number in host].append(sum(base_bytes(config.base, *each, BYTES[config.dtype]) for each in sides))
+    return found
 
 
 def _memory(config: Recipe, options: PlanOptions, size: ModelSize, sizes: Sequence[int]) -> tuple[int, str]:
@@ -282,24 +287,35 @@ def _memory_plan(
 ) -> memory.MemoryPlan | str:
     """Return the plan of a stage, or the reason why it does not fit."""
     memory.sharing_degrees(stage, ranks, size)  # raises ValueError for a number of ranks that cannot work
-    element, block, in_block = BYTES[config.dtype], size.block, size.block
-    if config.lora_rank is not None:
-        in_block = trained // size.num_layers
-        block += in_block
-    numbers = [rows * columns for rows, columns in size.block_linears().values()]
-    quantised = max(numbers) if config.base in QUANTISED else 0
+    element = BYTES[config.dtype]
     freed = size.encoders * element if config.resolve_encoders() == "free" else 0
-    if config.base in QUANTISED or config.offload_blocks == size.num_layers:
-        block -= sum(numbers)
     try:
         return memory.plan_memory(
             stage, size, ranks=ranks, memory=available, fixed=fixed, sharded=sharded, element=element,
-            gathered=memory.gathered_bytes(block, in_block, element, ranks, quantised),
+            gathered=_gathered_bytes(config, size, ranks),
             update=update_bytes(config, trained), freed=freed, patch=size.token_side,
             sequences=config.sequences, reference_area=size.reference_area,
         )  # fmt: skip
     except ValueError as error:
         return str(error)
+
+
+def _gathered_bytes(config: Recipe, size: ModelSize, ranks: int) -> int:
+    """Return the bytes of the blocks that are gathered at a time, as `TrainedModel.gathered_bytes`."""
+    element, blocks, layers, quantised = BYTES[config.dtype], size.blocks, {}, 0
+    if config.lora_rank is not None:
+        layers = size.adapter_layers(config.lora_rank, config.lora_targets, config.adapter)
+    if config.base in QUANTISED:
+        quantised = max(rows * columns for block in blocks for rows, columns in block.linears.values())
+    host, found = offloaded_blocks(len(blocks), config.offload_blocks), set()
+    for number, block in enumerate(blocks):
+        numbers = trained = block.parameters
+        if config.lora_rank is not None:
+            trained = sum(count for name, count in layers.items() if name.startswith(f"{block.name}."))
+            away = config.base in QUANTISED or number in host  # its frozen weights are not sharded
+            numbers += trained - away * block.numbers
+        found.add((numbers, trained))
+    return max(memory.gathered_bytes(*each, element, ranks, quantised) for each in found)
 
 
 def _used(config: Recipe, stage: Any, lengths: Sequence[int], references: Sequence[int]) -> list[int]:
@@ -400,7 +416,7 @@ def _settings(config: Recipe, size: ModelSize, ranks: int, fits: Callable[[Recip
     if config.lora_rank is not None:
         order += (("base", "int8"), ("base", "nf4")) if config.base in (None, "bf16") else ()
         order += (("optimizer", "adamw8bit"),) if ranks == 1 else ()
-        blocks = (size.num_layers * part // 3 for part in (1, 2, 3))
+        blocks = (size.num_blocks * part // 3 for part in (1, 2, 3))
         order += tuple(("offload_blocks", count) for count in blocks if count > config.offload_blocks)
     for name, value in order:
         if getattr(config, name) == value:

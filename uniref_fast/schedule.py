@@ -50,16 +50,17 @@ def denoising_schedule(
     return scheduler
 
 
-def resolution_shift(config: Any, tokens: int) -> float:
+def resolution_shift(config: Any, tokens: int, mu: float | None = None) -> float:
     """Return the shift s of a scheduler for a target of `tokens` tokens; 1 leaves times as they are.
 
     Args:
         config: Configuration of the scheduler.
         tokens: Number of target tokens.
+        mu: Logarithm of the dynamic shift; None computes it from the scheduler's configuration.
     """
     if not config.get("use_dynamic_shifting"):
         return float(config.get("shift", 1.0))
-    mu = _mu(config, tokens)
+    mu = _mu(config, tokens) if mu is None else mu
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 

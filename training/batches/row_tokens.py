@@ -14,7 +14,6 @@ __all__ = ["RowTokens", "row_tokens"]
 
 MOST = 1000  # rows whose images are opened; of more rows, evenly spread ones stand for all
 GENERATED = 50  # generated rows that stand for the built-in data
-CHARACTERS = 4  # bytes of an instruction that count as one token
 Sizes = tuple[tuple[int, int] | None, list[tuple[int, int]], str]  # target, references, instruction
 
 
@@ -94,8 +93,7 @@ def _tokens(stage: BudgetStage, size: ModelSize, row: Sizes) -> tuple[int, int, 
 
     target = count(target_size(own, references, stage.target_side))
     scaled = size.reference_sizes(references, stage.budget)
-    text = len(references) * size.picture_tokens + len(instruction.encode()) // CHARACTERS + 6
-    return target, sum(map(count, scaled)), text
+    return target, sum(map(count, scaled)), size.text_tokens(instruction, len(references))
 
 
 def _generated(seed: int) -> Iterator[Sizes]:

@@ -121,6 +121,7 @@ class Encoder:
         drop_text: Share of samples whose instruction is replaced by the empty prompt.
         drop_references: Share of samples whose references are left out.
         encoders: Encoders of the pipeline, which may be freed later; None uses those that the pipeline has.
+        guidance: Guidance scale that a transformer with guidance embeddings gets; None takes that of its family.
     """
 
     def __init__(
@@ -131,10 +132,13 @@ class Encoder:
         drop_text: float = 0.0,
         drop_references: float = 0.0,
         encoders: Encoders | None = None,
+        guidance: float | None = None,
     ) -> None:
         self.pipe, self.cache, self.seed, self.encoders = pipe, cache, seed, encoders
         self.family = family_of(pipe)
         self.token_side = self.family.token_side(pipe)
+        usual = self.family.training_guidance(pipe.transformer.config)
+        self.guidance = usual if usual is None or guidance is None else guidance
         self.device = encoders.device if encoders else pipe._execution_device  # a property that searches all modules
         self._dtype = pipe.vae.dtype
         self.drop_text, self.drop_references = drop_text, drop_references
@@ -178,7 +182,7 @@ class Encoder:
             sizes = [] if form.no_references else sizes
             width, height = target_size(own, sizes, form.target_side)
             made = geometry(self.pipe, sizes, width=width, height=height, budget=form.budget)
-            made = replace(made, guidance=self.family.training_guidance(self.pipe.transformer.config))
+            made = replace(made, guidance=self.guidance)
             text = prompt_text(self.pipe, instruction, made.condition_sizes)
         except ValueError as error:
             raise error if isinstance(error, RowError) else RowError(row.where, error) from error
@@ -280,7 +284,8 @@ class Encoder:
         """
         length = text_length(prompt_text(self.pipe, words, sizes)) if tokens is None else tokens
         shape = length, self.family.text_channels(self.pipe.transformer.config)
-        return content_key(self._text, words, digests, sizes), shape
+        seen = digests if sizes else []  # without sizes, the text encoder sees no references
+        return content_key(self._text, words, seen, sizes), shape
 
     def _image_latents(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
         with self.encoders.present("vae") if self.encoders else contextlib.nullcontext():

@@ -43,21 +43,15 @@ def add_adapter(transformer: Any, rank: int, alpha: float, targets: Sequence[str
     from peft import LoKrConfig, LoraConfig
 
     config: Any
-    excluded = _no_linears(transformer, targets)
+    names = _of_linears(transformer, targets)
     if kind == "lokr":
-        config = LoKrConfig(
-            r=rank,
-            alpha=alpha,  # type: ignore[arg-type]
-            target_modules=list(targets),
-            exclude_modules=excluded,
-        )
+        config = LoKrConfig(r=rank, alpha=alpha, target_modules=names)  # type: ignore[arg-type]
     else:
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]  # a float works too
             init_lora_weights="gaussian",
-            target_modules=list(targets),
-            exclude_modules=excluded,
+            target_modules=names,
             use_rslora=kind == "rslora",
             use_dora=kind == "dora",
         )
@@ -67,19 +61,20 @@ def add_adapter(transformer: Any, rank: int, alpha: float, targets: Sequence[str
         raise ValueError(f"lora_targets {list(targets)}: {error}") from error
 
 
-def _no_linears(transformer: Any, targets: Sequence[str]) -> list[str] | None:
-    """Return the names of the modules, lists of layers, that have the name of a target and hold layers; None without.
+def _of_linears(transformer: Any, targets: Sequence[str]) -> list[str]:
+    """Return targets with those that also name lists of layers replaced by the whole names of their Linear layers.
 
-    A target that names no Linear layer at all is left to peft, which refuses it.
+    A target that names no Linear layer is left to peft, which refuses it.
     """
     from torch import nn
 
-    lists = [
-        name
-        for name, module in transformer.named_modules()
-        if isinstance(module, nn.ModuleList) and any(f".{name}".endswith(f".{target}") for target in targets)
-    ]
-    return lists or None
+    found: list[str] = []
+    for target in targets:
+        named = {name: x for name, x in transformer.named_modules() if f".{name}".endswith(f".{target}")}
+        linears = [name for name, module in named.items() if isinstance(module, nn.Linear)]
+        mixed = any(isinstance(module, nn.ModuleList) for module in named.values())
+        found += linears if mixed and linears else [target]
+    return found
 
 
 def is_adapter(name: str) -> bool:

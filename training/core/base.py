@@ -11,7 +11,7 @@ from typing import Literal
 
 from uniref_fast.training.core.recipe import Recipe
 
-__all__ = ["LIBRARIES", "QUANTISED", "Base", "base_bytes", "check_base", "offloaded_blocks", "resident_blocks"]
+__all__ = ["LIBRARIES", "QUANTISED", "Base", "base_bytes", "check_base", "offloaded_blocks"]
 
 Base = Literal["bf16", "int8", "fp8", "nf4"]
 LIBRARIES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
@@ -57,15 +57,6 @@ def offloaded_blocks(layers: int, count: int) -> tuple[int, ...]:
     if count > layers:
         raise ValueError(f"offload_blocks = {count} is more than the {layers} blocks of the model; give at most that")
     return tuple((2 * i + 1) * layers // (2 * count) for i in range(count))
-
-
-def resident_blocks(layers: int, count: int) -> int:
-    """Return the number of blocks whose frozen weights are on the device at the same time.
-
-    These are all others, the one that is used, and the one that is fetched ahead. Arguments are those of
-    `offloaded_blocks`.
-    """
-    return layers - count + min(count, 2)
 
 
 def check_base(config: Recipe) -> None:

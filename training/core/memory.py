@@ -91,7 +91,7 @@ def activation_bytes(
         element: Bytes per number.
         shared: Ranks share the pack.
     """
-    blocks = size.num_layers
+    blocks = size.num_blocks
     widths = size.kept_widths + shared * blocks
     if checkpointing is not False:
         widths = KEPT_RECOMPUTED[checkpointing] * blocks + size.recomputing + shared
@@ -291,9 +291,9 @@ def sharing_degrees(stage: BudgetStage, ranks: int, size: ModelSize) -> list[int
     if not size.shares_packs:
         if stage.sequence_parallel not in (None, 1):
             raise ValueError(
-                f"sequence_parallel = {stage.sequence_parallel}: ranks cannot share a pack of this model, whose "
-                "sequence is causal; leave it out, or set it to 1. More ranks share the weights and run packs of "
-                "their own"
+                f"sequence_parallel = {stage.sequence_parallel}: ranks cannot share a pack of a "
+                f"{size.transformer_class}; leave it out, or set it to 1. More ranks share the weights and run packs "
+                "of their own"
             )
         return [1]
     possible = [n for n in range(1, ranks + 1) if ranks % n == 0 and heads % n == 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,33 @@ from uniref_fast.lora.names import LINEARS
 from uniref_fast.training.core.adapter import layer_parameters
 from uniref_fast.training.core.recipe import LORA_TARGETS
 
-__all__ = ["BYTES", "KNOWN", "SIZES", "ModelSize", "QwenImage21Size", "model_size"]
+__all__ = ["BYTES", "KNOWN", "SIZES", "BlockSize", "ModelSize", "QwenImage21Size", "model_size"]
 
 VISION_TOKEN = 28  # side in pixels of a token of the text encoder's vision tower
 OUTPUT_AREA = 1024 * 1024  # pixels of the images of the released models
 CONDITION_AREA = 384 * 384  # pixels of a reference for the text encoder, as diffusers scales it
+CHARACTERS = 4  # bytes of an instruction that count as one token
 BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """Sizes of one block of a transformer.
+
+    Attributes:
+        name: Name of the block in the transformer.
+        linears: Rows and columns of the weights of its Linear layers, by their names in the block.
+        parameters: Number of its parameters.
+    """
+
+    name: str
+    linears: Mapping[str, tuple[int, int]]
+    parameters: int
+
+    @property
+    def numbers(self) -> int:
+        """Number of the parameters that are weights of Linear layers."""
+        return sum(rows * columns for rows, columns in self.linears.values())
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,17 @@ class ModelSize:
         return self.kept * self.num_layers
 
     @property
+    def num_blocks(self) -> int:
+        """Number of blocks of all kinds."""
+        return self.num_layers
+
+    @property
+    def blocks(self) -> list[BlockSize]:
+        """Sizes of all blocks, in the order in which they run."""
+        linears = self.block_linears()
+        return [BlockSize(f"transformer_blocks.{i}", linears, self.block) for i in range(self.num_layers)]
+
+    @property
     def transformer(self) -> int:
         """Number of parameters of the transformer."""
         width = self.width
@@ -105,7 +138,11 @@ class ModelSize:
         return self.condition_area // VISION_TOKEN**2 + 7
 
     def adapter(self, rank: int, targets: Sequence[str], kind: str = "lora") -> int:
-        """Return the number of parameters of an adapter.
+        """Return the number of parameters of an adapter; arguments and errors as for `adapter_layers`."""
+        return sum(self.adapter_layers(rank, targets, kind).values())
+
+    def adapter_layers(self, rank: int, targets: Sequence[str], kind: str = "lora") -> dict[str, int]:
+        """Return the numbers of parameters of an adapter by the name of the layer.
 
         Args:
             rank: Rank of the adapter.
@@ -132,7 +169,7 @@ class ModelSize:
                     f"lora_rank = {rank} is more than the width {narrowest} of the layers {target!r}; give at most that"
                 )
             chosen |= fitting
-        return sum(layer_parameters(kind, rank, rows, columns) for rows, columns in chosen.values())
+        return {name: layer_parameters(kind, rank, rows, columns) for name, (rows, columns) in chosen.items()}
 
     @property
     def block(self) -> int:
@@ -147,8 +184,7 @@ class ModelSize:
 
     def _linears(self) -> dict[str, tuple[int, int]]:
         """Return (rows, columns) of the weights of all Linear layers, by name."""
-        block = self.block_linears().items()
-        blocks = {f"transformer_blocks.{i}.{name}": sides for i in range(self.num_layers) for name, sides in block}
+        blocks = {f"{block.name}.{name}": sides for block in self.blocks for name, sides in block.linears.items()}
         return blocks | self._outer_linears()
 
     def _outer_linears(self) -> dict[str, tuple[int, int]]:
@@ -162,6 +198,10 @@ class ModelSize:
             "proj_out": (self.patch_size**2 * self.out_channels, width),
         }
 
+    def text_tokens(self, instruction: str, references: int) -> int:
+        """Return roughly the number of text tokens of an instruction with a number of references."""
+        return references * self.picture_tokens + len(instruction.encode()) // CHARACTERS + 6
+
     @classmethod
     def of(cls, transformer: Mapping[str, Any], areas: Mapping[str, int]) -> ModelSize:
         """Return the sizes that the configuration of a transformer and the image areas of its model tell.
@@ -170,10 +210,10 @@ class ModelSize:
             transformer: Configuration of the transformer; a value that it lacks is diffusers' default.
             areas: Image areas that the model records, as the built-in model does; empty for others.
         """
-        kind = SIZES.get(str(transformer.get("_class_name", "")), cls)
-        names = (field.name for field in fields(kind))
+        kind = _class_for(transformer) or cls
+        known: dict[str, Any] = {field.name: type(field.default) for field in fields(kind)}
         return kind(
-            **{name: int(transformer[name]) for name in names if transformer.get(name) is not None},
+            **{name: number(transformer[name]) for name, number in known.items() if transformer.get(name) is not None},
             condition_area=areas.get("condition_image_area", CONDITION_AREA),
             reference_area=areas.get("vae_image_area", OUTPUT_AREA),
             output_side=math.isqrt(areas.get("output_area", OUTPUT_AREA)),
@@ -288,8 +328,28 @@ class QwenImage21Size(ModelSize):
         return reference_sizes(references, self.reference_area, budget)
 
 
-SIZES: dict[str, type[ModelSize]] = {kind.transformer_class: kind for kind in (ModelSize, QwenImage21Size)}
-"""Class of the sizes by the class of the transformer in diffusers."""
+SIZES = {
+    "QwenImageTransformer2DModel": "uniref_fast.training.core.model_size:ModelSize",
+    "QwenImage21Transformer2DModel": "uniref_fast.training.core.model_size:QwenImage21Size",
+    "Flux2Transformer2DModel": "uniref_fast.training.core.flux2_size:Flux2Size",
+}
+"""Class of the sizes, as "module:name", by the class of the transformer in diffusers."""
+
+
+def _class_for(transformer: Mapping[str, Any]) -> type[ModelSize] | None:
+    """Return the class of the sizes for the configuration of a transformer; None if it names no class.
+
+    Raises:
+        ValueError: Training does not support the class of the transformer.
+    """
+    kind = transformer.get("_class_name")
+    if kind is None:
+        return None
+    if kind not in SIZES:
+        raise ValueError(f"its transformer is a {kind}, which training does not support")
+    module, _, name = SIZES[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
 
 KNOWN = {name: ModelSize() for name in ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")}
 """Sizes of models whose configuration is known without a download."""
@@ -309,8 +369,6 @@ def model_size(name: str) -> ModelSize:
     folder = model_folder() if name == "builtin" else _folder(name)
     try:
         transformer = _config(folder / "transformer")
-        if (kind := transformer.get("_class_name", "QwenImageTransformer2DModel")) not in SIZES:
-            raise ValueError(f"its transformer is a {kind}, which training does not support")
         areas = recorded_areas(_config(folder, "model_index.json"), transformer)
         size = ModelSize.of(transformer, areas).with_vae(_config(folder / "vae"))
         encoders = sum(_parameters(folder / part) for part in ("text_encoder", "vae"))

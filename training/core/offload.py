@@ -43,6 +43,9 @@ class BlockWeights:
         self.stream, self.present = stream, True
         self.parameters = [_moved(layer, device) for layer in block.modules() if _has_frozen_weight(layer)]
         tensors = [tensor for parameter in self.parameters for tensor in stored_tensors(parameter)]
+        for tensor in tensors:
+            if not tensor.untyped_storage().resizable():  # it is a part of a file that was mapped into memory
+                tensor.data = tensor.data.clone()
         # `data` shares the storage and not the version: a copy into it is no change that autograd would refuse
         self._tensors = [*{t.untyped_storage().data_ptr(): t.data for t in tensors}.values()]
         self._sizes = [tensor.untyped_storage().nbytes() for tensor in self._tensors]

@@ -70,7 +70,7 @@ MAY_CHANGE = frozenset({
     "stages.budget", "stages.steps", "stages.lr", "stages.target_side", "stages.pack_tokens",
     "stages.sequence_parallel", "stages.checkpointing", "stages.references", "steps", "packs", "betas", "weight_decay",
     "warmup", "schedule", "max_grad_norm", "t_mean", "t_std", "drop_text", "drop_references",
-    "mask_weight_outside",
+    "mask_weight_outside", "embedded_guidance",
     # evaluation, checkpoints and logs
     "heldout", "validate", "save_every", "keep", "eval_every", "eval_samples", "sample_every", "sample_count",
     "sample_num_inference_steps", "sample_true_cfg_scale", "tensorboard", "wandb", "alarm", "vae.save_every",

@@ -39,7 +39,7 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     _check_libraries(config)
     check_adapter(config)
     size = check_model(config)
-    offloaded_blocks(size.num_layers, config.offload_blocks)
+    offloaded_blocks(size.num_blocks, config.offload_blocks)
     if any(stage.sequence_parallel is not None for stage in config.stages):
         from uniref_fast.training.core.memory import sharing_degrees
 

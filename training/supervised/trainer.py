@@ -54,8 +54,9 @@ class SFTTrainer(Trainer):
         with self.progress.of("reading the rows"):
             self.dataset = Dataset(config.data, config.image_folder, columns=config.columns)
         drops = config.drop_text, config.drop_references
-        self.encoder = Encoder(model.pipe, cache, config.seed, *drops, encoders=model.encoders)
-        plain = Encoder(model.pipe, cache, encoders=model.encoders)
+        guided: dict[str, Any] = {"encoders": model.encoders, "guidance": config.embedded_guidance}
+        self.encoder = Encoder(model.pipe, cache, config.seed, *drops, **guided)
+        plain = Encoder(model.pipe, cache, **guided)
         self.heldout = Validation([Path(path) for path in config.heldout], config, model, plain, self.ranks)
         if config.resolve_encoders() == "free":
             report = encode_ahead(self.encoder, self.ranks, config, self._rows_to_encode(step, state))

@@ -236,6 +236,10 @@ class Family:
         """Return a new transformer with a configuration, of the kind that a layout is for."""
         return self.transformer_class()(**config)
 
+    def adopted(self, pipe: Any, transformer: Any) -> Any:
+        """Return a loaded transformer that replaces the one of a pipeline, changed as the pipeline changes its own."""
+        return transformer
+
     def keeps_references(self, transformer: Any) -> bool:
         """Return True for a model whose pipeline in diffusers computes references in the first step only."""
         return False

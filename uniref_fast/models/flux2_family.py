@@ -30,10 +30,10 @@ from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
-from uniref_fast.schedule import denoising_schedule
+from uniref_fast.schedule import denoising_schedule, resolution_shift
 from uniref_fast.visibility import Rule, plan, target_plan
 
-__all__ = ["FLUX_2", "Flux2"]
+__all__ = ["FLUX_2", "Flux2", "reference_size"]
 
 AREA = 1024 * 1024
 """Largest area of a reference in pixels."""
@@ -43,6 +43,9 @@ TEXT_LENGTH = 512
 
 TEXT_LAYERS = 3
 """Number of layers of the text encoder whose outputs are concatenated."""
+
+GUIDANCE = 3.5
+"""Guidance scale that a transformer with guidance embeddings gets in training unless a run gives another."""
 
 _MODEL = "diffusers.models.transformers.transformer_flux2"
 _BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
@@ -89,8 +92,7 @@ class Flux2(Family):
     }
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
-        "sft": "the training loops encode prompts with pictures",
-        "msgrpo": "the training loops encode prompts with pictures",
+        "msgrpo": "rollouts and replays were not tested with its guidance and kept references",
     }
     replaced = REPLACED
     packed = PackedFlux2
@@ -113,11 +115,10 @@ class Flux2(Family):
 
     def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
         transformer = super().built(config, layout)
-        if layout.clean_references:
-            from diffusers import Flux2KleinKVPipeline
+        return _of_klein_kv(transformer) if layout.clean_references else transformer
 
-            Flux2KleinKVPipeline._set_kv_attn_processors(SimpleNamespace(transformer=transformer))
-        return transformer
+    def adopted(self, pipe: Any, transformer: Any) -> Any:
+        return _of_klein_kv(transformer) if has_clean_references(pipe.transformer) else transformer
 
     def keeps_references(self, transformer: Any) -> bool:
         return has_clean_references(transformer)
@@ -178,7 +179,7 @@ class Flux2(Family):
         budget: int | None = None,
     ) -> Geometry:
         patch = pipe.vae_scale_factor * 2
-        alone = [_reference_size(size, patch) for size in sizes]
+        alone = [reference_size(size, patch) for size in sizes]
         usual = alone[0] if alone else (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
         result_width, result_height = (
             (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
@@ -187,9 +188,7 @@ class Flux2(Family):
         return Geometry((result_width, result_height), (), tuple(references), patch)
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-
-        scheduler, mu = pipe.scheduler, compute_empirical_mu(tokens, steps)
+        scheduler, mu = pipe.scheduler, _stock().compute_empirical_mu(tokens, steps)
         is_own = bool(scheduler.config.get("use_flow_sigmas"))
         return denoising_schedule(scheduler, tokens, steps, device, mu=mu, own_sigmas=is_own)
 
@@ -214,7 +213,7 @@ class Flux2(Family):
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         width, height = size
         processor = pipe.image_processor
-        if size != _reference_size(image.size, pipe.vae_scale_factor * 2):  # of a joint budget
+        if size != reference_size(image.size, pipe.vae_scale_factor * 2):  # of a joint budget
             image = image.resize(size, Image.Resampling.LANCZOS)
         elif image.width * image.height > AREA:
             image = processor._resize_to_target_area(image, AREA)
@@ -258,6 +257,20 @@ class Flux2(Family):
         latents = pipe._unpatchify_latents(latents * std + mean).to(vae.dtype)
         return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
 
+    # ---- training ----
+
+    def training_guidance(self, config: Any) -> float | None:
+        return GUIDANCE if config.guidance_embeds else None
+
+    def training_shift(self, pipe: Any, tokens: int) -> float:
+        """Return the shift that the pipeline has with its usual number of steps, on which its shift depends too."""
+        index = {"_class_name": type(pipe).__name__, "is_distilled": pipe.config.get("is_distilled")}
+        mu = _stock().compute_empirical_mu(tokens, self.defaults(index)[0])
+        return resolution_shift(pipe.scheduler.config, tokens, mu)
+
+    def prompt_template(self, pipe: Any) -> Any:
+        return [pipe.tokenizer.chat_template, getattr(pipe, "system_message", None), TEXT_LENGTH]
+
     # ---- what an edit costs ----
 
     def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
@@ -299,13 +312,21 @@ class Flux2(Family):
         return count * flops, TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
 
 
-def _reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
+def reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """Return the size that the pipelines give a reference: at most `AREA`, cropped to whole tokens."""
     width, height = size
     if width * height > AREA:
         scale = math.sqrt(AREA / (width * height))
         width, height = int(width * scale), int(height * scale)
     return width // patch * patch, height // patch * patch
+
+
+def _of_klein_kv(transformer: Any) -> Any:
+    """Set the attention processors of klein-KV on a transformer, and return it."""
+    from diffusers import Flux2KleinKVPipeline
+
+    Flux2KleinKVPipeline._set_kv_attn_processors(SimpleNamespace(transformer=transformer))
+    return transformer
 
 
 def _no_negative_prompt(pipe: Any) -> str | None:
@@ -315,6 +336,13 @@ def _no_negative_prompt(pipe: Any) -> str | None:
     if not type(pipe).__name__.endswith("KleinPipeline"):
         return "it has no classifier-free guidance"
     return "the model is distilled, and guidance is part of it" if pipe.config.is_distilled else None
+
+
+def _stock() -> Any:
+    """Return diffusers' module of the pipeline, imported when first needed."""
+    from diffusers.pipelines.flux2 import pipeline_flux2
+
+    return pipeline_flux2
 
 
 FLUX_2 = Flux2()

@@ -10,10 +10,15 @@ from torch import nn
 __all__ = ["PIPELINES", "flux2_vae", "pipeline", "pipeline_of", "transformer"]
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2Pipeline")
-"""Pipeline classes that `pipeline` builds. `Flux2Pipeline` has no text encoder: that of the released model is a
-Mistral with a processor of its own, and prompt embeddings are given instead."""
+"""Pipeline classes that `pipeline` builds. `Flux2Pipeline` has no text encoder, and gets prompt embeddings instead;
+`pipeline_of` can give it a small Mistral."""
 
 CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
+
+CHAT_OF_PARTS = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}{{ part['text'] }}"
+    "{% endfor %}\n{% endfor %}"
+)
 
 
 def transformer(
@@ -78,13 +83,14 @@ def pipeline(name: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, 
     return pipeline_of(transformer(kind, dtype, layers=layers, single_layers=layers, heads=heads), kind)
 
 
-def pipeline_of(transformer: Any, kind: str = "klein", distilled: bool = False) -> Any:
+def pipeline_of(transformer: Any, kind: str = "klein", distilled: bool = False, mistral: bool = False) -> Any:
     """Return a pipeline around a transformer.
 
     Args:
         transformer: Transformer of `transformer`.
         kind: "klein", "klein-kv", "inpaint" or "dev".
         distilled: Make a klein pipeline one of a distilled model, without classifier-free guidance.
+        mistral: Give a pipeline of dev a text encoder.
     """
     import diffusers
 
@@ -96,7 +102,9 @@ def pipeline_of(transformer: Any, kind: str = "klein", distilled: bool = False) 
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
         parts = {"transformer": transformer, "vae": flux2_vae(dtype), "scheduler": scheduler}
         if kind == "dev":
-            return diffusers.Flux2Pipeline(text_encoder=None, tokenizer=None, **parts)
+            processor = _mistral_processor() if mistral else None
+            encoder = None if processor is None else _mistral(processor.tokenizer).to(dtype)
+            return diffusers.Flux2Pipeline(text_encoder=encoder, tokenizer=processor, **parts)
         tokenizer = components.tokenizer()
         tokenizer.chat_template = CHAT
         parts |= {"text_encoder": _text_encoder(len(tokenizer)).to(dtype), "tokenizer": tokenizer}
@@ -116,6 +124,33 @@ def _text_encoder(vocabulary: int) -> Any:
         num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).eval()
+
+
+def _mistral_processor() -> Any:
+    """Return the processor of dev with the small tokenizer of the built-in model."""
+    from transformers import PixtralImageProcessor, PixtralProcessor
+
+    from uniref_fast.builtin import components
+
+    tokenizer = components.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    return PixtralProcessor(PixtralImageProcessor(), tokenizer, patch_size=14, chat_template=CHAT_OF_PARTS)
+
+
+def _mistral(tokenizer: Any) -> Any:
+    """Return an encoder with the 30 layers that the pipeline of dev reads."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    text = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=30, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
+    )  # fmt: skip
+    vision = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    image = tokenizer.convert_tokens_to_ids("[IMG]")
+    config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=image)
+    return Mistral3ForConditionalGeneration(config).eval()
 
 
 def flux2_vae(dtype: torch.dtype) -> Any:
