@@ -76,8 +76,8 @@ class JoyImageEditPlus(Family):
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "its pipeline also makes steps of the references, which a kept step leaves out",
         "fast": "its blocks were not measured in 8 bits",
-        "sft": "training was not tested with it",
-        "msgrpo": "training was not tested with it",
+        "sft": "the training loops read sizes of the transformer from options that its configuration does not have",
+        "msgrpo": "the training loops read sizes of the transformer from options that its configuration does not have",
     }
     replaced = REPLACED
     packed = PackedJoyImage
@@ -125,6 +125,9 @@ class JoyImageEditPlus(Family):
             raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
         return replace(request, negative_prompt=" ")
 
+    def token_side(self, pipe: Any) -> int:
+        return pipe.vae_scale_factor_spatial * PATCH[1]
+
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         area = pipe.image_processor.config.basesize**2
         return area, area, area
@@ -137,7 +140,7 @@ class JoyImageEditPlus(Family):
         height: int | None = None,
         budget: int | None = None,
     ) -> Geometry:
-        patch = pipe.vae_scale_factor_spatial * PATCH[1]
+        patch = self.token_side(pipe)
         alone = [_listed_size(pipe, size) for size in sizes]
         usual = alone[-1] if alone else (SIDE, SIDE)
         result_width, result_height = (
@@ -226,7 +229,7 @@ class JoyImageEditPlus(Family):
         return (combined * (norms[0] / norms[1].clamp_min(1e-6))).flatten(-2)
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, patch = pipe.vae, pipe.vae_scale_factor_spatial * PATCH[1]
+        vae, patch = pipe.vae, self.token_side(pipe)
         width, height = size
         latents = _pixels(latents, (1, height // patch, width // patch))
         mean, std = _statistics(vae, latents)
