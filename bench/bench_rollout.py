@@ -46,7 +46,7 @@ def group(pipe):
         parts = [image_latents(pipe, *pair) for pair in zip(scene.references, made.reference_sizes, strict=True)]
     prepared = Prepared(None, scene.instruction, False, made, made.sample(len(text)))
     times = sigmas(pipe, SIDE**2 // made.patch**2, STEPS)
-    return EncodedGroup((0, 0), 0, prepared, 1.0, (len(text),), times, (), torch.cat(parts), (text,))
+    return EncodedGroup((0, 0), 0, prepared, 1.0, (len(text),), times, (), False, torch.cat(parts), (text,))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, of
 from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
-from uniref_fast.training.core.suitability import check_sizes, with_targets
+from uniref_fast.training.core.suitability import check_kept_references, check_sizes, with_targets
 from uniref_fast.training.rl.recipes import MSGRPO
 
 __all__ = ["PlanOptions", "RunPlan", "StagePlan", "make_plan"]
@@ -178,6 +178,7 @@ def make_plan(
     config = with_targets(config, given, size.lora_targets)
     check_base(config)
     check_sizes(config, size.output_side)
+    check_kept_references(config, size)
     offloaded_blocks(size.num_blocks, config.offload_blocks)
     check_adapter(config)
     trained = (

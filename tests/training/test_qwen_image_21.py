@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import warm
 from PIL import Image
 from qwen_image_21 import case, pipeline, transformer
+from rollouts import FakeRanks, FakeRewards
 from safetensors.torch import load_file
 
 import uniref_fast
@@ -18,12 +20,17 @@ from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.models import PackedQwenImage21
 from uniref_fast.run_plan import PlanOptions, make_plan
 from uniref_fast.testing import max_relative_error
-from uniref_fast.training import sft
+from uniref_fast.training import msgrpo, sft
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.adapter import add_adapter
+from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.model_size import QwenImage21Size, model_size
 from uniref_fast.training.core.recipe import BudgetStage
+from uniref_fast.training.rl.generator import RolloutGenerator
+from uniref_fast.training.rl.on_policy import TOLERANCE, check_on_policy
+from uniref_fast.training.rl.recipes import MSGRPO, RLStage
+from uniref_fast.training.rl.rollout import replay
 from uniref_fast.training.supervised.flow_matching import flow_batch, sample_errors
 from uniref_fast.training.supervised.recipes import SFT
 
@@ -236,6 +243,89 @@ def test_two_ranks_train_all_weights_as_one_does(folder, tmp_path):
     for name, parameter in pipe.transformer.named_parameters():
         assert torch.equal(parameter, weights[1][name]) and not torch.equal(parameter, before[name]), name
         assert max_relative_error(weights[1][name], weights[0][name]) < 1e-3, name
+
+
+# ---- rollouts ----
+
+
+@pytest.fixture(scope="module")
+def rollouts(folder):
+    """Return denoised batches of groups of three, by whether members share text and references, and keep them."""
+    pipe = load_pipeline(str(folder / "model"), torch.float32, "cpu")
+    dataset, encoder = Dataset([folder / "train.jsonl"]), Encoder(pipe, TensorCache(None))
+    rows = [((0, i), encoder.prepare(dataset[i], (0, i), 128, 128, rollout=True)) for i in (2, 3)]
+
+    def run(shared, kept, guidance):
+        config = MSGRPO((RLStage(128, 1, 1e-3),), group=3, packs=2, dtype="float32", rollout_num_inference_steps=3,
+                        rollout_true_cfg_scale=guidance, keep_references=kept, rewards=("scene",))  # fmt: skip
+        packed, encoders = PackedQwenImage21(pipe.transformer, for_training=True), SimpleNamespace()
+        model = SimpleNamespace(pipe=pipe, packed=packed, config=config, ranks=FakeRanks(), encoders=encoders)
+        generator = RolloutGenerator(config, model.ranks, model, encoder, FakeRewards(), lambda: False)
+        assert generator.shared, "without any flag"
+        generator.shared = shared
+        batch = generator.training_batch(rows, MemoryPlan(2000, 1, False, 0, ""))
+        assert generator.generate(batch)
+        return generator, batch
+
+    return run
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_members_share_text_and_references_which_are_kept_exactly(rollouts, guidance):
+    ends, tokens = {}, {}
+    for shared, kept in ((False, False), (True, False), (True, True)):
+        generator, batch = rollouts(shared, kept, guidance)
+        found = check_on_policy(generator.model.packed, batch.packs, 2, generator.sampler, generator.ranks, None)
+        assert len(found) == 12 and not any(one.off for one in found), "the replay computes every row"
+        packs = [pack for pack in batch.packs if pack is not None]
+        assert sum(len(pack.members) for pack in packs) == 6
+        ends[shared, kept] = torch.cat([member.latents for pack in packs for member in pack.members])
+        tokens[shared] = [pack.layout.joint_length for pack in packs]
+        for pack in packs:
+            groups = {member.group.number: member.group for member in pack.members}.values()
+            own = sum(member.group.own_tokens for member in pack.members)
+            expected = sum(member.group.tokens for member in pack.members)
+            assert pack.layout.joint_length == (own + sum(g.shared_tokens for g in groups) if shared else expected)
+    assert sum(tokens[True]) < 0.7 * sum(tokens[False])
+    for found in (ends[True, False], ends[True, True]):
+        torch.testing.assert_close(found, ends[False, False], rtol=0, atol=5e-5)  # products of other row counts
+
+
+def test_the_gradient_of_shared_prefixes_is_that_of_members_alone(rollouts):
+    found = {}
+    for shared in (False, True):
+        generator, batch = rollouts(shared, False, 1.0)
+        packed = generator.model.packed
+        packed.transformer.requires_grad_(True)
+        loss = sum(step.mean.square().mean() for pack in batch.packs if pack is not None
+                   for _, step in replay(packed, pack, 0, generator.sampler))  # fmt: skip
+        found[shared] = gradients(packed.transformer, loss)
+    for name, gradient in found[False].items():
+        assert max_relative_error(found[True][name], gradient) < 1e-4, name
+
+
+@pytest.mark.slow
+def test_a_run_of_msgrpo(folder, tmp_path):
+    out = tmp_path / "run"
+    given = {"recipe": "tiny", "model": folder / "model", "data": folder / "train.jsonl", "out": out, "steps": 2,
+             "heldout": folder / "heldout.jsonl", "prompts": 2, "group": 2, "packs": 2, "lora-rank": 2,
+             "rollout-num-inference-steps": 3, "sample-num-inference-steps": 2, "eval-every": 2, "eval-samples": 1,
+             "sample-every": 0, "save-every": 1, "tensorboard": "false", "keep-references": "true",
+             "rewards": "qwen_image_21:dark"}  # fmt: skip
+    for i in (0, 1):
+        given |= {f"stages.{i}.budget": 128, f"stages.{i}.target-side": 128, f"stages.{i}.pack-tokens": 1000,
+                  f"stages.{i}.references": "any"}  # fmt: skip
+    words = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    assert msgrpo.main(words) == 0
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    checks = [event["worst_log_ratio"] for event in events if event["kind"] == "on-policy check"]
+    assert checks and max(checks) < TOLERANCE
+    before = adapter(out)
+    assert any(tensor.abs().max() > 0 for name, tensor in before.items() if "lora_B" in name), "it was trained"
+    shutil.rmtree(out / "lora")
+    shutil.rmtree(out / "checkpoints" / "step-000002")
+    assert msgrpo.main([*words, "--resume", "auto"]) == 0
+    assert all(torch.equal(tensor, adapter(out)[name]) for name, tensor in before.items()), "bit for bit"
 
 
 # ---- the plan ----

@@ -55,6 +55,7 @@ class ModelSize:
         transformer_class: Class of the transformer in diffusers.
         lora_targets: Names of the Linear layers that get an adapter if a run names none.
         shares_packs: Ranks can share a pack.
+        keeps_prefix: References depend on nothing that changes between steps, under the visibility "full".
         kept: Widths per token that a block keeps for the backward (`memory.activation_bytes`).
         recomputing: Widths per token of the block that is recomputed, gradients of activations included.
         coding: Numbers per pixel that the VAE holds at its peak while it encodes, and while it decodes, in widths of
@@ -78,6 +79,7 @@ class ModelSize:
     transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
     shares_packs: ClassVar[bool] = True
+    keeps_prefix: ClassVar[bool] = False
     kept: ClassVar[int] = 21
     recomputing: ClassVar[int] = 24
     coding: ClassVar[tuple[float, float]] = (9.1, 17.1)
@@ -265,6 +267,7 @@ class QwenImage21Size(ModelSize):
         "to_q", "to_k", "to_v", "to_out.0", "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out",
     )  # fmt: skip
     shares_packs: ClassVar[bool] = False
+    keeps_prefix: ClassVar[bool] = True
     kept: ClassVar[int] = 24
     recomputing: ClassVar[int] = 28
     coding: ClassVar[tuple[float, float]] = (11.2, 33.5)

@@ -16,7 +16,7 @@ from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.optimizer import check_optimizer
 from uniref_fast.training.core.recipe import LORA_TARGETS, Recipe
 
-__all__ = ["check_model", "check_sizes", "check_suitability", "with_targets"]
+__all__ = ["check_kept_references", "check_model", "check_sizes", "check_suitability", "with_targets"]
 
 C = TypeVar("C", bound=Recipe)
 SMALLEST, LARGEST = 1 / 8, 4  # side of a stage's images, relative to those of the model; a budget may be twice as much
@@ -39,6 +39,7 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     _check_libraries(config)
     check_adapter(config)
     size = check_model(config)
+    check_kept_references(config, size)
     offloaded_blocks(size.num_blocks, config.offload_blocks)
     if any(stage.sequence_parallel is not None for stage in config.stages):
         from uniref_fast.training.core.memory import sharing_degrees
@@ -102,6 +103,15 @@ def _check_libraries(config: Recipe) -> None:
                 f"{name} = {getattr(config, name)} needs the library {library}, which is not installed: pip install "
                 f"{library}, or give another --{name}"
             )
+
+
+def check_kept_references(config: Recipe, size: ModelSize) -> None:
+    """Raise ValueError if rollouts are to keep references that depend on the step."""
+    kept = getattr(config, "keep_references", False)  # of MSGRPO
+    if kept and config.visibility == "full" and not size.keeps_prefix:
+        raise ValueError(
+            'keep_references needs references that do not depend on the step: under visibility = "full" they do'
+        )
 
 
 def check_sizes(config: Recipe, own: int) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from uniref_fast.encode import decode_image, prompt_text, to_rgb
 from uniref_fast.guidance import texts_of
 from uniref_fast.layout import Sample
+from uniref_fast.models.family import family_of
 from uniref_fast.models.kept_references import RefreshSchedule, dependence
 from uniref_fast.progress import running
 from uniref_fast.rewards.types import Candidate, Failure, Scores
@@ -101,9 +102,12 @@ class RolloutGenerator:
         self.config, self.ranks, self.model, self.encoder = config, ranks, model, encoder
         self.rewards, self.signalled, self.progress = rewards, signalled, progress or running(shown=False)
         self.sampler = Sampler(config.sampler, config.noise)
-        self.shared = config.visibility == "group_shared"
+        guidance = family_of(model.pipe).training_guidance(model.pipe.transformer.config)
+        one = model.packed.layout([Sample(1, (1, 1, 1), ((1, 1, 1),), guidance=guidance)])
+        # Text and references that come before the target, at t = 0, are the same for all members of a group.
+        self.shares_text = one.causal_prefix and one.clean_references
+        self.shared = config.visibility == "group_shared" or self.shares_text
         if config.keep_references:  # refuse a model for which it is not exact, before any rollout
-            one = model.packed.layout([Sample(1, (1, 1, 1), ((1, 1, 1),))])
             RefreshSchedule.of(True, None, dependence(one, model.packed.visibility))
 
     # ---- batches ----
@@ -152,7 +156,7 @@ class RolloutGenerator:
         pipe, conditions = self.model.pipe, prepared.geometry.condition_sizes
         prompts = [prompt_text(pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)]
         times = sigmas(pipe, math.prod(prepared.sample.target), steps)
-        return Group(key, number, prepared, guidance, tuple(prompts), times, noisy)
+        return Group(key, number, prepared, guidance, tuple(prompts), times, noisy, self.shares_text)
 
     def _batch(
         self,

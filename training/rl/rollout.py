@@ -50,6 +50,8 @@ class Group:
         prompts: Text of the instruction and, with guidance, of the empty prompt, as `Sample.text`.
         sigmas: Times from 1 to 0, one more than there are denoising steps.
         noisy_steps: Numbers of the steps with noise, ascending; the same for all members.
+        shares_text: True if the members of a pack with shared references share the text too, as in models whose text
+            and references come before the target and do not attend to it.
     """
 
     key: GroupKey
@@ -59,12 +61,16 @@ class Group:
     prompts: tuple[Text, ...]
     sigmas: tuple[float, ...]
     noisy_steps: tuple[int, ...]
+    shares_text: bool
 
     @property
     def samples(self) -> tuple[Sample, ...]:
         """Sequences of one member in a pack: with guidance two, else one."""
-        shape = self.prepared.sample
-        return tuple(replace(shape, text=text, group=self.number) for text in self.prompts)
+        shape, number = self.prepared.sample, self.number
+        if not self.shares_text:
+            return tuple(replace(shape, text=text, group=number) for text in self.prompts)
+        # instruction and empty prompt are different texts: each has a group of its own
+        return tuple(replace(shape, text=text, group=2 * number + i) for i, text in enumerate(self.prompts))
 
     @property
     def target_tokens(self) -> int:
@@ -75,14 +81,23 @@ class Group:
         return sum(map(math.prod, self.prepared.sample.references))
 
     @property
+    def shared_tokens(self) -> int:
+        """Tokens that the members of a pack with shared references have once."""
+        if not self.shares_text:
+            return self.reference_tokens
+        return sum(map(text_length, self.prompts)) + len(self.prompts) * self.reference_tokens
+
+    @property
     def own_tokens(self) -> int:
-        """Tokens of one member without its references."""
-        return sum(map(text_length, self.prompts)) + len(self.prompts) * self.target_tokens
+        """Tokens of one member without those that it shares."""
+        text = 0 if self.shares_text else sum(map(text_length, self.prompts))
+        return text + len(self.prompts) * self.target_tokens
 
     @property
     def tokens(self) -> int:
-        """Tokens of one member that does not share its references."""
-        return self.own_tokens + len(self.prompts) * self.reference_tokens
+        """Tokens of one member that shares nothing."""
+        images = self.target_tokens + self.reference_tokens
+        return sum(map(text_length, self.prompts)) + len(self.prompts) * images
 
 
 @dataclass(frozen=True)
@@ -152,7 +167,7 @@ class RolloutPack:
         guidance: True CFG scale; above 1, each member has two sequences (instruction and empty prompt).
         layout: Layout of all sequences of the pack.
         references: Latents `[M, C]` of the references of each sequence of the layout, in the dtype of the model.
-        text: Text embeddings of all sequences, `[N_text, D]`, in the dtype of the model.
+        text: Text embeddings of the sequences that hold their text, `[N_text, D]`, in the dtype of the model.
     """
 
     members: tuple[Member, ...]
@@ -176,7 +191,8 @@ class RolloutPack:
         groups = {member.group.number: member.group for member in members}
         references = {number: group.references.to(dtype) for number, group in groups.items()}
         by_sample = tuple(references[member.group.number] for member in members for _ in member.group.texts)
-        text = [text for member in members for text in member.group.texts]
+        held = {segment.sample for segment in layout.text_segments}
+        text = [text for i, text in enumerate(t for m in members for t in m.group.texts) if i in held]
         return cls(tuple(members), members[0].group.guidance, layout, by_sample, torch.cat(text).to(dtype))
 
     def image(self, latents: Sequence[Tensor]) -> Tensor:
@@ -236,7 +252,7 @@ def schedule_packs(
         if not shared:
             return sum(group.tokens for group in inside)
         owners = {group.number: group for group in inside}.values()
-        return sum(group.reference_tokens for group in owners) + sum(group.own_tokens for group in inside)
+        return sum(group.shared_tokens for group in owners) + sum(group.own_tokens for group in inside)
 
     alone = [tokens([i]) for i in range(len(members))]
     if max(alone) > pack_tokens:

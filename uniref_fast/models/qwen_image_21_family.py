@@ -66,7 +66,6 @@ class QwenImage21(QwenFamily):
     pipelines = ("QwenImage21Pipeline",)
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "the pipeline of diffusers keeps text and references itself (use_kv_cache=True)",
-        "msgrpo": "the training loops do not have its text and sequence parallelism",
     }
     replaced = REPLACED
     packed = PackedQwenImage21
