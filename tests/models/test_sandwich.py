@@ -186,7 +186,7 @@ def test_positions_are_those_of_the_pipeline(transformers):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_depends_on_the_prompt_alone_is_computed_once(transformers, name):
+def test_captions_features_and_gist_are_computed_once(transformers, name):
     model, (_, packed, case) = transformers[name], MODELS[name]
     run_packed, one = packed(model), case(2)
     constants, expected = run_packed.step_constants(), run(run_packed, [one])[0]
@@ -228,7 +228,7 @@ def test_refused_options(transformers):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients(transformers, name):
-    """Of all weights, in a pack of two samples and with recomputation, against the sum over both in diffusers."""
+    """Gradients of all weights in a pack of two samples, also with recomputation, equal the sum over both."""
     model, (_, packed, case) = transformers[name], MODELS[name]
     cases, found = [case(2), case(1, (2, 2), 2)], []
 

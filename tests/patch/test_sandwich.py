@@ -86,6 +86,13 @@ def test_masks_of_one_shape_do_not_share_a_plan():
         uniref_fast.patch(model)
         for each, out in zip((named, other), expected, strict=True):
             assert max_relative_error(model(**each)[0], out) < ROUNDING
+        attention, x = model.layers[0].attention, torch.randn(2, 6, 256)
+        freqs = torch.polar(torch.ones(1, 6, 64), torch.randn(1, 6, 64))
+        masks = [torch.ones(2, 6, dtype=torch.bool), torch.arange(6).expand(2, 6) < 3]
+        outs = [attention(x, attention_mask=mask, freqs_cis=freqs) for mask in masks]  # with one table
+        uniref_fast.unpatch(model)
+        for mask, out in zip(masks, outs, strict=True):
+            assert max_relative_error(out, attention(x, attention_mask=mask, freqs_cis=freqs)) < ROUNDING
 
 
 @pytest.mark.parametrize("name", MODELS)

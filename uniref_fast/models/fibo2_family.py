@@ -56,11 +56,15 @@ class Fibo2(SandwichFamily):
     pipelines = ("BriaFibo2Pipeline",)
     replaced = REPLACED
     packed = fibo2.PackedFibo2
+    random_models = "uniref_fast.random_models.fibo2"
     negative_images = False
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the defaults of the pipeline."""
         return 30, 5.0
+
+    def most_references(self, pipe: Any) -> int:
+        return pipe.max_num_images
 
     # ---- the packed model ----
 
