@@ -16,12 +16,21 @@ from pathlib import Path
 import diffusers
 import pytest
 
+from uniref_fast.models.family import families
+
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = os.environ.get("UNIREF_FAST_DIFFUSERS_TESTS")
 PARTS = {  # of the names of files, by family
     "qwen-image-edit": ("transformer_qwenimage", "qwenimage/test_qwenimage"),
     "qwen-image-2.1": ("transformer_qwenimage21", "qwenimage21/"),
     "flux2": ("transformer_flux2", "pipeline_flux2"),
+    "flux1": ("transformer_flux.py", "pipeline_flux_kontext"),
+    "flux3": ("transformer_flux3", "flux3/"),
+    "longcat-image-edit": ("transformer_longcat_image", "longcat_image_edit"),
+    "fibo-edit": ("transformer_bria_fibo.py", "bria_fibo_edit/"),
+    "fibo-2": ("transformer_bria_fibo2", "bria_fibo2/"),
+    "joyimage-edit-plus": ("joyimage_edit_plus",),
+    "z-image": ("transformer_z_image", "z_image/"),
 }
 
 
@@ -94,9 +103,11 @@ def test_the_files_of_a_family(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = {family: [path.relative_to(tmp_path).as_posix() for path in files_of(tmp_path, family)] for family in PARTS}
-    assert found == {
+    assert {family: paths for family, paths in found.items() if paths} == {
         "qwen-image-edit": [names[2], names[3]], "qwen-image-2.1": [names[4]], "flux2": [names[0], names[5]],
+        "flux1": [names[1]],
     }  # fmt: skip
+    assert found.keys() == {family.name for family in families()}
 
 
 def test_outcomes_with_and_without_the_patch(tmp_path):
