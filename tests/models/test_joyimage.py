@@ -235,6 +235,15 @@ def test_offloading(kind):
         assert all(map(torch.equal, packed(model, PACK, given), expected))
 
 
+def test_layerwise_casting():
+    model, given = joyimage.transformer(), joyimage.inputs(PACK)
+    before = packed(model, PACK, given)
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    expected = joyimage.targets(model(**given)[0], PACK)
+    for out, wanted, other in zip(packed(model, PACK, given), expected, before, strict=True):
+        assert max_relative_error(out, wanted) < RELATIVE < max_relative_error(out, other)
+
+
 @pytest.mark.slow
 def test_compiled_blocks():
     """One graph for the first block, one for the last and one for the others, for packs of all sizes."""
