@@ -76,3 +76,6 @@ def test_what_can_be_no_model(tmp_path):
             load_pipeline(name, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"has no model_index.json: it must be a whole diffusers pipeline folder"):
         load_pipeline(str(tmp_path), torch.float32, "cpu")
+    (tmp_path / "modular_model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a modular pipeline of diffusers, which the commands do not load"):
+        load_pipeline(str(tmp_path), torch.float32, "cpu")

@@ -222,6 +222,11 @@ def model_errors(name: str) -> Iterator[str]:
         if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
             raise ValueError(f"--model {name}: no such folder, and not a hub id like Qwen/Qwen-Image-Edit-2511")
         if folder.is_dir() and not (folder / "model_index.json").is_file():
+            if (folder / "modular_model_index.json").is_file():
+                raise ValueError(
+                    f"--model {name} is a modular pipeline of diffusers, which the commands do not load; edit, "
+                    "estimate and patch take those of FLUX.3 in Python (docs/families.md)"
+                )
             raise ValueError(f"--model {name} has no model_index.json: it must be a whole diffusers pipeline folder")
     place = local_or_hub(name, f"--model {name}")
     from safetensors import SafetensorError

@@ -68,7 +68,7 @@ def packed(run, data, kept=None, constants=None, streams=None):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("references", range(7))
+@pytest.mark.parametrize("references", [0, 1, 3, 6])
 def test_equals_diffusers(make_flux3, references, impl):
     for flow_map in KINDS:
         model = make_flux3(flow_map=flow_map)

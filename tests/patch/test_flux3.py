@@ -73,6 +73,30 @@ def test_bfloat16_within_the_budget(make_flux3, norms):
     assert not report.fallbacks and report.calls.total()
 
 
+def test_queries_and_keys_round_once(make_flux3, monkeypatch):
+    """They equal those of diffusers except for the order of sums; rounding twice would change half of the values."""
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    from uniref_fast.patch import joint_streams
+
+    made, own = [], joint_streams.joint_qkv
+
+    def recorded(attn, projections, text, context):
+        made.append((attn, projections, context.rotary, own(attn, projections, text, context)))
+        return made[-1][-1]
+
+    monkeypatch.setattr(joint_streams, "joint_qkv", recorded)
+    model = make_flux3(torch.bfloat16)
+    uniref_fast.patch(model)
+    run(model)
+    attn, projections, rotary, results = made[0]
+    tables = [table.repeat_interleave(2, dim=1) for table in rotary]
+    for norm, x, result in zip((attn.norm_q, attn.norm_k), projections, results, strict=False):
+        with torch.no_grad():
+            expected = apply_rotary_emb(norm(x.float())[None], tables, sequence_dim=1)[0].to(torch.bfloat16)
+        assert (result != expected).float().mean() < 0.02
+
+
 def test_gradients_and_checkpointing(make_flux3):
     model = make_flux3().train()
     found = []

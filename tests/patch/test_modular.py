@@ -51,7 +51,7 @@ def modular(name, components, monkeypatch):
 def call(pipe, **given):
     generator = torch.Generator().manual_seed(0)
     options = {"prompt": "an owl", "height": 64, "width": 64, "num_inference_steps": 2, "output_type": "pt"}
-    images = pipe(**options, generator=generator, **given).images
+    images = pipe(**options | given, generator=generator).images
     return images if torch.is_tensor(images) else torch.stack([*images])
 
 
