@@ -12,6 +12,7 @@ from uniref_fast import EditRequest, Engine, edit, engine, estimate
 from uniref_fast.edit_session import EditSession
 from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.request import request_geometry
+from uniref_fast.schedule import shift_time
 from uniref_fast.testing import max_relative_error
 
 KINDS = ["klein", "klein-kv", "dev"]
@@ -298,3 +299,22 @@ def test_estimate(pipes, kind):
     (transformer_stage,) = (stage for stage in found.stages if stage.name == "transformer")
     assert transformer_stage.activation_bytes > 0 and (found.kept_bytes > 0) == (kind == "klein-kv")
     assert found.computed_references == ((1,) if kind == "klein-kv" else (STEPS,))
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("distilled, steps", [(False, 50), (True, 4)])
+def test_times_of_training_have_the_shift_of_the_pipeline(make_flux2, distilled, steps):
+    """Noise levels of a sampling schedule with the usual number of steps are evenly spaced times, shifted as here."""
+    pipe = flux2.pipeline(make_flux2("klein"), "klein", distilled)
+    family = family_of(pipe)
+    for tokens in (16, 4096, 8000):
+        shift = family.training_shift(pipe, tokens)
+        sigmas = family.schedule(pipe, tokens, steps, "cpu").sigmas[:-1].tolist()
+        assert sigmas == pytest.approx([shift_time(1 - i / steps, shift) for i in range(steps)], rel=1e-5)
+
+
+def test_guidance_of_training(make_flux2):
+    found = [family_of(model).training_guidance(model.config) for model in map(make_flux2, KINDS)]
+    assert found == [None, None, 3.5]

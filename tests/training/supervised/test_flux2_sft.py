@@ -13,15 +13,20 @@ from safetensors.torch import load_file
 from synthetic import synthetic_sample
 
 from uniref_fast import cli, edit
+from uniref_fast.data.dataset import Dataset
+from uniref_fast.layout import Sample
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training import sft
+from uniref_fast.training.batches.latent_cache import TensorCache
+from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.flux2_size import Flux2Size
 from uniref_fast.training.core.memory import activation_bytes
 from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.core.sampling import generate
-from uniref_fast.training.supervised.recipes import SFT
+from uniref_fast.training.core.tracked_memory import FakeTrainedModel
+from uniref_fast.training.supervised.recipes import SFT, lora
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 KINDS = ["klein", "klein-kv", "dev"]
@@ -220,3 +225,30 @@ def test_a_plan_counts_the_bytes_of_the_model(models, ranks, base, offload_block
     gathered = plan.stages[0].plan.bytes_needed - sum(plan.held.values())
     gathered -= activation_bytes(plan.size, 10**6, "host", 4)
     assert gathered == pytest.approx(model.gathered_bytes(), rel=1e-3)
+
+
+def test_the_plan_is_the_tracked_memory(ranks):
+    """Activations of klein-4B with one sample of six references, extrapolated from a few blocks of both kinds."""
+    small = {"num_attention_heads": 24, "joint_attention_dim": 7680, "guidance_embeds": False}
+    recipe = dataclasses.replace(lora(), lora_targets=Flux2Size.lora_targets)
+    one, kept = Sample(512, (1, 64, 64), ((1, 64, 42),) * 6), (False, "inputs")
+    peaks = []
+    for layers, single in ((2, 3), (3, 3), (2, 4)):
+        model = FakeTrainedModel(Flux2Size(num_layers=layers, num_single_layers=single, **small), recipe, ranks)
+        peaks.append([model.peak([one], checkpointing) - model.held() for checkpointing in kept])
+    klein = Flux2Size(num_layers=5, num_single_layers=20, **small)
+    for checkpointing, few, double, more in zip(kept, *peaks, strict=True):
+        tracked = few + 3 * (double - few) + 17 * (more - few)
+        assert activation_bytes(klein, one.length, checkpointing, 2) == pytest.approx(tracked, rel=0.05)
+
+
+def test_rows_share_the_embedding_of_their_instruction(models, data, tmp_path):
+    """The text encoder sees no references, so that rows with other references, and none, have one embedding."""
+    pipe = load_pipeline(str(models / "klein"), torch.float32, "cpu")
+    encoder = Encoder(pipe, TensorCache(tmp_path))
+    rows = [dataclasses.replace(Dataset([data / "train.jsonl"])[i], instruction="make it night") for i in (0, 1, 2)]
+    prepared = [encoder.prepare(row, (0, i), 128, 128) for i, row in enumerate(rows)]
+    assert [len(each.sample.references) for each in prepared] == [0, 2, 3] and prepared[1].sample.text == 512
+    encoder.encode_conditions(prepared[0], prepared[0].load_references())
+    lacking = [encoder.missing(each, target=False, texts=()) for each in prepared]
+    assert [len(keys) for keys in lacking] == [0, 2, 3]
