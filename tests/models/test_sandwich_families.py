@@ -10,7 +10,7 @@ import torch
 import z_image
 from peft import LoraConfig
 
-from uniref_fast import EditRequest, edit, estimate
+from uniref_fast import EditRequest, edit, estimate, patch, unpatch
 from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.request import request_geometry
 from uniref_fast.testing import max_relative_error
@@ -110,6 +110,25 @@ def test_several_images_and_a_lora_for_each_request(pipes, name):
         assert max_relative_error(images[0], plain) > 1e-3
     finally:
         pipe.transformer.delete_adapters(["a"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lora_files_load_through_the_pipeline(name):
+    """The results of the patched pipeline and of the packed edit are those of the pipeline with the adapter."""
+    from peft.utils import get_peft_model_state_dict
+
+    source, pipe, request = make(name).transformer, make(name), requests()[2]
+    torch.manual_seed(3)
+    source.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_out.0", "w2"], init_lora_weights=False))
+    weights = {f"transformer.{key}": x for key, x in get_peft_model_state_dict(source).items()}
+    before, report = stock(pipe, request), patch(pipe)
+    pipe.load_lora_weights(weights)
+    patched, (packed,) = stock(pipe, request), edited(pipe, [request])
+    unpatch(pipe)
+    expected = stock(pipe, request)
+    assert max_relative_error(expected, before) > 100 * RELATIVE and not report.fallbacks
+    for result in (patched, packed):
+        assert max_relative_error(result, expected) < RELATIVE
 
 
 @pytest.mark.parametrize("name", NAMES)
