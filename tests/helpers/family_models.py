@@ -175,7 +175,7 @@ def _flux1(name, request):
         folder.pipeline_flux_kontext_inpaint, "PREFERRED_KONTEXT_RESOLUTIONS", [(SIDE, SIDE)]
     )
     if name == "FluxKontextPipeline":
-        pipe = flux1.pipeline(flux1.transformer())
+        pipe = flux1.pipeline(flux1.transformer(layers=1, single_layers=1))
         pipe.auto_resize = True
         request.getfixturevalue("monkeypatch").setattr(
             folder.pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(SIDE, SIDE)]
@@ -183,7 +183,7 @@ def _flux1(name, request):
         return pipe
     net = "ControlNet" in name
     channels = next((n for part, n in FLUX1_CHANNELS.items() if part in name and not net), 64)
-    transformer = flux1.transformer(in_channels=channels, out_channels=64)
+    transformer = flux1.transformer(in_channels=channels, out_channels=64, layers=1, single_layers=1)
     more = {}
     if net:
         net = diffusers.FluxControlNetModel.from_transformer(
@@ -200,7 +200,7 @@ def _flux1_arguments(name):
     if "Kontext" in name:
         given["max_area"] = SIDE * SIDE
     if name != "FluxKontextPipeline":
-        given["max_sequence_length"] = 32
+        given["max_sequence_length"] = 16
     if "Control" in name:
         given["control_image"] = picture(2)
     if "Inpaint" in name or "Fill" in name:
@@ -216,7 +216,9 @@ def _longcat(name, request):
     request.getfixturevalue("monkeypatch").setattr(
         folder.pipeline_longcat_image_edit, "calculate_dimensions", lambda area, ratio: (SIDE, SIDE)
     )
-    return flux1.MODULES["longcat"].pipeline_of(flux1.transformer("longcat"), getattr(diffusers, name))
+    return flux1.MODULES["longcat"].pipeline_of(
+        flux1.transformer("longcat", layers=1, single_layers=1), getattr(diffusers, name)
+    )
 
 
 def _longcat_arguments(name):
