@@ -110,6 +110,7 @@ def test_the_files_of_a_family(tmp_path):
     assert found.keys() == {family.name for family in families()}
 
 
+@pytest.mark.slow
 def test_outcomes_with_and_without_the_patch(tmp_path):
     """A test that only passes without the patch has another outcome with it."""
     folder = tmp_path / "tests"
