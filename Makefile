@@ -19,7 +19,7 @@ demo: $(STAMP)  ## compare the stock with the patched pipeline and write a conta
 test: $(STAMP)  ## run all tests on two workers; TESTS="tests/test_edit.py ..." selects files
 	$(BIN)/python -m pytest -n 2 $(TESTS)
 
-test-fast: $(STAMP)  ## run the tests that are not marked slow, in under two minutes on two cores
+test-fast: $(STAMP)  ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
 
 bench: $(STAMP)  ## run every benchmark on this machine, print a table and write JSON to $(RESULTS)

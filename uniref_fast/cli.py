@@ -113,7 +113,8 @@ def _new_name(flag: str, flags: Collection[str]) -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="uniref-fast",
-        description="Fast multi-reference image editing with Qwen-Image-Edit models and the small built-in model.",
+        description="Fast multi-reference image editing with Qwen-Image-Edit, other families of models (`uniref-fast "
+        "families`), and the small built-in model.",
         epilog="uniref-fast COMMAND --help describes the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"uniref_fast {__version__}")
@@ -169,9 +170,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--family", metavar="NAME",
-        help="Family of models to show on small pipelines of its classes with random weights, such as flux2: patch and "
-        "edit against the unchanged pipeline. `uniref-fast families` prints the names. (default: the built-in "
-        "model)")  # fmt: skip
+        help="Family of models, such as flux2. Its small pipelines are built with random weights, and `patch` and "
+        "`edit` are compared with the unchanged pipeline. `uniref-fast families` prints the names. (default: the "
+        "built-in model)")  # fmt: skip
     add("--out", type=Path, default=Path("out/demo.png"), help="Contact sheet to write. (default: %(default)s)")
     add("--json", action="store_true", help=JSON_HELP)
     add("--seed", type=int, default=0, help="Seed of the scene and of the noise. (default: %(default)s)")
@@ -199,8 +200,9 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
         help="Number of denoising steps. (default: that of the model's pipeline, 50 for Qwen-Image-Edit, 8 for the "
         "built-in model)")  # fmt: skip
     add("--true-cfg-scale", type=float, metavar="SCALE",
-        help="True CFG scale; 1 turns guidance off. (default: that of the model's pipeline, 4 for Qwen-Image-Edit, "
-        "1 for the built-in model)")  # fmt: skip
+        help="True CFG scale; 1 turns guidance off, except where the model embeds the scale (FLUX.2 dev, FLUX.1 "
+        "Kontext). (default: that of the model's pipeline, 4 for Qwen-Image-Edit, 1 for the built-in "
+        "model)")  # fmt: skip
     add("--budget", type=int, metavar="SIDE",
         help="Joint pixel budget of the references: SIDE x SIDE pixels for all of them together"
         + (". (default: each reference is scaled as diffusers does)" if sizes else

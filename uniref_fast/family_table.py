@@ -14,7 +14,7 @@ def facts() -> list[dict[str, Any]]:
     """Return the families as JSON data.
 
     "capabilities" maps what may work to None, or to the reason why it does not. "pipelines" maps a pipeline class of
-    diffusers to the same for `patch`, `edit` and training.
+    diffusers to the same for "patch", "edit" and "sft".
     """
     return [_facts(family) for family in families()]
 
@@ -23,10 +23,10 @@ def _facts(family: Family) -> dict[str, Any]:
     patch = family.reason_against("patch")
     pipelines = {}
     for name in family.pipelines:
-        training = family.untrained.get(name) or family.reason_against("sft")
-        pipelines[name] = {"patch": patch, "edit": family.reason_against("edit"), "training": training}
+        sft = family.untrained.get(name) or family.reason_against("sft")
+        pipelines[name] = {"patch": patch, "edit": family.reason_against("edit"), "sft": sft}
     for name, reason in family.other_pipelines.items():
-        pipelines[name] = {"patch": patch, "edit": reason, "training": reason}
+        pipelines[name] = {"patch": patch, "edit": reason, "sft": reason}
     return {
         "name": family.name,
         "models": list(family.models),
@@ -66,7 +66,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
     for family in found:
         works = family["capabilities"]
         lines.append(f"| {family['name']} | " + " | ".join("yes" if works[n] is None else "no" for n in names) + " |")
-    lines += ["", "| pipeline | family | `patch` | `edit` | training | reason |", "|---|---|---|---|---|---|"]
+    lines += ["", "| pipeline | family | `patch` | `edit` | `sft` | reason |", "|---|---|---|---|---|---|"]
     for family in found:
         for name, works in family["pipelines"].items():
             cells = " | ".join("yes" if reason is None else "no" for reason in works.values())

@@ -55,9 +55,9 @@ class EditRequest:
         images: The references, in order; may be empty. Transparent pixels become white.
         negative_prompt: Negative prompt; None turns classifier-free guidance off. The command line uses " ".
         true_cfg_scale: Guidance scale. Guidance needs a value over 1 and a negative prompt.
-        height: Height of the result in pixels, rounded down to a multiple of 16 (8 for the built-in model). By default
-            the result has the pipeline's output area (1024 x 1024 pixels) and the aspect ratio of the last image, or
-            is square if there are no images.
+        height: Height of the result in pixels, rounded down to a multiple of 16 (32 for Qwen-Image-2.1, 8 for the
+            built-in model). None takes the size that the pipeline chooses. For Qwen-Image-Edit that is its output area
+            (1024 x 1024 pixels) with the aspect ratio of the last image, or a square if there are no images.
         width: Width of the result in pixels, likewise.
         num_inference_steps: Number of denoising steps.
         num_images: Number of images, which differ in their noise. They share the embeddings of the prompts and the

@@ -188,7 +188,7 @@ def test_requests_that_z_image_refuses(pipes):
     for changes, message in (
         ({"images": [flux2.picture(40, 80)]}, "request 1: image 1: Image too small"),
         ({"prompt": None, "prompt_embeds": torch.zeros(4, 48)}, "do not record where its references are"),
-        ({"true_cfg_scale": 0.5}, "true_cfg_scale must be 0, or 1"),
+        ({"true_cfg_scale": 0.5}, "true_cfg_scale must be 0 or 1 \\(no guidance\\) or above 1"),
     ):
         with pytest.raises(ValueError, match=message):
             edit(pipe, [dataclasses.replace(request, **changes)])

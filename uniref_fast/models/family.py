@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CAPABILITIES",
+    "NOT_TRAINED",
     "Family",
     "Replaced",
     "Text",
@@ -45,16 +46,19 @@ __all__ = [
 _INSTANCES = {
     "qwen-image-edit": "uniref_fast.models.qwen_image_edit:QWEN_IMAGE_EDIT",
     "qwen-image-2.1": "uniref_fast.models.qwen_image_21_family:QWEN_IMAGE_21",
-    "z-image": "uniref_fast.models.z_image_family:Z_IMAGE",
-    "fibo-2": "uniref_fast.models.fibo2_family:FIBO_2",
     "flux2": "uniref_fast.models.flux2_family:FLUX_2",
     "flux3": "uniref_fast.models.flux3_family:FLUX_3",
-    "joyimage-edit-plus": "uniref_fast.models.joyimage_family:JOYIMAGE_EDIT_PLUS",
     "flux1": "uniref_fast.models.flux1_family:FLUX_1",
     "longcat-image-edit": "uniref_fast.models.longcat_family:LONGCAT_IMAGE_EDIT",
     "fibo-edit": "uniref_fast.models.fibo_family:FIBO_EDIT",
+    "fibo-2": "uniref_fast.models.fibo2_family:FIBO_2",
+    "z-image": "uniref_fast.models.z_image_family:Z_IMAGE",
+    "joyimage-edit-plus": "uniref_fast.models.joyimage_family:JOYIMAGE_EDIT_PLUS",
 }
-"""Instance of every family, as "module:name", by its name. A module is imported when a family is first looked up."""
+"""Instance of every family, as "module:name", by its name, in the order of the tables.
+
+A module is imported when a family is first looked up.
+"""
 
 CAPABILITIES = {
     "patch": "uniref_fast.patch accelerates the pipeline of diffusers",
@@ -67,6 +71,9 @@ CAPABILITIES = {
     "msgrpo": "training/msgrpo.py",
 }
 """Description of each capability that a family may have, by its name, which is a key of `Family.missing`."""
+
+NOT_TRAINED = "training has no description of its sizes (`ModelSize`), and was not tested with it"
+"""Reason of a family that was not prepared for training."""
 
 Text = int | tuple[tuple[int, bool], ...]
 """Text of a sequence: its length without padding, or (length, valid) runs, as `Sample.text`."""
@@ -448,10 +455,9 @@ def unsupported_class(given: str) -> str:
     transformers = [family.transformer for family in families()]
     pipelines = [name for family in families() for name in (*family.pipelines, *family.other_pipelines)]
     near = get_close_matches(given, [*transformers, *pipelines], n=1, cutoff=0.5)
-    one = transformers[0] if len(transformers) == 1 else f"one of {', '.join(transformers)}"
     return (
-        f"{given} is not supported: it must be a {one} (exactly that class) or a pipeline holding one, "
-        f"such as {families()[0].pipelines[0]}"
+        f"{given} is not supported. It must be a transformer of exactly one of these classes: "
+        f"{', '.join(transformers)}; or a pipeline with such a transformer, such as {families()[0].pipelines[0]}"
         + (f"; nearest: {near[0]}" if near else "")
         + "; `uniref-fast families` shows what is supported"
     )

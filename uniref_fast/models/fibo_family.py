@@ -73,7 +73,8 @@ class FiboEdit(Flux1Family):
         if request.prompt is not None and not is_valid_edit_json(request.prompt):
             raise ValueError(
                 f'{where}: a BriaFiboEditPipeline takes JSON with the key "edit_instruction" as its prompt, got '
-                f"{request.prompt!r:.80}; its checkpoint comes with a model that writes it"
+                f"{request.prompt!r:.80}; for example "
+                'json.dumps({"edit_instruction": "make it night"})'
             )
         if not request.images and (request.width is None or request.height is None):
             raise ValueError(f"{where}: give width and height for a request without images")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import (
     check_patch_size,
     check_rotary_axes,
@@ -95,8 +95,8 @@ class Flux1Family(Family):
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
         "fast": "its blocks were not measured in 8 bits",
-        "sft": "the training loops do not have its encoders",
-        "msgrpo": "the training loops do not have its encoders",
+        "sft": NOT_TRAINED,
+        "msgrpo": NOT_TRAINED,
     }
 
     # ---- the packed model ----

@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import check_rotary_axes, check_widths, given_embeddings
 from uniref_fast.models.flux3 import MODES, PackedFlux3, flux3_layout, mode_layout
 from uniref_fast.models.kept_references import kept_step
@@ -74,8 +74,8 @@ class Flux3(Family):
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
         "fast": "its blocks were not measured in 8 bits",
-        "sft": "the training loops do not have its text and its modes",
-        "msgrpo": "the training loops do not have its text and its modes",
+        "sft": f"{NOT_TRAINED}; its text and references have blocks of their own",
+        "msgrpo": f"{NOT_TRAINED}; its text and references have blocks of their own",
     }
     replaced = REPLACED
     packed = PackedFlux3
@@ -117,12 +117,16 @@ class Flux3(Family):
                     "remove the block before the pipeline is made: blocks.sub_blocks.pop('prompt_upsampler')"
                 )
             if not type(block).__module__.startswith("diffusers.modular_pipelines.flux3."):
-                raise ValueError(f"{given} has the block {name!r}, which is not diffusers' own and would be skipped")
+                raise ValueError(
+                    f"{given} has the block {name!r}, which is not diffusers' own and would be skipped; "
+                    "remove it, or call the pipeline"
+                )
         guider = getattr(pipe, "guider", None)
         if guider is not None and not _is_plain(guider):
             raise ValueError(
-                f"{given} has the guider {type(guider).__name__} with {dict(guider.config)}; edit() has the "
-                "ClassifierFreeGuidance of all steps, without guidance_rescale and use_original_formulation"
+                f"{given} has the guider {type(guider).__name__} with {dict(guider.config)}; edit() computes "
+                "ClassifierFreeGuidance with start=0, stop=1, guidance_rescale=0 and use_original_formulation=False "
+                "only; use it, or call the pipeline"
             )
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:

@@ -19,7 +19,7 @@ from torch import Tensor
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.encode import text_length, text_runs
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings
 from uniref_fast.models.joyimage import JOYIMAGE, PackedJoyImage
 from uniref_fast.models.kept_references import kept_step
@@ -74,10 +74,11 @@ class JoyImageEditPlus(Family):
     transformer = "JoyImageEditPlusTransformer3DModel"
     pipelines = ("JoyImageEditPlusPipeline",)
     missing: ClassVar[Mapping[str, str]] = {
-        "patch_keep_references": "its pipeline also makes steps of the references, which a kept step leaves out",
+        "patch_keep_references": "its pipeline also takes a denoising step for the latents of the references, for "
+        "which a kept step has no prediction",
         "fast": "its blocks were not measured in 8 bits",
-        "sft": "the training loops read sizes of the transformer from options that its configuration does not have",
-        "msgrpo": "the training loops read sizes of the transformer from options that its configuration does not have",
+        "sft": NOT_TRAINED,
+        "msgrpo": NOT_TRAINED,
     }
     replaced = REPLACED
     packed = PackedJoyImage

@@ -20,7 +20,7 @@ from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models import z_image
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.sandwich import part_layout
@@ -68,8 +68,8 @@ class SandwichFamily(Family):
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "calls of its blocks do not say which tokens are those of a reference",
         "fast": "its blocks were not measured in 8 bits",
-        "sft": "the training loops do not have the parts of its sequence that are neither text nor images",
-        "msgrpo": "the training loops do not have the parts of its sequence that are neither text nor images",
+        "sft": NOT_TRAINED,
+        "msgrpo": NOT_TRAINED,
     }
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
@@ -224,8 +224,8 @@ class ZImage(SandwichFamily):
                 raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
         if 0 < request.true_cfg_scale < 1:
             raise ValueError(
-                f"{where}: true_cfg_scale must be 0, or 1 (both without guidance), or more, got "
-                f"{request.true_cfg_scale}; the pipeline of this model guides with a scale under 1 as well, and only it"
+                f"{where}: true_cfg_scale must be 0 or 1 (no guidance) or above 1, got {request.true_cfg_scale}. "
+                "Scales between 0 and 1 work only in the pipeline itself"
             )
         if request.true_cfg_scale <= 1 or request.has_negative_prompt:
             return request
