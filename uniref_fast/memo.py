@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["memo", "memoised"]
+__all__ = ["memo", "memoised", "version_of"]
 
 Value = TypeVar("Value")
 
@@ -36,6 +36,11 @@ def memo(owner: Any, function: Callable[..., Value], *arguments: Hashable) -> Va
     if not torch._C._are_functorch_transforms_active():
         values[key] = value
     return value
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return a number that differs after every change of a tensor in place; always 0 for one of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def memoised(owner: Any) -> dict[tuple[Any, ...], Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from uniref_fast.memo import version_of
+
 __all__ = ["TENSOR_INPUTS", "StepCallback", "StepPipeline"]
 
 TENSOR_INPUTS = ("latents", "prompt_embeds")
@@ -104,4 +106,4 @@ class StepCallback:
 
 def _version(tensor: torch.Tensor) -> tuple[int, int]:
     """Return numbers that differ after a tensor was replaced or changed in place."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version_of(tensor)

@@ -63,6 +63,18 @@ def test_a_mask_of_padded_text(masked):
     assert any("not a boolean tensor" in reason for reason in report.fallbacks)
 
 
+@pytest.mark.parametrize("masked", [0, 5])
+def test_inference_mode(masked):
+    """Tensors of inference mode have no version."""
+    model = flux1.transformer("fibo")
+    expected = run(model, batch=2, masked=masked)
+    report = uniref_fast.patch(model)
+    with torch.inference_mode():
+        for _ in range(2):
+            assert max_relative_error(run(model, batch=2, masked=masked), expected) < ROUNDING
+    assert report.calls.total() == 2 * 2 * 5 and not report.fallbacks
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_within_the_budget(kind):
     model, wide = flux1.transformer(kind, torch.bfloat16), flux1.transformer(kind).to(torch.bfloat16).double()

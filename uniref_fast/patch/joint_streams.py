@@ -18,6 +18,7 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.memo import version_of
 from uniref_fast.models.flux2 import FLUX2
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, qk_norm_eps, stream_rows
@@ -248,7 +249,7 @@ def _masked_plan(state: PatchState, mask: Tensor) -> AttentionPlan:
         mask: Valid tokens, bool `[B, 1, 1, N]`.
     """
     saved = state.calls.masked
-    if saved and saved[0] is mask and saved[1] == mask._version:
+    if saved and saved[0] is mask and saved[1] == version_of(mask):
         return saved[2]
     batch, length = mask.shape[0], mask.shape[-1]
     ranges, intervals = [], []
@@ -262,7 +263,7 @@ def _masked_plan(state: PatchState, mask: Tensor) -> AttentionPlan:
         ranges.append((i * length, (i + 1) * length))
         intervals.append(tuple(keys))
     plan = AttentionPlan(tuple(ranges), tuple(intervals), batch * length, batch * length)
-    state.calls.masked = mask, mask._version, plan
+    state.calls.masked = mask, version_of(mask), plan
     return plan
 
 
