@@ -82,6 +82,7 @@ def test_no_step_of_an_edit_reads_a_value(builtin_pipe, monkeypatch, keep):
         ("qwen-image-edit", "QwenImageEditPlusPipeline", {"keep_references": 2, "keep_dtype": "int8"}),
         ("qwen-image-2.1", "QwenImage21Pipeline", {}),
         ("flux2", "Flux2KleinKVPipeline", {}),
+        ("flux3", "Flux3ModularPipeline", {"keep_references": 3}),
         ("z-image", "ZImageOmniPipeline", {"keep_references": 2}),  # its refiner uses the same stores
     ],
 )

@@ -1,16 +1,20 @@
 """Captured steps equal eager ones bit for bit; a stand-in replays the operators on a CPU (tests/helpers)."""
 
+import contextlib
+import functools
 import inspect
 
 import pytest
 import recorded_graphs
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
 import uniref_fast
 from uniref_fast import EditReport, EditRequest, edit_session
 from uniref_fast.layout import Sample
 from uniref_fast.models import PackedQwenImage, step_graphs
+from uniref_fast.models.flux3 import PackedFlux3
 from uniref_fast.models.kept_references import KeptReferences, RefreshSchedule
 from uniref_fast.models.step_graphs import FIRST, StepGraphs, check_capture
 
@@ -52,6 +56,12 @@ def test_the_stand_in_has_the_arguments_of_pytorch():
     ):
         given, expected = inspect.signature(mine).parameters, inspect.signature(theirs).parameters
         assert list(given) == list(expected)[: len(given)]
+    for mine, theirs in (
+        (recorded_graphs.Stream, torch.cuda.Stream.__new__),
+        (recorded_graphs.device, torch.cuda.device),
+        (recorded_graphs.set_stream, torch.cuda.set_stream),
+    ):
+        assert next(iter(inspect.signature(mine).parameters)) in inspect.signature(theirs).parameters
     for name in ("capture_end", "replay", "pool"):
         assert callable(getattr(torch.cuda.CUDAGraph, name))
 
@@ -106,6 +116,42 @@ def test_other_stores_have_other_graphs(run, recorded):
     for arguments in inputs(run, 4, seed=5):
         assert torch.equal(graphs(*arguments, mine), run(*arguments, theirs))
     assert graphs.forwards == forwards(first=6, replayed=6)
+
+
+@pytest.mark.parametrize("schedules", [(3, 3, 3), (3, 2, None)])
+@torch.no_grad()
+def test_text_and_references_of_flux3(make_flux3, recorded, schedules):
+    """Steps that compute other references read the same kept streams; a graph keeps what it reads alive."""
+    run = PackedFlux3(make_flux3())
+    graphs, steps = StepGraphs(run), 12
+    layout, generator = run.layout(SAMPLES), torch.Generator().manual_seed(0)
+    mine, theirs = (
+        [None if every is None else KeptReferences(RefreshSchedule(every=every)) for every in schedules]
+        for _ in range(2)
+    )
+    constants = run.step_constants(), run.step_constants()
+    text = torch.randn(layout.text_length, run.transformer.config.joint_attention_dim, generator=generator)
+    image = torch.randn(layout.image_length, 128, generator=generator)
+    for _ in range(steps):
+        targets = [torch.randn(segment.length, 128, generator=generator) for segment in layout.targets]
+        layout.write_targets(image, targets)
+        given = image, text, torch.rand(layout.num_samples, generator=generator), layout
+        found, expected = graphs(*given, mine, constants[0]), run(*given, theirs, constants[1])
+        assert torch.equal(found, expected)
+    assert graphs.forwards["replayed"] > steps // 2 and graphs.forwards.total() == steps
+    assert all((each.computed, each.references.computed) == (1, 1) for each in constants)
+    reads = {x.storage.cdata for graph in graphs._graphs.values() for x in tree_leaves(graph.graph.calls)
+             if isinstance(x, recorded_graphs.Outside)}  # fmt: skip
+    for path, runs in (("txt_mode_blocks", 0), ("mode_blocks.image_cond", 0), ("mode_blocks.image", 1)):
+        weights = {p.untyped_storage()._cdata for p in run.transformer.get_submodule(path).parameters()}
+        assert len(weights & reads) == runs * len(weights), f"{path} in replays"
+    constants[0]._stream = constants[0].references._stream = None
+    for graph in graphs._graphs.values():
+        graph.graph.replay()
+    image = image.clone()
+    image.add_(1)  # other references
+    given = image, *given[1:]
+    assert torch.equal(graphs(*given, mine, constants[0]), run(*given, theirs, constants[1]))
 
 
 def change_weights(run, graphs):
@@ -270,15 +316,34 @@ def test_a_step_that_cannot_be_captured_is_an_error_with_advice(run, recorded, m
     graphs = StepGraphs(run)
     first, second = inputs(run, 2)
     graphs(*first)
+    current = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match=r"could not be captured in a CUDA graph \(.*not permitted.*leave"):
         graphs(*second)
+    assert torch.cuda.current_stream() is current
+
+    def out_of_memory(x):
+        with contextlib.suppress(RuntimeError):
+            x.max().item()  # the capture cannot end after it
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(proj, "forward", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        graphs(*second)
+    assert torch.cuda.current_stream() is current
+
+
+def watch_inputs(monkeypatch):
+    """Let PyTorch raise an error where a replay would read freed memory, if it knows how."""
+    if "check_input_liveness" in inspect.signature(torch.cuda.graph.__init__).parameters:
+        monkeypatch.setattr(torch.cuda, "graph", functools.partial(torch.cuda.graph, check_input_liveness=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", [None, *KEPT])
 @torch.no_grad()
-def test_captured_equals_eager_on_a_gpu(make_transformer, kind):
+def test_captured_equals_eager_on_a_gpu(make_transformer, kind, monkeypatch):
+    watch_inputs(monkeypatch)
     run = PackedQwenImage(make_transformer(True, layers=2).to("cuda", torch.bfloat16))
     graphs, constants = StepGraphs(run), run.step_constants()
     schedule, dtype = KEPT.get(kind, (None, None))
@@ -292,3 +357,20 @@ def test_captured_equals_eager_on_a_gpu(make_transformer, kind):
         assert torch.equal(graphs(*arguments, mine, constants), run(*arguments, theirs))
     assert graphs.forwards["replayed"] > 3
     assert len(graphs._graphs) <= step_graphs.MAX_GRAPHS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.no_grad()
+def test_captured_flux3_equals_eager_on_a_gpu(make_flux3, monkeypatch):
+    watch_inputs(monkeypatch)
+    run = PackedFlux3(make_flux3(torch.bfloat16).to("cuda"))
+    graphs, constants, layout = StepGraphs(run), run.step_constants(), run.layout(SAMPLES)
+    mine, theirs = ([KeptReferences(RefreshSchedule(every=3)) for _ in SAMPLES] for _ in range(2))
+    text = torch.randn(layout.text_length, run.transformer.config.joint_attention_dim, dtype=torch.bfloat16).cuda()
+    image = torch.randn(layout.image_length, 128, dtype=torch.bfloat16).cuda()
+    for step in range(12):
+        layout.write_targets(image, [torch.full_like(image[: s.length], step / 9) for s in layout.targets])
+        given = image, text, torch.full((layout.num_samples,), 1 - step / 12).to(image), layout
+        assert torch.equal(graphs(*given, mine, constants), run(*given, theirs))
+    assert graphs.forwards["replayed"] > 6

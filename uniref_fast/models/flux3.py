@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.layout import Grid, Kind, Position, RotaryScheme, Sample, Segment, SelfLayout
-from uniref_fast.memo import memo
+from uniref_fast.memo import memo, version_of
 from uniref_fast.models.eight_bit import attend, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks
@@ -126,6 +126,12 @@ class Flux3Constants(StepConstants):
 
     references: StepConstants = field(default_factory=StepConstants)
 
+    def stores(self) -> tuple[StepConstants, ...]:
+        return self, self.references
+
+    def pack_sources(self, image: Tensor) -> tuple[Tensor, ...]:
+        return (image,)
+
 
 class PackedFlux3(PackedModel):
     """A `Flux3Transformer2DModel` that runs packs of samples of different sizes; arguments as in `PackedModel`.
@@ -193,16 +199,16 @@ class PackedFlux3(PackedModel):
         layout: SelfLayout,
         kept: Sequence[KeptReferences | None] | ReferenceRows | None,
     ) -> Tensor:
-        model, stream = self.transformer, image
+        model, stream, whole = self.transformer, image, layout
         references = None if kept is None else self._references(layout, kept)
         if references is not None:
             layout, stream = references.layout, references.stream("image", image)
         context = self._context(layout, self._rotary(layout, image.device), references, image.dtype)
         times = self._time_embeddings(timestep.to(image.dtype))
         modes = [
-            self._mode_stream(Kind.TEXT, (text,), text, times, context),
-            self._mode_stream(Kind.TARGET, None, stream, times, context),
-            self._mode_stream(Kind.REFERENCE, (image,), stream, times, context),
+            self._kept_stream(Kind.TEXT, text, text, whole, times, context),
+            self._mode_stream(Kind.TARGET, stream, layout, times, context),
+            self._kept_stream(Kind.REFERENCE, image, stream, whole, times, context),
         ]
         heads = {kind: model.single_stream_modulations[name](times[kind]) for kind, (name, _) in MODES.items()}
         table = torch.cat([heads[Kind.TARGET], heads[Kind.REFERENCE], heads[Kind.TEXT]])  # [3 S, 3 C]
@@ -236,56 +242,85 @@ class PackedFlux3(PackedModel):
         target, clean = torch.nn.functional.silu(target), torch.nn.functional.silu(clean)
         return {Kind.TARGET: target, Kind.REFERENCE: clean, Kind.TEXT: clean}
 
-    def _mode_stream(
+    def _kept_stream(
         self,
         kind: Kind,
-        sources: tuple[Tensor] | None,
+        source: Tensor,
         stream: Tensor,
+        whole: SelfLayout,
         times: dict[Kind, Tensor],
         context: ForwardContext,
     ) -> Tensor:
-        """Return the tokens of a mode behind its blocks, `[n, C]`; text and references once for all steps of a pack.
+        """Return the computed tokens of text or references behind their blocks; they run once for all steps of a pack.
+
+        The tokens of the whole pack are kept, so that steps that compute only some of the references share them.
 
         Args:
             kind: Mode.
-            sources: The tensor of the pack that the tokens come from, which the steps share; None for the target.
-            stream: Text stream or image stream, `[N, channels]`.
+            source: Prompt embeddings or image stream of the whole pack, `[N, channels]`.
+            stream: Rows of the source that this forward computes.
+            whole: Layout of the pack.
             times: Embeddings of the time, from `_time_embeddings`.
-            context: Context of all tokens.
+            context: Context of the forward.
         """
-        model, (name, _) = self.transformer, MODES[kind]
-        layout, blocks = memo(context.layout, mode_layout, kind), self._mode_blocks[kind]
+        (name, _), blocks, constants = MODES[kind], self._mode_blocks[kind], self._constants
+        rows = None if context.references is None or kind is Kind.TEXT else context.references
+        if (
+            constants is None
+            or self.jumps
+            or not memo(context.layout, mode_layout, kind).segments
+            or (rows is not None and rows.reused and self._adapters is not None)  # they know the computed rows alone
+            or any(may_have_hooks(packed.block) for packed in blocks)
+        ):
+            return self._mode_stream(kind, stream, context.layout, times, context)
+        embed = self._embedder(kind)
+        called = [child for packed in blocks for child in (*packed.block.attn.children(), packed.block.ff)]
+        modulations = self.transformer.early_stream_modulations[name]
+        modules = (embed, self.transformer.timestep_embedder, modulations, *called)
+        if kind is Kind.TEXT:
+            store, state = constants, version_of(source)
+            given = source
+        else:  # the rows of the targets in the image stream change with the steps, those of the references do not
+            store, state = constants.references, 0  # type: ignore[attr-defined]
+            given = constants.image_source(source)
+        kept = store.stream(
+            (given, whole), state, modules, lambda: self._mode_stream(kind, source, whole, times, context)
+        )
+        if rows is None or not rows.reused:
+            return kept
+        return kept.index_select(0, memo(whole, _computed_references, rows.reused, kept.device))
+
+    def _embedder(self, kind: Kind) -> nn.Module:
+        model = self.transformer
+        return model.context_embedder if kind is Kind.TEXT else model.x_embedders[MODES[kind][0]]
+
+    def _mode_stream(
+        self, kind: Kind, stream: Tensor, whole: SelfLayout, times: dict[Kind, Tensor], context: ForwardContext
+    ) -> Tensor:
+        """Return the tokens of a mode behind its blocks, `[n, C]`.
+
+        Args:
+            kind: Mode.
+            stream: Text stream or image stream, `[N, channels]`.
+            whole: Layout of the stream.
+            times: Embeddings of the time, from `_time_embeddings`.
+            context: Context of the forward.
+        """
+        layout, blocks = memo(whole, mode_layout, kind), self._mode_blocks[kind]
         if not layout.segments:
             for packed in blocks:
                 skip(packed.block)
             return stream.new_empty(0, times[kind].shape[1])
-        embed = model.context_embedder if kind is Kind.TEXT else model.x_embedders[name]
-
-        def compute() -> Tensor:
-            x = stream if kind is Kind.TEXT else stream[memo(context.layout, _mode_rows, kind, stream.device)]
-            own = replace(context, layout=layout, rotary=self._rotary(layout, stream.device), references=None)
-            table = model.early_stream_modulations[name](times[kind])  # [S, 3 C]
-            streams: list[Tensor] = [embed(x)]
-            residuals: list[DeferredResidual] = []
-            for packed in blocks:
-                streams, residuals = packed(streams, residuals, table, own)
-            if not residuals:
-                return streams[0]
-            return ops.gate_residual(streams.pop(), *residuals.pop(), own.modulation_rows("joint"), impl=self.impl)
-
-        if (
-            sources is None
-            or self._constants is None
-            or self.jumps
-            or any(may_have_hooks(packed.block) for packed in blocks)
-        ):
-            return compute()
-        constants = self._constants if kind is Kind.TEXT else self._constants.references  # type: ignore[attr-defined]
-        called = [child for packed in blocks for child in (*packed.block.attn.children(), packed.block.ff)]
-        modules = (embed, model.timestep_embedder, model.early_stream_modulations[name], *called)
-        # the rows of the targets in the image stream change with the steps, those of the references do not
-        state = stream._version if kind is Kind.TEXT and not stream.is_inference() else 0
-        return constants.stream((*sources, layout), state, modules, compute)
+        x = stream if kind is Kind.TEXT else stream[memo(whole, _mode_rows, kind, stream.device)]
+        own = replace(context, layout=layout, rotary=self._rotary(layout, stream.device), references=None)
+        table = self.transformer.early_stream_modulations[MODES[kind][0]](times[kind])  # [S, 3 C]
+        streams: list[Tensor] = [self._embedder(kind)(x)]
+        residuals: list[DeferredResidual] = []
+        for packed in blocks:
+            streams, residuals = packed(streams, residuals, table, own)
+        if not residuals:
+            return streams[0]
+        return ops.gate_residual(streams.pop(), *residuals.pop(), own.modulation_rows("joint"), impl=self.impl)
 
     def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
         if self.jumps:
@@ -322,6 +357,13 @@ def _mode_rows(layout: SelfLayout, kind: Kind, device: torch.device) -> Tensor:
     """Return the rows of a mode in the image stream, int64 in joint order."""
     starts = [(s.stream_start, s.length) for s in layout.segments if s.kind is kind]
     return torch.cat([torch.arange(start, start + length, device=device) for start, length in starts])
+
+
+def _computed_references(layout: SelfLayout, reused: frozenset[int], device: torch.device) -> Tensor:
+    """Return the rows among all references of a pack that a forward computes, int64, without those of some samples."""
+    samples = [s.sample for s in layout.segments if s.kind is Kind.REFERENCE for _ in range(s.length)]
+    rows = [row for row, sample in enumerate(samples) if sample not in reused]
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def _joined(modes: list[Tensor], layout: SelfLayout) -> Tensor:

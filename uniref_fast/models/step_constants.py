@@ -8,14 +8,17 @@ matrix product with the other rows, whose time is that of reading the weights.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+
+from uniref_fast.memo import version_of
 
 __all__ = ["StepConstants", "weights_state"]
 
@@ -26,12 +29,53 @@ class StepConstants:
 
     Attributes:
         computed: Number of times that it was computed and kept.
+        is_read_only: Compute what is not kept yet without keeping it, as in the capture of a graph, whose memory other
+            graphs overwrite.
     """
 
     computed: int = 0
+    is_read_only: bool = field(default=False, repr=False)
     _key: tuple = field(default=(), repr=False)
     _sources: tuple = field(default=(), repr=False)
     _stream: Tensor | None = field(default=None, repr=False)
+    _image: Tensor | None = field(default=None, repr=False)  # of the pack, during a capture
+
+    def stores(self) -> tuple[StepConstants, ...]:
+        """Return the stores of all streams of the pack."""
+        return (self,)
+
+    def pack_sources(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the tensors of the pack, beside the prompt, that kept streams depend on.
+
+        Args:
+            image: Image stream of the pack, `[N_image, C]`.
+        """
+        return ()
+
+    @contextlib.contextmanager
+    def captured(self, image: Tensor) -> Iterator[None]:
+        """Return a context for the capture of a forward that reads a copy of the image stream.
+
+        Args:
+            image: Image stream of the pack, `[N_image, C]`, of which the graph has a copy.
+        """
+        for store in self.stores():
+            store.is_read_only = True
+        self._image = image
+        try:
+            yield
+        finally:
+            for store in self.stores():
+                store.is_read_only = False
+            self._image = None
+
+    def image_source(self, image: Tensor) -> Tensor:
+        """Return the image stream of the pack for the image stream that a forward reads."""
+        return image if self._image is None else self._image
+
+    def tensors(self) -> list[Tensor]:
+        """Return the streams that are kept now."""
+        return [store._stream for store in self.stores() if store._stream is not None]
 
     def text_stream(self, text: Tensor, modules: Sequence[nn.Module], compute: Callable[[], Tensor]) -> Tensor:
         """Return the text stream, `[n, C]`: the kept one, if it would be computed from the same values.
@@ -44,7 +88,7 @@ class StepConstants:
             modules: Modules that compute the stream.
             compute: Function that computes this rank's rows of the stream.
         """
-        return self.stream((text,), 0 if text.is_inference() else text._version, modules, compute)
+        return self.stream((text,), version_of(text), modules, compute)
 
     def stream(
         self, sources: tuple[Any, ...], state: Any, modules: Sequence[nn.Module], compute: Callable[[], Tensor]
@@ -61,9 +105,12 @@ class StepConstants:
             return compute()
         key = (state, *map(weights_state, modules))
         same = len(sources) == len(self._sources) and all(map(operator.is_, sources, self._sources))
-        if self._stream is None or not same or self._key != key:
-            self._stream, self._sources, self._key = compute(), sources, key
-            self.computed += 1
+        if self._stream is not None and same and self._key == key:
+            return self._stream
+        if self.is_read_only:
+            return compute()
+        self._stream, self._sources, self._key = compute(), sources, key
+        self.computed += 1
         return self._stream
 
 
@@ -78,9 +125,8 @@ def weights_state(module: nn.Module) -> tuple:
         own = vars(part)
         for parameter in own["_parameters"].values():
             if parameter is not None:
-                version = 0 if parameter.is_inference() else parameter._version
                 address = parameter.data_ptr() if type(parameter) in (Tensor, nn.Parameter) else 0
-                state += (id(parameter), version, address)
+                state += (id(parameter), version_of(parameter), address)
         if "scaling" in own:  # a layer of peft
             state.append((tuple(part.active_adapters), tuple(own["scaling"].items()), tuple(part.merged_adapters),
                           part.disable_adapters))  # fmt: skip

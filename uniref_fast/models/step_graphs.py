@@ -12,6 +12,7 @@ references belong to the host, and are outside of the graphs.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from uniref_fast.layout import SelfLayout
+from uniref_fast.memo import version_of
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import has_moving_hooks
 from uniref_fast.models.pack_adapters import PackAdapters
@@ -87,6 +89,7 @@ class _Graph:
         image, timestep: Buffers that the graph reads.
         velocity: Buffer of the result.
         changes: Buffers of the measured changes of kept references, as `ReferenceRows.measured` returns them.
+        constants: Kept streams of the pack that the graph may read.
     """
 
     graph: Any
@@ -94,6 +97,7 @@ class _Graph:
     timestep: Tensor
     velocity: Tensor
     changes: list[Tensor | None]
+    constants: list[Tensor]
 
 
 class StepGraphs:
@@ -111,6 +115,7 @@ class StepGraphs:
         self.model, self.max_graphs = model, max_graphs
         self.forwards: Counter[str] = Counter()
         self._pool: Any = None  # memory that all graphs share, because they run one after the other
+        self._stream: Any = None  # of the captures, on the device of the pack
         self._weights: tuple = ()
         self._graphs: dict[tuple, _Graph] = {}
         self._held: dict[tuple, tuple] = {}  # objects of the keys, so that no other object gets the identity of one
@@ -142,9 +147,10 @@ class StepGraphs:
         def forward(image: Tensor, timestep: Tensor) -> Tensor:
             return self.model(image, text, timestep, layout, rows, constants, **options)
 
-        held: tuple = (layout, text, constants, adapters, *(() if rows is None else rows.storage()))
+        sources = () if constants is None else constants.pack_sources(image)
+        held: tuple = (layout, text, constants, adapters, *sources, *(() if rows is None else rows.storage()))
         key = (
-            *map(id, held), 0 if text.is_inference() else text._version, None if rows is None else rows.computed(),
+            *map(id, held), version_of(text), None if rows is None else rows.computed(),
             image.dtype, timestep.dtype, self.model.visibility, self.model.impl,
         )  # fmt: skip
         found = self._graphs.get(key)
@@ -156,10 +162,11 @@ class StepGraphs:
                 rows.count(rows.changes)
             return velocity
         if found is None:
-            found = self._graphs[key] = self._captured(forward, image, timestep, rows)
+            found = self._graphs[key] = self._captured(forward, image, timestep, rows, constants)
         found.image.copy_(image)
         found.timestep.copy_(timestep)
-        found.graph.replay()
+        with torch.cuda.device(image.device):
+            found.graph.replay()
         self.forwards["replayed"] += 1
         if rows is not None:
             rows.count([None if change is None else change.clone() for change in found.changes])
@@ -171,17 +178,35 @@ class StepGraphs:
             return FIRST
         return f"{self.max_graphs} graphs are the limit" if len(self._graphs) >= self.max_graphs else None
 
-    def _captured(self, forward: Any, image: Tensor, timestep: Tensor, rows: ReferenceRows | None) -> _Graph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+    def _captured(
+        self,
+        forward: Any,
+        image: Tensor,
+        timestep: Tensor,
+        rows: ReferenceRows | None,
+        constants: StepConstants | None,
+    ) -> _Graph:
+        reads = contextlib.nullcontext() if constants is None else constants.captured(image)
         image, timestep = image.clone(), timestep.clone()
-        try:
+        with torch.cuda.device(image.device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(image.device)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             # "thread_local": another thread, such as one that loads images, may allocate memory meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                velocity = forward(image, timestep)
-        except Exception as error:
-            raise RuntimeError(
-                f"a denoising step could not be captured in a CUDA graph ({error}); leave capture out"
-            ) from error
-        return _Graph(graph, image, timestep, velocity, [] if rows is None else rows.changes)
+            options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            try:
+                with reads, torch.cuda.graph(graph, **options):
+                    velocity = forward(image, timestep)
+            except Exception as error:
+                torch.cuda.set_stream(current)  # PyTorch leaves the capture's stream set if the capture cannot end
+                # the end of the capture raises an error that follows from the first one
+                first = error.__context__ if isinstance(error.__context__, Exception) else error
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None  # for the caller, who may try a smaller pack
+                raise RuntimeError(
+                    f"a denoising step could not be captured in a CUDA graph ({first}); leave capture out"
+                ) from error
+        changes = [] if rows is None else rows.changes
+        return _Graph(graph, image, timestep, velocity, changes, [] if constants is None else constants.tensors())
