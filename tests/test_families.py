@@ -84,6 +84,7 @@ def test_every_family_is_tested_here():
         assert set(family.missing) <= set(CAPABILITIES)
         assert set(family.untrained) <= set(family.pipelines)
         assert not set(family.pipelines) & set(family.other_pipelines)
+        assert getattr(uniref_fast.models, family.packed.__name__) is family.packed
 
 
 @pytest.mark.parametrize("family, name", PIPELINES)
@@ -302,7 +303,7 @@ def test_an_unknown_transformer_is_refused_with_the_nearest_class(kind):
         with pytest.raises(TypeError) as error:
             call(model)
         message = str(error.value)
-        assert f"{kind.__name__} is not supported" in message and "QwenImageTransformer2DModel" in message
+        assert f"{kind.__name__} is not supported. It must be a transformer of exactly one of these classes:" in message
         assert "uniref-fast families" in message
 
 

@@ -230,7 +230,7 @@ def test_given_latents(pipes, kind):
         ("longcat", {"images": PICTURES[:2]}, "request 1: a LongCatImageEditPipeline takes exactly one image"),
         ("longcat", {"images": []}, "takes exactly one image per request, got 0"),
         ("longcat", {"prompt": "'" + "a" * 600 + "'"}, "the prompt has 602 tokens, and the pipeline takes at most 512"),
-        ("fibo", {"prompt": "make it blue"}, "takes JSON with the key"),
+        ("fibo", {"prompt": "make it blue"}, "takes JSON with the key .* for example json.dumps"),
         ("fibo", {"images": [], "width": None}, "give width and height for a request without images"),
     ],
 )
