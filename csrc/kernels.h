@@ -151,6 +151,15 @@ struct TokenOpBackward {
   int threads;
 };
 
+// gelu(x), or with `grad` its gradient, of contiguous memory.
+struct Gelu {
+  DType dtype;
+  const void *x, *grad;
+  void* out;
+  int64_t size;
+  int threads;
+};
+
 struct Kernels {
   int query_panel;     // queries computed side by side; tiles are made of whole panels
   int max_query_tile;  // queries that share one packed tile of keys and values
@@ -161,6 +170,7 @@ struct Kernels {
   int (*qk_norm_rope_backward)(const QkNormRopeBackward&);
   int (*token_op)(const TokenOp&);
   int (*token_op_backward)(const TokenOpBackward&);
+  int (*gelu)(const Gelu&);
 };
 
 }  // namespace uf

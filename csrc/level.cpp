@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "attention_backward.h"
+#include "gelu.h"
 #include "rope.h"
 #include "token_backward.h"
 #include "token_ops.h"
@@ -18,4 +19,5 @@ const uf::Kernels UF_JOIN(uf_kernels_, UF_LEVEL) = {
     UF_NAMESPACE::qk_norm_rope_backward,
     UF_NAMESPACE::token_op,
     UF_NAMESPACE::token_op_backward,
+    UF_NAMESPACE::gelu,
 };

@@ -316,3 +316,12 @@ UF_API int uf_token_rows_backward(int level, int threads, int dtype, const void*
     return kNoMemory;
   }
 }
+
+// Null grad: gelu(x), else its gradient; `size` contiguous elements each.
+UF_API int uf_gelu(int level, int threads, int dtype, const void* x, const void* grad, int64_t size, void* out) {
+  const uf::Kernels* kernel = kernels(level);
+  if (!kernel) return kBadLevel;
+  const uf::Gelu args = {static_cast<uf::DType>(dtype), x, grad, out, size, threads};
+  expect_writes(size * size_of(dtype), out);
+  return kernel->gelu(args);
+}

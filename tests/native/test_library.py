@@ -59,3 +59,11 @@ def test_missing_library(monkeypatch, tmp_path):
         monkeypatch.undo()
         for cached in (library._load, native.levels):
             cached.cache_clear()
+
+
+def test_a_library_of_an_older_version_has_no_gelu(monkeypatch):
+    """Everything else works with it."""
+    monkeypatch.setattr(library, "_load", lambda: (object(), ""))
+    assert not native.has_gelu()
+    monkeypatch.setattr(library, "_load", lambda: (None, "not built"))
+    assert not native.has_gelu()

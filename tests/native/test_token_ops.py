@@ -479,3 +479,57 @@ def test_modulation_backward_errors():
         native.norm_modulate_backward(x, x, table.bfloat16(), None, EPS)
     with pytest.raises(ValueError, match="grad_normed has stride"):
         native.norm_modulate_backward(torch.randn(3, 16)[:, ::2], x, table, None, EPS)
+
+
+# ---- gelu ----
+
+
+def tanh_gelu(x, grad):
+    """Return GELU and its gradient, by PyTorch."""
+    x = x.detach().requires_grad_()
+    out = F.gelu(x, approximate="tanh")
+    return out.detach(), torch.autograd.grad(out, x, grad)[0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 21, 8192 + 37])
+def test_gelu(size, dtype, level):
+    x, grad = torch.randn(2, size).to(dtype) * 4
+    got = native.gelu(x, level=level), native.gelu_backward(grad, x, level=level)
+    eager, exact = tanh_gelu(x, grad), tanh_gelu(x.double(), grad.double())
+    for ours, theirs, oracle in zip(got, eager, exact, strict=True):
+        assert ours.dtype == dtype and ours.shape == x.shape
+        assert_within_budget(ours, theirs, oracle)
+
+
+def test_gelu_of_extreme_values(dtype, level):
+    x = torch.tensor([0.0, -0.0, 9.0, -9.0, -60.0, -100.0, 1e4, -1e4, 1e19, -1e19, 3e38, -3e38, 1e-40]).to(dtype)
+    out, slope = native.gelu(x, level=level), native.gelu_backward(torch.ones_like(x), x, level=level)
+    torch.testing.assert_close(out, F.gelu(x, approximate="tanh"), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(slope[6:12], (x[6:12] > 0).to(dtype), rtol=0, atol=0)
+    assert native.gelu(torch.tensor([math.nan, math.inf]).to(dtype), level=level).isnan().tolist() == [True, False]
+
+
+def test_gelu_threads_and_position(dtype, level, threads):
+    """An element's bits do not depend on the number of threads, on its place or on how many others there are."""
+    x, grad = torch.randn(2, 3 * 8192 + 5).to(dtype)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append((native.gelu(x, level=level), native.gelu_backward(grad, x, level=level)))
+    assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
+    for start, end in ((0, 1), (3, 40), (8190, 8200), (3 * 8192, 3 * 8192 + 5)):
+        assert torch.equal(native.gelu(x[start:end], level=level), results[0][0][start:end])
+        assert torch.equal(native.gelu_backward(grad[start:end], x[start:end], level=level), results[0][1][start:end])
+
+
+def test_gelu_of_strided_inputs(dtype):
+    x, grad = torch.randn(2, 5, 12).to(dtype)
+    assert torch.equal(native.gelu(x.t()), native.gelu(x).t())
+    assert torch.equal(native.gelu_backward(grad.t(), x.t()), native.gelu_backward(grad, x).t())
+
+
+def test_gelu_errors():
+    with pytest.raises(ValueError, match=r"x is torch.float64 on cpu"):
+        native.gelu(torch.zeros(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match="grad has shape"):
+        native.gelu_backward(torch.zeros(2), torch.zeros(3))

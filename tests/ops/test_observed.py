@@ -25,6 +25,7 @@ def qk_norm_rope(x):
 
 
 CALLS = {
+    "gelu": (lambda x: ops.gelu(x), X),
     "norm_modulate": (lambda x: ops.norm_modulate(x, TABLE, TABLE), X),
     "gate_residual": (lambda x: ops.gate_residual(x, Y, TABLE), X),
     "gate_residual_norm_modulate": (lambda x: ops.gate_residual_norm_modulate(x, Y, TABLE, None, TABLE), X),

@@ -36,6 +36,10 @@ def gate_residual_norm_modulate(impl, x, y, gate, shift, scale):
     return torch.cat(ops.gate_residual_norm_modulate(x, y, gate, shift, scale, ROWS, norm="rms", impl=impl))
 
 
+def gelu(impl, x):
+    return ops.gelu(x, impl=impl)
+
+
 def qk_norm_rope(impl, q, k, v, weight):
     text, image = ([x[:TEXT] for x in (q, k, v)], [x[TEXT:] for x in (q, k, v)])
     rotary = LAYOUT.rotary((8, 4, 4), "cpu")
@@ -49,6 +53,7 @@ def segment_attention(impl, q, k, v):
 OPS = {
     norm_modulate: (rand(5, 8), rand(2, 8), rand(2, 8)),
     gate_residual: (rand(5, 8), rand(5, 8), rand(2, 8)),
+    gelu: (rand(5, 8),),
     gate_residual_norm_modulate: (rand(5, 8), rand(5, 8), rand(2, 8), rand(2, 8), rand(2, 8)),
     qk_norm_rope: (rand(N, 1, 16), rand(N, 1, 16), rand(N, 1, 16), rand(16)),
     segment_attention: (rand(N, 2, 16), rand(N, 2, 16), rand(N, 2, 16)),
@@ -120,6 +125,8 @@ def test_torch_func(op, impl):
 def test_fused_implementations_refuse_transforms(op, impl):
     if impl == "dense" and op is not segment_attention:
         pytest.skip("attention alone has it")
+    if impl == "triton" and op is gelu:
+        pytest.skip("GELU has no Triton kernel")
     inputs = float32(OPS[op])
     message = rf"impl='{impl}' is not possible here: inside .*; impl='reference' does"
     with pytest.raises(ValueError, match=message):
@@ -143,6 +150,8 @@ def test_fused_backwards_refuse_what_would_be_lost(op, impl):
     """Second derivatives, batches of gradients, and a backward inside a transform that the forward was outside of."""
     if impl == "dense" and op is not segment_attention:
         pytest.skip("attention alone has it")
+    if impl == "triton" and op is gelu:
+        pytest.skip("GELU has no Triton kernel")
     inputs = [x.requires_grad_() for x in float32(OPS[op])]
     out = op(impl, *inputs)
     grad = torch.ones_like(out)

@@ -14,6 +14,8 @@ from diffusers import (
 )
 from diffusers.hooks.layer_skip import _apply_layer_skip_hook
 from diffusers.hooks.smoothed_energy_guidance_utils import _apply_smoothed_energy_guidance_hook
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers import transformer_qwenimage
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
@@ -22,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import uniref_fast
+from uniref_fast import native, ops
 from uniref_fast.patch.guards import changed_qk_norm
 from uniref_fast.testing import max_relative_error
 
@@ -409,6 +412,24 @@ def test_replaced_functions(make_transformer, monkeypatch, where, name, called_b
     expected = run(stock)
     assert max_relative_error(run(model), expected) < ROUNDING and max_relative_error(expected, plain) > 1e-2
     assert any(f"{name} was replaced" in reason for reason in report.fallbacks)
+
+
+@pytest.mark.parametrize("owner, name", [(FeedForward, "forward"), (GELU, "gelu"), (F, "gelu")])
+def test_replaced_code_of_feed_forwards_is_run(make_transformer, monkeypatch, owner, name):
+    stock, model, report = pair(make_transformer)
+    plain = run(model)
+    own = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: 2 * own(*args, **kwargs))
+    assert max_relative_error(run(model), run(stock)) < ROUNDING and max_relative_error(run(stock), plain) > 1e-2
+    assert not report.fallbacks
+
+
+@pytest.mark.skipif(not native.has_gelu() or torch.cuda.is_available(), reason="GELU of PyTorch")
+def test_the_self_check_covers_gelu(make_transformer, monkeypatch):
+    model = pair(make_transformer)[1]
+    monkeypatch.setattr(ops, "gelu", F.silu)
+    with pytest.raises(RuntimeError, match=r"transformer_blocks.0 differs from the original"):
+        run(model)
 
 
 @pytest.mark.parametrize("name", ["forward", "_modulate"])

@@ -1,4 +1,4 @@
-"""Parts of a packed block that may compute in 8 bits: inputs of its Linears, feed-forwards and attention.
+"""Parts of a block that may compute in 8 bits: inputs of its Linears, feed-forwards and attention.
 
 The op that computes the input of a Linear in 8 bits also quantises it.
 """
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniref_fast import ops
+from uniref_fast.models.tanh_gelu import has_tanh_gelu, runs_native_gelu
 from uniref_fast.quantised_linear import QuantisedActivation, is_quantised, quantised_input, record_error
 from uniref_fast.visibility import AttentionPlan
 
@@ -97,12 +98,15 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
     """Run a feed-forward, `[..., C]` to `[..., C]`, with GELU and the quantisation after it in one pass.
 
     Args:
-        mlp: Feed-forward of a block. One that is not diffusers' own, or whose second Linear is not in 8 bits, is called
-            as a whole; so is one with SwiGLU, whose last Linear quantises its input itself.
+        mlp: Feed-forward of a block. One that is not diffusers' own is called as a whole; so is one with SwiGLU, whose
+            last Linear quantises its input itself. If the second Linear is not in 8 bits, GELU is that of
+            `runs_native_gelu`.
         x: Input, quantised or not.
         impl: Implementation forced on every op, or None.
     """
     if not _is_eight_bit(mlp):
+        if isinstance(x, Tensor) and runs_native_gelu(mlp, x, impl):
+            return mlp.net[2](ops.gelu(mlp.net[0].proj(x)))
         several = _first_of_gated(mlp) is not None and not isinstance(x, QuantisedActivation)
         return mlp(quantised_input(x, impl) if several else x)
     hidden = mlp.net[0].proj(x)
@@ -128,20 +132,6 @@ def _first_of_gated(mlp: Any) -> nn.Module | None:
 
 
 def _is_eight_bit(mlp: Any) -> bool:
-    """Return True if the second Linear is in 8 bits, and the Linears, GELU and dropout can be called one by one.
-
-    They can without hooks, without forwards of their own, and where the dropout has no effect.
-    """
+    """Return True if the second Linear is in 8 bits, and the parts of the feed-forward can be called one by one."""
     net: Any = getattr(mlp, "net", ())
-    if len(net) != 3 or not is_quantised(net[2]):
-        return False
-    from diffusers.models.activations import GELU
-    from diffusers.models.attention import FeedForward
-
-    if type(mlp) is not FeedForward or type(mlp.net[0]) is not GELU:
-        return False
-    activation, dropout, _ = mlp.net
-    if activation.approximate != "tanh" or (dropout.training and dropout.p):
-        return False
-    own = [vars(module) for module in (mlp, activation, dropout)]
-    return not any(each["_forward_hooks"] or each["_forward_pre_hooks"] or "forward" in each for each in own)
+    return len(net) == 3 and is_quantised(net[2]) and has_tanh_gelu(mlp)

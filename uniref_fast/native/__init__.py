@@ -10,7 +10,8 @@ Without a compiler at install time there is no library: `available()` is then Fa
 """
 
 from uniref_fast.native.attention import segment_attention, segment_attention_backward
-from uniref_fast.native.library import available, levels, reason
+from uniref_fast.native.gelu import gelu, gelu_backward
+from uniref_fast.native.library import available, has_gelu, levels, reason
 from uniref_fast.native.rope import qk_norm_rope, qk_norm_rope_backward
 from uniref_fast.native.token_ops import (
     gate_residual,
@@ -27,6 +28,9 @@ __all__ = [
     "gate_residual_backward",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_backward",
+    "gelu",
+    "gelu_backward",
+    "has_gelu",
     "levels",
     "norm_modulate",
     "norm_modulate_backward",

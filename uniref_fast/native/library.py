@@ -51,12 +51,20 @@ def _declare(library: ctypes.CDLL) -> None:
     library.uf_qk_norm_rope_backward.argtypes = [i, i, i, p, p, p, p, p, p, p, n, n, f, p, p]
     library.uf_token_rows.argtypes = [i, i, i] + [p, n] * 5 + [p, n, n, n, f, i, i, p, p]
     library.uf_token_rows_backward.argtypes = [i, i, i, p, p, p, n, n, n, f, i, p]
+    if hasattr(library, "uf_gelu"):  # a library that was built before has the others alone
+        library.uf_gelu.argtypes = [i, i, i, p, p, n, p]
 
 
 @torch.compiler.assume_constant_result  # torch.compile would otherwise trace the search for the library
 def available() -> bool:
     """Return True if the kernels can be used."""
     return _load()[0] is not None
+
+
+@torch.compiler.assume_constant_result
+def has_gelu() -> bool:
+    """Return True if the library has GELU; one that was built by an older version does not."""
+    return hasattr(_load()[0], "uf_gelu")
 
 
 def reason() -> str:

@@ -1,7 +1,7 @@
 """The operations: one name, one meaning, three implementations each (`impl="reference" | "native" | "triton"`).
 
-Attention has more, which are libraries: "dense" (PyTorch's own fused attention), "flash" (FlashAttention 2, 3 and 4)
-and "cudnn_flex" (cuDNN's flex attention).
+GELU has no Triton kernel. Attention has more implementations, which are libraries: "dense" (PyTorch's own fused
+attention), "flash" (FlashAttention 2, 3 and 4) and "cudnn_flex" (cuDNN's flex attention).
 """
 
 from uniref_fast.ops._dispatch import ATTENTION_LIBRARIES, IMPLEMENTATIONS, Rounding, choose, explain, unavailable
@@ -13,6 +13,7 @@ from uniref_fast.ops.fp8 import (
     quantize_fp8,
     scaled_linear,
 )
+from uniref_fast.ops.gelu import gelu
 from uniref_fast.ops.norm_modulate import gate_residual, gate_residual_norm_modulate, norm_modulate
 from uniref_fast.ops.qk_norm_rope import qk_norm_rope
 from uniref_fast.ops.segment_attention import attention_unavailable, explain_attention, segment_attention
@@ -29,6 +30,7 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm_modulate",
     "gate_residual_norm_modulate_fp8",
+    "gelu",
     "gelu_fp8",
     "norm_modulate",
     "norm_modulate_fp8",

@@ -19,6 +19,7 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.models.eight_bit import attend, feed_forward
 from uniref_fast.models.qwen_image import Modulation, joint_qkv, stream_rows
+from uniref_fast.models.tanh_gelu import runs_native_gelu
 from uniref_fast.patch.guards import (
     active_backend,
     active_mode,
@@ -579,17 +580,34 @@ def fused_streams(
     for branch, like in zip(branches, streams, strict=True):
         if reason := unlike(branch, tuple(like.shape), like, "attention"):
             return reason
-    mlp_8bit = None if state.parts is None else functools.partial(feed_forward, impl=state.impl)
     out = []
     for x, branch, mod, row, norm, mlp, like in zip(flat, branches, mods, rows, norms[1], mlps, streams, strict=True):
         x, hidden = ops.gate_residual_norm_modulate(
             x, joint_rows(branch), mod.gate1, mod.shift2, mod.scale2, row, norm.eps, **options
         )
-        branch = calls(mlp, hidden.view(like.shape), run=mlp_8bit)
-        if reason := unlike(branch, tuple(like.shape), x, "the feed-forward"):
-            return reason
+        branch = _feed_forward(calls, mlp, hidden.view(like.shape), state, impl)
+        if isinstance(branch, str):
+            return branch
         out.append(whole_stream(ops.gate_residual(x, joint_rows(branch), mod.gate2, row, **options), like.shape, clip))
     return out[1], out[0]
+
+
+def _feed_forward(calls: Calls, name: str, x: Tensor, state: PatchState, impl: str) -> Tensor | str:
+    """Return the result of a feed-forward, or the reason why it cannot be used.
+
+    Its Linears are called one by one if `ops.gelu` runs between them: the self-check then compares its results.
+    """
+    if state.parts is not None:
+        out = calls(name, x, run=functools.partial(feed_forward, impl=state.impl))
+    elif runs_native_gelu(calls.child(name), x, impl):
+        hidden = calls(f"{name}.net.0.proj", x)
+        width = hidden.shape[-1:] if isinstance(hidden, Tensor) else ()
+        if reason := unlike(hidden, (*x.shape[:-1], *width), x, "the feed-forward"):
+            return reason
+        out = calls(f"{name}.net.2", ops.gelu(hidden))
+    else:
+        out = calls(name, x)
+    return unlike(out, tuple(x.shape), x, "the feed-forward") or out
 
 
 def whole_stream(x: Tensor, shape: torch.Size, clip: bool = True) -> Tensor:

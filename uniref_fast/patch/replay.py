@@ -42,10 +42,14 @@ class Calls:
             **kwargs: Keyword arguments of the child.
         """
         kept = [_Kept(x) for x in _floats((*args, *kwargs.values()))] if self.inputs else []
-        child = self.module.get_submodule(name)
+        child = self.child(name)
         result = child(*args, **kwargs) if run is None else run(child, *args, **kwargs)
         self.made.setdefault(name, []).append((kept, result))
         return result
+
+    def child(self, name: str) -> nn.Module:
+        """Return the child with this name."""
+        return functools.reduce(getattr, name.split("."), self.module)
 
     def release(self) -> None:
         """Free the results if no self-check needs them."""

@@ -1,6 +1,7 @@
 """Tests of the on-policy check: it passes an unchanged policy, and names the first difference and its cause."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -102,7 +103,8 @@ def test_a_fault_is_refused_with_its_cause(generator, batch, monkeypatch, fault,
     found = check(generator, batch)
     with pytest.raises(OffPolicyError, match=cause) as error:
         refuse_off_policy(found)
-    assert "12 of 12 ratios are not 1. First at timestep 0 (t = 1.0000)" in str(error.value)
+    # One of the twelve may still be 1 by chance, with latents that are rounded.
+    assert re.search(r"1[12] of 12 ratios are not 1\. First at timestep 0 \(t = 1\.0000\)", str(error.value))
 
 
 def test_the_first_timestep_that_differs_is_named(generator, batch):

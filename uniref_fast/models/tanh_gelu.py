@@ -1,0 +1,90 @@
+"""Feed-forwards of diffusers whose GELU can be computed by `ops.gelu`."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from uniref_fast import native, ops
+
+__all__ = ["has_tanh_gelu", "runs_native_gelu"]
+
+
+def runs_native_gelu(mlp: Any, x: Tensor, impl: str | None) -> bool:
+    """Return True if a feed-forward is computed by its Linears and `ops.gelu` instead of by calling it.
+
+    That is so on a CPU, outside torch.compile, which fuses PyTorch's own GELU with what is around it.
+
+    Args:
+        mlp: Feed-forward of a block.
+        x: Its input.
+        impl: Implementation forced on every op, or None.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or impl in ("reference", "triton") or not native.has_gelu():
+        return False
+    return ops.unavailable("native", x) is None and has_tanh_gelu(mlp)
+
+
+def has_tanh_gelu(mlp: Any) -> bool:
+    """Return True if a module is diffusers' `FeedForward` with the tanh GELU, and its parts can be called one by one.
+
+    They can if no hook and no replaced code would be passed over, and the dropout has no effect.
+    """
+    feed_forward, gelu = _classes()
+    if type(mlp) is not feed_forward or len(mlp.net) != 3:
+        return False
+    activation, dropout, _ = mlp.net
+    if type(activation) is not gelu or activation.approximate != "tanh" or "gelu" in vars(activation):
+        return False
+    if type(dropout) is not nn.Dropout or (dropout.training and dropout.p):
+        return False
+    return not (_replaced() or _has_global_hooks() or any(_is_changed(each) for each in (mlp, activation, dropout)))
+
+
+@functools.cache
+def _classes() -> tuple[Any, Any]:
+    """Return the classes `FeedForward` and `GELU` of diffusers."""
+    from diffusers.models.activations import GELU
+    from diffusers.models.attention import FeedForward
+
+    return FeedForward, GELU
+
+
+def _replaced() -> bool:
+    """Return True if code that a feed-forward runs was replaced in this process."""
+    feed_forward, gelu = _classes()
+    own = (feed_forward.forward, feed_forward), (gelu.forward, gelu), (gelu.gelu, gelu)
+    return F.gelu is not torch._C._nn.gelu or any(_module_of(function) != kind.__module__ for function, kind in own)
+
+
+def _module_of(function: Any) -> str:
+    """Return the name of the module of the code of a function; a wrapper may copy every other attribute."""
+    return function.__globals__["__name__"] if isinstance(function, types.FunctionType) else ""
+
+
+def _has_global_hooks() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return True if a call of a module runs more than the forward of its class."""
+    own = vars(module)  # quicker than attributes of a module
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl")
+    )
