@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import (
-    FluxPipeline,
+    Lumina2Pipeline,
     QwenImageEditInpaintPipeline,
     QwenImageEditPlusPipeline,
     QwenImagePipeline,
@@ -29,6 +29,7 @@ KINDS = {  # changes of model_index.json and of transformer/config.json, and wha
     "inpainting": ({"_class_name": "QwenImageEditInpaintPipeline"}, {}, "first generation of Qwen-Image-Edit, for inp"),
     "text to image": ({"_class_name": "QwenImagePipeline"}, {}, "a text-to-image model, which takes no references"),
     "flux": ({"_class_name": "FluxPipeline", "transformer": FLUX_PART}, FLUX, "is a FluxPipeline, which is not"),
+    "lumina": ({"_class_name": "Lumina2Pipeline", "transformer": None}, {}, "is a Lumina2Pipeline, which is not"),
     "no transformer": ({"_class_name": "StableDiffusionXLPipeline", "transformer": None}, {}, "StableDiffusionXL"),
     "another transformer": ({"transformer": FLUX_PART}, FLUX, "of the class FluxTransformer2DModel, not"),
     "another file": ({}, {"_class_name": "QwenImage21Transformer2DModel"}, "the class QwenImage21Transformer2DModel"),
@@ -87,18 +88,21 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(make, ki
     for error in (loaded, estimated):
         message = str(error.value)
         assert says in message and str(folder) in message and "\n" not in message
-        assert "use Qwen/Qwen-Image-Edit-2511" in message
+        assert (
+            f"use {'black-forest-labs/FLUX.1-Kontext-dev' if kind == 'flux' else 'Qwen/Qwen-Image-Edit-2511'}"
+            in message
+        )
     assert str(loaded.value) == f"--model {estimated.value}"
 
 
 @pytest.mark.parametrize("command", ["edit", "estimate", "eval", "sft", "msgrpo"])
-@pytest.mark.parametrize("kind", ["inpainting", "text to image", "flux"])
+@pytest.mark.parametrize("kind", ["text to image", "lumina"])
 def test_every_command_gives_that_message(make, kind, command, tmp_path, capsys):
     folder = make(kind)
     assert commands(folder, tmp_path)[command]() == 2
     captured = capsys.readouterr()
     assert KINDS[kind][2] in captured.err and str(folder) in captured.err and "Traceback" not in captured.err
-    assert ("patch(pipe) accelerates this one" in captured.err) == (kind != "flux")
+    assert ("patch(pipe) accelerates this one" in captured.err) == (kind != "lumina")
 
 
 def other_runs(tmp_path, builtin_pipe):
@@ -129,7 +133,7 @@ def test_runs_on_models_of_another_kind(tmp_path, builtin_pipe, capsys):
             assert str(run) in line and "Traceback" not in captured, captured
 
 
-@pytest.mark.parametrize("kind", [QwenImageEditInpaintPipeline, QwenImagePipeline, FluxPipeline])
+@pytest.mark.parametrize("kind", [QwenImageEditInpaintPipeline, QwenImagePipeline, Lumina2Pipeline])
 def test_loaded_pipelines_of_another_kind(builtin_pipe, kind):
     pipe = kind.__new__(kind)
     for call in (uniref_fast.edit, uniref_fast.estimate):

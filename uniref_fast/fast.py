@@ -172,7 +172,8 @@ def _linears_of_any_class(transformer: Any) -> Iterator[tuple[str, Any]]:
         base = base_linear(module)
         if base is not module:
             inside, module = f"{name}.", base
-        if all(hasattr(module, attribute) for attribute in ("in_features", "out_features", "weight")):
+        has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
+        if has_sizes and (hasattr(module, "weight") or next(module.children(), None) is None):  # not attention itself
             yield name, module
 
 

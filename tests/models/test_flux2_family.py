@@ -220,8 +220,6 @@ def test_requests_that_cannot_run(pipes, changes, message):
 
 
 def test_models_that_cannot_run(make_flux2, pipes):
-    with pytest.raises(ValueError, match="computation in 8 bits"):
-        edit(pipes["klein"], requests("klein")[:1], mode="fast")
     pipe = flux2.pipeline(make_flux2("klein"), "klein")
     pipe.transformer.register_to_config(joint_attention_dim=128)
     with pytest.raises(ValueError, match="joint_attention_dim = 128, but its text encoder gives 96"):

@@ -202,8 +202,6 @@ def test_refusals(pipe, monkeypatch):
         edit(pipe, [EditRequest(prompt_embeds=embeds, images=[WIDE])])
     with pytest.raises(ValueError, match='use "full", which is its own visibility'):
         edit(pipe, REQUESTS, visibility="reference_causal")
-    with pytest.raises(ValueError, match=r"not supported for qwen-image-2\.1 models"):
-        edit(pipe, REQUESTS, mode="fast")
     monkeypatch.setattr(pipe.processor.image_processor, "size", {"shortest_edge": 256 * 256, "longest_edge": 512**2})
     with pytest.raises(ValueError, match=r"positions for references, which need 7: .* check its min_pixels"):
         edit(pipe, REQUESTS[2:3])

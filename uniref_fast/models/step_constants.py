@@ -114,10 +114,15 @@ class StepConstants:
         return self._stream
 
 
-def weights_state(module: nn.Module) -> tuple:
-    """Return the identity, version and address of all weights of a module, and the state of all its adapters.
+def weights_state(module: nn.Module, addresses: bool = False) -> tuple:
+    """Return the identity and version of all weights of a module, and the state of all its adapters.
 
-    It differs after every change of the weights but one that is written in place through `parameter.data`.
+    It differs after every change of the weights but one that is written through `parameter.data`.
+
+    Args:
+        module: The module.
+        addresses: Add the addresses of the weights, which also differ when `parameter.data` is replaced. Layerwise
+            casting and offloading do so in every forward, without a change of the values.
     """
     state: list[Any] = []
     part: Any
@@ -125,8 +130,9 @@ def weights_state(module: nn.Module) -> tuple:
         own = vars(part)
         for parameter in own["_parameters"].values():
             if parameter is not None:
-                address = parameter.data_ptr() if type(parameter) in (Tensor, nn.Parameter) else 0
-                state += (id(parameter), version_of(parameter), address)
+                state += (id(parameter), version_of(parameter))
+                if addresses and type(parameter) in (Tensor, nn.Parameter):
+                    state.append(parameter.data_ptr())
         if "scaling" in own:  # a layer of peft
             state.append((tuple(part.active_adapters), tuple(own["scaling"].items()), tuple(part.merged_adapters),
                           part.disable_adapters))  # fmt: skip

@@ -137,7 +137,7 @@ class StepGraphs:
         adapters: PackAdapters | None = None,
     ) -> Tensor:
         """Return what `model(...)` returns for these arguments, see `PackedModel.forward`."""
-        weights = weights_state(self.model.transformer)
+        weights = weights_state(self.model.transformer, addresses=True)
         if weights != self._weights:
             self.clear()
             self._weights = weights
