@@ -171,12 +171,7 @@ def encoded_edit(pipe: Any, request: EditRequest, sizes: Geometry, scheduler: An
     """
     family = family_of(pipe)
     images = [family.convert_image(image) for image in request.images]
-    prompts, texts = zip(*(
-        family.encode_prompt(
-            pipe, None if embeds is not None else text or "", images[: len(seen)], seen, embeds, mask, cast=cast
-        )
-        for (text, embeds, mask), seen in zip(request.texts, sizes.seen(family), strict=False)
-    ), strict=True)  # fmt: skip
+    prompts, texts = zip(*family.encode_prompts(pipe, request, sizes, images, cast), strict=True)
     if isinstance(request, EncodedRequest):
         texts = request.encoded_texts
     generator = _generator(request)

@@ -160,7 +160,8 @@ def offload(pipe: Any, how: str, device: Any) -> None:
     stream = device.type == "cuda"
     pipe.transformer.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=stream)
     for part in (*family_of(pipe).text_encoders(pipe), pipe.vae):
-        apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream)
+        if part is not None:
+            apply_group_offloading(part, device, offload_type="leaf_level", use_stream=stream)
 
 
 def load_part(name: str, part: str, kind: Any, dtype: Any) -> Any:

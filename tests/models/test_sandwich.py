@@ -196,6 +196,17 @@ def test_captions_features_and_gist_are_computed_once(transformers, name):
     assert constants.computed == 1
 
 
+def test_captions_and_features_are_computed_again_after_a_change_of_their_filling():
+    model, one = z_image.transformer(), z_image_case(1)
+    run_packed = PackedZImage(model)
+    constants, layout = run_packed.step_constants(), run_packed.layout([one.sample])
+    for token in (None, model.cap_pad_token, model.siglip_pad_token):
+        if token is not None:
+            token.mul_(-1)
+        out = run_packed(one.image, one.text, one.timestep, layout, None, constants)
+        assert torch.equal(out, run(run_packed, [one])[0])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_kept_references(transformers, name):
     """A step with kept references equals one that computes them while nothing has changed, and not after a change."""

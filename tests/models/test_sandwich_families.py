@@ -11,6 +11,8 @@ import z_image
 from peft import LoraConfig
 
 from uniref_fast import EditRequest, edit, estimate, patch, unpatch
+from uniref_fast.evaluation.model import weights_digest
+from uniref_fast.loading import offload
 from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.request import request_geometry
 from uniref_fast.testing import max_relative_error
@@ -101,6 +103,7 @@ def test_several_images_and_a_lora_for_each_request(pipes, name):
         pipe.transformer.disable_adapters()
         both = [dataclasses.replace(one, num_images=2, seed=[7, 8], lora={"a": 0.8}), dataclasses.replace(two, lora={})]
         images, other = edited(pipe, both)
+        kept = edited(pipe, both, keep_references=2)[0][0]
         assert max_relative_error(other, stock(pipe, two)) < RELATIVE
         plain = stock(pipe, dataclasses.replace(one, seed=7))
         pipe.transformer.enable_adapters()
@@ -108,6 +111,9 @@ def test_several_images_and_a_lora_for_each_request(pipes, name):
         for seed, image in zip((7, 8), images, strict=True):
             assert max_relative_error(image, stock(pipe, dataclasses.replace(one, seed=seed))) < RELATIVE
         assert max_relative_error(images[0], plain) > 1e-3
+        assert (
+            max_relative_error(edited(pipe, [dataclasses.replace(one, seed=7)], keep_references=2)[0], kept) < RELATIVE
+        )
     finally:
         pipe.transformer.delete_adapters(["a"])
 
@@ -230,3 +236,87 @@ def test_estimate(pipes, name):
     assert found.kept_bytes > 0 and found.computed_references == (1,)
     (stage,) = (each for each in found.stages if each.name == "transformer")
     assert stage.activation_bytes > 0 and found.stages[0].flops > 0
+
+
+def test_estimate_of_a_deep_fibo_2():
+    """An estimate builds three blocks, of which one in the middle reads the text encoder."""
+    pipe = fibo2.pipeline(fibo2.transformer(layers=6))
+    (stage,) = (each for each in estimate(pipe, requests()[1:2]).stages if each.name == "transformer")
+    assert stage.activation_bytes > 0
+    config = {**pipe.transformer.config, "n_layers": 3}
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        built = family_of(pipe).built(config, None)
+    assert [getattr(block, "cross_attention", None) is not None for block in built.layers] == [False, True, False]
+    assert len(built.config.injection_layer_ids) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_references_are_encoded_once_for_both_prompts(name):
+    """Z-Image has the features of its references in both; Fibo 2 encodes the negative prompt without references."""
+    pipe, request, calls = make(name), requests()[1], []
+    vision = pipe.siglip if name == "z-image" else pipe.text_encoder.model.visual
+    vision.register_forward_hook(lambda *args: calls.append(1))
+    edited(pipe, [request])
+    assert len(calls) == 1
+    plain = dataclasses.replace(request, true_cfg_scale=1.0)
+    without = [dataclasses.replace(each, images=()) for each in (request, plain)]
+    flops = [estimate(pipe, [each]).stages[0].flops for each in (request, plain, *without)]
+    if name == "fibo-2":  # the negative prompt costs the same with and without references
+        assert flops[0] - flops[1] == flops[2] - flops[3] > 0
+    else:  # three captions instead of one
+        assert flops[0] - flops[1] == 3 * (flops[2] - flops[3]) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_of_the_pipeline(pipes, name):
+    """A scale of 1 is no guidance, and embeddings have the form of the pipeline."""
+    pipe, (base, request, *_) = pipes[name], requests()
+    family, generator = family_of(pipe), torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 9, family.text_channels(pipe.transformer.config), generator=generator)
+    given = dataclasses.replace(
+        base, prompt=None, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], true_cfg_scale=2.0
+    )
+    for one in (dataclasses.replace(request, true_cfg_scale=1.0), given):
+        found = pipe(**family.stock_arguments(pipe, one), output_type="latent").images
+        assert max_relative_error(edited(pipe, [one])[0], family.pack(found)) < RELATIVE
+
+
+def test_siglip_of_z_image_is_a_text_encoder():
+    """It is brought to the device, its weights count, and they are part of the digest."""
+    pipe, request = make("z-image"), requests()[1]
+    expected, digest = edited(pipe, [request])[0], weights_digest(pipe)
+    weights = sum(x.nbytes for part in (pipe.text_encoder, pipe.siglip) for x in (*part.parameters(), *part.buffers()))
+    assert estimate(pipe, [request]).stages[0].weight_bytes == weights
+    offload(pipe, "block", "cpu")
+    assert any("_diffusers_hook" in vars(module) for module in pipe.siglip.modules())
+    assert max_relative_error(edited(pipe, [request])[0], expected) < RELATIVE
+    next(pipe.siglip.parameters()).data.mul_(2)
+    assert weights_digest(pipe) != digest
+
+
+def test_z_image_without_siglip():
+    """It takes requests without references, and refuses the others."""
+    pipe, (request, other, *_) = make("z-image"), requests()
+    pipe.siglip = None
+    assert max_relative_error(edited(pipe, [request])[0], stock(pipe, request)) < RELATIVE
+    assert estimate(pipe, [request]).stages[0].flops > 0 and weights_digest(pipe)
+    for run in (edit, estimate):
+        with pytest.raises(ValueError, match="request 1: the pipeline has no siglip or no siglip_processor"):
+            run(pipe, [other])
+    offload(pipe, "block", "cpu")
+    assert max_relative_error(edited(pipe, [request])[0], stock(pipe, request)) < RELATIVE
+
+
+def test_prompts_of_z_image_have_the_dtype_of_the_transformer():
+    """Features are not rounded to that of the text encoder."""
+    pipe, request, features = make("z-image"), requests()[1], []
+    pipe.text_encoder.to(torch.bfloat16)
+    pipe.siglip.register_forward_hook(lambda module, args, out: features.append(out.last_hidden_state))
+    sizes = request_geometry(pipe, request)
+    with torch.no_grad():
+        text, _ = family_of(pipe).encode_prompt(pipe, "an owl", request.images, sizes.condition_sizes)
+    assert text.dtype == torch.float32
+    values = features[0][features[0].bfloat16().float() != features[0]]
+    assert torch.isin(text[-1, : z_image.FEATURES], values).any()
+    assert edited(pipe, [request])[0].isfinite().all()

@@ -230,15 +230,15 @@ def test_calls_that_run_the_original(changes, reason):
 
 
 def test_a_mask_is_that_of_its_call():
-    """Two calls of a block with the same rotary tables and other masks."""
+    """Calls of a block with the same rotary tables, other masks, and a mask that was changed in place."""
     stock, model = joyimage.transformer(layers=1).double_blocks[0], joyimage.transformer(layers=1)
     uniref_fast.patch(model)
     generator = torch.Generator().manual_seed(0)
     image, text, temb = (torch.randn(2, n, 256, generator=generator) for n in (15, 7, 6))
     rotary, outs = (torch.ones(2, 15, 128), torch.zeros(2, 15, 128)), []
-    for hidden in (2, 9):
-        mask = torch.ones(2, 1, 1, 22, dtype=torch.bool)
-        mask[1, :, :, hidden] = False
+    masks = [torch.ones(2, 1, 1, 22, dtype=torch.bool) for _ in range(2)]
+    for hidden, mask in zip((2, 9, 11), (masks[0], masks[1], masks[1]), strict=True):
+        mask.fill_(True)[1, :, :, hidden] = False
         with torch.no_grad():
             outs.append(model.double_blocks[0](image, text, temb, rotary, mask)[0])
             assert max_relative_error(outs[-1], stock(image, text, temb, rotary, mask)[0]) < ROUNDING

@@ -8,6 +8,7 @@ from patching import ROUNDING
 from torch import nn
 
 import uniref_fast
+from uniref_fast import ops
 from uniref_fast.patch import sandwich
 from uniref_fast.patch.stock import deviations
 from uniref_fast.testing import assert_within_budget, max_relative_error
@@ -90,9 +91,26 @@ def test_masks_of_one_shape_do_not_share_a_plan():
         freqs = torch.polar(torch.ones(1, 6, 64), torch.randn(1, 6, 64))
         masks = [torch.ones(2, 6, dtype=torch.bool), torch.arange(6).expand(2, 6) < 3]
         outs = [attention(x, attention_mask=mask, freqs_cis=freqs) for mask in masks]  # with one table
+        changed = masks[1].clone()
+        masks.append(changed)
+        attention(x, attention_mask=changed, freqs_cis=freqs)
+        changed.copy_(torch.arange(6) > 1)  # in place
+        outs.append(attention(x, attention_mask=changed, freqs_cis=freqs))
         uniref_fast.unpatch(model)
         for mask, out in zip(masks, outs, strict=True):
             assert max_relative_error(out, attention(x, attention_mask=mask, freqs_cis=freqs)) < ROUNDING
+
+
+def test_a_noise_mask_that_was_changed_in_place():
+    model, stock = fibo2.transformer(), fibo2.transformer().layers[0]
+    uniref_fast.patch(model)
+    x, noisy, clean = torch.randn(1, 6, 256), torch.randn(1, 256), torch.randn(1, 256)
+    freqs, noise_mask = torch.polar(torch.ones(1, 6, 64), torch.randn(1, 6, 64)), torch.ones(1, 6)
+    for _ in range(2):
+        with torch.no_grad():
+            outs = [block(x, None, freqs, None, noise_mask, noisy, clean) for block in (model.layers[0], stock)]
+        assert max_relative_error(*outs) < ROUNDING
+        noise_mask[0, 3:] = 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -217,16 +235,19 @@ def test_the_self_check_compares_with_the_original(monkeypatch, strict):
         assert sum("differs from the original" in reason for reason in report.fallbacks) > 0
 
 
-@pytest.mark.parametrize("what", ["backend", "function", "norm", "select"])
+@pytest.mark.parametrize("what", ["backend", "function", "norm", "select", "library"])
 @pytest.mark.parametrize("name", MODELS)
 def test_calls_that_need_the_original(name, what, monkeypatch):
     model = MODELS[name]()
-    report, block = uniref_fast.patch(model), model.layers[0]
+    report, block = uniref_fast.patch(model, impl="dense" if what == "library" else None), model.layers[0]
     module = (sandwich._Z_IMAGE if name == "z-image" else sandwich._FIBO_2).stock
     if what == "backend":
         for each in [*model.layers]:
             each.attention.processor._attention_backend = "native"
         reason = "attention backend 'native' was chosen"
+    elif what == "library":
+        monkeypatch.setattr(ops, "attention_unavailable", lambda impl, q: f"{impl} cannot do this")
+        reason = "dense cannot do this"
     elif what == "norm":
         block.ffn_norm1 = nn.LayerNorm(256)
         reason = "a norm of a block is a LayerNorm"

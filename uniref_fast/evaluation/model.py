@@ -125,5 +125,5 @@ def files_digest(model: str, runs: tuple[Path, ...], adapters: Sequence[Adapter]
 
 def weights_digest(pipe: Any) -> str:
     """Return a digest of all weights of the pipeline."""
-    encoders = family_of(pipe).text_encoders(pipe)
+    encoders = [part for part in family_of(pipe).text_encoders(pipe) if part is not None]
     return content_key(*(fingerprint(part) for part in (pipe.transformer, pipe.vae, *encoders)))

@@ -254,7 +254,7 @@ class Family:
     # ---- the pipeline around the transformer ----
 
     def text_encoders(self, pipe: Any) -> tuple[Any, ...]:
-        """Return the text encoders of a pipeline; each may be None."""
+        """Return the models that encode prompts and what they see of references; each may be None."""
         return (pipe.text_encoder,)
 
     def check_parts(self, pipe: Any, given: str) -> None:
@@ -320,6 +320,25 @@ class Family:
     ) -> tuple[Tensor, Text]:
         """Encode a prompt, or pass given embeddings through the pipeline (`uniref_fast.encode.encoded_prompt`)."""
         raise NotImplementedError
+
+    def encode_prompts(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: Sequence[Image.Image], cast: bool = True
+    ) -> list[tuple[Tensor, Text]]:
+        """Return `encode_prompt` of the prompt of a request and, with guidance, of the negative prompt.
+
+        Args:
+            pipe: The pipeline.
+            request: A checked request.
+            sizes: Sizes of the request.
+            images: References of the request, converted by `convert_image`.
+            cast: Cast the request's embeddings to the dtype of the transformer.
+        """
+        return [
+            self.encode_prompt(
+                pipe, None if embeds is not None else text or "", images[: len(seen)], seen, embeds, mask, cast=cast
+            )
+            for (text, embeds, mask), seen in zip(request.texts, sizes.seen(self), strict=False)
+        ]
 
     def given_text(self, length: int, mask: Tensor | None) -> Text:
         """Return the text of `encode_prompt` for given embeddings.

@@ -63,6 +63,15 @@ class Fibo2(SandwichFamily):
         """Return the defaults of the pipeline."""
         return 30, 5.0
 
+    def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
+        given = super().stock_arguments(pipe, request)
+        for name in {"prompt_embeds", "negative_prompt_embeds"} & given.keys():
+            bundles = given[name].flatten(0, -2).unflatten(1, (-1, pipe.transformer.config.cap_feat_dim))
+            given[name] = bundles.transpose(0, 1)[None]  # [1, bundles, L, D]
+        for name in {"prompt_embeds_mask", "negative_prompt_embeds_mask"} & given.keys():
+            given[name] = given[name].reshape(1, -1).bool()
+        return given
+
     def most_references(self, pipe: Any) -> int:
         return pipe.max_num_images
 
@@ -84,6 +93,14 @@ class Fibo2(SandwichFamily):
                 f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
                 f"must be 2); {instead}"
             )
+
+    def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
+        """Return a new transformer; an estimate builds fewer blocks, of which one then reads the text encoder."""
+        blocks, numbers = config["n_layers"], config["injection_layer_ids"]
+        middle = max(blocks - 2, 0)
+        return super().built(
+            {**config, "injection_layer_ids": tuple(i if i < blocks else middle for i in numbers)}, layout
+        )
 
     # ---- the pipeline around the transformer ----
 

@@ -209,7 +209,8 @@ def _rows(layout: SelfLayout, kind: str, count: int, samples: frozenset[int], de
     spans: list[tuple[int, int]]
     if kind == "table":
         spans = [(at, at + 1) for at in range(count) if at % layout.num_samples in samples]
-        expected = {layout.num_samples, layout.num_modulation_rows}
+        # With kept references a layout may have no clean tokens while the table still has their rows.
+        expected = {layout.num_samples, 2 * layout.num_samples}
     elif kind == "references":
         held = [s for s in layout.image_segments if s.kind is Kind.REFERENCE]
         ends = list(itertools.accumulate(segment.length for segment in held))

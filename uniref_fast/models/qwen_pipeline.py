@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from uniref_fast.models.family import Family
+from uniref_fast.models.family import Family, family_of
 from uniref_fast.models.family_checks import given_embeddings
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
@@ -128,15 +128,15 @@ def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int
     config = pipe.text_encoder.config
     language, vision = config.text_config, config.vision_config
     merge = _image_processor(pipe).merge_size ** 2
-    flops = peak = 0
+    flops, peak, family = 0, 0, family_of(pipe)
     width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
     kv = language.num_key_value_heads * head
     layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
     vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
     element = compute_dtype(pipe.text_encoder).itemsize
     for size, lengths in zip(sizes, tokens, strict=True):
-        patches = [condition_tokens(pipe, s) * merge for s in size.condition_sizes]
-        for length in lengths:
+        for length, seen in zip(lengths, size.seen(family), strict=False):
+            patches = [condition_tokens(pipe, each) * merge for each in seen]
             flops += language.num_hidden_layers * (2 * layer * length + 4 * length**2 * width)
             flops += 2 * width * language.vocab_size * length  # diffusers calls the head as well
             flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)

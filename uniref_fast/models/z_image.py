@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uniref_fast.layout import REFERENCE_PLACE, Grid, Kind, Sample, Segment, SelfLayout
-from uniref_fast.memo import memo
+from uniref_fast.memo import memo, version_of
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.packed import skip
 from uniref_fast.models.sandwich import SandwichBlock, SandwichModel, part_layout, rows_of
@@ -284,7 +284,11 @@ class PackedZImage(SandwichModel):
                 found.append(self._run_stage(refiner, x, none, self._part(layout, chosen, rotary, None, text.dtype)))
             return torch.cat(found)
 
-        return compute() if self._constants is None else self._constants.text_stream(text, modules, compute)
+        if self._constants is None:
+            return compute()
+        sources = text, *fillings
+        state = [(version_of(each), each.data_ptr() if type(each) in (Tensor, nn.Parameter) else 0) for each in sources]
+        return self._constants.stream(sources, state, modules, compute)
 
 
 # ---- rows and positions ----

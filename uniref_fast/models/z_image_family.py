@@ -173,6 +173,14 @@ class ZImage(SandwichFamily):
         """Return the defaults of the pipeline."""
         return 50, 5.0
 
+    def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
+        given = super().stock_arguments(pipe, request)
+        if request.true_cfg_scale <= 1:
+            given["guidance_scale"] = 0.0  # the pipeline guides with every scale above 0
+        for name in {"prompt_embeds", "negative_prompt_embeds"} & given.keys():
+            given[name] = [[given[name].flatten(0, -2)]]
+        return given
+
     # ---- the packed model ----
 
     def text_channels(self, config: Any) -> int:
@@ -197,6 +205,9 @@ class ZImage(SandwichFamily):
 
     # ---- the pipeline around the transformer ----
 
+    def text_encoders(self, pipe: Any) -> tuple[Any, ...]:
+        return pipe.text_encoder, pipe.siglip
+
     def check_parts(self, pipe: Any, given: str) -> None:
         widths = [("in_channels", "VAE", pipe.vae.config.latent_channels)]
         if pipe.text_encoder is not None:
@@ -213,6 +224,11 @@ class ZImage(SandwichFamily):
                 pipe.image_processor.check_image_input(image)
             except ValueError as error:
                 raise ValueError(f"{where}: image {i}: {error}") from None
+        if request.images and (pipe.siglip is None or pipe.siglip_processor is None):
+            raise ValueError(
+                f"{where}: the pipeline has no siglip or no siglip_processor, which references need; load the "
+                "pipeline with both, or give no images"
+            )
         if request.images and any(embeds is not None for _, embeds, _ in request.texts):
             raise ValueError(
                 f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
@@ -270,19 +286,37 @@ class ZImage(SandwichFamily):
         cast: bool = True,
     ) -> tuple[Tensor, Text]:
         device = device or pipe._execution_device
-        width = z_image.text_width(pipe.transformer.config)
         if embeds is not None:
             found, _ = given_embeddings(pipe, embeds, None, device, cast)
             assert found is not None
             return found[0], found.shape[1]
+        return self._encoded(pipe, prompt, self._features(pipe, images, sizes, device), device)
+
+    def encode_prompts(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: Sequence[Image.Image], cast: bool = True
+    ) -> list[tuple[Tensor, Text]]:
+        if not images or any(embeds is not None for _, embeds, _ in request.texts):
+            return super().encode_prompts(pipe, request, sizes, images, cast)
+        device = pipe._execution_device
+        features = self._features(pipe, images, sizes.condition_sizes, device)  # the same for both prompts
+        return [self._encoded(pipe, text or "", features, device) for text, _, _ in request.texts]
+
+    def _features(
+        self, pipe: Any, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], device: Any
+    ) -> list[Tensor]:
+        """Return the features of references of (width, height) pixels, `[H, W, C]` each."""
         resized = [_resized(image, size) for image, size in zip(images, sizes, strict=True)]
+        (features,) = pipe.prepare_siglip_embeds(resized, 1, device, torch.float32)
+        return features
+
+    def _encoded(self, pipe: Any, prompt: str | None, features: Sequence[Tensor], device: Any) -> tuple[Tensor, Text]:
+        """Return `encode_prompt` of a prompt with the features of its references."""
         captions = pipe.encode_prompt(
-            prompt=[prompt], device=device, do_classifier_free_guidance=False, num_condition_images=len(images),
+            prompt=[prompt], device=device, do_classifier_free_guidance=False, num_condition_images=len(features),
             max_sequence_length=TEXT_LENGTH,
         )[0][0]  # fmt: skip
-        dtype = captions[0].dtype
-        (features,) = pipe.prepare_siglip_embeds(resized, 1, device, torch.float32)
-        rows = [*captions, *(_feature_rows(each).to(dtype) for each in features)]
+        width, dtype = z_image.text_width(pipe.transformer.config), compute_dtype(pipe.transformer)
+        rows = [each.to(dtype) for each in (*captions, *map(_feature_rows, features))]
         text = torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1])) for each in rows])
         grids = [(each.shape[0], each.shape[1]) for each in features]
         return text, self._text([len(each) for each in captions], grids)
@@ -383,21 +417,19 @@ class ZImage(SandwichFamily):
         return 2 * linear, 4 * attention * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-        language, vision = pipe.text_encoder.config.get_text_config(), pipe.siglip.config
-        vision = getattr(vision, "vision_config", vision)
+        language = pipe.text_encoder.config.get_text_config()
         width, layers = language.hidden_size, language.num_hidden_layers
         head = getattr(language, "head_dim", None) or width // language.num_attention_heads
         q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
         layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
         caption = layers * (2 * layer * TEXT_LENGTH + 4 * TEXT_LENGTH**2 * q)
-        of_vision = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
         flops = most = 0
         for size, lengths in zip(sizes, texts, strict=True):
             captions = len(size.condition_sizes) + 2 if size.condition_sizes else 1
             most = max(most, captions if lengths else 0)
-            patches = pipe.siglip_processor.max_num_patches
-            image = vision.num_hidden_layers * (2 * of_vision * patches + 4 * patches**2 * vision.hidden_size)
-            flops += len(lengths) * (captions * caption + len(size.condition_sizes) * image)
+            flops += len(lengths) * captions * caption
+            if lengths and size.condition_sizes:
+                flops += len(size.condition_sizes) * _feature_flops(pipe)  # once for both prompts
         states = (layers + 1) * width + 3 * language.intermediate_size
         return flops, most * TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
 
@@ -419,6 +451,14 @@ def _feature_rows(features: Tensor) -> Tensor:
     """Return features `[H, W, C]` as rows `[H W, C]` in the order in which the transformer of diffusers takes them."""
     height, width, channels = features.shape
     return features.permute(2, 0, 1).reshape(height * width, channels)
+
+
+def _feature_flops(pipe: Any) -> int:
+    """Return the operations that compute the features of one image."""
+    config, patches = pipe.siglip.config, pipe.siglip_processor.max_num_patches
+    vision = getattr(config, "vision_config", config)
+    linear = 4 * vision.hidden_size**2 + 2 * vision.hidden_size * vision.intermediate_size
+    return vision.num_hidden_layers * (2 * linear * patches + 4 * patches**2 * vision.hidden_size)
 
 
 def _feature_grid(processor: Any, size: tuple[int, int]) -> tuple[int, int]:

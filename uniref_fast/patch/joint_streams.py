@@ -8,7 +8,6 @@ Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each.
 
 from __future__ import annotations
 
-import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -29,7 +28,7 @@ from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.stock import found_modules, processor_changes
-from uniref_fast.patch.streams import Choice, StreamsAttention
+from uniref_fast.patch.streams import Choice, StreamsAttention, plan_of_valid
 from uniref_fast.visibility import AttentionPlan, Rule
 
 __all__ = [
@@ -67,7 +66,7 @@ class TextImageAttention(StreamsAttention):
         if rotary is None or any(stream is None for stream in streams) or (mask is not None and not self.takes_mask):
             return "called without text or rotary embedding, or with an external mask"
         head_dim = attn.inner_dim // attn.heads
-        if reason := refusal(self.state, self.site, head_dim, *streams):
+        if reason := refusal(self.state, self.site, head_dim, *streams, attention=True):
             return reason
         if any(x.ndim != 3 or len(x) != len(streams[0]) or not x.shape[1] for x in streams):
             return f"called with streams of shapes {[list(x.shape) for x in streams]}"
@@ -251,18 +250,7 @@ def _masked_plan(state: PatchState, mask: Tensor) -> AttentionPlan:
     saved = state.calls.masked
     if saved and saved[0] is mask and saved[1] == version_of(mask):
         return saved[2]
-    batch, length = mask.shape[0], mask.shape[-1]
-    ranges, intervals = [], []
-    for i, row in enumerate(mask[:, 0, 0].tolist()):
-        at, keys = i * length, []
-        for valid, run in itertools.groupby(row):
-            end = at + len([*run])
-            if valid:
-                keys.append((at, end))
-            at = end
-        ranges.append((i * length, (i + 1) * length))
-        intervals.append(tuple(keys))
-    plan = AttentionPlan(tuple(ranges), tuple(intervals), batch * length, batch * length)
+    plan = plan_of_valid(tuple(map(tuple, mask[:, 0, 0].tolist())))
     state.calls.masked = mask, version_of(mask), plan
     return plan
 

@@ -8,8 +8,6 @@ Shapes are diffusers': streams `[B, N, C]`, of B samples that are padded to N to
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.memo import version_of
 from uniref_fast.models.eight_bit import attend
 from uniref_fast.models.joyimage import JOYIMAGE
 from uniref_fast.models.packed import ForwardContext
@@ -46,7 +45,7 @@ from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.stock import found_modules, processor_changes
-from uniref_fast.patch.streams import TRACED, StreamsAttention
+from uniref_fast.patch.streams import TRACED, StreamsAttention, plan_of_valid
 from uniref_fast.visibility import AttentionPlan, Rule, plan
 
 __all__ = ["PATCH"]
@@ -54,9 +53,6 @@ __all__ = ["PATCH"]
 _TABLES = "_get_rotary_pos_embed_for_range"
 _KEPT_TABLES = 32
 _NORMS = ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
-
-Valid = tuple[tuple[bool, ...], ...]
-"""Whether each key of each sample is visible, in joint order."""
 
 
 def _stock() -> Any:
@@ -92,7 +88,7 @@ class _Attention(StreamsAttention):
         image, text = streams
         if rotary is None or text is None:
             return "called without text or rotary embedding"
-        if reason := refusal(self.state, self.site, attn.head_dim, *streams):
+        if reason := refusal(self.state, self.site, attn.head_dim, *streams, attention=True):
             return reason
         if any(x.ndim != 3 or len(x) != len(image) or not x.shape[1] for x in streams):
             return f"called with streams of shapes {[list(x.shape) for x in streams]}"
@@ -150,7 +146,7 @@ def _context(
         text: Text tokens of each sample.
         image: Image tokens of each sample.
     """
-    key, saved = (batch, text, image), state.calls.context
+    key, saved = (batch, text, image, None if mask is None else version_of(mask)), state.calls.context
     if saved and saved[0] == key and saved[1] is mask and saved[2] is rotary[0] and saved[3] is rotary[1]:
         return saved[4]
     with torch.inference_mode(False), torch.no_grad():
@@ -164,26 +160,9 @@ def _context(
             keys = mask.flatten(1)
             valid = torch.cat([keys[:, image:], keys[:, :image]], dim=1).tolist()
             if not all(map(all, valid)):
-                seen = _plan_of_valid(tuple(map(tuple, valid)))
+                seen = plan_of_valid(tuple(map(tuple, valid)))
     state.calls.context = (key, mask, *rotary, (context, seen))  # holding the tensors keeps their identity unambiguous
     return context, seen
-
-
-@functools.lru_cache(maxsize=8)  # equal in all steps of an edit, whose masks are new tensors
-def _plan_of_valid(valid: Valid) -> AttentionPlan:
-    """Return the plan of samples whose queries see the valid keys of their sample."""
-    length = len(valid[0])
-    ranges, intervals = [], []
-    for sample, flags in enumerate(valid):
-        at = sample * length
-        ranges.append((at, at + length))
-        found = []
-        for state, group in itertools.groupby(flags):
-            start, at = at, at + len(list(group))
-            if state:
-                found.append((start, at))
-        intervals.append(tuple(found))
-    return AttentionPlan(tuple(ranges), tuple(intervals), len(valid) * length, len(valid) * length)
 
 
 class _Block(PatchedBlock):

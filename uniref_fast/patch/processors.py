@@ -62,8 +62,16 @@ def outside_compiler() -> Callable:
     return torch.compiler.disable(lambda function, *args: function(*args))
 
 
-def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> str | None:
-    """Return the reason why a call with these tensors must run the original, or None."""
+def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor, attention: bool = False) -> str | None:
+    """Return the reason why a call must run the original, or None.
+
+    Args:
+        state: State of the patched transformer.
+        site: Counters of the place.
+        head_dim: Channels of a head.
+        tensors: Inputs of the call.
+        attention: True for a place that computes attention itself, for which a library may be chosen.
+    """
     if site.disabled:
         return site.disabled
     if not torch.compiler.is_compiling() and (reason := active_mode()):
@@ -80,7 +88,7 @@ def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor) -> s
         return "inside torch.autocast, where dtypes change between ops"
     if first.dtype not in SELF_CHECK_TOLERANCE:
         return f"{first.dtype} is not one of float32, float16, bfloat16"
-    if state.impl in ops.ATTENTION_LIBRARIES and site.name.endswith(".attn"):
+    if state.impl in ops.ATTENTION_LIBRARIES and attention:
         return ops.attention_unavailable(state.impl, first.flatten(0, -2)[:, None, :head_dim])
     if state.impl is not None and state.impl not in ops.ATTENTION_LIBRARIES:
         return ops.unavailable(state.impl, first, head_dim)
@@ -302,7 +310,7 @@ class PatchedAttention:
         if text is None or rotary is None or attention_mask is not None:
             return "called without text or rotary embedding, or with an external mask"
         head_dim = attn.inner_dim // attn.heads
-        if reason := refusal(self.state, self.site, head_dim, image, text):
+        if reason := refusal(self.state, self.site, head_dim, image, text, attention=True):
             return reason
         if image.ndim != 3 or text.ndim != 3 or len(image) != len(text):
             return f"called with streams of shapes {list(image.shape)} and {list(text.shape)}"

@@ -105,7 +105,7 @@ class PatchedAttention21(PatchedAttention):
     def call_refusal(self, attn: Any, x: Tensor, *others: Any) -> str | None:  # type: ignore[override]
         mask, rotary, cache, mode, _, segments, key_valid = others
         head_dim = attn.inner_dim // attn.heads
-        if reason := refusal(self.state, self.site, head_dim, x):
+        if reason := refusal(self.state, self.site, head_dim, x, attention=True):
             return reason
         if x.ndim != 3:
             return f"called with a stream of shape {list(x.shape)}"

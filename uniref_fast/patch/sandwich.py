@@ -20,6 +20,7 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.layout import Kind, Segment, SelfLayout
+from uniref_fast.memo import version_of
 from uniref_fast.models.eight_bit import attend
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import joint_qkv, qk_norm_eps
@@ -46,11 +47,10 @@ from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState, batch_rows
 from uniref_fast.patch.stock import processor_changes
+from uniref_fast.patch.streams import TRACED
 from uniref_fast.visibility import Rule
 
 __all__ = ["FIBO_2", "Z_IMAGE", "head_width"]
-
-_TRACED = "torch.compile traces the code of diffusers"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SandwichAttention(PatchedAttention):
     ) -> Tensor:
         arguments = hidden_states, encoder_hidden_states, attention_mask, freqs_cis
         if torch.compiler.is_compiling():
-            self.record_trace(_TRACED)
+            self.record_trace(TRACED)
             return self._pass_on()(attn, *arguments)
         return outside_compiler()(self._run, attn, *arguments)
 
@@ -152,7 +152,7 @@ class SandwichAttention(PatchedAttention):
         text, mask, freqs = others
         if text is not None or freqs is None:
             return "called for another sequence, or without rotary embedding"
-        if reason := refusal(self.state, self.site, self.head_dim, x):
+        if reason := refusal(self.state, self.site, self.head_dim, x, attention=True):
             return reason
         if x.ndim != 3 or not x.numel():
             return f"called with a stream of shape {list(x.shape)}"
@@ -208,7 +208,8 @@ def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor) -
     """
     batch, length = x.shape[:2]
     saved = state.calls.context
-    if saved and saved[0] == (batch, length) and saved[1] is mask and saved[2] is freqs:
+    key = batch, length, None if mask is None else version_of(mask)
+    if saved and saved[0] == key and saved[1] is mask and saved[2] is freqs:
         return saved[3]
     with torch.inference_mode(False), torch.no_grad():
         valid = None if mask is None else tuple(map(tuple, mask.tolist()))
@@ -217,7 +218,7 @@ def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor) -
             layout=_layout(batch, length, valid), visibility="full", impl=state.impl, rounding="eager",
             rotary=(table.real.contiguous(), table.imag.contiguous()),
         )  # fmt: skip
-    state.calls.context = ((batch, length), mask, freqs, context)  # holding the tensors keeps their identity
+    state.calls.context = (key, mask, freqs, context)  # holding the tensors keeps their identity
     return context
 
 
@@ -262,7 +263,7 @@ class SandwichBlock(PatchedBlock):
         if self.model.reads_text:
             arguments += encoder_hidden_states, encoder_attention_mask
         if torch.compiler.is_compiling():
-            self.record_trace(_TRACED)
+            self.record_trace(TRACED)
             return self.original(*arguments)
         return outside_compiler()(self._run, *arguments)
 
@@ -363,10 +364,10 @@ class SandwichBlock(PatchedBlock):
         if noise_mask is None:
             return rows
         saved = self.state.calls.rows
-        if saved and saved[0] is noise_mask and saved[1] == batch:
+        if saved and saved[0] is noise_mask and saved[1] == (batch, version_of(noise_mask)):
             return saved[2]
         rows = (rows.view(batch, length) + (noise_mask != 1).to(torch.int32) * batch).reshape(-1)
-        self.state.calls.rows = (noise_mask, batch, rows)
+        self.state.calls.rows = (noise_mask, (batch, version_of(noise_mask)), rows)
         return rows
 
 

@@ -6,6 +6,7 @@ A family derives its processors from `StreamsAttention`, and says which calls it
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -13,13 +14,35 @@ from torch import Tensor
 
 from uniref_fast.patch.processors import PatchedAttention, checkable, outside_compiler
 from uniref_fast.patch.replay import Calls, StandIn
+from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["TRACED", "StreamsAttention"]
+__all__ = ["TRACED", "StreamsAttention", "plan_of_valid"]
 
 TRACED = "torch.compile traces the code of diffusers"
 
 Choice = tuple[str, str]
 """Implementation of attention, and the reason of the choice."""
+
+
+@functools.lru_cache(maxsize=8)  # equal in all steps of an edit, whose masks may be new tensors
+def plan_of_valid(valid: tuple[tuple[bool, ...], ...]) -> AttentionPlan:
+    """Return the plan of samples of one length whose queries see the valid keys of their sample.
+
+    Args:
+        valid: Whether each key of each sample is visible, in joint order.
+    """
+    length = len(valid[0])
+    ranges, intervals = [], []
+    for sample, flags in enumerate(valid):
+        at = sample * length
+        ranges.append((at, at + length))
+        found = []
+        for state, group in itertools.groupby(flags):
+            start, at = at, at + len(list(group))
+            if state:
+                found.append((start, at))
+        intervals.append(tuple(found))
+    return AttentionPlan(tuple(ranges), tuple(intervals), len(valid) * length, len(valid) * length)
 
 
 class StreamsAttention(PatchedAttention):

@@ -28,7 +28,7 @@ def listed_sizes(grid: int) -> list[tuple[int, int]]:
         grid: Side in tokens of the square, which has the area of the other sizes or less.
     """
     sides = (grid, grid), (grid - 1, grid + 1), (grid + 1, grid - 1), (grid // 2, grid * 3 // 2)
-    return [(PATCH * height, PATCH * width) for height, width in sides]
+    return [(PATCH * height, PATCH * width) for height, width in sides if height and width]
 
 
 def transformer(dtype: torch.dtype = torch.float32, layers: int = 3, heads: int = 2, seed: int = 0) -> Any:
@@ -66,7 +66,7 @@ def pipeline(
 ) -> Any:
     """Return a small pipeline with random weights.
 
-    The sizes of its references come from a list for the square of `grid` tokens, which is added to those of diffusers.
+    The sizes of its references are those of `listed_sizes`.
 
     Args:
         name: Pipeline class, one of `PIPELINES`.
@@ -76,7 +76,6 @@ def pipeline(
         grid: Side in tokens of a square with the area of a reference and of a result.
     """
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, JoyImageEditPlusPipeline
-    from diffusers.pipelines.joyimage import image_processor
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -86,6 +85,21 @@ def pipeline(
         FlowMatchEulerDiscreteScheduler(shift=4.0), nn.Module.to(vae.eval(), dtype), encoder.to(dtype),
         processor.tokenizer, transformer(dtype, layers, heads), processor,
     )  # fmt: skip
-    image_processor.BUCKETS[grid * PATCH] = listed_sizes(grid)
-    pipe.image_processor.register_to_config(basesize=grid * PATCH)
+    pipe.image_processor = _image_processor(pipe.vae_scale_factor_spatial, grid)
     return pipe
+
+
+def _image_processor(vae_scale_factor: int, grid: int) -> Any:
+    """Return the image processor of the pipeline with `listed_sizes` instead of the list of diffusers."""
+    from diffusers.pipelines.joyimage.image_processor import JoyImageEditImageProcessor
+
+    sizes = listed_sizes(grid)
+
+    class Listed(JoyImageEditImageProcessor):
+        def get_default_height_width(self, image: Any, height: Any = None, width: Any = None) -> tuple[int, int]:
+            if height is None or width is None:
+                first = image[0] if isinstance(image, list) else image
+                width, height = (PATCH * grid,) * 2 if first is None else first.size
+            return min(sizes, key=lambda size: abs(size[0] / size[1] - height / width))
+
+    return Listed(vae_scale_factor=vae_scale_factor, basesize=PATCH * grid)
