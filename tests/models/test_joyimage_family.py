@@ -1,11 +1,13 @@
 """edit and estimate of JoyImage-Edit-Plus against the pipeline of diffusers."""
 
+import copy
 import dataclasses
 
 import joyimage
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.joyimage.image_processor import BUCKETS, JoyImageEditImageProcessor
 from PIL import Image
 
 import uniref_fast
@@ -13,6 +15,7 @@ from uniref_fast import EditRequest, Engine, edit, estimate
 from uniref_fast.encode import encoded_prompt
 from uniref_fast.models import joyimage_family
 from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.random_models import joyimage as random_models
 from uniref_fast.request import geometry, request_geometry
 from uniref_fast.testing import max_relative_error
 
@@ -154,11 +157,18 @@ def test_several_images_and_a_lora_for_each_request(pipe):
 def test_sizes_of_the_pipeline():
     """Those of its list, for references of any size; a side that a request gives is used."""
     pipe = joyimage.pipeline()
-    pipe.image_processor.register_to_config(basesize=1024)
+    pipe.image_processor = JoyImageEditImageProcessor(vae_scale_factor=8)
     sizes = geometry(pipe, [(4000, 2000), (100, 300)])
     assert sizes.reference_sizes == sizes.condition_sizes == ((1408, 704), (576, 1728))
     assert sizes.size == (576, 1728) and sizes.patch == 16
     assert geometry(pipe, []).size == (1024, 1024) and geometry(pipe, [(100, 300)], width=330).size == (320, 1728)
+
+
+def test_small_pipelines_leave_the_sizes_of_others_alone():
+    before = copy.deepcopy(BUCKETS)
+    small = random_models.pipeline(layers=1, grid=64)
+    assert geometry(small, [(4000, 2000), (100, 300)]).reference_sizes == ((1536, 512), (1008, 1040))
+    assert before == BUCKETS and random_models.listed_sizes(1) == [(16, 16)]
 
 
 def test_a_joint_budget_resizes_references(pipe):
