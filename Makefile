@@ -17,10 +17,10 @@ demo: $(STAMP)  ## compare the stock with the patched pipeline and write a conta
 	$(BIN)/uniref-fast demo --out out/demo.png
 
 test: $(STAMP)  ## run all tests on two workers; TESTS="tests/test_edit.py ..." selects files
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 test-fast: $(STAMP)  ## run the tests that are not marked slow
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" $(TESTS)
 
 bench: $(STAMP)  ## run every benchmark on this machine, print a table and write JSON to $(RESULTS)
 	$(BIN)/python -m pytest bench --benchmark-only --results $(RESULTS) --what bench
