@@ -258,3 +258,27 @@ def test_a_fused_model_of_the_stock_class_is_loaded_by_diffusers(run, tmp_path):
     for pipe in (loaded, load_pipeline(str(tmp_path / "fused"), torch.float32, "cpu")):
         assert type(pipe) is QwenImageEditPlusPipeline and len(pipe.transformer.state_dict()) == len(expected)
         assert all(torch.equal(tensor, expected[name]) for name, tensor in pipe.transformer.state_dict().items())
+
+
+def test_a_lokr_of_another_program_for_flux2(tmp_path):
+    """A file may have one layer for q, k and v, which diffusers then fuses in the model too."""
+    import flux2
+
+    shapes = {"double_blocks.0.img_attn.qkv": ((4, 4), (96, 32)), "single_blocks.0.linear2": ((4, 4), (32, 128))}
+    tensors = {
+        f"diffusion_model.{layer}.{part}": torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for layer, sides in shapes.items()
+        for part, shape in zip(("lokr_w1", "lokr_w2"), sides, strict=True)
+    }
+    tensors |= {f"diffusion_model.{layer}.alpha": torch.tensor(4.0) for layer in shapes}
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    transformer = flux2.transformer("klein", heads=1, layers=1, single_layers=1)
+    pipe = flux2.pipeline(transformer, "klein", distilled=True)
+    request = {"prompt": "x", "images": [flux2.picture(64, 64)], "seed": 0, "num_inference_steps": 1}
+    (before,) = uniref_fast.edit(pipe, [request], progress=False)
+    apply_adapters(pipe, [Adapter.parse(str(tmp_path / "lokr.safetensors"))], None, (), torch.float32)
+    (after,) = uniref_fast.edit(pipe, [request], progress=False)
+    generator = torch.Generator().manual_seed(0)
+    stock = pipe(prompt="x", image=request["images"], generator=generator, num_inference_steps=1).images[0]
+    first, second, expected = (np.asarray(image, dtype=int) for image in (before, after, stock))
+    assert abs(second - expected).max() <= 1 < abs(first - expected).max()

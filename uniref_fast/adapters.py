@@ -196,12 +196,14 @@ def _load(pipe: Any, adapter: Adapter, name: str) -> int:
     from uniref_fast.models.family import families, family_of
 
     folder, options = str(adapter.file.parent), {"weight_name": adapter.file.name, "use_safetensors": True}
-    if family_of(pipe) is not families()[0]:  # `uniref_fast.lora` knows the layers of Qwen-Image alone
+    family = family_of(pipe)
+    if family is not families()[0]:  # `uniref_fast.lora` knows the layers of Qwen-Image alone
         if not hasattr(pipe, "lora_state_dict"):
             raise ValueError(f"the {type(pipe).__name__} of diffusers loads no LoRA files")
         with _quiet_diffusers():
             tensors = pipe.lora_state_dict(folder, **options)
-            load_adapter(pipe, folder, name, any(".lokr_" in key for key in tensors), **options)
+            lokr = any(".lokr_" in key for key in tensors) and not family.loads_lokr
+            load_adapter(pipe, folder, name, lokr, **options)
         return sum(not key.endswith(".alpha") for key in tensors)
     file = read_lora(adapter.file)
     lokr = "lokr" in file.kinds

@@ -17,7 +17,6 @@ from typing import Any
 from uniref_fast import flags
 from uniref_fast.data.readers import escape_controls
 from uniref_fast.gpu_memory import size_text
-from uniref_fast.guidance import texts_of
 from uniref_fast.plan import KINDS, split_kind
 from uniref_fast.progress import announce_import, launcher_rank
 from uniref_fast.training.core import resume
@@ -109,6 +108,5 @@ def rows_of(config: Recipe) -> list[Any]:
         except (ValueError, OSError):  # the pass reports it
             stages = list(config.stages)
         if stages:
-            texts = texts_of("", config.rollout_true_cfg_scale)[1:]
-            rows.append(RowForms(dataset, index, all_forms(stages), False, texts))
+            rows.append(RowForms(dataset, index, all_forms(stages), False, config.rollout_true_cfg_scale))
     return rows + heldout_rows(heldout, config, target=False, guided=heldout_count(config))

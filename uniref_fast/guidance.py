@@ -23,15 +23,15 @@ def negative_prompt_for(scale: float) -> str | None:
     return EMPTY_PROMPT if is_guided(scale) else None
 
 
-def texts_of(prompt: str, scale: float) -> tuple[str, ...]:
+def texts_of(prompt: str, scale: float, empty: str = EMPTY_PROMPT) -> tuple[str, ...]:
     """Return the texts that a denoising step runs: the prompt and, with guidance, the empty prompt.
 
     Args:
         prompt: The instruction.
         scale: Scale of classifier-free guidance.
+        empty: The empty prompt of the model (`Encoder.empty_prompt`).
     """
-    negative = negative_prompt_for(scale)
-    return (prompt,) if negative is None else (prompt, negative)
+    return (prompt, empty) if is_guided(scale) else (prompt,)
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

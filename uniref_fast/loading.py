@@ -280,7 +280,7 @@ def load_adapter(pipe: Any, source: str | Mapping[str, Any], name: str, lokr: bo
         pipe: Pipeline that is changed in place.
         source: Folder of the adapter, or its tensors by their keys.
         name: Name of the adapter on the pipeline.
-        lokr: True if it has tensors of a LoKr; the pipeline's own method knows LoRA only.
+        lokr: True if it has tensors of a LoKr and the pipeline's own method knows LoRA only (`Family.loads_lokr`).
         options: Further options of diffusers' method, such as `weight_name`.
     """
     load = pipe.transformer.load_lora_adapter if lokr else pipe.load_lora_weights

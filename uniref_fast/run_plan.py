@@ -7,14 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from uniref_fast import gpu_memory, speeds
+from uniref_fast.loading import local_index
+from uniref_fast.model_kind import check_configuration, check_trainable
 from uniref_fast.packing import next_fit
 from uniref_fast.training.core import memory
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, offloaded_blocks
-from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
+from uniref_fast.training.core.model_size import BYTES, KNOWN, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
-from uniref_fast.training.core.suitability import check_kept_references, check_sizes, with_targets
+from uniref_fast.training.core.suitability import (
+    check_kept_references,
+    check_sizes,
+    check_steps,
+    check_visibility,
+    with_targets,
+)
 from uniref_fast.training.rl.recipes import MSGRPO
 
 __all__ = ["PlanOptions", "RunPlan", "StagePlan", "make_plan"]
@@ -175,9 +183,14 @@ def make_plan(
         ValueError: The recipe does not suit the model, or the model or the data cannot be read.
     """
     size = model_size(config.model)
+    if config.model not in KNOWN and (index := local_index(config.model)) is not None:
+        check_configuration(f"--model {config.model}", index)
+        check_trainable(f"--model {config.model}", index, kind)
+        check_steps(config, index)
     config = with_targets(config, given, size.lora_targets)
     check_base(config)
     check_sizes(config, size.output_side)
+    check_visibility(config, size)
     check_kept_references(config, size)
     offloaded_blocks(size.num_blocks, config.offload_blocks)
     check_adapter(config)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import uniref_fast
 from uniref_fast.data.dataset import Dataset
+from uniref_fast.evaluation import requests
 from uniref_fast.loading import load_pipeline, load_run
 from uniref_fast.models import PackedQwenImage21
 from uniref_fast.run_plan import PlanOptions, make_plan
@@ -27,6 +28,7 @@ from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.model_size import QwenImage21Size, model_size
 from uniref_fast.training.core.recipe import BudgetStage
+from uniref_fast.training.core.suitability import check_suitability
 from uniref_fast.training.rl.generator import RolloutGenerator
 from uniref_fast.training.rl.on_policy import TOLERANCE, check_on_policy
 from uniref_fast.training.rl.recipes import MSGRPO, RLStage
@@ -150,12 +152,14 @@ def folder(tmp_path_factory):
                 Image.fromarray(random.integers(0, 255, shape, dtype=np.uint8)).save(folder / file)
             rows.append({"input_images": files[1:], "output_image": files[0], "instruction": "make it " + "x " * i})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text((folder / "train.jsonl").read_text().splitlines()[2])  # two references
     return folder
 
 
 def flags(folder, out, *more):
     given = {"recipe": "tiny", "model": folder / "model", "data": folder / "train.jsonl", "out": out, "steps": 4,
-             "heldout": folder / "heldout.jsonl", "packs": 2, "lora-rank": 4, "save-every": 2, "warmup": 1,
+             "heldout": folder / "heldout.jsonl", "validate": folder / "prompts.jsonl",
+             "packs": 2, "lora-rank": 4, "save-every": 2, "warmup": 1,
              "eval-every": 4, "eval-samples": 2, "sample-count": 2, "sample-every": 4, "tensorboard": "false",
              "sample-num-inference-steps": 2, "sample-true-cfg-scale": 2}  # fmt: skip
     for i in (0, 1):
@@ -225,6 +229,17 @@ def test_a_resumed_run_and_one_with_freed_encoders_have_the_same_bits(folder, wh
     for out in (half, tmp_path / "free"):
         assert records(out) == records(whole)
         assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(out).items())
+    for name in ("prompts-000000.png", "prompts-000004.png", "heldout-000004.png"):
+        assert (tmp_path / "free" / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes(), name
+
+
+def test_the_text_encoder_is_asked_about_references_of_their_budget(folder, monkeypatch):
+    pipe, seen = pipeline(layers=1), []
+    monkeypatch.setattr(requests, "prompt_embeddings", lambda pipe, prompt, images, sizes: seen.extend(sizes))
+    row, settings = Dataset([folder / "prompts.jsonl"])[0], {"num_inference_steps": 2, "true_cfg_scale": 1.0}
+    one = requests.eval_request(pipe, row, ("rows", 0), target_side=64, budget=128, seed=0, **settings)
+    assert requests.encoder_refusal(pipe, one, 128) is None
+    assert seen == list(requests.request_geometry(pipe, one.request, 128).reference_sizes)
 
 
 @pytest.mark.slow
@@ -346,3 +361,32 @@ def test_a_plan_has_the_sizes_of_the_model_and_refuses_to_share_packs(folder):
     shared = dataclasses.replace(config, stages=(dataclasses.replace(stage, sequence_parallel=2),))
     with pytest.raises(ValueError, match="ranks cannot share a pack of a QwenImage21"):
         make_plan("sft", "test", shared, PlanOptions(gpu_memory=80, nproc=2))
+
+
+def refused(kind, config, message):
+    """Check that both the run and its plan are refused."""
+    with pytest.raises(ValueError, match=message):
+        check_suitability(config, 1)
+    with pytest.raises(ValueError, match=message):
+        make_plan(kind, "test", config, PlanOptions(gpu_memory=80))
+
+
+def test_a_visibility_and_a_number_of_steps_that_the_model_cannot_have_are_refused(folder, tmp_path):
+    """2.1-Turbo has sigmas of its own, one for each step."""
+    model = str(folder / "model")
+    stages = {SFT: (BudgetStage(1024, 4, 1e-3),), MSGRPO: (RLStage(1024, 4, 1e-3),)}
+    for kind, visibility in ((SFT, "reference_causal"), (MSGRPO, "group_shared")):
+        config = kind(stages[kind], model=model, visibility=visibility)
+        message = f'visibility = "{visibility}" is not possible for model = .*: it can have full; leave --visibility'
+        refused(kind.kind, config, message)
+    turbo = tmp_path / "turbo"
+    turbo.mkdir()
+    for path in (folder / "model").iterdir():
+        (turbo / path.name).symlink_to(path)
+    index = json.loads((turbo / "model_index.json").read_text())
+    (turbo / "model_index.json").unlink()
+    (turbo / "model_index.json").write_text(json.dumps(index | {"sample_sigmas": [1.0, 0.9, 0.7, 0.4]}))
+    config = MSGRPO(stages[MSGRPO], model=str(turbo), rollout_num_inference_steps=10)
+    refused("msgrpo", config, "rollout_num_inference_steps = 10, .* exactly 4 steps; give --rollout-num-inference-st")
+    check_suitability(dataclasses.replace(config, rollout_num_inference_steps=4), 1)
+    check_suitability(SFT(stages[SFT], model=str(turbo)), 1)

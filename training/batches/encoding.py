@@ -23,8 +23,8 @@ from PIL import Image
 
 from uniref_fast.data.dataset import Dataset, Row
 from uniref_fast.data.prefetch import prefetch
+from uniref_fast.evaluation.requests import guidance_texts
 from uniref_fast.gpu_memory import size_text
-from uniref_fast.guidance import texts_of
 from uniref_fast.progress import announce, running
 from uniref_fast.training.batches.heldout import heldout_count
 from uniref_fast.training.batches.latent_cache import CacheError
@@ -50,14 +50,15 @@ class RowForms:
         index: Number of the row.
         forms: Forms of the row.
         target: The latents of the target are needed, and rows without a target are broken.
-        texts: Texts besides the instruction that are encoded with the references, such as the empty prompt.
+        true_cfg_scale: Scale of the guidance that the row is sampled with, 1 for none. With guidance, the negative
+            prompt is encoded with the references too.
     """
 
     dataset: Dataset
     index: int
     forms: tuple[Form, ...]
     target: bool = True
-    texts: tuple[str, ...] = ()
+    true_cfg_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def heldout_rows(datasets: Mapping[str, Dataset], config: Recipe, *, target: boo
     stage, (_, scale) = config.validation_stage, config.resolve_sampling()
     form = Form(stage.budget, stage.target_side)
     return [
-        RowForms(dataset, index, (form,), target, texts_of("", scale)[1:] if index < guided else ())
+        RowForms(dataset, index, (form,), target, scale if index < guided else 1.0)
         for dataset in datasets.values()
         for index in range(min(heldout_count(config), len(dataset)))
     ]
@@ -127,6 +128,7 @@ class EncodingPass:
         self.encoder, self.ranks, self.workers = encoder, ranks, workers
         self.folder: Path = encoder.cache.folder
         self.shown = shown and ranks.rank == 0
+        self._known_texts: dict[float, tuple[str, ...]] = {}  # by the scale
         problem = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +193,7 @@ class EncodingPass:
             for form in one.forms:
                 with _broken_rows(one, broken):
                     prepared = self.encoder.prepare_form(_result(found), form, rollout=not one.target)
-                    if lacking := self.encoder.missing(prepared, one.target, one.texts):
+                    if lacking := self.encoder.missing(prepared, one.target, self._texts(one.true_cfg_scale)):
                         forms.append(form)
                         sizes |= lacking
             if forms:
@@ -234,8 +236,14 @@ class EncodingPass:
             self.encoder.encode_conditions(prepared, seen)
         else:
             self.encoder.encode(prepared, (target, seen, None))
-        for text in one.texts:
+        for text in self._texts(one.true_cfg_scale):
             self.encoder.encode_text(prepared, seen, text)
+
+    def _texts(self, true_cfg_scale: float) -> tuple[str, ...]:
+        """Return the texts that rows with a scale are encoded with besides their instructions."""
+        if true_cfg_scale not in self._known_texts:
+            self._known_texts[true_cfg_scale] = guidance_texts(self.encoder.pipe, true_cfg_scale)
+        return self._known_texts[true_cfg_scale]
 
     def _ahead(
         self, function: Callable[[RowForms], T], rows: Sequence[RowForms], what: str

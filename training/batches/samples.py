@@ -17,7 +17,6 @@ from uniref_fast.data.dataset import Row, RowError
 from uniref_fast.data.images import ImageSource
 from uniref_fast.encode import image_latents, prompt_embeddings, prompt_text, text_length
 from uniref_fast.fingerprint import content_key, fingerprint
-from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.keyed_random import uniform
 from uniref_fast.layout import Sample
 from uniref_fast.models.family import family_of
@@ -122,6 +121,9 @@ class Encoder:
         drop_references: Share of samples whose references are left out.
         encoders: Encoders of the pipeline, which may be freed later; None uses those that the pipeline has.
         guidance: Guidance scale that a transformer with guidance embeddings gets; None takes that of its family.
+
+    Attributes:
+        empty_prompt: Instruction of a sample whose instruction is dropped: the negative prompt of guidance.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class Encoder:
     ) -> None:
         self.pipe, self.cache, self.seed, self.encoders = pipe, cache, seed, encoders
         self.family = family_of(pipe)
+        self.empty_prompt = self.family.usual_negative_prompt() or ""
         self.token_side = self.family.token_side(pipe)
         usual = self.family.training_guidance(pipe.transformer.config)
         self.guidance = usual if usual is None or guidance is None else guidance
@@ -176,10 +179,12 @@ class Encoder:
         """Return a row with its sizes in a form; arguments and errors as for `prepare`."""
         if row.target is None and not rollout:
             raise RowError(row.where, "no target image to train on")
-        instruction = EMPTY_PROMPT if form.no_text else row.instruction
+        instruction = self.empty_prompt if form.no_text else row.instruction
         try:
             own, sizes = row.sizes()
             sizes = [] if form.no_references else sizes
+            if reason := self.family.image_refusal(self.pipe, sizes):
+                raise RowError(row.where, reason)
             width, height = target_size(own, sizes, form.target_side)
             made = geometry(self.pipe, sizes, width=width, height=height, budget=form.budget)
             made = replace(made, guidance=self.guidance)

@@ -241,6 +241,12 @@ def with_adapter(config: C, given: Collection[str] = ()) -> C:
         return _with_alpha(config)
     check_export(run)
     adopted = _adopted(run, config.lora_targets)
+    if adopted and adopted["lora_targets"] != config.lora_targets:  # those of the model, if the command names none
+        from uniref_fast.training.core.suitability import with_targets
+
+        own = with_targets(dataclasses.replace(config, lora_rank=adopted["lora_rank"]), given).lora_targets
+        config = dataclasses.replace(config, lora_targets=own)
+        adopted = _adopted(run, own)
     changed = {name: value for name, value in adopted.items() if getattr(config, name) != value}
     for name, value in changed.items():
         if name in given and (name != "lora_alpha" or config.lora_alpha is not None):
@@ -261,13 +267,16 @@ def _with_alpha(config: C) -> C:
 
 
 def _adopted(run: Path, targets: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of the adapter of a run, by name; targets that are the same keep their order."""
+    """Return the settings of the adapter of a run, by name; targets that are the same keep their order.
+
+    The adapter may name layers by their whole names where a target is the end of them (`add_adapter`).
+    """
     found = adapter_settings(run)
     if found is None:
         return {}
     kind, rank, alpha, layers = found
-    same = set(layers) == set(targets)
-    layers = tuple(targets) if same else layers
+    ends = [next((target for target in targets if f".{layer}".endswith(f".{target}")), layer) for layer in layers]
+    layers = tuple(targets) if set(ends) == set(targets) else layers
     return {"adapter": kind, "lora_rank": rank, "lora_alpha": alpha, "lora_targets": layers}
 
 

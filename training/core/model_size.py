@@ -54,6 +54,7 @@ class ModelSize:
     Attributes:
         transformer_class: Class of the transformer in diffusers.
         lora_targets: Names of the Linear layers that get an adapter if a run names none.
+        visibilities: Visibilities that the model can be trained with.
         shares_packs: Ranks can share a pack.
         keeps_prefix: References depend on nothing that changes between steps, under the visibility "full".
         kept: Widths per token that a block keeps for the backward (`memory.activation_bytes`).
@@ -78,6 +79,7 @@ class ModelSize:
 
     transformer_class: ClassVar[str] = "QwenImageTransformer2DModel"
     lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    visibilities: ClassVar[tuple[str, ...]] = ("full", "reference_causal", "reference_isolated", "group_shared")
     shares_packs: ClassVar[bool] = True
     keeps_prefix: ClassVar[bool] = False
     kept: ClassVar[int] = 21
@@ -266,6 +268,7 @@ class QwenImage21Size(ModelSize):
     lora_targets: ClassVar[tuple[str, ...]] = (
         "to_q", "to_k", "to_v", "to_out.0", "img_mlp.proj", "img_mlp.gate_layer", "img_mlp.out",
     )  # fmt: skip
+    visibilities: ClassVar[tuple[str, ...]] = ("full",)
     shares_packs: ClassVar[bool] = False
     keeps_prefix: ClassVar[bool] = True
     kept: ClassVar[int] = 24

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from uniref_fast.edit import edit
 from uniref_fast.encode import prompt_embeddings, prompt_text, to_rgb
 from uniref_fast.evaluation.report import sampling_text
 from uniref_fast.evaluation.requests import EvalRequest, eval_request
-from uniref_fast.models.family import Text
 from uniref_fast.request import EditRequest, EncodedRequest, request_geometry
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.core.model import TrainedModel
@@ -62,18 +61,24 @@ def generate(
         packed.parallel = parallel
 
 
-def embedded(request: EditRequest, embeds: Sequence[Tensor], texts: Sequence[Text]) -> EditRequest:
+def embedded(
+    pipe: Any, request: EditRequest, budget: int | None, encode: Callable[[str, Sequence[tuple[int, int]]], Tensor]
+) -> EncodedRequest:
     """Return a request that does not need the text encoder.
 
     Args:
-        request: The request.
-        embeds: Embeddings `[l, D]` of its prompt and, with guidance, of its negative prompt.
-        texts: Texts of these embeddings, as `Sample.text`.
+        pipe: Pipeline of the request.
+        request: A checked request.
+        budget: Joint pixel budget of its references; None scales each as diffusers does.
+        encode: Function that returns the embeddings `[l, D]` of a text with the references of the request, whose
+            (width, height) in pixels for the text encoder it is given too.
     """
-    negative = embeds[1] if len(embeds) > 1 else None
+    seen = request_geometry(pipe, request, budget).condition_sizes
+    prompts = [text or "" for text, _, _ in request.texts]
+    embeds = [encode(text, seen) for text in prompts]
     given = {**vars(request), "prompt": None, "prompt_embeds": embeds[0]}
-    given |= {"negative_prompt": None, "negative_prompt_embeds": negative}
-    return EncodedRequest(**given, encoded_texts=tuple(texts))
+    given |= {"negative_prompt": None, "negative_prompt_embeds": embeds[1] if len(embeds) > 1 else None}
+    return EncodedRequest(**given, encoded_texts=tuple(prompt_text(pipe, text, seen) for text in prompts))
 
 
 def sample_grid(settings: dict[str, Any], samples: Sequence[tuple[str, str, EvalRequest, Image.Image]]) -> Image.Image:
@@ -143,19 +148,16 @@ class PromptSamples:
 
     def encode_texts(self) -> None:
         """Encode the texts of all rows, so that samples do not need the text encoder; the embeddings are kept."""
-        model, found = self.model, []
-        with model.encoders.present("text_encoder"), torch.no_grad():
-            for one in self._requests:
-                request = one.request
-                seen = request_geometry(model.pipe, request).condition_sizes
-                prompts = [text or "" for text, _, _ in request.texts]
-                embeds = [
-                    prompt_embeddings(model.pipe, text, request.images, seen, model.encoders.device).cpu()
-                    for text in prompts
-                ]
-                texts = [prompt_text(model.pipe, text, seen) for text in prompts]
-                found.append(replace(one, request=embedded(request, embeds, texts)))
-        self._requests = found
+        pipe, encoders = self.model.pipe, self.model.encoders
+
+        def encoded(request: EditRequest) -> EncodedRequest:
+            def encode(text: str, seen: Sequence[tuple[int, int]]) -> Tensor:
+                return prompt_embeddings(pipe, text, request.images, seen, encoders.device).cpu()
+
+            return embedded(pipe, request, self.settings["budget"], encode)
+
+        with encoders.present("text_encoder"), torch.no_grad():
+            self._requests = [replace(one, request=encoded(one.request)) for one in self._requests]
 
     def grid(self, pack_tokens: int) -> Image.Image:
         """Generate a sample of each row, and draw them as a labelled image. All ranks.

@@ -5,18 +5,26 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Collection, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 from uniref_fast.builtin import recorded_areas
 from uniref_fast.model_kind import check_trainable
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import LIBRARIES, check_base, offloaded_blocks
-from uniref_fast.training.core.model_size import ModelSize
+from uniref_fast.training.core.model_size import KNOWN, ModelSize
 from uniref_fast.training.core.optimizer import check_optimizer
 from uniref_fast.training.core.recipe import LORA_TARGETS, Recipe
 
-__all__ = ["check_kept_references", "check_model", "check_sizes", "check_suitability", "with_targets"]
+__all__ = [
+    "check_kept_references",
+    "check_model",
+    "check_sizes",
+    "check_steps",
+    "check_suitability",
+    "check_visibility",
+    "with_targets",
+]
 
 C = TypeVar("C", bound=Recipe)
 SMALLEST, LARGEST = 1 / 8, 4  # side of a stage's images, relative to those of the model; a budget may be twice as much
@@ -31,14 +39,17 @@ def check_suitability(config: Recipe, ranks: int) -> None:
 
     Raises:
         ValueError: The model does not exist or is of another kind, the images of a stage are far larger or smaller than
-            those of the model, the ranks cannot share a pack as a stage says, the adapter does not fit the layers, the
-            frozen base needs an adapter, or has fewer blocks than are offloaded, or a library is missing.
+            those of the model, the ranks cannot share a pack as a stage says, the model cannot have the visibility or
+            the number of steps of rollouts, the adapter does not fit the layers, the frozen base needs an adapter, or
+            has fewer blocks than are offloaded, or a library is missing.
     """
     check_base(config)
     check_optimizer(config, ranks)
     _check_libraries(config)
     check_adapter(config)
-    size = check_model(config)
+    index, size = _model(config)
+    check_steps(config, index)
+    check_visibility(config, size)
     check_kept_references(config, size)
     offloaded_blocks(size.num_blocks, config.offload_blocks)
     if any(stage.sequence_parallel is not None for stage in config.stages):
@@ -66,9 +77,8 @@ def with_targets(config: C, given: Collection[str], own: Sequence[str] | None = 
     if own is None:
         from uniref_fast.loading import configuration
 
-        own = (
-            LORA_TARGETS if config.model == "builtin" else ModelSize.of(configuration(config.model)[1], {}).lora_targets
-        )
+        known = KNOWN.get(config.model, ModelSize() if config.model == "builtin" else None)
+        own = (known or ModelSize.of(configuration(config.model)[1], {})).lora_targets
     return dataclasses.replace(config, lora_targets=tuple(own))
 
 
@@ -82,13 +92,18 @@ def check_model(config: Recipe) -> ModelSize:
         ValueError: The model does not exist or is of another kind, or the images of a stage are far larger or smaller
             than those of the model.
     """
+    return _model(config)[1]
+
+
+def _model(config: Recipe) -> tuple[dict[str, Any], ModelSize]:
+    """Return the content of the `model_index.json` of the model and its sizes; errors as for `check_model`."""
     from uniref_fast.loading import configuration
 
     index, transformer = configuration(config.model)
     check_trainable(f"--model {config.model}", index, config.kind)
     size = ModelSize.of(transformer, recorded_areas(index, transformer))
     check_sizes(config, size.output_side)
-    return size
+    return index, size
 
 
 def _check_libraries(config: Recipe) -> None:
@@ -103,6 +118,30 @@ def _check_libraries(config: Recipe) -> None:
                 f"{name} = {getattr(config, name)} needs the library {library}, which is not installed: pip install "
                 f"{library}, or give another --{name}"
             )
+
+
+def check_steps(config: Recipe, index: Mapping[str, Any]) -> None:
+    """Raise ValueError if rollouts have another number of steps than a pipeline with noise levels of its own.
+
+    Args:
+        config: Configuration of the run.
+        index: Content of the `model_index.json` of the model.
+    """
+    levels, steps = index.get("sample_sigmas"), getattr(config, "rollout_num_inference_steps", None)  # of MSGRPO
+    if levels and steps not in (None, len(levels)):
+        raise ValueError(
+            f"rollout_num_inference_steps = {steps}, but the pipeline of model = {config.model} has its own noise "
+            f"levels, for exactly {len(levels)} steps; give --rollout-num-inference-steps {len(levels)}"
+        )
+
+
+def check_visibility(config: Recipe, size: ModelSize) -> None:
+    """Raise ValueError if the model cannot be trained with the visibility of a recipe."""
+    if config.visibility is not None and config.visibility not in size.visibilities:
+        raise ValueError(
+            f'visibility = "{config.visibility}" is not possible for model = {config.model}, a '
+            f"{size.transformer_class}: it can have {' or '.join(size.visibilities)}; leave --visibility out"
+        )
 
 
 def check_kept_references(config: Recipe, size: ModelSize) -> None:

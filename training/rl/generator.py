@@ -154,7 +154,8 @@ class RolloutGenerator:
         self, key: PackKey, prepared: Prepared, number: int, steps: int, guidance: float, noisy: tuple[int, ...]
     ) -> Group:
         pipe, conditions = self.model.pipe, prepared.geometry.condition_sizes
-        prompts = [prompt_text(pipe, text, conditions) for text in texts_of(prepared.instruction, guidance)]
+        texts = texts_of(prepared.instruction, guidance, self.encoder.empty_prompt)
+        prompts = [prompt_text(pipe, text, conditions) for text in texts]
         times = sigmas(pipe, math.prod(prepared.sample.target), steps)
         return Group(key, number, prepared, guidance, tuple(prompts), times, noisy, self.shares_text)
 
@@ -196,7 +197,7 @@ class RolloutGenerator:
     def _encode(self, group: Group) -> EncodedGroup:
         images = group.prepared.load_references()
         references, first = self.encoder.encode_conditions(group.prepared, images)
-        others = texts_of(group.prepared.instruction, group.guidance)[1:]
+        others = texts_of("", group.guidance, self.encoder.empty_prompt)[1:]
         texts = (first, *(self.encoder.encode_text(group.prepared, images, text) for text in others))
         return EncodedGroup(**vars(group), references=references, texts=texts)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from uniref_fast.data.dataset import BrokenRowsError, Dataset
-from uniref_fast.guidance import texts_of
 from uniref_fast.training.batches.encoding import RowForms
 from uniref_fast.training.batches.packing import PackKey
 from uniref_fast.training.batches.rows import TrainingRows
@@ -99,7 +98,7 @@ class Prompts:
             broken: Reasons of rows that cannot be encoded, by their place.
         """
         config, wanted = self.config, dict[int, dict[Form, None]]()
-        texts = texts_of("", config.rollout_true_cfg_scale)[1:]
+        scale = config.rollout_true_cfg_scale
 
         def check(key: PackKey, prepared: Prepared) -> None:
             if broken and prepared.row.where in broken:
@@ -114,4 +113,4 @@ class Prompts:
             for key, _ in taken:
                 form = self.encoder.form(key, stage.budget, stage.target_side)
                 wanted.setdefault(key[1], {})[form] = None
-        return [RowForms(self.dataset, i, tuple(forms), False, texts) for i, forms in wanted.items()]
+        return [RowForms(self.dataset, i, tuple(forms), False, scale) for i, forms in wanted.items()]

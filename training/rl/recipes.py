@@ -111,9 +111,9 @@ class MSGRPO(Recipe):
 
     Attributes: Validation
         sample_num_inference_steps: Number of denoising steps of a sample of held-out rows; none takes that of
-            `uniref-fast eval`: 8 for the built-in model and 50 for others.
+            `uniref-fast eval`: 8 for the built-in model and 50 for Qwen-Image-Edit (docs/families.md).
         sample_true_cfg_scale: True CFG scale of samples of held-out rows: 1, as in training, turns guidance off; none
-            takes that of `uniref-fast eval`: 1 for the built-in model and 4 for others.
+            takes that of `uniref-fast eval`: 1 for the built-in model and 4 for Qwen-Image-Edit (docs/families.md).
     """
 
     kind: ClassVar[str] = "msgrpo"

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from uniref_fast.encode import prompt_text
+from uniref_fast.data.dataset import Dataset
 from uniref_fast.evaluation.aggregate import statistic
 from uniref_fast.evaluation.metrics import psnr
 from uniref_fast.evaluation.report import sampling_text
 from uniref_fast.evaluation.requests import EvalRequest, eval_request
-from uniref_fast.guidance import texts_of
 from uniref_fast.keyed_random import draw
 from uniref_fast.packing import next_fit
 from uniref_fast.request import EditRequest
 from uniref_fast.schedule import shift_time
-from uniref_fast.training.batches.heldout import heldout_datasets
+from uniref_fast.training.batches.heldout import heldout_count, heldout_datasets
 from uniref_fast.training.batches.samples import Encoded, Encoder, Form, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.model import TrainedModel
@@ -78,6 +77,12 @@ class Validation:
         self.stage = config.validation_stage
         self.settings = sampling_settings(config)
         self._encoded: dict[str, list[tuple[Prepared, Encoded | None]]] = {}
+        for dataset in self.datasets.values():
+            for i in range(min(heldout_count(config), len(dataset))):
+                try:  # report it now, not at the first validation
+                    self._prepared(dataset, i)
+                except ValueError as error:
+                    raise ValueError(f"{error}; repair or remove this held-out row") from error
 
     @torch.no_grad()
     def losses(self, pack_tokens: int) -> dict[str, float]:
@@ -109,11 +114,11 @@ class Validation:
     def _rows(self, name: str, count: int) -> list[tuple[Prepared, Encoded | None]]:
         """Return prepared rows, with the tensors of those that this rank has encoded."""
         if name not in self._encoded:
-            dataset, stage = self.datasets[name], self.stage
-            self._encoded[name] = [
-                (self.encoder.prepare(dataset[i], (0, i), stage.budget, stage.target_side), None) for i in range(count)
-            ]
+            self._encoded[name] = [(self._prepared(self.datasets[name], i), None) for i in range(count)]
         return self._encoded[name]
+
+    def _prepared(self, dataset: Dataset, i: int) -> Prepared:
+        return self.encoder.prepare(dataset[i], (0, i), self.stage.budget, self.stage.target_side)
 
     def _batch(self, name: str, numbers: list[int]) -> FlowBatch:
         rows = self._encoded[name]
@@ -157,11 +162,13 @@ class Validation:
     def _embedded(self, one: EvalRequest) -> EditRequest:
         """Return a request with the embeddings of its texts, which do not need the text encoder."""
         prepared = self.encoder.prepare_form(one.row, Form(self.stage.budget, self.stage.target_side), rollout=True)
-        texts = [None, *texts_of("", one.request.true_cfg_scale)[1:]]
-        found = [self.encoder.encode_text(prepared, list(one.request.images), text) for text in texts]
-        seen = prepared.geometry.condition_sizes
-        runs = [prepared.sample.text if text is None else prompt_text(self.model.pipe, text, seen) for text in texts]
-        return embedded(one.request, found, runs)
+        images = list(one.request.images)
+        return embedded(
+            self.model.pipe,
+            one.request,
+            self.stage.budget,
+            lambda text, _: self.encoder.encode_text(prepared, images, text),
+        )
 
     def settings_text(self, samples: Sequence[HeldoutSample]) -> str:
         """Return the settings that samples were generated with, in words."""

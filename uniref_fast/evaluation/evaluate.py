@@ -335,7 +335,8 @@ class _Evaluation:
         except torch.OutOfMemoryError:
             raise
         except (ValueError, TypeError, IndexError, RuntimeError):
-            refused = {i: reason for i, one in requests.items() if (reason := encoder_refusal(self.pipe, one))}
+            pipe, budget = self.pipe, self.budget
+            refused = {i: reason for i, one in requests.items() if (reason := encoder_refusal(pipe, one, budget))}
             if not refused:
                 raise
         for i, reason in refused.items():

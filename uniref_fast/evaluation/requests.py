@@ -20,7 +20,7 @@ from uniref_fast.models.family import family_of
 from uniref_fast.request import EditRequest, request_geometry, target_size, validated
 from uniref_fast.scenes.scene import crop_box
 
-__all__ = ["EvalRequest", "encoder_refusal", "eval_request", "input_baseline", "rows_by_file"]
+__all__ = ["EvalRequest", "encoder_refusal", "eval_request", "guidance_texts", "input_baseline", "rows_by_file"]
 
 GREY = (128, 128, 128)
 
@@ -118,14 +118,34 @@ def eval_request(
         seed=draw(seed, "evaluation", key).initial_seed(),  # type: ignore[arg-type]  # keys may be texts
     )
     try:
-        # Training may have freed the text encoder, and then encodes prompts itself.
-        (request,) = validated([request], pipe if pipe.text_encoder is not None else None)
+        request = _checked(pipe, request)
     except TypeError as error:
         raise ValueError(str(error)) from error
     result_size = request_geometry(pipe, request, budget).size
     if target is not None and target.size != result_size:
         target = target.resize(result_size, Image.Resampling.LANCZOS)
     return EvalRequest(row, target, request, result_size)
+
+
+def _checked(pipe: Any, request: EditRequest) -> EditRequest:
+    """Return a checked request. The text encoder may be absent: training frees it, and encodes prompts itself."""
+    if pipe.text_encoder is not None:
+        (request,) = validated([request], pipe)
+        return request
+    (request,) = validated([request])
+    return family_of(pipe).check_request(pipe, request, "request 1")
+
+
+def guidance_texts(pipe: Any, true_cfg_scale: float) -> tuple[str, ...]:
+    """Return the texts that a request of `eval_request` runs besides its instruction: none, or the negative prompt.
+
+    Args:
+        pipe: The pipeline.
+        true_cfg_scale: True CFG scale of the request.
+    """
+    negative = negative_prompt_for(true_cfg_scale)
+    request = _checked(pipe, EditRequest("text", negative_prompt=negative, true_cfg_scale=true_cfg_scale))
+    return tuple(text or "" for text, _, _ in request.texts[1:])
 
 
 def input_baseline(request: EvalRequest) -> Image.Image:
@@ -143,11 +163,17 @@ def input_baseline(request: EvalRequest) -> Image.Image:
 
 
 @torch.no_grad()
-def encoder_refusal(pipe: Any, request: EvalRequest) -> str | None:
-    """Return why the pipeline's text encoder refuses a row's instruction or images; None if it accepts them."""
+def encoder_refusal(pipe: Any, request: EvalRequest, budget: int | None) -> str | None:
+    """Return why the pipeline's text encoder refuses a row's instruction or images; None if it accepts them.
+
+    Args:
+        pipe: The pipeline.
+        request: The row.
+        budget: Joint pixel budget of its references, as for `eval_request`.
+    """
     one = request.request
     try:
-        prompt_embeddings(pipe, one.prompt or "", one.images, request_geometry(pipe, one).condition_sizes)
+        prompt_embeddings(pipe, one.prompt or "", one.images, request_geometry(pipe, one, budget).condition_sizes)
     except torch.OutOfMemoryError:
         raise
     except (ValueError, TypeError, IndexError, RuntimeError) as error:

@@ -121,6 +121,7 @@ class Family:
         random_models: Module that builds small pipelines with random weights (`uniref_fast.random_models`); None for
             no such module.
         image_mode: Mode in which the pipeline's components take images: "RGB", with transparency over white, or "RGBA".
+        loads_lokr: True if `load_lora_weights` of the pipelines takes a LoKr, whose names it may convert.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Family:
     exact_references: str = "never"
     random_models: str | None = None
     image_mode: Literal["RGB", "RGBA"] = "RGB"
+    loads_lokr: bool = False
 
     # ---- names and classes ----
 
@@ -155,6 +157,10 @@ class Family:
             index: Content of the `model_index.json` of the pipeline.
         """
         return 50, 4.0
+
+    def usual_negative_prompt(self) -> str | None:
+        """Return the negative prompt of guidance: that of the pipelines, or one that turns guidance on."""
+        return ""
 
     def reason_against(self, capability: str) -> str | None:
         """Return the reason why a capability (`CAPABILITIES`) does not work for this family, or None."""
@@ -259,6 +265,13 @@ class Family:
 
     def check_parts(self, pipe: Any, given: str) -> None:
         """Raise ValueError if the parts of a loaded pipeline do not belong together; `given` names the pipeline."""
+
+    def image_refusal(self, pipe: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
+        """Return the reason why a pipeline refuses references of (width, height) in pixels; None if it takes them.
+
+        `check_request` of a family whose pipeline refuses any checks them too.
+        """
+        return None
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Check what only this family restricts, and return the request, changed where its pipeline fixes a value.

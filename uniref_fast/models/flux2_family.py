@@ -98,6 +98,7 @@ class Flux2(Family):
     packed = PackedFlux2
     exact_references = "Flux2KleinKVPipeline: always; the others: never"
     random_models = "uniref_fast.random_models.flux2"
+    loads_lokr = True
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the defaults of the pipeline; a distilled model needs 4 steps, and guidance is part of it."""
@@ -144,13 +145,18 @@ class Flux2(Family):
             widths.append(("joint_attention_dim", "text encoder", width))
         check_widths(given, pipe.transformer.config, widths)
 
+    def image_refusal(self, pipe: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
+        for i, size in enumerate(sizes, start=1):
+            try:
+                pipe.image_processor.check_image_input(_OfSize(size))
+            except ValueError as error:
+                return f"image {i}: {error}"
+        return None
+
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse images that the pipeline refuses, and set the negative prompt and the scale that it would use."""
-        for i, image in enumerate(request.images, start=1):
-            try:
-                pipe.image_processor.check_image_input(image)
-            except ValueError as error:
-                raise ValueError(f"{where}: image {i}: {error}") from None
+        if reason := self.image_refusal(pipe, [image.size for image in request.images]):
+            raise ValueError(f"{where}: {reason}")
         refuse_masks(request, where)
         if reason := _no_negative_prompt(pipe):
             if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
@@ -159,7 +165,7 @@ class Flux2(Family):
             return replace(request, negative_prompt=None, true_cfg_scale=scale)
         if request.true_cfg_scale <= 1 or request.negative_prompt_embeds is not None:
             return request
-        if pipe.text_encoder is None:
+        if pipe.text_encoder is None and request.negative_prompt is None:
             raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
         negative = (request.negative_prompt or "").strip()
         return replace(request, negative_prompt=request.negative_prompt if negative else "")
@@ -310,6 +316,18 @@ class Flux2(Family):
         )
         states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
         return count * flops, TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
+
+
+class _OfSize(Image.Image):
+    """An image without pixels, for checks of sizes."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._given = size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._given
 
 
 def reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:

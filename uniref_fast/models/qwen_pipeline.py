@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.models.family import Family, family_of
 from uniref_fast.models.family_checks import given_embeddings
 from uniref_fast.quantised import compute_dtype
@@ -21,6 +22,9 @@ class QwenFamily(Family):
     """A family whose VAE is one of videos, and whose text encoder is a Qwen-VL that sees the references."""
 
     # ---- what differs between the families ----
+
+    def usual_negative_prompt(self) -> str:
+        return EMPTY_PROMPT  # the pipelines have none, and then no guidance
 
     def latent_channels(self, config: Any) -> int:
         """Return the channels of the latents of a transformer with a configuration, as `prepare_latents` takes them."""

@@ -168,6 +168,7 @@ class ZImage(SandwichFamily):
     replaced = REPLACED
     packed = z_image.PackedZImage
     random_models = "uniref_fast.random_models.z_image"
+    loads_lokr = True
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the defaults of the pipeline."""

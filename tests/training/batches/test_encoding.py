@@ -127,7 +127,7 @@ def test_after_the_pass_every_draw_is_read_from_the_cache_with_the_same_bits(
 
 def test_texts_of_guidance_are_encoded_and_targets_are_not_needed(builtin_pipe, folder, tmp_path, no_encoders):
     dataset = Dataset([folder / "rows.jsonl"])
-    run(builtin_pipe, tmp_path, wanted(dataset, (Form(48, 32),), target=False, texts=(" ",)))
+    run(builtin_pipe, tmp_path, wanted(dataset, (Form(48, 32),), target=False, true_cfg_scale=2.0))
     no_encoders()
     encoder = Encoder(builtin_pipe, TensorCache(tmp_path))
     prepared = encoder.prepare(dataset[3], (0, 3), 48, 32, rollout=True)
@@ -256,7 +256,7 @@ def test_held_out_rows_are_those_that_validations_use(folder):
         SFT_RECIPES["tiny"](), stages=STAGES, eval_samples=3, sample_count=2, sample_true_cfg_scale=2.0
     )
     rows = heldout_rows(datasets, config, target=True, guided=2)
-    assert [(row.index, row.texts) for row in rows] == [(0, (" ",)), (1, (" ",)), (2, ())]
+    assert [(row.index, row.true_cfg_scale) for row in rows] == [(0, 2.0), (1, 2.0), (2, 1.0)]
     assert {row.forms for row in rows} == {(Form(None, 48),)}, "the sizes of the last stage, nothing dropped"
     off = dataclasses.replace(config, eval_every=0)
     assert [row.index for row in heldout_rows(datasets, off, target=True, guided=2)] == [0, 1]
@@ -293,7 +293,7 @@ def test_rows_of_rollouts_have_the_sizes_of_the_stages_that_use_them(folder, tmp
     rows = encode_rows.rows_of(config)
     sides = {row.index: [form.budget for form in row.forms] for row in rows}
     assert sides == {1: [128], 2: [64], 3: [128], 4: [64], 5: [128]}, "no stage uses the row without references"
-    assert all(row.texts == (" ",) and not row.target for row in rows)
+    assert all(row.true_cfg_scale > 1 and not row.target for row in rows)
 
 
 @pytest.mark.parametrize(

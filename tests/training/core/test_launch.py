@@ -10,9 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from uniref_fast import flags as configs
+from uniref_fast import loading
 from uniref_fast.training import sft
 from uniref_fast.training.core import launch
 from uniref_fast.training.core.checkpoint import Newest
+from uniref_fast.training.core.flux2_size import Flux2Size
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.rl.recipes import MSGRPO, MSGRPO_RECIPES
 from uniref_fast.training.supervised.recipes import SFT, SFT_RECIPES
@@ -134,6 +136,20 @@ def test_targets_that_are_the_same_keep_their_order(tmp_path):
     targets = SFT_CONFIG.lora_targets
     config = dataclasses.replace(SFT_CONFIG, initial=adapter(tmp_path / "run", targets=targets[::-1]))
     assert launch.with_adapter(config).lora_targets == targets
+
+
+def test_whole_names_of_layers_are_those_of_the_target_that_ends_them(tmp_path, capsys, monkeypatch):
+    """`to_out` of FLUX.2 is also a list, so that an adapter has the whole names of these layers (`add_adapter`)."""
+    monkeypatch.setattr(loading, "configuration", lambda name: ({}, {"_class_name": Flux2Size.transformer_class}))
+    targets = Flux2Size.lora_targets
+    written = [*targets[:-1], *(f"single_transformer_blocks.{i}.attn.to_out" for i in range(2))]
+    run = adapter(tmp_path / "run", targets=written)
+    config = dataclasses.replace(SFT_CONFIG, model="a/b", initial=run, lora_rank=8, lora_alpha=16.0)
+    assert launch.with_adapter(config).lora_targets == targets and not capsys.readouterr().err
+    given = dataclasses.replace(config, lora_targets=targets[::-1])
+    assert launch.with_adapter(given, {"lora_targets"}) == given
+    fewer = dataclasses.replace(config, initial=adapter(tmp_path / "fewer", targets=written[1:]))
+    assert launch.with_adapter(fewer).lora_targets == tuple(sorted(written[1:]))
 
 
 def test_the_kind_of_the_adapter_is_that_of_the_initial_run(tmp_path):

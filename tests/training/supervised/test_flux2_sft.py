@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from synthetic import synthetic_sample
 
 from uniref_fast import cli, edit
-from uniref_fast.data.dataset import Dataset
+from uniref_fast.data.dataset import Dataset, RowError
+from uniref_fast.evaluation.requests import guidance_texts
 from uniref_fast.layout import Sample
 from uniref_fast.loading import load_pipeline
+from uniref_fast.run_plan import PlanOptions, make_plan
 from uniref_fast.training import sft
+from uniref_fast.training.batches.encoding import EncodingPass, heldout_rows
 from uniref_fast.training.batches.latent_cache import TensorCache
-from uniref_fast.training.batches.samples import Encoder
+from uniref_fast.training.batches.samples import Encoder, Form
 from uniref_fast.training.core.distributed import Ranks, local
 from uniref_fast.training.core.flux2_size import Flux2Size
 from uniref_fast.training.core.memory import activation_bytes
@@ -26,7 +29,9 @@ from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.core.sampling import generate
 from uniref_fast.training.core.tracked_memory import FakeTrainedModel
+from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.supervised.recipes import SFT, lora
+from uniref_fast.training.supervised.validation import Validation
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("threads")]
 KINDS = ["klein", "klein-kv", "dev"]
@@ -57,6 +62,9 @@ def models(tmp_path_factory):
     for kind in KINDS:
         small = flux2.transformer(kind, heads=1, layers=1, single_layers=2)
         flux2.pipeline(small, kind, mistral=True).save_pretrained(folder / kind)
+    shutil.copytree(folder / "klein", folder / "distilled")
+    index = json.loads((folder / "klein" / "model_index.json").read_text())
+    (folder / "distilled" / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}))
     return folder
 
 
@@ -213,8 +221,6 @@ def test_all_weights_of_klein_kv_are_exported_and_continued(models, ranks, tmp_p
 )
 def test_a_plan_counts_the_bytes_of_the_model(models, ranks, base, offload_blocks, rank):
     """`uniref-fast plan` knows the sizes of both kinds of block from configurations."""
-    from uniref_fast.run_plan import PlanOptions, make_plan
-
     if base == "nf4":
         pytest.importorskip("bitsandbytes")
     given = config(models, "dev", base=base, offload_blocks=offload_blocks, lora_rank=rank, visibility="full")
@@ -252,3 +258,51 @@ def test_rows_share_the_embedding_of_their_instruction(models, data, tmp_path):
     encoder.encode_conditions(prepared[0], prepared[0].load_references())
     lacking = [encoder.missing(each, target=False, texts=()) for each in prepared]
     assert [len(keys) for keys in lacking] == [0, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "distilled"])
+def test_samples_of_freed_encoders_are_those_of_resident_ones(models, data, ranks, tmp_path, kind):
+    """A pipeline that takes no negative prompt gets none; klein-base gets the text that training without text has."""
+    given = config(models, kind, lora_rank=2, eval_samples=1, sample_count=1, sample_num_inference_steps=2,
+                   sample_true_cfg_scale=4.0)  # fmt: skip
+    found, loaded = [], []
+    for encoders in ("resident", "free"):
+        opened, cache = [], tmp_path if encoders == "free" else None
+
+        def encode(model, opened=opened, cache=cache):
+            encoder = Encoder(model.pipe, TensorCache(cache), encoders=model.encoders)
+            opened.append(Validation([data / "heldout.jsonl"], given, model, encoder, ranks))
+            if cache:
+                rows = heldout_rows(opened[0].datasets, given, target=True, guided=1)
+                EncodingPass(encoder, ranks, 1, shown=False).run(rows)
+
+        model = TrainedModel(dataclasses.replace(given, encoders=encoders), ranks, encode)
+        model.packed.eval()
+        original = model.encoders._loaded
+        model.encoders._loaded = lambda name, original=original: loaded.append(name) or original(name)
+        found.append([(one.psnr, one.image.tobytes()) for one in opened[0].samples(4000)])
+    assert found[0] == found[1] and loaded == ["vae"], "all texts were encoded before"
+    encoder = opened[0].encoder
+    dropped = encoder.prepare_form(opened[0].datasets["heldout"][0], Form(128, 128, no_text=True)).instruction
+    assert (*guidance_texts(model.pipe, 4.0), dropped) == (("", "") if kind == "klein" else ("",))
+
+
+def test_a_row_whose_reference_the_pipeline_refuses_is_broken(models, data, tmp_path):
+    flux2.picture(40, 64).save(tmp_path / "small.png")
+    row = {"input_images": [str(data / "1-0.png"), "small.png"], "output_image": str(data / "1-0.png"),
+           "instruction": "x"}  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    encoder = Encoder(load_pipeline(str(models / "klein"), torch.float32, "cpu"), TensorCache(None))
+    reason = "rows.jsonl:1: image 2: Image too small: 40×64.*at least 64px"
+    (one,) = [Dataset([tmp_path / "rows.jsonl"])[0]]
+    with pytest.raises(RowError, match=reason):
+        encoder.prepare(one, (0, 0), 128, 128)
+    assert not encoder.prepare_form(one, Form(128, 128, no_references=True)).sample.references
+    with pytest.raises(ValueError, match=f"{reason}; repair or remove this held-out row"):
+        Validation([tmp_path / "rows.jsonl"], config(models, "klein"), None, encoder, None)
+
+
+def test_a_plan_of_msgrpo_is_refused(models):
+    stage = RLStage(128, 1, 1e-3, target_side=128)
+    with pytest.raises(ValueError, match=r"klein is a Flux2KleinPipeline, which training/msgrpo.py does not support: "):
+        make_plan("msgrpo", "test", MSGRPO((stage,), model=str(models / "klein")), PlanOptions(gpu_memory=80))
