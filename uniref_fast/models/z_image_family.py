@@ -21,7 +21,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models import z_image
 from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings
+from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.sandwich import part_layout
 from uniref_fast.quantised import compute_dtype
@@ -126,13 +126,6 @@ class SandwichFamily(Family):
         rest = width**2 + 3 * width * hidden
         return 3 * width**2 * tokens + rest * (tokens if last is None else last)
 
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, vae.config.in_channels, height, width
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        return 1, vae.config.latent_channels, height // factor, width // factor
-
 
 _MODEL = "diffusers.models.transformers.transformer_z_image"
 _LISTS = ("noise_refiner", "context_refiner", "siglip_refiner", "layers")
@@ -176,7 +169,7 @@ class ZImage(SandwichFamily):
 
     def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
         given = super().stock_arguments(pipe, request)
-        if request.true_cfg_scale <= 1:
+        if request.true_cfg_scale is not None and request.true_cfg_scale <= 1:
             given["guidance_scale"] = 0.0  # the pipeline guides with every scale above 0
         for name in {"prompt_embeds", "negative_prompt_embeds"} & given.keys():
             given[name] = [[given[name].flatten(0, -2)]]
@@ -235,10 +228,7 @@ class ZImage(SandwichFamily):
                 f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
                 "prompt itself, or no images"
             )
-        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
-            mask = getattr(request, name)
-            if mask is not None and not mask.bool().all():
-                raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+        refuse_masks(request, where)
         if 0 < request.true_cfg_scale < 1:
             raise ValueError(
                 f"{where}: true_cfg_scale must be 0 or 1 (no guidance) or above 1, got {request.true_cfg_scale}. "

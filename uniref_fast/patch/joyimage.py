@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import version_of
-from uniref_fast.models.eight_bit import attend
 from uniref_fast.models.joyimage import JOYIMAGE
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import Modulation, joint_qkv, qk_norm_eps, stream_rows
@@ -122,9 +120,7 @@ class _Attention(StreamsAttention):
         del out, q, k, v
         q, k, v = joint_qkv(attn, heads[0], heads[1], context)
         del heads
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        choice = ops.explain_attention(q.detach(), seen, context.impl, backward=needs_grad)
-        joint = attend(q, k, v, seen, choice[0], False, "")
+        joint, choice = self.attention(q, k, v, seen)
         del q, k, v
         outs = tuple(
             calls(name, stream_rows(joint, context.layout, kind).flatten(1).unflatten(0, stream.shape[:2]))

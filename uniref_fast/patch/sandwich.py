@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniref_fast import ops
 from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import version_of
-from uniref_fast.models.eight_bit import attend
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import joint_qkv, qk_norm_eps
 from uniref_fast.models.sandwich import add, add_and_normalise, factor, normalised, times
@@ -35,19 +33,17 @@ from uniref_fast.patch.guards import (
     unlike,
 )
 from uniref_fast.patch.processors import (
-    PatchedAttention,
     PatchedBlock,
-    checkable,
     joint_rows,
     outside_compiler,
     refusal,
     register_processor,
 )
-from uniref_fast.patch.replay import Calls, StandIn
+from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState, batch_rows
 from uniref_fast.patch.stock import processor_changes
-from uniref_fast.patch.streams import TRACED
+from uniref_fast.patch.streams import TRACED, Choice, StreamsAttention
 from uniref_fast.visibility import Rule
 
 __all__ = ["FIBO_2", "Z_IMAGE", "head_width"]
@@ -105,7 +101,7 @@ def head_width(attn: Any) -> int:
     return attn.to_q.out_features // attn.heads
 
 
-class SandwichAttention(PatchedAttention):
+class SandwichAttention(StreamsAttention):
     """Self-attention of diffusers' `ZSingleStreamAttnProcessor` and `BriaFibo2AttnProcessor` on fused operators."""
 
     def __init__(self, attn: Any, state: PatchState, site: Site, model: _Model) -> None:
@@ -120,36 +116,10 @@ class SandwichAttention(PatchedAttention):
         attention_mask: Tensor | None = None,
         freqs_cis: Tensor | None = None,
     ) -> Tensor:
-        arguments = hidden_states, encoder_hidden_states, attention_mask, freqs_cis
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self._pass_on()(attn, *arguments)
-        return outside_compiler()(self._run, attn, *arguments)
+        return self._call(attn, (hidden_states,), encoder_hidden_states, attention_mask, freqs_cis)
 
-    def _run(self, attn: Any, *arguments: Any) -> Any:  # type: ignore[override]
-        def original(instead: Any = attn) -> Any:
-            return self._pass_on()(instead, *arguments)
-
-        if reason := self.refusal(attn, *arguments):
-            return self.state.refuse(self.site, reason, original)
-        x, _, mask, freqs = arguments
-        checked = checkable(self.site, x)
-        calls = Calls(attn, inputs=checked)
-        fused = self._computed(calls, x, mask, freqs)
-        if isinstance(fused, str):
-            return self.state.refuse(self.site, fused, lambda: original(StandIn(calls)))
-        out, choice = fused
-
-        def check() -> float:
-            stand_in = StandIn(calls)
-            stand_in.compare([out], [original(stand_in)])
-            return stand_in.max_rel_error
-
-        result: Any = out
-        return self.state.accept(self.site, result, x, original, check if checked else None, choice)
-
-    def call_refusal(self, attn: Any, x: Tensor, *others: Any) -> str | None:  # type: ignore[override]
-        text, mask, freqs = others
+    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+        (x,), (text, mask, freqs) = streams, others
         if text is not None or freqs is None:
             return "called for another sequence, or without rotary embedding"
         if reason := refusal(self.state, self.site, self.head_dim, x, attention=True):
@@ -166,16 +136,13 @@ class SandwichAttention(PatchedAttention):
             return "the rotary embedding does not have one complex value per token and pair of channels"
         if mask is not None and not (is_plain(mask) and mask.dtype == torch.bool and mask.shape == (batch, length)):
             return "the mask of keys is not a boolean tensor with one value per key"
-        return None
-
-    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
-        return self.model.attention_change() or changed_qk_norm(self.attn, dtype, device)
+        return self.model.attention_change() or changed_qk_norm(self.attn, x.dtype, x.device)
 
     def _computed(
-        self, calls: Calls, x: Tensor, mask: Tensor | None, freqs: Tensor
-    ) -> tuple[Tensor, tuple[str, str]] | str:
-        """Return (output, (implementation, reason of the choice)), or the reason why this is not possible."""
+        self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], Choice] | str:
         attn: Any = calls.module
+        (x,), (_, mask, freqs) = streams, others
         qkv: list[Tensor] = []
         for name in ("to_q", "to_k", "to_v"):
             out = calls(name, x)
@@ -186,15 +153,12 @@ class SandwichAttention(PatchedAttention):
         context = _context(self.state, x, mask, freqs)
         q, k, v = joint_qkv(attn, (qkv[0], qkv[1], qkv[2]), None, context)
         del qkv, out
-        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        # Chosen once, here, so that the report counts the implementation that the operator uses.
-        choice = ops.explain_attention(q.detach(), context.plan, context.impl, backward=needs_grad)
-        out = attend(q, k, v, context.plan, choice[0], False, "")
+        out, choice = self.attention(q, k, v, context.plan)
         del q, k, v
         out = out.flatten(1).unflatten(0, x.shape[:2])
         for i in range(len(attn.to_out)):  # the second, if there is one, is a dropout
             out = calls(f"to_out.{i}", out)
-        return out, choice
+        return (out,), choice
 
 
 def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor) -> ForwardContext:
