@@ -283,7 +283,7 @@ def test_arguments_of_the_pipeline(pipes, name):
 
 
 def test_siglip_of_z_image_is_a_text_encoder():
-    """It is brought to the device, its weights count, and they are part of the digest."""
+    """Offload its weights, count them, and have them in the digest."""
     pipe, request = make("z-image"), requests()[1]
     expected, digest = edited(pipe, [request])[0], weights_digest(pipe)
     weights = sum(x.nbytes for part in (pipe.text_encoder, pipe.siglip) for x in (*part.parameters(), *part.buffers()))
@@ -296,7 +296,7 @@ def test_siglip_of_z_image_is_a_text_encoder():
 
 
 def test_z_image_without_siglip():
-    """It takes requests without references, and refuses the others."""
+    """Requests without references run, and the others are refused."""
     pipe, (request, other, *_) = make("z-image"), requests()
     pipe.siglip = None
     assert max_relative_error(edited(pipe, [request])[0], stock(pipe, request)) < RELATIVE

@@ -314,7 +314,7 @@ def test_refusals():
     model = joyimage.transformer(layers=1)
     with pytest.raises(ValueError, match="visibility='full' only"):
         uniref_fast.patch(model, visibility="reference_causal")
-    with pytest.raises(ValueError, match="steps of the references"):
+    with pytest.raises(ValueError, match="step for the latents of the references"):
         uniref_fast.patch(model, keep_references="auto")
     with pytest.raises(ValueError, match="8 bits"):
         uniref_fast.patch(model, mode="fast")
