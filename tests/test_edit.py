@@ -306,7 +306,7 @@ def test_16_bit_grey_is_not_clipped(pipe):
         ({"prompt": "x", "seed": 2**70}, ValueError, "64 bits"),
         ({"prompt": "x", "seed": "1"}, TypeError, "seed must be an int, or a list with one for each image, got '1'"),
         ({"prompt": "x", "true_cfg_scale": "4"}, TypeError, "request 1: true_cfg_scale must be a number, got '4'"),
-        ({"prompt": "x", "true_cfg_scale": None}, ValueError, "true_cfg_scale must be a finite number, got None"),
+        ({"prompt": "x", "num_images": None}, TypeError, "num_images must be an int, got None"),
         ({"prompt": "x", "generator": 5}, TypeError, "generator must be a torch.Generator, or a list .*, got 5"),
         ({"prompt": "x", "latents": [0.0]}, TypeError, "request 1: latents must be a tensor"),
         ({"prompt_embeds": torch.zeros(2, 128), "prompt_embeds_mask": [1, 1]}, TypeError, "prompt_embeds_mask must be"),
@@ -417,6 +417,22 @@ def test_models_are_freed_afterwards(pipe, monkeypatch):
 
 def test_one_request_may_be_given_alone():
     assert len(validated(EditRequest("x"))) == 1 and len(validated({"prompt": "x"})) == 1
+
+
+def test_values_that_are_not_given_are_those_of_the_call(pipe):
+    """None stands for them; explicit values stay."""
+    nothing, some = validated(
+        [{"prompt": "x"}, {"prompt": "x", "num_inference_steps": 3, "true_cfg_scale": None}], pipe
+    )
+    assert (nothing.num_inference_steps, nothing.true_cfg_scale, nothing.negative_prompt) == (50, 4.0, None)
+    assert (some.num_inference_steps, some.true_cfg_scale, some.guided) == (3, 4.0, False)
+    every = (
+        uniref_fast.estimate(pipe, [{"prompt": "x"}]),
+        uniref_fast.estimate(pipe, [EditRequest("x", num_inference_steps=50)]),
+    )
+    assert every[0].as_dict() == every[1].as_dict()
+    (unchanged,) = validated(EditRequest("x"))
+    assert unchanged.num_inference_steps is None and not unchanged.guided
 
 
 def test_model_offload_hook_is_honoured(pipe, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from family_models import FAMILIES, SIDE, picture
 
 import uniref_fast
-from uniref_fast import EditRequest, builtin
+from uniref_fast import EditRequest, builtin, cli
 from uniref_fast.cli import main
 from uniref_fast.data.dataset import Row
 from uniref_fast.data.images import ImageSource
@@ -26,7 +26,7 @@ from uniref_fast.model_kind import _instead
 from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
 from uniref_fast.models.kept_references import dependence
 from uniref_fast.quantisation import outside
-from uniref_fast.request import geometry
+from uniref_fast.request import geometry, validated_one
 from uniref_fast.skeleton import skeleton
 from uniref_fast.testing import max_relative_error
 from uniref_fast.training.core.model_size import SIZES
@@ -220,6 +220,104 @@ def test_commands_use_the_defaults_of_the_pipeline(family, name, tmp_path):
 def test_a_distilled_checkpoint_has_its_own_defaults(index, expected, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert defaults(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("family, name", EDITED)
+def test_a_request_has_the_defaults_of_the_call(family, name, request):
+    """A pipeline without guidance has a scale of 1."""
+    pipe, arguments = make(family, name, request)
+    asked = {key: value for key, value in request_of(arguments).items() if key != "num_inference_steps"}
+    asked.pop("true_cfg_scale", None)
+    checked = validated_one(asked, "request 1", pipe)
+    if "Modular" in name:
+        steps, scale = pipe.default_call_parameters["num_inference_steps"], 1.0 if "Distilled" in name else 2.0
+    else:
+        call = inspect.signature(getattr(diffusers, name).__call__).parameters
+        steps = call["num_inference_steps"].default
+        scale = next((call[key].default for key in ("guidance_scale", "true_cfg_scale") if key in call
+                      and call[key].default is not None), 1.0)  # fmt: skip
+    assert (checked.num_inference_steps, checked.true_cfg_scale) == (steps, scale)
+    assert isinstance(checked.true_cfg_scale, float)
+    given = validated_one({**asked, "num_inference_steps": 3, "true_cfg_scale": 2}, "request 1", pipe)
+    assert given.num_inference_steps == 3 and given.true_cfg_scale == (1.0 if "KV" in name or "Dist" in name else 2)
+
+
+def test_a_model_without_embedded_guidance_has_the_other_default(request):
+    pipe, _ = make("flux1", "FluxKontextPipeline", request)
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    assert validated_one({"prompt": "x"}, "request 1", pipe).true_cfg_scale == 1.0
+
+
+def test_a_pipeline_of_your_own_has_its_own_defaults():
+    class Mine(diffusers.QwenImageEditPlusPipeline):
+        def __call__(self, image, num_inference_steps=7, true_cfg_scale=None, **options):
+            pass
+
+    class Other(diffusers.QwenImageEditPlusPipeline):
+        def __call__(self, *args, **options):
+            pass
+
+    parts = builtin.load().components
+    assert named("qwen-image-edit").call_defaults(Mine(**parts)) == (7, 4.0)
+    assert named("qwen-image-edit").call_defaults(Other(**parts)) == (50, 4.0)
+    assert named("qwen-image-edit").call_defaults(builtin.load()) == (50, 4.0)
+
+
+@pytest.mark.parametrize("family, name", EDITED)
+def test_commands_use_the_prompts_of_the_pipeline(family, name, request, tmp_path):
+    """Only for Qwen-Image models commands give a negative prompt of their own, with which these have guidance."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    flags = ["edit", "--prompt", "an owl", "--out", "a.png", "--model", str(tmp_path), "--true-cfg-scale", "3"]
+    fields = cli._request_fields(cli._parser().parse_args(flags))
+    pipe, arguments = make(family, name, request)
+    asked = {**request_of(arguments), "negative_prompt": None, "true_cfg_scale": 3.0}
+    if pipe.text_encoder is None:
+        pytest.skip("this small pipeline has no text encoder")
+    alone = validated_one(asked, "request 1", pipe)
+    given = validated_one({**asked, **{key: fields[key] for key in ("prompt", "negative_prompt")}}, "request 1", pipe)
+    content = io.BytesIO()
+    picture(1).save(content, "PNG")
+    row = Row("an owl", (ImageSource("a", data=content.getvalue()),), None, None, "a:1")
+    options = {"target_side": 64, "budget": None, "seed": 0, "num_inference_steps": 2, "true_cfg_scale": 3.0}
+    one = eval_request(pipe, row, ("a", 0), **options)
+    assert (one.request.prompt, one.request.negative_prompt) == (given.prompt, given.negative_prompt)
+    if family.startswith("qwen"):
+        assert (alone.negative_prompt, given.negative_prompt) == (None, " ")
+    else:
+        assert given.negative_prompt == alone.negative_prompt
+
+
+@pytest.mark.parametrize("family, name", EDITED)
+def test_guidance_without_a_text_encoder_needs_embeddings(family, name, request):
+    """A pipeline that would encode a negative prompt refuses; the others have no guidance, or embed the scale."""
+    pipe, arguments = make(family, name, request)
+    for part in ("text_encoder", "text_encoder_2"):
+        if hasattr(pipe, part):
+            setattr(pipe, part, None)
+    asked = {key: value for key, value in request_of(arguments).items() if "prompt" not in key}
+    if family in ("qwen-image-2.1", "z-image"):
+        asked["images"] = []  # embeddings do not say where they are
+    embeds = torch.zeros(512, named(family).text_channels(pipe.transformer.config))
+    asked |= {"prompt_embeds": embeds, "true_cfg_scale": 3.0}
+    assert validated_one({**asked, "true_cfg_scale": 1.0}, "request 1", pipe)
+    if family.startswith("qwen") or family == "flux1" or any(part in name for part in ("KV", "Flux2P", "Distilled")):
+        assert not validated_one(asked, "request 1", pipe).guided
+        return
+    with pytest.raises(ValueError, match=r"request 1: .* no text encoder; guidance needs negative_prompt_embeds"):
+        validated_one(asked, "request 1", pipe)
+    assert validated_one({**asked, "negative_prompt_embeds": embeds}, "request 1", pipe).guided
+
+
+def test_a_freed_text_encoder_leaves_the_negative_prompt_of_a_row(request):
+    """Training encodes the prompts itself then."""
+    content = io.BytesIO()
+    picture(1).save(content, "PNG")
+    row = Row("x", (ImageSource("a", data=content.getvalue()),), None, None, "a:1")
+    pipe, _ = make("flux2", "Flux2KleinPipeline", request)
+    pipe.text_encoder = None
+    options = {"target_side": 64, "budget": None, "seed": 0, "num_inference_steps": 2, "true_cfg_scale": 3.0}
+    one = eval_request(pipe, row, ("a", 0), **options)
+    assert one.request.guided and [text for text, _, _ in one.request.texts] == ["x", ""]
 
 
 @pytest.mark.parametrize("family", [family.name for family in families()])

@@ -1,5 +1,7 @@
 """Small pipelines with random weights of every family, and `uniref-fast demo --family`."""
 
+import dataclasses
+import inspect
 import json
 
 import numpy as np
@@ -12,6 +14,7 @@ from uniref_fast import family_demo
 from uniref_fast.cli import main
 from uniref_fast.family_demo import demo_requests, run_family_demo, stock_edit
 from uniref_fast.models.family import families, family_of
+from uniref_fast.request import validated_one
 from uniref_fast.testing import max_relative_error
 
 SMALL = [
@@ -38,6 +41,43 @@ def test_a_packed_edit_equals_the_calls_of_stock_arguments(family, name):
     for result, image, request in zip(packed, expected, requests, strict=True):
         assert max_relative_error(result, image) < 1e-4 and image.std() > 1e-3
         assert image.shape[-2:] == (request.height, request.width)
+
+
+def two_steps(pipe, patcher):
+    """Let a call of a pipeline make two steps by default."""
+    if "Modular" in type(pipe).__name__:
+        blocks = [pipe._blocks]
+        while blocks:
+            block = blocks.pop()
+            blocks += getattr(block, "sub_blocks", {}).values()
+            if hasattr(block, "num_inference_steps"):
+                patcher.setattr(block, "num_inference_steps", 2)
+        return
+    for kind in type(pipe).__mro__:
+        call = vars(kind).get("__call__")
+        function = inspect.unwrap(call) if call else None
+        names = function.__code__.co_varnames[: function.__code__.co_argcount] if function else ()
+        if "num_inference_steps" in names:
+            values = dict(zip(names[-len(function.__defaults__) :], function.__defaults__, strict=True))
+            patcher.setattr(function, "__defaults__", tuple((values | {"num_inference_steps": 2}).values()))
+    if "__signature__" in vars(type(pipe).__call__):  # of the built-in model
+        patcher.setattr(type(pipe).__call__, "__signature__", inspect.signature(type(pipe).__mro__[1].__call__))
+
+
+@pytest.mark.parametrize("family, name", SMALL)
+def test_a_request_without_settings_equals_the_call_without_them(family, name, monkeypatch):
+    """Scale and negative prompt are those that the pipeline has by default, and so is the number of steps."""
+    pipe = family.random_pipeline(name, layers=1, grid=6)
+    request = demo_requests(family, pipe, 6, 1, 2)[0]
+    nothing = {"true_cfg_scale": None, "num_inference_steps": None, "negative_prompt": None}
+    request = dataclasses.replace(request, **nothing)
+    two_steps(pipe, monkeypatch)
+    arguments = family.stock_arguments(pipe, request)
+    assert not {"negative_prompt", "num_inference_steps", "guidance_scale", "true_cfg_scale"} & set(arguments)
+    expected = stock_edit(family, pipe, request)
+    (image,) = uniref_fast.edit(pipe, [request], output_type="pt", progress=False)
+    assert max_relative_error(image, expected) < 1e-4 and expected.std() > 1e-3
+    assert validated_one(request, "request 1", pipe).num_inference_steps == 2
 
 
 def test_the_weights_do_not_depend_on_the_call():

@@ -193,7 +193,9 @@ def _add_request(parser: argparse.ArgumentParser, sizes: bool = False) -> Any:
     if sizes:
         add("--image-size", action="append", default=[], metavar="WIDTHxHEIGHT",
             help="Size in pixels of a further reference that need not exist; repeat the flag for more.")  # fmt: skip
-    add("--negative-prompt", metavar="TEXT", help="Negative prompt for guidance. (default: a single space)")
+    add("--negative-prompt", metavar="TEXT",
+        help="Negative prompt for guidance. (default: that of the model's pipeline; a single space for Qwen-Image "
+        "models)")  # fmt: skip
     add("--width", type=int, help="Width of the result in pixels. (default: as the pipeline chooses)")
     add("--height", type=int, help="Height of the result in pixels. (default: as the pipeline chooses)")
     add("--num-inference-steps", type=int, metavar="N",
@@ -521,13 +523,15 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _request_fields(args: argparse.Namespace) -> dict[str, Any]:
     from uniref_fast.guidance import negative_prompt_for
-    from uniref_fast.loading import defaults
+    from uniref_fast.loading import defaults, model_family
 
-    steps, scale = defaults(args.model)
+    (steps, scale), family, negative = defaults(args.model), model_family(args.model), args.negative_prompt
     scale = scale if args.true_cfg_scale is None else args.true_cfg_scale
+    if negative is None:
+        negative = negative_prompt_for(scale, family.usual_negative_prompt())
     return {
-        "prompt": args.prompt,
-        "negative_prompt": negative_prompt_for(scale) if args.negative_prompt is None else args.negative_prompt,
+        "prompt": family.written(args.prompt),
+        "negative_prompt": negative,
         "true_cfg_scale": scale,
         "height": args.height,
         "width": args.width,

@@ -106,6 +106,7 @@ class Edit:
         """
         if self.request.guided:
             scale = self.request.true_cfg_scale
+            assert scale is not None  # of a checked request
             velocities = [self.guide(*pair, scale) for pair in zip(velocities[::2], velocities[1::2], strict=True)]
         velocity = torch.stack([*velocities])
         self.is_interrupted = True

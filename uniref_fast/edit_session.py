@@ -131,6 +131,7 @@ class EditSession:
                 raise ValueError(f"{where}: lora is not supported for {self.family.name} models; leave it out")
             check_lora(self.model.transformer, request.lora, where)
         steps = request.num_inference_steps
+        assert steps is not None
         scheduler = self.family.schedule(self.pipe, sizes.target_tokens, steps, self.device)
         return CheckedRequest(request, sizes, scheduler, self._refresh(sizes))
 
@@ -192,12 +193,12 @@ def warn_of_guidance(checked: Mapping[int, CheckedRequest]) -> None:
         request = each.request
         if each.geometry.guidance is not None:  # the transformer embeds the scale
             continue
-        if is_guided(request.true_cfg_scale) and not request.has_negative_prompt:
-            reason = f"true_cfg_scale={request.true_cfg_scale} has no effect without a negative prompt, such as ' '"
-        elif not is_guided(request.true_cfg_scale) and request.has_negative_prompt:
-            reason = (
-                f"the negative prompt has no effect at true_cfg_scale={request.true_cfg_scale}, which is not over 1"
-            )
+        scale = request.true_cfg_scale
+        assert scale is not None
+        if is_guided(scale) and not request.has_negative_prompt:
+            reason = f"true_cfg_scale={scale} has no effect without a negative prompt, such as ' '"
+        elif not is_guided(scale) and request.has_negative_prompt:
+            reason = f"the negative prompt has no effect at true_cfg_scale={scale}, which is not over 1"
         else:
             continue
         warnings.warn(f"request {i}: {reason}; classifier-free guidance is off", stacklevel=3)

@@ -245,7 +245,7 @@ def estimate(
     check_keep_dtype(keep_dtype)
     layouts = [model.layout(group) for group in samples]  # operations of a sample do not depend on its pack
     schedules = [RefreshSchedule.of(keep_references, drift, dependence(one, model.visibility)) for one in layouts]
-    steps = [request.num_inference_steps for request in requests]
+    steps = [count for request in requests if (count := request.num_inference_steps) is not None]  # of every request
     computed = [count if schedule is None else schedule.refreshes(count)
                 for schedule, count in zip(schedules, steps, strict=True)]  # fmt: skip
     linear, attention = _transformer_flops(model, layouts, steps, computed)
@@ -320,6 +320,7 @@ def _time(
     if len(requests) > 1 or requests[0].num_images > 1 or pack_tokens is not None or visibility != "full":
         return MeasuredTime(None, 'measured for single requests of one image with the policy "full" only')
     transformer, (request,) = pipe.transformer, requests
+    assert request.num_inference_steps is not None  # of a checked request
     if device is None:
         loaded = getattr(transformer, "device", torch.device("meta")).type
         device = loaded if loaded != "meta" else "cuda" if torch.cuda.is_available() else "cpu"

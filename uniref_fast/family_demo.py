@@ -15,10 +15,9 @@ from torch import Tensor
 
 from uniref_fast.demo import GUIDANCE, MAX_REL_ERROR_FLOAT32, heldout_scenes
 from uniref_fast.edit import edit
-from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.models.family import Family, families
 from uniref_fast.patch import patch
-from uniref_fast.request import EditRequest
+from uniref_fast.request import EditRequest, validated_one
 from uniref_fast.sheets import contact_sheet, difference
 from uniref_fast.testing import error_budget, max_relative_error
 
@@ -163,13 +162,16 @@ def demo_requests(
         (scene,) = heldout_scenes(seed + i, count, 1)
         resized = [image.resize(sizes[(i + j) % 3]) for j, image in enumerate(scene.references[:count])]
         width, height = sizes[i // 2]
-        text: dict[str, Any] = {"prompt": family.written(scene.instruction), "negative_prompt": EMPTY_PROMPT}
+        text: dict[str, Any] = {"prompt": family.written(scene.instruction)}
         if embeds is not None:
             text = {"prompt_embeds": embeds[i].to(pipe.device)}
-        requests.append(EditRequest(
+        request = EditRequest(
             images=resized, true_cfg_scale=GUIDANCE, seed=seed + i, num_inference_steps=num_inference_steps,
             width=width, height=height, **text,
-        ))  # fmt: skip
+        )  # fmt: skip
+        if embeds is None and not validated_one(request, "the request", pipe).guided:  # without a negative prompt
+            request = replace(request, negative_prompt=family.usual_negative_prompt())
+        requests.append(request)
     return requests
 
 

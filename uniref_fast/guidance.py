@@ -18,9 +18,14 @@ def is_guided(scale: float) -> bool:
     return scale > 1
 
 
-def negative_prompt_for(scale: float) -> str | None:
-    """Return the negative prompt of a request that names none: the empty prompt with guidance, else None."""
-    return EMPTY_PROMPT if is_guided(scale) else None
+def negative_prompt_for(scale: float, text: str | None = EMPTY_PROMPT) -> str | None:
+    """Return the negative prompt of a request that names none: None without guidance.
+
+    Args:
+        scale: Scale of classifier-free guidance.
+        text: Negative prompt with guidance (`Family.usual_negative_prompt`).
+    """
+    return text if is_guided(scale) else None
 
 
 def texts_of(prompt: str, scale: float, empty: str = EMPTY_PROMPT) -> tuple[str, ...]:

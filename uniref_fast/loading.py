@@ -7,7 +7,7 @@ import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uniref_fast.hub import local_or_hub
 from uniref_fast.model_kind import (
@@ -15,10 +15,13 @@ from uniref_fast.model_kind import (
     check_pipeline,
     check_processor,
     check_transformer,
-    default_sampling,
+    supported_family,
     transformer_class,
 )
 from uniref_fast.progress import launcher_rank, running
+
+if TYPE_CHECKING:  # commands import this module, and start without torch
+    from uniref_fast.models.family import Family
 
 __all__ = [
     "configuration",
@@ -32,6 +35,7 @@ __all__ = [
     "load_transformer",
     "local_index",
     "model_errors",
+    "model_family",
     "offload",
 ]  # fmt: skip
 
@@ -55,7 +59,14 @@ def defaults(name: str, index: Mapping[str, Any] | None = None) -> tuple[int, fl
 
     if name == "builtin" or is_builtin_folder(name):
         return 8, 1.0
-    return default_sampling(f"--model {name}", _index(name) if index is None else index)
+    index = _index(name) if index is None else index
+    return supported_family(f"--model {name}", index).defaults(index)
+
+
+def model_family(name: str) -> Family:
+    """Return the family of a model; the argument and the errors are those of `defaults`."""
+    index = {"_class_name": "QwenImageEditPlusPipeline"} if name == "builtin" else _index(name)
+    return supported_family(f"--model {name}", index)
 
 
 def _index(name: str) -> dict[str, Any]:

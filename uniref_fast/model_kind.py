@@ -17,7 +17,7 @@ __all__ = [
     "check_processor",
     "check_trainable",
     "check_transformer",
-    "default_sampling",
+    "supported_family",
     "transformer_class",
 ]
 
@@ -36,8 +36,8 @@ def transformer_class(index: Mapping[str, Any]) -> Any:
     return family.transformer_class()
 
 
-def default_sampling(given: str, index: Mapping[str, Any]) -> tuple[int, float]:
-    """Return the default denoising steps and true CFG scale of a pipeline (`Family.defaults`).
+def supported_family(given: str, index: Mapping[str, Any]) -> Family:
+    """Return the family of a pipeline.
 
     Args:
         given: Name of the pipeline in messages.
@@ -49,7 +49,7 @@ def default_sampling(given: str, index: Mapping[str, Any]) -> tuple[int, float]:
     family = _family(index)
     if family is None:
         raise ValueError(_message(given, str(index.get("_class_name"))))
-    return family.defaults(index)
+    return family
 
 
 def _family(index: Mapping[str, Any]) -> Family | None:

@@ -23,6 +23,7 @@ __all__ = [
     "Geometry",
     "as_list",
     "check_size",
+    "check_steps",
     "geometry",
     "image_areas",
     "parse_size",
@@ -47,19 +48,22 @@ FIELD_KINDS: dict[str, tuple[type, str]] = {
 class EditRequest:
     """A prompt and any number of reference images of any sizes, which give one image or several.
 
-    The defaults are those of diffusers' `QwenImageEditPlusPipeline.__call__`.
+    The defaults are those of a call of the pipeline (docs/editing.md).
 
     Attributes:
         prompt: The instruction. It names the references "picture 1", "picture 2", and so on. None with
             `prompt_embeds`.
         images: The references, in order; may be empty. Transparent pixels become white.
-        negative_prompt: Negative prompt; None turns classifier-free guidance off. The command line uses " ".
-        true_cfg_scale: Guidance scale. Guidance needs a value over 1 and a negative prompt.
+        negative_prompt: Negative prompt. None takes that of the pipeline; those of Qwen-Image models have none, and
+            then no guidance. Commands use " " for these.
+        true_cfg_scale: Scale of classifier-free guidance, which needs a value over 1 and a negative prompt, or the
+            scale that the transformer embeds (FLUX.2 dev, FLUX.1 Kontext). None takes the default of the pipeline, 4.0
+            for Qwen-Image-Edit.
         height: Height of the result in pixels, rounded down to a multiple of 16 (32 for Qwen-Image-2.1, 8 for the
             built-in model). None takes the size that the pipeline chooses. For Qwen-Image-Edit that is its output area
             (1024 x 1024 pixels) with the aspect ratio of the last image, or a square if there are no images.
         width: Width of the result in pixels, likewise.
-        num_inference_steps: Number of denoising steps.
+        num_inference_steps: Number of denoising steps. None takes the default of the pipeline, 50 for Qwen-Image-Edit.
         num_images: Number of images, which differ in their noise. They share the embeddings of the prompts and the
             latents of the references. The result of more than one is a list of images.
         seed: Seed of the starting noise and of the noise that a stochastic scheduler draws in its steps, both drawn on
@@ -86,10 +90,10 @@ class EditRequest:
     prompt: str | None = None
     images: Sequence[Image.Image] = ()
     negative_prompt: str | None = None
-    true_cfg_scale: float = 4.0
+    true_cfg_scale: float | None = None
     height: int | None = None
     width: int | None = None
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     num_images: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | Sequence[torch.Generator] | None = None
@@ -110,8 +114,8 @@ class EditRequest:
 
     @property
     def guided(self) -> bool:
-        """True if classifier-free guidance runs, with two predictions per step."""
-        return is_guided(self.true_cfg_scale) and self.has_negative_prompt
+        """True if classifier-free guidance runs, with two predictions per step; of a checked request."""
+        return self.true_cfg_scale is not None and is_guided(self.true_cfg_scale) and self.has_negative_prompt
 
     @property
     def has_negative_prompt(self) -> bool:
@@ -186,7 +190,8 @@ def validated(requests: Sequence[EditRequest | Mapping[str, Any]], pipe: Any = N
 
     Args:
         requests: `EditRequest`s, or mappings of its fields.
-        pipe: Pipeline of the requests, whose embeddings and scheduler are checked too; None checks the requests only.
+        pipe: Pipeline of the requests, which gives numbers of steps and scales that are None, and whose embeddings and
+            scheduler are checked too. None checks the requests only.
 
     Raises:
         ValueError: If a request has an impossible value; the message names the request and the problem.
@@ -224,14 +229,33 @@ def validated_one(request: Any, where: str, pipe: Any = None) -> EditRequest:
     if not isinstance(request, EditRequest):
         raise TypeError(f"{where} must be an EditRequest or a mapping, got {type(request).__name__}")
     _check(request, where)
-    if pipe is not None:
-        _check_embeddings(request, where, pipe)
-    if pipe is not None and request.num_inference_steps == 1 and pipe.scheduler.config.get("shift_terminal"):
+    if pipe is None:
+        return request
+    request = _completed(request, pipe)
+    _check_embeddings(request, where, pipe)
+    check_steps(pipe, request.num_inference_steps, where)
+    return family_of(pipe).check_request(pipe, request, where)
+
+
+def check_steps(pipe: Any, steps: int | None, where: str) -> None:
+    """Raise ValueError if the scheduler of a pipeline cannot make a number of steps; `where` names the request."""
+    if steps == 1 and pipe.scheduler.config.get("shift_terminal"):
         raise ValueError(
             f"{where}: num_inference_steps=1 gives this scheduler no finite step (its shift_terminal stretches the "
             "steps between the first and the last); use at least 2"
         )
-    return request if pipe is None else family_of(pipe).check_request(pipe, request, where)
+
+
+def _completed(request: EditRequest, pipe: Any) -> EditRequest:
+    """Return a request with the number of steps and the scale that a call of the pipeline has by default."""
+    if request.num_inference_steps is not None and request.true_cfg_scale is not None:
+        return request
+    steps, scale = family_of(pipe).call_defaults(pipe)
+    if request.num_inference_steps is not None:
+        steps = request.num_inference_steps
+    if request.true_cfg_scale is not None:
+        scale = request.true_cfg_scale
+    return replace(request, num_inference_steps=steps, true_cfg_scale=scale)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -260,14 +284,14 @@ def _check(request: EditRequest, where: str) -> None:
         value = getattr(request, name)
         if value is not None and not isinstance(value, kind):
             raise TypeError(f"{where}: {name} must be {words}, got {value!r:.80}")
-    if request.true_cfg_scale is None or not math.isfinite(request.true_cfg_scale):
+    if request.true_cfg_scale is not None and not math.isfinite(request.true_cfg_scale):
         raise ValueError(f"{where}: true_cfg_scale must be a finite number, got {request.true_cfg_scale}")
     for j, image in enumerate(request.images):
         _check_image(image, f"{where}: image {j + 1}")
     for name, least, most in (("height", SIDE_MULTIPLE, MAX_SIDE), ("width", SIDE_MULTIPLE, MAX_SIDE),
                               ("num_inference_steps", 1, MAX_STEPS), ("num_images", 1, MAX_IMAGES)):  # fmt: skip
         value = getattr(request, name)
-        if value is None and name in ("height", "width"):
+        if value is None and name != "num_images":
             continue
         if not isinstance(value, int):
             raise TypeError(f"{where}: {name} must be an int, got {value!r}")

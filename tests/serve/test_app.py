@@ -20,6 +20,7 @@ from starlette.datastructures import UploadFile
 import uniref_fast
 from uniref_fast import EditRequest
 from uniref_fast.data.images import ImageSource
+from uniref_fast.request import Geometry
 from uniref_fast.serve import app as routes
 from uniref_fast.serve import service as services
 from uniref_fast.serve.config import Limits
@@ -114,6 +115,20 @@ def test_formats_seeds_and_what_responses_repeat(stub):
     assert {opened(body["data"][0]).format for body in found} == {"JPEG", "WEBP"}
     seeds = [body["data"][0]["seed"] for body in found]
     assert seeds[0] != seeds[1], "without a seed, each request draws one"
+
+
+def test_the_size_is_that_of_the_result_and_not_of_what_is_decoded(stub, monkeypatch):
+    """FLUX.3 crops the image that it decodes for one reference."""
+    monkeypatch.setattr(stub, "check", lambda request: Geometry((64, 64), (), (), 8, crop=(0, 8, 64, 56)))
+
+    async def work():
+        async with client_of(stub) as client:
+            task = asyncio.ensure_future(post(client))
+            await until(lambda: stub.jobs)
+            stub.end(0)
+            return (await task).json()["size"]
+
+    assert run(work()) == "64x48"
 
 
 def test_json_requests_with_data_urls(engine):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,14 @@ def test_defaults():
 def test_values(pairs, expected):
     found = call(*pairs)
     assert {name: getattr(found, name) for name in expected} == expected
+
+
+def test_prompts_have_the_form_of_the_model():
+    config = replace(CONFIG, negative_prompt="none", written=lambda text: f"<{text}>")
+    found = parse([*BASE, ("guidance", 2)], config)
+    assert (found.prompt, found.negative_prompt) == ("<make it night>", "none")
+    assert parse([*BASE, ("guidance", 2)], replace(config, negative_prompt=None)).negative_prompt is None
+    assert parse(BASE, config).negative_prompt is None, "there is no guidance"
 
 
 def test_images_of_forms_and_of_json():

@@ -45,7 +45,7 @@ from uniref_fast.files import created_folders, write_whole
 from uniref_fast.models.single_frame import single_frame
 from uniref_fast.patch import patch
 from uniref_fast.progress import running
-from uniref_fast.request import EditRequest, image_areas, validated
+from uniref_fast.request import EditRequest, check_steps, image_areas, validated
 from uniref_fast.rewards.functions import reward_function
 from uniref_fast.rewards.judge import Judge
 from uniref_fast.rewards.log import PASSING
@@ -277,7 +277,9 @@ class _Evaluation:
             config.model, config.initial, untrained, self.device, self.dtype, self.adapters, config.quantisation
         )
         if config.runs_model:
-            validated([EditRequest("x", num_inference_steps=config.resolve_sampling()[0])], self.pipe)
+            steps, _ = config.resolve_sampling()
+            validated([EditRequest("x", num_inference_steps=steps)])
+            check_steps(self.pipe, steps, config.model)
         self.target_side = self.settings["target_side"] or math.isqrt(image_areas(self.pipe)[-1])
         with running("hashing the weights", shown=progress):
             digest = models.weights_digest(self.pipe)

@@ -32,7 +32,7 @@ class EvalRequest:
     Attributes:
         row: The dataset row.
         target: The exact result at the size of the generated image, or None.
-        request: The edit request; its images are the references, in the mode of the pipeline's family.
+        request: The edit request; its prompt and its images, the references, have the forms of the pipeline's family.
         size: (width, height) of the result in pixels.
     """
 
@@ -103,14 +103,15 @@ def eval_request(
     Raises:
         ValueError: The row cannot be edited.
     """
-    references = [source.load(family_of(pipe).image_mode) for source in row.references]
+    family = family_of(pipe)
+    references = [source.load(family.image_mode) for source in row.references]
     target = None if row.target is None else row.target.load()
     sizes = [image.size for image in references]
     width, height = size or target_size(target.size if target else None, sizes, target_side)
     request = EditRequest(
-        row.instruction,
+        family.written(row.instruction),
         references,
-        negative_prompt=negative_prompt_for(true_cfg_scale),
+        negative_prompt=negative_prompt_for(true_cfg_scale, family.usual_negative_prompt()),
         true_cfg_scale=true_cfg_scale,
         width=width,
         height=height,
@@ -121,7 +122,7 @@ def eval_request(
         request = _checked(pipe, request)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    result_size = request_geometry(pipe, request, budget).size
+    result_size = request_geometry(pipe, request, budget).result_size
     if target is not None and target.size != result_size:
         target = target.resize(result_size, Image.Resampling.LANCZOS)
     return EvalRequest(row, target, request, result_size)

@@ -158,8 +158,20 @@ class Family:
         """
         return 50, 4.0
 
+    def call_defaults(self, pipe: Any) -> tuple[int, float]:
+        """Return the denoising steps and the scale of a call of a pipeline that is given neither.
+
+        They may differ from `defaults`, which knows more about a checkpoint.
+        """
+        steps, scale = _call_default(pipe, "num_inference_steps"), _call_default(pipe, self.scale_argument(pipe))
+        return steps, 1.0 if scale is None else float(scale)
+
+    def scale_argument(self, pipe: Any) -> str:
+        """Return the argument of a pipeline's call that is the `true_cfg_scale` of a request, if it has one."""
+        return "true_cfg_scale" if any("true_cfg_scale" in known for known in _calls(pipe)) else "guidance_scale"
+
     def usual_negative_prompt(self) -> str | None:
-        """Return the negative prompt of guidance: that of the pipelines, or one that turns guidance on."""
+        """Return the negative prompt of commands with guidance: that of the pipelines, or one that turns it on."""
         return ""
 
     def reason_against(self, capability: str) -> str | None:
@@ -195,7 +207,7 @@ class Family:
         return pipe
 
     def written(self, text: str) -> str:
-        """Return an instruction in the form in which the pipelines take prompts."""
+        """Return an instruction in the form in which the pipelines take prompts; commands and the server use it."""
         return text
 
     def most_references(self, pipe: Any) -> int | None:
@@ -217,7 +229,7 @@ class Family:
         given = {name: getattr(request, name) for name in names}
         given |= {name: value[None] for name, value in given.items() if torch.is_tensor(value) and value.ndim == 2}
         given["image"] = list(request.images) or None
-        given["true_cfg_scale" if "true_cfg_scale" in known else "guidance_scale"] = request.true_cfg_scale
+        given[self.scale_argument(pipe)] = request.true_cfg_scale
         given["generator"] = torch.Generator().manual_seed(request.seed)  # type: ignore[arg-type]
         return {name: value for name, value in given.items() if name in known and value is not None}
 
@@ -535,6 +547,17 @@ def find_transformer(target: Any, *, sharded: bool = False, compiled: bool = Fal
             f"{families()[0].transformer}"
         )
     raise TypeError(unsupported_class(given))
+
+
+def _calls(pipe: Any) -> list[Mapping[str, inspect.Parameter]]:
+    """Return the arguments of a call of a pipeline: those of its class, then of the classes that this one extends."""
+    return [inspect.signature(kind.__call__).parameters for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+
+
+def _call_default(pipe: Any, name: str) -> Any:
+    """Return the default of an argument of a call of a pipeline; None if it has none."""
+    values = (known[name].default for known in _calls(pipe) if name in known)
+    return next((value for value in values if value not in (None, inspect.Parameter.empty)), None)
 
 
 def _diffusers_class(name: str) -> Any:

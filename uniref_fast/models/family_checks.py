@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from uniref_fast.guidance import is_guided
 from uniref_fast.quantised import compute_dtype
 
 if TYPE_CHECKING:
     from uniref_fast.request import EditRequest
 
-__all__ = ["check_patch_size", "check_rotary_axes", "check_widths", "given_embeddings", "refuse_masks"]
+__all__ = [
+    "check_patch_size",
+    "check_rotary_axes",
+    "check_widths",
+    "given_embeddings",
+    "refuse_masks",
+    "with_negative_prompt",
+]
 
 NUMBERS = {3: "three", 4: "four"}
 
@@ -83,3 +92,23 @@ def refuse_masks(request: EditRequest, where: str) -> None:
         mask = getattr(request, name)
         if mask is not None and not mask.bool().all():
             raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+
+
+def with_negative_prompt(pipe: Any, request: EditRequest, where: str, text: str | None) -> EditRequest:
+    """Return a request, with the negative prompt of its pipeline if it is guided and has none (`check_request`).
+
+    Args:
+        pipe: The pipeline.
+        request: The request, with a scale.
+        where: Name of the request in the message.
+        text: Negative prompt of the pipeline.
+
+    Raises:
+        ValueError: If the pipeline cannot encode the negative prompt.
+    """
+    scale = request.true_cfg_scale
+    if scale is None or not is_guided(scale) or request.has_negative_prompt:
+        return request
+    if pipe.text_encoder is None:
+        raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
+    return replace(request, negative_prompt=text)

@@ -21,7 +21,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models import fibo2
 from uniref_fast.models.family import Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings
+from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_pipeline import condition_tokens, vision_language_cost
 from uniref_fast.models.sandwich import part_layout
@@ -71,6 +71,9 @@ class Fibo2(SandwichFamily):
         for name in {"prompt_embeds_mask", "negative_prompt_embeds_mask"} & given.keys():
             given[name] = given[name].reshape(1, -1).bool()
         return given
+
+    def usual_negative_prompt(self) -> str:
+        return _stock().DEFAULT_NEGATIVE_PROMPT
 
     def most_references(self, pipe: Any) -> int:
         return pipe.max_num_images
@@ -129,11 +132,7 @@ class Fibo2(SandwichFamily):
             )
         if request.prompt is not None and not request.images:
             request = replace(request, prompt=_in_trained_form(pipe, request.prompt))
-        if request.true_cfg_scale <= 1 or request.has_negative_prompt:
-            return request
-        if pipe.text_encoder is None:
-            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
-        return replace(request, negative_prompt=_stock().DEFAULT_NEGATIVE_PROMPT)
+        return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         area = (pipe.default_sample_size * pipe.vae_scale_factor) ** 2

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from uniref_fast.budget import fit_to_budget
 from uniref_fast.encode import text_runs
 from uniref_fast.layout import SelfLayout
 from uniref_fast.models.family import Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings
+from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.flux1 import PackedFibo
 from uniref_fast.models.flux1_family import AREA, Flux1Family, replaced_parts
 from uniref_fast.quantised import compute_dtype
@@ -57,7 +56,8 @@ class FiboEdit(Flux1Family):
         return 30, 5.0
 
     def written(self, text: str) -> str:
-        return json.dumps({"edit_instruction": text})
+        """Return JSON with the instruction, or a text that is such JSON as it is."""
+        return text if _is_prompt(text) else json.dumps({"edit_instruction": text}, ensure_ascii=False)
 
     def check_parts(self, pipe: Any, given: str) -> None:
         widths = [("in_channels", "VAE", pipe.vae.config.z_dim)]
@@ -68,9 +68,7 @@ class FiboEdit(Flux1Family):
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse a prompt that the pipeline refuses, and set the negative prompt that it would use."""
-        from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import is_valid_edit_json
-
-        if request.prompt is not None and not is_valid_edit_json(request.prompt):
+        if request.prompt is not None and not _is_prompt(request.prompt):
             raise ValueError(
                 f'{where}: a BriaFiboEditPipeline takes JSON with the key "edit_instruction" as its prompt, got '
                 f"{request.prompt!r:.80}; for example "
@@ -78,10 +76,7 @@ class FiboEdit(Flux1Family):
             )
         if not request.images and (request.width is None or request.height is None):
             raise ValueError(f"{where}: give width and height for a request without images")
-        guided = request.true_cfg_scale > 1 and request.negative_prompt_embeds is None
-        if guided and request.negative_prompt is None and pipe.text_encoder is not None:
-            request = replace(request, negative_prompt="")
-        return request
+        return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         return AREA, AREA, AREA
@@ -200,6 +195,13 @@ def _layers_of_blocks(config: Any, layers: Sequence[Tensor]) -> list[Tensor]:
     """Return the layer of the text encoder for each block: the last ones, or all of them and the last one repeated."""
     blocks = config.num_layers + config.num_single_layers
     return [*layers[max(len(layers) - blocks, 0) :], *[layers[-1]] * max(blocks - len(layers), 0)]
+
+
+def _is_prompt(text: str) -> bool:
+    """Return True for JSON that the pipeline takes as a prompt."""
+    from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import is_valid_edit_json
+
+    return is_valid_edit_json(text)
 
 
 FIBO_EDIT = FiboEdit()

@@ -240,6 +240,12 @@ class Flux1(ImageLatents):
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         return 28, 3.5
 
+    def scale_argument(self, pipe: Any) -> str:
+        return "guidance_scale" if pipe.transformer.config.guidance_embeds else "true_cfg_scale"
+
+    def usual_negative_prompt(self) -> None:
+        return None
+
     def most_references(self, pipe: Any) -> int:
         return 1
 
@@ -249,7 +255,6 @@ class Flux1(ImageLatents):
     def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
         given = super().stock_arguments(pipe, request)
         if pipe.transformer.config.guidance_embeds:
-            given["guidance_scale"] = given.pop("true_cfg_scale")
             given.pop("negative_prompt", None)
         width = pipe.transformer.config.joint_attention_dim
         for name, pooled in (("prompt_embeds", "pooled_prompt_embeds"),

@@ -25,6 +25,7 @@ from uniref_fast.models.family_checks import (
     check_widths,
     given_embeddings,
     refuse_masks,
+    with_negative_prompt,
 )
 from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
 from uniref_fast.models.kept_references import kept_step
@@ -163,12 +164,9 @@ class Flux2(Family):
                 raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: {reason}")
             scale = request.true_cfg_scale if pipe.transformer.config.guidance_embeds else 1.0
             return replace(request, negative_prompt=None, true_cfg_scale=scale)
-        if request.true_cfg_scale <= 1 or request.negative_prompt_embeds is not None:
-            return request
-        if pipe.text_encoder is None and request.negative_prompt is None:
-            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
-        negative = (request.negative_prompt or "").strip()
-        return replace(request, negative_prompt=request.negative_prompt if negative else "")
+        request = with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
+        is_blank = request.negative_prompt is not None and not request.negative_prompt.strip()
+        return replace(request, negative_prompt="") if is_blank else request
 
     def embedded_guidance(self, pipe: Any, request: EditRequest) -> float | None:
         return request.true_cfg_scale if pipe.transformer.config.guidance_embeds else None

@@ -19,7 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_rotary_axes, check_widths, given_embeddings
+from uniref_fast.models.family_checks import check_rotary_axes, check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.flux3 import MODES, PackedFlux3, flux3_layout, mode_layout
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.quantised import compute_dtype
@@ -84,6 +84,11 @@ class Flux3(Family):
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         return (16, 1.0) if index.get("_class_name") == "Flux3DistilledModularPipeline" else (50, 3.5)
 
+    def call_defaults(self, pipe: Any) -> tuple[int, float]:
+        """Return the steps of the blocks of the pipeline, and the scale of its guider."""
+        scale = float(pipe.guider.guidance_scale) if pipe.requires_unconditional_embeds else 1.0
+        return pipe.default_call_parameters["num_inference_steps"], scale
+
     # ---- the packed model ----
 
     def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
@@ -139,11 +144,7 @@ class Flux3(Family):
             if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
                 raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: guidance is part of it")
             return replace(request, negative_prompt=None, true_cfg_scale=1.0)
-        if request.true_cfg_scale <= 1 or request.negative_prompt_embeds is not None:
-            return request
-        if pipe.text_encoder is None:
-            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
-        return replace(request, negative_prompt=request.negative_prompt or "")
+        return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         return SIDE**2, SIDE**2, SIDE**2
@@ -242,7 +243,7 @@ class Flux3(Family):
 
     def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
         """Return the arguments, and set the scale of the pipeline's guider, which is no argument."""
-        if (guider := getattr(pipe, "guider", None)) is not None:
+        if (guider := getattr(pipe, "guider", None)) is not None and request.true_cfg_scale is not None:
             guider.guidance_scale = request.true_cfg_scale
         known = {param.name for param in pipe.blocks.inputs}
         names = ("prompt", "negative_prompt", "height", "width", "num_inference_steps")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.encode import text_length, text_runs
+from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings
+from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.joyimage import JOYIMAGE, PackedJoyImage
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_pipeline import condition_tokens, vision_language_cost
@@ -88,6 +88,9 @@ class JoyImageEditPlus(Family):
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         return 30, 4.0
 
+    def usual_negative_prompt(self) -> str:
+        return EMPTY_PROMPT
+
     def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
         return {**super().stock_arguments(pipe, request), "images": list(request.images) or None}
 
@@ -119,12 +122,8 @@ class JoyImageEditPlus(Family):
         check_widths(given, pipe.transformer.config, widths)
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
-        """Set the negative prompt that the pipeline uses with guidance, a space, if the request has none."""
-        if request.true_cfg_scale <= 1 or request.has_negative_prompt:
-            return request
-        if pipe.text_encoder is None:
-            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
-        return replace(request, negative_prompt=" ")
+        """Set the negative prompt that the pipeline would use."""
+        return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
     def token_side(self, pipe: Any) -> int:
         return pipe.vae_scale_factor_spatial * PATCH[1]

@@ -7,7 +7,6 @@ for both, padding included, is the text of the transformer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.models.family import Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks
+from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks, with_negative_prompt
 from uniref_fast.models.flux1 import PackedLongCat
 from uniref_fast.models.flux1_family import AREA, ImageLatents, replaced_parts
 from uniref_fast.models.qwen_pipeline import condition_tokens, vision_language_cost
@@ -69,9 +68,7 @@ class LongCatImageEdit(ImageLatents):
                 f"{where}: a LongCatImageEditPipeline takes exactly one image per request, got {len(request.images)}"
             )
         refuse_masks(request, where)
-        guided = request.true_cfg_scale > 1 and request.negative_prompt_embeds is None
-        if guided and request.negative_prompt is None and pipe.text_encoder is not None:
-            request = replace(request, negative_prompt="")
+        request = with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
         for text, _, _ in request.texts:
             if text and (count := len(_prompt_tokens(pipe, text))) > PROMPT_LENGTH:
                 raise ValueError(

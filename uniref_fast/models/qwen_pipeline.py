@@ -21,6 +21,9 @@ __all__ = ["QwenFamily", "condition_tokens", "vision_language_cost"]
 class QwenFamily(Family):
     """A family whose VAE is one of videos, and whose text encoder is a Qwen-VL that sees the references."""
 
+    def usual_negative_prompt(self) -> str:
+        return EMPTY_PROMPT  # the pipelines have none, and then no guidance
+
     # ---- what differs between the families ----
 
     def usual_negative_prompt(self) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models import z_image
 from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks
+from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks, with_negative_prompt
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.sandwich import part_layout
 from uniref_fast.quantised import compute_dtype
@@ -229,16 +228,12 @@ class ZImage(SandwichFamily):
                 "prompt itself, or no images"
             )
         refuse_masks(request, where)
-        if 0 < request.true_cfg_scale < 1:
+        if request.true_cfg_scale is not None and 0 < request.true_cfg_scale < 1:
             raise ValueError(
                 f"{where}: true_cfg_scale must be 0 or 1 (no guidance) or above 1, got {request.true_cfg_scale}. "
                 "Scales between 0 and 1 work only in the pipeline itself"
             )
-        if request.true_cfg_scale <= 1 or request.has_negative_prompt:
-            return request
-        if pipe.text_encoder is None:
-            raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
-        return replace(request, negative_prompt="")
+        return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         return AREA, AREA, AREA

@@ -163,6 +163,7 @@ def build_service(args: argparse.Namespace, key: str | None, address: str = "127
     from uniref_fast.evaluation.model import check_runs, on_device
     from uniref_fast.flags import parse_keep_references
     from uniref_fast.loading import defaults
+    from uniref_fast.models.family import family_of
     from uniref_fast.runs import run_folder
 
     keep = parse_keep_references(args.keep_references)
@@ -194,7 +195,7 @@ def build_service(args: argparse.Namespace, key: str | None, address: str = "127
         visibility=trained.resolve_visibility(), keep_references=keep, drift=args.drift, keep_dtype=args.keep_dtype,
         mode=args.mode,
     )  # fmt: skip
-    steps, guidance = defaults(args.model)
+    (steps, guidance), family = defaults(args.model), family_of(pipe)
     limits = Limits(
         args.max_bytes, args.max_images, args.max_pixels, args.max_result_pixels, args.max_steps, seconds=args.deadline
     )
@@ -203,6 +204,7 @@ def build_service(args: argparse.Namespace, key: str | None, address: str = "127
         name, tuple(args.model_name), min(steps, limits.steps), guidance, tuple(loras), active, limits, api_key=key,
         hosts=_hosts(args.allow_host, key, address), origins=tuple(args.allow_origin),
         image_hosts=tuple(name.lower() for name in args.allow_image_host),
+        negative_prompt=family.usual_negative_prompt(), written=family.written,
     )  # fmt: skip
     return EditService(engine, config)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from uniref_fast.guidance import EMPTY_PROMPT
 
 __all__ = ["Limits", "ServeConfig", "limit_cached_products"]
 
@@ -57,6 +60,8 @@ class ServeConfig:
         hosts: Values of the header `Host` that are accepted; empty accepts all.
         origins: Origins of other web pages that may use the server.
         image_hosts: Hosts from which image URLs are read; empty refuses all URLs.
+        negative_prompt: Negative prompt of a request with guidance that gives none (`Family.usual_negative_prompt`).
+        written: Function that writes an instruction in the form of the model's prompts (`Family.written`).
     """
 
     model: str
@@ -70,3 +75,5 @@ class ServeConfig:
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     image_hosts: tuple[str, ...] = ()
+    negative_prompt: str | None = EMPTY_PROMPT
+    written: Callable[[str], str] = str

@@ -65,13 +65,13 @@ class EditCall:
     """A parsed edit request, whose pictures are not read yet.
 
     Attributes:
-        prompt: The instruction.
+        prompt: The instruction, in the form of the model's prompts.
         images: Pictures in order: encoded bytes, or a URL.
         n: Number of images to make, with the seeds `seed`, `seed + 1`, and so on.
         size: (width, height) of the result in pixels; None lets the pipeline choose.
         steps: Number of denoising steps.
         guidance: True CFG scale.
-        negative_prompt: Negative prompt; None without guidance.
+        negative_prompt: Negative prompt; None without guidance, or for that of the model.
         seed: Seed of the first image; None draws one.
         lora: Scales of adapters by name.
         stream: Send events while the edit runs.
@@ -136,13 +136,13 @@ def parse(pairs: Iterable[tuple[str, Any]], config: ServeConfig) -> EditCall:
     if not stream and given.get("partial_images") not in (None, 0, "0"):
         raise ApiError(400, "unsupported_parameter", "partial_images needs stream=true", "partial_images")
     return EditCall(
-        prompt=prompt,
+        prompt=config.written(prompt),
         images=tuple(images),
         n=read("n", _integer(1, limits.n), 1),
         size=read("size", _size(limits.result_pixels)),
         steps=read("steps", _integer(1, limits.steps), config.steps),
         guidance=guidance,
-        negative_prompt=_negative_prompt(read("negative_prompt", _text), guidance),
+        negative_prompt=_negative_prompt(read("negative_prompt", _text), guidance, config.negative_prompt),
         seed=read("seed", _integer(0, 2**63 - 1)),
         lora=_lora(lora, config.loras),
         stream=stream,
@@ -290,11 +290,11 @@ def _size(most: int) -> Callable[[str, Any], tuple[int, int] | None]:
     return check
 
 
-def _negative_prompt(text: str | None, guidance: float) -> str | None:
+def _negative_prompt(text: str | None, guidance: float, usual: str | None) -> str | None:
     if text is not None and not is_guided(guidance):
         reason = f"the negative prompt has no effect at guidance {guidance:g}; give guidance above 1"
         raise ApiError(400, "unsupported_parameter", reason, "negative_prompt")
-    return negative_prompt_for(guidance) if text is None else text
+    return negative_prompt_for(guidance, usual) if text is None else text
 
 
 def _lora(values: Iterable[Any], known: tuple[str, ...]) -> dict[str, float]:

@@ -81,7 +81,10 @@ class OneEdit:
     @property
     def steps(self) -> int:
         """Number of its denoising steps; before the first one the number that was asked for."""
-        return self.progress.num_inference_steps if self.progress else self.request.num_inference_steps
+        if self.progress:
+            return self.progress.num_inference_steps
+        assert self.request.num_inference_steps is not None  # the server has a default
+        return self.request.num_inference_steps
 
     @property
     def waited(self) -> float:
@@ -266,7 +269,7 @@ class EditService:
     def _check(self, request: EditRequest, call: EditCall) -> tuple[int, int]:
         """Return the size of the result. Raises ApiError for a request that the model cannot run."""
         try:
-            size = self.engine.check(request).size
+            size = self.engine.check(request).result_size
         except (ValueError, TypeError) as error:
             message = str(error).removeprefix("request 1").lstrip(": ")
             raise ApiError(400, "invalid_request", message, _param_of(message)) from error
