@@ -66,7 +66,7 @@ def stock_image(pipe, request):
         image=list(request.images),
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
-        true_cfg_scale=request.true_cfg_scale,
+        true_cfg_scale=request.true_cfg_scale or 4.0,
         height=request.height,
         width=request.width,
         num_inference_steps=request.num_inference_steps,

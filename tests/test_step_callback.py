@@ -33,8 +33,9 @@ def edit(pipe, requests, **options):
 def stock(pipe, request, **options):
     return pipe(
         image=list(request.images), prompt=request.prompt, height=request.height, width=request.width,
-        true_cfg_scale=request.true_cfg_scale, negative_prompt=request.negative_prompt, num_inference_steps=STEPS,
-        generator=torch.Generator().manual_seed(request.seed), output_type="latent", **options,
+        true_cfg_scale=request.true_cfg_scale or 4.0, negative_prompt=request.negative_prompt,
+        num_inference_steps=STEPS, generator=torch.Generator().manual_seed(request.seed), output_type="latent",
+        **options,
     ).images  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def requests(kind, scale=1.0):
         generator = torch.Generator().manual_seed(0)
         texts = [torch.randn(n, 96, generator=generator) for n in (5, 9, 1, 17)]
         made = [dataclasses.replace(r, prompt=None, prompt_embeds=x) for r, x in zip(made, texts, strict=True)]
-    steps = [min(each.num_inference_steps, STEPS) for each in made]
+    steps = [min(each.num_inference_steps or STEPS, STEPS) for each in made]
     return [
         dataclasses.replace(each, num_inference_steps=n, true_cfg_scale=scale + i / 2 if kind == "dev" else scale)
         for i, (each, n) in enumerate(zip(made, steps, strict=True))

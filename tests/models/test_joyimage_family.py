@@ -35,7 +35,7 @@ REQUESTS = [
     EditRequest("x", [SQUARE, WIDE, TALL], "ugly", true_cfg_scale=2.0, seed=4, height=96, width=32,
                 num_inference_steps=2),
     EditRequest("another cup", seed=5, height=48, width=48, num_inference_steps=2, true_cfg_scale=4.0),
-    EditRequest("all", [WIDE, TALL, SQUARE, WIDE, TALL, SQUARE], seed=6, num_inference_steps=2),
+    EditRequest("all", [WIDE, TALL, SQUARE, WIDE, TALL, SQUARE], seed=6, num_inference_steps=2, true_cfg_scale=4.0),
 ]  # fmt: skip
 ONE = REQUESTS[1]
 

@@ -47,7 +47,7 @@ def stock(pipe, request, **options):
     with torch.no_grad():
         return pipe(
             prompt=request.prompt, image=[*request.images] or None, negative_prompt=request.negative_prompt,
-            true_cfg_scale=request.true_cfg_scale, height=request.height, width=request.width,
+            true_cfg_scale=request.true_cfg_scale or 1.0, height=request.height, width=request.width,
             num_inference_steps=request.num_inference_steps, generator=torch.Generator().manual_seed(request.seed),
             output_resolution=64, **{"output_type": "latent", "use_kv_cache": False, **options},
         ).images[0]  # fmt: skip
