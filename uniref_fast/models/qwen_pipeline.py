@@ -26,9 +26,6 @@ class QwenFamily(Family):
 
     # ---- what differs between the families ----
 
-    def usual_negative_prompt(self) -> str:
-        return EMPTY_PROMPT  # the pipelines have none, and then no guidance
-
     def latent_channels(self, config: Any) -> int:
         """Return the channels of the latents of a transformer with a configuration, as `prepare_latents` takes them."""
         raise NotImplementedError
