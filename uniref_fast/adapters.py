@@ -202,6 +202,11 @@ def _load(pipe: Any, adapter: Adapter, name: str) -> int:
             raise ValueError(f"the {type(pipe).__name__} of diffusers loads no LoRA files")
         with _quiet_diffusers():
             tensors = pipe.lora_state_dict(folder, **options)
+            if encoders := [key for key in tensors if key.startswith("text_encoder")]:
+                raise ValueError(
+                    f"{len(encoders)} of its {len(tensors)} tensors are an adapter of the text encoder, and only "
+                    "adapters of the transformer are supported; remove them from the file"
+                )
             lokr = any(".lokr_" in key for key in tensors) and not family.loads_lokr
             load_adapter(pipe, folder, name, lokr, **options)
         return sum(not key.endswith(".alpha") for key in tensors)

@@ -129,7 +129,10 @@ class EditSession:
         if request.lora is not None:
             if not self.model.row_kinds:
                 raise ValueError(f"{where}: lora is not supported for {self.family.name} models; leave it out")
-            check_lora(self.model.transformer, request.lora, where)
+            encodes = any(embeds is None for _, embeds, _ in request.texts)
+            check_lora(
+                self.model.transformer, request.lora, where, self.family.text_encoders(self.pipe) if encodes else ()
+            )
         steps = request.num_inference_steps
         assert steps is not None
         scheduler = self.family.schedule(self.pipe, sizes.target_tokens, steps, self.device)

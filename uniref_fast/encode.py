@@ -17,6 +17,7 @@ __all__ = [
     "decode_image",
     "encoded_prompt",
     "image_latents",
+    "opaque",
     "prompt_embeddings",
     "prompt_text",
     "prompt_tokens",
@@ -60,6 +61,11 @@ def saveable(image: Image.Image, form: str | None) -> Image.Image:
 def to_rgba(image: Image.Image) -> Image.Image:
     """Convert an image to RGBA; errors as for `to_rgb`."""
     return _decoded(image).convert("RGBA")
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB without its transparency, so that hidden pixels are seen; errors as for `to_rgb`."""
+    return _decoded(image).convert("RGB")
 
 
 def _decoded(image: Image.Image) -> Image.Image:

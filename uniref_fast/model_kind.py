@@ -162,7 +162,7 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
         raise TypeError(_message(given or kind, kind, pipe))
     named, parts = given or f"the {kind}", pipe.components
     for part in ("vae", "scheduler"):
-        if parts[part] is None:
+        if parts.get(part) is None:
             raise ValueError(
                 f"{named} has no {part}; load the whole pipeline, of which only the text encoder may be None"
             )

@@ -84,7 +84,7 @@ class EditRequest:
             callback_kwargs)`, as in diffusers (docs/editing.md). The dict that it returns replaces tensors, and
             `pipe._interrupt = True` ends the edit.
         callback_on_step_end_tensor_inputs: Tensors in `callback_kwargs`: "latents" `[num_images, n, channels]`,
-            "prompt_embeds" `[1, L, joint_attention_dim]`, or both.
+            "prompt_embeds" `[1, L, C]`, as wide as `prompt_embeds`, or both.
     """
 
     prompt: str | None = None
@@ -355,7 +355,7 @@ def _check_embeddings(request: EditRequest, where: str, pipe: Any) -> None:
                 f"{where}: {name}_mask must be [{shape[-2]}] or [1, {shape[-2]}] with at least one valid row, got "
                 f"{list(mask.shape)}"
             )
-    if pipe.text_encoder is None and any(embeds is None for _, embeds, _ in request.texts):
+    if pipe.components.get("text_encoder") is None and any(embeds is None for _, embeds, _ in request.texts):
         raise ValueError(
             f"{where}: the pipeline has no text encoder; give prompt_embeds (and for guidance negative_prompt_embeds)"
         )

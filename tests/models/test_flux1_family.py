@@ -8,9 +8,11 @@ import flux1
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 
 import uniref_fast
 from uniref_fast import EditRequest, edit, estimate
+from uniref_fast.adapters import Adapter, apply_adapters
 from uniref_fast.family_demo import stock_edit
 from uniref_fast.models.family import family_of, find_transformer
 from uniref_fast.request import geometry, request_geometry
@@ -112,6 +114,28 @@ def test_lora_files_load_through_the_pipeline(kind):
         assert max_relative_error(result, expected) < RELATIVE
 
 
+def test_a_lora_of_the_text_encoder_is_refused(tmp_path):
+    """Refuse an adapter that would change the prompts of all requests, also of those without it."""
+    from peft import inject_adapter_in_model
+    from safetensors.torch import save_file
+
+    pipe, request = flux1.pipeline(flux1.transformer("kontext"), "kontext"), requests("kontext")[0]
+    names = ("transformer.x_embedder", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj")
+    save_file(
+        {f"{name}.lora_{side}.weight": torch.zeros(1, 1) for name in names for side in "AB"},
+        tmp_path / "pytorch_lora_weights.safetensors",
+    )
+    adapter = Adapter.parse(str(tmp_path))
+    with pytest.raises(ValueError, match="2 of its 4 tensors are an adapter of the text encoder"):
+        apply_adapters(pipe, [adapter], None, (), torch.float32)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), pipe.text_encoder, "clip")
+    with pytest.raises(ValueError, match=r"request 1: lora chooses .*, and clip also changes the text encoder"):
+        edit(pipe, [dataclasses.replace(request, lora={})])
+    tokens, length = family_of(pipe).encode_prompt(pipe, "an owl", (), ())
+    given = dataclasses.replace(request, prompt=None, prompt_embeds=tokens[:length], lora={})
+    edit(pipe, [given], output_type="latent", progress=False)
+
+
 # ---- guidance and prompts ----
 
 
@@ -208,6 +232,22 @@ def test_a_joint_budget_resizes_references(pipes, kind):
     assert sum(w * h for w, h in sizes.reference_sizes) <= 96 * 96
     (result,) = edit(pipes[kind], [request], budget=96, output_type="latent", progress=False)
     assert result.isfinite().all()
+
+
+def test_transparent_references_of_fibo(pipes):
+    pipe, image = pipes["fibo"], PICTURES[0].convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    request = dataclasses.replace(requests("fibo")[0], images=[image])
+    (result,) = edit(pipe, [request], output_type="pt", progress=False)
+    assert max_relative_error(result, stock(pipe, request)) < RELATIVE
+
+
+def test_a_large_budget_of_fibo(pipes):
+    """References are not larger than the pipeline makes them, and their latents have the size of the layout."""
+    pipe = pipes["fibo"]
+    (size,) = geometry(pipe, [(2000, 1500)], budget=2048).reference_sizes
+    latents = family_of(pipe).encode_image(pipe, Image.new("RGB", (2000, 1500)), size)
+    assert len(latents) == size[0] * size[1] // pipe.vae_scale_factor**2 and size[0] * size[1] <= 1024**2
 
 
 @pytest.mark.parametrize("kind", KINDS)

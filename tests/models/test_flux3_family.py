@@ -1,6 +1,7 @@
 """edit and estimate of FLUX.3 pipelines against the modular pipelines of diffusers."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import flux3
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 
 from uniref_fast import EditRequest, edit, estimate
 from uniref_fast.models.family import family_of
-from uniref_fast.models.flux3_family import _canvas, _cropped, _fitted
+from uniref_fast.models.flux3_family import _canvas, _cropped, _fitted, _leaves
 from uniref_fast.request import geometry
 from uniref_fast.testing import max_relative_error
 
@@ -146,9 +147,78 @@ def test_models_and_requests_that_cannot_run(pipes, make_flux3):
     with pytest.raises(ValueError, match="flow_map = True, which belongs to a Flux3DistilledModularPipeline"):
         edit(pipe, [{"prompt": "x"}])
     pipe = flux3.pipeline(make_flux3())
-    pipe.guider.config["guidance_rescale"] = 0.5  # through the configuration, as `update_components` does
+    pipe.update_components(guider=pipe.guider.new(guidance_rescale=0.5))
     with pytest.raises(ValueError, match=r"guider ClassifierFreeGuidance with .*; use it, or call the pipeline"):
         edit(pipe, [{"prompt": "x"}])
+
+
+def test_changed_settings_are_refused(make_flux3, monkeypatch):
+    """Attributes of the guider and of the blocks, which their configuration does not show."""
+    import diffusers
+
+    pipe = flux3.pipeline(make_flux3())
+    pipe.guider.disable()
+    with pytest.raises(ValueError, match=r"guider .* with .*'enabled': False"):
+        edit(pipe, [{"prompt": "x"}])
+    pipe.guider.enable()
+    pipe.guider.guidance_rescale = 0.7
+    with pytest.raises(ValueError, match=r"guider .* with .*'guidance_rescale': 0.7"):
+        edit(pipe, [{"prompt": "x"}])
+    pipe.guider.guidance_rescale = 0.0
+    with pytest.raises(ValueError, match=r"request 1: true_cfg_scale must be 1 .* or above, got 0.5"):
+        edit(pipe, [{"prompt": "x", "true_cfg_scale": 0.5}])
+    blocks = diffusers.Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")
+    pipe = flux3.pipeline(make_flux3(), blocks=blocks)
+    for _, block in _leaves(pipe._blocks):
+        if hasattr(block, "image_rope_scale"):
+            monkeypatch.setattr(block, "image_rope_scale", 1.0)  # pipelines share it
+    with pytest.raises(ValueError, match=r"with image_rope_scale=1.0, and edit\(\) computes with 0.5"):
+        edit(pipe, [{"prompt": "x"}])
+
+
+def test_a_pipeline_without_the_block_that_encodes_prompts(pipes, make_flux3):
+    import diffusers
+
+    blocks = diffusers.Flux3AutoBlocks()
+    for name in ("prompt_upsampler", "text_encoder"):
+        blocks.sub_blocks.pop(name)
+    pipe, whole = flux3.pipeline(make_flux3(), blocks=blocks), pipes[False]
+    assert "text_encoder" not in pipe.components
+    with pytest.raises(ValueError, match="no text encoder; give prompt_embeds"):
+        edit(pipe, [{"prompt": "x"}])
+    embeds, _ = family_of(whole).encode_prompt(whole, "x", (), ())
+    request = EditRequest(None, [], prompt_embeds=embeds, width=64, height=64, num_inference_steps=1, seed=1)
+    with pytest.raises(ValueError, match="guidance needs negative_prompt_embeds"):
+        edit(pipe, [dataclasses.replace(request, true_cfg_scale=2.0)])
+    request = dataclasses.replace(request, true_cfg_scale=1.0)
+    results = [edit(each, [request], output_type="latent", progress=False)[0] for each in (pipe, whole)]
+    assert torch.equal(*results)
+
+
+def test_transparent_references_are_those_of_the_pipeline(pipes):
+    image = PICTURES[0].convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    request = dataclasses.replace(requests(False)[1], images=[image])
+    (result,) = edit(pipes[False], [request], output_type="pt", progress=False)
+    assert max_relative_error(result, flux3.stock(pipes[False], request)[0]) < RELATIVE
+
+
+def test_a_large_budget_leaves_references_that_the_pipeline_allows(pipes, monkeypatch):
+    """Allow up to 4 megapixels for the only reference, up to 1 for several; the latents have the layout's size."""
+    pipe, found = pipes[False], []
+
+    def encode(pixels):  # without the time of the VAE
+        latents = torch.zeros(1, pipe.vae.config.latent_channels, *(side // 8 for side in pixels.shape[2:]))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
+
+    monkeypatch.setattr(pipe.vae, "encode", encode)
+    for sizes, budget in (([(1490, 1000)], 2048), ([(3000, 2000)], 2048), ([(1490, 1000)] * 2, 2048)):
+        size = geometry(pipe, sizes, budget=budget).reference_sizes[0]
+        latents = family_of(pipe).encode_image(pipe, Image.new("RGB", sizes[0]), size)
+        assert len(latents) == size[0] * size[1] // 256
+        found.append(size[0] * size[1])
+    assert 2**20 < found[0] < found[1] <= 2**22 and found[2] <= 2**20
 
 
 def test_a_block_of_your_own_is_refused(make_flux3):

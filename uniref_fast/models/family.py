@@ -122,6 +122,7 @@ class Family:
             no such module.
         image_mode: Mode in which the pipeline's components take images: "RGB", with transparency over white, or "RGBA".
         loads_lokr: True if `load_lora_weights` of the pipelines takes a LoKr, whose names it may convert.
+        drops_transparency: The pipeline converts images with `convert("RGB")`, which shows their transparent pixels.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Family:
     random_models: str | None = None
     image_mode: Literal["RGB", "RGBA"] = "RGB"
     loads_lokr: bool = False
+    drops_transparency: bool = False
 
     # ---- names and classes ----
 
@@ -273,7 +275,7 @@ class Family:
 
     def text_encoders(self, pipe: Any) -> tuple[Any, ...]:
         """Return the models that encode prompts and what they see of references; each may be None."""
-        return (pipe.text_encoder,)
+        return (getattr(pipe, "text_encoder", None),)
 
     def check_parts(self, pipe: Any, given: str) -> None:
         """Raise ValueError if the parts of a loaded pipeline do not belong together; `given` names the pipeline."""
@@ -405,9 +407,11 @@ class Family:
         raise NotImplementedError
 
     def convert_image(self, image: Image.Image) -> Image.Image:
-        """Return an image in `image_mode`."""
-        from uniref_fast.encode import to_rgb, to_rgba
+        """Return an image as the pipeline's components take it (`image_mode`, `drops_transparency`)."""
+        from uniref_fast.encode import opaque, to_rgb, to_rgba
 
+        if self.drops_transparency:
+            return opaque(image)
         return to_rgba(image) if self.image_mode == "RGBA" else to_rgb(image)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:

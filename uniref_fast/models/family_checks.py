@@ -109,6 +109,6 @@ def with_negative_prompt(pipe: Any, request: EditRequest, where: str, text: str 
     scale = request.true_cfg_scale
     if scale is None or not is_guided(scale) or request.has_negative_prompt:
         return request
-    if pipe.text_encoder is None:
+    if getattr(pipe, "text_encoder", None) is None:
         raise ValueError(f"{where}: the pipeline has no text encoder; guidance needs negative_prompt_embeds")
     return replace(request, negative_prompt=text)

@@ -50,6 +50,7 @@ class FiboEdit(Flux1Family):
         ("torch.nn:RMSNorm", "diffusers.models.normalization:RMSNorm"), PackedFibo.ends,
     )  # fmt: skip
     packed = PackedFibo
+    drops_transparency = True
     random_models = "uniref_fast.random_models.fibo"
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
@@ -96,7 +97,7 @@ class FiboEdit(Flux1Family):
         if width is None or height is None:  # as the pipeline, which then ignores the other one
             w, h = alone[0] if alone else (1, 1)
             width, height = min(stock.PREFERRED_RESOLUTION[AREA], key=lambda size: abs(size[0] / size[1] - w / h))
-        references = alone if budget is None else fit_to_budget(sizes, budget)
+        references = alone if budget is None else [_capped(size) for size in fit_to_budget(sizes, budget)]
         return Geometry((width // patch * patch, height // patch * patch), (), tuple(references), patch)
 
     def encode_prompt(
@@ -189,6 +190,15 @@ class FiboEdit(Flux1Family):
             return 1, 3, 1, height, width
         factor = vae.config.scale_factor_spatial
         return 1, vae.config.z_dim, 1, height // factor, width // factor
+
+
+def _capped(size: tuple[int, int]) -> tuple[int, int]:
+    """Return a size that the pipeline does not reduce, which it may do again after it has rounded the sides up."""
+    from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import _vae_safe_dims
+
+    while (smaller := _vae_safe_dims(*size)) != size:
+        size = smaller
+    return size
 
 
 def _layers_of_blocks(config: Any, layers: Sequence[Tensor]) -> list[Tensor]:

@@ -41,6 +41,12 @@ SHORTEST, LONGEST = 64, 4096
 MAX_TEXT = 8192
 """Largest number of text tokens; longer prompts are cut."""
 
+_SETTINGS = {"image_rope_scale": 0.5, "default_height": SIDE, "default_width": SIDE}
+"""Settings of the blocks of the pipeline that `edit` does not read, and their values."""
+
+_PLAIN = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0, "enabled": True}
+"""Settings of the guider with which it is the classifier-free guidance of `edit`."""
+
 _MODEL = "diffusers.models.transformers.transformer_flux3"
 _BLOCKS = (*(f"{blocks}.*" for _, blocks in MODES.values()), "single_transformer_blocks.*")
 
@@ -79,6 +85,7 @@ class Flux3(Family):
     }
     replaced = REPLACED
     packed = PackedFlux3
+    drops_transparency = True
     random_models = "uniref_fast.random_models.flux3"
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
@@ -106,8 +113,8 @@ class Flux3(Family):
 
     def check_parts(self, pipe: Any, given: str) -> None:
         config, widths = pipe.transformer.config, [("in_channels", "VAE", pipe.vae.config.latent_channels * 4)]
-        if pipe.text_encoder is not None:
-            width = pipe.text_encoder.config.get_text_config().hidden_size * len(_text_layers(pipe))
+        if (encoder := pipe.components.get("text_encoder")) is not None:
+            width = encoder.config.get_text_config().hidden_size * len(_text_layers(pipe))
             widths.append(("joint_attention_dim", "text encoder", width))
         check_widths(given, config, widths)
         if config.flow_map != _is_distilled(pipe):
@@ -126,16 +133,28 @@ class Flux3(Family):
                     f"{given} has the block {name!r}, which is not diffusers' own and would be skipped; "
                     "remove it, or call the pipeline"
                 )
+            for setting, used in _SETTINGS.items():
+                if (found := getattr(block, setting, None)) not in (None, used):
+                    raise ValueError(
+                        f"{given} has the block {name!r} with {setting}={found}, and edit() computes with {used}; "
+                        "call the pipeline"
+                    )
         guider = getattr(pipe, "guider", None)
         if guider is not None and not _is_plain(guider):
             raise ValueError(
-                f"{given} has the guider {type(guider).__name__} with {dict(guider.config)}; edit() computes "
-                "ClassifierFreeGuidance with start=0, stop=1, guidance_rescale=0 and use_original_formulation=False "
-                "only; use it, or call the pipeline"
+                f"{given} has the guider {type(guider).__name__} with {_guider_settings(guider)}; edit() computes "
+                "ClassifierFreeGuidance with start=0, stop=1, guidance_rescale=0, use_original_formulation=False and "
+                "enabled=True only; use it, or call the pipeline"
             )
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Set the negative prompt and the scale that the pipeline would use."""
+        scale = request.true_cfg_scale
+        if not _is_distilled(pipe) and scale is not None and scale < 1:
+            raise ValueError(
+                f"{where}: true_cfg_scale must be 1 (no guidance) or above, got {scale}. Smaller scales work only in "
+                "the pipeline itself"
+            )
         for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
             mask = getattr(request, name)
             if mask is not None and not mask.bool().all():
@@ -171,7 +190,14 @@ class Flux3(Family):
         result_width, result_height = (
             (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
         )
-        references = alone if budget is None else fit_to_budget(sizes, budget)
+        references = alone
+        if budget is not None:  # no larger than the pipeline makes them
+            references = fit_to_budget(sizes, budget)
+            references = [
+                size if math.prod(size) <= SIDE**2 else
+                _canvas(_fitted(size, patch), patch) if len(sizes) == 1 else _cropped(size, patch)
+                for size in references
+            ]  # fmt: skip
         return Geometry((result_width, result_height), (), tuple(references), patch, crop=crop)
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
@@ -204,7 +230,8 @@ class Flux3(Family):
         else:
             if size != _cropped(image.size, patch):  # of a joint budget
                 image = image.resize(size, Image.Resampling.LANCZOS)
-            pixels, _ = processor.preprocess(image, resize_mode="crop")
+            # the processor changes neither size: the area up to which it keeps an image depends on the mode
+            pixels, _ = processor.preprocess(image, resize_mode="crop" if math.prod(size) <= SIDE**2 else "fill")
         vae, device = pipe.vae, device or pipe._execution_device
         latents = pixel_unshuffle(vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode(), 2)
         mean, std = _latent_scale(vae, latents.device, vae.dtype)
@@ -294,13 +321,6 @@ class Flux3(Family):
         states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
         return flops, max(lengths) * states * compute_dtype(pipe.text_encoder).itemsize
 
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, vae.config.in_channels, height, width
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        return 1, vae.config.latent_channels, height // factor, width // factor
-
 
 def _fitted(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """Return the size to which the pipeline scales the only reference of a request, so that its canvas is allowed."""
@@ -341,8 +361,13 @@ def _is_distilled(pipe: Any) -> bool:
 
 def _is_plain(guider: Any) -> bool:
     """Return True if a guider is classifier-free guidance as `edit` computes it, whatever its scale."""
-    settings = (guider.config.get(name) for name in ("guidance_rescale", "use_original_formulation", "start", "stop"))
-    return type(guider).__name__ == "ClassifierFreeGuidance" and [*settings] == [0.0, False, 0.0, 1.0]
+    return type(guider).__name__ == "ClassifierFreeGuidance" and _guider_settings(guider) == _PLAIN
+
+
+def _guider_settings(guider: Any) -> dict[str, Any]:
+    """Return the settings of a guider: its attributes, which may have changed after its configuration."""
+    own = vars(guider)  # other attributes are read from the configuration
+    return {name: own.get(name, own.get(f"_{name}")) for name in _PLAIN}
 
 
 def _leaves(blocks: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -42,20 +42,29 @@ def tuner_layers(transformer: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def check_lora(transformer: nn.Module, lora: Any, where: str) -> None:
+def check_lora(transformer: nn.Module, lora: Any, where: str, encoders: Sequence[Any] = ()) -> None:
     """Check the LoRA of a request.
 
     Args:
         transformer: Transformer with the loaded adapters.
         lora: Mapping from names of adapters to their scales.
         where: Name of the request in messages.
+        encoders: Text encoders that encode the prompts of the request; each may be None.
 
     Raises:
-        ValueError: If an adapter is not loaded or is fused into the weights, or a scale is not finite.
+        ValueError: If an adapter is not loaded or is fused into the weights, a scale is not finite, or a text encoder
+            has adapters, which would change the prompts of all requests.
         TypeError: If the value is not a mapping, or a scale is not a number.
     """
     if not isinstance(lora, Mapping):
         raise TypeError(f"{where}: lora must be a mapping from names of adapters to scales, got {lora!r:.80}")
+    for encoder in encoders:
+        if encoder is not None and tuner_layers(encoder):
+            raise ValueError(
+                f"{where}: lora chooses the adapters of the transformer, and {', '.join(encoder.peft_config)} also "
+                f"changes the text encoder, a {type(encoder).__name__}, for every request; load the weights of the "
+                "transformer alone, or leave lora out"
+            )
     loaded = list(getattr(transformer, "peft_config", None) or ())
     layers = [layer for _, layer in tuner_layers(transformer)]
     fused = {name for layer in layers for name in layer.merged_adapters}
