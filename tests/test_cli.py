@@ -199,6 +199,7 @@ def test_doctor(capsys):
     assert set(facts["ops"]) == {
         "gate_residual",
         "gate_residual_norm_modulate",
+        "gelu",
         "norm_modulate",
         "qk_norm_rope",
         "segment_attention",
