@@ -108,15 +108,15 @@ def test_model_offloading(pipe, expected):
 
 
 @pytest.mark.parametrize("how", ["model", "block"])
-def test_offloading_of_all_parts(builtin_pipe, expected, how):
-    """`uniref-fast edit --offload` enables what the pipeline supports, for each of its parts.
+def test_offloading_of_all_parts(how):
+    """`uniref-fast edit --offload` enables what the pipeline supports, for each of its parts, with the same bits.
 
-    Feed-forwards whose modules have hooks run PyTorch's GELU, which rounds in another way than the native one of a CPU.
+    Another copy of the weights may lie at other alignments, with which products round differently.
     """
     pipe = builtin.load()
+    expected = run(pipe)
     offload(pipe, how, CPU)
-    for ours, theirs in zip(run(pipe), expected, strict=True):
-        assert max_relative_error(ours, theirs) < 1e-4
+    assert_equal(run(pipe), expected)
     assert all(
         any(hasattr(module, "_diffusers_hook" if how == "block" else "_hf_hook") for module in part.modules())
         for part in (pipe.text_encoder, pipe.transformer, pipe.vae)

@@ -95,8 +95,9 @@ def test_gradients_equal_one_rank(tmp_path, four_ranks):
             eager, oracle = expected[case.rsplit("-", 1)[1].removesuffix(".host")]
             assert set(result) == set(oracle)
             for name, value in result.items():
-                wider = oracle[name] + 1.5 * (eager[name].double() - oracle[name])  # ranks add in another order
-                assert_within_budget(value, wider.to(value.dtype), oracle[name], f"{size} ranks, {case}: {name}")
+                slack = 1.1 if "dora" in case else 1.0  # magnitudes: one value of 128 was 1 % over the budget
+                base = oracle[name] + slack * (eager[name].double() - oracle[name])
+                assert_within_budget(value, base.to(value.dtype), oracle[name], f"{size} ranks, {case}: {name}")
     single, double = (runs[size]["1-kept-full"] for size in (1, 2))
     assert [name for name in single if not torch.equal(single[name], double[name])] == [], "a sum of two packs is exact"
 
