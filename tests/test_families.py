@@ -337,18 +337,27 @@ def test_a_row_that_the_family_refuses_has_an_error_of_its_own(request):
         eval_request(pipe, row, ("a", 0), target_side=64, budget=None, seed=0, num_inference_steps=2, true_cfg_scale=1)
 
 
-def test_a_processor_that_needs_torchvision_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("pipeline", "part", "processor", "transformer"),
+    [
+        ("QwenImage21Pipeline", "processor", "Qwen3VLProcessor", "QwenImage21Transformer2DModel"),
+        ("Flux2Pipeline", "tokenizer", "PixtralProcessor", "Flux2Transformer2DModel"),
+    ],
+)
+def test_a_processor_that_needs_torchvision_is_refused_before_anything_is_loaded(
+    pipeline, part, processor, transformer, tmp_path, monkeypatch
+):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchvision" else find(name))
     index = {
-        "_class_name": "QwenImage21Pipeline", "processor": ["transformers", "Qwen3VLProcessor"],
-        "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
+        "_class_name": pipeline, part: ["transformers", processor], "image_encoder": [None, None], "is_distilled": True,
+        "transformer": ["diffusers", transformer],
     }  # fmt: skip
     (tmp_path / "transformer").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    (tmp_path / "transformer/config.json").write_text('{"_class_name": "QwenImage21Transformer2DModel"}')
+    (tmp_path / "transformer/config.json").write_text(json.dumps({"_class_name": transformer}))
     for load in (lambda name: load_pipeline(name, torch.float32, "cpu"), skeleton):
-        with pytest.raises(ValueError, match=r"Qwen3VLProcessor, which needs torchvision; .*uniref_fast\[processor\]"):
+        with pytest.raises(ValueError, match=rf"{processor}, which needs torchvision; .*uniref_fast\[processor\]"):
             load(str(tmp_path))
 
 

@@ -21,6 +21,9 @@ __all__ = [
     "transformer_class",
 ]
 
+TORCHVISION_PROCESSORS = ("Qwen3VLProcessor", "PixtralProcessor")
+"""Classes of transformers that need torchvision and have no replacement here."""
+
 BUILTIN = "SmallQwenImageEditPlusPipeline"
 """Class of the built-in pipeline, which is one of Qwen-Image-Edit."""
 
@@ -96,8 +99,9 @@ def check_processor(given: str, index: Mapping[str, Any]) -> None:
         given: Name of the pipeline in the message.
         index: Content of its `model_index.json`.
     """
-    kind = (index.get("processor") or (None, None))[1]
-    if kind == "Qwen3VLProcessor" and importlib.util.find_spec("torchvision") is None:
+    kinds = [part[1] for part in index.values() if isinstance(part, list | tuple) and len(part) == 2]
+    kind = next((kind for kind in kinds if kind in TORCHVISION_PROCESSORS), None)
+    if kind is not None and importlib.util.find_spec("torchvision") is None:
         raise ValueError(
             f"{given} has a {kind}, which needs torchvision; install it with the extra processor: "
             "pip install 'uniref_fast[processor]'"
