@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from PIL import Image
 from uniref_fast import speeds
 from uniref_fast.cli import main
 from uniref_fast.run_plan import PlanOptions, _settings, make_plan
-from uniref_fast.training.core.model_size import KNOWN, ModelSize, model_size
+from uniref_fast.training.core.known_models import KNOWN
+from uniref_fast.training.core.model_size import ModelSize, model_size
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -79,20 +81,86 @@ def test_an_adapter_has_the_parameters_that_peft_adds(targets):
         ModelSize().adapter(4, ("to_qq",))
 
 
-def test_sizes_of_the_released_models_are_those_of_their_architecture():
-    """The architectures of Qwen-Image-Edit-2509 and 2511: 2511 differs by a flag that adds no weights."""
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+def language(width, hidden, layers, heads, kv_heads, words, **more):
+    return {"hidden_size": width, "intermediate_size": hidden, "num_hidden_layers": layers, "vocab_size": words,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}  # fmt: skip
+
+
+def qwen2_5_vl():
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "vocab_size": 152064}  # fmt: skip
+    text = language(3584, 18944, 28, 28, 4, 152064)
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen3_vl_8b():
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096}
+    text = language(4096, 12288, 36, 32, 8, 151936, head_dim=128)
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision))
+
+
+def qwen3(width, hidden, tied):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    given = language(width, hidden, 36, 32, 8, 151936, head_dim=128, tie_word_embeddings=tied)
+    return Qwen3ForCausalLM(Qwen3Config(**given))
+
+
+def mistral_24b():
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    text = MistralConfig(**language(5120, 32768, 40, 32, 8, 131072, head_dim=128))
+    vision = PixtralVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14
+    )
+    config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return Mistral3ForConditionalGeneration(config)
+
+
+KLEIN_4B = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680}
+KLEIN_9B = {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288}
+RELEASED = {
+    "Qwen-Image-Edit-(2509|2511)": ("QwenImage", {"out_channels": 16, "zero_cond_t": True}, qwen2_5_vl),
+    "Qwen-Image-2.1": ("QwenImage21", {}, qwen3_vl_8b),
+    "FLUX.2-klein-(base-)?4B": ("Flux2", KLEIN_4B | {"guidance_embeds": False}, lambda: qwen3(2560, 9728, True)),
+    "FLUX.2-klein-(base-)?9[bB](-kv)?": (
+        "Flux2", KLEIN_9B | {"guidance_embeds": False}, lambda: qwen3(4096, 12288, False)
+    ),
+    "FLUX.2-dev": ("Flux2", {}, mistral_24b),
+}  # fmt: skip
+"""Class of the transformer and the VAE, configuration of the transformer, and text encoder, by the form of the name."""
+
+
+@pytest.mark.parametrize("names", RELEASED)
+def test_sizes_of_the_released_models_are_those_of_their_architecture(names):
+    """2511 differs from 2509, klein-KV from klein-9B and distilled models from their base by no weights."""
+    import diffusers
+
+    kind, config, encoder = RELEASED[names]
     with torch.device("meta"):
-        transformer = QwenImageTransformer2DModel(out_channels=16, zero_cond_t=True)
-        vae = AutoencoderKLQwenImage()
-        encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
-    for size in KNOWN.values():
-        assert size.transformer == parameters(transformer) and size.encoders == parameters(vae, encoder)
+        transformer = getattr(diffusers, f"{kind}Transformer2DModel")(**config)
+        encoders = parameters(encoder(), vae := getattr(diffusers, f"AutoencoderKL{kind}")())
+    sizes = [known.size for name, known in KNOWN.items() if re.fullmatch(names, name.rpartition("/")[2])]
+    assert sizes
+    for size in sizes:
+        assert size.transformer == parameters(transformer) and size.encoders == encoders
+        for name, value in size.transformer_config().items():
+            assert value is None or transformer.config[name] == value, name
+        assert size.with_vae(vae.config) == size
+
+
+def test_a_known_model_that_training_refuses_has_no_plan(capsys, monkeypatch):
+    """The same reason as with a local copy, whose `model_index.json` is checked."""
+    from uniref_fast.models.flux2_family import Flux2
+
+    monkeypatch.setattr(Flux2, "untrained", {"Flux2KleinKVPipeline": "no reason"})
+    status, _, error = run(capsys, "--recipe", "lora", "--model", "black-forest-labs/FLUX.2-klein-9b-kv")
+    assert status == 2 and "9b-kv is a Flux2KleinKVPipeline, which training does not support: no reason" in error
+    status, text, _ = run(capsys, "--recipe", "lora", "--model", "black-forest-labs/FLUX.2-klein-9B")
+    assert status == 0 and "9.08 billion parameters of the transformer, 8.27 billion of the encoders" in text
 
 
 # ---- the command ----

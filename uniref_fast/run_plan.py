@@ -13,7 +13,8 @@ from uniref_fast.packing import next_fit
 from uniref_fast.training.core import memory
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import QUANTISED, base_bytes, check_base, offloaded_blocks
-from uniref_fast.training.core.model_size import BYTES, KNOWN, ModelSize, model_size
+from uniref_fast.training.core.known_models import KNOWN
+from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.core.suitability import (
@@ -183,8 +184,11 @@ def make_plan(
         ValueError: The recipe does not suit the model, or the model or the data cannot be read.
     """
     size = model_size(config.model)
-    if config.model not in KNOWN and (index := local_index(config.model)) is not None:
-        check_configuration(f"--model {config.model}", index)
+    known = KNOWN.get(config.model)
+    index = local_index(config.model) if known is None else known.index
+    if index:
+        if known is None:
+            check_configuration(f"--model {config.model}", index)
         check_trainable(f"--model {config.model}", index, kind)
         check_steps(config, index)
     config = with_targets(config, given, size.lora_targets)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from uniref_fast.lora.names import LINEARS
 from uniref_fast.training.core.adapter import layer_parameters
 from uniref_fast.training.core.recipe import LORA_TARGETS
 
-__all__ = ["BYTES", "KNOWN", "SIZES", "BlockSize", "ModelSize", "QwenImage21Size", "model_size"]
+__all__ = ["BYTES", "SIZES", "BlockSize", "ModelSize", "QwenImage21Size", "model_size"]
 
 VISION_TOKEN = 28  # side in pixels of a token of the text encoder's vision tower
 OUTPUT_AREA = 1024 * 1024  # pixels of the images of the released models
@@ -357,22 +357,21 @@ def _class_for(transformer: Mapping[str, Any]) -> type[ModelSize] | None:
     return getattr(importlib.import_module(module), name)
 
 
-KNOWN = {name: ModelSize() for name in ("Qwen/Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2511")}
-"""Sizes of models whose configuration is known without a download."""
-
-
 def model_size(name: str) -> ModelSize:
     """Return the sizes of a model.
 
     Args:
-        name: "builtin", a diffusers folder, one of `KNOWN`, or another hub id whose files are in the local cache.
+        name: "builtin", a diffusers folder, one of `known_models.KNOWN`, or another hub id whose files are in the local
+            cache.
 
     Raises:
         ValueError: The model is not on this machine and its sizes are not known, or its files cannot be read.
     """
+    from uniref_fast.training.core.known_models import KNOWN  # which imports this module
+
     if name in KNOWN:
-        return KNOWN[name]
-    folder = model_folder() if name == "builtin" else _folder(name)
+        return KNOWN[name].size
+    folder = model_folder() if name == "builtin" else _folder(name, KNOWN)
     try:
         transformer = _config(folder / "transformer")
         areas = recorded_areas(_config(folder, "model_index.json"), transformer)
@@ -383,8 +382,13 @@ def model_size(name: str) -> ModelSize:
     return replace(size, encoders=encoders)
 
 
-def _folder(name: str) -> Path:
-    """Return the local folder of a model."""
+def _folder(name: str, known: Iterable[str]) -> Path:
+    """Return the local folder of a model.
+
+    Args:
+        name: Name of the model.
+        known: Names of models whose sizes are known without a folder.
+    """
     if Path(name).is_dir():
         return Path(name)
     import huggingface_hub
@@ -396,7 +400,7 @@ def _folder(name: str) -> Path:
         return Path(cached).parent.parent
     raise ValueError(
         f"--model {name}: no such folder, and no model of the hub that was downloaded to this machine. Without a "
-        f"download these are known: builtin, {', '.join(KNOWN)}"
+        f"download these are known: builtin, {', '.join(known)}"
     )
 
 

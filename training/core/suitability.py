@@ -12,7 +12,8 @@ from uniref_fast.builtin import recorded_areas
 from uniref_fast.model_kind import check_trainable
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import LIBRARIES, check_base, offloaded_blocks
-from uniref_fast.training.core.model_size import KNOWN, ModelSize
+from uniref_fast.training.core.known_models import KNOWN
+from uniref_fast.training.core.model_size import ModelSize
 from uniref_fast.training.core.optimizer import check_optimizer
 from uniref_fast.training.core.recipe import LORA_TARGETS, Recipe
 
@@ -77,8 +78,11 @@ def with_targets(config: C, given: Collection[str], own: Sequence[str] | None = 
     if own is None:
         from uniref_fast.loading import configuration
 
-        known = KNOWN.get(config.model, ModelSize() if config.model == "builtin" else None)
-        own = (known or ModelSize.of(configuration(config.model)[1], {})).lora_targets
+        if config.model in KNOWN:
+            size = KNOWN[config.model].size
+        else:
+            size = ModelSize() if config.model == "builtin" else ModelSize.of(configuration(config.model)[1], {})
+        own = size.lora_targets
     return dataclasses.replace(config, lora_targets=tuple(own))
 
 
