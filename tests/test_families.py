@@ -128,8 +128,12 @@ def test_edit_gives_the_latents_of_the_stock_pipeline_or_says_why_not(family, na
 
 @pytest.mark.parametrize("family, name", EDITED)
 def test_estimate_counts_the_tokens_of_the_edit(family, name, request, monkeypatch):
+    """Sizes instead of images give the same figures."""
     pipe, arguments = make(family, name, request)
-    counted = uniref_fast.estimate(pipe, [request_of(arguments)])
+    whole = request_of(arguments)
+    counted = uniref_fast.estimate(pipe, [whole])
+    sizes = [[image.size for image in whole["images"]]]
+    assert uniref_fast.estimate(pipe, [{**whole, "images": []}], image_sizes=sizes) == counted
     seen = []
     packed = named(family).packed
     monkeypatch.setattr(packed, "_check", lambda model, image, text, t, layout: seen.append((len(image), len(text))))

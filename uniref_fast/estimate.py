@@ -31,7 +31,7 @@ from uniref_fast.models.packed import PackedModel
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype
-from uniref_fast.request import EditRequest, Geometry, check_size, geometry, request_geometry, validated
+from uniref_fast.request import EditRequest, ImageOfSize, as_list, request_geometry, validated
 from uniref_fast.skeleton import skeleton
 from uniref_fast.speeds import MeasuredTime, edit_time, model_key
 from uniref_fast.tuning import named_device
@@ -230,8 +230,8 @@ def estimate(
     family.require("estimate")
     if pack_tokens is not None and pack_tokens < 1:
         raise ValueError(f"pack_tokens must be at least 1, got {pack_tokens}")
-    requests = validated(requests, pipe)
-    sizes = _geometries(pipe, requests, image_sizes, budget)
+    requests = validated(_with_sizes(requests, image_sizes), pipe)
+    sizes = [request_geometry(pipe, request, budget) for request in requests]
     runs = [request_texts(pipe, *pair) for pair in zip(requests, sizes, strict=True)]
     images = [request.num_images for request in requests]
     samples = [[size.sample(text) for text in group] * count
@@ -356,22 +356,23 @@ def _packs_peak(model: PackedModel, samples: Sequence[Sample], pack_tokens: int 
     return (images + kept) * compute_dtype(model.transformer).itemsize + transformer_peak(model.transformer, largest)
 
 
-def _geometries(
-    pipe: Any,
-    requests: Sequence[EditRequest],
-    image_sizes: Sequence[Sequence[tuple[int, int]]] | None,
-    budget: int | None,
-) -> list[Geometry]:
+def _with_sizes(
+    requests: Sequence[EditRequest | Mapping[str, Any]], image_sizes: Sequence[Sequence[tuple[int, int]]] | None
+) -> Sequence[EditRequest | Mapping[str, Any]]:
+    """Return requests whose images have the given sizes and no pixels; None for the sizes returns them unchanged."""
     if image_sizes is None:
-        return [request_geometry(pipe, request, budget) for request in requests]
+        return requests
+    requests = as_list(requests)
     if len(image_sizes) != len(requests):
         raise ValueError(f"image_sizes has sizes for {len(image_sizes)} requests, and {len(requests)} are given")
-    geometries = []
+    planned: list[Any] = []
     for i, (request, sizes) in enumerate(zip(requests, image_sizes, strict=True), start=1):
-        if request.images:
+        given, images = None, [ImageOfSize(size) for size in sizes]
+        if isinstance(request, Mapping):
+            given, request = request.get("images"), {**request, "images": images}
+        elif isinstance(request, EditRequest):
+            given, request = request.images, replace(request, images=images)
+        if given:
             raise ValueError(f"request {i}: give images or image_sizes, not both")
-        for j, size in enumerate(sizes, start=1):
-            check_size(size, f"request {i}: image {j}")
-        found = geometry(pipe, sizes, width=request.width, height=request.height, budget=budget)
-        geometries.append(replace(found, guidance=family_of(pipe).embedded_guidance(pipe, request)))
-    return geometries
+        planned.append(request)
+    return planned

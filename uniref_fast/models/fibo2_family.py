@@ -23,8 +23,8 @@ from uniref_fast.models import fibo2
 from uniref_fast.models.family import Replaced, Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.kept_references import kept_step
-from uniref_fast.models.qwen_pipeline import condition_tokens, vision_language_cost
 from uniref_fast.models.sandwich import part_layout
+from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.models.z_image_family import TIME, SandwichFamily, replaced_blocks
 from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.schedule import denoising_schedule

@@ -22,7 +22,7 @@ from uniref_fast.models.family import Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.flux1 import PackedFibo
 from uniref_fast.models.flux1_family import AREA, Flux1Family, replaced_parts
-from uniref_fast.quantised import compute_dtype
+from uniref_fast.models.text_encoder_costs import language_cost
 from uniref_fast.request import EditRequest, Geometry
 
 __all__ = ["FIBO_EDIT", "FiboEdit"]
@@ -174,15 +174,7 @@ class FiboEdit(Flux1Family):
         return layout.text_length * blocks * config.text_encoder_dim * (width // 2)
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-        language = pipe.text_encoder.config
-        width, layers = language.hidden_size, language.num_hidden_layers
-        kv = language.num_key_value_heads * (width // language.num_attention_heads)
-        layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
-        states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-        lengths = [length for group in texts for length in group]
-        # diffusers calls the head of the language model as well
-        flops = sum(layers * (2 * layer * n + 4 * n**2 * width) + 2 * width * language.vocab_size * n for n in lengths)
-        return flops, max(lengths, default=0) * states * compute_dtype(pipe.text_encoder).itemsize
+        return language_cost(pipe.text_encoder, [length for lengths in texts for length in lengths])
 
     def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
         width, height = size

@@ -29,8 +29,8 @@ from uniref_fast.models.family_checks import (
 )
 from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
 from uniref_fast.models.kept_references import kept_step
-from uniref_fast.quantised import compute_dtype
-from uniref_fast.request import EditRequest, Geometry
+from uniref_fast.models.text_encoder_costs import language_cost
+from uniref_fast.request import EditRequest, Geometry, ImageOfSize
 from uniref_fast.schedule import denoising_schedule, resolution_shift
 from uniref_fast.visibility import Rule, plan, target_plan
 
@@ -149,7 +149,7 @@ class Flux2(Family):
     def image_refusal(self, pipe: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
         for i, size in enumerate(sizes, start=1):
             try:
-                pipe.image_processor.check_image_input(_OfSize(size))
+                pipe.image_processor.check_image_input(ImageOfSize(size))
             except ValueError as error:
                 return f"image {i}: {error}"
         return None
@@ -302,30 +302,7 @@ class Flux2(Family):
         return 2 * linear, 4 * ((double + single - 1) * whole.area + last.area) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-        language = pipe.text_encoder.config.get_text_config()
-        width, layers = language.hidden_size, language.num_hidden_layers
-        head = getattr(language, "head_dim", None) or width // language.num_attention_heads
-        q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
-        layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
-        count = sum(map(len, texts))
-        # diffusers calls the head of the language model as well
-        flops = (
-            layers * (2 * layer * TEXT_LENGTH + 4 * TEXT_LENGTH**2 * q) + 2 * width * language.vocab_size * TEXT_LENGTH
-        )
-        states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-        return count * flops, TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
-
-
-class _OfSize(Image.Image):
-    """An image without pixels, for checks of sizes."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self._given = size
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._given
+        return language_cost(pipe.text_encoder, [TEXT_LENGTH for lengths in texts for _ in lengths])
 
 
 def reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import check_rotary_axes, check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.flux3 import MODES, PackedFlux3, flux3_layout, mode_layout
 from uniref_fast.models.kept_references import kept_step
-from uniref_fast.quantised import compute_dtype
+from uniref_fast.models.text_encoder_costs import language_cost
 from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule, plan, target_plan
@@ -310,16 +310,7 @@ class Flux3(Family):
         return 2 * linear, 4 * (early * own + (joint - 1) * whole.area + last.area) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-        language = pipe.text_encoder.config.get_text_config()
-        width, layers = language.hidden_size, language.num_hidden_layers
-        head = getattr(language, "head_dim", None) or width // language.num_attention_heads
-        q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
-        layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
-        lengths = [length for group in texts for length in group]
-        # diffusers calls the head of the language model as well
-        flops = sum(layers * (2 * layer * n + 4 * n**2 * q) + 2 * width * language.vocab_size * n for n in lengths)
-        states = (layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-        return flops, max(lengths) * states * compute_dtype(pipe.text_encoder).itemsize
+        return language_cost(pipe.text_encoder, [length for lengths in texts for length in lengths])
 
 
 def _fitted(size: tuple[int, int], patch: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
 from uniref_fast.models.joyimage import JOYIMAGE, PackedJoyImage
 from uniref_fast.models.kept_references import kept_step
-from uniref_fast.models.qwen_pipeline import condition_tokens, vision_language_cost
+from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.visibility import Rule, plan, target_plan

@@ -17,7 +17,7 @@ from uniref_fast.models.family import Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks, with_negative_prompt
 from uniref_fast.models.flux1 import PackedLongCat
 from uniref_fast.models.flux1_family import AREA, ImageLatents, replaced_parts
-from uniref_fast.models.qwen_pipeline import condition_tokens, vision_language_cost
+from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.request import EditRequest, Geometry
 
 __all__ = ["LONGCAT_IMAGE_EDIT", "LongCatImageEdit"]

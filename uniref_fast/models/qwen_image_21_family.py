@@ -21,7 +21,8 @@ from uniref_fast.models.family import Replaced, Text
 from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes, check_widths
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_image_21 import PackedQwenImage21, interleaved_layout
-from uniref_fast.models.qwen_pipeline import QwenFamily, vision_language_cost
+from uniref_fast.models.qwen_pipeline import QwenFamily
+from uniref_fast.models.text_encoder_costs import vision_language_cost
 from uniref_fast.request import EditRequest, EncodedRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import Rule, block_causal, plan, target_plan

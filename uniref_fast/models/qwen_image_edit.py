@@ -22,7 +22,8 @@ from uniref_fast.models.family import Replaced, Text
 from uniref_fast.models.family_checks import check_rotary_axes, check_widths
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.qwen_image import PackedQwenImage
-from uniref_fast.models.qwen_pipeline import QwenFamily, condition_tokens, vision_language_cost
+from uniref_fast.models.qwen_pipeline import QwenFamily
+from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.request import Geometry
 from uniref_fast.schedule import denoising_schedule
 from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan

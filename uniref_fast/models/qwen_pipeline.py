@@ -1,4 +1,4 @@
-"""The part of a pipeline that Qwen-Image-Edit and Qwen-Image-2.1 share: latents, prompt embeddings, and their costs."""
+"""The part of a pipeline that Qwen-Image-Edit and Qwen-Image-2.1 share: latents and prompt embeddings."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.guidance import EMPTY_PROMPT
-from uniref_fast.models.family import Family, family_of
+from uniref_fast.models.family import Family
 from uniref_fast.models.family_checks import given_embeddings
-from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
 
-__all__ = ["QwenFamily", "condition_tokens", "vision_language_cost"]
+__all__ = ["QwenFamily"]
 
 
 class QwenFamily(Family):
@@ -110,45 +109,3 @@ class QwenFamily(Family):
             "image": resized, "device": device, "num_images_per_prompt": 1, "prompt_embeds": embeds,
             "prompt_embeds_mask": mask,
         }  # fmt: skip
-
-
-# ---- costs ----
-
-
-def condition_tokens(pipe: Any, size: tuple[int, int]) -> int:
-    """Return the number of tokens of a reference of (width, height) pixels in the text encoder."""
-    processor = _image_processor(pipe)
-    return processor.get_number_of_image_patches(size[1], size[0], {}) // processor.merge_size**2
-
-
-def vision_language_cost(pipe: Any, sizes: list[Geometry], tokens: list[list[int]]) -> tuple[int, int]:
-    """Return operations and peak bytes of a Qwen-VL text encoder.
-
-    Args:
-        pipe: Pipeline of the requests.
-        sizes: Sizes of each request.
-        tokens: Tokens of each text that is encoded, by request: with the template and the references.
-    """
-    config = pipe.text_encoder.config
-    language, vision = config.text_config, config.vision_config
-    merge = _image_processor(pipe).merge_size ** 2
-    flops, peak, family = 0, 0, family_of(pipe)
-    width, head = language.hidden_size, language.hidden_size // language.num_attention_heads
-    kv = language.num_key_value_heads * head
-    layer = 2 * width**2 + 2 * width * kv + 3 * width * language.intermediate_size
-    vision_layer = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    element = compute_dtype(pipe.text_encoder).itemsize
-    for size, lengths in zip(sizes, tokens, strict=True):
-        for length, seen in zip(lengths, size.seen(family), strict=False):
-            patches = [condition_tokens(pipe, each) * merge for each in seen]
-            flops += language.num_hidden_layers * (2 * layer * length + 4 * length**2 * width)
-            flops += 2 * width * language.vocab_size * length  # diffusers calls the head as well
-            flops += vision.depth * sum(2 * vision_layer * n + 4 * n**2 * vision.hidden_size for n in patches)
-            states = (language.num_hidden_layers + 1) * width + language.vocab_size + 3 * language.intermediate_size
-            peak = max(peak, length * states * element)
-    return flops, peak
-
-
-def _image_processor(pipe: Any) -> Any:
-    """Return the processor of images of a pipeline's Qwen-VL; LongCat-Image-Edit has it under another name."""
-    return (pipe.text_processor if hasattr(pipe, "text_processor") else pipe.processor).image_processor

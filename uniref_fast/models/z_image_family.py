@@ -23,6 +23,7 @@ from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
 from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks, with_negative_prompt
 from uniref_fast.models.kept_references import kept_step
 from uniref_fast.models.sandwich import part_layout
+from uniref_fast.models.text_encoder_costs import language_cost
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
@@ -403,21 +404,12 @@ class ZImage(SandwichFamily):
         return 2 * linear, 4 * attention * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
-        language = pipe.text_encoder.config.get_text_config()
-        width, layers = language.hidden_size, language.num_hidden_layers
-        head = getattr(language, "head_dim", None) or width // language.num_attention_heads
-        q, kv = language.num_attention_heads * head, language.num_key_value_heads * head
-        layer = 2 * width * q + 2 * width * kv + 3 * width * language.intermediate_size
-        caption = layers * (2 * layer * TEXT_LENGTH + 4 * TEXT_LENGTH**2 * q)
-        flops = most = 0
-        for size, lengths in zip(sizes, texts, strict=True):
-            captions = len(size.condition_sizes) + 2 if size.condition_sizes else 1
-            most = max(most, captions if lengths else 0)
-            flops += len(lengths) * captions * caption
-            if lengths and size.condition_sizes:
-                flops += len(size.condition_sizes) * _feature_flops(pipe)  # once for both prompts
-        states = (layers + 1) * width + 3 * language.intermediate_size
-        return flops, most * TEXT_LENGTH * states * compute_dtype(pipe.text_encoder).itemsize
+        captions = [len(size.condition_sizes) + 2 if size.condition_sizes else 1 for size in sizes]
+        runs = [count for count, lengths in zip(captions, texts, strict=True) for _ in lengths]
+        flops, one = language_cost(pipe.text_encoder, [TEXT_LENGTH] * sum(runs))
+        encoded = [len(size.condition_sizes) for size, lengths in zip(sizes, texts, strict=True) if lengths]
+        flops += sum(encoded) * _feature_flops(pipe) if any(encoded) else 0  # once for both prompts
+        return flops, max(runs, default=0) * one  # the captions of a prompt are one batch
 
 
 def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
