@@ -8,19 +8,24 @@ transformer, its blocks and their QK norms compute without calling them, so it r
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 __all__ = [
+    "code_module",
     "device_of_hooks",
     "free_model_hooks",
+    "has_global_hooks",
     "has_moving_hooks",
     "is_offloaded",
     "may_have_hooks",
     "onloaded",
+    "runs_class_forward",
 ]
 
 _NO_HOOKS = contextlib.nullcontext()
@@ -105,3 +110,34 @@ def _hooks(module: nn.Module) -> list[Any]:
 def _parts(module: nn.Module) -> list[Any]:
     """Return the hooks of a module, those of accelerate's `SequentialHook` one by one."""
     return [part for hook in _hooks(module) for part in getattr(hook, "hooks", (hook,))]
+
+
+# ---- modules whose parts are computed without a call ----
+
+
+def runs_class_forward(module: nn.Module) -> bool:
+    """Return True if a call of a module runs only the forward of its class, apart from global hooks."""
+    own = vars(module)  # quicker than attributes of a module
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl")
+    )
+
+
+def has_global_hooks() -> bool:
+    """Return True if PyTorch runs hooks when any module is called."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def code_module(function: Any) -> str:
+    """Return the name of the module of the code of a function; a wrapper may copy every other attribute."""
+    return function.__globals__["__name__"] if isinstance(function, types.FunctionType) else ""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import types
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from uniref_fast import native, ops
+from uniref_fast.models.module_hooks import code_module, has_global_hooks, runs_class_forward
 
 __all__ = ["has_tanh_gelu", "runs_native_gelu"]
 
@@ -44,7 +43,7 @@ def has_tanh_gelu(mlp: Any) -> bool:
         return False
     if type(dropout) is not nn.Dropout or (dropout.training and dropout.p):
         return False
-    return not (_replaced() or _has_global_hooks() or any(_is_changed(each) for each in (mlp, activation, dropout)))
+    return not (_replaced() or has_global_hooks()) and all(map(runs_class_forward, (mlp, activation, dropout)))
 
 
 @functools.cache
@@ -60,31 +59,4 @@ def _replaced() -> bool:
     """Return True if code that a feed-forward runs was replaced in this process."""
     feed_forward, gelu = _classes()
     own = (feed_forward.forward, feed_forward), (gelu.forward, gelu), (gelu.gelu, gelu)
-    return F.gelu is not torch._C._nn.gelu or any(_module_of(function) != kind.__module__ for function, kind in own)
-
-
-def _module_of(function: Any) -> str:
-    """Return the name of the module of the code of a function; a wrapper may copy every other attribute."""
-    return function.__globals__["__name__"] if isinstance(function, types.FunctionType) else ""
-
-
-def _has_global_hooks() -> bool:
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
-
-
-def _is_changed(module: nn.Module) -> bool:
-    """Return True if a call of a module runs more than the forward of its class."""
-    own = vars(module)  # quicker than attributes of a module
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-        or own.get("_compiled_call_impl")
-    )
+    return F.gelu is not torch._C._nn.gelu or any(code_module(function) != kind.__module__ for function, kind in own)

@@ -214,7 +214,7 @@ class PatchedAttention:
             return self._refuse(reason, original)
         assert text is not None and rotary is not None  # else refused
         comparable = self.state.visibility == "full" and not self.state.in_kept_step and checkable(self.site, image)
-        calls = Calls(attn, inputs=comparable)
+        calls = Calls(attn, self.state, inputs=comparable)
         fused = self._fused(calls, image, text, mask, rotary)
         if isinstance(fused, str):
             return self._refuse(fused, lambda: original(StandIn(calls)))
@@ -454,7 +454,7 @@ class PatchedBlock(PatchedMethod):
         image = arguments[0]
         reason = _untraceable(self.state) or self.call_refusal(*arguments)
         reason = reason or self.traced_refusal()
-        calls = Calls(self.block, inputs=False)
+        calls = Calls(self.block, self.state, inputs=False)
         if reason is None:
             fused = self._fused(calls, self.state.impl or ops.choose(None, image), *arguments)
             if not isinstance(fused, str):
@@ -472,7 +472,7 @@ class PatchedBlock(PatchedMethod):
         if reason := self.refusal(*arguments):
             return self.state.refuse(self.site, reason, original)
         checked = checkable(self.site, image)
-        calls = Calls(self.block, inputs=checked)
+        calls = Calls(self.block, self.state, inputs=checked)
 
         def replay() -> tuple[Any, StandIn]:
             stand_in = StandIn(calls)

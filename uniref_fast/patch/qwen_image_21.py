@@ -86,7 +86,7 @@ class PatchedAttention21(PatchedAttention):
             return self.state.refuse(self.site, reason, original)
         x, cache = arguments[0], arguments[3]
         checked = checkable(self.site, x)
-        calls = Calls(attn, inputs=checked)
+        calls = Calls(attn, self.state, inputs=checked)
         fused = self._fused(calls, *arguments)  # type: ignore[call-arg]
         if isinstance(fused, str):
             return self.state.refuse(self.site, fused, lambda: original(StandIn(calls)))

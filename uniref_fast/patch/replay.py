@@ -10,10 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from uniref_fast.models.onednn_linear import onednn_linear, runs_onednn
+
+if TYPE_CHECKING:
+    from uniref_fast.patch.state import PatchState
 
 __all__ = ["Calls", "StandIn"]
 
@@ -23,14 +28,22 @@ PART = 1 << 22  # elements compared at a time: 128 MiB of copies in float64, and
 class Calls:
     """Recorder that calls a module's children, each as often as the module does, and keeps their results.
 
+    Linears of float32 are computed by oneDNN where that is faster (`runs_onednn`). The first of these results are
+    compared with those of a call.
+
     Args:
         module: Parent of the children.
+        state: State of the patched transformer.
         inputs: Also keep the inputs of the children, for `StandIn.max_rel_error`.
+
+    Attributes:
+        max_rel_error: Largest error of the Linears that were compared.
     """
 
-    def __init__(self, module: nn.Module, inputs: bool) -> None:
-        self.module, self.inputs = module, inputs
+    def __init__(self, module: nn.Module, state: PatchState, inputs: bool) -> None:
+        self.module, self.state, self.inputs = module, state, inputs
         self.made: dict[str, list[tuple[list[_Kept], Any]]] = {}
+        self.max_rel_error = 0.0
 
     def __call__(self, name: str, *args: Any, run: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Call the child with this name, such as "to_out.0", and record the call.
@@ -43,8 +56,21 @@ class Calls:
         """
         kept = [_Kept(x) for x in _floats((*args, *kwargs.values()))] if self.inputs else []
         child = self.child(name)
-        result = child(*args, **kwargs) if run is None else run(child, *args, **kwargs)
+        if run is not None:
+            result = run(child, *args, **kwargs)
+        elif len(args) == 1 and not kwargs and runs_onednn(child, args[0], self.state.impl):
+            result = self._linear(child, args[0])
+        else:
+            result = child(*args, **kwargs)
         self.made.setdefault(name, []).append((kept, result))
+        return result
+
+    def _linear(self, linear: Any, x: Tensor) -> Tensor:
+        """Return the result of a Linear by oneDNN."""
+        result = onednn_linear(linear, x)
+        self.state.count_onednn()
+        if self.inputs:
+            self.max_rel_error = max(self.max_rel_error, _difference(result, linear(x)))
         return result
 
     def child(self, name: str) -> nn.Module:
@@ -70,15 +96,16 @@ class StandIn:
         root: Stand-in of that module; None for itself.
 
     Attributes:
-        max_rel_error: Largest `max|recorded - original| / max|original|` over the inputs of recorded children. It is
-            infinite if only one of the two is finite, or if a child gets another number of tensors.
+        max_rel_error: Largest `max|recorded - original| / max|original|` over the inputs of recorded children, and over
+            the results of those that oneDNN computed. It is infinite if only one of the two is finite, or if a child
+            gets another number of tensors.
     """
 
     def __init__(self, calls: Calls, prefix: str = "", root: StandIn | None = None) -> None:
         self.calls, self.prefix = calls, prefix
         self.root = root or self
         self.answered: dict[str, int] = {}
-        self.max_rel_error = 0.0
+        self.max_rel_error = calls.max_rel_error
 
     def __getattr__(self, name: str) -> Any:
         module = self.calls.module.get_submodule(self.prefix[:-1]) if self.prefix else self.calls.module

@@ -69,6 +69,7 @@ class PatchReport:
         references: Steps of the last edit that computed the references, for each prediction of guidance; empty
             without `keep_references`.
         references_not_kept: Calls of the transformer that computed the references and kept nothing, by reason.
+        onednn_linears: Calls of Linears in float32 that oneDNN computed instead of MKL.
         eight_bit: Numbers of Linears and of attentions in 8 bits; None for the mode "exact".
         errors: Relative error of the first call of each of these by name, `|8 bits - 16 bits| / |16 bits|`.
     """
@@ -82,6 +83,7 @@ class PatchReport:
     notes: list[str] = field(default_factory=list)
     references: list[ReferenceReport] = field(default_factory=list)
     references_not_kept: Counter[str] = field(default_factory=Counter)
+    onednn_linears: int = 0
     eight_bit: tuple[int, int] | None = None
     errors: dict[str, float] = field(default_factory=dict)
 
@@ -131,6 +133,9 @@ class PatchReport:
             )
         originals = self.traced_originals.most_common()
         lines += [f"  compiled        {count} traces of the original: {reason}" for reason, count in originals]
+        if self.onednn_linears:
+            reason = "MKL does not use the 512 bits of this CPU"
+            lines.append(f"  linears         {self.onednn_linears} calls in float32 computed by oneDNN: {reason}")
         lines += [f"  attention       {count} x {reason}" for reason, count in self.reasons.most_common(4)]
         lines += [f"  disabled        {s.name}: {s.disabled}" for s in self.sites if s.disabled]
         lines += [f"  references      {steps}" for steps in self.references]

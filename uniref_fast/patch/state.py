@@ -171,6 +171,11 @@ class PatchState:
         self.calls.rows = (index, batch, rows.reshape(-1))
         return self.calls.rows[2]
 
+    def count_onednn(self) -> None:
+        """Count a Linear that oneDNN computed."""
+        if not self.calls.checking:
+            self.report.onednn_linears += 1
+
     def refuse(self, site: Site, reason: str, original: Callable[[], tuple]) -> tuple:
         """Count a refusal and run the original."""
         if not self.calls.checking:

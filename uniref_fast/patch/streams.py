@@ -74,7 +74,7 @@ class StreamsAttention(PatchedAttention):
         if reason := self._reason(attn, streams, *others):
             return self._refuse(reason, original)
         comparable = checkable(self.site, streams[0])
-        calls = Calls(attn, inputs=comparable)
+        calls = Calls(attn, self.state, inputs=comparable)
         fused = self._computed(calls, streams, others, kv)
         if isinstance(fused, str):
             return self._refuse(fused, functools.partial(original, StandIn(calls)))

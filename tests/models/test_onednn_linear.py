@@ -1,0 +1,191 @@
+"""Linears in float32 that oneDNN computes: bits, guards, and their place in a patched transformer."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patching import run
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.testing._internal.logging_tensor import LoggingTensorMode
+
+import uniref_fast
+from uniref_fast.models import onednn_linear
+from uniref_fast.models.onednn_linear import FEWEST_PRODUCTS, onednn_is_faster, runs_onednn
+from uniref_fast.patch import replay
+from uniref_fast.testing import max_relative_error
+
+ROWS, WIDTH = 64, 192
+
+
+@pytest.fixture(autouse=True)
+def faster(monkeypatch):
+    """A CPU on which oneDNN is faster."""
+    monkeypatch.setattr(onednn_linear, "onednn_is_faster", lambda: True)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def linear():
+    return nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+
+def rows(n=ROWS):
+    return torch.randn(1, n, WIDTH)
+
+
+def test_the_result_is_that_of_the_linear_and_a_row_does_not_depend_on_the_others(linear):
+    x = rows(300)
+    whole = onednn_linear.onednn_linear(linear, x)
+    assert max_relative_error(whole, linear(x)) < 2e-6 and whole.shape == x.shape
+    for n in (2, 3, 16, 17, 63, 299):  # around the tiles of any kernel
+        assert torch.equal(onednn_linear.onednn_linear(linear, x[:, :n]), whole[:, :n])
+    linear.bias = None
+    assert max_relative_error(onednn_linear.onednn_linear(linear, x), linear(x)) < 2e-6
+
+
+def test_it_runs_for_plain_linears_of_enough_rows(linear):
+    x = rows()
+    assert runs_onednn(linear, x, None) and runs_onednn(linear, x, "native")
+    with torch.inference_mode():
+        assert runs_onednn(linear, rows(), None)
+    fewest = -(-FEWEST_PRODUCTS // WIDTH**2)
+    assert runs_onednn(linear, rows(fewest), None) and not runs_onednn(linear, rows(fewest - 1), None)
+
+
+@pytest.mark.parametrize("kind", ["dtype", "weight dtype", "meta", "strided", "gradient", "impl", "subclass", "width"])
+def test_other_inputs_and_weights_call_the_module(linear, kind):
+    x, impl = rows(), None
+    if kind == "dtype":
+        linear, x = linear.bfloat16(), x.bfloat16()
+    elif kind == "weight dtype":
+        linear = linear.double()
+    elif kind == "meta":
+        linear = linear.to("meta")
+    elif kind == "strided":
+        x = torch.randn(1, WIDTH, ROWS).mT
+    elif kind == "gradient":
+        x.requires_grad_()
+    elif kind == "impl":
+        impl = "reference"
+    elif kind == "subclass":
+        linear.weight = nn.Parameter(linear.weight.as_subclass(type("Quantised", (torch.Tensor,), {})), False)
+    else:
+        x = torch.randn(1, ROWS, 2 * WIDTH)
+    assert not runs_onednn(linear, x, impl)
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward", "global hook", "class", "parametrised", "compiled"])
+def test_hooks_and_own_forwards_call_the_module(linear, kind):
+    handle = None
+    if kind == "hook":
+        linear.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "pre-hook":
+        linear.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif kind == "forward":
+        linear.forward = lambda x: x
+    elif kind == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: out)
+    elif kind == "class":
+        linear.__class__ = type("Adapted", (nn.Linear,), {})
+    elif kind == "parametrised":
+        parametrize.register_parametrization(linear, "weight", nn.Identity())
+    else:
+        linear._compiled_call_impl = linear._call_impl
+    assert not runs_onednn(linear, rows(), None)
+    if handle is not None:
+        handle.remove()
+
+
+@pytest.mark.parametrize("owner, name", [(nn.Linear, "forward"), (nn.Module, "__call__"), (F, "linear")])
+def test_replaced_code_calls_the_module(linear, monkeypatch, owner, name):
+    own = getattr(owner, name)
+    monkeypatch.setattr(owner, name, functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs)))
+    assert not runs_onednn(linear, rows(), None)
+
+
+def test_settings_of_pytorch_call_the_module(linear):
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not runs_onednn(linear, rows(), None)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")  # bfloat16
+    try:
+        assert not runs_onednn(linear, rows(), None)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with LoggingTensorMode():
+        assert not runs_onednn(linear, rows(), None)
+    assert runs_onednn(linear, rows(), None)
+
+
+@pytest.mark.parametrize(
+    "text, faster",
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel name\t: one\n\nvendor_id\t: other\n", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", False),  # Zen 4 computes 512 bits in two halves
+        ("vendor_id\t: GenuineIntel\ncpu family\t: 26\n", False),
+        ("CPU implementer\t: 0x41\n", False),
+    ],
+)
+def test_the_choice_depends_on_the_cpu(monkeypatch, tmp_path, text, faster):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(onednn_linear, "Path", lambda path: tmp_path / "cpuinfo")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert onednn_is_faster.__wrapped__() == faster
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert not onednn_is_faster.__wrapped__()
+
+
+def test_without_cpuinfo(monkeypatch, tmp_path):
+    monkeypatch.setattr(onednn_linear, "Path", lambda path: tmp_path / "missing")
+    assert not onednn_is_faster.__wrapped__()
+
+
+# ---- a patched transformer ----
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Number of Linears that oneDNN computes, all of which are large enough."""
+    seen = []
+    monkeypatch.setattr(onednn_linear, "FEWEST_PRODUCTS", 0)
+    own = onednn_linear.onednn_linear
+    monkeypatch.setattr(replay, "onednn_linear", lambda *args: (seen.append(1), own(*args))[1])
+    return seen
+
+
+def test_a_patched_transformer_uses_it_and_unpatch_undoes_it(make_transformer, calls):
+    model = make_transformer(True, layers=2)
+    original = run(model)
+    report = uniref_fast.patch(model)
+    assert max_relative_error(run(model), original) < 1e-5 and 0 < report.max_rel_error < 1e-5
+    assert report.onednn_linears == len(calls) == 2 * (8 + 4)  # projections and feed-forwards of both streams
+    assert f"{len(calls)} calls in float32 computed by oneDNN" in str(report)
+    uniref_fast.unpatch(model)
+    assert torch.equal(run(model), original) and report.onednn_linears == len(calls)
+
+
+def test_the_self_check_compares_the_linears(make_transformer, calls, monkeypatch):
+    """Every other operator gets the same wrong values as the original, so only the comparison of Linears sees them."""
+    own = onednn_linear.onednn_linear
+    monkeypatch.setattr(replay, "onednn_linear", lambda linear, x: own(linear, x) * 1.01)
+    model = make_transformer(layers=1)
+    original = run(model)
+    report = uniref_fast.patch(model, strict=False)
+    assert max_relative_error(run(model), original) < 1e-5
+    assert [site.disabled is not None for site in report.sites] == [True, True] and not report.calls
+    assert torch.equal(run(model), original)
+    uniref_fast.unpatch(model)
+    uniref_fast.patch(model)
+    with pytest.raises(RuntimeError, match=r"differs from the original by 1\.00e-02"):
+        run(model)
+
+
+def test_adapters_and_hooks_of_one_linear_stay(make_transformer, calls):
+    model = make_transformer(layers=1)
+    model.transformer_blocks[0].attn.to_k.register_forward_hook(lambda module, args, out: 2 * out)
+    original = run(model)
+    report = uniref_fast.patch(model)
+    assert max_relative_error(run(model), original) < 1e-5 and report.onednn_linears == len(calls) == 11
