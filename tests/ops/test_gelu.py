@@ -10,6 +10,7 @@ from diffusers.models.attention import FeedForward
 
 from uniref_fast import native, ops
 from uniref_fast.models.eight_bit import feed_forward
+from uniref_fast.models.tanh_gelu import runs_native_activation
 from uniref_fast.testing import assert_within_budget
 
 pytestmark = pytest.mark.skipif(not native.has_gelu(), reason="not built")
@@ -131,3 +132,28 @@ def test_dropout_of_a_feed_forward_runs(called):
     out = feed_forward(mlp, x, None)
     torch.manual_seed(1)
     assert torch.equal(out, mlp(x)) and not called
+
+
+# ---- activations of blocks with one stream ----
+
+
+@pytest.mark.parametrize("kind", ["plain", "hook", "forward", "class", "erf", "double", "reference", "replaced", "F"])
+def test_which_activations_use_it(kind, monkeypatch):
+    gelu, x, impl = torch.nn.GELU(approximate="tanh"), torch.randn(5, 16), None
+    if kind == "hook":
+        gelu.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "forward":
+        gelu.forward = lambda x: x
+    elif kind == "class":
+        gelu = GELU(16, 16, approximate="tanh")
+    elif kind == "erf":
+        gelu.approximate = "none"
+    elif kind == "double":
+        x = x.double()
+    elif kind == "reference":
+        impl = kind
+    elif kind == "replaced":
+        monkeypatch.setattr(torch.nn.GELU, "forward", functools.wraps(gelu.forward)(lambda self, x: x))
+    elif kind == "F":
+        monkeypatch.setattr(F, "gelu", lambda x, approximate: x)
+    assert runs_native_activation(gelu, x, impl) == (kind == "plain")

@@ -6,6 +6,7 @@ import torch
 from patching import ROUNDING
 
 import uniref_fast
+from uniref_fast import native, ops
 from uniref_fast.testing import assert_within_budget, max_relative_error
 
 KINDS = list(flux1.CLASSES)
@@ -43,6 +44,22 @@ def test_equals_diffusers(kind, batch):
     assert uniref_fast.unpatch(model)
     assert [module.processor for module in model.modules() if hasattr(module, "processor")] == processors
     assert torch.equal(run(model, batch=batch), expected[0])
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_activation_of_blocks_with_one_stream_is_the_native_gelu(monkeypatch, hooked):
+    """Packed and patched; a hook on the activation runs."""
+    seen = []
+    monkeypatch.setattr(ops, "gelu", lambda x, own=ops.gelu: (seen.append(x.shape[-1]), own(x))[1])
+    model = flux1.transformer("kontext")
+    if hooked:
+        for block in model.single_transformer_blocks:
+            block.act_mlp.register_forward_hook(lambda module, args, out: 2 * out)
+    expected, feed_forwards = run(model), 2 * len(model.transformer_blocks)
+    report = uniref_fast.patch(model)
+    assert max_relative_error(run(model), expected) < ROUNDING and not report.fallbacks
+    singles = len(model.single_transformer_blocks)
+    assert len(seen) == (native.has_gelu() and feed_forwards + (0 if hooked else singles))
 
 
 @pytest.mark.parametrize("masked", [1, 5])

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from uniref_fast import ops
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext
@@ -30,6 +31,7 @@ from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.packed import ForwardContext, PackedModel
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation, has_fused_projections
 from uniref_fast.models.single_stream import SingleStreamBlock
+from uniref_fast.models.tanh_gelu import runs_native_activation
 
 __all__ = ["FLUX1", "LONGCAT", "PackedFibo", "PackedFlux1", "PackedLongCat"]
 
@@ -100,8 +102,9 @@ class Flux1SingleStreamBlock(SingleStreamBlock):
         q, k, v = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
         return (q, k, v), mlp
 
-    def activate(self, mlp: Tensor) -> Tensor:
-        return self.block.act_mlp(mlp)
+    def activate(self, mlp: Tensor, impl: str | None) -> Tensor:
+        activation = self.block.act_mlp
+        return ops.gelu(mlp) if runs_native_activation(activation, mlp, impl) else activation(mlp)
 
     def output(self, joint: Tensor) -> Tensor:
         return self.block.proj_out(joint)

@@ -83,7 +83,7 @@ class Flux2SingleStreamBlock(SingleStreamBlock):
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
         return (q, k, v), mlp if rows is None else mlp[rows]
 
-    def activate(self, mlp: Tensor) -> Tensor:
+    def activate(self, mlp: Tensor, impl: str | None) -> Tensor:
         return self.block.attn.mlp_act_fn(mlp)
 
     def output(self, joint: Tensor) -> Tensor:

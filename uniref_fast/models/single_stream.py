@@ -45,8 +45,13 @@ class SingleStreamBlock(PackedBlock):
         """
         raise NotImplementedError
 
-    def activate(self, mlp: Tensor) -> Tensor:
-        """Return the activation of the feed-forward."""
+    def activate(self, mlp: Tensor, impl: str | None) -> Tensor:
+        """Return the activation of the feed-forward.
+
+        Args:
+            mlp: Input of the activation.
+            impl: Implementation forced on every op, or None.
+        """
         raise NotImplementedError
 
     def output(self, joint: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class SingleStreamBlock(PackedBlock):
         del qkv
         if targets is not None:
             plan, q, x = context.target_plan, q[targets], x[targets]
-        mlp = self.activate(mlp)
+        mlp = self.activate(mlp, impl)
         out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
         y = self.output(torch.cat([out.flatten(1), mlp], dim=-1))

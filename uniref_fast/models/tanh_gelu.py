@@ -1,4 +1,4 @@
-"""Feed-forwards of diffusers whose GELU can be computed by `ops.gelu`."""
+"""Feed-forwards and activations of diffusers whose GELU can be computed by `ops.gelu`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from uniref_fast import native, ops
 from uniref_fast.models.module_hooks import code_module, has_global_hooks, runs_class_forward
 
-__all__ = ["has_tanh_gelu", "runs_native_gelu"]
+__all__ = ["has_tanh_gelu", "runs_native_activation", "runs_native_gelu"]
 
 
 def runs_native_gelu(mlp: Any, x: Tensor, impl: str | None) -> bool:
@@ -25,9 +25,29 @@ def runs_native_gelu(mlp: Any, x: Tensor, impl: str | None) -> bool:
         x: Its input.
         impl: Implementation forced on every op, or None.
     """
+    return _is_native(x, impl) and has_tanh_gelu(mlp)
+
+
+def runs_native_activation(activation: Any, x: Tensor, impl: str | None) -> bool:
+    """Return True if an activation is computed by `ops.gelu` instead of by calling it; see `runs_native_gelu`.
+
+    It must be PyTorch's GELU with the tanh approximation, such as that of blocks with one stream of FLUX.1.
+
+    Args:
+        activation: Activation of a block.
+        x: Its input.
+        impl: Implementation forced on every op, or None.
+    """
+    if not _is_native(x, impl) or type(activation) is not nn.GELU or activation.approximate != "tanh":
+        return False
+    replaced = F.gelu is not torch._C._nn.gelu or code_module(nn.GELU.forward) != nn.GELU.__module__
+    return not (replaced or has_global_hooks()) and runs_class_forward(activation)
+
+
+def _is_native(x: Tensor, impl: str | None) -> bool:
     if torch.compiler.is_compiling() or not x.is_cpu or impl in ("reference", "triton") or not native.has_gelu():
         return False
-    return ops.unavailable("native", x) is None and has_tanh_gelu(mlp)
+    return ops.unavailable("native", x) is None
 
 
 def has_tanh_gelu(mlp: Any) -> bool:

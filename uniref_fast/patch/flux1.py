@@ -20,6 +20,7 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.models.qwen_image import Modulation
+from uniref_fast.models.tanh_gelu import runs_native_activation
 from uniref_fast.patch.families import FamilyPatch, Place
 from uniref_fast.patch.guards import changed_adaptive_norm, changed_norm, norm_change, replaced_attention, unlike
 from uniref_fast.patch.joint_streams import (
@@ -207,7 +208,10 @@ class _OneStreamBlock(_Block):
         options: Any = {"rounding": "eager", "impl": impl}
         flat = joint_rows(x)
         normed = ops.norm_modulate(flat, shift, scale, rows, self.block.norm.norm.eps, **options).view(x.shape)
-        mlp = calls("act_mlp", calls("proj_mlp", normed))
+        mlp = calls("proj_mlp", normed)
+        if reason := unlike(mlp, (*x.shape[:2], self.block.mlp_hidden_dim), x, "proj_mlp"):
+            return reason
+        mlp = ops.gelu(mlp) if runs_native_activation(self.block.act_mlp, mlp, impl) else calls("act_mlp", mlp)
         branch = calls("attn", hidden_states=normed, image_rotary_emb=rotary, **(kwargs or {}))
         del normed
         for what, out, width in (
