@@ -1,4 +1,4 @@
-"""Supervised fine-tuning end to end, on the built-in model: what it writes, and what it survives."""
+"""Supervised fine-tuning end to end, on a small model: what it writes, and what it survives."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small_pipeline
 import torch
 import warm
 from diffusers import QwenImageTransformer2DModel
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from uniref_fast import builtin, cli, runs
+from uniref_fast import cli, runs
 from uniref_fast import flags as configs
 from uniref_fast.adapters import Adapter
 from uniref_fast.evaluation.model import check_runs
@@ -54,6 +55,7 @@ def data(tmp_path_factory):
 def flags(data, out, *more, steps=4):
     given = {
         "recipe": "tiny",
+        "model": small_pipeline.folder(),
         "data": data / "train.jsonl",
         "out": out,
         "steps": steps,
@@ -71,6 +73,12 @@ def flags(data, out, *more, steps=4):
         given |= {f"stages.{i}.budget": side, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
     given |= {name.removeprefix("--"): value for name, value in zip(more[::2], more[1::2], strict=True)}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def unchanged(data, out):
+    """Return the arguments that resume a run with its own settings."""
+    given = {"recipe": "tiny", "model": small_pipeline.folder(), "data": data / "train.jsonl", "out": out}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))] + ["--resume", "auto"]
 
 
 def records(out, name="metrics"):
@@ -131,7 +139,7 @@ def test_a_run(whole):
     )
     assert [event["number"] for event in events(whole, "stage")] == [0, 1]
     assert json.loads((whole / "config.json").read_text())["steps"] == 4
-    initial = dict(builtin.load().transformer.named_parameters())
+    initial = dict(small_pipeline.load().transformer.named_parameters())
     moved = [name for name, tensor in weights(whole).items() if not torch.equal(tensor, initial[name])]
     assert len(moved) > len(initial) / 2
 
@@ -142,8 +150,7 @@ def test_resume_is_exact(data, whole, half):
 
 
 def test_resume_without_flags_keeps_the_settings_of_the_run(data, whole, half):
-    command = ["--recipe", "tiny", "--data", str(data / "train.jsonl"), "--out", str(half), "--resume", "auto"]
-    assert sft.main(command) == 0
+    assert sft.main(unchanged(data, half)) == 0
     equal_to(whole, half)
 
 
@@ -272,7 +279,7 @@ def test_export_writes_the_tensors_that_the_run_exports_at_that_step(data, whole
     exported = weights(half)
     shutil.rmtree(half / "transformer")
     assert sft.main(flags(data, half, "--resume", "auto", steps=2)) == 0
-    assert f"uniref-fast edit --initial {half} --image" in capsys.readouterr().err.splitlines()[-1]
+    assert f"uniref-fast edit --model {small_pipeline.folder()} --initial {half} --image" in capsys.readouterr().err.splitlines()[-1]
     assert identical(exported, weights(half))
     assert not identical(exported, weights(whole))
     for name, step in (("second", 2), ("fourth", 4)):
@@ -330,13 +337,13 @@ def test_ctrl_c_saves_and_the_adapter_can_be_exported_used_and_continued(data, t
     with pytest.raises(ValueError, match=named):
         Adapter.parse(str(out))
     with pytest.raises(ValueError, match=named):
-        check_runs((out,), "builtin")
+        check_runs((out,), str(small_pipeline.folder()))
 
     assert cli.main(["export", str(out)]) == 0
-    assert f"uniref-fast edit --lora {out}" in capsys.readouterr().out
+    assert f"uniref-fast edit --model {small_pipeline.folder()} --lora {out}" in capsys.readouterr().out
     exported = adapter(out)
     assert sft.main(flags(data, out, *lora, "--resume", "auto", steps=3)) == 0
-    assert f"uniref-fast edit --lora {out} --image" in capsys.readouterr().err.splitlines()[-1]
+    assert f"uniref-fast edit --model {small_pipeline.folder()} --lora {out} --image" in capsys.readouterr().err.splitlines()[-1]
     assert identical(exported, adapter(out))
 
     # the scale of a continued adapter is the one of the run that it started from
@@ -346,7 +353,7 @@ def test_ctrl_c_saves_and_the_adapter_can_be_exported_used_and_continued(data, t
     assert identical(adapter(after), adapter(tmp_path / "copy"))
     scales = []
     for folder in (after, tmp_path / "copy"):
-        pipe = builtin.load()
+        pipe = small_pipeline.load()
         pipe.load_lora_weights(str(folder / "lora"), adapter_name="default", use_safetensors=True)
         scales.append(pipe.transformer.peft_config["default"].lora_alpha)
     assert scales == [3, 3]
@@ -447,7 +454,7 @@ def test_a_resumed_run_keeps_its_packs_whatever_memory_there_is(data, tmp_path):
 
     ranks, out = Ranks.start(), tmp_path / "run"
     try:
-        few, many = packs(out, 0.5), packs(tmp_path / "other", 8)
+        few, many = packs(out, 0.15), packs(tmp_path / "other", 8)
         assert few[0] < many[0] and few[1] < many[1]
         assert packs(out, 8, resume=0) == few
         other_side = packs(out, 8, "--stages.1.budget", 112, resume=0)
@@ -598,7 +605,7 @@ def test_heldout_loss_and_samples(data, tmp_path):
             and settings.items() <= {name.removeprefix("sampling/"): value for name, value in record.items()}.items()
         ), "the sizes are those of the last stage, also in the first one"
     evaluated = ["eval", data / "heldout.jsonl", "--initial", tmp_path / "run", "--out", tmp_path / "eval",
-                 "--limit", 2, "--num-inference-steps", 2]  # fmt: skip
+                 "--model", small_pipeline.folder(), "--limit", 2, "--num-inference-steps", 2]  # fmt: skip
     assert cli.main(list(map(str, evaluated))) == 0
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert found["settings"]["budget"] == 96 and found["settings"]["target_side"] == 64
@@ -635,9 +642,7 @@ def test_an_adapter_of_another_kind_resumes_exactly_and_is_used_everywhere(data,
     shutil.rmtree(half / "lora")
     assert sft.main(flags(data, half, "--lora-rank", 4, "--adapter", "lora", "--resume", "auto")) == 2
     assert f"the kind of the adapter is fixed: adapter is {kind}, not lora" in capsys.readouterr().err
-    assert (
-        sft.main(["--recipe", "tiny", "--data", str(data / "train.jsonl"), "--out", str(half), "--resume", "auto"]) == 0
-    )
+    assert sft.main(unchanged(data, half)) == 0
     assert losses(half) == losses(out), "bit for bit"
     assert identical(adapter(half), adapter(out))
     assert cli.main(["export", str(out), "--out", str(tmp_path / "copy")]) == 0
@@ -645,8 +650,8 @@ def test_an_adapter_of_another_kind_resumes_exactly_and_is_used_everywhere(data,
     images = []
     for number, given in enumerate(("--initial", "--lora")):
         image = tmp_path / f"{number}.png"
-        command = ["edit", given, str(tmp_path / "copy"), "--prompt", "x", "--num-inference-steps", "2"]
-        assert cli.main([*command, "--out", str(image)]) == 0
+        command = ["edit", "--model", str(small_pipeline.folder()), given, str(tmp_path / "copy"), "--prompt", "x"]
+        assert cli.main([*command, "--num-inference-steps", "2", "--out", str(image)]) == 0
         images.append(image.read_bytes())
     assert images[0] == images[1]
     if kind == "lokr":  # an adapter of any kind is continued in the same way
@@ -669,13 +674,12 @@ def test_an_adapter_on_a_quantised_base_resumes_exactly_and_is_exported_like_any
     assert (
         "the dtype of the frozen weights under the adapter is fixed: base is nf4, not int8" in capsys.readouterr().err
     )
-    command = ["--recipe", "tiny", "--data", str(data / "train.jsonl"), "--out", str(half), "--resume", "auto"]
-    assert sft.main([*command, "--offload-blocks", "3"]) == 0
+    assert sft.main([*unchanged(data, half), "--offload-blocks", "1"]) == 0
     assert losses(half) == losses(out), "bit for bit, also with blocks on the host"
     assert identical(adapter(half), adapter(out))
     assert cli.main(["export", str(out), "--out", str(tmp_path / "copy")]) == 0
     assert identical(adapter(tmp_path / "copy"), adapter(out))
-    builtin.load().load_lora_weights(str(out / "lora"), use_safetensors=True)  # a plain base
+    small_pipeline.load().load_lora_weights(str(out / "lora"), use_safetensors=True)  # a plain base
     assert sft.main(flags(data, tmp_path / "after", "--initial", out, "--base", "nf4", steps=2)) == 0
     assert adapter(tmp_path / "after").keys() == adapter(out).keys()
 
@@ -684,7 +688,7 @@ def test_an_adapter_on_a_quantised_base_resumes_exactly_and_is_exported_like_any
     ("more", "message"),
     [
         (("--base", "nf4"), "this run trains all weights; give --lora-rank"),
-        (("--lora-rank", "4", "--offload-blocks", "5"), "more than the 4 blocks of the model"),
+        (("--lora-rank", "4", "--offload-blocks", "5"), "more than the 2 blocks of the model"),
         (("--pack-tokens", "5"), "did you mean --stages.0.pack-tokens"),
         (("--stpes", "5"), "did you mean --steps"),
         (("--stages.0.sequence-parallel", "2"), "these do: 1"),
@@ -719,7 +723,7 @@ def test_weights_without_a_checkpoint_are_not_replaced(data, half, whole, capsys
 @pytest.mark.parametrize("name", ["initial", "model"])
 def test_a_damaged_file_of_weights_is_one_line(data, whole, tmp_path, name, capsys):
     folder = tmp_path / "start"
-    shutil.copytree(whole / "transformer" if name == "initial" else ROOT / "uniref_fast" / "assets" / "model",
+    shutil.copytree(whole / "transformer" if name == "initial" else small_pipeline.folder(),
                     folder / "transformer" if name == "initial" else folder)  # fmt: skip
     (file,) = (folder / "transformer").glob("*.safetensors")
     os.truncate(file, 5000)
@@ -788,7 +792,7 @@ def test_a_checkpoint_of_an_older_version_is_exported_and_resumed(data, whole, h
 
 def test_another_place_of_the_same_model_is_accepted_and_another_model_is_refused(data, whole, half, tmp_path, capsys):
     folder = tmp_path / "model"
-    shutil.copytree(ROOT / "uniref_fast" / "assets" / "model", folder)
+    shutil.copytree(small_pipeline.folder(), folder)
     out = tmp_path / "again"
     shutil.copytree(half, out)
     assert sft.main(flags(data, out, "--resume", "auto", "--model", folder)) == 0
