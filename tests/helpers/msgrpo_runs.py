@@ -1,7 +1,8 @@
-"""Small MSGRPO runs on the built-in model: their flags, and the files that they leave."""
+"""Short MSGRPO runs of a small model: their flags, and the files that they leave."""
 
 import json
 
+import small_pipeline
 import torch
 from safetensors.torch import load_file
 
@@ -10,6 +11,7 @@ def flags(data, out, *more, steps=3):
     """Return the arguments of a run of two stages that takes a few seconds; `more` replaces or adds flags."""
     given = {
         "recipe": "tiny",
+        "model": small_pipeline.folder(),
         "data": data / "train.jsonl",
         "heldout": data / "heldout_objects.jsonl",
         "out": out,

@@ -1,4 +1,4 @@
-"""MSGRPO runs from end to end, on the built-in model: exact resume, ranks, a judge that misbehaves, refusals."""
+"""MSGRPO runs from end to end, on a small model: exact resume, ranks, a judge that misbehaves, refusals."""
 
 import contextlib
 import shutil
@@ -198,7 +198,7 @@ def test_two_ranks_share_packs(data, tmp_path):
 # ---- the on-policy check ----
 
 
-@pytest.mark.parametrize("more", [(), ("--base", "nf4", "--offload-blocks", 3)])
+@pytest.mark.parametrize("more", [(), ("--base", "nf4", "--offload-blocks", 1)])
 def test_check_ratio_prints_every_timestep_and_trains_nothing(data, tmp_path, capsys, more):
     if more:
         pytest.importorskip("bitsandbytes")
