@@ -279,7 +279,10 @@ def test_export_writes_the_tensors_that_the_run_exports_at_that_step(data, whole
     exported = weights(half)
     shutil.rmtree(half / "transformer")
     assert sft.main(flags(data, half, "--resume", "auto", steps=2)) == 0
-    assert f"uniref-fast edit --model {small_pipeline.folder()} --initial {half} --image" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"uniref-fast edit --model {small_pipeline.folder()} --initial {half} --image"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert identical(exported, weights(half))
     assert not identical(exported, weights(whole))
     for name, step in (("second", 2), ("fourth", 4)):
@@ -343,7 +346,10 @@ def test_ctrl_c_saves_and_the_adapter_can_be_exported_used_and_continued(data, t
     assert f"uniref-fast edit --model {small_pipeline.folder()} --lora {out}" in capsys.readouterr().out
     exported = adapter(out)
     assert sft.main(flags(data, out, *lora, "--resume", "auto", steps=3)) == 0
-    assert f"uniref-fast edit --model {small_pipeline.folder()} --lora {out} --image" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        f"uniref-fast edit --model {small_pipeline.folder()} --lora {out} --image"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert identical(exported, adapter(out))
 
     # the scale of a continued adapter is the one of the run that it started from
