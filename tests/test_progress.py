@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import small_pipeline
 from PIL import Image
 
 from uniref_fast import progress
@@ -155,18 +156,19 @@ def test_every_phase_of_the_commands_is_shown(shown, rows, tmp_path):
 
 @pytest.mark.slow
 def test_every_phase_of_training_is_shown(shown, rows, tmp_path):
-    run, more = tmp_path / "run", ["--tensorboard", "false", "--packs", "1", "--sample-every", "0"]
+    model, run = str(small_pipeline.folder()), tmp_path / "run"
+    more = ["--model", model, "--tensorboard", "false", "--packs", "1", "--sample-every", "0"]
     args = ["--recipe", "tiny", "--data", rows, "--heldout", rows, "--steps", 2, "--lora-rank", 2, "--out", run]
     assert sft.main(list(map(str, [*args, "--cost", "measured", *more]))) == 0
-    first = ["verifying the newest checkpoint", "loading the model builtin", "reading the rows"]
+    first = ["verifying the newest checkpoint", f"loading the model {model}", "reading the rows"]
     assert shown[:5] == [*first, "preparing the weights", "measuring the cost of packs"]
     phases = ["step 1: reading rows and planning packs", "step 1: encoding", "step 1: forward and backward"]
     for name in (*phases, "writing the checkpoint of step 2", "validating at step 2", "writing the trained weights"):
         assert name in shown, name
     shown.clear()
     assert main(["export", str(run), "--out", str(tmp_path / "exported")]) == 0
-    assert main(["fuse", "builtin", "--lora", str(run), "--out", str(tmp_path / "fused")]) == 0
-    fusing = ["loading the model builtin", "fusing the adapters", f"writing {tmp_path / 'fused'}"]
+    assert main(["fuse", model, "--lora", str(run), "--out", str(tmp_path / "fused")]) == 0
+    fusing = [f"loading the model {model}", "fusing the adapters", f"writing {tmp_path / 'fused'}"]
     assert shown == [f"verifying and writing the weights of {run}", *fusing]
     shown.clear()
     made = tmp_path / "made"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from uniref_fast import builtin
-from uniref_fast.builtin import store
+from uniref_fast.builtin import components, store
 from uniref_fast.demo import heldout_scenes
 from uniref_fast.edit import edit
 from uniref_fast.evaluation.metrics import psnr
@@ -74,7 +74,9 @@ def test_a_part_that_fails_ends_it(tmp_path, monkeypatch, capsys):
 
 
 def shorten(monkeypatch):
-    """Give the recipes that the parts name fewer rollouts and samples."""
+    """Give the model that is trained fewer layers and heads, and the recipes fewer rollouts and samples."""
+    for name in ("num_layers", "num_attention_heads"):
+        monkeypatch.setitem(components.TRANSFORMER, name, 2)
     rl = dataclasses.replace(
         MSGRPO_RECIPES["tiny"](),
         prompts=2,

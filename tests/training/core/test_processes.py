@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small_pipeline
 import torch
 import torch.distributed as dist
 import warm
@@ -177,9 +178,9 @@ def wait_for(condition, what, seconds=120):
 
 @pytest.fixture
 def data(tmp_path):
-    """Eight rows with one or two references."""
+    """Four rows with one or two references."""
     rows = []
-    for i in range(8):
+    for i in range(4):
         scene = synthetic_sample(i, size=64, references=1 + i % 2)
         files = [f"{i}-{j}.png" for j in range(len(scene.references) + 1)]
         for file, image in zip(files, [*scene.references, scene.target], strict=True):
@@ -190,8 +191,8 @@ def data(tmp_path):
 
 
 def flags(data, out):
-    given = {"recipe": "tiny", "data": data, "out": out, "steps": 3, "save-every": 1, "eval-every": 0,
-             "sample-every": 0, "tensorboard": "false", "resume": "auto"}  # fmt: skip
+    given = {"recipe": "tiny", "model": small_pipeline.folder(), "data": data, "out": out, "steps": 3, "save-every": 1,
+             "eval-every": 0, "sample-every": 0, "tensorboard": "false", "resume": "auto"}  # fmt: skip
     for i in (0, 1):
         given |= {f"stages.{i}.budget": 64, f"stages.{i}.target-side": 64, f"stages.{i}.pack-tokens": 320}
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
@@ -211,6 +212,7 @@ def waiting(self):
             time.sleep(0.02)
     return step(self)
 trainer.SFTTrainer.train_step = waiting
+processes.PARENT = os.getppid()  # of the process that has imported the module
 processes.leave(sft.main(sys.argv[1:]))
 """
 
@@ -224,12 +226,13 @@ def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_res
     out, script, waiting = tmp_path / "run", tmp_path / "slow.py", tmp_path / "waiting"
     script.write_text(SLOW)
     waiting.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([*command, str(waiting), *flags(data, out)], cwd=ROOT, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    forked = ["--start-method", "fork", "--run-path", script]  # ranks that start as new processes import PyTorch again
+    first = warm.start(*launcher, *forked, waiting, *flags(data, out), cwd=ROOT, env=environment)
     wait_for(lambda: len(list(waiting.iterdir())) == 2 or first.poll() is not None, "the second step of both ranks")
     pids = [int(path.name) for path in waiting.iterdir()]
-    assert first.poll() is None and len(pids) == 2
+    assert first.poll() is None and len(pids) == 2, first.stderr[-3000:]
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     second = [rank.wait() for rank in warm.start_ranks(2, "training/sft.py", *flags(data, out))]  # while it runs
@@ -240,7 +243,6 @@ def test_a_launcher_killed_with_9_takes_its_ranks_along_and_the_same_command_res
     assert all(map(alive, pids))
 
     first.kill()
-    first.wait()
     wait_for(lambda: not any(map(alive, pids)), "both ranks to end")
     shutil.rmtree(waiting)
     warm.run_ranks(2, "training/sft.py", *flags(data, out))
