@@ -8,8 +8,10 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from patching import GRIDS, ROUNDING, inputs
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import uniref_fast
+from uniref_fast.models.compiled_block import compiler_of
 from uniref_fast.models.kept_references import RefreshSchedule
 from uniref_fast.testing import max_relative_error
 
@@ -139,7 +141,7 @@ CHANGES = {
 
 def touch(model):
     with torch.no_grad():
-        model.transformer_blocks[1].attn.to_k.base_layer.bias.add_(0.1)
+        model.transformer_blocks[-1].attn.to_k.base_layer.bias.add_(0.1)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -189,14 +191,14 @@ def hook_on_a_block(model):
 
 
 def stock_processor(model):
-    model.transformer_blocks[1].attn.processor = model.transformer_blocks[1].attn.processor.stock
+    model.transformer_blocks[-1].attn.processor = model.transformer_blocks[-1].attn.processor.stock
 
 
 REFUSALS = {
     "forward hooks": hook_on_a_block,
     "hook 'fbc": lambda model: model.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
     "attention of a block ran the original": stock_processor,
-    "compiled code": lambda model: model.transformer_blocks[1].compile(backend="eager"),
+    "compiled code": lambda model: model.transformer_blocks[1].attn.compile(backend="eager"),
 }
 
 
@@ -285,3 +287,138 @@ def test_8_bits(make_transformer):
         outs.append([call(model, t) for t in (0.9, 0.8)][1])
         outs.append(report.references[0].kept_bytes)
     assert is_kept(outs[0]) and 0 < max_relative_error(outs[2], outs[0]) < 0.01 and outs[3] < 0.3 * outs[1]
+
+
+# ---- compiled blocks ----
+
+
+@pytest.fixture
+def backend():
+    """A backend of torch.compile that counts graphs; the compiler forgets everything before and after the test."""
+    torch._dynamo.reset()
+    yield CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+
+
+def compile_blocks(model, backend):
+    model.compile_repeated_blocks(backend=backend, fullgraph=True)
+    return model
+
+
+LAYOUTS = [
+    (5 + i, [(1, 4 + i % 3, 6 + i % 4), *((1, 3 + (i + j) % 4, 5) for j in range(i % 3 + 1))]) for i in range(4)
+]  # text tokens and grids, 1 to 3 references
+
+
+def edit(model, text, grids, steps=4):
+    """Return the rows of the target of each step, and the steps that computed the references."""
+    outs, target = [], grids[0][1] * grids[0][2]
+    for step in range(steps):
+        given = inputs(text=text, grids=grids) | {"timestep": torch.tensor([1 - step / 8])}
+        noise = inputs(text=text, grids=grids, seed=step + 5)["hidden_states"]
+        given["hidden_states"] = torch.cat([noise[:, :target], given["hidden_states"][:, target:]], dim=1)
+        with torch.no_grad():
+            outs.append(model(**given)[0])
+    return [out[:, :target] for out in outs], [i for i, out in enumerate(outs) if out.shape[1] > target]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("zero_cond_t", "keep", "patch_first"), [(True, 1, False), (True, 2, True), (False, "auto", False)]
+)
+def test_compiled_blocks_equal_uncompiled_ones(make_transformer, backend, zero_cond_t, keep, patch_first):
+    """Few graphs serve all steps of all layouts, and with n = 1 each step computes what it does without the option."""
+    models = [make_transformer(zero_cond_t, layers=2) for _ in range(2)]
+    expected_report = uniref_fast.patch(models[0], keep_references=keep if keep != 1 else False)
+    if not patch_first:
+        compile_blocks(models[1], backend)
+    block, compiled = models[1].transformer_blocks[0], models[1].transformer_blocks[0]._compiled_call_impl
+    report = uniref_fast.patch(models[1], keep_references=keep)
+    if patch_first:
+        compile_blocks(models[1], backend)
+    for layout in LAYOUTS:
+        (expected, computed), (outs, mine) = (edit(model, *layout) for model in models)
+        assert mine == computed and (len(mine) < 4 or keep == 1)
+        assert max(map(max_relative_error, outs, expected)) < ROUNDING
+        assert mine == list(report.references[0].refreshed) and len(report.references[0].drift) == len(mine) - 1
+        if keep != 1:
+            assert report.references[0].drift == pytest.approx(expected_report.references[0].drift, rel=1e-3)
+    assert backend.frame_count <= 2, "steps or layouts were compiled anew"
+    assert report.traces == 2 * backend.frame_count and not report.references_not_kept and not report.calls
+    compiler = compiler_of(block)
+    uniref_fast.unpatch(models[1])
+    assert patch_first or block._compiled_call_impl is compiled
+    assert compiler is compiler_of(block), "edit() compiles as the user did, patched or not"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_a_batch_with_masks_under_another_visibility(make_transformer, backend):
+    """The plan of the step is an argument of the graph, so that it may be any."""
+    mask = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    models = [make_transformer(True, layers=2) for _ in range(2)]
+    outs = []
+    for model in models:
+        uniref_fast.patch(model, visibility="reference_causal", keep_references=True, keep_dtype="int8")
+    compile_blocks(models[1], backend)
+    outs = [[call(model, t, batch=2, encoder_hidden_states_mask=mask) for t in (0.9, 0.8)] for model in models]
+    for ours, theirs in zip(outs[1], outs[0], strict=True):
+        assert max_relative_error(ours, theirs) < ROUNDING
+    assert is_kept(outs[1][1]) and backend.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiled_blocks_never_see_references_of_another_call(make_transformer, backend):
+    model, expected = compile_blocks(make_transformer(True, layers=1), backend), make_transformer(True, layers=1)
+    for each in (model, expected):
+        torch.manual_seed(0)
+        add_adapters(each)
+    uniref_fast.patch(model, keep_references=6)
+    uniref_fast.patch(expected)
+    for change in ("references", "prompt", "weights", "adapter", "dtype"):
+        given = {}
+        for step, t in enumerate((0.9, 0.8, 0.7)):
+            if step == 2:
+                given = CHANGES[change](model) or {}
+                CHANGES[change](expected)
+            out = call(model, t, **given)
+            assert is_kept(out) == (step == 1), f"step {step} of {change}"
+            if step != 1:
+                budget = 2e-2 if change == "dtype" and step == 2 else ROUNDING
+                assert max_relative_error(out, call(expected, t, **given)) < budget, change
+
+
+@pytest.mark.slow
+def test_compiled_blocks_that_the_compiler_leaves_uncompiled(make_transformer, backend):
+    """Beyond the limit of graphs PyTorch runs a block as it is, which then writes the same buffers."""
+    models = [make_transformer(True, layers=2) for _ in range(2)]
+    for model in models:
+        uniref_fast.patch(model, keep_references=2)
+    models[1].compile_repeated_blocks(backend=backend)
+    kept = []
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for batch in (1, 2):  # the second size needs another graph, which is beyond the limit
+            for t in (0.9, 0.8, 0.7, 0.6):
+                out, expected = (call(model, t, batch=batch) for model in reversed(models))
+                assert max_relative_error(out, expected) < ROUNDING
+                kept.append(is_kept(out))
+    assert kept == [False, True] * 4 and backend.frame_count == 1
+    assert "a compiled block that ran uncompiled" in str(models[1]._uniref_fast.state.report)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_traced_with_kept_references(make_transformer, backend):
+    for reason, cause in {
+        "set_attention_backend": lambda model: setattr(
+            model.transformer_blocks[-1].attn.processor, "_attention_backend", "_native_math"
+        ),
+        "attention of a block ran the original": stock_processor,
+        "torch.compile traces the whole transformer": lambda model: model.compile(backend=backend),
+    }.items():
+        model = make_transformer(True, layers=1)
+        report = uniref_fast.patch(model, keep_references=6)
+        if "whole" not in reason:
+            compile_blocks(model, backend)
+        cause(model)
+        assert not any(is_kept(call(model, t)) for t in (0.9, 0.8))
+        assert any(reason in each for each in report.references_not_kept), report
+        torch._dynamo.reset()

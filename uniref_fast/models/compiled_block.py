@@ -17,7 +17,7 @@ from uniref_fast import ops
 from uniref_fast.models.kept_references import TracedReferences
 from uniref_fast.ops.segment_attention import PreparedPlan, prepare_plan
 
-__all__ = ["TracedContext", "compiler_of", "mark_dynamic", "traced_context"]
+__all__ = ["CompiledCall", "TracedContext", "compiler_of", "mark_dynamic", "traced_context"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -117,6 +117,7 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
         impl=impl,
         fuse_residual=context.fuse_residual,
         for_training=context.for_training,
+        rounding=context.rounding,
         references=references,
     )
     if references is not None:  # the steps of one edit have different numbers of rows, but not in every tensor
@@ -125,10 +126,21 @@ def traced_context(context: Any, q: Tensor) -> TracedContext | str:
     return traced
 
 
-def mark_dynamic(*tensors: Tensor) -> None:
-    """Make the first size of tensors a symbol from the first compilation on."""
+def mark_dynamic(*tensors: Tensor, dim: int = 0) -> None:
+    """Make one size of tensors, the first by default, a symbol from the first compilation on."""
     for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+
+class CompiledCall:
+    """The compiled code of a module, as a place for code that runs before and after it and is not compiled.
+
+    Args:
+        compiled: The compiled code, as PyTorch keeps it with the module.
+    """
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        self.compiled = compiled
 
 
 def compiler_of(module: nn.Module) -> Callable[[Callable], Callable] | None:
@@ -138,6 +150,8 @@ def compiler_of(module: nn.Module) -> Callable[[Callable], Callable] | None:
     defaults of torch.compile.
     """
     compiled = module._compiled_call_impl
+    if isinstance(compiled, CompiledCall):
+        compiled = compiled.compiled
     if compiled is None:
         return None
     from torch._dynamo.eval_frame import _TorchDynamoContext

@@ -169,6 +169,7 @@ class _Installation:
         self.state = PatchState(report, visibility, strict, impl, parts)
         self.places: list[Place] = []
         self.hooks: list[Any] = []
+        self.keeper: ReferenceKeeper | None = None
         if visibility != "full":
             installed.refuse_processors(transformer, visibility)  # before anything is installed
             report.notes.append(
@@ -187,6 +188,7 @@ class _Installation:
             keeper = ReferenceKeeper(self.state, schedule, keep_dtype, pipe)
             self.hooks.append(transformer.register_forward_pre_hook(keeper.before, with_kwargs=True))
             self.hooks.append(transformer.register_forward_hook(keeper.after, always_call=True))
+            self.keeper = keeper
         for place in installed.install(transformer, self.state):
             if isinstance(place, str):
                 report.notes.append(place)
@@ -202,6 +204,8 @@ class _Installation:
             place.remove()
         for hook in self.hooks:
             hook.remove()
+        if self.keeper is not None:
+            self.keeper.remove(self.transformer)
         if self.state.parts is not None:
             restore(self.transformer)
 

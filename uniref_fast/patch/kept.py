@@ -9,6 +9,9 @@ A call continues a *prediction* only if everything that its kept keys and values
 on: reference latents, embeddings and mask of the prompt, image sizes, dtype, device, weights, adapters with their
 scales, and other arguments. Any other call is the first step of a new prediction. So a new edit, other references,
 another prompt or another adapter never sees kept keys and values of an earlier one. Guidance has two predictions.
+
+Compiled blocks get their tables, and buffers of keys and values, as tensors in an argument. `KeptBlockCall` adds it,
+and copies between the buffers and the stores before and after the compiled code of each block.
 """
 
 from __future__ import annotations
@@ -23,18 +26,29 @@ from torch import Tensor
 
 from uniref_fast.edit_report import ReferenceReport
 from uniref_fast.layout import SelfLayout
+from uniref_fast.models.compiled_block import CompiledCall, TracedContext, mark_dynamic, traced_context
 from uniref_fast.models.kept_references import KeepDtype, KeptReferences, ReferenceRows, RefreshSchedule
 from uniref_fast.models.step_constants import weights_state
 from uniref_fast.patch.guards import active_backend, active_mode, attention_change, has_hooks, is_plain
+from uniref_fast.patch.processors import PatchedAttention
 from uniref_fast.patch.stock import weight_hooks
 
-__all__ = ["KeptForward", "ReferenceKeeper"]
+__all__ = ["KeptBlockCall", "KeptForward", "ReferenceKeeper"]
 
 ARGUMENTS = (
     "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes", "guidance",
     "attention_kwargs", "controlnet_block_samples", "additional_t_cond", "return_dict",
 )  # fmt: skip
 """Arguments of the transformer's forward, in order."""
+
+BLOCK_ARGUMENTS = (
+    "hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "temb", "image_rotary_emb",
+    "joint_attention_kwargs", "modulate_index",
+)  # fmt: skip
+"""Arguments of the forward of a block, in order."""
+
+ORIGINAL_RAN = "attention of a block ran the original"
+"""Reason for which a call that has computed everything keeps nothing."""
 
 OTHER_INPUTS = ("controlnet_block_samples", "guidance", "additional_t_cond")
 """Arguments with which the references are computed in every step: they are not compared between calls."""
@@ -73,12 +87,16 @@ class KeptForward:
         zero_cond_t: True if the model modulates references with t = 0.
         rows: Rows of the call; None in a refresh step until a block knows the layout.
         context: `ForwardContext` of the call, once a block has built it.
+        traced: The same for compiled blocks, once a compiled block has been called.
+        original_ran: True if the attention of a compiled block ran the original, which fills no buffers.
     """
 
     prediction: _Prediction
     zero_cond_t: bool
     rows: ReferenceRows | None = None
     context: Any = field(default=None, repr=False)
+    traced: TracedContext | None = field(default=None, repr=False)
+    original_ran: bool = False
 
     @property
     def kept(self) -> bool:
@@ -90,6 +108,41 @@ class KeptForward:
         self.prediction.layout, self.prediction.rotary = layout, rotary
         self.rows = ReferenceRows(layout, self.prediction.stores)
         return self.rows
+
+
+class KeptBlockCall(CompiledCall):
+    """The compiled code of a block, which takes part in kept references.
+
+    Args:
+        compiled: The compiled code, as PyTorch keeps it with the block.
+        block: The block.
+        state: State of the patched transformer.
+    """
+
+    def __init__(self, compiled: Any, block: Any, state: Any) -> None:
+        super().__init__(compiled)
+        self.block, self.state = block, state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kept = None if torch.compiler.is_compiling() else self.state.calls.kept
+        if kept is None:
+            return self.compiled(*args, **kwargs)
+        attn, given = self.block.attn, {**dict(zip(BLOCK_ARGUMENTS, args, strict=False)), **kwargs}
+        image, text = given["hidden_states"], given["encoder_hidden_states"]
+        if kept.traced is None:
+            mask, rotary = given["encoder_hidden_states_mask"], given["image_rotary_emb"]
+            context = self.state.context(image, text.shape[1], mask, rotary)
+            traced = traced_context(context, image.new_empty(0, attn.heads, attn.inner_dim // attn.heads))
+            assert isinstance(traced, TracedContext), traced  # `_untraceable` has refused such calls
+            kept.traced = traced
+            mark_dynamic(*rotary)
+        index = given.get("modulate_index")
+        mark_dynamic(image, text, *([] if index is None else [index]), dim=1)
+        given["joint_attention_kwargs"] = {**(given["joint_attention_kwargs"] or {}), "traced_context": kept.traced}
+        kept.rows.before_block(attn)
+        outs = self.compiled(**given)
+        kept.rows.after_block(attn)
+        return outs
 
 
 class ReferenceKeeper:
@@ -105,6 +158,7 @@ class ReferenceKeeper:
     def __init__(self, state: Any, schedule: RefreshSchedule, dtype: KeepDtype | None, pipe: Any) -> None:
         self.state, self.schedule, self.dtype = state, schedule, dtype
         self.pipe = None if pipe is None else weakref.ref(pipe)
+        torch.compiler.assume_constant_result(ReferenceKeeper.record_whole)  # it must not be traced
 
     def __reduce__(self) -> tuple:
         return ReferenceKeeper, (self.state, self.schedule, self.dtype, None)
@@ -112,6 +166,7 @@ class ReferenceKeeper:
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Return the arguments of a kept step; None leaves them as they are (a forward pre-hook)."""
         if torch.compiler.is_compiling():
+            self.record_whole()
             return None
         calls = self.state.calls
         calls.kept = None
@@ -124,6 +179,7 @@ class ReferenceKeeper:
             return None
         prediction = self._prediction(module, given)
         calls.kept = KeptForward(prediction, bool(module.config.zero_cond_t))
+        self._wrap_compiled(module)
         if any(store.due for store in prediction.stores):
             for store in prediction.stores:  # the samples of a batch have streams of one length
                 store.refresh_now()
@@ -148,8 +204,9 @@ class ReferenceKeeper:
             calls.predictions.remove(prediction)
             return
         attentions = [getattr(block, "attn", None) for block in module.transformer_blocks]
-        if forward.rows is None or not all(store.has(attentions) for store in prediction.stores):
-            self.state.report.references_not_kept["attention of a block ran the original"] += 1
+        stored = all(store.has(attentions) for store in prediction.stores)
+        if forward.rows is None or forward.original_ran or not stored:
+            self.state.report.references_not_kept[ORIGINAL_RAN] += 1
             calls.predictions.remove(prediction)
             return
         forward.rows.finish()
@@ -163,6 +220,37 @@ class ReferenceKeeper:
         if self._is_last_step():
             for each in prediction.stores:
                 each.clear()
+
+    def record_whole(self) -> None:
+        """Count a trace of the whole transformer by torch.compile, whose hooks cannot change sizes between steps."""
+        self.state.report.references_not_kept[
+            "torch.compile traces the whole transformer; compile its blocks instead (compile_repeated_blocks)"
+        ] += 1
+
+    def _wrap_compiled(self, module: Any) -> None:
+        """Put a `KeptBlockCall` around the compiled code of every block; blocks may have been compiled since."""
+        for block in module.transformer_blocks:
+            compiled = block._compiled_call_impl
+            if compiled is not None and not isinstance(compiled, CompiledCall):
+                block._compiled_call_impl = KeptBlockCall(compiled, block, self.state)
+
+    def remove(self, module: Any) -> None:
+        """Take the `KeptBlockCall` of every block away."""
+        for block in module.transformer_blocks:
+            if isinstance(block._compiled_call_impl, CompiledCall):
+                block._compiled_call_impl = block._compiled_call_impl.compiled
+
+    def _untraceable(self, module: Any, image: Tensor) -> str | None:
+        """Return the reason why compiled blocks cannot keep the references, or None."""
+        for block in module.transformer_blocks:
+            if block._compiled_call_impl is None:
+                continue
+            processor = getattr(block.attn, "processor", None)
+            if type(processor) is not PatchedAttention:
+                return ORIGINAL_RAN
+            if reason := processor.kept_refusal(image):
+                return f"compiled blocks: {reason}"
+        return None
 
     def _refusal(self, module: Any, given: dict[str, Any]) -> str | None:
         """Return the reason why this call must compute the references and keep nothing, or None."""
@@ -185,7 +273,7 @@ class ReferenceKeeper:
             return reason
         if backend := active_backend():
             return f"attention backend {backend!r} is active in this process"
-        return None
+        return self._untraceable(module, image)
 
     def _prediction(self, module: Any, given: dict[str, Any]) -> _Prediction:
         """Return the prediction that a call continues, or a new one."""
@@ -242,7 +330,10 @@ def _equal(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> Tensor:
 
 
 def _hooked(transformer: Any) -> Iterator[tuple[str, str]]:
-    """Yield (name, what it has) of places with hooks or compiled code that must see every row of every step."""
+    """Yield (name, what it has) of places with hooks or compiled code that must see every row of every step.
+
+    A compiled block sees them in its buffers. A compiled attention has no buffers.
+    """
     places = {"the transformer": transformer}
     for name, block in transformer.transformer_blocks.named_children():
         places |= {f"transformer_blocks.{name}": block, f"transformer_blocks.{name}.attn": block.attn}
@@ -253,5 +344,5 @@ def _hooked(transformer: Any) -> Iterator[tuple[str, str]]:
                 yield name, f"the hook {hook!r} of diffusers"
         if place is not transformer and has_hooks(place):
             yield name, "forward hooks"
-        if getattr(place, "_compiled_call_impl", None) is not None:
+        if name.endswith(".attn") and getattr(place, "_compiled_call_impl", None) is not None:
             yield name, "compiled code"

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from uniref_fast import ops
+from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.eight_bit import attend, feed_forward
 from uniref_fast.models.qwen_image import Modulation, joint_qkv, stream_rows
 from uniref_fast.models.tanh_gelu import runs_native_gelu
+from uniref_fast.ops.segment_attention import PreparedPlan
 from uniref_fast.patch.guards import (
     active_backend,
     active_mode,
@@ -35,9 +37,8 @@ from uniref_fast.patch.guards import (
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.patch.report import EIGHT_BIT_TOLERANCE, SELF_CHECK_TOLERANCE, Site
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.traced import traced_attention
+from uniref_fast.patch.traced import traced_attention, traced_attention_with_references
 from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded_errors
-from uniref_fast.visibility import AttentionPlan
 
 __all__ = [
     "PatchedAttention",
@@ -170,6 +171,7 @@ class PatchedAttention:
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        traced_context: TracedContext | None = None,
     ) -> tuple[Tensor, Tensor]:
         arguments = (
             hidden_states,
@@ -179,6 +181,15 @@ class PatchedAttention:
             image_rotary_emb,
         )
         if torch.compiler.is_compiling():
+            if traced_context is not None and encoder_hidden_states is not None:
+                if reason := self._untraceable(attn, *arguments[:2], None, *arguments[3:]):
+                    raise RuntimeError(self._in_kept_step(reason))
+                self.record_trace(None)
+                by_pytorch = encoder_hidden_states_mask is None and self.state.visibility == "full"
+                by_pytorch = by_pytorch and self.state.impl is None
+                return traced_attention_with_references(
+                    attn, hidden_states, encoder_hidden_states, traced_context, by_pytorch
+                )
             if self.state.visibility != "full":
                 raise RuntimeError(self._impossible("inside torch.compile"))
             reason = self._untraceable(attn, *arguments)
@@ -188,7 +199,17 @@ class PatchedAttention:
             impl = self.state.impl or ops.choose(None, hidden_states, attn.inner_dim // attn.heads)
             forced = self.state.impl is not None
             return traced_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, impl, forced)
-        return outside_compiler()(self._run, attn, *arguments)
+        return outside_compiler()(self._run, attn, *arguments, traced_context)
+
+    def kept_refusal(self, like: Tensor) -> str | None:
+        """Return the reason why compiled code cannot keep references here, or None.
+
+        Args:
+            like: Tensor with the dtype and device of the streams.
+        """
+        head_dim = self.attn.inner_dim // self.attn.heads
+        reason = _untraceable(self.state) or refusal(self.state, self.site, head_dim, like, attention=True)
+        return reason or self.settings_refusal() or self._code_refusal(like.dtype, like.device)
 
     def _untraceable(self, attn: Any, *arguments: Any) -> str | None:
         """Return the reason why torch.compile traces the original for a call, or None."""
@@ -206,7 +227,10 @@ class PatchedAttention:
         mask: Tensor | None,
         attention_mask: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
+        traced: TracedContext | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Run an uncompiled call; `traced` is given where the compiler has left a compiled block uncompiled."""
+
         def original(instead: Any = attn) -> tuple[Tensor, Tensor]:
             return self._pass_on()(instead, image, text, mask, attention_mask, rotary)
 
@@ -215,7 +239,7 @@ class PatchedAttention:
         assert text is not None and rotary is not None  # else refused
         comparable = self.state.visibility == "full" and not self.state.in_kept_step and checkable(self.site, image)
         calls = Calls(attn, self.state, inputs=comparable)
-        fused = self._fused(calls, image, text, mask, rotary)
+        fused = self._fused(calls, image, text, traced or self.state.context(image, text.shape[1], mask, rotary))
         if isinstance(fused, str):
             return self._refuse(fused, lambda: original(StandIn(calls)))
         *streams, choice = fused
@@ -228,7 +252,7 @@ class PatchedAttention:
         return self.state.accept(self.site, tuple(streams), image, original, check if comparable else None, choice)
 
     def _fused(
-        self, calls: Calls, image: Tensor, text: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]
+        self, calls: Calls, image: Tensor, text: Tensor, context: Any
     ) -> tuple[Tensor, Tensor, tuple[str, str]] | str:
         """Return (image, text, (implementation, reason of the choice)), or the reason why this is not possible."""
         attn: Any = calls.module
@@ -246,7 +270,6 @@ class PatchedAttention:
         if qkv[0].shape[-1] % head_dim:
             return f"to_q returned {qkv[0].shape[-1]} channels, heads have {head_dim}"
         calls.release()
-        context = self.state.context(image, text.shape[1], mask, rotary)
         heads = [joint_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
         del qkv, out
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
@@ -262,15 +285,17 @@ class PatchedAttention:
             image_out = calls("to_out.1", image_out)  # dropout
         return image_out, calls("to_add_out", text_out), choice
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, tuple[str, str]]:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> tuple[Tensor, tuple[str, str]]:
         """Return the attention of all queries, and the implementation with the reason of its choice.
 
         Args:
             q, k, v: Queries, keys and values, `[N, H, D]` each.
-            plan: Plan of the queries and keys.
+            plan: Plan of the queries and keys, an `AttentionPlan` or a `PreparedPlan`.
         """
         # Chosen once, here, so that the report counts the implementation that the operator uses.
-        if self.eight_bit:
+        if isinstance(plan, PreparedPlan):
+            choice = plan.impl, "a compiled block that ran uncompiled"
+        elif self.eight_bit:
             choice = self.state.impl or "triton", "8 bits"
         else:
             needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -287,11 +312,16 @@ class PatchedAttention:
         if self.state.visibility != "full":
             raise RuntimeError(self._impossible(reason))
         if self.state.in_kept_step:
-            raise RuntimeError(
-                f"{self.site.name} must run the original ({reason}), which needs the references, and this step has "
-                "kept them; call unpatch, or patch with keep_references=False"
-            )
+            raise RuntimeError(self._in_kept_step(reason))
+        if self.state.calls.kept is not None:
+            self.state.calls.kept.original_ran = True
         return self.state.refuse(self.site, reason, original)
+
+    def _in_kept_step(self, reason: str) -> str:
+        return (
+            f"{self.site.name} must run the original ({reason}), which needs the references, and this step has "
+            "kept them; call unpatch, or patch with keep_references=False"
+        )
 
     def _impossible(self, reason: str) -> str:
         return (

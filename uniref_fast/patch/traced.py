@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.models.qwen_image import project_image, qk_norm_eps, qk_norm_weights
+from uniref_fast.models.eight_bit import attend
+from uniref_fast.models.qwen_image import joint_qkv, project_image, qk_norm_eps, qk_norm_weights, stream_rows
 from uniref_fast.ops.segment_attention import launch_numbers
 
-__all__ = ["traced_attention"]
+__all__ = ["traced_attention", "traced_attention_with_references"]
 
 Tables = list[Tensor]
 
@@ -56,6 +57,37 @@ def traced_attention(
         out = _within_samples(q, k, v, batch, impl)
     out = out.view(batch, length, -1)
     return project_image(attn, out[:, text_length:].contiguous()), attn.to_add_out(out[:, :text_length].contiguous())
+
+
+def traced_attention_with_references(
+    attn: Any, image: Tensor, text: Tensor, context: Any, by_pytorch: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the attention of both streams in a step with kept references, output projections included.
+
+    Args:
+        attn: The diffusers `Attention`.
+        image: Image stream, `[B, N_image, C]`, without the references that are kept.
+        text: Text stream, `[B, N_text, C]`.
+        context: `TracedContext` of the step, with buffers of keys and values.
+        by_pytorch: A GPU may run PyTorch's fused attention, because each query sees all keys of its sample.
+    """
+    head_dim = attn.inner_dim // attn.heads
+
+    def heads(linear: Any, x: Tensor) -> Tensor:
+        return linear(x).flatten(0, 1).unflatten(-1, (-1, head_dim))  # [B * n, H, D]
+
+    image_qkv = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
+    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
+    q, k, v = joint_qkv(attn, image_qkv, text_qkv, context)
+    if context.impl == "triton" and by_pytorch:
+        out = _fused_by_pytorch(q, k, v, image.shape[0])
+    else:
+        out = attend(q, k, v, context.plan, context.impl, context.for_training, "")
+    image_out, text_out = (
+        stream_rows(out, context, name).flatten(1).view(stream.shape[0], stream.shape[1], -1)
+        for name, stream in (("image", image), ("text", text))
+    )
+    return project_image(attn, image_out), attn.to_add_out(text_out)
 
 
 def _fused_by_pytorch(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
