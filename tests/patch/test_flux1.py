@@ -1,5 +1,7 @@
 """patch of FLUX.1, LongCat-Image and FIBO against diffusers: models and features of diffusers."""
 
+import pickle
+
 import flux1
 import pytest
 import torch
@@ -219,6 +221,58 @@ def test_ip_adapters_run_the_original(patch_first):
     assert {*report.fallbacks} == {"attention did not return two streams"} and report.calls.total() == 6
     with pytest.raises(ValueError, match=r"transformer_blocks\.0\.attn has its own processor FluxIPAdapter"):
         uniref_fast.edit(flux1.pipeline(model), [{"prompt": "x"}])
+
+
+def ip_adapter(model):
+    """Return the weights of an IP-Adapter with 4 image tokens, as `load_ip_adapter` reads them from a file."""
+    width, generator = model.inner_dim, torch.Generator().manual_seed(5)
+    text, pooled = model.config.joint_attention_dim, model.config.pooled_projection_dim
+    shapes = {}
+    for index in range(len(model.transformer_blocks)):
+        shapes |= {f"{index}.to_{name}_ip.weight": (width, text) for name in "kv"}
+        shapes |= {f"{index}.to_{name}_ip.bias": (width,) for name in "kv"}
+    image = {"proj.weight": (4 * text, pooled), "proj.bias": (4 * text,), "norm.weight": (text,), "norm.bias": (text,)}
+    return {
+        part: {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in named.items()}
+        for part, named in {"ip_adapter": shapes, "image_proj": image}.items()
+    }
+
+
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_an_ip_adapter_is_loaded_and_unloaded(patch_first):
+    """The loader of diffusers constructs a processor of the class of the one that each block has."""
+    stock, model = flux1.pipeline(flux1.transformer()), flux1.pipeline(flux1.transformer())
+    results = []
+    for pipe in (stock, model):
+        transformer = pipe.transformer
+        if pipe is model and patch_first:
+            uniref_fast.patch(pipe)
+        transformer._load_ip_adapter_weights([ip_adapter(transformer)])
+        if pipe is model and not patch_first:
+            uniref_fast.patch(pipe)
+        embeds = [
+            torch.randn(1, 1, transformer.config.pooled_projection_dim, generator=torch.Generator().manual_seed(6))
+        ]
+        with torch.no_grad():
+            results.append(
+                transformer(**inputs(transformer), joint_attention_kwargs={"ip_adapter_image_embeds": embeds})
+            )
+        pipe.unload_ip_adapter()
+        results.append((run(transformer),))
+    for at in range(2):
+        assert max_relative_error(results[2 + at][0], results[at][0]) < ROUNDING
+    assert max_relative_error(results[1][0], results[0][0]) > ROUNDING
+    assert uniref_fast.unpatch(model) and torch.equal(run(model.transformer), results[1][0])
+
+
+def test_a_pickled_model_stays_patched():
+    model = flux1.transformer()
+    uniref_fast.patch(model)
+    copy = pickle.loads(pickle.dumps(model))
+    processor = copy.transformer_blocks[0].attn.processor
+    assert type(processor) is type(model.transformer_blocks[0].attn.processor)
+    assert processor.__class__ is type(processor.stock) and processor.attn is copy.transformer_blocks[0].attn
+    assert torch.equal(run(copy), run(model))
 
 
 def test_changed_code_runs():

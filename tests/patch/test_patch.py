@@ -654,12 +654,12 @@ def test_deepcopy_of_a_patched_model_is_independent(make_transformer, keep):
     assert own is not report and len(own.references) == bool(keep)
 
 
-def test_attention_processor_is_registered(make_transformer):
+def test_layer_skipping_finds_the_attention_processor(make_transformer):
     from diffusers.hooks._helpers import AttentionProcessorRegistry
 
     model = make_transformer()
     uniref_fast.patch(model)
-    assert AttentionProcessorRegistry.get(type(model.transformer_blocks[0].attn.processor))
+    assert AttentionProcessorRegistry.get(model.transformer_blocks[0].attn.processor.__class__)
 
 
 def test_threads_do_not_share_a_call(make_transformer):

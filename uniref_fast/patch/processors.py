@@ -127,7 +127,8 @@ class PatchedAttention:
     """Joint attention of diffusers' `QwenDoubleStreamAttnProcessor2_0` on fused operators.
 
     It has the two attributes that `set_attention_backend` and `enable_parallelism` write, and the keyword signature of
-    that processor, by which diffusers filters arguments.
+    that processor, by which diffusers filters arguments. `__class__` is the class of that processor: IP-Adapters of
+    FLUX.1 construct a new processor of that class for every block, and layer skipping looks it up.
 
     Args:
         attn: Attention module; the constructor replaces its processor.
@@ -143,6 +144,15 @@ class PatchedAttention:
         self.eight_bit = name if state.parts is not None and name in state.parts.attention else ""
         site.tolerance = EIGHT_BIT_TOLERANCE if self.eight_bit else None
         attn.processor = self
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Class of the original processor; `type` returns the one of this object."""
+        return type(self.stock)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how pickle constructs a copy: the way it takes by default needs `type` and `__class__` to be equal."""
+        return object.__new__, (type(self),), vars(self)
 
     def locate(self) -> None:
         """Do nothing: a processor that the user has set since can stay."""
@@ -381,16 +391,7 @@ class PatchedAttention:
 
 
 def register_processor() -> None:
-    """Register the patched processor with diffusers and torch.compile.
-
-    Guiders and layer skipping of diffusers look processors up by their exact class. torch.compile must not trace the
-    methods that count traces.
-    """
-    from diffusers.hooks._helpers import AttentionProcessorRegistry
-    from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
-
-    stock = AttentionProcessorRegistry.get(QwenDoubleStreamAttnProcessor2_0)
-    AttentionProcessorRegistry.register(PatchedAttention, stock)
+    """Register the methods that count traces with torch.compile, which must not trace them."""
     for place in (PatchedAttention, PatchedBlock):
         torch.compiler.assume_constant_result(place.record_trace)
         torch.compiler.assume_constant_result(place.traced_refusal)
