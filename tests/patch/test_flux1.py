@@ -246,10 +246,11 @@ def test_an_ip_adapter_is_loaded_and_unloaded(patch_first):
     for pipe in (stock, model):
         transformer = pipe.transformer
         if pipe is model and patch_first:
-            uniref_fast.patch(pipe)
+            report = uniref_fast.patch(pipe)
+            assert not report.replaced and "replaced" not in str(report)
         transformer._load_ip_adapter_weights([ip_adapter(transformer)])
         if pipe is model and not patch_first:
-            uniref_fast.patch(pipe)
+            report = uniref_fast.patch(pipe)
         embeds = [
             torch.randn(1, 1, transformer.config.pooled_projection_dim, generator=torch.Generator().manual_seed(6))
         ]
@@ -262,7 +263,13 @@ def test_an_ip_adapter_is_loaded_and_unloaded(patch_first):
     for at in range(2):
         assert max_relative_error(results[2 + at][0], results[at][0]) < ROUNDING
     assert max_relative_error(results[1][0], results[0][0]) > ROUNDING
-    assert uniref_fast.unpatch(model) and torch.equal(run(model.transformer), results[1][0])
+    names = "transformer_blocks", "single_transformer_blocks"
+    names = [f"{group}.{index}.attn" for group in names for index in range(len(model.transformer.get_submodule(group)))]
+    assert [each.split()[0] for each in report.replaced] == (names if patch_first else names[2:])
+    assert "attn has a FluxAttnProcessor set after patch" in str(report)
+    assert uniref_fast.unpatch(model) and not report.replaced
+    assert torch.equal(run(model.transformer), results[1][0])
+    assert not uniref_fast.patch(model).replaced
 
 
 def test_a_pickled_model_stays_patched():

@@ -143,6 +143,7 @@ class PatchedAttention:
         name = f"{site.name}.processor"
         self.eight_bit = name if state.parts is not None and name in state.parts.attention else ""
         site.tolerance = EIGHT_BIT_TOLERANCE if self.eight_bit else None
+        site.replacement = self._replacement
         attn.processor = self
 
     @property  # type: ignore[misc]
@@ -157,8 +158,16 @@ class PatchedAttention:
     def locate(self) -> None:
         """Do nothing: a processor that the user has set since can stay."""
 
+    def _replacement(self) -> str | None:
+        """Describe the processor that was set after this one, or return None."""
+        processor = self.attn.processor
+        return (
+            None if processor is self else f"has a {type(processor).__name__} set after patch; unpatch and patch again"
+        )
+
     def remove(self) -> None:
         """Put the original processor back, unless the user has set another one since."""
+        self.site.replacement = None
         if self.attn.processor is self:
             self._pass_on()
             self.attn.processor = self.stock

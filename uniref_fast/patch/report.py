@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,8 @@ class Site:
         max_rel_error: `max|patched - original| / max|original|` of the first accelerated call; None before it.
         disabled: Reason why the site runs the original from now on, or None.
         tolerance: Largest accepted error of the first call; None for `SELF_CHECK_TOLERANCE`.
+        replacement: Function that returns a description of what replaced the place after `patch`, or None. It is None
+            for blocks, for which `unpatch` raises an error instead.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Site:
     max_rel_error: float | None = None
     disabled: str | None = None
     tolerance: float | None = None
+    replacement: Callable[[], str | None] | None = field(default=None, repr=False, compare=False)
 
     def record_trace(self, reason: str | None) -> None:
         """Count a trace: of the original for a reason, or of the fused operators."""
@@ -113,6 +117,12 @@ class PatchReport:
         return sum((s.traced_originals for s in self.sites), Counter())
 
     @property
+    def replaced(self) -> list[str]:
+        """Places that other code replaced after `patch`, and what runs there instead."""
+        found = ((site.name, site.replacement()) for site in self.sites if site.replacement is not None)
+        return [f"{name} {description}" for name, description in found if description is not None]
+
+    @property
     def reasons(self) -> Counter[str]:
         """Accelerated attention calls, by implementation and why it was chosen."""
         return sum((s.reasons for s in self.sites), Counter())
@@ -148,5 +158,6 @@ class PatchReport:
             linears, attentions = self.eight_bit
             measured = f"; {describe_errors(self.errors)}" if self.errors else "; errors are measured in the first call"
             lines.append(f"  8 bits          {linears} Linears, attention of {attentions} blocks{measured}")
+        lines += [f"  replaced        {description}" for description in self.replaced]
         lines += [f"  note            {note}" for note in self.notes]
         return "\n".join(lines)
