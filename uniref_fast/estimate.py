@@ -20,6 +20,7 @@ from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
 from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.image_sizes import ImageOfSize
 from uniref_fast.models.kept_references import (
     KeepDtype,
     RefreshSchedule,
@@ -31,7 +32,7 @@ from uniref_fast.models.packed import PackedModel
 from uniref_fast.packing import next_fit
 from uniref_fast.patch.install import patched_parts
 from uniref_fast.quantised import compute_dtype
-from uniref_fast.request import EditRequest, ImageOfSize, as_list, request_geometry, validated
+from uniref_fast.request import EditRequest, as_list, request_geometry, validated
 from uniref_fast.skeleton import skeleton
 from uniref_fast.speeds import MeasuredTime, edit_time, model_key
 from uniref_fast.tuning import named_device

@@ -21,7 +21,6 @@ __all__ = [
     "EditRequest",
     "EncodedRequest",
     "Geometry",
-    "ImageOfSize",
     "as_list",
     "check_size",
     "check_steps",
@@ -379,22 +378,6 @@ def check_size(size: tuple[int, int], where: str) -> None:
             f"{where} of {size[0]} x {size[1]} pixels is too elongated: the text encoder takes aspect ratios up to "
             f"{MAX_ASPECT_RATIO}"
         )
-
-
-class ImageOfSize(Image.Image):
-    """An image without pixels, for checks and computations that need a size alone.
-
-    Args:
-        size: Width and height in pixels.
-    """
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self._given = size
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self._given
 
 
 def image_areas(pipe: Any) -> tuple[int, int, int]:

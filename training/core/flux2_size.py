@@ -105,9 +105,10 @@ class Flux2Size(ModelSize):
     def reference_sizes(self, references: Sequence[tuple[int, int]], budget: int | None) -> Sequence[tuple[int, int]]:
         if budget is not None:
             return fit_to_budget(references, budget)
-        from uniref_fast.models.flux2_family import reference_size
+        from uniref_fast.models.flux2_family import AREA
+        from uniref_fast.models.image_sizes import at_most
 
-        return [reference_size(size, self.token_side) for size in references]
+        return [at_most(size, AREA, self.token_side) for size in references]
 
 
 def _numbers(linears: Mapping[str, tuple[int, int]]) -> int:

@@ -14,33 +14,37 @@ import functools
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.models.family_checks import given_embeddings
 from uniref_fast.models.packed import PackedModel
-from uniref_fast.schedule import resolution_shift
+from uniref_fast.models.replaced import Replaced
+from uniref_fast.schedule import denoising_schedule, resolution_shift
 from uniref_fast.visibility import Rule
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from uniref_fast.request import EditRequest, Geometry
 
 __all__ = [
     "CAPABILITIES",
+    "EDIT_ONLY",
     "NOT_TRAINED",
+    "UNMARKED_REFERENCES",
     "Family",
-    "Replaced",
+    "SizedImages",
+    "Sizes",
     "Text",
     "families",
     "family_of",
     "family_of_class",
     "find_transformer",
+    "prepared_references",
 ]
 
 _INSTANCES = {
@@ -75,31 +79,20 @@ CAPABILITIES = {
 NOT_TRAINED = "training has no description of its sizes (`ModelSize`), and was not tested with it"
 """Reason of a family that was not prepared for training."""
 
+EDIT_ONLY = {"fast": "its blocks were not measured in 8 bits", "sft": NOT_TRAINED, "msgrpo": NOT_TRAINED}
+"""Part of `Family.missing` of a family that edits in 16 bits or more only."""
+
+UNMARKED_REFERENCES = "calls of its transformer do not say which tokens are those of a reference"
+"""Reason of a family whose kept references `patch` cannot find."""
+
+Sizes = Sequence[tuple[int, int]]
+"""Width and height in pixels of images."""
+
+SizedImages = Sequence[tuple[Image.Image, tuple[int, int]]]
+"""References of a request, each with its size for the VAE."""
+
 Text = int | tuple[tuple[int, bool], ...]
 """Text of a sequence: its length without padding, or (length, valid) runs, as `Sample.text`."""
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A module whose `forward` a packed forward does not call.
-
-    Attributes:
-        path: Name in the transformer; `*` stands for every block, the empty path for the transformer itself.
-        kind: Class that the module must have exactly, as "package.module:Class".
-        methods: Methods of that class whose work the packed forward does.
-        calls: Submodules that the packed forward calls instead, with rows `[N, C]` of all samples of a pack.
-        reads: Attributes that the packed forward reads.
-        onloaded: True if the packed forward runs the hooks of the module that move its weights.
-        optional: True if a model may lack the module.
-    """
-
-    path: str
-    kind: str
-    methods: tuple[str, ...] = ("forward",)
-    calls: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    onloaded: bool = False
-    optional: bool = False
 
 
 class Family:
@@ -247,7 +240,7 @@ class Family:
 
     def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
         """Return the layout of a pack for a transformer with a configuration."""
-        raise NotImplementedError
+        return SelfLayout.pack(samples, self.packed.scheme, clean_references=False)
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
         """Raise ValueError if the packed model does not support the configuration of a transformer.
@@ -280,7 +273,7 @@ class Family:
     def check_parts(self, pipe: Any, given: str) -> None:
         """Raise ValueError if the parts of a loaded pipeline do not belong together; `given` names the pipeline."""
 
-    def image_refusal(self, pipe: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
+    def image_refusal(self, pipe: Any, sizes: Sizes) -> str | None:
         """Return the reason why a pipeline refuses references of (width, height) in pixels; None if it takes them.
 
         `check_request` of a family whose pipeline refuses any checks them too.
@@ -308,17 +301,17 @@ class Family:
         """Return the side of a token in pixels."""
         return 2 * pipe.vae_scale_factor
 
+    def token_grid(self, pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of tokens of an image of (width, height) pixels."""
+        side = self.token_side(pipe)
+        return size[1] // side, size[0] // side
+
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         """Return three areas in pixels: of a reference for the text encoder, of one for the VAE, and of the result."""
         raise NotImplementedError
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
         """Compute the sizes of a request; the arguments are those of `uniref_fast.request.geometry`."""
         raise NotImplementedError
@@ -332,21 +325,49 @@ class Family:
             steps: Number of denoising steps.
             device: Device of the timesteps.
         """
-        raise NotImplementedError
+        return denoising_schedule(pipe.scheduler, tokens, steps, device)
 
     def encode_prompt(
         self,
         pipe: Any,
         prompt: str | None,
         images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
+        sizes: Sizes,
         embeds: Tensor | None = None,
         mask: Tensor | None = None,
         device: Any = None,
         cast: bool = True,
     ) -> tuple[Tensor, Text]:
-        """Encode a prompt, or pass given embeddings through the pipeline (`uniref_fast.encode.encoded_prompt`)."""
+        """Encode a prompt, or take given embeddings instead (`uniref_fast.encode.encoded_prompt`)."""
+        device = device or pipe._execution_device
+        if embeds is None:
+            return self.encoded(pipe, prompt or "", images, sizes, device)
+        given, mask = given_embeddings(pipe, embeds, mask, device, cast)
+        return self.valid_rows(given[0], mask)
+
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
+    ) -> tuple[Tensor, Text]:
+        """Return `encode_prompt` of a text; a family defines it.
+
+        Args:
+            pipe: The pipeline, whose text encoder runs.
+            prompt: The text.
+            images: References that the text encoder sees, converted by `convert_image`.
+            sizes: Width and height in pixels at which it sees each of them.
+            device: Device of the pipeline.
+        """
         raise NotImplementedError
+
+    def valid_rows(self, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Text]:
+        """Return embeddings without the padding at their end, `[n, C]`, and their text.
+
+        Args:
+            embeds: Embeddings, `[L, C]`.
+            mask: Valid rows, `[L]` or `[1, L]`; None for all.
+        """
+        text = self.given_text(len(embeds), mask)
+        return embeds[: text if isinstance(text, int) else sum(length for length, _ in text)], text
 
     def encode_prompts(
         self, pipe: Any, request: EditRequest, sizes: Geometry, images: Sequence[Image.Image], cast: bool = True
@@ -402,7 +423,33 @@ class Family:
             dtype: Dtype of the noise.
             generator: Generator of the noise, or None.
             own: True if `prepare_latents` of the pipeline is diffusers' own method; another one must be called as the
-                pipeline calls it.
+                pipeline calls it, with the references if it takes them.
+        """
+        pairs = self.sized_references(images, sizes)
+        latents, references = self.prepared_latents(pipe, request, sizes, [] if own else pairs, dtype, generator)
+        if references is None:
+            # diffusers' own method would give the VAE the references in the transformer's dtype, or once for each image
+            parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
+            references = torch.cat([latents[0, :0], *parts])
+        return latents, references
+
+    def sized_references(self, images: Sequence[Image.Image], sizes: Geometry) -> SizedImages:
+        """Return the references of a request as `encode_image` takes them, each with its size for the VAE."""
+        return list(zip(images, sizes.reference_sizes, strict=True))
+
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the starting noise `[num_images, n, C]`, and the latents of references `[m, C]`; a family defines it.
+
+        Args:
+            pipe: The pipeline, whose `prepare_latents` draws the noise.
+            request: A checked request.
+            sizes: Sizes of the request.
+            images: References that `prepare_latents` has to encode, each with its size; the second result is None
+                without any, and if the method takes none.
+            dtype: Dtype of the noise.
+            generator: Generator of the noise, or None.
         """
         raise NotImplementedError
 
@@ -420,6 +467,16 @@ class Family:
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
         """Decode latents `[1, n, C]` to an image (`uniref_fast.encode.decode_image`)."""
+        latents = self.vae_latents(pipe, latents, size).to(pipe.vae.dtype)
+        image = pipe.vae.decode(latents, return_dict=False)[0]
+        image = image[:, :, 0] if image.ndim == 5 else image  # of a video with one frame
+        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return latents `[1, n, C]` of an image of (width, height) pixels in the scale and shape of its VAE.
+
+        The shape is `[1, C, H, W]`, or `[1, C, 1, H, W]` for a VAE of videos. A family defines it.
+        """
         raise NotImplementedError
 
     # ---- training ----
@@ -438,7 +495,7 @@ class Family:
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> Text:
         """Return the text of `encode_prompt` without running the encoder."""
         raise NotImplementedError
 
@@ -453,18 +510,37 @@ class Family:
         raise NotImplementedError
 
     def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        """Return the shape of the VAE's input for one image; a family whose VAE is not one of images defines it.
+        """Return the shape of the VAE's input for one image.
 
         Args:
-            vae: The VAE.
+            vae: The VAE, of images or of videos.
             size: Width and height of the image in pixels.
             direction: "encode" or "decode".
         """
-        width, height = size
+        (width, height), config = size, vae.config
+        if "z_dim" in config:  # of videos, whose encoder may take patches of pixels as channels
+            channels = config.get("in_channels", 3) // (config.get("patch_size") or 1) ** 2
+            if direction == "encode":
+                return 1, channels, 1, height, width
+            factor = vae.spatial_compression_ratio
+            return 1, config.z_dim, 1, height // factor, width // factor
         if direction == "encode":
-            return 1, vae.config.in_channels, height, width
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        return 1, vae.config.latent_channels, height // factor, width // factor
+            return 1, config.in_channels, height, width
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        return 1, config.latent_channels, height // factor, width // factor
+
+
+def prepared_references(latents: Tensor, packed: Tensor | None, references: Sequence[Any]) -> Tensor | None:
+    """Return the latents of references that `prepare_latents` of a pipeline has encoded, as `prepared_latents` does.
+
+    Args:
+        latents: Starting noise, `[num_images, n, C]`.
+        packed: Latents of the references `[num_images, m, C]`, or None.
+        references: References that the method was given.
+    """
+    if not references:
+        return None
+    return latents[0, :0] if packed is None else packed[0].to(latents.dtype)
 
 
 @functools.cache

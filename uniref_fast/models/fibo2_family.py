@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -20,15 +19,16 @@ from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models import fibo2
-from uniref_fast.models.family import Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.family import Sizes, Text
+from uniref_fast.models.family_checks import check_options, check_widths, with_negative_prompt
+from uniref_fast.models.image_sizes import result_size
+from uniref_fast.models.latents import from_tokens, to_tokens
+from uniref_fast.models.replaced import NORMS, Replaced, layer_norms, rms_norms
 from uniref_fast.models.sandwich import part_layout
 from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
-from uniref_fast.models.z_image_family import TIME, SandwichFamily, replaced_blocks
+from uniref_fast.models.z_image_family import SandwichFamily, replaced_blocks
 from uniref_fast.request import EditRequest, Geometry
-from uniref_fast.schedule import denoising_schedule
-from uniref_fast.visibility import Rule, plan, target_plan
+from uniref_fast.visibility import Rule
 
 __all__ = ["FIBO_2", "Fibo2"]
 
@@ -40,10 +40,9 @@ REPLACED = (
         calls=("x_embedder", "t_embedder", "perceiver"), reads=("config", "rope_embedder"), onloaded=True,
     ),
     Replaced("final_layer", f"{_MODEL}:FinalLayer", calls=("adaLN_modulation", "linear")),
-    Replaced("final_layer.norm_final", "torch.nn:LayerNorm", reads=("eps",)),
+    *layer_norms("final_layer", ("norm_final",)),
     *replaced_blocks(_MODEL, "BriaFibo2TransformerBlock", f"{_MODEL}:BriaFibo2Attention", ("noise_refiner", "layers")),
-    *(Replaced(f"layers.*.{name}", "diffusers.models.normalization:RMSNorm", reads=("weight", "eps"), onloaded=True,
-               optional=True) for name in ("cross_attn_norm1", "cross_attn_norm2")),
+    *rms_norms("layers.*", ("cross_attn_norm1", "cross_attn_norm2"), f"{NORMS}:RMSNorm", optional=True),
 )  # fmt: skip
 
 
@@ -91,11 +90,7 @@ class Fibo2(SandwichFamily):
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
         super().check_config(given, config, instead)
-        if config.get("patch_size", 2) != 2:
-            raise ValueError(
-                f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
-                f"must be 2); {instead}"
-            )
+        check_options(given, config, {"patch_size": 2}, instead)
 
     def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
         """Return a new transformer; an estimate builds fewer blocks, of which one then reads the text encoder."""
@@ -139,52 +134,30 @@ class Fibo2(SandwichFamily):
         return min(area, pipe.text_encoder_image_size**2), area, area
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
-        patch, side = pipe.vae_scale_factor * 2, pipe.default_sample_size * pipe.vae_scale_factor
+        patch, side = self.token_side(pipe), pipe.default_sample_size * pipe.vae_scale_factor
         trained = [_trained_size(pipe.image_processor.config.vae_scale_factor, w / h, side**2) for w, h in sizes]
         usual = trained[0] if trained and width is None and height is None else (side, side)
-        result_width, result_height = (
-            (given or length) // patch * patch for given, length in zip((width, height), usual, strict=True)
-        )
-        result = result_width, result_height
+        result = result_size(width, height, usual, patch)
         references = [result] if len(sizes) == 1 else trained
         if budget is not None:
             references = fit_to_budget(sizes, budget)
         # The text encoder gets smaller copies of what the VAE encodes.
         return Geometry(result, tuple(references), tuple(references), patch)
 
-    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-        return denoising_schedule(pipe.scheduler, tokens, steps, device)
-
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        if embeds is not None:
-            found, valid = given_embeddings(pipe, embeds, mask, device, cast)
-            assert found is not None
-            rows = found[0] if valid is None else found[0][valid[0].bool()]
-            return rows, len(rows)
-        assert prompt is not None
         seen = [self._seen(pipe, image, size) for image, size in zip(images, sizes, strict=True)]
         texts = _drawn_texts(pipe, prompt) if seen else []
-        given = pipe.encode_prompt(prompt, seen or None, device, text_images=texts or None)
-        bundles = given[0][0]  # [bundles, L, D]
+        found = pipe.encode_prompt(prompt, seen or None, device, text_images=texts or None)
+        bundles = found[0][0]  # [bundles, L, D]
         return bundles.transpose(0, 1).flatten(1), bundles.shape[1]
+
+    def valid_rows(self, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Text]:
+        rows = embeds if mask is None else embeds[mask.reshape(-1).bool()]
+        return rows, len(rows)
 
     def given_text(self, length: int, mask: Tensor | None) -> Text:
         return length if mask is None else int(mask.bool().sum())
@@ -210,26 +183,21 @@ class Fibo2(SandwichFamily):
         )  # fmt: skip
 
     def pack(self, latents: Tensor) -> Tensor:
-        tokens = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # [B, C, H, 2, W, 2]
-        return tokens.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return to_tokens(latents)
 
     def unpack(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        parts = tokens.unflatten(1, grid).unflatten(3, (-1, 2, 2))  # [B, H, W, C, 2, 2]
-        return parts.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        return from_tokens(tokens, grid)
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
-        width, height = size
-        latents = pipe._patchify_latents(self.unpack(latents, (height // patch, width // patch)))
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        vae = pipe.vae
+        latents = pipe._patchify_latents(self.unpack(latents, self.token_grid(pipe, size)))
         mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
         scale = (1 / (vae.bn.running_var + vae.config.batch_norm_eps).sqrt()).view(1, -1, 1, 1)
-        latents = pipe._unpatchify_latents(latents / scale.to(latents.device, latents.dtype) + mean)
-        image = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+        return pipe._unpatchify_latents(latents / scale.to(latents.device, latents.dtype) + mean)
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> Text:
         drawn, text = _drawn_texts(pipe, prompt) if sizes else [], prompt
         if sizes:
             text = pipe._get_edit_prompt(text, len(sizes), text_images=bool(drawn))
@@ -240,22 +208,9 @@ class Fibo2(SandwichFamily):
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
+        width, hidden, blocks = config.dim, config.dim * 8 // 3 // 64 * 64, config.n_layers
         images = memo(layout, part_layout, fibo2._is_image)
-        area = plan(layout, visibility).area, plan(images, visibility).area
-        last = target_plan(layout, visibility).area
-        if kept:
-            whole, part = kept_step(layout), kept_step(images)
-            layout, images = whole.layout, part.layout
-            area = whole.plan(visibility).area, part.plan(visibility).area
-        width, hidden, time = config.dim, config.dim * 8 // 3 // 64 * 64, min(config.dim, TIME[2])
-        targets, samples = sum(s.length for s in layout.targets), layout.num_samples
-        refiners, blocks, channels = config.n_refiner_layers, config.n_layers, 4 * config.in_channels
-        linear = refiners * self.block_flops(config, hidden, images.joint_length)
-        linear += (blocks - 1) * self.block_flops(config, hidden, layout.joint_length)
-        linear += self.block_flops(config, hidden, layout.joint_length, targets)
-        linear += 2 * samples * ((refiners + blocks) * 4 * time * width + TIME[0] * TIME[1] + TIME[1] * time)
-        linear += samples * time * width + targets * width * channels + layout.image_length * channels * width
-        attention = refiners * area[1] + (blocks - 1) * area[0] + last
+        layout, linear, attention = self.image_flops(config, layout, images, hidden, visibility, kept)
         for gist in layout.text_segments:
             text, tokens = gist.index, gist.length
             own = sum(s.length for s in layout.segments if s.sample == gist.sample)

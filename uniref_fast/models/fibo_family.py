@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.encode import text_runs
 from uniref_fast.layout import SelfLayout
-from uniref_fast.models.family import Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
+from uniref_fast.models.family import SizedImages, Sizes, Text
+from uniref_fast.models.family_checks import check_widths, with_negative_prompt
 from uniref_fast.models.flux1 import PackedFibo
 from uniref_fast.models.flux1_family import AREA, Flux1Family, replaced_parts
+from uniref_fast.models.image_sizes import whole_tokens
+from uniref_fast.models.latents import vae_statistics
 from uniref_fast.models.text_encoder_costs import language_cost
 from uniref_fast.request import EditRequest, Geometry
 
@@ -79,47 +80,33 @@ class FiboEdit(Flux1Family):
             raise ValueError(f"{where}: give width and height for a request without images")
         return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
+    def token_side(self, pipe: Any) -> int:
+        return pipe.vae_scale_factor
+
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         return AREA, AREA, AREA
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
         from diffusers.pipelines.bria_fibo import pipeline_bria_fibo_edit as stock
 
-        patch = pipe.vae_scale_factor
+        patch = self.token_side(pipe)
         alone = [stock._vae_safe_dims(*size) for size in sizes]
         if width is None or height is None:  # as the pipeline, which then ignores the other one
             w, h = alone[0] if alone else (1, 1)
             width, height = min(stock.PREFERRED_RESOLUTION[AREA], key=lambda size: abs(size[0] / size[1] - w / h))
         references = alone if budget is None else [_capped(size) for size in fit_to_budget(sizes, budget)]
-        return Geometry((width // patch * patch, height // patch * patch), (), tuple(references), patch)
+        return Geometry(whole_tokens((width, height), patch), (), tuple(references), patch)
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        given, mask = given_embeddings(pipe, embeds, mask, device, cast)
-        if given is None:
-            given, _, _, mask, _, layers, _ = pipe.encode_prompt(
-                prompt=prompt, device=device, guidance_scale=1.0, max_sequence_length=TEXT_LENGTH
-            )
-            given = torch.cat([given, *_layers_of_blocks(pipe.transformer.config, layers)], dim=-1)
-        text = text_runs(given.shape[1], mask)
-        return given[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+        embeds, _, _, mask, _, layers, _ = pipe.encode_prompt(
+            prompt=prompt, device=device, guidance_scale=1.0, max_sequence_length=TEXT_LENGTH
+        )
+        rows = torch.cat([embeds, *_layers_of_blocks(pipe.transformer.config, layers)], dim=-1)
+        return self.valid_rows(rows[0], mask)
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import _vae_safe_dims
@@ -132,38 +119,24 @@ class FiboEdit(Flux1Family):
         )  # fmt: skip
         return latents[0]
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
         width, height = sizes.size
         latents, _ = pipe.prepare_latents(
             request.num_images, pipe.transformer.config.in_channels, height, width, dtype, pipe._execution_device,
             generator, request.latents,
         )  # fmt: skip
-        pairs = zip(images, sizes.reference_sizes, strict=True)
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+        return latents, None
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, (width, height) = pipe.vae, size
-        latents = pipe._unpack_latents_no_patch(latents, height, width, pipe.vae_scale_factor).unsqueeze(2)
-        mean, std = (
-            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        image = vae.decode((latents / (1.0 / std) + mean).to(vae.dtype), return_dict=False)[0].squeeze(2)
-        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        latents = pipe._unpack_latents_no_patch(latents, size[1], size[0], pipe.vae_scale_factor).unsqueeze(2)
+        mean, std = vae_statistics(pipe.vae, latents)
+        return latents / (1.0 / std) + mean
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> int:
         return min(len(pipe.tokenizer(prompt)["input_ids"]), TEXT_LENGTH) if prompt else 1
 
     def embedding_flops(self, config: Any, layout: SelfLayout) -> int:
@@ -175,13 +148,6 @@ class FiboEdit(Flux1Family):
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
         return language_cost(pipe.text_encoder, [length for lengths in texts for length in lengths])
-
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, 3, 1, height, width
-        factor = vae.config.scale_factor_spatial
-        return 1, vae.config.z_dim, 1, height // factor, width // factor
 
 
 def _capped(size: tuple[int, int]) -> tuple[int, int]:

@@ -111,11 +111,7 @@ class Flux1SingleStreamBlock(SingleStreamBlock):
 
 
 class PackedFlux1(PackedModel):
-    """A `FluxTransformer2DModel` that runs packs of samples of different sizes; arguments as in `PackedModel`.
-
-    Attributes:
-        scheme: Rotary scheme of the model.
-    """
+    """A `FluxTransformer2DModel` that runs packs of samples of different sizes; arguments as in `PackedModel`."""
 
     block_classes: ClassVar = {
         "transformer_blocks": Flux1DoubleStreamBlock,
@@ -127,20 +123,11 @@ class PackedFlux1(PackedModel):
         ("single_transformer_blocks", "joint"), ("to_added_qkv", "text"), (".add_", "text"), ("to_add_out", "text"),
         ("ff_context", "text"), ("", "image"),
     )  # fmt: skip
-    scheme: ClassVar[RotaryScheme] = FLUX1
+    scheme = FLUX1
 
     @classmethod
     def prompt_channels(cls, config: Any) -> int:
         return config["joint_attention_dim"] + config["pooled_projection_dim"]
-
-    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
-        """Return the layout of a pack for this model (`SelfLayout.pack`).
-
-        Args:
-            samples: Samples of the pack, in order. A model with guidance embeddings takes a guidance scale of each.
-            shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
-        """
-        return SelfLayout.pack(samples, self.scheme, clean_references=False, shared_references=shared_references)
 
     def _predict(
         self,

@@ -15,23 +15,34 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import (
-    check_patch_size,
-    check_rotary_axes,
-    check_widths,
-    given_embeddings,
-    refuse_masks,
+from uniref_fast.layout import SelfLayout
+from uniref_fast.models.family import (
+    EDIT_ONLY,
+    UNMARKED_REFERENCES,
+    Family,
+    SizedImages,
+    Sizes,
+    Text,
+    prepared_references,
 )
+from uniref_fast.models.family_checks import check_options, check_rotary_axes, check_widths, refuse_masks
 from uniref_fast.models.flux1 import PackedFlux1
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.image_sizes import result_size, whole_tokens
+from uniref_fast.models.kept_references import step_cost
+from uniref_fast.models.replaced import (
+    CONTINUOUS_NORM,
+    NORMS,
+    PROJECTIONS,
+    QK_NORMS,
+    Replaced,
+    layer_norms,
+    rms_norms,
+)
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
-from uniref_fast.schedule import denoising_schedule
-from uniref_fast.visibility import Rule, plan, target_plan
+from uniref_fast.visibility import Rule
 
-__all__ = ["FLUX_1", "Flux1", "Flux1Family", "ImageLatents", "replaced_parts"]
+__all__ = ["FLUX_1", "Flux1", "Flux1Family", "FluxVaeFamily", "replaced_parts"]
 
 AREA = 1024 * 1024
 """Area of a result in pixels, and about that of a reference."""
@@ -42,9 +53,7 @@ TEXT_LENGTH = 512
 POOLED_LENGTH = 77
 """Number of tokens of the encoder of the whole prompt."""
 
-_NORMS = "diffusers.models.normalization"
 _BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
 
 
 def replaced_parts(
@@ -65,26 +74,21 @@ def replaced_parts(
     return (
         Replaced("", f"{module}:{model}", calls=ends, reads=("config",), onloaded=True),
         Replaced("pos_embed", f"{module}:{rope}"),
-        Replaced("norm_out", f"{_NORMS}:AdaLayerNormContinuous", calls=("silu", "linear")),
-        Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+        *CONTINUOUS_NORM,
         Replaced(_BLOCK, f"{module}:{blocks}TransformerBlock", calls=("ff", "ff_context"), onloaded=True),
         Replaced(
             _SINGLE, f"{module}:{blocks}SingleTransformerBlock", calls=("proj_mlp", "act_mlp", "proj_out"),
             onloaded=True,
         ),
-        *(Replaced(f"{_BLOCK}.{name}", f"{_NORMS}:{ada}", calls=("silu", "linear"))
+        *(Replaced(f"{_BLOCK}.{name}", f"{NORMS}:{ada}", calls=("silu", "linear"))
           for name in ("norm1", "norm1_context")),
-        Replaced(f"{_SINGLE}.norm", f"{_NORMS}:{ada}Single", calls=("silu", "linear")),
-        *(Replaced(name, "torch.nn:LayerNorm", reads=("eps",)) for name in (
-            f"{_BLOCK}.norm1.norm", f"{_BLOCK}.norm1_context.norm", f"{_BLOCK}.norm2", f"{_BLOCK}.norm2_context",
-            f"{_SINGLE}.norm.norm",
-        )),
-        Replaced(f"{_BLOCK}.attn", attention[0], calls=_PROJECTIONS, reads=("heads", "inner_dim")),
-        Replaced(f"{_SINGLE}.attn", attention[1], calls=_PROJECTIONS[:3], reads=("heads", "inner_dim")),
-        *(Replaced(f"{_BLOCK}.attn.{name}", norms[0], reads=("weight", "eps"), onloaded=True)
-          for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
-        *(Replaced(f"{_SINGLE}.attn.{name}", norms[1], reads=("weight", "eps"), onloaded=True)
-          for name in ("norm_q", "norm_k")),
+        Replaced(f"{_SINGLE}.norm", f"{NORMS}:{ada}Single", calls=("silu", "linear")),
+        *layer_norms(_BLOCK, ("norm1.norm", "norm1_context.norm", "norm2", "norm2_context")),
+        *layer_norms(_SINGLE, ("norm.norm",)),
+        Replaced(f"{_BLOCK}.attn", attention[0], calls=PROJECTIONS, reads=("heads", "inner_dim")),
+        Replaced(f"{_SINGLE}.attn", attention[1], calls=PROJECTIONS[:3], reads=("heads", "inner_dim")),
+        *rms_norms(f"{_BLOCK}.attn", QK_NORMS, norms[0]),
+        *rms_norms(f"{_SINGLE}.attn", QK_NORMS[:2], norms[1]),
     )  # fmt: skip
 
 
@@ -92,30 +96,17 @@ class Flux1Family(Family):
     """A family whose transformer has the blocks of FLUX.1."""
 
     packed: type[PackedFlux1]
-    missing: ClassVar[Mapping[str, str]] = {
-        "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
-        "fast": "its blocks were not measured in 8 bits",
-        "sft": NOT_TRAINED,
-        "msgrpo": NOT_TRAINED,
-    }
+    missing: ClassVar[Mapping[str, str]] = {"patch_keep_references": UNMARKED_REFERENCES, **EDIT_ONLY}
 
     # ---- the packed model ----
 
-    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
-        return SelfLayout.pack(samples, self.packed.scheme, clean_references=False)
-
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        check_patch_size(given, config, instead)
+        check_options(given, config, {"patch_size": 1}, instead)
         check_rotary_axes(given, config, (16, 56, 56), instead)
         if not config.get("num_single_layers", 1):
             raise ValueError(
                 f"{given} has a transformer without blocks with one stream, which is not supported; {instead}"
             )
-
-    # ---- the pipeline around the transformer ----
-
-    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-        return denoising_schedule(pipe.scheduler, tokens, steps, device)
 
     # ---- what an edit costs ----
 
@@ -126,11 +117,8 @@ class Flux1Family(Family):
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
-        whole, last = plan(layout, visibility), target_plan(layout, visibility)
         linear = self.embedding_flops(config, layout)
-        if kept:
-            computed = kept_step(layout)
-            layout, whole = computed.layout, computed.plan(visibility)
+        layout, area, last = step_cost(layout, visibility, kept)
         width = config.num_attention_heads * config.attention_head_dim
         tokens, targets, rows = layout.joint_length, sum(s.length for s in layout.targets), layout.num_modulation_rows
         double, single = config.num_layers, config.num_single_layers
@@ -141,76 +129,49 @@ class Flux1Family(Family):
         linear += rows * (256 + width) * width  # of the time
         linear += (layout.image_length * config.in_channels + layout.text_length * config.joint_attention_dim) * width
         linear += targets * width * (config.get("out_channels") or config.in_channels)
-        return 2 * linear, 4 * ((double + single - 1) * whole.area + last.area) * width
+        return 2 * linear, 4 * ((double + single - 1) * area + last) * width
 
 
-class ImageLatents(Flux1Family):
-    """A family with the VAE of FLUX.1, and latents of 2 x 2 pixels in a token."""
+class FluxVaeFamily(Flux1Family):
+    """A family with the VAE of FLUX.1, and latents of 2 x 2 pixels in a token.
 
-    def prepared_latents(
-        self, pipe: Any, pixels: Tensor | None, size: tuple[int, int], dtype: torch.dtype, generator: Any,
-        latents: Tensor | None, count: int,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """Return the starting noise `[count, n, C]` and the latents of a reference `[count, m, C]`, or None for none.
+    Attributes:
+        latent_arguments: Further arguments of the pipeline's `prepare_latents`, after the dtype.
+    """
 
-        Args:
-            pipe: The pipeline, whose `prepare_latents` is called.
-            pixels: Reference, `[1, 3, H, W]`, or None for none.
-            size: Width and height of the result in pixels.
-            dtype: Dtype of the noise.
-            generator: Generator of the noise, or None.
-            latents: Given noise, or None.
-            count: Number of images.
-        """
-        width, height = size
-        channels = pipe.transformer.config.in_channels // 4
-        return pipe.prepare_latents(
-            pixels, count, channels, height, width, dtype, pipe._execution_device, generator, latents
-        )[:2]
+    latent_arguments: tuple[Any, ...] = ()
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         pixels = self._pixels(pipe, image, size).to(device or pipe._execution_device, pipe.vae.dtype)
         latents = pipe._encode_vae_image(image=pixels, generator=None)
         return pipe._pack_latents(latents, 1, *latents.shape[1:])[0]
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        pairs = list(zip(images, sizes.reference_sizes, strict=True))
-        pixels = self._pixels(pipe, *pairs[0]) if pairs and not own else None
-        latents, packed = self.prepared_latents(
-            pipe, pixels, sizes.size, dtype, generator, request.latents, request.num_images
-        )
-        if not own:
-            return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-        # diffusers' own method would pass the image to the VAE in the transformer's dtype, which may not be the VAE's
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        width, height = sizes.size
+        pixels = self._pixels(pipe, *images[0]) if images else None
+        latents, packed = pipe.prepare_latents(
+            pixels, request.num_images, pipe.transformer.config.in_channels // 4, height, width, dtype,
+            *self.latent_arguments, pipe._execution_device, generator, request.latents,
+        )[:2]  # fmt: skip
+        return latents, prepared_references(latents, packed, images)
 
     def _pixels(self, pipe: Any, image: Image.Image, size: tuple[int, int]) -> Tensor:
         width, height = size
         processor = pipe.image_processor
         return processor.preprocess(processor.resize(image, height, width), height, width)
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae = pipe.vae
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
         width, height = size
         latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
-        latents = (latents / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)
-        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+        return latents / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
 
 
 _MODEL = "diffusers.models.transformers.transformer_flux"
 
 
-class Flux1(ImageLatents):
+class Flux1(FluxVaeFamily):
     """FLUX.1 Kontext, and `patch` of the other pipelines of FLUX.1."""
 
     name = "flux1"
@@ -302,37 +263,19 @@ class Flux1(ImageLatents):
         return AREA, AREA, (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
-        patch, side = pipe.vae_scale_factor * 2, pipe.default_sample_size * pipe.vae_scale_factor
-        result = (width or side) // patch * patch, (height or side) // patch * patch
+        patch, side = self.token_side(pipe), pipe.default_sample_size * pipe.vae_scale_factor
         if budget is None:
             references = [_reference_size(size, patch, _auto_resize(pipe)) for size in sizes]
         else:
             references = fit_to_budget(sizes, budget)
-        return Geometry(result, (), tuple(references), patch)
+        return Geometry(result_size(width, height, (side, side), patch), (), tuple(references), patch)
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
         """Return the embeddings of the tokens with that of the whole prompt after them, in every row."""
-        device = device or pipe._execution_device
-        given, _ = given_embeddings(pipe, embeds, None, device, cast)
-        if given is not None:
-            return given[0], given.shape[1]
         tokens, pooled, _ = pipe.encode_prompt(
             prompt=prompt, prompt_2=None, device=device, num_images_per_prompt=1, max_sequence_length=TEXT_LENGTH
         )
@@ -341,7 +284,7 @@ class Flux1(ImageLatents):
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> int:
         return TEXT_LENGTH
 
     def embedding_flops(self, config: Any, layout: SelfLayout) -> int:
@@ -370,11 +313,11 @@ def _reference_size(size: tuple[int, int], patch: int, auto_resize: bool) -> tup
     """Return the size that the pipeline gives a reference: the preferred one with the most similar aspect ratio."""
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
-    width, height = (side - side % patch for side in size)
+    width, height = whole_tokens(size, patch)
     if auto_resize and width and height:
         ratio = width / height
         _, width, height = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-    return width // patch * patch, height // patch * patch
+    return whole_tokens((width, height), patch)
 
 
 FLUX_1 = Flux1()

@@ -129,23 +129,13 @@ class PackedFlux2(PackedModel):
         ("single_transformer_blocks", "joint"), ("to_added_qkv", "text"), (".add_", "text"), ("to_add_out", "text"),
         ("ff_context", "text"), ("", "image"),
     )  # fmt: skip
+    scheme = FLUX2
 
     def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
         self.clean_references = has_clean_references(transformer)
         if self.clean_references and visibility == "full":
             visibility = "reference_causal"
         super().__init__(transformer, visibility=visibility, **options)
-
-    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
-        """Return the layout of a pack for this model (`SelfLayout.pack` with `FLUX2`).
-
-        Args:
-            samples: Samples of the pack, in order. A model with guidance embeddings takes a guidance scale of each.
-            shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
-        """
-        return SelfLayout.pack(
-            samples, FLUX2, clean_references=self.clean_references, shared_references=shared_references
-        )
 
     def _predict(
         self,

@@ -6,7 +6,6 @@ their transformers attend to the padding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,24 +16,28 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Family, Replaced, Text
+from uniref_fast.layout import SelfLayout
+from uniref_fast.models.family import UNMARKED_REFERENCES, Family, SizedImages, Sizes, Text
 from uniref_fast.models.family_checks import (
-    check_patch_size,
+    check_options,
     check_rotary_axes,
     check_widths,
-    given_embeddings,
     refuse_masks,
+    refuse_negative_prompt,
+    refused_image,
     with_negative_prompt,
 )
-from uniref_fast.models.flux2 import FLUX2, PackedFlux2, has_clean_references
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.flux2 import PackedFlux2, has_clean_references
+from uniref_fast.models.image_sizes import at_most, result_size
+from uniref_fast.models.kept_references import step_cost
+from uniref_fast.models.latents import batch_statistics
+from uniref_fast.models.replaced import CONTINUOUS_NORM, PROJECTIONS, QK_NORMS, Replaced, layer_norms, rms_norms
 from uniref_fast.models.text_encoder_costs import language_cost
-from uniref_fast.request import EditRequest, Geometry, ImageOfSize
+from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.schedule import denoising_schedule, resolution_shift
-from uniref_fast.visibility import Rule, plan, target_plan
+from uniref_fast.visibility import Rule
 
-__all__ = ["FLUX_2", "Flux2", "reference_size"]
+__all__ = ["AREA", "FLUX_2", "Flux2"]
 
 AREA = 1024 * 1024
 """Largest area of a reference in pixels."""
@@ -50,27 +53,22 @@ GUIDANCE = 3.5
 
 _MODEL = "diffusers.models.transformers.transformer_flux2"
 _BLOCK, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
 
 REPLACED = (
     Replaced("", f"{_MODEL}:Flux2Transformer2DModel", calls=PackedFlux2.ends, reads=("config",), onloaded=True),
     Replaced("pos_embed", f"{_MODEL}:Flux2PosEmbed"),
-    Replaced("norm_out", "diffusers.models.normalization:AdaLayerNormContinuous", calls=("silu", "linear")),
-    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    *CONTINUOUS_NORM,
     Replaced(_BLOCK, f"{_MODEL}:Flux2TransformerBlock", calls=("ff", "ff_context"), onloaded=True),
     Replaced(_SINGLE, f"{_MODEL}:Flux2SingleTransformerBlock", onloaded=True),
-    *(Replaced(name, "torch.nn:LayerNorm", reads=("eps",)) for name in (
-        f"{_BLOCK}.norm1", f"{_BLOCK}.norm1_context", f"{_BLOCK}.norm2", f"{_BLOCK}.norm2_context", f"{_SINGLE}.norm",
-    )),
-    Replaced(f"{_BLOCK}.attn", f"{_MODEL}:Flux2Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim")),
+    *layer_norms(_BLOCK, ("norm1", "norm1_context", "norm2", "norm2_context")),
+    *layer_norms(_SINGLE, ("norm",)),
+    Replaced(f"{_BLOCK}.attn", f"{_MODEL}:Flux2Attention", calls=PROJECTIONS, reads=("heads", "inner_dim")),
     Replaced(
         f"{_SINGLE}.attn", f"{_MODEL}:Flux2ParallelSelfAttention", calls=("to_qkv_mlp_proj", "mlp_act_fn", "to_out"),
         reads=("heads", "head_dim", "inner_dim", "mlp_hidden_dim", "mlp_mult_factor"),
     ),
-    *(Replaced(f"{_BLOCK}.attn.{name}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
-      for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
-    *(Replaced(f"{_SINGLE}.attn.{name}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
-      for name in ("norm_q", "norm_k")),
+    *rms_norms(f"{_BLOCK}.attn", QK_NORMS),
+    *rms_norms(f"{_SINGLE}.attn", QK_NORMS[:2]),
 )  # fmt: skip
 
 
@@ -92,7 +90,7 @@ class Flux2(Family):
         "Flux2KleinInpaintPipeline": "a pipeline for inpainting, which starts from an image and a mask",
     }
     missing: ClassVar[Mapping[str, str]] = {
-        "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
+        "patch_keep_references": UNMARKED_REFERENCES,
         "msgrpo": "rollouts and replays were not tested with its guidance and kept references",
     }
     replaced = REPLACED
@@ -108,11 +106,8 @@ class Flux2(Family):
 
     # ---- the packed model ----
 
-    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
-        return SelfLayout.pack(samples, FLUX2, clean_references=False)
-
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        check_patch_size(given, config, instead)
+        check_options(given, config, {"patch_size": 1}, instead)
         check_rotary_axes(given, config, (32, 32, 32, 32), instead)
 
     def built(self, config: dict[str, Any], layout: SelfLayout) -> Any:
@@ -146,13 +141,8 @@ class Flux2(Family):
             widths.append(("joint_attention_dim", "text encoder", width))
         check_widths(given, pipe.transformer.config, widths)
 
-    def image_refusal(self, pipe: Any, sizes: Sequence[tuple[int, int]]) -> str | None:
-        for i, size in enumerate(sizes, start=1):
-            try:
-                pipe.image_processor.check_image_input(ImageOfSize(size))
-            except ValueError as error:
-                return f"image {i}: {error}"
-        return None
+    def image_refusal(self, pipe: Any, sizes: Sizes) -> str | None:
+        return refused_image(pipe, sizes)
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse images that the pipeline refuses, and set the negative prompt and the scale that it would use."""
@@ -160,8 +150,7 @@ class Flux2(Family):
             raise ValueError(f"{where}: {reason}")
         refuse_masks(request, where)
         if reason := _no_negative_prompt(pipe):
-            if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
-                raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: {reason}")
+            refuse_negative_prompt(pipe, request, where, reason)
             scale = request.true_cfg_scale if pipe.transformer.config.guidance_embeds else 1.0
             return replace(request, negative_prompt=None, true_cfg_scale=scale)
         request = with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
@@ -175,49 +164,31 @@ class Flux2(Family):
         return AREA, AREA, (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
-        patch = pipe.vae_scale_factor * 2
-        alone = [reference_size(size, patch) for size in sizes]
+        patch = self.token_side(pipe)
+        alone = [at_most(size, AREA, patch) for size in sizes]
         usual = alone[0] if alone else (pipe.default_sample_size * pipe.vae_scale_factor,) * 2
-        result_width, result_height = (
-            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
-        )
         references = alone if budget is None else fit_to_budget(sizes, budget)
-        return Geometry((result_width, result_height), (), tuple(references), patch)
+        return Geometry(result_size(width, height, usual, patch), (), tuple(references), patch)
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
         scheduler, mu = pipe.scheduler, _stock().compute_empirical_mu(tokens, steps)
         is_own = bool(scheduler.config.get("use_flow_sigmas"))
         return denoising_schedule(scheduler, tokens, steps, device, mu=mu, own_sigmas=is_own)
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        embeds, _ = given_embeddings(pipe, embeds, None, device, cast)
         embeds, _ = pipe.encode_prompt(
-            prompt=prompt, prompt_embeds=embeds, device=device, num_images_per_prompt=1, max_sequence_length=TEXT_LENGTH
+            prompt=prompt, device=device, num_images_per_prompt=1, max_sequence_length=TEXT_LENGTH
         )
         return embeds[0], embeds.shape[1]
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         width, height = size
         processor = pipe.image_processor
-        if size != reference_size(image.size, pipe.vae_scale_factor * 2):  # of a joint budget
+        if size != at_most(image.size, AREA, self.token_side(pipe)):  # of a joint budget
             image = image.resize(size, Image.Resampling.LANCZOS)
         elif image.width * image.height > AREA:
             image = processor._resize_to_target_area(image, AREA)
@@ -227,39 +198,23 @@ class Flux2(Family):
         )
         return latents[0]
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
         width, height = sizes.size
         channels, given = pipe.transformer.config.in_channels, request.latents
         if given is not None:
-            _, rows, columns = sizes.grid(sizes.size)
-            given = given.transpose(1, 2).unflatten(2, (rows, columns))
+            given = given.transpose(1, 2).unflatten(2, self.token_grid(pipe, sizes.size))
         latents, _ = pipe.prepare_latents(
             batch_size=request.num_images, num_latents_channels=channels // 4, height=height, width=width, dtype=dtype,
             device=pipe._execution_device, generator=generator, latents=given,
         )  # fmt: skip
-        pairs = zip(images, sizes.reference_sizes, strict=True)
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+        return latents, None
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
-        width, height = size
-        latents = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
-        mean, std = (
-            values.view(1, -1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.bn.running_mean, (vae.bn.running_var + vae.config.batch_norm_eps).sqrt())
-        )
-        latents = pipe._unpatchify_latents(latents * std + mean).to(vae.dtype)
-        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        latents = latents.transpose(1, 2).unflatten(2, self.token_grid(pipe, size))
+        mean, std = batch_statistics(pipe.vae, latents)
+        return pipe._unpatchify_latents(latents * std + mean)
 
     # ---- training ----
 
@@ -277,16 +232,13 @@ class Flux2(Family):
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> int:
         return TEXT_LENGTH
 
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
-        whole, last = plan(layout, visibility), target_plan(layout, visibility)
-        if kept:
-            computed = kept_step(layout)
-            layout, whole = computed.layout, computed.plan(visibility)
+        layout, area, last = step_cost(layout, visibility, kept)
         width = config.num_attention_heads * config.attention_head_dim
         tokens, targets, rows = layout.joint_length, sum(s.length for s in layout.targets), layout.num_modulation_rows
         double, single, mlp = config.num_layers, config.num_single_layers, int(width * config.mlp_ratio)
@@ -299,19 +251,10 @@ class Flux2(Family):
         )
         linear += (layout.image_length * config.in_channels + layout.text_length * config.joint_attention_dim) * width
         linear += targets * width * (config.out_channels or config.in_channels)
-        return 2 * linear, 4 * ((double + single - 1) * whole.area + last.area) * width
+        return 2 * linear, 4 * ((double + single - 1) * area + last) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
         return language_cost(pipe.text_encoder, [TEXT_LENGTH for lengths in texts for _ in lengths])
-
-
-def reference_size(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Return the size that the pipelines give a reference: at most `AREA`, cropped to whole tokens."""
-    width, height = size
-    if width * height > AREA:
-        scale = math.sqrt(AREA / (width * height))
-        width, height = int(width * scale), int(height * scale)
-    return width // patch * patch, height // patch * patch
 
 
 def _of_klein_kv(transformer: Any) -> Any:

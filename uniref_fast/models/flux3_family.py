@@ -18,14 +18,22 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_rotary_axes, check_widths, given_embeddings, with_negative_prompt
+from uniref_fast.models.family import EDIT_ONLY, NOT_TRAINED, UNMARKED_REFERENCES, Family, SizedImages, Sizes, Text
+from uniref_fast.models.family_checks import (
+    check_rotary_axes,
+    check_widths,
+    refuse_masks,
+    refuse_negative_prompt,
+    with_negative_prompt,
+)
 from uniref_fast.models.flux3 import MODES, PackedFlux3, flux3_layout, mode_layout
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.image_sizes import at_most, result_size
+from uniref_fast.models.kept_references import step_cost
+from uniref_fast.models.latents import batch_statistics
+from uniref_fast.models.replaced import QK_NORMS, Replaced, layer_norms, rms_norms
 from uniref_fast.models.text_encoder_costs import language_cost
 from uniref_fast.request import EditRequest, Geometry
-from uniref_fast.schedule import denoising_schedule
-from uniref_fast.visibility import Rule, plan, target_plan
+from uniref_fast.visibility import Rule, plan
 
 __all__ = ["FLUX_3", "Flux3"]
 
@@ -57,16 +65,15 @@ REPLACED = (
     ),
     Replaced("pos_embed", f"{_MODEL}:Flux3PosEmbed"),
     Replaced("norm_out", f"{_MODEL}:Flux3AdaLayerNorm", calls=("linear",)),
-    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    *layer_norms("norm_out", ("norm",)),
     *(Replaced(name, f"{_MODEL}:Flux3ModeTransformerBlock", calls=("ff",), onloaded=True) for name in _BLOCKS[:-1]),
     Replaced(_BLOCKS[-1], f"{_MODEL}:Flux3SingleTransformerBlock", calls=("ff",), onloaded=True),
-    *(Replaced(f"{name}.norm", "torch.nn:LayerNorm", reads=("eps",)) for name in _BLOCKS),
+    *(norm for name in _BLOCKS for norm in layer_norms(name, ("norm",))),
     *(Replaced(
         f"{name}.attn", f"{_MODEL}:Flux3Attention", calls=("to_q", "to_k", "to_v", "to_qkv", "to_out"),
         reads=("heads", "head_dim", "inner_dim"),
     ) for name in _BLOCKS),
-    *(Replaced(f"{name}.attn.{norm}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
-      for name in _BLOCKS for norm in ("norm_q", "norm_k")),
+    *(norm for name in _BLOCKS for norm in rms_norms(f"{name}.attn", QK_NORMS[:2])),
 )  # fmt: skip
 
 
@@ -78,8 +85,8 @@ class Flux3(Family):
     transformer = "Flux3Transformer2DModel"
     pipelines = ("Flux3ModularPipeline", "Flux3DistilledModularPipeline")
     missing: ClassVar[Mapping[str, str]] = {
-        "patch_keep_references": "calls of its transformer do not say which tokens are those of a reference",
-        "fast": "its blocks were not measured in 8 bits",
+        **EDIT_ONLY,
+        "patch_keep_references": UNMARKED_REFERENCES,
         "sft": f"{NOT_TRAINED}; its text and references have blocks of their own",
         "msgrpo": f"{NOT_TRAINED}; its text and references have blocks of their own",
     }
@@ -155,13 +162,9 @@ class Flux3(Family):
                 f"{where}: true_cfg_scale must be 1 (no guidance) or above, got {scale}. Smaller scales work only in "
                 "the pipeline itself"
             )
-        for name in ("prompt_embeds_mask", "negative_prompt_embeds_mask"):
-            mask = getattr(request, name)
-            if mask is not None and not mask.bool().all():
-                raise ValueError(f"{where}: {name} masks tokens, and this model attends to all of them; leave it out")
+        refuse_masks(request, where)
         if _is_distilled(pipe):
-            if (request.negative_prompt or "").strip() or request.negative_prompt_embeds is not None:
-                raise ValueError(f"{where}: {type(pipe).__name__} takes no negative prompt: guidance is part of it")
+            refuse_negative_prompt(pipe, request, where, "guidance is part of it")
             return replace(request, negative_prompt=None, true_cfg_scale=1.0)
         return with_negative_prompt(pipe, request, where, self.usual_negative_prompt())
 
@@ -169,14 +172,9 @@ class Flux3(Family):
         return SIDE**2, SIDE**2, SIDE**2
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
-        patch, crop = pipe.vae_scale_factor * 2, None
+        patch, crop = self.token_side(pipe), None
         if len(sizes) == 1:
             inside = _fitted(sizes[0], patch)
             usual = _canvas(inside, patch)
@@ -185,88 +183,58 @@ class Flux3(Family):
                 left, top = (usual[0] - inside[0]) // 2, (usual[1] - inside[1]) // 2
                 crop = (left, top, left + inside[0], top + inside[1])
         else:
-            alone = [_cropped(size, patch) for size in sizes]
+            alone = [at_most(size, SIDE**2, patch) for size in sizes]
             usual = alone[0] if alone else (SIDE, SIDE)
-        result_width, result_height = (
-            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
-        )
         references = alone
         if budget is not None:  # no larger than the pipeline makes them
             references = fit_to_budget(sizes, budget)
             references = [
                 size if math.prod(size) <= SIDE**2 else
-                _canvas(_fitted(size, patch), patch) if len(sizes) == 1 else _cropped(size, patch)
+                _canvas(_fitted(size, patch), patch) if len(sizes) == 1 else at_most(size, SIDE**2, patch)
                 for size in references
             ]  # fmt: skip
-        return Geometry((result_width, result_height), (), tuple(references), patch, crop=crop)
+        return Geometry(result_size(width, height, usual, patch), (), tuple(references), patch, crop=crop)
 
-    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-        return denoising_schedule(pipe.scheduler, tokens, steps, device)
-
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        embeds, _ = given_embeddings(pipe, embeds, None, device, cast)
-        if embeds is None:
-            step = _text_step(pipe)
-            embeds = step._get_qwen3_vl_prompt_embeds(
-                pipe.text_encoder, pipe.tokenizer, prompt or "", device, MAX_TEXT, step.pad_multiple, _text_layers(pipe)
-            )
+        step = _text_step(pipe)
+        embeds = step._get_qwen3_vl_prompt_embeds(
+            pipe.text_encoder, pipe.tokenizer, prompt, device, MAX_TEXT, step.pad_multiple, _text_layers(pipe)
+        )
         return embeds[0], embeds.shape[1]
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
-        processor, patch = pipe.image_processor, pipe.vae_scale_factor * 2
+        processor, patch = pipe.image_processor, self.token_side(pipe)
         if size == _canvas(_fitted(image.size, patch), patch):  # the only reference of a request
             pixels, _ = processor.preprocess(image, resize_mode="fill")
         else:
-            if size != _cropped(image.size, patch):  # of a joint budget
+            if size != at_most(image.size, SIDE**2, patch):  # of a joint budget
                 image = image.resize(size, Image.Resampling.LANCZOS)
             # the processor changes neither size: the area up to which it keeps an image depends on the mode
             pixels, _ = processor.preprocess(image, resize_mode="crop" if math.prod(size) <= SIDE**2 else "fill")
         vae, device = pipe.vae, device or pipe._execution_device
         latents = pixel_unshuffle(vae.encode(pixels.to(device, vae.dtype)).latent_dist.mode(), 2)
-        mean, std = _latent_scale(vae, latents.device, vae.dtype)
+        mean, std = batch_statistics(vae, latents.to(vae.dtype))
         return ((latents - mean) / std).flatten(2).transpose(1, 2)[0]
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
         from diffusers.utils.torch_utils import randn_tensor
 
         device, latents = pipe._execution_device, request.latents
         if latents is None:
-            _, rows, columns = sizes.grid(sizes.size)
-            shape = (request.num_images, pipe.transformer.config.in_channels, rows, columns)
+            shape = (request.num_images, pipe.transformer.config.in_channels, *self.token_grid(pipe, sizes.size))
             # always drawn in float32, as the pipeline does
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
             latents = latents.flatten(2).transpose(1, 2)
-        latents = latents.to(device, dtype)
-        pairs = zip(images, sizes.reference_sizes, strict=True)
-        return latents, torch.cat([latents[0, :0], *(self.encode_image(pipe, *pair).to(dtype) for pair in pairs)])
+        return latents.to(device, dtype), None
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
-        width, height = size
-        latents = latents.transpose(1, 2).unflatten(2, (height // patch, width // patch))
-        mean, std = _latent_scale(vae, latents.device, latents.dtype)
-        latents = pixel_shuffle(latents * std + mean, 2).to(vae.dtype)
-        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        latents = latents.transpose(1, 2).unflatten(2, self.token_grid(pipe, size))
+        mean, std = batch_statistics(pipe.vae, latents)
+        return pixel_shuffle(latents * std + mean, 2)
 
     def stock_arguments(self, pipe: Any, request: EditRequest) -> dict[str, Any]:
         """Return the arguments, and set the scale of the pipeline's guider, which is no argument."""
@@ -281,7 +249,7 @@ class Flux3(Family):
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> Text:
         text = pipe.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
@@ -292,10 +260,7 @@ class Flux3(Family):
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
-        whole, last = plan(layout, visibility), target_plan(layout, visibility)
-        if kept:
-            computed = kept_step(layout)
-            layout, whole = computed.layout, computed.plan(visibility)
+        layout, area, last = step_cost(layout, visibility, kept)
         width = config.num_attention_heads * config.attention_head_dim
         tokens, targets = layout.joint_length, sum(s.length for s in layout.targets)
         early, joint, mlp = config.num_layers, config.num_single_layers, int(width * config.mlp_ratio)
@@ -307,7 +272,7 @@ class Flux3(Family):
         linear += (layout.image_length * config.in_channels + layout.text_length * config.joint_attention_dim) * width
         linear += targets * width * config.in_channels
         own = sum(plan(mode_layout(layout, kind), visibility).area for kind in MODES)
-        return 2 * linear, 4 * (early * own + (joint - 1) * whole.area + last.area) * width
+        return 2 * linear, 4 * (early * own + (joint - 1) * area + last) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
         return language_cost(pipe.text_encoder, [length for lengths in texts for length in lengths])
@@ -328,22 +293,6 @@ def _canvas(size: tuple[int, int], patch: int) -> tuple[int, int]:
     """Return the size to which the pipeline pads the only reference of a request: whole tokens."""
     width, height = (min(LONGEST, max(SHORTEST, math.ceil(side / patch) * patch)) for side in size)
     return width, height
-
-
-def _cropped(size: tuple[int, int], patch: int) -> tuple[int, int]:
-    """Return the size that the pipeline gives one of several references: scaled to an area, and cut to whole tokens."""
-    width, height = size
-    if width * height > SIDE**2:
-        scale = math.sqrt(SIDE**2 / (width * height))
-        width, height = int(width * scale), int(height * scale)
-    return width // patch * patch, height // patch * patch
-
-
-def _latent_scale(vae: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the latents of 2 x 2 pixels, `[1, C, 1, 1]` each."""
-    std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-    mean, std = (values.view(1, -1, 1, 1).to(device, dtype) for values in (vae.bn.running_mean, std))
-    return mean, std
 
 
 def _is_distilled(pipe: Any) -> bool:

@@ -72,6 +72,7 @@ class PackedJoyImage(PackedModel):
     block_classes: ClassVar = {"double_blocks": JoyImageBlock}
     ends = ("img_in", "condition_embedder", "norm_out", "proj_out")
     text_channels = "text_dim"
+    scheme = JOYIMAGE
     row_kinds = (("text_embedder", "text"), ("condition_embedder", "table"), (".txt_", "text"), ("", "image"))
 
     @classmethod
@@ -84,15 +85,6 @@ class PackedJoyImage(PackedModel):
         """Return times from which `forward` gets the timesteps without rounding, as the pipeline passes them."""
         wide = torch.float32 if timesteps[0].device.type in ("mps", "npu") else torch.float64
         return torch.stack([t.to(wide) / 1000 for t in timesteps])
-
-    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
-        """Return the layout of a pack for this model (`SelfLayout.pack` with `JOYIMAGE`).
-
-        Args:
-            samples: Samples of the pack, in order.
-            shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
-        """
-        return SelfLayout.pack(samples, JOYIMAGE, clean_references=False, shared_references=shared_references)
 
     def _predict(
         self,

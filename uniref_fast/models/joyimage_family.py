@@ -16,17 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
-from uniref_fast.encode import text_length, text_runs
 from uniref_fast.guidance import EMPTY_PROMPT
-from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, with_negative_prompt
-from uniref_fast.models.joyimage import JOYIMAGE, PackedJoyImage
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.layout import SelfLayout
+from uniref_fast.models.family import EDIT_ONLY, Family, SizedImages, Sizes, Text, prepared_references
+from uniref_fast.models.family_checks import check_options, check_widths, with_negative_prompt
+from uniref_fast.models.image_sizes import result_size
+from uniref_fast.models.joyimage import PackedJoyImage
+from uniref_fast.models.kept_references import step_cost
+from uniref_fast.models.latents import from_tokens, to_tokens, vae_statistics
+from uniref_fast.models.replaced import NORMS, Replaced, layer_norms, rms_norms
 from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
-from uniref_fast.visibility import Rule, plan, target_plan
+from uniref_fast.visibility import Rule
 
 __all__ = ["JOYIMAGE_EDIT_PLUS", "JoyImageEditPlus"]
 
@@ -39,7 +41,6 @@ TEXT_LENGTH = 4096
 PATCH = (1, 2, 2)
 
 _MODEL = "diffusers.models.transformers.transformer_joyimage_edit_plus"
-_NORM = "diffusers.models.normalization:FP32LayerNorm"
 _BLOCK, _ATTN = "double_blocks.*", "double_blocks.*.attn"
 
 REPLACED = (
@@ -55,14 +56,12 @@ REPLACED = (
         _BLOCK, f"{_MODEL}:JoyImageEditPlusTransformerBlock", calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"),
         onloaded=True,
     ),
-    *(Replaced(f"{_BLOCK}.{name}", _NORM, reads=("eps",))
-      for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
+    *layer_norms(_BLOCK, ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2"), f"{NORMS}:FP32LayerNorm"),
     Replaced(
         _ATTN, f"{_MODEL}:JoyImageEditPlusAttention",
         calls=("img_attn_qkv", "txt_attn_qkv", "img_attn_proj", "txt_attn_proj"), reads=("heads", "head_dim"),
     ),
-    *(Replaced(f"{_ATTN}.{name}", "torch.nn:RMSNorm", reads=("weight", "eps"), onloaded=True)
-      for name in ("img_attn_q_norm", "img_attn_k_norm", "txt_attn_q_norm", "txt_attn_k_norm")),
+    *rms_norms(_ATTN, ("img_attn_q_norm", "img_attn_k_norm", "txt_attn_q_norm", "txt_attn_k_norm")),
 )  # fmt: skip
 
 
@@ -76,9 +75,7 @@ class JoyImageEditPlus(Family):
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": "its pipeline also takes a denoising step for the latents of the references, for "
         "which a kept step has no prediction",
-        "fast": "its blocks were not measured in 8 bits",
-        "sft": NOT_TRAINED,
-        "msgrpo": NOT_TRAINED,
+        **EDIT_ONLY,
     }
     replaced = REPLACED
     packed = PackedJoyImage
@@ -96,15 +93,8 @@ class JoyImageEditPlus(Family):
 
     # ---- the packed model ----
 
-    def layout(self, config: Any, samples: Sequence[Sample]) -> SelfLayout:
-        return SelfLayout.pack(samples, JOYIMAGE, clean_references=False)
-
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        if tuple(config.get("patch_size", PATCH)) != PATCH:
-            raise ValueError(
-                f"{given} has a transformer with patch_size = {config['patch_size']!r}, which is not supported (it "
-                f"must be {[*PATCH]}); {instead}"
-            )
+        check_options(given, config, {"patch_size": [*PATCH]}, instead)
         axes, heads = config.get("rope_dim_list", (16, 56, 56)), config.get("num_attention_heads", 24)
         width = config.get("hidden_size", 3072) // heads
         if axes is None or len(axes) != 3 or sum(axes) != width:
@@ -133,21 +123,13 @@ class JoyImageEditPlus(Family):
         return area, area, area
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
         patch = self.token_side(pipe)
         alone = [_listed_size(pipe, size) for size in sizes]
         usual = alone[-1] if alone else (SIDE, SIDE)
-        result_width, result_height = (
-            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
-        )
         references = tuple(alone if budget is None else fit_to_budget(sizes, budget))
-        return Geometry((result_width, result_height), references, references, patch)
+        return Geometry(result_size(width, height, usual, patch), references, references, patch)
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
         from diffusers.pipelines.joyimage.pipeline_joyimage_edit_plus import retrieve_timesteps
@@ -157,28 +139,14 @@ class JoyImageEditPlus(Family):
         scheduler.set_begin_index(0)
         return scheduler
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        if embeds is None:
-            resized = [_resized(pipe, image, size) for image, size in zip(images, sizes, strict=True)]
-            embeds, mask = pipe.encode_prompt_multiple_images(
-                [_user_message(prompt or "", len(resized))], device, resized or None, TEXT_LENGTH
-            )
-        else:
-            embeds, mask = given_embeddings(pipe, embeds, mask, device, cast)
-        assert embeds is not None
-        text = text_runs(embeds.shape[1], mask)
-        return embeds[0, : text_length(text)], text
+        resized = [_resized(pipe, image, size) for image, size in zip(images, sizes, strict=True)]
+        embeds, mask = pipe.encode_prompt_multiple_images(
+            [_user_message(prompt, len(resized))], device, resized or None, TEXT_LENGTH
+        )
+        return self.valid_rows(embeds[0], mask)
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         vae, processor, dtype = pipe.vae, pipe.image_processor, compute_dtype(pipe.transformer)
@@ -189,36 +157,25 @@ class JoyImageEditPlus(Family):
             pixels = processor.normalize(processor.numpy_to_pt(processor.pil_to_numpy(resized)))
         pixels = pixels.to(device or pipe._execution_device, dtype).unsqueeze(2)  # rounded as in the pipeline
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(dtype)
-        mean, std = _statistics(vae, latents)
-        return _tokens((latents - mean) / std)[0]
+        mean, std = vae_statistics(vae, latents)
+        return to_tokens(((latents - mean) / std)[:, :, 0])[0]
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        pairs, given = list(zip(images, sizes.reference_sizes, strict=True)), request.latents
-        resized = None if own or not pairs else [[_resized(pipe, *pair) for pair in pairs]] * request.num_images
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        given = request.latents
         if given is not None:
-            given = _pixels(given, sizes.grid(sizes.size))
+            given = from_tokens(given, self.token_grid(pipe, sizes.size)).unsqueeze(2)
         width, height = sizes.size
+        resized = [[_resized(pipe, *pair) for pair in images]] * request.num_images if images else None
         patches, _, _ = pipe.prepare_latents(
             request.num_images, pipe.transformer.config.in_channels, height, width, dtype, pipe._execution_device,
             generator, resized, given,
         )  # fmt: skip
-        latents, references = patches.flatten(2).split_with_sizes(
+        latents, packed = patches.flatten(2).split_with_sizes(
             [sizes.target_tokens, patches.shape[1] - sizes.target_tokens], dim=1
         )
-        if not own:
-            return latents, references[0]
-        # diffusers' own method would encode the references of each image again
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+        return latents, prepared_references(latents, packed, images)
 
     def guide(self, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         """Combine both velocities, and give each latent pixel the norm that it has for the positive prompt."""
@@ -228,17 +185,20 @@ class JoyImageEditPlus(Family):
         norms = [torch.norm(x, dim=-2, keepdim=True) for x in (wanted, combined)]
         return (combined * (norms[0] / norms[1].clamp_min(1e-6))).flatten(-2)
 
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        latents = from_tokens(latents, self.token_grid(pipe, size)).unsqueeze(2)
+        mean, std = vae_statistics(pipe.vae, latents)
+        return latents * std + mean
+
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, patch = pipe.vae, self.token_side(pipe)
-        width, height = size
-        latents = _pixels(latents, (1, height // patch, width // patch))
-        mean, std = _statistics(vae, latents)
-        image = vae.decode((latents * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image.float(), output_type=output_type)[0]
+        """Decode latents as other families do, but compute the values of the pixels in float32."""
+        latents = self.vae_latents(pipe, latents, size).to(pipe.vae.dtype)
+        image = pipe.vae.decode(latents, return_dict=False)[0][:, :, 0].float()
+        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> int:
         message = _user_message(prompt, len(sizes)).replace("<image>\n", "<|vision_start|><|image_pad|><|vision_end|>")
         template = pipe.prompt_template_encode["multiple_images"]
         tokens = len(pipe.processor.tokenizer(template.format(message))["input_ids"])
@@ -248,10 +208,7 @@ class JoyImageEditPlus(Family):
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
-        whole, last = plan(layout, visibility), target_plan(layout, visibility)
-        if kept:
-            computed = kept_step(layout)
-            layout, whole = computed.layout, computed.plan(visibility)
+        layout, area, last = step_cost(layout, visibility, kept)
         width, blocks = config.hidden_size, config.num_layers
         patch = self.packed.sizes(config).token_channels
         tokens, targets = layout.joint_length, sum(segment.length for segment in layout.targets)
@@ -260,7 +217,7 @@ class JoyImageEditPlus(Family):
         linear += layout.num_modulation_rows * (256 * width + 7 * width**2)  # embedding of the time, modulation
         linear += layout.image_length * patch * width + layout.text_length * (config.text_dim * width + width**2)
         linear += targets * width * patch
-        return 2 * linear, 4 * ((blocks - 1) * whole.area + last.area) * width
+        return 2 * linear, 4 * ((blocks - 1) * area + last) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
         prefix = pipe.prompt_template_encode_start_idx["multiple_images"]
@@ -269,13 +226,6 @@ class JoyImageEditPlus(Family):
             seen = sum(condition_tokens(pipe, each) for each in size.condition_sizes)  # the encoder drops none of them
             tokens.append([max(length, seen) + prefix for length in lengths])
         return vision_language_cost(pipe, sizes, tokens)
-
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, vae.config.in_channels, 1, height, width
-        factor = vae.config.scale_factor_spatial
-        return 1, vae.config.z_dim, 1, height // factor, width // factor
 
 
 def _listed_size(pipe: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -292,27 +242,6 @@ def _resized(pipe: Any, image: Image.Image, size: tuple[int, int]) -> Image.Imag
 def _user_message(prompt: str, references: int) -> str:
     """Return the message that the pipeline makes of a prompt."""
     return "<|im_start|>user\n" + "<image>\n" * references + f"{prompt}<|im_end|>\n"
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean and the deviation of the latents of a VAE, `[1, channels, 1, 1, 1]` each."""
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(like.device, like.dtype)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
-
-
-def _tokens(latents: Tensor) -> Tensor:
-    """Return latents `[B, channels, 1, H, W]` as tokens `[B, H / 2 * W / 2, 4 channels]`."""
-    patches = latents[:, :, 0].unflatten(3, (-1, PATCH[2])).unflatten(2, (-1, PATCH[1]))  # [B, c, h, 2, w, 2]
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def _pixels(tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Return tokens `[B, h * w, 4 channels]` as latents `[B, channels, 1, 2 h, 2 w]`; the reverse of `_tokens`."""
-    patches = tokens.unflatten(2, (-1, *PATCH[1:])).unflatten(1, grid[1:])  # [B, h, w, c, 2, 2]
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).unsqueeze(2)
 
 
 JOYIMAGE_EDIT_PLUS = JoyImageEditPlus()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from uniref_fast.layout import Segment, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.sequence_parallel import SequenceParallel
-from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_of
+from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_of, target_plan
 
 __all__ = [
     "DEFAULT_DRIFT",
@@ -41,6 +41,7 @@ __all__ = [
     "empty_stores",
     "kept_bytes",
     "kept_step",
+    "step_cost",
 ]
 
 KeepDtype = Literal["int8"]
@@ -329,6 +330,21 @@ def kept_bytes(sizes: Any, layout: SelfLayout, dtype: torch.dtype, keep_dtype: K
 def kept_step(layout: SelfLayout) -> ReferenceRows:
     """Return the rows of a step that takes the references of every sample from a store."""
     return ReferenceRows(layout, [KeptReferences(steps=1, refreshed=[0]) for _ in range(layout.num_samples)])
+
+
+def step_cost(layout: SelfLayout, visibility: str | Rule, kept: bool) -> tuple[SelfLayout, int, int]:
+    """Return the layout of the rows that a step computes, and the attended pairs of a block and of the last block.
+
+    Args:
+        layout: Layout of the pack.
+        visibility: Visibility of attention.
+        kept: Count a step that takes the keys and values of the references from a store.
+    """
+    last = target_plan(layout, visibility).area
+    if not kept:
+        return layout, plan(layout, visibility).area, last
+    step = kept_step(layout)
+    return step.layout, step.plan(visibility).area, last
 
 
 class ReferenceRows:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from uniref_fast.models.family import Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks, with_negative_prompt
+from uniref_fast.models.family import Sizes, Text
+from uniref_fast.models.family_checks import check_widths, refuse_masks, with_negative_prompt
 from uniref_fast.models.flux1 import PackedLongCat
-from uniref_fast.models.flux1_family import AREA, ImageLatents, replaced_parts
+from uniref_fast.models.flux1_family import AREA, FluxVaeFamily, replaced_parts
+from uniref_fast.models.image_sizes import result_size
 from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.request import EditRequest, Geometry
 
@@ -28,7 +28,7 @@ PROMPT_LENGTH = 512
 _MODEL = "diffusers.models.transformers.transformer_longcat_image"
 
 
-class LongCatImageEdit(ImageLatents):
+class LongCatImageEdit(FluxVaeFamily):
     """LongCat-Image-Edit, and `patch` of LongCat-Image."""
 
     name = "longcat-image-edit"
@@ -44,6 +44,7 @@ class LongCatImageEdit(ImageLatents):
     )  # fmt: skip
     packed = PackedLongCat
     random_models = "uniref_fast.random_models.longcat_image"
+    latent_arguments = (1,)  # the length of the text, only for positions
 
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         return 50, 4.5
@@ -83,12 +84,7 @@ class LongCatImageEdit(ImageLatents):
         return area // 4, area, area
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
         from diffusers.pipelines.longcat_image.pipeline_longcat_image_edit import calculate_dimensions
 
@@ -98,45 +94,22 @@ class LongCatImageEdit(ImageLatents):
             )
         if len(sizes) != 1:
             raise ValueError(f"a LongCatImageEditPipeline takes exactly one image per request, got {len(sizes)}")
-        patch, ((w, h),) = pipe.vae_scale_factor * 2, sizes
+        patch, ((w, h),) = self.token_side(pipe), sizes
         usual = calculate_dimensions(self.image_areas(pipe)[2], w / h)
-        result_width, result_height = (
-            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
-        )
-        condition = result_width // 2, result_height // 2
-        return Geometry((result_width, result_height), (condition,), ((result_width, result_height),), patch)
+        result = result_size(width, height, usual, patch)
+        return Geometry(result, ((result[0] // 2, result[1] // 2),), (result,), patch)
 
-    def prepared_latents(
-        self, pipe: Any, pixels: Tensor | None, size: tuple[int, int], dtype: torch.dtype, generator: Any,
-        latents: Tensor | None, count: int,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        width, height = size
-        channels, length = pipe.transformer.config.in_channels // 4, 1  # of the text: only for positions
-        return pipe.prepare_latents(
-            pixels, count, channels, height, width, dtype, length, pipe._execution_device, generator, latents
-        )[:2]
-
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        given, _ = given_embeddings(pipe, embeds, None, device or pipe._execution_device, cast)
-        if given is None:
-            processor, ((width, height),) = pipe.image_processor, sizes
-            image = processor.resize(images[0], 2 * height, 2 * width)  # as the pipeline does, first to the VAE's size
-            given, _ = pipe.encode_prompt(prompt=[prompt], image=processor.resize(image, height, width))
-        return given[0], given.shape[1]
+        processor, ((width, height),) = pipe.image_processor, sizes
+        image = processor.resize(images[0], 2 * height, 2 * width)  # as the pipeline does, first to the VAE's size
+        embeds, _ = pipe.encode_prompt(prompt=[prompt], image=processor.resize(image, height, width))
+        return embeds[0], embeds.shape[1]
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> int:
         return 2 + PROMPT_LENGTH + sum(condition_tokens(pipe, size) for size in sizes)  # between two tokens of vision
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:

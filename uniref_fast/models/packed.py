@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from uniref_fast import ops
-from uniref_fast.layout import Sample, SelfLayout
+from uniref_fast.layout import RotaryScheme, Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext, compiler_of, mark_dynamic, traced_context
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
@@ -281,6 +281,8 @@ class PackedModel(nn.Module):
         ends: Names of the modules of the transformer that are called outside of its blocks.
         refused_options: Options of the transformer's configuration that the family's forward does not compute.
         text_channels: Name of the option that is the width of the prompt embeddings.
+        scheme: Rotary scheme of a family whose layouts are those of `SelfLayout.pack`.
+        clean_references: True if these layouts modulate references with t = 0.
         jumps: True for a flow map, whose `forward` takes the time of each sample and the time to which the step jumps.
         row_kinds: Parts of the names of modules, and the kind of the rows of their inputs: "text", "image" or "joint"
             for a stream, "table" for the modulation table. The first part that a name contains counts. Empty for a
@@ -299,6 +301,8 @@ class PackedModel(nn.Module):
     refused_options: ClassVar[tuple[str, ...]] = ()
     text_channels: ClassVar[str] = "joint_attention_dim"
     jumps: bool = False
+    scheme: ClassVar[RotaryScheme]
+    clean_references: bool = False
     row_kinds: ClassVar[tuple[tuple[str, str], ...]] = ()
     transformer: Any
 
@@ -380,10 +384,12 @@ class PackedModel(nn.Module):
         """Return the layout of a pack for this model.
 
         Args:
-            samples: Samples of the pack, in order.
-            shared_references: Hold the references of samples of one group once.
+            samples: Samples of the pack, in order. A model with guidance embeddings takes a guidance scale of each.
+            shared_references: Hold the references of samples of one group once, see `SelfLayout.pack`.
         """
-        raise NotImplementedError
+        return SelfLayout.pack(
+            samples, self.scheme, clean_references=self.clean_references, shared_references=shared_references
+        )
 
     def constant_rows(self, layout: SelfLayout) -> int:
         """Return the number of rows of all streams that are computed once for all steps of a pack (`StepConstants`)."""

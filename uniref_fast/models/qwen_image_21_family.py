@@ -12,20 +12,26 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import REFERENCE_PLACE, Sample, SelfLayout
-from uniref_fast.models.family import Replaced, Text
-from uniref_fast.models.family_checks import check_patch_size, check_rotary_axes, check_widths
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.family import Sizes, Text
+from uniref_fast.models.family_checks import (
+    check_options,
+    check_rotary_axes,
+    check_widths,
+    refuse_embeddings_of_references,
+)
+from uniref_fast.models.image_sizes import result_size
+from uniref_fast.models.kept_references import step_cost
 from uniref_fast.models.qwen_image_21 import PackedQwenImage21, interleaved_layout
 from uniref_fast.models.qwen_pipeline import QwenFamily
+from uniref_fast.models.replaced import NORMS, QK_NORMS, Replaced, layer_norms, rms_norms
 from uniref_fast.models.text_encoder_costs import vision_language_cost
 from uniref_fast.request import EditRequest, EncodedRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
-from uniref_fast.visibility import Rule, block_causal, plan, target_plan
+from uniref_fast.visibility import Rule, block_causal
 
 __all__ = ["QWEN_IMAGE_21", "QwenImage21"]
 
@@ -45,16 +51,15 @@ REPLACED = (
     ),
     Replaced("pos_embed", f"{_MODEL}:QwenImage21Rope", ("forward", "rope_params")),
     Replaced("norm_out", f"{_MODEL}:QwenImage21AdaLayerNormContinuous", calls=("silu", "linear")),
-    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    *layer_norms("norm_out", ("norm",)),
     Replaced(
         _BLOCK, f"{_MODEL}:QwenImage21TransformerBlock", ("forward", "_modulate"), calls=("img_mlp",), onloaded=True
     ),
-    *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",)) for name in ("img_norm1", "img_norm2")),
+    *layer_norms(_BLOCK, ("img_norm1", "img_norm2")),
     Replaced(
         _ATTN, f"{_MODEL}:QwenImage21Attention", calls=("to_q", "to_k", "to_v", "to_out"), reads=("heads", "inner_dim")
     ),
-    *(Replaced(f"{_ATTN}.{name}", "diffusers.models.normalization:RMSNorm", reads=("weight", "eps"), onloaded=True)
-      for name in ("norm_q", "norm_k")),
+    *rms_norms(_ATTN, QK_NORMS[:2], f"{NORMS}:RMSNorm"),
 )  # fmt: skip
 
 
@@ -84,7 +89,7 @@ class QwenImage21(QwenFamily):
         return interleaved_layout(samples, causal_condition=bool(config.causal_condition))
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        check_patch_size(given, config, instead)
+        check_options(given, config, {"patch_size": 1}, instead)
         check_rotary_axes(given, config, (16, 56, 56), instead)
 
     def keeps_references(self, transformer: Any) -> bool:
@@ -104,12 +109,8 @@ class QwenImage21(QwenFamily):
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse embeddings of prompts with references, and take the number of steps of the pipeline's own sigmas."""
-        placed = isinstance(request, EncodedRequest)
-        if request.images and not placed and any(embeds is not None for _, embeds, _ in request.texts):
-            raise ValueError(
-                f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
-                "prompt itself, or no images"
-            )
+        if not isinstance(request, EncodedRequest):
+            refuse_embeddings_of_references(request, where)
         sigmas = pipe.config.get("sample_sigmas")
         return request if sigmas is None else replace(request, num_inference_steps=len(sigmas))
 
@@ -121,41 +122,23 @@ class QwenImage21(QwenFamily):
         return area, area, area
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
         area = self.image_areas(pipe)[2]
         dimensions = _stock().calculate_dimensions
         computed = dimensions(area, sizes[-1][0] / sizes[-1][1] if sizes else 1.0)
-        result_width, result_height = (
-            (given or side) // SLOT * SLOT for given, side in zip((width, height), computed, strict=False)
-        )
         references = reference_sizes(sizes, area, budget)
         # One resize feeds the text encoder and the VAE.
-        return Geometry((result_width, result_height), tuple(references), tuple(references), self.token_side(pipe))
+        result = result_size(width, height, computed, SLOT)
+        return Geometry(result, tuple(references), tuple(references), self.token_side(pipe))
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
         return denoising_schedule(pipe.scheduler, tokens, steps, device, sigmas=pipe.config.get("sample_sigmas"))
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
-    ) -> tuple[Tensor, Text]:
-        arguments = self.prompt_arguments(pipe, images, sizes, embeds, mask, device, cast)
-        embeds, mask, slots = pipe.encode_prompt(prompt=prompt, **arguments)
+    def encoded_rows(self, pipe: Any, arguments: dict[str, Any], sizes: Sizes) -> tuple[Tensor, Text]:
+        embeds, mask, slots = pipe.encode_prompt(**arguments)
         if arguments["image"] is None:
-            return embeds[0], self.given_text(embeds.shape[1], mask)
+            return self.valid_rows(embeds[0], mask)
         assert mask is None, "a single prompt has no padding"
         return embeds[0][~slots[0]], _text_of(slots[0].tolist(), [_slots(size) for size in sizes])
 
@@ -178,7 +161,7 @@ class QwenImage21(QwenFamily):
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> Text:
         if sizes:
             first, *more = (f"<image{i}><|vision_start|><|image_pad|><|vision_end|>" for i in range(1, len(sizes) + 1))
             template = pipe.prompt_template_ti2i.replace(first, " ".join([first, *more]))
@@ -192,10 +175,7 @@ class QwenImage21(QwenFamily):
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
         rule = block_causal if visibility == "full" else visibility
-        whole, last = plan(layout, rule), target_plan(layout, rule)
-        if kept:
-            computed = kept_step(layout)
-            layout, whole = computed.layout, computed.plan(rule)
+        layout, area, last = step_cost(layout, rule, kept)
         width = config.num_attention_heads * config.attention_head_dim
         tokens, targets, rows = layout.joint_length, sum(s.length for s in layout.targets), layout.num_modulation_rows
         blocks = config.num_layers
@@ -204,7 +184,7 @@ class QwenImage21(QwenFamily):
         linear += rows * (256 * width + width**2 + 5 * width**2)  # timestep embedding, both modulations
         linear += layout.image_length * config.in_channels * width + targets * width * config.out_channels
         linear += layout.text_length * (config.context_in_dim * width + width**2)
-        return 2 * linear, 4 * ((blocks - 1) * whole.area + last.area) * width
+        return 2 * linear, 4 * ((blocks - 1) * area + last) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
         tokens = [
@@ -213,15 +193,8 @@ class QwenImage21(QwenFamily):
         ]
         return vision_language_cost(pipe, sizes, tokens)
 
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, vae.config.in_channels, 1, height, width
-        factor = vae.config.scale_factor_spatial
-        return 1, vae.config.z_dim, 1, height // factor, width // factor
 
-
-def reference_sizes(sizes: Sequence[tuple[int, int]], area: int, budget: int | None = None) -> list[tuple[int, int]]:
+def reference_sizes(sizes: Sizes, area: int, budget: int | None = None) -> list[tuple[int, int]]:
     """Return the (width, height) in pixels that references are scaled to, multiples of 32.
 
     Args:

@@ -9,24 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.builtin.store import AREAS, recorded_areas
-from uniref_fast.encode import text_runs
 from uniref_fast.guidance import guide
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Replaced, Text
-from uniref_fast.models.family_checks import check_rotary_axes, check_widths
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.family import Sizes, Text
+from uniref_fast.models.family_checks import check_options, check_rotary_axes, check_widths
+from uniref_fast.models.image_sizes import result_size
+from uniref_fast.models.kept_references import step_cost
 from uniref_fast.models.qwen_image import PackedQwenImage
 from uniref_fast.models.qwen_pipeline import QwenFamily
+from uniref_fast.models.replaced import (
+    CONTINUOUS_NORM,
+    NORMS,
+    PROJECTIONS,
+    QK_NORMS,
+    Replaced,
+    layer_norms,
+    rms_norms,
+)
 from uniref_fast.models.text_encoder_costs import condition_tokens, vision_language_cost
 from uniref_fast.request import Geometry
-from uniref_fast.schedule import denoising_schedule
-from uniref_fast.visibility import AttentionPlan, Rule, plan, target_plan
+from uniref_fast.visibility import Rule
 
 __all__ = ["QWEN_IMAGE_EDIT", "QwenImageEdit"]
 
@@ -42,9 +48,7 @@ LAYOUT = {
 """Options of the transformer that change its layout or its inputs, with the values that the packed model supports."""
 
 _QWEN = "diffusers.models.transformers.transformer_qwenimage"
-_NORMS = "diffusers.models.normalization"
 _BLOCK, _ATTN = "transformer_blocks.*", "transformer_blocks.*.attn"
-_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out", "to_add_out")
 
 REPLACED = (
     Replaced(
@@ -52,19 +56,16 @@ REPLACED = (
         calls=("img_in", "txt_norm", "txt_in", "time_text_embed", "proj_out"), reads=("config",), onloaded=True,
     ),
     Replaced("pos_embed", f"{_QWEN}:QwenEmbedRope", ("forward", "_compute_video_freqs")),
-    Replaced("norm_out", f"{_NORMS}:AdaLayerNormContinuous", calls=("silu", "linear")),
-    Replaced("norm_out.norm", "torch.nn:LayerNorm", reads=("eps",)),
+    *CONTINUOUS_NORM,
     Replaced(
         _BLOCK, f"{_QWEN}:QwenImageTransformerBlock", ("forward", "_modulate"),
         calls=("img_mod", "txt_mod", "img_mlp", "txt_mlp"), onloaded=True,
     ),
-    *(Replaced(f"{_BLOCK}.{name}", "torch.nn:LayerNorm", reads=("eps",))
-      for name in ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
+    *layer_norms(_BLOCK, ("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")),
     Replaced(
-        _ATTN, "diffusers.models.attention_processor:Attention", calls=_PROJECTIONS, reads=("heads", "inner_dim"),
+        _ATTN, "diffusers.models.attention_processor:Attention", calls=PROJECTIONS, reads=("heads", "inner_dim"),
     ),
-    *(Replaced(f"{_ATTN}.{name}", f"{_NORMS}:RMSNorm", reads=("weight", "eps"), onloaded=True, optional=True)
-      for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+    *rms_norms(_ATTN, QK_NORMS, f"{NORMS}:RMSNorm", optional=True),
 )  # fmt: skip
 
 
@@ -102,12 +103,7 @@ class QwenImageEdit(QwenFamily):
         return SelfLayout.qwen(samples, zero_cond_t=bool(config.zero_cond_t))
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        for name, value in LAYOUT.items():
-            if config.get(name, value) != value:
-                raise ValueError(
-                    f"{given} has a transformer with {name} = {config[name]!r}, which is not supported (it must be "
-                    f"{value!r}); {instead}"
-                )
+        check_options(given, config, LAYOUT, instead)
         check_rotary_axes(given, config, (16, 56, 56), instead)
 
     # ---- the pipeline around the transformer ----
@@ -130,12 +126,7 @@ class QwenImageEdit(QwenFamily):
         return condition, vae, output
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
         condition_area, vae_area, output_area = self.image_areas(pipe)
         dimensions = getattr(pipe, "calculate_dimensions", _stock().calculate_dimensions)
@@ -148,32 +139,14 @@ class QwenImageEdit(QwenFamily):
         ratio = sizes[-1][0] / sizes[-1][1] if sizes else 1.0
         computed = dimensions(output_area, ratio)
         patch = self.token_side(pipe)
-        result_width, result_height = (
-            (given or side) // patch * patch for given, side in zip((width, height), computed, strict=True)
-        )
         condition = [dimensions(condition_area, w / h) for w, h in sizes]
         alone = [dimensions(vae_area, w / h) for w, h in sizes]
         references = alone if budget is None else fit_to_budget(sizes, budget)
-        return Geometry((result_width, result_height), tuple(condition), tuple(references), patch)
+        return Geometry(result_size(width, height, computed, patch), tuple(condition), tuple(references), patch)
 
-    def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
-        return denoising_schedule(pipe.scheduler, tokens, steps, device)
-
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
-    ) -> tuple[Tensor, Text]:
-        arguments = self.prompt_arguments(pipe, images, sizes, embeds, mask, device, cast)
-        embeds, mask = pipe.encode_prompt(prompt=prompt, max_sequence_length=512, **arguments)
-        text = text_runs(embeds.shape[1], mask)
-        return embeds[0, : text if isinstance(text, int) else sum(length for length, _ in text)], text
+    def encoded_rows(self, pipe: Any, arguments: dict[str, Any], sizes: Sizes) -> tuple[Tensor, Text]:
+        embeds, mask = pipe.encode_prompt(max_sequence_length=512, **arguments)
+        return self.valid_rows(embeds[0], mask)
 
     def latent_channels(self, config: Any) -> int:
         return config.in_channels // 4
@@ -189,7 +162,7 @@ class QwenImageEdit(QwenFamily):
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> int:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> int:
         pictures = "".join(f"Picture {i + 1}: <|vision_start|><|image_pad|><|vision_end|>" for i in range(len(sizes)))
         if _is_first(pipe):  # its template has the image
             pictures = ""
@@ -200,11 +173,7 @@ class QwenImageEdit(QwenFamily):
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
-        whole: AttentionPlan = plan(layout, visibility)
-        last = target_plan(layout, visibility)
-        if kept:
-            computed = kept_step(layout)
-            layout, whole = computed.layout, computed.plan(visibility)
+        layout, area, last = step_cost(layout, visibility, kept)
         width = config.num_attention_heads * config.attention_head_dim
         text, image, targets = layout.text_length, layout.image_length, sum(s.length for s in layout.targets)
         rows, samples = layout.num_modulation_rows, layout.num_samples
@@ -215,19 +184,11 @@ class QwenImageEdit(QwenFamily):
         linear += blocks * 6 * width**2 * (rows + samples)  # modulation of both streams
         linear += rows * (256 * width + width**2) + rows * 2 * width**2  # timestep embedding, last modulation
         linear += image * config.in_channels * width + text * config.joint_attention_dim * width + targets * width * out
-        area = (blocks - 1) * whole.area + last.area
-        return 2 * linear, 4 * area * width
+        return 2 * linear, 4 * ((blocks - 1) * area + last) * width
 
     def text_encoder_cost(self, pipe: Any, sizes: list[Geometry], texts: list[list[int]]) -> tuple[int, int]:
         prefix = pipe.prompt_template_encode_start_idx
         return vision_language_cost(pipe, sizes, [[length + prefix for length in lengths] for lengths in texts])
-
-    def vae_shape(self, vae: Any, size: tuple[int, int], direction: str) -> tuple[int, ...]:
-        width, height = size
-        if direction == "encode":
-            return 1, 3, 1, height, width
-        factor = 2 ** len(vae.temperal_downsample)
-        return 1, vae.config.z_dim, 1, height // factor, width // factor
 
 
 def _is_first(pipe: Any) -> bool:

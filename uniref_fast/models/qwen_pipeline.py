@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from uniref_fast.guidance import EMPTY_PROMPT
-from uniref_fast.models.family import Family
+from uniref_fast.models.family import Family, SizedImages, Sizes, Text, prepared_references
 from uniref_fast.models.family_checks import given_embeddings
+from uniref_fast.models.latents import vae_statistics
 from uniref_fast.request import EditRequest, Geometry
 
 __all__ = ["QwenFamily"]
@@ -42,70 +43,62 @@ class QwenFamily(Family):
         rows, columns = latents.shape[3:]
         return pipe._pack_latents(latents, 1, latents.shape[1], rows, columns)[0]
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        pairs = list(zip(images, sizes.reference_sizes, strict=True))
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
         pixels: Any = None
-        if pairs and not own:
-            pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in pairs]
+        if images:
+            pixels = [pipe.image_processor.preprocess(image, h, w).unsqueeze(2) for image, (w, h) in images]
             pixels = self.prepared_pixels(pipe, pixels)
         width, height = sizes.size
         latents, packed = pipe.prepare_latents(
             pixels, request.num_images, self.latent_channels(pipe.transformer.config), height, width, dtype,
             pipe._execution_device, generator, request.latents,
         )  # fmt: skip
-        if not own:
-            return latents, latents[0, :0] if packed is None else packed[0].to(latents.dtype)
-        # diffusers' own method would pass the images to the VAE in the transformer's dtype, which may not be the VAE's
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+        return latents, prepared_references(latents, packed, images)
 
     def prepared_pixels(self, pipe: Any, pixels: list[Tensor]) -> Any:
         """Return the pixels `[1, C, 1, H, W]` of references as `prepare_latents` of the pipeline takes them."""
         return pixels
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae = pipe.vae
-        width, height = size
-        latents = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor).to(vae.dtype)
-        mean, std = (
-            torch.tensor(values).view(1, vae.config.z_dim, 1, 1, 1).to(latents.device, latents.dtype)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        image = vae.decode(self.unnormalised(latents, mean, std), return_dict=False)[0][:, :, 0]
-        return pipe.image_processor.postprocess(image, output_type=output_type)[0]
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        latents = pipe._unpack_latents(latents, size[1], size[0], pipe.vae_scale_factor).to(pipe.vae.dtype)
+        return self.unnormalised(latents, *vae_statistics(pipe.vae, latents))
 
     # ---- prompt embeddings ----
 
-    def prompt_arguments(
+    def encode_prompt(
         self,
         pipe: Any,
+        prompt: str | None,
         images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None,
-        mask: Tensor | None,
-        device: Any,
-        cast: bool,
-    ) -> dict[str, Any]:
-        """Return the arguments of the pipeline's `encode_prompt` besides the prompt; those of `Family.encode_prompt`.
-
-        The references, resized, are its `image`; None without references, or with given embeddings.
-        """
+        sizes: Sizes,
+        embeds: Tensor | None = None,
+        mask: Tensor | None = None,
+        device: Any = None,
+        cast: bool = True,
+    ) -> tuple[Tensor, Text]:
+        """Encode a prompt with its references, or pass given embeddings through the pipeline's `encode_prompt`."""
         device = device or pipe._execution_device
         resized = None
         if embeds is None:
             pairs = zip(images, sizes, strict=True)
             resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in pairs] or None
-        embeds, mask = given_embeddings(pipe, embeds, mask, device, cast)
-        return {
-            "image": resized, "device": device, "num_images_per_prompt": 1, "prompt_embeds": embeds,
-            "prompt_embeds_mask": mask,
+        else:
+            embeds, mask = given_embeddings(pipe, embeds, mask, device, cast)
+        arguments = {
+            "prompt": prompt, "image": resized, "device": device, "num_images_per_prompt": 1, "prompt_embeds": embeds,
+            "prompt_embeds_mask": None if embeds is None else mask,
         }  # fmt: skip
+        return self.encoded_rows(pipe, arguments, sizes)
+
+    def encoded_rows(self, pipe: Any, arguments: dict[str, Any], sizes: Sizes) -> tuple[Tensor, Text]:
+        """Return the result of the pipeline's `encode_prompt` as `Family.encode_prompt` does.
+
+        Args:
+            pipe: The pipeline.
+            arguments: Arguments of its `encode_prompt`; the references, resized, are its `image`, which is None without
+                references and with given embeddings.
+            sizes: Width and height in pixels at which the text encoder sees each reference.
+        """
+        raise NotImplementedError

@@ -19,15 +19,24 @@ from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models import z_image
-from uniref_fast.models.family import NOT_TRAINED, Family, Replaced, Text
-from uniref_fast.models.family_checks import check_widths, given_embeddings, refuse_masks, with_negative_prompt
-from uniref_fast.models.kept_references import kept_step
+from uniref_fast.models.family import EDIT_ONLY, Family, SizedImages, Sizes, Text
+from uniref_fast.models.family_checks import (
+    check_rotary_axes,
+    check_widths,
+    refuse_embeddings_of_references,
+    refuse_masks,
+    refused_image,
+    with_negative_prompt,
+)
+from uniref_fast.models.image_sizes import result_size, scaled_to, whole_tokens
+from uniref_fast.models.kept_references import step_cost
+from uniref_fast.models.replaced import NORMS, QK_NORMS, Replaced, layer_norms, rms_norms
 from uniref_fast.models.sandwich import part_layout
 from uniref_fast.models.text_encoder_costs import language_cost
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import EditRequest, Geometry
 from uniref_fast.schedule import denoising_schedule
-from uniref_fast.visibility import Rule, plan, target_plan
+from uniref_fast.visibility import Rule, plan
 
 __all__ = ["Z_IMAGE", "SandwichFamily", "ZImage", "replaced_blocks"]
 
@@ -51,14 +60,13 @@ def replaced_blocks(module: str, block: str, attention: str, lists: Sequence[str
         lists: Lists of blocks.
     """
     found: list[Replaced] = []
-    norm: Any = {"kind": "diffusers.models.normalization:RMSNorm", "reads": ("weight", "eps"), "onloaded": True}
+    kind = f"{NORMS}:RMSNorm"
     for name in lists:
         at = f"{name}.*"
         found.append(Replaced(at, f"{module}:{block}", calls=("feed_forward", "adaLN_modulation"), onloaded=True))
         found.append(Replaced(f"{at}.attention", attention, calls=("to_q", "to_k", "to_v", "to_out"), reads=("heads",)))
-        for part in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
-            found.append(Replaced(f"{at}.{part}", **norm))
-        found += [Replaced(f"{at}.attention.{part}", **norm, optional=True) for part in ("norm_q", "norm_k")]
+        found += rms_norms(at, ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"), kind)
+        found += rms_norms(f"{at}.attention", QK_NORMS[:2], kind, optional=True)
     return tuple(found)
 
 
@@ -66,20 +74,13 @@ class SandwichFamily(Family):
     """A family whose blocks are those of Z-Image: Z-Image itself and Fibo 2."""
 
     missing: ClassVar[Mapping[str, str]] = {
+        **EDIT_ONLY,
         "patch_keep_references": "calls of its blocks do not say which tokens are those of a reference",
-        "fast": "its blocks were not measured in 8 bits",
-        "sft": NOT_TRAINED,
-        "msgrpo": NOT_TRAINED,
     }
 
     def check_config(self, given: str, config: Mapping[str, Any], instead: str) -> None:
-        axes = config.get("axes_dims", (32, 48, 48))
-        width = config.get("dim", 3840) // config.get("n_heads", 30)
-        if len(axes) != 3 or sum(axes) != width:
-            raise ValueError(
-                f"{given} has a transformer with rotary axes {tuple(axes)}, which must be three that add up to the "
-                f"width of a head, {width}; {instead}"
-            )
+        axes, width = config.get("axes_dims", (32, 48, 48)), config.get("dim", 3840) // config.get("n_heads", 30)
+        check_rotary_axes(given, {"axes_dims_rope": axes, "attention_head_dim": width}, (32, 48, 48), instead)
 
     # ---- latents ----
 
@@ -95,23 +96,42 @@ class SandwichFamily(Family):
         """Return the starting noise of the pipeline, `[B, C, 2 H, 2 W]` in float32, or what is given instead."""
         raise NotImplementedError
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def prepared_latents(
+        self, pipe: Any, request: EditRequest, sizes: Geometry, images: SizedImages, dtype: torch.dtype, generator: Any
+    ) -> tuple[Tensor, Tensor | None]:
         given = None if request.latents is None else self.unpack(request.latents, sizes.grid(sizes.size)[1:])
-        latents = self.pack(self.noise(pipe, request, sizes, generator, given))
-        pairs = zip(images, sizes.reference_sizes, strict=True)
-        parts = [self.encode_image(pipe, *pair).to(latents.dtype) for pair in pairs]
-        return latents, torch.cat([latents[0, :0], *parts])
+        return self.pack(self.noise(pipe, request, sizes, generator, given)), None
 
     # ---- what an edit costs ----
+
+    def image_flops(
+        self, config: Any, layout: SelfLayout, images: SelfLayout, hidden: int, visibility: str | Rule, kept: bool
+    ) -> tuple[SelfLayout, int, int]:
+        """Return what a forward computes of images and of the whole sequence; a family adds its text.
+
+        Args:
+            config: Configuration of the transformer.
+            layout: Layout of the pack.
+            images: Layout of the tokens that pass the refiner blocks of images.
+            hidden: Width of the feed-forwards.
+            visibility: Visibility of attention.
+            kept: Count a step that takes the keys and values of the references from a store.
+
+        Returns:
+            The layout of the rows that the step computes, half of the operations of its Linears, and the pairs of query
+            and key of all its attention.
+        """
+        layout, area, last = step_cost(layout, visibility, kept)
+        images, image_area, _ = step_cost(images, visibility, kept)
+        width, time, channels = config.dim, min(config.dim, TIME[2]), 4 * config.in_channels
+        targets, samples = sum(s.length for s in layout.targets), layout.num_samples
+        refiners, blocks = config.n_refiner_layers, config.n_layers
+        linear = refiners * self.block_flops(config, hidden, images.joint_length)
+        linear += (blocks - 1) * self.block_flops(config, hidden, layout.joint_length)
+        linear += self.block_flops(config, hidden, layout.joint_length, targets)
+        linear += 2 * samples * ((refiners + blocks) * 4 * time * width + TIME[0] * TIME[1] + TIME[1] * time)
+        linear += samples * time * width + targets * width * channels + layout.image_length * channels * width
+        return layout, linear, refiners * image_area + (blocks - 1) * area + last
 
     def block_flops(self, config: Any, hidden: int, tokens: int, last: int | None = None) -> int:
         """Return half of the operations of the Linears of a block.
@@ -139,7 +159,7 @@ REPLACED = (
         reads=("config", "t_scale", "rope_embedder", "x_pad_token", "cap_pad_token", "siglip_pad_token"), onloaded=True,
     ),
     Replaced("all_final_layer.*", f"{_MODEL}:FinalLayer", calls=("adaLN_modulation", "linear")),
-    Replaced("all_final_layer.*.norm_final", "torch.nn:LayerNorm", reads=("eps",)),
+    *layer_norms("all_final_layer.*", ("norm_final",)),
     *replaced_blocks(_MODEL, "ZImageTransformerBlock", "diffusers.models.attention_processor:Attention", _LISTS),
 )  # fmt: skip
 
@@ -211,23 +231,19 @@ class ZImage(SandwichFamily):
             widths.append(("siglip_feat_dim", "SigLIP model", getattr(siglip, "vision_config", siglip).hidden_size))
         check_widths(given, pipe.transformer.config, widths)
 
+    def image_refusal(self, pipe: Any, sizes: Sizes) -> str | None:
+        return refused_image(pipe, sizes)
+
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Refuse images and embeddings that cannot be used, and set the negative prompt that the pipeline would use."""
-        for i, image in enumerate(request.images, start=1):
-            try:
-                pipe.image_processor.check_image_input(image)
-            except ValueError as error:
-                raise ValueError(f"{where}: image {i}: {error}") from None
+        if reason := self.image_refusal(pipe, [image.size for image in request.images]):
+            raise ValueError(f"{where}: {reason}")
         if request.images and (pipe.siglip is None or pipe.siglip_processor is None):
             raise ValueError(
                 f"{where}: the pipeline has no siglip or no siglip_processor, which references need; load the "
                 "pipeline with both, or give no images"
             )
-        if request.images and any(embeds is not None for _, embeds, _ in request.texts):
-            raise ValueError(
-                f"{where}: embeddings of a prompt do not record where its references are in this model; give the "
-                "prompt itself, or no images"
-            )
+        refuse_embeddings_of_references(request, where)
         refuse_masks(request, where)
         if request.true_cfg_scale is not None and 0 < request.true_cfg_scale < 1:
             raise ValueError(
@@ -240,43 +256,22 @@ class ZImage(SandwichFamily):
         return AREA, AREA, AREA
 
     def geometry(
-        self,
-        pipe: Any,
-        sizes: Sequence[tuple[int, int]],
-        width: int | None = None,
-        height: int | None = None,
-        budget: int | None = None,
+        self, pipe: Any, sizes: Sizes, width: int | None = None, height: int | None = None, budget: int | None = None
     ) -> Geometry:
-        patch = pipe.vae_scale_factor * 2
+        patch = self.token_side(pipe)
         area = AREA if width is None or height is None else width * height
         seen = [_within(size, area) for size in sizes] if budget is None else fit_to_budget(sizes, budget)
-        references = [(w // patch * patch, h // patch * patch) for w, h in seen]
+        references = [whole_tokens(size, patch) for size in seen]
         usual = references[-1] if references else (math.isqrt(AREA),) * 2
-        result_width, result_height = (
-            (given or side) // patch * patch for given, side in zip((width, height), usual, strict=True)
-        )
-        return Geometry((result_width, result_height), tuple(seen), tuple(references), patch)
+        return Geometry(result_size(width, height, usual, patch), tuple(seen), tuple(references), patch)
 
     def schedule(self, pipe: Any, tokens: int, steps: int, device: torch.device | str) -> Any:
         sigmas = torch.linspace(1.0, 1 / steps, steps).tolist()
         return denoising_schedule(pipe.scheduler, tokens, steps, device, sigmas=sigmas)
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sequence[tuple[int, int]],
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        device = device or pipe._execution_device
-        if embeds is not None:
-            found, _ = given_embeddings(pipe, embeds, None, device, cast)
-            assert found is not None
-            return found[0], found.shape[1]
         return self._encoded(pipe, prompt, self._features(pipe, images, sizes, device), device)
 
     def encode_prompts(
@@ -288,15 +283,13 @@ class ZImage(SandwichFamily):
         features = self._features(pipe, images, sizes.condition_sizes, device)  # the same for both prompts
         return [self._encoded(pipe, text or "", features, device) for text, _, _ in request.texts]
 
-    def _features(
-        self, pipe: Any, images: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], device: Any
-    ) -> list[Tensor]:
+    def _features(self, pipe: Any, images: Sequence[Image.Image], sizes: Sizes, device: Any) -> list[Tensor]:
         """Return the features of references of (width, height) pixels, `[H, W, C]` each."""
         resized = [_resized(image, size) for image, size in zip(images, sizes, strict=True)]
         (features,) = pipe.prepare_siglip_embeds(resized, 1, device, torch.float32)
         return features
 
-    def _encoded(self, pipe: Any, prompt: str | None, features: Sequence[Tensor], device: Any) -> tuple[Tensor, Text]:
+    def _encoded(self, pipe: Any, prompt: str, features: Sequence[Tensor], device: Any) -> tuple[Tensor, Text]:
         """Return `encode_prompt` of a prompt with the features of its references."""
         captions = pipe.encode_prompt(
             prompt=[prompt], device=device, do_classifier_free_guidance=False, num_condition_images=len(features),
@@ -313,8 +306,8 @@ class ZImage(SandwichFamily):
 
     def encode_image(self, pipe: Any, image: Image.Image, size: tuple[int, int], device: Any = None) -> Tensor:
         width, height = size
-        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
-        if any(side // patch * patch != whole for side, whole in zip(image.size, size, strict=True)):
+        vae, patch = pipe.vae, self.token_side(pipe)
+        if whole_tokens(image.size, patch) != tuple(size):
             image = _resized(image, size)
         pixels = pipe.image_processor.preprocess(image, height=height, width=width, resize_mode="crop")
         # rounded to bfloat16, as the pipeline does for a VAE of any dtype
@@ -322,18 +315,9 @@ class ZImage(SandwichFamily):
         latents = vae.encode(pixels).latent_dist.mode()[0] - vae.config.shift_factor
         return self.pack((latents * vae.config.scaling_factor)[None])[0].to(compute_dtype(pipe.transformer))
 
-    def starting_latents(
-        self,
-        pipe: Any,
-        request: EditRequest,
-        sizes: Geometry,
-        images: Sequence[Image.Image],
-        dtype: torch.dtype,
-        generator: Any,
-        own: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def sized_references(self, images: Sequence[Image.Image], sizes: Geometry) -> SizedImages:
         resized = [_resized(image, size) for image, size in zip(images, sizes.condition_sizes, strict=True)]
-        return super().starting_latents(pipe, request, sizes, resized, dtype, generator, own)
+        return super().sized_references(resized, sizes)
 
     def noise(self, pipe: Any, request: EditRequest, sizes: Geometry, generator: Any, given: Tensor | None) -> Tensor:
         width, height = sizes.size
@@ -354,16 +338,14 @@ class ZImage(SandwichFamily):
         """Move away from the negative prompt by the scale, where other models do by the scale less 1."""
         return positive + scale * (positive - negative)
 
-    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int], output_type: str = "pil") -> Any:
-        vae, patch = pipe.vae, pipe.vae_scale_factor * 2
-        width, height = size
-        latents = self.unpack(latents, (height // patch, width // patch)).to(vae.dtype)
-        latents = latents / vae.config.scaling_factor + vae.config.shift_factor
-        return pipe.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type=output_type)[0]
+    def vae_latents(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        vae = pipe.vae
+        latents = self.unpack(latents, self.token_grid(pipe, size)).to(vae.dtype)
+        return latents / vae.config.scaling_factor + vae.config.shift_factor
 
     # ---- what an edit costs ----
 
-    def prompt_text(self, pipe: Any, prompt: str, sizes: Sequence[tuple[int, int]]) -> Text:
+    def prompt_text(self, pipe: Any, prompt: str, sizes: Sizes) -> Text:
         if sizes:
             parts = ["<|im_start|>user\n<|vision_start|>", *["<|vision_end|><|vision_start|>"] * (len(sizes) - 1),
                      f"<|vision_end|>{prompt}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
@@ -376,23 +358,9 @@ class ZImage(SandwichFamily):
     def transformer_flops(
         self, config: Any, layout: SelfLayout, visibility: str | Rule, kept: bool = False
     ) -> tuple[int, int]:
+        width, hidden, refiners = config.dim, int(config.dim / 3 * 8), config.n_refiner_layers
         images = memo(layout, part_layout, z_image._is_image)
-        area = plan(layout, visibility).area, plan(images, visibility).area
-        last = target_plan(layout, visibility).area
-        if kept:
-            whole, part = kept_step(layout), kept_step(images)
-            layout, images = whole.layout, part.layout
-            area = whole.plan(visibility).area, part.plan(visibility).area
-        width, hidden, time = config.dim, int(config.dim / 3 * 8), min(config.dim, TIME[2])
-        targets, samples = sum(s.length for s in layout.targets), layout.num_samples
-        refiners, blocks = config.n_refiner_layers, config.n_layers
-        linear = refiners * self.block_flops(config, hidden, images.joint_length)
-        linear += (blocks - 1) * self.block_flops(config, hidden, layout.joint_length)
-        linear += self.block_flops(config, hidden, layout.joint_length, targets)
-        linear += 2 * samples * ((refiners + blocks) * 4 * time * width + TIME[0] * TIME[1] + TIME[1] * time)
-        linear += samples * time * width + targets * width * 4 * config.in_channels
-        linear += layout.image_length * 4 * config.in_channels * width
-        attention = refiners * area[1] + (blocks - 1) * area[0] + last
+        layout, linear, attention = self.image_flops(config, layout, images, hidden, visibility, kept)
         for chosen, is_token, channels in (
             (z_image._is_caption, z_image._is_caption_token, config.cap_feat_dim),
             (z_image._is_feature, z_image._is_feature_token, config.siglip_feat_dim),
@@ -414,11 +382,7 @@ class ZImage(SandwichFamily):
 
 def _within(size: tuple[int, int], area: int) -> tuple[int, int]:
     """Return the size that the pipeline gives a reference: that of `area` pixels, if it has over 1024 x 1024."""
-    width, height = size
-    if width * height <= AREA:
-        return size
-    scale = math.sqrt(area / (width * height))
-    return int(width * scale), int(height * scale)
+    return size if size[0] * size[1] <= AREA else scaled_to(size, area)
 
 
 def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
