@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniref_fast.random_models.flux1 import scheduler, transformer_of
+from uniref_fast.random_models.flux1 import transformer_of
+from uniref_fast.random_models.parts import language_config, scheduler
 
 __all__ = ["PIPELINES", "pipeline", "pipeline_of", "transformer"]
 
@@ -18,33 +19,16 @@ TEXT_DIM = 32
 VOCAB_SIZE = 128001  # the pipeline encodes an empty prompt as token 128000
 
 
-def transformer(
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    *,
-    layers: int = 2,
-    single_layers: int = 3,
-    heads: int = 2,
-    **config: Any,
-) -> Any:
-    """Return a `BriaFiboTransformer2DModel`; the arguments are those of `random_models.flux1.transformer`."""
+def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Any:
+    """Return a `BriaFiboTransformer2DModel`; `sizes` are arguments of `random_models.flux1.transformer_of`."""
     from diffusers import BriaFiboTransformer2DModel
 
     widths = {"in_channels": 48, "joint_attention_dim": 2 * TEXT_DIM, "text_encoder_dim": TEXT_DIM}
-    counts = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
-    return transformer_of(BriaFiboTransformer2DModel, dtype, seed, **widths | counts | config)
+    return transformer_of(BriaFiboTransformer2DModel, dtype, seed, **widths | sizes)
 
 
 def pipeline(name: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, heads: int = 2, grid: int = 8) -> Any:
-    """Return a small pipeline with random weights, which takes references as they are.
-
-    Args:
-        name: Pipeline class, one of `PIPELINES`.
-        dtype: Data type of the weights.
-        layers: Number of blocks of each of the two kinds.
-        heads: Number of attention heads.
-        grid: Not used: the pipeline takes references as they are, and results have the size of the first one.
-    """
+    """Return a small pipeline, which takes references as they are; arguments as in `random_models`."""
     return pipeline_of(transformer(dtype, layers=layers, single_layers=layers, heads=heads), name)
 
 
@@ -55,10 +39,7 @@ def pipeline_of(transformer: Any, name: str = PIPELINES[0]) -> Any:
 
     from uniref_fast.builtin import components
 
-    config = SmolLM3Config(
-        vocab_size=VOCAB_SIZE, hidden_size=TEXT_DIM, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, pad_token_id=0,
-    )  # fmt: skip
+    config = language_config(SmolLM3Config, VOCAB_SIZE, TEXT_DIM, 48, 3, pad_token_id=0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         encoder = SmolLM3ForCausalLM(config).eval().to(transformer.dtype)

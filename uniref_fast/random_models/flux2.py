@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-__all__ = ["PIPELINES", "flux2_vae", "pipeline", "pipeline_of", "transformer"]
+from uniref_fast.random_models.parts import CHAT, batch_norm_vae, language_config, random_model, scheduler
+
+__all__ = ["PIPELINES", "pipeline", "pipeline_of", "transformer"]
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2Pipeline")
 """Pipeline classes that `pipeline` builds. `Flux2Pipeline` has no text encoder, and gets prompt embeddings instead;
 `pipeline_of` can give it a small Mistral."""
-
-CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant:"
 
 CHAT_OF_PARTS = (
     "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}{{ part['text'] }}"
@@ -43,42 +42,21 @@ def transformer(
     from diffusers import Flux2Transformer2DModel
     from diffusers.models.transformers import transformer_flux2
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = Flux2Transformer2DModel(
-            in_channels=128,
-            num_layers=layers,
-            num_single_layers=single_layers,
-            attention_head_dim=128,
-            num_attention_heads=heads,
-            joint_attention_dim=96,
-            timestep_guidance_channels=256,
-            mlp_ratio=3.0,
-            axes_dims_rope=(32, 32, 32, 32),
-            rope_theta=2000,
-            guidance_embeds="dev" in kind,
-        )
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+    model = random_model(
+        Flux2Transformer2DModel, dtype, seed, in_channels=128, num_layers=layers, num_single_layers=single_layers,
+        attention_head_dim=128, num_attention_heads=heads, joint_attention_dim=96, timestep_guidance_channels=256,
+        mlp_ratio=3.0, axes_dims_rope=(32, 32, 32, 32), rope_theta=2000, guidance_embeds="dev" in kind,
+    )  # fmt: skip
     if "kv" in kind:  # as `Flux2KleinKVPipeline` does
         for block in model.transformer_blocks:
             block.attn.set_processor(transformer_flux2.Flux2KVAttnProcessor())
         for block in model.single_transformer_blocks:
             block.attn.set_processor(transformer_flux2.Flux2KVParallelSelfAttnProcessor())
-    return nn.Module.to(model.eval(), dtype)  # without the warning of diffusers
+    return model
 
 
 def pipeline(name: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, heads: int = 2, grid: int = 8) -> Any:
-    """Return a small pipeline with random weights, which takes images of any size.
-
-    Args:
-        name: Pipeline class, one of `PIPELINES`.
-        dtype: Data type of the weights.
-        layers: Number of blocks of each of the two kinds.
-        heads: Number of attention heads.
-        grid: Not used: these pipelines take references as they are.
-    """
+    """Return a small pipeline, which takes references as they are; arguments as in `random_models`."""
     kind = {"Flux2KleinKVPipeline": "klein-kv", "Flux2Pipeline": "dev"}.get(name, "klein")
     return pipeline_of(transformer(kind, dtype, layers=layers, single_layers=layers, heads=heads), kind)
 
@@ -99,8 +77,7 @@ def pipeline_of(transformer: Any, kind: str = "klein", distilled: bool = False, 
     dtype = transformer.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-        parts = {"transformer": transformer, "vae": flux2_vae(dtype), "scheduler": scheduler}
+        parts = {"transformer": transformer, "vae": batch_norm_vae(dtype), "scheduler": scheduler()}
         if kind == "dev":
             processor = _mistral_processor() if mistral else None
             encoder = None if processor is None else _mistral(processor.tokenizer).to(dtype)
@@ -119,10 +96,7 @@ def _text_encoder(vocabulary: int) -> Any:
     """Return an encoder with the 27 layers that the pipelines read; its width is a third of that of the embeddings."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=27, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
-    )  # fmt: skip
+    config = language_config(Qwen3Config, vocabulary, 32, 48, 27)
     return Qwen3ForCausalLM(config).eval()
 
 
@@ -141,25 +115,10 @@ def _mistral(tokenizer: Any) -> Any:
     """Return an encoder with the 30 layers that the pipeline of dev reads."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
-    text = MistralConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=30, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
-    )  # fmt: skip
+    text = language_config(MistralConfig, len(tokenizer), 32, 48, 30)
     vision = PixtralVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14
     )
     image = tokenizer.convert_tokens_to_ids("[IMG]")
     config = Mistral3Config(text_config=text, vision_config=vision, image_token_index=image)
     return Mistral3ForConditionalGeneration(config).eval()
-
-
-def flux2_vae(dtype: torch.dtype) -> Any:
-    """Return a small VAE with random weights, drawn from the global generator."""
-    from diffusers import AutoencoderKLFlux2
-
-    vae: Any = AutoencoderKLFlux2(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, sample_size=64
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
-    return nn.Module.to(vae.eval(), dtype)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from uniref_fast.random_models.qwen_image_21 import vision_language_encoder
+from uniref_fast.random_models.parts import draw_norms, random_model, vision_language_encoder
 
 __all__ = ["PIPELINES", "TEXT", "listed_sizes", "pipeline", "transformer"]
 
@@ -42,16 +43,11 @@ def transformer(dtype: torch.dtype = torch.float32, layers: int = 3, heads: int 
     """
     from diffusers import JoyImageEditPlusTransformer3DModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = JoyImageEditPlusTransformer3DModel(
-            hidden_size=128 * heads, num_attention_heads=heads, num_layers=layers, text_dim=TEXT,
-            rope_dim_list=[16, 56, 56],
-        )  # fmt: skip
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or "modulate_table" in name:
-                nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=0.2)
-    nn.Module.to(model.eval(), dtype)  # without the warning of diffusers
+    model = random_model(
+        JoyImageEditPlusTransformer3DModel, dtype, seed, functools.partial(draw_norms, also=("modulate_table",)),
+        hidden_size=128 * heads, num_attention_heads=heads, num_layers=layers, text_dim=TEXT,
+        rope_dim_list=[16, 56, 56],
+    )  # fmt: skip
     model.condition_embedder.time_embedder.float()
     return model
 
@@ -64,17 +60,7 @@ def pipeline(
     heads: int = 2,
     grid: int = 4,
 ) -> Any:
-    """Return a small pipeline with random weights.
-
-    The sizes of its references are those of `listed_sizes`.
-
-    Args:
-        name: Pipeline class, one of `PIPELINES`.
-        dtype: Data type of the weights.
-        layers: Number of blocks.
-        heads: Number of attention heads.
-        grid: Side in tokens of a square with the area of a reference and of a result.
-    """
+    """Return a small pipeline, whose references have `listed_sizes`; arguments as in `random_models`."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, JoyImageEditPlusPipeline
 
     with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,8 @@ import torch
 from diffusers import LongCatImageEditPipeline
 from diffusers.pipelines.longcat_image import pipeline_longcat_image_edit as stock
 
-from uniref_fast.random_models.flux1 import image_vae, scheduler, transformer_of
+from uniref_fast.random_models.flux1 import transformer_of
+from uniref_fast.random_models.parts import image_vae, scheduler
 
 __all__ = ["PIPELINES", "SmallLongCatImageEditPipeline", "pipeline", "pipeline_of", "transformer"]
 
@@ -56,35 +57,18 @@ class SmallLongCatImageEditPipeline(LongCatImageEditPipeline):
             )  # fmt: skip
 
 
-def transformer(
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    *,
-    layers: int = 2,
-    single_layers: int = 3,
-    heads: int = 2,
-    **config: Any,
-) -> Any:
-    """Return a `LongCatImageTransformer2DModel`; the arguments are those of `random_models.flux1.transformer`."""
+def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: Any) -> Any:
+    """Return a `LongCatImageTransformer2DModel`; `sizes` are arguments of `random_models.flux1.transformer_of`."""
     from diffusers import LongCatImageTransformer2DModel
 
     from uniref_fast.builtin.components import TEXT_DIM
 
     widths = {"in_channels": 64, "joint_attention_dim": TEXT_DIM, "pooled_projection_dim": TEXT_DIM}
-    counts = {"num_layers": layers, "num_single_layers": single_layers, "num_attention_heads": heads}
-    return transformer_of(LongCatImageTransformer2DModel, dtype, seed, **widths | counts | config)
+    return transformer_of(LongCatImageTransformer2DModel, dtype, seed, **widths | sizes)
 
 
 def pipeline(name: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, heads: int = 2, grid: int = 8) -> Any:
-    """Return a small pipeline with random weights.
-
-    Args:
-        name: Pipeline class, one of `PIPELINES`.
-        dtype: Data type of the weights.
-        layers: Number of blocks of each of the two kinds.
-        heads: Number of attention heads.
-        grid: Side in tokens of a square with the area of a result, and so of a reference.
-    """
+    """Return a small pipeline, whose references have the size of the result; arguments as in `random_models`."""
     pipe = pipeline_of(transformer(dtype, layers=layers, single_layers=layers, heads=heads))
     pipe.output_area = (grid * PATCH) ** 2
     return pipe

@@ -16,15 +16,7 @@ PATCH = 8
 
 
 def pipeline(name: str, dtype: torch.dtype = torch.float32, *, layers: int = 2, heads: int = 2, grid: int = 8) -> Any:
-    """Return a small pipeline with random weights.
-
-    Args:
-        name: Pipeline class, one of `PIPELINES`.
-        dtype: Data type of the weights.
-        layers: Number of blocks.
-        heads: Number of attention heads.
-        grid: Side in tokens of a square with the area of a reference and of a result.
-    """
+    """Return a small pipeline; arguments as in `random_models`."""
     from diffusers import QwenImageTransformer2DModel
 
     from uniref_fast.builtin import components

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from uniref_fast.random_models.parts import image_vae, language_config, random_model, scheduler
+
 __all__ = ["CAPTION", "FEATURES", "PIPELINES", "pipeline", "pipeline_of", "randomised", "transformer"]
 
 PIPELINES = ("ZImageOmniPipeline",)
@@ -35,14 +37,10 @@ def transformer(
     """
     from diffusers import ZImageTransformer2DModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Any = ZImageTransformer2DModel(
-            dim=128 * heads, n_layers=layers, n_refiner_layers=1, n_heads=heads, n_kv_heads=heads, cap_feat_dim=CAPTION,
-            siglip_feat_dim=features,
-        )  # fmt: skip
-        randomised(model)
-    return nn.Module.to(model.eval(), dtype)  # without the warning of diffusers
+    return random_model(
+        ZImageTransformer2DModel, dtype, seed, randomised, dim=128 * heads, n_layers=layers, n_refiner_layers=1,
+        n_heads=heads, n_kv_heads=heads, cap_feat_dim=CAPTION, siglip_feat_dim=features,
+    )  # fmt: skip
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -63,15 +61,7 @@ def pipeline(
     heads: int = 2,
     grid: int = 8,
 ) -> Any:
-    """Return a small pipeline with random weights, which takes images of any size.
-
-    Args:
-        name: Pipeline class, one of `PIPELINES`.
-        dtype: Data type of the weights.
-        layers: Number of blocks of the whole sequence.
-        heads: Number of attention heads.
-        grid: Not used: this pipeline takes references as they are.
-    """
+    """Return a small pipeline, which takes references as they are; arguments as in `random_models`."""
     return pipeline_of(transformer(dtype, layers=layers, heads=heads), name)
 
 
@@ -87,20 +77,13 @@ def pipeline_of(transformer: Any, name: str = PIPELINES[0]) -> Any:
     import diffusers
 
     dtype = transformer.dtype
-    parts: dict[str, Any] = {
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        "transformer": transformer,
-    }
+    parts: dict[str, Any] = {"scheduler": scheduler(1.0), "transformer": transformer}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         parts |= _text_encoder(dtype)
-        vae: Any = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=16, norm_num_groups=4, sample_size=64,
-            scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False, use_post_quant_conv=False,
-            mid_block_add_attention=False,
-        )  # fmt: skip
-        parts["vae"] = nn.Module.to(vae.eval(), dtype)
+        parts["vae"] = vae = image_vae(
+            dtype, sample_size=64, scaling_factor=0.36, shift_factor=0.12, mid_block_add_attention=False
+        )
         if "Omni" in name:
             vae.encoder.register_forward_pre_hook(lambda module, args: (args[0].to(dtype),))
             parts |= _siglip(dtype)
@@ -116,10 +99,7 @@ def _text_encoder(dtype: torch.dtype) -> dict[str, Any]:
 
     tokenizer = components.tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=CAPTION, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=24, max_position_embeddings=1024,
-    )  # fmt: skip
+    config = language_config(Qwen3Config, len(tokenizer), CAPTION, 64, 2)
     return {"text_encoder": Qwen3Model(config).eval().to(dtype), "tokenizer": tokenizer}
 
 
