@@ -268,5 +268,5 @@ def test_refusals(model):
     with pytest.raises(ValueError, match=r"image has shape \[\d+, 16\], the layout expects \[\d+, 64\]"):
         run(image[:, :16], text, torch.ones(len(PACK)), layout)
     run.parallel = object()
-    with pytest.raises(ValueError, match="sequence parallelism is not supported for JoyImage-Edit-Plus"):
+    with pytest.raises(ValueError, match="parallelism is not supported for JoyImageEditPlusTransformer3DModel"):
         run(image, text, torch.ones(len(PACK)), layout)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from uniref_fast.layout import Kind, Sample, Segment, SelfLayout
 from uniref_fast.memo import memo
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.packed import ForwardContext, joint_sources
 from uniref_fast.models.sandwich import SandwichBlock, SandwichModel, add, factor, normalised, times
 from uniref_fast.models.z_image import grid_positions
@@ -149,14 +149,7 @@ class PackedFibo2(SandwichModel):
     def _text_shape(self, layout: SelfLayout) -> tuple[int, int]:
         return text_rows(layout), text_width(self.transformer.config)
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model = self.transformer
         image, device, dtype = image.to(text.dtype), image.device, text.dtype
         rotary = memo(layout, _rotary, model.rope_embedder, device)

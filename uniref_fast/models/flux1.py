@@ -27,9 +27,9 @@ from uniref_fast import ops
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
-from uniref_fast.models.packed import ForwardContext, PackedModel
-from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation, has_fused_projections
+from uniref_fast.models.kept_references import Kept, ReferenceRows
+from uniref_fast.models.packed import ForwardContext, PackedModel, angle_dtype
+from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation, project_qkv
 from uniref_fast.models.single_stream import SingleStreamBlock
 from uniref_fast.models.tanh_gelu import runs_native_activation
 
@@ -93,14 +93,8 @@ class Flux1SingleStreamBlock(SingleStreamBlock):
         return shift, scale, gate
 
     def project(self, y: Tensor, rows: Tensor | None) -> tuple[QKV, Tensor]:
-        attn = self.block.attn
         mlp = self.block.proj_mlp(y if rows is None else y[rows])  # first, as in diffusers
-        if has_fused_projections(attn):
-            parts = attn.to_qkv(y).chunk(3, dim=-1)
-        else:
-            parts = attn.to_q(y), attn.to_k(y), attn.to_v(y)
-        q, k, v = (part.unflatten(-1, (-1, attn.inner_dim // attn.heads)) for part in parts)
-        return (q, k, v), mlp
+        return project_qkv(self.block.attn, y), mlp
 
     def activate(self, mlp: Tensor, impl: str | None) -> Tensor:
         activation = self.block.act_mlp
@@ -129,23 +123,12 @@ class PackedFlux1(PackedModel):
     def prompt_channels(cls, config: Any) -> int:
         return config["joint_attention_dim"] + config["pooled_projection_dim"]
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model, config = self.transformer, self.transformer.config
-        # diffusers computes the angles in float64 where the device has it
-        dtype = torch.float32 if image.device.type in ("mps", "npu") else torch.float64
-        rotary = layout.rotary(config.axes_dims_rope, image.device, config.get("rope_theta", 10000), dtype)
-        whole = layout
-        references = None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
-        context = self._context(layout, rotary, references, image.dtype)
+        angles = angle_dtype(image.device)
+        rotary = layout.rotary(config.axes_dims_rope, image.device, config.get("rope_theta", 10000), angles)
+        context, whole = self._step(layout, kept, rotary, image.dtype), layout
+        layout, image = context.layout, context.computed("image", image)
         temb = self._time_embedding(timestep, text, whole)
         stream = self._text_stream(text, layout, model.context_embedder, columns=config.joint_attention_dim)
         streams = [model.x_embedder(image), stream]  # [n, C] each
@@ -180,8 +163,6 @@ class PackedFlux1(PackedModel):
         if {s.sample for s in layout.text_segments} != set(range(layout.num_samples)):
             raise ValueError("every sample needs at least one text token")
         self._check_guidance(layout)
-        if self.parallel is not None:
-            raise ValueError(f"sequence parallelism is not supported for {type(self.transformer).__name__}")
 
 
 class PackedLongCat(PackedFlux1):

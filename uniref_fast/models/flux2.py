@@ -12,7 +12,6 @@ Shapes: S samples, R rows of the modulation table (S, or 2 S with clean referenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
-from uniref_fast.models.packed import PackedModel
+from uniref_fast.models.kept_references import Kept
+from uniref_fast.models.packed import PackedModel, angle_dtype
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
 from uniref_fast.models.single_stream import SingleStreamBlock
 from uniref_fast.visibility import Rule
@@ -137,22 +136,12 @@ class PackedFlux2(PackedModel):
             visibility = "reference_causal"
         super().__init__(transformer, visibility=visibility, **options)
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model = self.transformer
-        # diffusers computes the angles in float64 where the device has it
-        dtype = torch.float32 if image.device.type in ("mps", "npu") else torch.float64
-        rotary = layout.rotary(model.config.axes_dims_rope, image.device, model.config.rope_theta, dtype)
-        references = None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
-        context = self._context(layout, rotary, references, image.dtype)
+        angles = angle_dtype(image.device)
+        rotary = layout.rotary(model.config.axes_dims_rope, image.device, model.config.rope_theta, angles)
+        context = self._step(layout, kept, rotary, image.dtype)
+        layout, image = context.layout, context.computed("image", image)
         temb = self._time_embedding(timestep.to(image.dtype), layout)
         modulation = (
             model.double_stream_modulation_img(temb),
@@ -181,5 +170,3 @@ class PackedFlux2(PackedModel):
                 f"{self.clean_references}; build it with the model's own `layout(samples)`"
             )
         self._check_guidance(layout)
-        if self.parallel is not None:
-            raise ValueError("sequence parallelism is not supported for FLUX.2")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
-from uniref_fast.models.packed import ModelSizes, PackedModel
+from uniref_fast.models.kept_references import Kept
+from uniref_fast.models.packed import ModelSizes, PackedModel, angle_dtype
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
 
 __all__ = ["JOYIMAGE", "PackedJoyImage"]
@@ -83,23 +83,13 @@ class PackedJoyImage(PackedModel):
 
     def times(self, timesteps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return times from which `forward` gets the timesteps without rounding, as the pipeline passes them."""
-        wide = torch.float32 if timesteps[0].device.type in ("mps", "npu") else torch.float64
-        return torch.stack([t.to(wide) / 1000 for t in timesteps])
+        return torch.stack([t.to(angle_dtype(t.device)) / 1000 for t in timesteps])
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model, config = self.transformer, self.transformer.config
         rotary = layout.rotary(config.rope_dim_list, image.device, config.theta)
-        references = None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
-        context = self._context(layout, rotary, references, image.dtype)
+        context = self._step(layout, kept, rotary, image.dtype)
+        layout, image = context.layout, context.computed("image", image)
         modulation = self._modulation((timestep * 1000).float(), text)
         text = self._text_stream(text, layout, model.condition_embedder.text_embedder)
         patches = image.unflatten(1, (config.in_channels, *config.patch_size))
@@ -117,8 +107,3 @@ class PackedJoyImage(PackedModel):
         if dtype != torch.int8:
             embedding = embedding.to(dtype)
         return embedder.time_proj(embedder.act_fn(embedder.time_embedder(embedding).type_as(like)))
-
-    def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
-        super()._check(image, text, timestep, layout)
-        if self.parallel is not None:
-            raise ValueError("sequence parallelism is not supported for JoyImage-Edit-Plus; use 1 rank for each pack")

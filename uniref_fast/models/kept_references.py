@@ -32,6 +32,7 @@ from uniref_fast.visibility import AttentionPlan, Rule, plan, query_plan, rule_o
 __all__ = [
     "DEFAULT_DRIFT",
     "KeepDtype",
+    "Kept",
     "KeptReferences",
     "ReferenceRows",
     "RefreshSchedule",
@@ -504,6 +505,10 @@ class ReferenceRows:
                 store._drifts.append(math.sqrt(square))
         for store in self._stores.values():
             store.steps += 1
+
+
+Kept = Sequence[KeptReferences | None] | ReferenceRows | None
+"""Stores of the references of a pack, for `kept` of `PackedModel.forward`."""
 
 
 @dataclass(frozen=True, eq=False)

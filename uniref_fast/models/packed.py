@@ -24,7 +24,7 @@ from uniref_fast import ops
 from uniref_fast.layout import RotaryScheme, Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext, compiler_of, mark_dynamic, traced_context
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.kept_references import Kept, KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks, onloaded
 from uniref_fast.models.pack_adapters import PackAdapters
 from uniref_fast.models.sequence_parallel import SequenceParallel
@@ -38,6 +38,7 @@ __all__ = [
     "ModelSizes",
     "PackedBlock",
     "PackedModel",
+    "angle_dtype",
     "clipped",
     "joint_sources",
     "qk_norm_names",
@@ -115,6 +116,10 @@ class ForwardContext:
     def target_plan(self) -> AttentionPlan:
         """Plan of the targets' queries alone."""
         return target_plan(self.layout if self.references is None else self.references.whole, self.visibility)
+
+    def computed(self, stream: str, x: Tensor) -> Tensor:
+        """Return the rows that are computed of the "text" or "image" stream of the pack, `[N_stream, C]`."""
+        return x if self.references is None else self.references.stream(stream, x)
 
     def modulation_rows(self, stream: str) -> Tensor:
         """Return the modulation row of every row of a stream that this rank has, int32 `[n]`."""
@@ -248,13 +253,12 @@ class PackedBlock(nn.Module):
         return checkpoint(run, kept, tuple(residuals), temb, context, use_reentrant=False, **more)
 
     def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[DeferredResidual],
-        temb: Tensor,
-        context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
-        """Run the block as `forward` describes; a family defines it."""
+        """Run the block as `forward` describes; a family defines it.
+
+        In compiled code `context` is a `TracedContext`, which has the attributes that are used here.
+        """
         raise NotImplementedError
 
     def _run_with_references(self, *arguments: Any) -> tuple[list[Tensor], list[DeferredResidual]]:
@@ -283,6 +287,7 @@ class PackedModel(nn.Module):
         text_channels: Name of the option that is the width of the prompt embeddings.
         scheme: Rotary scheme of a family whose layouts are those of `SelfLayout.pack`.
         clean_references: True if these layouts modulate references with t = 0.
+        shares_packs: True if several ranks can share a pack (`parallel`).
         jumps: True for a flow map, whose `forward` takes the time of each sample and the time to which the step jumps.
         row_kinds: Parts of the names of modules, and the kind of the rows of their inputs: "text", "image" or "joint"
             for a stream, "table" for the modulation table. The first part that a name contains counts. Empty for a
@@ -303,6 +308,7 @@ class PackedModel(nn.Module):
     jumps: bool = False
     scheme: ClassVar[RotaryScheme]
     clean_references: bool = False
+    shares_packs: ClassVar[bool] = False
     row_kinds: ClassVar[tuple[tuple[str, str], ...]] = ()
     transformer: Any
 
@@ -413,7 +419,7 @@ class PackedModel(nn.Module):
         text: Tensor,
         timestep: Tensor,
         layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None = None,
+        kept: Kept = None,
         constants: StepConstants | None = None,
         adapters: PackAdapters | None = None,
     ) -> Tensor:
@@ -449,16 +455,25 @@ class PackedModel(nn.Module):
         finally:
             self._constants = self._adapters = None
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         """Compute `forward` for arguments that have been checked; a family defines it."""
         raise NotImplementedError
+
+    def _step(
+        self, layout: SelfLayout, kept: Kept, rotary: tuple[Tensor, Tensor], dtype: torch.dtype
+    ) -> ForwardContext:
+        """Return the context of a forward that computes the rows of a pack without the references that are kept.
+
+        Args:
+            layout: Layout of the pack.
+            kept: Stores of the references, as for `forward`.
+            rotary: Rotary tables of the pack.
+            dtype: Dtype of the streams.
+        """
+        references = None if kept is None else self._references(layout, kept)
+        if references is not None:
+            layout, rotary = references.layout, references.rotary(rotary)
+        return self._context(layout, rotary, references, dtype)
 
     def _context(
         self, layout: SelfLayout, rotary: tuple[Tensor, Tensor], references: ReferenceRows | None, dtype: torch.dtype
@@ -594,6 +609,10 @@ class PackedModel(nn.Module):
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, the layout expects {list(shape)}")
+        if self.parallel is not None and not self.shares_packs:
+            raise ValueError(
+                f"sequence parallelism is not supported for {type(self.transformer).__name__}; use 1 rank for each pack"
+            )
 
     def _text_shape(self, layout: SelfLayout) -> tuple[int, int]:
         """Return the shape of the prompt embeddings of a pack."""
@@ -621,6 +640,11 @@ def skip(part: nn.Module) -> None:
     for module in part.modules():
         with onloaded(module):
             pass
+
+
+def angle_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which diffusers computes rotary angles and times: float64 where the device has it."""
+    return torch.float32 if device.type in ("mps", "npu") else torch.float64
 
 
 def joint_sources(layout: SelfLayout, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.packed import (
     DeferredResidual,
@@ -39,6 +39,7 @@ __all__ = [
     "PackedQwenImage",
     "joint_qkv",
     "project_image",
+    "project_qkv",
     "qk_norm_eps",
     "qk_norm_weights",
     "stream_rows",
@@ -52,6 +53,19 @@ QKV = tuple[Tensor, Tensor, Tensor]
 def has_fused_projections(attn: Any) -> bool:
     """Return True if diffusers would call fused projections, as after `fuse_qkv_projections`; Qwen-Image never does."""
     return hasattr(attn, "_supports_qkv_fusion") and attn.fused_projections
+
+
+def project_qkv(attn: Any, x: Tensor) -> QKV:
+    """Project an image stream, or the one stream of a block, `[n, C]`, to q, k, v, `[n, H, D]` each."""
+    if has_fused_projections(attn):
+        return _heads(attn, attn.to_qkv(x).chunk(3, -1))
+    return _heads(attn, (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+
+
+def _heads(attn: Any, parts: Sequence[Tensor]) -> QKV:
+    head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
+    q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+    return q, k, v
 
 
 def joint_qkv(attn: Any, image_qkv: QKV, text_qkv: QKV | None, context: ForwardContext) -> QKV:
@@ -126,15 +140,11 @@ class DoubleStreamBlock(PackedBlock):
     def projections(self, x: Tensor, stream: str) -> QKV:
         """Project a modulated stream "image" or "text", `[n, C]`, to q, k, v, `[n, H, D]` each."""
         attn = self.block.attn
+        if stream == "image":
+            return project_qkv(attn, x)
         if has_fused_projections(attn):
-            parts = (attn.to_qkv if stream == "image" else attn.to_added_qkv)(x).chunk(3, -1)
-        elif stream == "image":
-            parts = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        else:
-            parts = attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)
-        head_dim = attn.inner_dim // attn.heads  # the head count stays free: tensor parallel shards it
-        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in parts)
-        return q, k, v
+            return _heads(attn, attn.to_added_qkv(x).chunk(3, -1))
+        return _heads(attn, (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)))
 
     def output(self, stream: str) -> Any:
         """Return the output projection of attention for the stream "image" or "text"."""
@@ -155,11 +165,7 @@ class DoubleStreamBlock(PackedBlock):
         return Modulation(*image), Modulation(*text)
 
     def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[DeferredResidual],
-        temb: Tensor,
-        context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         block, impl = self.block, context.impl
         mods = self.modulation(temb, context.layout)
@@ -253,6 +259,7 @@ class PackedQwenImage(PackedModel):
 
     block_classes: ClassVar = {"transformer_blocks": DoubleStreamBlock}
     ends = ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
+    shares_packs = True
     refused_options = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")
     row_kinds = (
         ("time_text_embed", "table"), ("norm_out", "table"), ("img_mod", "table"), ("txt_mod", "table"),
@@ -269,20 +276,11 @@ class PackedQwenImage(PackedModel):
         zero_cond_t = bool(self.transformer.config.zero_cond_t)
         return SelfLayout.qwen(samples, zero_cond_t=zero_cond_t, shared_references=shared_references)
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model = self.transformer
         rotary = layout.rotary(model.config.axes_dims_rope, image.device)
-        references = None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, image, rotary = references.layout, references.stream("image", image), references.rotary(rotary)
-        context = self._context(layout, rotary, references, image.dtype)
+        context = self._step(layout, kept, rotary, image.dtype)
+        layout, image = context.layout, context.computed("image", image)
         if self.parallel is not None:
             image = image[self.parallel.rows(layout, "image")]
         streams = [model.img_in(image), self._text_stream(text, layout, model.txt_norm, model.txt_in)]  # [n, C] each

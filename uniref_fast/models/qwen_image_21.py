@@ -22,7 +22,7 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.layout import REFERENCE_PLACE, Grid, Kind, Sample, Segment, SelfLayout
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.packed import (
     DeferredResidual,
     ForwardContext,
@@ -133,11 +133,7 @@ class SingleStreamBlock(PackedBlock):
     mlps = ("img_mlp",)
 
     def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[DeferredResidual],
-        temb: Tensor,
-        context: ForwardContext,
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         block, impl, rows = self.block, context.impl, context.modulation_rows("joint")
         scale1, gate1, scale2, gate2 = temb.chunk(4, dim=-1)
@@ -206,21 +202,11 @@ class PackedQwenImage21(PackedModel):
         causal_condition = bool(self.transformer.config.causal_condition)
         return interleaved_layout(samples, causal_condition=causal_condition, shared_references=shared_references)
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model = self.transformer
         rotary = layout.rotary(model.config.axes_dims_rope, image.device)
-        references = None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, rotary = references.layout, references.rotary(rotary)
-            image, text = references.stream("image", image), references.stream("text", text)
-        context = self._context(layout, rotary, references, image.dtype)
+        context = self._step(layout, kept, rotary, image.dtype)
+        layout, image, text = context.layout, context.computed("image", image), context.computed("text", text)
         joint = model.img_in(image)
         if len(text):
             joint = torch.cat([self._text_stream(text, layout, model.txt_in), joint])
@@ -244,5 +230,3 @@ class PackedQwenImage21(PackedModel):
         causal_condition = bool(self.transformer.config.causal_condition)
         if not layout.causal_prefix or layout.clean_references != causal_condition:
             raise ValueError("the layout is one of another model; build it with the model's own `layout(samples)`")
-        if self.parallel is not None:
-            raise ValueError("sequence parallelism is not supported for this model; use 1 rank for each pack")

@@ -59,11 +59,7 @@ class SingleStreamBlock(PackedBlock):
         raise NotImplementedError
 
     def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[DeferredResidual],
-        temb: Tensor,
-        context: ForwardContext,
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         attn, impl = self.block.attn, context.impl
         shift, scale, gate = self.modulation(temb)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from uniref_fast.layout import REFERENCE_PLACE, Grid, Kind, Sample, Segment, SelfLayout
 from uniref_fast.memo import memo, version_of
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.packed import skip
 from uniref_fast.models.sandwich import SandwichBlock, SandwichModel, part_layout, rows_of
 
@@ -220,14 +220,7 @@ class PackedZImage(SandwichModel):
     def _text_shape(self, layout: SelfLayout) -> tuple[int, int]:
         return text_rows(layout), text_width(self.transformer.config)
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model = self.transformer
         image, device, dtype = image.to(text.dtype), image.device, text.dtype
         rotary = memo(layout, _rotary, model.rope_embedder, device)
