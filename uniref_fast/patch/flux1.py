@@ -22,10 +22,11 @@ from uniref_fast import ops
 from uniref_fast.models.qwen_image import Modulation
 from uniref_fast.models.tanh_gelu import runs_native_activation
 from uniref_fast.patch.families import FamilyPatch, Place
-from uniref_fast.patch.guards import changed_adaptive_norm, changed_norm, norm_change, replaced_attention, unlike
+from uniref_fast.patch.guards import changed_adaptive_norm, changed_norm, norm_change, unlike
 from uniref_fast.patch.joint_streams import (
     OneStreamAttention,
     TwoStreamAttention,
+    attention_change,
     attention_changes,
     refuse_visibility,
     rotary_changes,
@@ -49,11 +50,7 @@ __all__ = ["FIBO", "FLUX_1", "LONGCAT"]
 
 def _attention_change(processor: Any) -> str | None:
     """Describe a replaced function that a processor of diffusers calls by name; None if none is replaced."""
-    from diffusers.models import attention_dispatch, embeddings
-
-    stock = sys.modules[processor.__module__]
-    homes = {"dispatch_attention_fn": attention_dispatch, "apply_rotary_emb": embeddings, "_get_qkv_projections": stock}
-    return replaced_attention(stock, homes, (processor.__name__,))
+    return attention_change(sys.modules[processor.__module__], (processor.__name__,))
 
 
 # ---- attention ----
@@ -108,6 +105,19 @@ class _Block(PatchedBlock):
                 return reason
         return norm_change()
 
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+
+    def call_refusal(self, image, text, temb, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
+        return self._call_refusal(temb, image, text)
+
     def _forward(self, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             self.record_trace(TRACED)
@@ -147,19 +157,6 @@ class _TwoStreamBlock(_Block):
     adaptive_norms = ("norm1", "norm1_context")
     norms = ("norm2", "norm2_context")
 
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return self._forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-
-    def call_refusal(self, image, text, temb, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
-        return self._call_refusal(temb, image, text)
-
     def _fused(self, calls: Calls, impl: str, image, text, temb, rotary, attention_kwargs) -> Any:  # type: ignore[override]
         block, mods, rows, temb = self.block, [], [], F.silu(temb)
         for name, stream in (("norm1.linear", image), ("norm1_context.linear", text)):
@@ -180,19 +177,6 @@ class _OneStreamBlock(_Block):
 
     adaptive = "AdaLayerNormZeroSingle"
     adaptive_norms = ("norm",)
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return self._forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-
-    def call_refusal(self, image, text, temb, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
-        return self._call_refusal(temb, image, text)
 
     def _fused(self, calls: Calls, impl: str, image, text, temb, rotary, attention_kwargs) -> Any:  # type: ignore[override]
         out = self._stream(calls, impl, torch.cat([text, image], dim=1), temb, rotary, attention_kwargs)

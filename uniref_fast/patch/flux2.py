@@ -20,10 +20,11 @@ from uniref_fast.models.flux2 import split_projection
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import Modulation, joint_qkv
 from uniref_fast.patch.families import FamilyPatch, Place
-from uniref_fast.patch.guards import changed_norm, norm_change, replaced_attention, unlike
+from uniref_fast.patch.guards import changed_norm, norm_change, unlike
 from uniref_fast.patch.joint_streams import (
     TextImageAttention,
     TwoStreamAttention,
+    attention_change,
     attention_changes,
     refuse_visibility,
     rotary_changes,
@@ -58,12 +59,7 @@ def _stock() -> Any:
 
 def _attention_change() -> str | None:
     """Describe a replaced function that the attention of diffusers calls by name; None if none is replaced."""
-    from diffusers.models import attention_dispatch, embeddings
-
-    stock = _stock()
-    homes = {"dispatch_attention_fn": attention_dispatch, "apply_rotary_emb": embeddings}
-    homes |= dict.fromkeys(("_get_qkv_projections", "_flux2_kv_causal_attention"), stock)
-    return replaced_attention(stock, homes, _PROCESSORS + _SINGLE_PROCESSORS)
+    return attention_change(_stock(), _PROCESSORS + _SINGLE_PROCESSORS, ("_flux2_kv_causal_attention",))
 
 
 # ---- attention ----

@@ -18,9 +18,10 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.patch.families import FamilyPatch, Place
 from uniref_fast.patch.flux2 import ModulatedBlock
-from uniref_fast.patch.guards import replaced_attention, unlike
+from uniref_fast.patch.guards import unlike
 from uniref_fast.patch.joint_streams import (
     OneStreamAttention,
+    attention_change,
     attention_changes,
     refuse_visibility,
     rotary_changes,
@@ -48,12 +49,7 @@ def _stock() -> Any:
 
 def _attention_change() -> str | None:
     """Describe a replaced function that the attention of diffusers calls by name; None if none is replaced."""
-    from diffusers.models import attention_dispatch, embeddings
-
-    stock = _stock()
-    homes = {"dispatch_attention_fn": attention_dispatch, "apply_rotary_emb": embeddings}
-    homes |= {"_get_qkv_projections": stock}
-    return replaced_attention(stock, homes, ("Flux3AttnProcessor",))
+    return attention_change(_stock(), ("Flux3AttnProcessor",))
 
 
 class _Attention(OneStreamAttention):

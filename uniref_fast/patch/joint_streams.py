@@ -22,7 +22,7 @@ from uniref_fast.models.flux2 import FLUX2
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, qk_norm_eps, stream_rows
 from uniref_fast.patch.families import Place
-from uniref_fast.patch.guards import changed_qk_norm, is_plain, stock_forward, unlike
+from uniref_fast.patch.guards import changed_qk_norm, is_plain, replaced_attention, stock_forward, unlike
 from uniref_fast.patch.processors import joint_rows, refusal
 from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
@@ -35,6 +35,7 @@ __all__ = [
     "OneStreamAttention",
     "TextImageAttention",
     "TwoStreamAttention",
+    "attention_change",
     "attention_changes",
     "projected",
     "refuse_visibility",
@@ -285,6 +286,21 @@ def stock_places(
             yield place(each, state, Site(where))
         else:
             yield f"{where} has its own forward, which runs unchanged"
+
+
+def attention_change(stock: types.ModuleType, processors: tuple[str, ...], own: tuple[str, ...] = ()) -> str | None:
+    """Describe a replaced function that attention processors of diffusers call by name; None if none is replaced.
+
+    Args:
+        stock: Module of the model in diffusers.
+        processors: Names of its attention processors.
+        own: Further functions of the module that they call.
+    """
+    from diffusers.models import attention_dispatch, embeddings
+
+    homes = {"dispatch_attention_fn": attention_dispatch, "apply_rotary_emb": embeddings}
+    homes |= dict.fromkeys(("_get_qkv_projections", *own), stock)
+    return replaced_attention(stock, homes, processors)
 
 
 def refuse_visibility(transformer: Any, visibility: str | Rule) -> None:
