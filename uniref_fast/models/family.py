@@ -274,10 +274,7 @@ class Family:
         """Raise ValueError if the parts of a loaded pipeline do not belong together; `given` names the pipeline."""
 
     def image_refusal(self, pipe: Any, sizes: Sizes) -> str | None:
-        """Return the reason why a pipeline refuses references of (width, height) in pixels; None if it takes them.
-
-        `check_request` of a family whose pipeline refuses any checks them too.
-        """
+        """Return the reason why a pipeline refuses references of (width, height) in pixels; None if it takes them."""
         return None
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
@@ -342,8 +339,7 @@ class Family:
         device = device or pipe._execution_device
         if embeds is None:
             return self.encoded(pipe, prompt or "", images, sizes, device)
-        given, mask = given_embeddings(pipe, embeds, mask, device, cast)
-        return self.valid_rows(given[0], mask)
+        return self.given(pipe, *given_embeddings(pipe, embeds, mask, device, cast), device)
 
     def encoded(
         self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
@@ -358,6 +354,17 @@ class Family:
             device: Device of the pipeline.
         """
         raise NotImplementedError
+
+    def given(self, pipe: Any, embeds: Tensor, mask: Tensor | None, device: Any) -> tuple[Tensor, Text]:
+        """Return `encode_prompt` of given embeddings.
+
+        Args:
+            pipe: The pipeline.
+            embeds: Embeddings, `[1, L, C]`.
+            mask: Valid rows, `[1, L]`; None for all.
+            device: Device of the pipeline.
+        """
+        return self.valid_rows(embeds[0], mask)
 
     def valid_rows(self, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Text]:
         """Return embeddings without the padding at their end, `[n, C]`, and their text.

@@ -158,22 +158,17 @@ class PackedFibo2(SandwichModel):
         self._adapt(layout)
         t = torch.cat([timestep * model.config.t_scale, torch.zeros_like(timestep)])
         temb = model.t_embedder(t)  # [2 S, 256]
-        whole, references = layout, None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, image = references.layout, references.stream("image", image)
-        self._adapt(layout)
+        step = self._step(layout, kept, rotary, dtype)
+        whole, layout, image = layout, step.layout, step.computed("image", image)
         images = model.x_embedder(image)
-        context = self._part(whole, _is_image, rotary, references, dtype)
-        images = self._run_stage("noise_refiner", images, temb, context)
+        part = whole, _is_image, rotary, step.references, dtype
+        images = self._run_stage("noise_refiner", images, temb, self._part(*part))
         joint = torch.cat([gist, images]).index_select(0, joint_sources(layout, device))
         del images, gist, image
-        if references is not None:
-            rotary = references.rotary(rotary)
-        shared = vars(self._context(layout, rotary, references, dtype))
-        context = _Context(**shared, model=self, states=tuple(each[None] for each in states))
+        context = _Context(**vars(step), model=self, states=tuple(each[None] for each in states))
         out = self._run_stage("layers", joint, temb, context)
-        if references is not None:
-            references.finish()
+        if step.references is not None:
+            step.references.finish()
         return self._final(out, temb, layout, model.final_layer).float()
 
     def _gist(self, text: Tensor, states: Sequence[Tensor], layout: SelfLayout) -> Tensor:

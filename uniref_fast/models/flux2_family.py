@@ -145,9 +145,7 @@ class Flux2(Family):
         return refused_image(pipe, sizes)
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
-        """Refuse images that the pipeline refuses, and set the negative prompt and the scale that it would use."""
-        if reason := self.image_refusal(pipe, [image.size for image in request.images]):
-            raise ValueError(f"{where}: {reason}")
+        """Set the negative prompt and the scale that the pipeline would use."""
         refuse_masks(request, where)
         if reason := _no_negative_prompt(pipe):
             refuse_negative_prompt(pipe, request, where, reason)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from uniref_fast.guidance import EMPTY_PROMPT
 from uniref_fast.models.family import Family, SizedImages, Sizes, Text, prepared_references
-from uniref_fast.models.family_checks import given_embeddings
 from uniref_fast.models.latents import vae_statistics
 from uniref_fast.request import EditRequest, Geometry
 
@@ -67,30 +66,20 @@ class QwenFamily(Family):
 
     # ---- prompt embeddings ----
 
-    def encode_prompt(
-        self,
-        pipe: Any,
-        prompt: str | None,
-        images: Sequence[Image.Image],
-        sizes: Sizes,
-        embeds: Tensor | None = None,
-        mask: Tensor | None = None,
-        device: Any = None,
-        cast: bool = True,
+    def encoded(
+        self, pipe: Any, prompt: str, images: Sequence[Image.Image], sizes: Sizes, device: Any
     ) -> tuple[Tensor, Text]:
-        """Encode a prompt with its references, or pass given embeddings through the pipeline's `encode_prompt`."""
-        device = device or pipe._execution_device
-        resized = None
-        if embeds is None:
-            pairs = zip(images, sizes, strict=True)
-            resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in pairs] or None
-        else:
-            embeds, mask = given_embeddings(pipe, embeds, mask, device, cast)
-        arguments = {
-            "prompt": prompt, "image": resized, "device": device, "num_images_per_prompt": 1, "prompt_embeds": embeds,
-            "prompt_embeds_mask": None if embeds is None else mask,
-        }  # fmt: skip
-        return self.encoded_rows(pipe, arguments, sizes)
+        pairs = zip(images, sizes, strict=True)
+        resized = [pipe.image_processor.resize(image, h, w) for image, (w, h) in pairs] or None
+        return self._rows(pipe, {"prompt": prompt, "image": resized, "device": device}, sizes)
+
+    def given(self, pipe: Any, embeds: Tensor, mask: Tensor | None, device: Any) -> tuple[Tensor, Text]:
+        """Pass given embeddings through the pipeline's `encode_prompt`; arguments as in `Family.given`."""
+        return self._rows(pipe, {"prompt_embeds": embeds, "prompt_embeds_mask": mask, "device": device}, ())
+
+    def _rows(self, pipe: Any, given: dict[str, Any], sizes: Sizes) -> tuple[Tensor, Text]:
+        missing = dict.fromkeys(("prompt", "image", "prompt_embeds", "prompt_embeds_mask"))
+        return self.encoded_rows(pipe, {**missing, "num_images_per_prompt": 1, **given}, sizes)
 
     def encoded_rows(self, pipe: Any, arguments: dict[str, Any], sizes: Sizes) -> tuple[Tensor, Text]:
         """Return the result of the pipeline's `encode_prompt` as `Family.encode_prompt` does.

@@ -227,22 +227,17 @@ class PackedZImage(SandwichModel):
         conditions = self._conditions(text, layout, rotary)
         self._adapt(layout)
         temb = self._time_embedding(timestep, dtype)
-        whole, references = layout, None if kept is None else self._references(layout, kept)
-        if references is not None:
-            layout, image = references.layout, references.stream("image", image)
-        self._adapt(layout)
+        context = self._step(layout, kept, rotary, dtype)
+        whole, layout, image = layout, context.layout, context.computed("image", image)
         images = torch.cat([model.all_x_embedder[PATCH](image), model.x_pad_token.to(dtype)])
         images = images.index_select(0, memo(layout, _image_sources, device))
-        context = self._part(whole, _is_image, rotary, references, dtype)
-        images = self._run_stage("noise_refiner", images, temb, context)
+        part = whole, _is_image, rotary, context.references, dtype
+        images = self._run_stage("noise_refiner", images, temb, self._part(*part))
         joint = torch.cat([conditions, images]).index_select(0, memo(layout, _joint_sources, device))
         del images, conditions, image
-        if references is not None:
-            rotary = references.rotary(rotary)
-        context = self._context(layout, rotary, references, dtype)
         out = self._run_stage("layers", joint, temb, context)
-        if references is not None:
-            references.finish()
+        if context.references is not None:
+            context.references.finish()
         return -self._final(out, temb, layout, model.all_final_layer[PATCH]).float()
 
     def _time_embedding(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:

@@ -235,9 +235,7 @@ class ZImage(SandwichFamily):
         return refused_image(pipe, sizes)
 
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
-        """Refuse images and embeddings that cannot be used, and set the negative prompt that the pipeline would use."""
-        if reason := self.image_refusal(pipe, [image.size for image in request.images]):
-            raise ValueError(f"{where}: {reason}")
+        """Refuse embeddings that cannot be used, and set the negative prompt that the pipeline would use."""
         if request.images and (pipe.siglip is None or pipe.siglip_processor is None):
             raise ValueError(
                 f"{where}: the pipeline has no siglip or no siglip_processor, which references need; load the "

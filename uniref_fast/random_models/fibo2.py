@@ -41,12 +41,7 @@ def transformer(dtype: torch.dtype = torch.float32, seed: int = 0, *, layers: in
 
 
 def pipeline(
-    name: str = PIPELINES[0],
-    dtype: torch.dtype = torch.float32,
-    *,
-    layers: int = 3,
-    heads: int = 2,
-    grid: int = 4,
+    name: str = PIPELINES[0], dtype: torch.dtype = torch.float32, *, layers: int = 3, heads: int = 2, grid: int = 4
 ) -> Any:
     """Return a small pipeline; arguments as in `random_models`."""
     return pipeline_of(transformer(dtype, layers=layers, heads=heads), grid)

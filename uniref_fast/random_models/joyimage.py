@@ -53,12 +53,7 @@ def transformer(dtype: torch.dtype = torch.float32, layers: int = 3, heads: int 
 
 
 def pipeline(
-    name: str = PIPELINES[0],
-    dtype: torch.dtype = torch.float32,
-    *,
-    layers: int = 3,
-    heads: int = 2,
-    grid: int = 4,
+    name: str = PIPELINES[0], dtype: torch.dtype = torch.float32, *, layers: int = 3, heads: int = 2, grid: int = 4
 ) -> Any:
     """Return a small pipeline, whose references have `listed_sizes`; arguments as in `random_models`."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, JoyImageEditPlusPipeline

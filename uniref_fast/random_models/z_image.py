@@ -54,12 +54,7 @@ def randomised(model: nn.Module) -> nn.Module:
 
 
 def pipeline(
-    name: str = PIPELINES[0],
-    dtype: torch.dtype = torch.float32,
-    *,
-    layers: int = 2,
-    heads: int = 2,
-    grid: int = 8,
+    name: str = PIPELINES[0], dtype: torch.dtype = torch.float32, *, layers: int = 2, heads: int = 2, grid: int = 8
 ) -> Any:
     """Return a small pipeline, which takes references as they are; arguments as in `random_models`."""
     return pipeline_of(transformer(dtype, layers=layers, heads=heads), name)
