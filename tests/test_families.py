@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -224,6 +225,27 @@ def test_commands_use_the_defaults_of_the_pipeline(family, name, tmp_path):
 def test_a_distilled_checkpoint_has_its_own_defaults(index, expected, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     assert defaults(str(tmp_path)) == expected
+
+
+def test_commands_know_a_saved_klein_that_is_distilled(tmp_path):
+    """Take 4 steps without guidance for a `model_index.json` that says so, unless flags give others."""
+    pipe = named("flux2").random_pipeline("Flux2KleinPipeline", layers=1, heads=1)
+    pipe.register_to_config(is_distilled=True)
+    pipe.save_config(tmp_path)
+    flags = ["edit", "--prompt", "an owl", "--out", "a.png", "--model", str(tmp_path)]
+    fields = cli._request_fields(cli._parser().parse_args(flags))
+    assert (fields["num_inference_steps"], fields["true_cfg_scale"], fields["negative_prompt"]) == (4, 1.0, None)
+    fields = cli._request_fields(cli._parser().parse_args([*flags, "--num-inference-steps", "8"]))
+    assert validated_one(fields, "request 1", pipe).num_inference_steps == 8
+
+
+@pytest.mark.parametrize("family", ["flux2", "z-image"])
+def test_images_that_a_pipeline_refuses_are_named(family):
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    pipe = SimpleNamespace(image_processor=Flux2ImageProcessor())
+    assert named(family).image_refusal(pipe, [(64, 64), (80, 600)]) is None
+    assert named(family).image_refusal(pipe, [(64, 64), (63, 64)]).startswith("image 2: Image too small: 63")
 
 
 @pytest.mark.parametrize("family, name", EDITED)
