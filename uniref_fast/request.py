@@ -234,10 +234,7 @@ def validated_one(request: Any, where: str, pipe: Any = None) -> EditRequest:
     request = _completed(request, pipe)
     _check_embeddings(request, where, pipe)
     check_steps(pipe, request.num_inference_steps, where)
-    family = family_of(pipe)
-    if reason := family.image_refusal(pipe, [image.size for image in request.images]):
-        raise ValueError(f"{where}: {reason}")
-    return family.check_request(pipe, request, where)
+    return family_of(pipe).checked(pipe, request, where)
 
 
 def check_steps(pipe: Any, steps: int | None, where: str) -> None:

@@ -134,7 +134,7 @@ def _checked(pipe: Any, request: EditRequest) -> EditRequest:
         (request,) = validated([request], pipe)
         return request
     (request,) = validated([request])
-    return family_of(pipe).check_request(pipe, request, "request 1")
+    return family_of(pipe).checked(pipe, request, "request 1")
 
 
 def guidance_texts(pipe: Any, true_cfg_scale: float) -> tuple[str, ...]:

@@ -277,6 +277,12 @@ class Family:
         """Return the reason why a pipeline refuses references of (width, height) in pixels; None if it takes them."""
         return None
 
+    def checked(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
+        """Check the images of a request and what this family restricts; arguments and result as for `check_request`."""
+        if reason := self.image_refusal(pipe, [image.size for image in request.images]):
+            raise ValueError(f"{where}: {reason}")
+        return self.check_request(pipe, request, where)
+
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Check what only this family restricts, and return the request, changed where its pipeline fixes a value.
 
