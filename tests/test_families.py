@@ -26,6 +26,7 @@ from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.model_kind import _instead
 from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
 from uniref_fast.models.kept_references import dependence
+from uniref_fast.patch.families import _PATCHES
 from uniref_fast.quantisation import outside
 from uniref_fast.request import geometry, validated_one
 from uniref_fast.skeleton import skeleton
@@ -473,3 +474,15 @@ def test_the_tables_of_the_documentation():
     assert markdown(facts()) in page, "write the tables of `uniref_fast.family_table.markdown(facts())` into the page"
     rows = re.findall(r"^\|.*`.*\|$", page, re.M)
     assert len(rows) == len(set(rows)), "a row is there twice"
+
+
+def test_the_page_names_the_files_of_every_family():
+    named_files = set(
+        re.findall(r"`(uniref_fast/[\w/]+\.py)`", (ROOT / "docs/families.md").read_text(encoding="utf-8"))
+    )
+    assert all((ROOT / path).is_file() for path in named_files)
+    package = ROOT / "uniref_fast"
+    files = {*package.glob("models/*_family.py"), *package.glob("random_models/[a-z]*.py")}
+    files |= {ROOT / f"{place.partition(':')[0].replace('.', '/')}.py" for place in _PATCHES.values()}
+    files |= {ROOT / f"{family.packed.__module__.replace('.', '/')}.py" for family in families()}
+    assert {str(path.relative_to(ROOT)) for path in files} <= named_files

@@ -334,8 +334,6 @@ class PackedFlux3(PackedModel):
         first = 2 * layout.num_samples
         if not layout.clean_references or any(s.mod_row != first + s.sample for s in layout.text_segments):
             raise ValueError("the layout is that of another model; build it with the model's own `layout(samples)`")
-        if self.parallel is not None:
-            raise ValueError("sequence parallelism is not supported for FLUX.3")
 
 
 def _mode(segment: Segment) -> Kind:

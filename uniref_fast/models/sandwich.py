@@ -239,11 +239,6 @@ class SandwichModel(PackedModel):
         scale = final.adaLN_modulation(temb[: layout.num_samples])
         return final.linear(ops.norm_modulate(x, None, scale, rows, final.norm_final.eps, impl=self.impl))
 
-    def _check(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout) -> None:
-        super()._check(image, text, timestep, layout)
-        if self.parallel is not None:
-            raise ValueError("sequence parallelism is not supported for this model; use 1 rank for each pack")
-
 
 # ---- parts of a sequence ----
 
