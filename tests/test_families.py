@@ -130,7 +130,7 @@ def test_edit_gives_the_latents_of_the_stock_pipeline_or_says_why_not(family, na
 
 @pytest.mark.parametrize("family, name", EDITED)
 def test_estimate_counts_the_tokens_of_the_edit(family, name, request, monkeypatch):
-    """Sizes instead of images give the same figures."""
+    """Sizes instead of images give the same figures; the VAE counts with the shapes of its images and latents."""
     pipe, arguments = make(family, name, request)
     whole = request_of(arguments)
     counted = uniref_fast.estimate(pipe, [whole])
@@ -140,6 +140,9 @@ def test_estimate_counts_the_tokens_of_the_edit(family, name, request, monkeypat
     packed = named(family).packed
     monkeypatch.setattr(packed, "_check", lambda model, image, text, t, layout: seen.append((len(image), len(text))))
     uniref_fast.edit(pipe, [request_of(arguments)], output_type="latent", progress=False)
+    shapes = [named(family).vae_shape(pipe.vae, (96, 64), direction) for direction in ("encode", "decode")]
+    with torch.no_grad():
+        assert pipe.vae.encode(torch.zeros(shapes[0])).latent_dist.mode().shape == shapes[1]
     tokens = counted.tokens
     assert set(seen) == {(tokens["target"] + tokens["reference"], tokens["text"])}
 
