@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
+from uniref_fast.layout import SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
+from uniref_fast.models.flux1 import FLUX1
 from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.packed import ModelSizes, PackedModel, angle_dtype
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
@@ -27,16 +28,8 @@ from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
 __all__ = ["JOYIMAGE", "PackedJoyImage"]
 
 
-def _text(sample: Sample, n: int) -> Position:
-    return 0, 0, 0
-
-
-def _image(index: int, grid: Grid) -> Position:
-    return index, 0, 0
-
-
-JOYIMAGE = RotaryScheme(_text, _image, text_axes=())
-"""Scheme of `JoyImageEditPlusPipeline`, whose images have one frame: image i of a sample begins at (i, 0, 0)."""
+JOYIMAGE = FLUX1
+"""Scheme of `JoyImageEditPlusPipeline`, whose images have one frame: image i begins at (i, 0, 0), as in FLUX.1."""
 
 
 class JoyImageBlock(DoubleStreamBlock):
