@@ -170,7 +170,7 @@ _FLUX2 = {"arguments": _flux2, "sites": 10, "keep_references": "keep_references"
           "lora": ("to_q", "add_v_proj", "to_qkv_mlp_proj", "linear_in")}  # fmt: skip
 _SANDWICH = {"variants": ("alike", "unlike"), "lora": ("to_q", "to_out.0", "w2", "t_embedder.mlp.0"),
              "keep_references": "do not say which tokens are those of a reference"}  # fmt: skip
-_FLUX3 = {"arguments": _flux3, "sites": 18, "lora": ("to_q", "to_out.0", "linear_in"),
+_FLUX3 = {"arguments": _flux3, "sites": 25, "lora": ("to_q", "to_out.0", "linear_in"),
           "keep_references": "keep_references"}  # fmt: skip
 
 
@@ -188,7 +188,7 @@ FORWARDS = {
     "klein-kv": Forward(_of(flux2, "klein-kv"), **_FLUX2, features=()),
     "dev": Forward(_of(flux2, "dev"), **_FLUX2, features=()),
     "flux3": Forward(flux3.transformer, variants=("one without references", "one", "two"),
-                     fewer={"one without references": 14}, **_FLUX3, features=("fuse", *Forward.features)),
+                     fewer={"one without references": 19}, **_FLUX3, features=("fuse", *Forward.features)),
     "flux3 flow map": Forward(functools.partial(flux3.transformer, flow_map=True), variants=("two",), **_FLUX3,
                               features=()),
     "joyimage": Forward(joyimage.transformer, _joyimage, ("one", "without a mask", "padded"), 7,

@@ -93,7 +93,8 @@ def test_gradients_and_checkpointing(kind):
         for checkpointing in (False, True):
             (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
             found.append(gradients(model, kind))
-    assert report.calls.total() and not report.fallbacks
+    assert report.calls.total()  # the modulation of FLUX.3 compares the times of tokens without gradients only
+    assert all("without gradients only" in reason for reason in report.fallbacks)
     for other in found[1:]:
         assert_same_gradients(other, found[0])
 

@@ -107,6 +107,74 @@ def test_replaced_code_runs_and_is_reported(make_flux3, monkeypatch):
     assert any("apply_rotary_emb was replaced" in reason for reason in report.fallbacks)
 
 
+def test_modulation_is_computed_once_for_each_sample(make_flux3):
+    model, seen = make_flux3(), {}
+    linears = {name: module for name, module in model.named_modules() if name.endswith("modulations.image.linear")}
+    report = uniref_fast.patch(model)
+    run(model, variant="two")  # with the self-checks
+    own = torch.nn.functional.linear
+
+    def linear(x, weight, bias=None):
+        seen.update({name: x.shape[:2].numel() for name, each in linears.items() if each.weight is weight})
+        return own(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patching:
+        patching.setattr(torch.nn.functional, "linear", linear)
+        run(model, variant="two")
+    assert seen == dict.fromkeys(linears, 2) and len(seen) == 2 and not report.fallbacks
+
+
+def hooked(model):
+    model.single_stream_modulations["image"].linear.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def hooked_whole(model):
+    model.early_stream_modulations["txt"].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def replaced(model):
+    linear = model.norm_out.linear
+    linear.forward = lambda x: torch.nn.functional.linear(x, linear.weight) * 2
+
+
+def adapted(model):
+    from peft import LoraConfig
+
+    torch.manual_seed(3)
+    target = "single_stream_modulations.image.linear"
+    model.add_adapter(LoraConfig(r=4, target_modules=[target], init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [(hooked, "hooks"), (hooked_whole, "hooks"), (replaced, "own forward"), (adapted, "peft")],
+)
+def test_changed_modulation_runs_the_original(make_flux3, change, reason):
+    model = make_flux3()
+    report = uniref_fast.patch(model)
+    run(model)
+    change(model)
+    out = run(model, variant="two")
+    assert uniref_fast.unpatch(model)
+    assert max_relative_error(out, run(model, variant="two")) < ROUNDING
+    assert len(report.fallbacks) == 1 and all(reason in each for each in report.fallbacks)
+
+
+def test_times_of_single_tokens_run_the_original(make_flux3):
+    model = make_flux3()
+    report = uniref_fast.patch(model)
+    head, norm = model.early_stream_modulations["image"], model.norm_out
+    temb = torch.randn(2, 5, model.inner_dim)
+    x = torch.randn(2, 5, model.inner_dim)
+    with torch.no_grad():
+        equal = temb[:, :1].repeat(1, 5, 1)
+        for each in (equal, temb):
+            assert max_relative_error(head(each), head.linear(each)) < ROUNDING
+            expected = type(norm).forward(norm, x, each)
+            assert max_relative_error(norm(x, each), expected) < ROUNDING
+    assert report.fallbacks == {"tokens of a sample have different times": 2} and report.calls.total() == 2
+
+
 def test_other_frequencies_and_backends_are_refused_by_edit(make_flux3):
     model = make_flux3()
     model.pos_embed.theta = 2000

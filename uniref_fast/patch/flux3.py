@@ -1,24 +1,37 @@
-"""Patched places of a `Flux3Transformer2DModel`: attention processors and forwards of both kinds of block.
+"""Patched places of a `Flux3Transformer2DModel`: attention, both kinds of block, modulation and output norm.
 
 Attention and feed-forward of a block share one input. The blocks of a mode run on the tokens of text, image or
-references alone, the others on all tokens. The places keep the code of diffusers under torch.compile, as those of
-FLUX.2 do.
+references alone, the others on all tokens. diffusers computes the modulation of every token, although all tokens of a
+sample and mode have the same time; the patched places compute one row for each sample. The places keep the code of
+diffusers under torch.compile, as those of FLUX.2 do.
 
 Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each, and modulation `[B, N, 3 C]`.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import activation as nn_activation
+from torch.nn.modules import linear as nn_linear
 
 from uniref_fast import ops
 from uniref_fast.patch.families import FamilyPatch, Place
 from uniref_fast.patch.flux2 import ModulatedBlock
-from uniref_fast.patch.guards import unlike
+from uniref_fast.patch.guards import (
+    changed_norm,
+    has_hooks,
+    innermost_forward,
+    is_from,
+    is_plain,
+    norm_change,
+    stock_forward,
+    unlike,
+)
 from uniref_fast.patch.joint_streams import (
     OneStreamAttention,
     attention_change,
@@ -27,8 +40,9 @@ from uniref_fast.patch.joint_streams import (
     rotary_changes,
     stock_places,
 )
-from uniref_fast.patch.processors import joint_rows, outside_compiler, refusal, register_processor
+from uniref_fast.patch.processors import PatchedBlock, joint_rows, outside_compiler, refusal, register_processor
 from uniref_fast.patch.replay import Calls
+from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.streams import TRACED, Choice
 
@@ -39,6 +53,9 @@ MODE_BLOCKS = ("txt_mode_blocks", "mode_blocks.image", "mode_blocks.image_cond")
 
 JOINT_BLOCKS = "single_transformer_blocks"
 """List of the blocks of all tokens."""
+
+MODULATIONS = ("early_stream_modulations", "single_stream_modulations")
+"""Modulations of the blocks of one mode, and of the blocks of all tokens, by mode."""
 
 
 def _stock() -> Any:
@@ -186,10 +203,130 @@ def _gated(x: Tensor, branch: Tensor, gate: Tensor, rows: Tensor, impl: str) -> 
     return torch.ops.aten._unsafe_view(out, x.shape)  # for autograd not a view: nothing else refers to the rows
 
 
+# ---- modulation ----
+
+
+class _PerSample(PatchedBlock):
+    """Forward of a module whose Linear gets the embedding of the time of every token.
+
+    It calls the Linear with one token of each sample if all tokens of a sample have equal embeddings, which is known
+    of an expanded tensor, and compared on a CPU. The Linear is called a second time for the self-check; so it must be
+    one of PyTorch, without hooks that could notice.
+    """
+
+    def _methods(self) -> tuple[Any, ...]:
+        return (type(self.block).forward,)
+
+    def _start(self, temb: Tensor, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            self.record_trace(TRACED)
+        elif not isinstance(temb, Tensor) or temb.ndim == 3:
+            return outside_compiler()(self._run, *arguments)
+        return self.original(*arguments)  # packed forwards have one row for each sample
+
+    def call_refusal(self, *tensors: Tensor) -> str | None:  # type: ignore[override]
+        if reason := refusal(self.state, self.site, tensors[-1].shape[-1], *tensors):
+            return reason
+        if any(each.ndim != 3 or len(each) != len(tensors[0]) or not each.numel() for each in tensors):
+            return f"called with tensors of shapes {[list(each.shape) for each in tensors]}"
+        return None
+
+    def traced_refusal(self) -> str | None:
+        if self._methods() != self.methods:
+            return f"forward of {type(self.block).__name__} was replaced"
+        return "a modulation has hooks" if has_hooks(self.block) else _changed_linear(self.block.linear)
+
+    def _one_token(self, temb: Tensor) -> Tensor | str:
+        """Return the embedding of one token of each sample, `[B, 1, C]`, or the reason why it may not be that of all.
+
+        Args:
+            temb: Embeddings of all tokens, `[B, N, C]`.
+        """
+        one = temb[:, :1]
+        if temb.stride(1) == 0 or temb.shape[1] == 1:
+            return one
+        if not temb.is_cpu or (temb.requires_grad and torch.is_grad_enabled()):
+            return "embeddings of the time of single tokens are compared on a CPU and without gradients only"
+        return one if torch.equal(temb, one.expand_as(temb)) else "tokens of a sample have different times"
+
+
+class _Modulation(_PerSample):
+    """Forward of one `Flux3Modulation`; its result is expanded, so that blocks see that the rows are equal."""
+
+    def forward(self, temb: Tensor) -> Tensor:  # type: ignore[override]
+        return self._start(temb, temb)
+
+    def _fused(self, calls: Calls, impl: str, temb: Tensor) -> Any:  # type: ignore[override]
+        one = self._one_token(temb)
+        if isinstance(one, str):
+            return one
+        table = self.block.linear(one)
+        reason = unlike(table, (*one.shape[:2], self.block.linear.out_features), temb, "the Linear of a modulation")
+        return reason or table.expand(-1, temb.shape[1], -1)
+
+
+class _OutputNorm(_PerSample):
+    """Forward of the `Flux3AdaLayerNorm` before the output projection, with fused norm and modulation."""
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:  # type: ignore[override]
+        return self._start(temb, hidden_states, temb)
+
+    def traced_refusal(self) -> str | None:
+        if reason := super().traced_refusal():
+            return reason
+        act = self.block.act_fn
+        if type(act) is not nn.SiLU or has_hooks(act) or not _runs_own(act, nn_activation):
+            return "the activation of the output norm was changed"
+        return changed_norm(self.block.norm, self.block.linear.in_features) or norm_change()
+
+    def _fused(self, calls: Calls, impl: str, x: Tensor, temb: Tensor) -> Any:  # type: ignore[override]
+        one = self._one_token(temb)
+        if isinstance(one, str):
+            return one
+        table = self.block.linear(self.block.act_fn(one))
+        if reason := unlike(table, (len(x), 1, 2 * x.shape[2]), x, "the Linear of the output norm"):
+            return reason
+        scale, shift = table[:, 0].chunk(2, dim=-1)
+        rows = self.state.modulation_rows(None, *x.shape[:2], x.device)
+        options: Any = {"rounding": "eager", "impl": impl}
+        return ops.norm_modulate(joint_rows(x), shift, scale, rows, self.block.norm.eps, **options).view(x.shape)
+
+
+def _changed_linear(linear: Any) -> str | None:
+    """Return the reason why a Linear must be called with the tokens that diffusers calls it with, or None."""
+    from diffusers.hooks import layerwise_casting as casting
+
+    if type(linear) is not nn.Linear:
+        return f"the Linear of a modulation is a {type(linear).__module__}.{type(linear).__name__}"
+    registry = vars(linear).get("_diffusers_hook")
+    harmless = (casting._LAYERWISE_CASTING_HOOK, casting._PEFT_AUTOCAST_DISABLE_HOOK)
+    if "_hf_hook" in vars(linear) or (registry is not None and any(hook not in harmless for hook in registry.hooks)):
+        return "the Linears of modulations have hooks of diffusers or accelerate (offloaded by layer)"
+    if has_hooks(linear) or not is_plain(linear.weight) or not _runs_own(linear, nn_linear):
+        return "the Linear of a modulation has hooks, its own forward, or a weight of another class"
+    return None
+
+
+def _runs_own(module: nn.Module, home: types.ModuleType) -> bool:
+    """Return True if a module runs the forward of its class, which PyTorch defines in `home`, below hooks."""
+    forward: Any = type(module).forward
+    return is_from(forward, home) and getattr(getattr(*innermost_forward(module)), "__func__", None) is forward
+
+
+# ---- the family ----
+
+
 def install(transformer: Any, state: PatchState) -> Iterator[Place | str]:
-    """Install the places of all blocks, and yield each place, or a note on one that runs unchanged."""
+    """Install all places, and yield each place, or a note on one that runs unchanged."""
     register_processor()
     stock = _stock()
+    heads = {f"{group}.{name}": head for group in MODULATIONS for name, head in getattr(transformer, group).items()}
+    for name, module in (*heads.items(), ("norm_out", transformer.norm_out)):
+        kind, place = (stock.Flux3Modulation, _Modulation) if name in heads else (stock.Flux3AdaLayerNorm, _OutputNorm)
+        if stock_forward(module, kind):
+            yield place(module, state, Site(name))
+        else:
+            yield f"{name} has its own forward, which runs unchanged"
     mode, joint = (stock.Flux3ModeTransformerBlock, _ModeBlock), (stock.Flux3SingleTransformerBlock, _JointBlock)
     for group in (*MODE_BLOCKS, JOINT_BLOCKS):
         block = joint if group == JOINT_BLOCKS else mode
