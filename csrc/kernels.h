@@ -111,7 +111,8 @@ struct QkNormRopeBackward {
   int threads;
 };
 
-// gate_residual, norm_modulate and both at once: a null pointer leaves the part out.
+// gate_residual, norm_modulate and both at once: a null pointer leaves the part out. The norm is multiplied by
+// `one + scale`. A branch_eps that is not negative divides y by the root of its mean squares before it is added.
 struct TokenOp {
   DType dtype;
   const void *x, *y, *gate, *shift, *scale;
@@ -119,7 +120,7 @@ struct TokenOp {
   int64_t x_stride, y_stride, gate_stride, shift_stride, scale_stride;
   const int32_t* mod_index;  // modulation row of each token; null: row 0
   int64_t tokens, channels;
-  float eps;
+  float eps, branch_eps, one;
   bool rms, eager_rounding;
   int threads;
 };

@@ -272,21 +272,32 @@ UF_API int uf_qk_norm_rope_backward(int level, int threads, int dtype, const voi
 }
 
 // Null gate: norm_modulate. Null normed: gate_residual. n_rows: rows of gate, shift and scale.
-UF_API int uf_token_rows(int level, int threads, int dtype, const void* x, int64_t x_stride, const void* y,
-                         int64_t y_stride, const void* gate, int64_t gate_stride, const void* shift,
-                         int64_t shift_stride, const void* scale, int64_t scale_stride, const int32_t* mod_index,
-                         int64_t n_rows, int64_t tokens, int64_t channels, float eps, int rms, int eager_rounding,
-                         void* x_out, void* normed) {
+UF_API int uf_token_rows_of(int level, int threads, int dtype, const void* x, int64_t x_stride, const void* y,
+                            int64_t y_stride, const void* gate, int64_t gate_stride, const void* shift,
+                            int64_t shift_stride, const void* scale, int64_t scale_stride, const int32_t* mod_index,
+                            int64_t n_rows, int64_t tokens, int64_t channels, float eps, int rms, int eager_rounding,
+                            void* x_out, void* normed, float branch_eps, float one) {
   const uf::Kernels* kernel = kernels(level);
   if (!kernel) return kBadLevel;
   if (n_rows < 1) return kBadRow;
   for (int64_t i = 0; mod_index && i < tokens; i++)
     if (mod_index[i] < 0 || mod_index[i] >= n_rows) return kBadRow;
   const uf::TokenOp args = {static_cast<uf::DType>(dtype), x, y, gate, shift, scale, x_out, normed, x_stride, y_stride,
-                            gate_stride, shift_stride, scale_stride, mod_index, tokens, channels, eps, rms != 0,
-                            eager_rounding != 0, threads};
+                            gate_stride, shift_stride, scale_stride, mod_index, tokens, channels, eps, branch_eps, one,
+                            rms != 0, eager_rounding != 0, threads};
   expect_writes(tokens * channels * size_of(dtype), x_out, normed);
   return kernel->token_op(args) ? kNoMemory : kOk;
+}
+
+// The same with 1 + scale and a branch as it is.
+UF_API int uf_token_rows(int level, int threads, int dtype, const void* x, int64_t x_stride, const void* y,
+                         int64_t y_stride, const void* gate, int64_t gate_stride, const void* shift,
+                         int64_t shift_stride, const void* scale, int64_t scale_stride, const int32_t* mod_index,
+                         int64_t n_rows, int64_t tokens, int64_t channels, float eps, int rms, int eager_rounding,
+                         void* x_out, void* normed) {
+  return uf_token_rows_of(level, threads, dtype, x, x_stride, y, y_stride, gate, gate_stride, shift, shift_stride, scale,
+                          scale_stride, mod_index, n_rows, tokens, channels, eps, rms, eager_rounding, x_out, normed,
+                          -1.0f, 1.0f);
 }
 
 // inputs: grad_x, grad_normed, x, y, gate, scale, null where the part is missing; strides: a row's of each.

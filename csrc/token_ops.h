@@ -54,11 +54,15 @@ UF_INLINE float moment_sum(const T* x, int64_t channels, bool rms) {
   return sum_slots(sums);
 }
 
-// x + gate y into `out` and, as float32 of what `out` holds, into `row`; kRound: the product is rounded as well.
+// x + gate (y inverse) into `out` and, as float32 of what `out` holds, into `row`; kRound: the products are rounded as
+// well.
 template <class T, bool kRound>
-UF_INLINE void gate_residual_row(const T* x, const T* y, const T* gate, T* out, float* row, int64_t channels) {
+UF_INLINE void gate_residual_row(const T* x, const T* y, float inverse, const T* gate, T* out, float* row,
+                                 int64_t channels) {
   for_row(channels, [&](int64_t c, int64_t n) UF_BODY {
-    vf product = load_n(gate + c, n) * load_n(y + c, n);
+    vf branch = load_n(y + c, n) * inverse;
+    if (kRound) branch = rounded_to<T>(branch);
+    vf product = load_n(gate + c, n) * branch;
     if (kRound) product = rounded_to<T>(separate(product));
     const vf sum = load_n(x + c, n) + product;
     store_n(out + c, sum, n);
@@ -67,10 +71,11 @@ UF_INLINE void gate_residual_row(const T* x, const T* y, const T* gate, T* out, 
 }
 
 template <class T, bool kRound, class X>
-UF_INLINE void modulate_row(const X* x, const Moments& m, const T* shift, const T* scale, T* out, int64_t channels) {
+UF_INLINE void modulate_row(const X* x, const Moments& m, const T* shift, const T* scale, float one, T* out,
+                            int64_t channels) {
   for_row(channels, [&](int64_t c, int64_t n) UF_BODY {
     vf value = (load_n(x + c, n) - m.mean) * m.inverse + m.offset;
-    vf factor = 1.0f + load_n(scale + c, n);
+    vf factor = one + load_n(scale + c, n);
     if (kRound) value = separate(rounded_to<T>(rounded_to<T>(value) * rounded_to<T>(factor)));
     else value *= factor;
     store_n(out + c, value + load_n(shift + c, n), n);
@@ -91,14 +96,17 @@ void one_token(const uf::TokenOp& a, int64_t i, const T* zeros, float* stored) {
   const T* shift = a.shift ? static_cast<const T*>(a.shift) + row * a.shift_stride : zeros;
   T* normed = static_cast<T*>(a.normed) + at;
   if (!a.gate) {
-    modulate_row<T, kRound>(x, moments_of<T>(x, a), shift, scale, normed, a.channels);
+    modulate_row<T, kRound>(x, moments_of<T>(x, a), shift, scale, a.one, normed, a.channels);
     return;
   }
   const T* y = static_cast<const T*>(a.y) + i * a.y_stride;
   const T* gate = static_cast<const T*>(a.gate) + row * a.gate_stride;
-  gate_residual_row<T, kRound>(x, y, gate, static_cast<T*>(a.x_out) + at, a.normed ? stored : nullptr, a.channels);
+  const float inverse =
+      a.branch_eps < 0.0f ? 1.0f : rms_moments(moment_sum(y, a.channels, true), a.channels, a.branch_eps).inverse;
+  T* x_out = static_cast<T*>(a.x_out) + at;
+  gate_residual_row<T, kRound>(x, y, inverse, gate, x_out, a.normed ? stored : nullptr, a.channels);
   // The stored value is normalised, rounding included.
-  if (a.normed) modulate_row<T, kRound>(stored, moments_of<T>(stored, a), shift, scale, normed, a.channels);
+  if (a.normed) modulate_row<T, kRound>(stored, moments_of<T>(stored, a), shift, scale, a.one, normed, a.channels);
 }
 
 template <class T, bool kRound>

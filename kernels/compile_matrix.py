@@ -153,6 +153,10 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
         case("gate_residual_norm_modulate" + suffix, _any_arch, both, x, y, gate, shift, scale, *options)
     case("rms_norm_modulate", _any_arch, norm_modulate.norm_modulate, x, None, scale, None, 1e-6, True)
     case("gate_residual", _any_arch, norm_modulate.gate_residual, x, y, gate, rows)
+    case("gate_residual_of_norm", _any_arch, norm_modulate.gate_residual, x, y, gate, rows, True, 1e-6)
+    both = norm_modulate.gate_residual_norm_modulate
+    options = (rows, 1e-6, True, True, False, 1e-6)
+    case("gate_residual_of_norm_norm_modulate", _any_arch, both, x, y, gate, None, scale, *options)
     for grads in (True, False):
         suffix = "_backward" if grads else "_backward_frozen"
         options = (rows, 1e-6, False, grads)

@@ -8,6 +8,8 @@ with r = mod_index[i] the modulation row of token i and, over C in float32,
 
     n(x) = (x - mean(x)) / sqrt(var(x) + eps),  or with `rms`  n(x) = x / sqrt(mean(x^2) + eps)
 
+Without `add_one` the factor is scale[r]. With `branch_eps`, y / sqrt(mean(y^2) + branch_eps) takes the place of y.
+
 The modulation vectors [R, C] are few and stay in L1 and L2. Use these kernels wherever a transformer block adds a
 branch and normalises for the next one. The gradients are in `norm_modulate_backward.py`.
 
@@ -42,8 +44,11 @@ def norm_modulate_kernel(
     p_x_out,  # [N, C] contiguous, or None
     p_normed,  # [N, C] contiguous, or None
     eps,
+    branch_eps,
     RMS: tl.constexpr,
     EAGER: tl.constexpr,
+    ONE: tl.constexpr,  # add 1 to scale
+    BRANCH: tl.constexpr,  # normalise y
     C: tl.constexpr,
     BC: tl.constexpr,
 ):  # fmt: skip
@@ -65,12 +70,18 @@ def norm_modulate_kernel(
     if p_shift is not None:
         b_shift = tl.load(p_shift + i_r * s_shift + o_c, mask=m_c, other=0.0, eviction_policy="evict_last")
     if p_y is not None:
+        if BRANCH:
+            b_y, _ = normalise(b_y, m_c, branch_eps, C, True)
+            b_y = stored(b_y, dtype, EAGER)
         b_rounded = (b_x + stored(b_gate * b_y, dtype, EAGER)).to(dtype)  # [BC]
         tl.store(p_x_out + i_n * C + o_c, b_rounded, mask=m_c)
         b_x = b_rounded.to(tl.float32)
     if p_scale is not None:
         b_n, _ = normalise(b_x, m_c, eps, C, RMS)
-        b_out = stored(b_n, dtype, EAGER) * stored(1.0 + b_scale.to(tl.float32), dtype, EAGER)  # [BC]
+        b_factor = b_scale.to(tl.float32)
+        if ONE:
+            b_factor = stored(1.0 + b_factor, dtype, EAGER)
+        b_out = stored(b_n, dtype, EAGER) * b_factor  # [BC]
         if p_shift is not None:
             b_out = stored(b_out, dtype, EAGER) + b_shift.to(tl.float32)
         tl.store(p_normed + i_n * C + o_c, b_out.to(dtype), mask=m_c)
@@ -84,6 +95,7 @@ def norm_modulate(
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
+    add_one: bool = True,
 ) -> torch.Tensor:
     """Compute `n(x) * (1 + scale[r]) + shift[r]` in x's dtype.
 
@@ -93,9 +105,10 @@ def norm_modulate(
         mod_index: Modulation row of each token, int32 [N]. None means row 0.
         rms: Compute the RMS norm instead of LayerNorm.
         eager_rounding: Round where eager PyTorch does: n, 1 + scale, their product, the sum.
+        add_one: Multiply by 1 + scale[r]; False multiplies by scale[r].
     """
     normed = new_like(x)
-    _launch(x, None, None, shift, scale, mod_index, None, normed, eps, rms, eager_rounding)
+    _launch(x, None, None, shift, scale, mod_index, None, normed, eps, rms, eager_rounding, add_one)
     return normed
 
 
@@ -109,23 +122,35 @@ def gate_residual_norm_modulate(
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
+    add_one: bool = True,
+    branch_eps: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute `x_out = x + gate[r] * y`, rounded to x's dtype, and `norm_modulate` of x_out."""
+    """Compute `x_out = x + gate[r] * y`, rounded to x's dtype, and its `norm_modulate`; y as in `gate_residual`."""
     x_out, normed = new_like(x), new_like(x)
-    _launch(x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_rounding)
+    _launch(x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_rounding, add_one, branch_eps)
     return x_out, normed
 
 
 def gate_residual(
-    x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, mod_index: torch.Tensor | None, eager_rounding: bool = False
+    x: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    mod_index: torch.Tensor | None,
+    eager_rounding: bool = False,
+    branch_eps: float | None = None,
 ) -> torch.Tensor:
-    """Compute `x + gate[r] * y` for x, y [N, C] and gate [R, C] in x's dtype; eager_rounding rounds the product."""
+    """Compute `x + gate[r] * y` for x, y [N, C] and gate [R, C] in x's dtype; eager_rounding rounds the product.
+
+    A branch_eps divides y by the root of its mean square before, with this number added to the mean square.
+    """
     x_out = new_like(x)
-    _launch(x, y, gate, None, None, mod_index, x_out, None, 0.0, False, eager_rounding)
+    _launch(x, y, gate, None, None, mod_index, x_out, None, 0.0, False, eager_rounding, True, branch_eps)
     return x_out
 
 
-def _launch(x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_rounding) -> None:
+def _launch(
+    x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_rounding, add_one, branch_eps=None
+) -> None:
     num_tokens, channels = x.shape
     check(mod_index, num_tokens, channels, x=x, y=y, gate=gate, shift=shift, scale=scale)
     if x.numel() == 0:
@@ -138,8 +163,8 @@ def _launch(x, y, gate, shift, scale, mod_index, x_out, normed, eps, rms, eager_
             gate, row_stride(gate),
             shift, row_stride(shift),
             scale, row_stride(scale),
-            mod_index, x_out, normed, eps,
-            RMS=rms, EAGER=eager_rounding, C=channels, BC=block,
+            mod_index, x_out, normed, eps, branch_eps or 0.0,
+            RMS=rms, EAGER=eager_rounding, ONE=add_one, BRANCH=branch_eps is not None, C=channels, BC=block,
             # 32 values a thread: in a 16-bit dtype four 128-bit loads of each stream are in flight.
             num_warps=min(max(block // 1024, 1), 32),
             enable_fp_fusion=not eager_rounding,

@@ -262,6 +262,10 @@ def test_token_ops_threads_and_position(dtype, level, threads):
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
     alone = native.gate_residual_norm_modulate(x[77:78], y[77:78], gate, shift, scale, None, EPS, level=level)
     assert torch.equal(alone[1], results[0][1][77:78])
+    options = (None, EPS, True, False, False, EPS)  # with a factor alone and a norm of the branch
+    together = native.gate_residual_norm_modulate(x, y, gate, shift, scale, *options, level=level)
+    alone = native.gate_residual_norm_modulate(x[77:78], y[77:78], gate, shift, scale, *options, level=level)
+    assert all(torch.equal(a, b[77:78]) for a, b in zip(alone, together, strict=True))
 
 
 def test_token_ops_errors():

@@ -237,6 +237,71 @@ def test_gate_residual_norm_modulate(impl, dtype):
         assert_within_budget(normed, norm_modulate_reference(out, shift, scale, rows), oracle, f"{impl} of the rounded")
 
 
+@each_case
+@pytest.mark.parametrize("add_one", [False, True])
+def test_norm_of_a_branch(impl, dtype, add_one):
+    """Norms before and after a branch: its norm in the residual, and a factor without 1 + scale."""
+    x, y, (shift, scale, gate, *_), rows = modulated(dtype)
+    x, y = ((t.float() - t.float().mean(1, keepdim=True)).to(dtype) for t in (x, y * 5))
+    options = {"add_one": add_one, "branch_eps": 1e-3}  # an eps that the result depends on
+    check_op(
+        lambda *t: ops.gate_residual_norm_modulate(*t, rows, norm="rms", impl=impl, **options),
+        lambda *t: gate_residual_norm_modulate_reference(*t, rows, rms=True, **options),
+        (x, y, gate, shift, scale),
+        impl,
+        ("x", "y", "gate", "shift", "scale"),
+        ("x_out", "normed"),
+    )
+    check_op(
+        lambda *t: ops.gate_residual(*t, rows, branch_eps=1e-3, impl=impl),
+        lambda *t: gate_residual_reference(*t, rows, 1e-3),
+        (x, y, gate),
+        impl,
+        ("x", "y", "gate"),
+        ["out"],
+    )
+    with torch.no_grad():
+        tables = gate, None, scale
+        both = ops.gate_residual_norm_modulate(x, y, *tables, rows, norm="rms", impl=impl, **options)
+        assert torch.equal(both[0], ops.gate_residual(x, y, gate, rows, branch_eps=1e-3, impl=impl))
+        single = ops.norm_modulate(both[0], None, scale, rows, norm="rms", add_one=add_one, impl=impl)
+        assert torch.equal(both[1], single)
+        eager = gate_residual_reference(x, y, gate, rows, 1e-3)
+        if dtype != torch.float32:  # rounded after the norm and after the product
+            ours = ops.gate_residual(x, y, gate, rows, branch_eps=1e-3, rounding="eager", impl=impl)
+            assert (ours != eager).float().mean() < 0.01
+
+
+@each_case
+def test_multiplication_keeps_the_digits_of_small_factors(impl, dtype):
+    x, _, (_, scale, *_), rows = modulated(dtype)
+    small = scale * 2.0**-12
+    check_op(
+        lambda x, scale: ops.norm_modulate(x, None, scale, rows, add_one=False, impl=impl),
+        lambda x, scale: norm_modulate_reference(x, None, scale, rows, add_one=False),
+        (x, small),
+        impl,
+        ("x", "scale"),
+        ["out"],
+    )
+
+
+@pytest.mark.skipif(not native.available(), reason="not built")
+def test_a_library_of_an_older_version_leaves_norms_of_branches_to_pytorch(monkeypatch):
+    x, y, (_, scale, gate, *_), rows = modulated(torch.float32)
+    x, y, gate, scale, rows = (t.cpu() for t in (x, y, gate, scale, rows))
+
+    def call():
+        options = {"add_one": False, "branch_eps": 1e-6, "norm": "rms", "impl": "native"}
+        return ops.gate_residual_norm_modulate(x, y, gate, None, scale, rows, **options)
+
+    expected = call()
+    monkeypatch.setattr(native, "has_branch_norm", lambda: False)
+    monkeypatch.setattr(native, "gate_residual_norm_modulate", None)  # not called
+    for ours, theirs in zip(call(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.slow
 @each_case
 def test_eager_rounding(impl, dtype):
@@ -264,12 +329,14 @@ def test_torch_library_contract(impl, dtype):
         tensor.requires_grad_()
     calls = {
         "qk_norm_rope": (*text, *image, *text_w, *image_w, *rotary, *index, 1e-6, False, impl),
-        "norm_modulate": (x, shift, scale, rows, 1e-6, False, False, impl),
-        "gate_residual": (x, y, gate, None, True, impl),
-        "gate_residual_norm_modulate": (x, y, gate, None, scale, rows, 1e-6, True, False, impl),
+        "norm_modulate": (x, shift, scale, rows, 1e-6, False, False, impl, True),
+        "gate_residual": (x, y, gate, None, True, impl, None),
+        "gate_residual_norm_modulate": (x, y, gate, None, scale, rows, 1e-6, True, False, impl, True, None),
     }
     for name, args in calls.items():
         torch.library.opcheck(getattr(torch.ops.uniref_fast, name).default, args)
+    both = torch.ops.uniref_fast.gate_residual_norm_modulate.default
+    torch.library.opcheck(both, (x, y, gate, shift, scale, rows, 1e-6, True, False, impl, False, 1e-6))
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from uniref_fast.layout import Kind, Sample, Segment, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.packed import ForwardContext, joint_sources
-from uniref_fast.models.sandwich import SandwichBlock, SandwichModel, add, factor, normalised, times
+from uniref_fast.models.sandwich import Branch, SandwichBlock, SandwichModel, add_and_normalise, branch_of
 from uniref_fast.models.z_image import grid_positions
 
 __all__ = ["PackedFibo2", "fibo2_layout", "text_rows", "text_width"]
@@ -105,23 +105,23 @@ class Fibo2Block(SandwichBlock):
 
     bundle: int = 0
 
-    def between(self, x: Tensor, context: Any, is_target: bool) -> Tensor:
-        """Add the cross-attention to the prompt embeddings; arguments as in `SandwichBlock`."""
+    def between(
+        self, x: Tensor, branch: Branch, scale: Tensor | None, rows: Tensor | None, context: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the attention and the cross-attention to the prompt embeddings; arguments as in `SandwichBlock`."""
         block, impl = self.block, context.impl
-        norm = block.cross_attn_norm1
-        hidden = times(normalised(x, norm.eps, impl), factor(norm, None), None, impl)
-        segments = context.layout.targets if is_target else context.layout.segments
+        x, hidden = add_and_normalise(x, branch, block.cross_attn_norm1, None, rows, impl)
+        segments = context.layout.targets if self.last else context.layout.segments
         lengths = [sum(s.length for s in segments if s.sample == i) for i in range(context.layout.num_samples)]
         width = block.cross_attention.to_k.in_features
         columns = slice(self.bundle * width, (self.bundle + 1) * width)
         out = []
-        for i, (rows, states) in enumerate(zip(hidden.split(lengths), context.states, strict=True)):
+        for i, (part, states) in enumerate(zip(hidden.split(lengths), context.states, strict=True)):
             context.model.adapt_to_sample(i)
-            out.append(block.cross_attention(rows[None], encoder_hidden_states=states[..., columns])[0])
+            out.append(block.cross_attention(part[None], encoder_hidden_states=states[..., columns])[0])
         context.model._adapt(context.layout)
-        norm = block.cross_attn_norm2
-        gate = factor(norm, block.cross_attn_gate.tanh()[None])
-        return add(x, normalised(torch.cat(out), norm.eps, impl), gate, None, impl)
+        branch = branch_of(torch.cat(out), block.cross_attn_norm2, block.cross_attn_gate.tanh()[None])
+        return add_and_normalise(x, branch, block.ffn_norm1, scale, rows, impl)
 
 
 class PackedFibo2(SandwichModel):

@@ -3,8 +3,8 @@
     x' = x + gate[r] * norm_2(branch(norm_1(x) * scale[r]))
 
 The norms are RMSNorms with weights, which are multiplied into the tables: `w_1 * scale` and `w_2 * gate`, `[R, C]`.
-Blocks without modulation have the weights alone, one row for all tokens. The fused operators add 1 to a scale, which
-would cancel digits of small factors; so they normalise with a scale of 0, and a second pass multiplies by the factor.
+Blocks without modulation have the weights alone, one row for all tokens. The norm of a branch, its residual and the
+norm before the next branch are one fused operator, which multiplies by the tables without adding 1.
 
 A model of this kind runs some blocks over a part of the sequence before the others run over all of it.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +27,33 @@ from uniref_fast.memo import memo
 from uniref_fast.models.eight_bit import attend
 from uniref_fast.models.kept_references import ReferenceRows
 from uniref_fast.models.module_hooks import onloaded
-from uniref_fast.models.packed import DeferredResidual, ForwardContext, ModelSizes, PackedBlock, PackedModel
+from uniref_fast.models.packed import ForwardContext, ModelSizes, PackedBlock, PackedModel
 from uniref_fast.models.qwen_image import joint_qkv, project_image
 from uniref_fast.visibility import Rule
 
 __all__ = [
+    "Branch",
     "SandwichBlock",
     "SandwichModel",
     "add",
     "add_and_normalise",
+    "branch_of",
     "factor",
-    "normalised",
+    "normalise",
     "part_layout",
     "part_rows",
     "rows_of",
-    "times",
 ]
 
 Rounding = ops.Rounding
+
+
+class Branch(NamedTuple):
+    """A branch y that is added as `x + gate[row] * norm(y)`, possibly by the next block."""
+
+    y: Tensor  # [N, C]
+    gate: Tensor  # weight of its norm times gate, [R, C]
+    eps: float  # of its norm
 
 
 # ---- operators ----
@@ -56,38 +65,45 @@ def factor(norm: Any, table: Tensor | None) -> Tensor:
         return norm.weight[None] if table is None else norm.weight * table
 
 
-def normalised(x: Tensor, eps: float, impl: str | None, rounding: Rounding = "once") -> Tensor:
-    """Return the rows of x, `[N, C]`, divided by the roots of their mean squares."""
-    return ops.norm_modulate(x, None, x.new_zeros(1, x.shape[1]), None, eps, norm="rms", rounding=rounding, impl=impl)
+def branch_of(y: Tensor, norm: Any, table: Tensor | None) -> Branch:
+    """Return a branch y, `[N, C]`, with the norm after it and the table of its gate."""
+    return Branch(y, factor(norm, table), norm.eps)
 
 
-def times(x: Tensor, table: Tensor, rows: Tensor | None, impl: str | None, rounding: Rounding = "once") -> Tensor:
-    """Return `x * table[r]`."""
-    zero = x.new_zeros(1, x.shape[1]).expand_as(x)  # one row in memory
-    return ops.gate_residual(zero, x, table, rows, rounding=rounding, impl=impl)
-
-
-def add(
-    x: Tensor, branch: Tensor, table: Tensor, rows: Tensor | None, impl: str | None, rounding: Rounding = "once"
+def normalise(
+    x: Tensor, norm: Any, table: Tensor | None, rows: Tensor | None, impl: str | None, rounding: Rounding = "once"
 ) -> Tensor:
-    """Return `x + table[r] * branch` of a normalised branch."""
-    return ops.gate_residual(x, branch, table, rows, rounding=rounding, impl=impl)
+    """Return `norm(x) * table[r]` for rows x, `[N, C]`."""
+    options: Any = {"norm": "rms", "add_one": False, "rounding": rounding, "impl": impl}
+    return ops.norm_modulate(x, None, factor(norm, table), rows, norm.eps, **options)
+
+
+def add(x: Tensor, branch: Branch, rows: Tensor | None, impl: str | None, rounding: Rounding = "once") -> Tensor:
+    """Return `x + table[r] * norm(y)`, where the branch is y with its norm and table."""
+    y, gate, eps = branch
+    return ops.gate_residual(x, y, gate, rows, branch_eps=eps, rounding=rounding, impl=impl)
 
 
 def add_and_normalise(
     x: Tensor,
-    branch: Tensor,
-    table: Tensor,
+    branch: Branch,
+    norm: Any,
+    table: Tensor | None,
     rows: Tensor | None,
-    eps: float,
     impl: str | None,
     rounding: Rounding = "once",
 ) -> tuple[Tensor, Tensor]:
-    """Return `x' = x + table[r] * branch` of a normalised branch, and `normalised(x')`."""
-    zero = table.new_zeros(table.shape)
-    return ops.gate_residual_norm_modulate(
-        x, branch, table, None, zero, rows, eps, norm="rms", rounding=rounding, impl=impl
-    )
+    """Return `x' = add(x, branch)` and `normalise(x', norm, table)`.
+
+    The tables of both may have one row for all tokens, or one for each number in `rows`.
+    """
+    y, gate, eps = branch
+    scale = factor(norm, table)
+    if len(gate) != len(scale):
+        count = max(len(gate), len(scale))
+        gate, scale = gate.expand(count, -1), scale.expand(count, -1)
+    options: Any = {"norm": "rms", "add_one": False, "branch_eps": eps, "rounding": rounding, "impl": impl}
+    return ops.gate_residual_norm_modulate(x, y, gate, None, scale, rows, norm.eps, **options)
 
 
 # ---- block ----
@@ -103,32 +119,38 @@ class SandwichBlock(PackedBlock):
         scale1, gate1, scale2, gate2 = self.block.adaLN_modulation(temb).chunk(4, dim=1)
         return 1.0 + scale1, gate1.tanh(), 1.0 + scale2, gate2.tanh()
 
-    def between(self, x: Tensor, context: Any, is_target: bool) -> Tensor:
-        """Add what a block computes between attention and feed-forward; most blocks compute nothing.
+    def between(
+        self, x: Tensor, branch: Branch, scale: Tensor | None, rows: Tensor | None, context: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the attention and what a block computes between attention and feed-forward.
 
         Args:
             x: Stream, `[N, C]`, or the targets' rows.
+            branch: Attention with its norm and gate.
+            scale: Scale of the norm before the feed-forward.
+            rows: Row of the tables of every token.
             context: Context of the forward.
-            is_target: True if x has the targets' rows alone.
+
+        Returns:
+            The stream and the input of the feed-forward.
         """
-        return x
+        raise NotImplementedError
 
     def _run(
         self,
         streams: list[Tensor],
-        residuals: list[DeferredResidual],
+        residuals: list[Any],  # of `Branch`
         temb: Tensor,
         context: ForwardContext,
-    ) -> tuple[list[Tensor], list[DeferredResidual]]:
+    ) -> tuple[list[Tensor], list[Any]]:
         block, attn, impl = self.block, self.block.attention, context.impl
         scale1, gate1, scale2, gate2 = self.tables(temb)
         rows = None if scale1 is None else context.modulation_rows("joint")
-        x, eps = streams.pop(0), block.attention_norm1.eps
+        x, norm = streams.pop(0), block.attention_norm1
         if residuals:
-            x, hidden = add_and_normalise(x, *residuals.pop(0), rows, eps, impl)
+            x, hidden = add_and_normalise(x, residuals.pop(0), norm, scale1, rows, impl)
         else:
-            hidden = normalised(x, eps, impl)
-        hidden = times(hidden, factor(block.attention_norm1, scale1), rows, impl)
+            hidden = normalise(x, norm, scale1, rows, impl)
         q, k, v = (linear(hidden).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
         del hidden
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
@@ -139,21 +161,17 @@ class SandwichBlock(PackedBlock):
             rows = None if rows is None else rows[targets]
         out = attend(q, k, v, plan, impl, context.for_training, "")
         del q, k, v
-        branch = normalised(project_image(attn, out.flatten(1)), block.attention_norm2.eps, impl)
+        branch = branch_of(project_image(attn, out.flatten(1)), block.attention_norm2, gate1)
         del out
-        gate = factor(block.attention_norm2, gate1)
         if getattr(block, "cross_attention", None) is None:
-            x, hidden = add_and_normalise(x, branch, gate, rows, block.ffn_norm1.eps, impl)
+            x, hidden = add_and_normalise(x, branch, block.ffn_norm1, scale2, rows, impl)
         else:
-            x = self.between(add(x, branch, gate, rows, impl), context, self.last)
-            hidden = normalised(x, block.ffn_norm1.eps, impl)
+            x, hidden = self.between(x, branch, scale2, rows, context)
         del branch
-        hidden = block.feed_forward(times(hidden, factor(block.ffn_norm1, scale2), rows, impl))
-        branch = normalised(hidden, block.ffn_norm2.eps, impl)
-        gate = factor(block.ffn_norm2, gate2)
+        branch = branch_of(block.feed_forward(hidden), block.ffn_norm2, gate2)
         if context.fuse_residual and not self.last:
-            return [x], [DeferredResidual(branch, gate)]
-        return [add(x, branch, gate, rows, impl)], []
+            return [x], [branch]
+        return [add(x, branch, rows, impl)], []
 
 
 # ---- model ----
@@ -222,15 +240,15 @@ class SandwichModel(PackedModel):
             warnings.warn(
                 "the packed forward ran its blocks uncompiled: those of this model are not traced", stacklevel=6
             )
-        streams, residuals = [x], list[DeferredResidual]()
+        streams, residuals = [x], list[Any]()
         del x
         for packed in self._stages[name]:
             streams, residuals = packed(streams, residuals, temb, context)
         (x,) = streams
         if residuals:
-            ((branch, gate),) = residuals
-            rows = context.modulation_rows("joint") if len(gate) > 1 else None
-            x = add(x, branch, gate, rows, context.impl)
+            (branch,) = residuals
+            rows = context.modulation_rows("joint") if len(branch.gate) > 1 else None
+            x = add(x, branch, rows, context.impl)
         return x
 
     def _final(self, x: Tensor, temb: Tensor, layout: SelfLayout, final: Any) -> Tensor:

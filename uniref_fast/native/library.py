@@ -53,6 +53,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.uf_token_rows_backward.argtypes = [i, i, i, p, p, p, n, n, n, f, i, p]
     if hasattr(library, "uf_gelu"):  # a library that was built before has the others alone
         library.uf_gelu.argtypes = [i, i, i, p, p, n, p]
+    if hasattr(library, "uf_token_rows_of"):
+        library.uf_token_rows_of.argtypes = [*library.uf_token_rows.argtypes, f, f]
 
 
 @torch.compiler.assume_constant_result  # torch.compile would otherwise trace the search for the library
@@ -65,6 +67,12 @@ def available() -> bool:
 def has_gelu() -> bool:
     """Return True if the library has GELU; one that was built by an older version does not."""
     return hasattr(_load()[0], "uf_gelu")
+
+
+@torch.compiler.assume_constant_result
+def has_branch_norm() -> bool:
+    """Return True if the library takes `add_one` and `branch_eps`; one that was built by an older version does not."""
+    return hasattr(_load()[0], "uf_token_rows_of")
 
 
 def reason() -> str:

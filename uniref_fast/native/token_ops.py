@@ -1,5 +1,7 @@
 """`norm_modulate`, `gate_residual`, both at once, and their gradients."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,8 @@ def _token_op(
     rms: bool,
     eager_rounding: bool,
     level: str | None,
+    add_one: bool = True,
+    branch_eps: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return x_out (None without a gate) and normed (None without a scale)."""
     lib, level_id = use_level(level)
@@ -41,10 +45,14 @@ def _token_op(
     views: list[int | None] = []
     for t in (x, y, gate, shift, scale):
         views += (None, 0) if t is None else (t.data_ptr(), t.stride(0))
-    status = lib.uf_token_rows(
+    run: Any = lib.uf_token_rows
+    more: tuple[float, ...] = ()
+    if not add_one or branch_eps is not None:
+        run, more = lib.uf_token_rows_of, (-1.0 if branch_eps is None else branch_eps, float(add_one))
+    status = run(
         level_id, torch.get_num_threads(), DTYPES[dtype], *views,
         None if mod_index is None else mod_index.data_ptr(), n_rows, *shape, eps, rms, eager_rounding,
-        None if x_out is None else x_out.data_ptr(), None if normed is None else normed.data_ptr(),
+        None if x_out is None else x_out.data_ptr(), None if normed is None else normed.data_ptr(), *more,
     )  # fmt: skip
     raise_for(status)
     return x_out, normed
@@ -58,15 +66,17 @@ def norm_modulate(
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
+    add_one: bool = True,
     *,
     level: str | None = None,
 ) -> Tensor:
     """Compute `norm(x) * (1 + scale[r]) + shift[r]`: x [N, C]; shift, scale [R, C]; r from mod_index int32 [N], or 0.
 
-    The norm is LayerNorm, or with `rms` division by the root of the mean square; shift=None adds nothing.
-    eager_rounding rounds norm, 1 + scale and product to x's dtype, as PyTorch does one operation at a time.
+    The norm is LayerNorm, or with `rms` division by the root of the mean square; shift=None adds nothing; add_one=False
+    multiplies by scale[r]. eager_rounding rounds norm, 1 + scale and product to x's dtype, as PyTorch does one
+    operation at a time.
     """
-    normed = _token_op(x, None, None, shift, scale, mod_index, eps, rms, eager_rounding, level)[1]
+    normed = _token_op(x, None, None, shift, scale, mod_index, eps, rms, eager_rounding, level, add_one)[1]
     assert normed is not None
     return normed
 
@@ -81,11 +91,16 @@ def gate_residual_norm_modulate(
     eps: float,
     rms: bool = False,
     eager_rounding: bool = False,
+    add_one: bool = True,
+    branch_eps: float | None = None,
     *,
     level: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute `x_out = x + gate[r] * y`, rounded, and `norm_modulate(x_out)`: x, y [N, C]; others [R, C]."""
-    x_out, normed = _token_op(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, level)
+    """Compute `x_out = x + gate[r] * y`, rounded, and `norm_modulate(x_out)`: x, y [N, C]; others [R, C].
+
+    A branch_eps divides y by the root of its mean square before, as in `gate_residual`.
+    """
+    x_out, normed = _token_op(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, level, add_one, branch_eps)
     assert x_out is not None and normed is not None
     return x_out, normed
 
@@ -96,11 +111,15 @@ def gate_residual(
     gate: Tensor,
     mod_index: Tensor | None,
     eager_rounding: bool = False,
+    branch_eps: float | None = None,
     *,
     level: str | None = None,
 ) -> Tensor:
-    """Compute `x + gate[r] * y`: x, y [N, C]; gate [R, C]. eager_rounding rounds the product."""
-    x_out = _token_op(x, y, gate, None, None, mod_index, 0.0, False, eager_rounding, level)[0]
+    """Compute `x + gate[r] * y`: x, y [N, C]; gate [R, C]. eager_rounding rounds the product.
+
+    A branch_eps divides y by the root of its mean square before, with this number added to the mean square.
+    """
+    x_out = _token_op(x, y, gate, None, None, mod_index, 0.0, False, eager_rounding, level, branch_eps=branch_eps)[0]
     assert x_out is not None
     return x_out
 

@@ -9,6 +9,9 @@ or the clean t = 0 of references in Qwen-Image-Edit-2511. Each op reads its inpu
 3 and 4 passes over `[N, C]`, where eager PyTorch takes 5 to 12. The backward passes take 3, 3 and 6; mean and deviation
 are recomputed, not saved. Gradients of shift, scale and gate are sums over the tokens of a row, in float32 and in an
 order that does not depend on the rest of the pack.
+
+Blocks with norms before and after a branch multiply by a factor (`add_one=False`), and add a normalised branch
+(`branch_eps`). The backward of these is a sequence of the kernels above, which takes a few passes more.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uniref_fast import native
 from uniref_fast.ops._dispatch import Rounding, choose, define_op, first_order_only, module, observed, one_of, upstream
 
 __all__ = [
@@ -41,6 +45,7 @@ def norm_modulate(
     eps: float = 1e-6,
     *,
     norm: Norm = "layer",
+    add_one: bool = True,
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> Tensor:
@@ -52,6 +57,7 @@ def norm_modulate(
         mod_index: Modulation row r of each token, int32 `[N]` with values in 0..R-1. None means row 0 for all.
         eps: Number added to the variance (to the mean square).
         norm: "layer" is `(x - mean) / sqrt(var + eps)`, "rms" is `x / sqrt(mean(x^2) + eps)`.
+        add_one: Multiply by `1 + scale[r]`; False multiplies by `scale[r]`, whose small values then keep their digits.
         rounding: "once" computes in float32 and rounds the result, "eager" rounds to x's dtype wherever eager PyTorch
             does, after each operation. The reference always does the latter.
         impl: "reference", "native", "triton"; None picks by device.
@@ -61,11 +67,11 @@ def norm_modulate(
     """
     _check(x, mod_index, shift=shift, scale=scale)
     rms, eager = one_of("norm", norm, "layer", "rms"), one_of("rounding", rounding, "once", "eager")
-    impl = choose(impl, x)
+    impl = _possible(choose(impl, x), not add_one)
     if impl == "reference":
-        return norm_modulate_reference(x, shift, scale, mod_index, eps, rms)
+        return norm_modulate_reference(x, shift, scale, mod_index, eps, rms, add_one)
     run = torch.ops.uniref_fast.norm_modulate if observed(x, shift, scale) else _norm_modulate
-    return run(x, shift, scale, mod_index, eps, rms, eager, impl)
+    return run(x, shift, scale, mod_index, eps, rms, eager, impl, add_one)
 
 
 def gate_residual(
@@ -74,20 +80,22 @@ def gate_residual(
     gate: Tensor,
     mod_index: Tensor | None = None,
     *,
+    branch_eps: float | None = None,
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> Tensor:
     """Compute `x + gate[r] * y` of x, y `[N, C]` and gate `[R, C]`; returns `[N, C]`.
 
-    `mod_index`, `rounding` and `impl` mean the same as in `norm_modulate`. Differentiable in x, y and gate.
+    With `branch_eps`, `y / sqrt(mean(y^2) + branch_eps)` takes the place of y. `mod_index`, `rounding` and `impl` mean
+    the same as in `norm_modulate`. Differentiable in x, y and gate.
     """
     _check(x, mod_index, y=y, gate=gate)
     eager = one_of("rounding", rounding, "once", "eager")
-    impl = choose(impl, x)
+    impl = _possible(choose(impl, x), branch_eps is not None)
     if impl == "reference":
-        return gate_residual_reference(x, y, gate, mod_index)
+        return gate_residual_reference(x, y, gate, mod_index, branch_eps)
     run = torch.ops.uniref_fast.gate_residual if observed(x, y, gate) else _gate_residual
-    return run(x, y, gate, mod_index, eager, impl)
+    return run(x, y, gate, mod_index, eager, impl, branch_eps)
 
 
 def gate_residual_norm_modulate(
@@ -100,6 +108,8 @@ def gate_residual_norm_modulate(
     eps: float = 1e-6,
     *,
     norm: Norm = "layer",
+    add_one: bool = True,
+    branch_eps: float | None = None,
     rounding: Rounding = "once",
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -110,12 +120,18 @@ def gate_residual_norm_modulate(
     """
     _check(x, mod_index, y=y, gate=gate, shift=shift, scale=scale)
     rms, eager = one_of("norm", norm, "layer", "rms"), one_of("rounding", rounding, "once", "eager")
-    impl = choose(impl, x)
+    impl = _possible(choose(impl, x), not add_one or branch_eps is not None)
     if impl == "reference":
-        return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, mod_index, eps, rms)
+        tables = gate, shift, scale
+        return gate_residual_norm_modulate_reference(x, y, *tables, mod_index, eps, rms, add_one, branch_eps)
     seen = observed(x, y, gate, shift, scale)
     run = torch.ops.uniref_fast.gate_residual_norm_modulate if seen else _gate_residual_norm_modulate
-    return run(x, y, gate, shift, scale, mod_index, eps, rms, eager, impl)
+    return run(x, y, gate, shift, scale, mod_index, eps, rms, eager, impl, add_one, branch_eps)
+
+
+def _possible(impl: str, new: bool) -> str:
+    """Return the implementation, or "reference" for what a native library of an older version does not have."""
+    return "reference" if new and impl == "native" and not native.has_branch_norm() else impl
 
 
 # ---- reference: the specification, the oracle (in float64) and the baseline ----
@@ -128,13 +144,18 @@ def norm_modulate_reference(
     mod_index: Tensor | None = None,
     eps: float = 1e-6,
     rms: bool = False,
+    add_one: bool = True,
 ) -> Tensor:
     normed = (F.rms_norm if rms else F.layer_norm)(x, x.shape[-1:], eps=eps)
-    normed = normed * (1 + _select(scale, mod_index))
+    factor = _select(scale, mod_index)
+    normed = normed * (1 + factor if add_one else factor)
     return normed if shift is None else normed + _select(shift, mod_index)
 
 
-def gate_residual_reference(x: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None = None) -> Tensor:
+def gate_residual_reference(
+    x: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None = None, branch_eps: float | None = None
+) -> Tensor:
+    y = y if branch_eps is None else F.rms_norm(y, y.shape[-1:], eps=branch_eps)
     return x + _select(gate, mod_index) * y
 
 
@@ -147,9 +168,11 @@ def gate_residual_norm_modulate_reference(
     mod_index: Tensor | None = None,
     eps: float = 1e-6,
     rms: bool = False,
+    add_one: bool = True,
+    branch_eps: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x = gate_residual_reference(x, y, gate, mod_index)
-    return x, norm_modulate_reference(x, shift, scale, mod_index, eps, rms)
+    x = gate_residual_reference(x, y, gate, mod_index, branch_eps)
+    return x, norm_modulate_reference(x, shift, scale, mod_index, eps, rms, add_one)
 
 
 def _select(table: Tensor, mod_index: Tensor | None) -> Tensor:
@@ -200,8 +223,9 @@ def _norm_modulate(
     rms: bool,
     eager_rounding: bool,
     impl: str,
+    add_one: bool,
 ) -> Tensor:
-    return module(impl, "norm_modulate").norm_modulate(x, shift, scale, mod_index, eps, rms, eager_rounding)
+    return module(impl, "norm_modulate").norm_modulate(x, shift, scale, mod_index, eps, rms, eager_rounding, add_one)
 
 
 @define_op
@@ -216,9 +240,15 @@ def _norm_modulate_backward(
 
 @define_op
 def _gate_residual(
-    x: Tensor, y: Tensor, gate: Tensor, mod_index: Tensor | None, eager_rounding: bool, impl: str
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    mod_index: Tensor | None,
+    eager_rounding: bool,
+    impl: str,
+    branch_eps: float | None,
 ) -> Tensor:
-    return module(impl, "norm_modulate").gate_residual(x, y, gate, mod_index, eager_rounding)
+    return module(impl, "norm_modulate").gate_residual(x, y, gate, mod_index, eager_rounding, branch_eps)
 
 
 @define_op
@@ -241,9 +271,11 @@ def _gate_residual_norm_modulate(
     rms: bool,
     eager_rounding: bool,
     impl: str,
+    add_one: bool,
+    branch_eps: float | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels = module(impl, "norm_modulate")
-    return kernels.gate_residual_norm_modulate(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding)
+    options = mod_index, eps, rms, eager_rounding, add_one, branch_eps
+    return module(impl, "norm_modulate").gate_residual_norm_modulate(x, y, gate, shift, scale, *options)
 
 
 @define_op
@@ -267,17 +299,17 @@ def _gate_residual_norm_modulate_backward(
 
 
 @torch.library.register_fake("uniref_fast::norm_modulate")
-def _(x, shift, scale, mod_index, eps, rms, eager_rounding, impl):
+def _(x, shift, scale, mod_index, eps, rms, eager_rounding, impl, add_one):
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("uniref_fast::gate_residual")
-def _(x, y, gate, mod_index, eager_rounding, impl):
+def _(x, y, gate, mod_index, eager_rounding, impl, branch_eps):
     return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("uniref_fast::gate_residual_norm_modulate")
-def _(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, impl):
+def _(x, y, gate, shift, scale, mod_index, eps, rms, eager_rounding, impl, add_one, branch_eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -304,7 +336,7 @@ def _(grad_x_out, grad_normed, x_out, y, gate, scale, mod_index, eps, rms, row_g
 
 
 def _save_norm_modulate(ctx, inputs, output) -> None:
-    x, shift, scale, mod_index, ctx.eps, ctx.rms, _, ctx.impl = inputs
+    x, shift, scale, mod_index, ctx.eps, ctx.rms, _, ctx.impl, ctx.add_one = inputs
     ctx.shifted = shift is not None
     ctx.save_for_backward(x, scale, mod_index)
 
@@ -312,26 +344,59 @@ def _save_norm_modulate(ctx, inputs, output) -> None:
 def _differentiate_norm_modulate(ctx, grad):
     x, scale, mod_index = ctx.saved_tensors
     row_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    op = torch.ops.uniref_fast.norm_modulate_backward
-    dx, *tables = op(upstream(grad), x, scale, mod_index, ctx.eps, ctx.rms, row_grads, ctx.impl)
-    dshift, dscale = tables or (None, None)
-    return dx, dshift if ctx.shifted else None, dscale, None, None, None, None, None
+    dx, dshift, dscale = _norm_gradients(ctx, upstream(grad), x, scale, mod_index, row_grads)
+    return dx, dshift if ctx.shifted else None, dscale, *[None] * 6
+
+
+def _norm_gradients(ctx, grad, x, scale, mod_index, row_grads):
+    """Return the gradients of x, shift and scale of `norm_modulate`; None for tables without `row_grads`."""
+    op, options = torch.ops.uniref_fast.norm_modulate_backward, (ctx.eps, ctx.rms)
+    if ctx.add_one:
+        dx, *tables = op(grad, x, scale, mod_index, *options, row_grads, ctx.impl)
+        return dx, *(tables or (None, None))
+    # The gradients of shift and scale do not depend on the scale. That of x is the one of the norm alone.
+    tables = (
+        op(grad, x, torch.zeros_like(scale), mod_index, *options, True, ctx.impl)[1:] if row_grads else (None, None)
+    )
+    (incoming,) = torch.ops.uniref_fast.gate_residual_backward(grad, grad, scale, mod_index, False, ctx.impl)
+    return _norm_gradient(incoming, x, *options, ctx.impl), *tables
+
+
+def _norm_gradient(grad, x, eps, rms, impl):
+    """Return the gradient of a norm without modulation."""
+    zero = x.new_zeros(1, x.shape[1])
+    return torch.ops.uniref_fast.norm_modulate_backward(grad, x, zero, None, eps, rms, False, impl)[0]
+
+
+def _branch(ctx, y):
+    """Return the branch that `gate_residual` adds, which is not saved."""
+    if ctx.branch_eps is None:
+        return y
+    zero = y.new_zeros(1, y.shape[1])
+    op = torch.ops.uniref_fast.norm_modulate  # not the kernel itself: a compiler may trace the backward
+    return op(y, None, zero, None, ctx.branch_eps, True, ctx.eager_rounding, ctx.impl, True)
+
+
+def _branch_gradient(ctx, grad, y):
+    """Return the gradient of y for that of the branch."""
+    return grad if ctx.branch_eps is None else _norm_gradient(grad, y, ctx.branch_eps, True, ctx.impl)
 
 
 def _save_gate_residual(ctx, inputs, output) -> None:
-    _, y, gate, mod_index, _, ctx.impl = inputs
+    _, y, gate, mod_index, ctx.eager_rounding, ctx.impl, ctx.branch_eps = inputs
     ctx.save_for_backward(y, gate, mod_index)
 
 
 def _differentiate_gate_residual(ctx, grad):
     y, gate, mod_index = ctx.saved_tensors
-    op = torch.ops.uniref_fast.gate_residual_backward
-    dy, *dgate = op(upstream(grad), y, gate, mod_index, ctx.needs_input_grad[2], ctx.impl)
-    return grad, dy, dgate[0] if dgate else None, None, None, None
+    op, branch = torch.ops.uniref_fast.gate_residual_backward, _branch(ctx, y)
+    dy, *dgate = op(upstream(grad), branch, gate, mod_index, ctx.needs_input_grad[2], ctx.impl)
+    return grad, _branch_gradient(ctx, dy, y), dgate[0] if dgate else None, *[None] * 4
 
 
 def _save_gate_residual_norm_modulate(ctx, inputs, output) -> None:
-    _, y, gate, shift, scale, mod_index, ctx.eps, ctx.rms, _, ctx.impl = inputs
+    _, y, gate, shift, scale, mod_index, ctx.eps, ctx.rms, ctx.eager_rounding, ctx.impl, *more = inputs
+    ctx.add_one, ctx.branch_eps = more
     ctx.shifted = shift is not None
     ctx.save_for_backward(output[0], y, gate, scale, mod_index)
 
@@ -339,11 +404,19 @@ def _save_gate_residual_norm_modulate(ctx, inputs, output) -> None:
 def _differentiate_gate_residual_norm_modulate(ctx, grad_x_out, grad_normed):
     x_out, y, gate, scale, mod_index = ctx.saved_tensors
     row_grads = any(ctx.needs_input_grad[2:5])
-    op = torch.ops.uniref_fast.gate_residual_norm_modulate_backward
-    grads = (upstream(grad_x_out), upstream(grad_normed))
-    dx, dy, *tables = op(*grads, x_out, y, gate, scale, mod_index, ctx.eps, ctx.rms, row_grads, ctx.impl)
-    dgate, dshift, dscale = tables or (None, None, None)
-    return dx, dy, dgate, dshift if ctx.shifted else None, dscale, None, None, None, None, None
+    branch, incoming = _branch(ctx, y), upstream(grad_x_out)
+    if ctx.add_one:
+        op, options = torch.ops.uniref_fast.gate_residual_norm_modulate_backward, (ctx.eps, ctx.rms, row_grads)
+        tensors = x_out, branch, gate, scale, mod_index
+        dx, dy, *tables = op(incoming, upstream(grad_normed), *tensors, *options, ctx.impl)
+        dgate, dshift, dscale = tables or (None, None, None)
+    else:
+        dx, dshift, dscale = _norm_gradients(ctx, upstream(grad_normed), x_out, scale, mod_index, row_grads)
+        dx = dx + incoming
+        op = torch.ops.uniref_fast.gate_residual_backward
+        dy, *found = op(dx, branch, gate, mod_index, row_grads, ctx.impl)
+        dgate = found[0] if found else None
+    return dx, _branch_gradient(ctx, dy, y), dgate, dshift if ctx.shifted else None, dscale, *[None] * 7
 
 
 torch.library.register_autograd(

@@ -22,7 +22,7 @@ from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import version_of
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import joint_qkv, qk_norm_eps
-from uniref_fast.models.sandwich import add, add_and_normalise, factor, normalised, times
+from uniref_fast.models.sandwich import add, add_and_normalise, branch_of, normalise
 from uniref_fast.patch.families import FamilyPatch, Place
 from uniref_fast.patch.guards import (
     changed_qk_norm,
@@ -273,39 +273,24 @@ class SandwichBlock(PatchedBlock):
             return found
         (scale1, gate1, scale2, gate2), rows = found
         options: Any = {"impl": impl, "rounding": "eager"}
-
-        def before(n: Tensor, norm: Any, scale: Tensor | None, row: Tensor | None) -> Tensor:
-            return times(n, factor(norm, scale), row, **options).view(shape)
-
-        def after(branch: Tensor, norm: Any) -> Tensor:
-            return normalised(joint_rows(branch), norm.eps, **options)
-
         stream = joint_rows(x)
-        n = normalised(stream, block.attention_norm1.eps, **options)
-        branch = calls(
-            "attention", before(n, block.attention_norm1, scale1, rows), attention_mask=mask, freqs_cis=freqs
-        )
-        if reason := unlike(branch, shape, x, "attention"):
+        hidden = normalise(stream, block.attention_norm1, scale1, rows, **options).view(shape)
+        out = calls("attention", hidden, attention_mask=mask, freqs_cis=freqs)
+        if reason := unlike(out, shape, x, "attention"):
             return reason
-        norm, gate = block.attention_norm2, factor(block.attention_norm2, gate1)
+        branch = branch_of(joint_rows(out), block.attention_norm2, gate1)
         if self._has_text:
-            stream, n = add_and_normalise(
-                stream, after(branch, norm), gate, rows, block.cross_attn_norm1.eps, **options
-            )
-            hidden = before(n, block.cross_attn_norm1, None, None)
-            branch = calls("cross_attention", hidden, encoder_hidden_states=others[4], attention_mask=others[5])
-            if reason := unlike(branch, shape, x, "cross-attention"):
+            stream, hidden = add_and_normalise(stream, branch, block.cross_attn_norm1, None, rows, **options)
+            text = {"encoder_hidden_states": others[4], "attention_mask": others[5]}
+            out = calls("cross_attention", hidden.view(shape), **text)
+            if reason := unlike(out, shape, x, "cross-attention"):
                 return reason
-            norm = block.cross_attn_norm2
-            gate, row = factor(norm, block.cross_attn_gate.tanh()[None]), None
-        else:
-            row = rows
-        stream, n = add_and_normalise(stream, after(branch, norm), gate, row, block.ffn_norm1.eps, **options)
-        branch = calls("feed_forward", before(n, block.ffn_norm1, scale2, rows))
-        if reason := unlike(branch, shape, x, "the feed-forward"):
+            branch = branch_of(joint_rows(out), block.cross_attn_norm2, block.cross_attn_gate.tanh()[None])
+        stream, hidden = add_and_normalise(stream, branch, block.ffn_norm1, scale2, rows, **options)
+        out = calls("feed_forward", hidden.view(shape))
+        if reason := unlike(out, shape, x, "the feed-forward"):
             return reason
-        gate = factor(block.ffn_norm2, gate2)
-        stream = add(stream, after(branch, block.ffn_norm2), gate, rows, **options)
+        stream = add(stream, branch_of(joint_rows(out), block.ffn_norm2, gate2), rows, **options)
         return torch.ops.aten._unsafe_view(stream, shape)  # for autograd not a view: nothing else refers to the rows
 
     def _modulation(self, calls: Calls, x: Tensor, shared: Any, noise_mask: Any, noisy: Any, clean: Any) -> Any:
