@@ -1,6 +1,7 @@
 """Linears in float32 that oneDNN computes: bits, guards, and their place in a patched transformer."""
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,3 +190,46 @@ def test_adapters_and_hooks_of_one_linear_stay(make_transformer, calls):
     original = run(model)
     report = uniref_fast.patch(model)
     assert max_relative_error(run(model), original) < 1e-5 and report.onednn_linears == len(calls) == 11
+
+
+# ---- feed-forwards of other families ----
+
+
+class Gated(nn.Module):
+    """A feed-forward with an activation between its Linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear_in, self.act, self.linear_out = nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)
+
+    def activated(self, x):
+        return self.act(x) * 2
+
+    def forward(self, x):
+        return self.linear_out(self.activated(self.linear_in(x)))
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, args, out: out * 3)
+
+
+def replaced(module):
+    module.forward = lambda x: x
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("change", [None, hooked, replaced])
+def test_linears_of_a_feed_forward_are_called_one_by_one(monkeypatch, change, faster):
+    """Only where oneDNN is faster, and if no hook and no replaced code of the feed-forward would be passed over."""
+    monkeypatch.setattr(replay, "onednn_is_faster", lambda: faster)
+    parent = nn.ModuleDict({"ff": Gated()})
+    if change is not None:
+        change(parent["ff"])
+    x = torch.randn(5, 8)
+    recorder = replay.Calls(parent, SimpleNamespace(impl="reference"), inputs=True)
+    expected = parent["ff"](x)
+    assert torch.equal(recorder.by_parts("ff", x), expected)
+    whole = change is not None or not faster
+    assert set(recorder.made) == ({"ff"} if whole else {"ff.linear_in", "ff.linear_out"})
+    stand_in = replay.StandIn(recorder)
+    assert torch.equal(stand_in.ff(x), expected) and stand_in.max_rel_error == 0

@@ -136,7 +136,7 @@ class _Block(ModulatedBlock):
         attention = calls("attn", hidden_states=normed, image_rotary_emb=rotary)
         if reason := unlike(attention, tuple(normed.shape), normed, "attention"):
             return reason
-        hidden = calls("ff", normed)
+        hidden = calls.by_parts("ff", normed)
         if reason := unlike(hidden, tuple(normed.shape), normed, "the feed-forward"):
             return reason
         return attention + hidden

@@ -654,7 +654,7 @@ def _feed_forward(calls: Calls, name: str, x: Tensor, state: PatchState, impl: s
             return reason
         out = calls(f"{name}.net.2", ops.gelu(hidden))
     else:
-        out = calls(name, x)
+        out = calls.by_parts(name, x)
     return unlike(out, tuple(x.shape), x, "the feed-forward") or out
 
 

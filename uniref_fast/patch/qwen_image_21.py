@@ -296,8 +296,10 @@ class PatchedBlock21(PatchedBlock):
         stream, hidden = ops.gate_residual_norm_modulate(
             stream, joint_rows(branch), gate1, None, scale2, rows, block.img_norm2.eps, **options
         )
-        mlp_8bit = None if self.state.parts is None else functools.partial(feed_forward, impl=self.state.impl)
-        branch = calls("img_mlp", hidden.view(shape), run=mlp_8bit)
+        if self.state.parts is None:
+            branch = calls.by_parts("img_mlp", hidden.view(shape))
+        else:
+            branch = calls("img_mlp", hidden.view(shape), run=functools.partial(feed_forward, impl=self.state.impl))
         if reason := unlike(branch, tuple(shape), x, "the feed-forward"):
             return reason
         stream = ops.gate_residual(stream, joint_rows(branch), gate2, rows, **options)

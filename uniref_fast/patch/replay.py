@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.models.onednn_linear import onednn_linear, runs_onednn
+from uniref_fast.models.module_hooks import has_global_hooks, runs_class_forward
+from uniref_fast.models.onednn_linear import onednn_is_faster, onednn_linear, runs_onednn
 
 if TYPE_CHECKING:
     from uniref_fast.patch.state import PatchState
@@ -65,6 +66,19 @@ class Calls:
         self.made.setdefault(name, []).append((kept, result))
         return result
 
+    def by_parts(self, name: str, x: Tensor) -> Any:
+        """Call the child with this name, such as a feed-forward, and its Linears through this recorder if that helps.
+
+        The code of the child's class runs in both cases.
+        """
+        child: Any = self.child(name)
+        if (
+            torch.compiler.is_compiling() or not onednn_is_faster() or not isinstance(x, Tensor)
+            or x.dtype is not torch.float32 or not x.is_cpu or has_global_hooks() or not runs_class_forward(child)
+        ):  # fmt: skip
+            return self(name, x)
+        return type(child).forward(_Parts(self, child, f"{name}."), x)
+
     def _linear(self, linear: Any, x: Tensor) -> Tensor:
         """Return the result of a Linear by oneDNN."""
         result = onednn_linear(linear, x)
@@ -81,6 +95,17 @@ class Calls:
         """Free the results if no self-check needs them."""
         if not self.inputs:
             self.made.clear()
+
+
+class _Parts:
+    """Replacement of a module in its forward: its Linears are calls of a recorder, all other attributes its own."""
+
+    def __init__(self, calls: Calls, module: nn.Module, prefix: str) -> None:
+        self.calls, self.module, self.prefix = calls, module, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        return functools.partial(self.calls, self.prefix + name) if type(value) is nn.Linear else value
 
 
 class StandIn:

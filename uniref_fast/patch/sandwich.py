@@ -287,7 +287,7 @@ class SandwichBlock(PatchedBlock):
                 return reason
             branch = branch_of(joint_rows(out), block.cross_attn_norm2, block.cross_attn_gate.tanh()[None])
         stream, hidden = add_and_normalise(stream, branch, block.ffn_norm1, scale2, rows, **options)
-        out = calls("feed_forward", hidden.view(shape))
+        out = calls.by_parts("feed_forward", hidden.view(shape))
         if reason := unlike(out, shape, x, "the feed-forward"):
             return reason
         stream = add(stream, branch_of(joint_rows(out), block.ffn_norm2, gate2), rows, **options)
