@@ -155,8 +155,8 @@ def cases(arch: int, head_dims: tuple[int, ...] = (64, 128)) -> list[Case]:
     case("gate_residual", _any_arch, norm_modulate.gate_residual, x, y, gate, rows)
     case("gate_residual_of_norm", _any_arch, norm_modulate.gate_residual, x, y, gate, rows, True, 1e-6)
     both = norm_modulate.gate_residual_norm_modulate
-    options = (rows, 1e-6, True, True, False, 1e-6)
-    case("gate_residual_of_norm_norm_modulate", _any_arch, both, x, y, gate, None, scale, *options)
+    name = "gate_residual_of_norm_norm_modulate"
+    case(name, _any_arch, both, x, y, gate, None, scale, rows, 1e-6, True, True, False, 1e-6)
     for grads in (True, False):
         suffix = "_backward" if grads else "_backward_frozen"
         options = (rows, 1e-6, False, grads)

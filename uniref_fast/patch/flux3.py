@@ -287,7 +287,7 @@ class _OutputNorm(_PerSample):
         if reason := unlike(table, (len(x), 1, 2 * x.shape[2]), x, "the Linear of the output norm"):
             return reason
         scale, shift = table[:, 0].chunk(2, dim=-1)
-        rows = self.state.modulation_rows(None, *x.shape[:2], x.device)
+        rows = self.state.modulation_rows(None, len(x), x.shape[1], x.device)
         options: Any = {"rounding": "eager", "impl": impl}
         return ops.norm_modulate(joint_rows(x), shift, scale, rows, self.block.norm.eps, **options).view(x.shape)
 
