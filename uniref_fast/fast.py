@@ -2,7 +2,8 @@
 
 Linears of the blocks get a `QuantisedWeight`, and the attention of a block is computed by `ops.attention_fp8`. The
 parts named in `modules_to_not_convert` stay in 16 bits, by default the first and the last block and the modulation.
-FLUX.2 has two lists of blocks: the first block of the first list and the last block of the second one stay.
+Several lists of blocks run one after the other, as in FLUX.2, or side by side, as the lists of text and of images in
+FLUX.3: the first block of every list that gets embedded tokens and the last block of the last list stay.
 Embeddings and the output layers are not in blocks and always stay. So do Linears that another library has quantised.
 """
 
@@ -58,14 +59,20 @@ class EightBitParts:
 
 
 def default_16bit(transformer: Any) -> tuple[str, ...]:
-    """Return the default of `modules_to_not_convert`: the first and the last block, and the modulation."""
-    first, last = (lists := _block_lists(transformer))[0], lists[-1]
-    return f"{first}.0", f"{last}.{len(getattr(transformer, last)) - 1}", "img_mod", "txt_mod"
+    """Return the default of `modules_to_not_convert`: the first blocks, the last block, and the modulation."""
+    lists, packed = _block_lists(transformer), family_of(transformer).packed
+    first = [name for name in lists if name in packed.first_lists] or [*lists][:1]
+    last = [*lists][-1]
+    return *(f"{name}.0" for name in first), f"{last}.{len(lists[last]) - 1}", *packed.modulations
 
 
-def _block_lists(transformer: Any) -> tuple[str, ...]:
-    """Return the names of the lists of blocks of a transformer, in the order in which they run."""
-    return tuple(name for name in family_of(transformer).packed.block_classes if len(getattr(transformer, name)))
+def _block_lists(transformer: Any) -> dict[str, nn.Module]:
+    """Return the lists of blocks of a transformer that are not empty, by their names, in the order in which they run.
+
+    A list may be None, as the one of features of references in a Z-Image model without them.
+    """
+    modules = dict(transformer.named_modules())
+    return {name: modules[name] for name in family_of(transformer).packed.block_classes if len(modules.get(name, ()))}
 
 
 def check_mode(mode: str, modules_to_not_convert: Sequence[str] | None = None) -> bool:
@@ -123,9 +130,9 @@ def eight_bit_parts(
     """
     kept = default_16bit(transformer) if modules_to_not_convert is None else tuple(modules_to_not_convert)
     attention = [
-        f"{group}.{name}.attn.processor"
-        for group in _block_lists(transformer)
-        for name, _ in getattr(transformer, group).named_children()
+        f"{group}.{name}.{family_of(transformer).packed.attention}.processor"
+        for group, blocks in _block_lists(transformer).items()
+        for name, _ in blocks.named_children()
     ]
     names = [name for name, _ in _linears_of_any_class(transformer)]
     linears = [name for name, linear in _block_linears(transformer)
@@ -165,7 +172,7 @@ def _block_linears(transformer: Any) -> Iterator[tuple[str, nn.Linear]]:
 def _linears_of_any_class(transformer: Any) -> Iterator[tuple[str, Any]]:
     """Yield the Linears of the blocks, those of other classes included; of a layer of peft the one inside."""
     inside = ""  # name of the layer of peft that is being passed
-    lists = [getattr(transformer, group).named_modules(prefix=group) for group in _block_lists(transformer)]
+    lists = [blocks.named_modules(prefix=group) for group, blocks in _block_lists(transformer).items()]
     for name, module in itertools.chain(*lists):
         if inside and name.startswith(inside):
             continue

@@ -1,4 +1,4 @@
-"""mode="fast" of the families with SwiGLU: a patched model, the packed model, zero rows, outliers and whole edits."""
+"""mode="fast" of the families beside Qwen-Image-Edit: a patched model, the packed model, zero rows, whole edits."""
 
 import flux2
 import pytest
@@ -8,7 +8,9 @@ from torch import nn
 
 import uniref_fast
 from uniref_fast import EditReport, EditRequest, fast
+from uniref_fast.family_demo import demo_requests, stock_edit
 from uniref_fast.models.eight_bit import feed_forward, first_linear
+from uniref_fast.models.family import families, family_of
 from uniref_fast.quantised_linear import QuantisedActivation, QuantisedWeight, is_quantised
 
 FAST = {"mode": "fast", "impl": "reference"}
@@ -20,12 +22,32 @@ PARTS = {  # Linears and attention in 8 bits of the small models
     ),
 }
 PARTS["klein-kv"] = PARTS["klein"]
+_LISTS = {  # of the other families: lists with the numbers of their blocks in 8 bits, and Linears of each of these
+    "flux1": ((("transformer_blocks", 1), ("single_transformer_blocks", 0)), (12, 5)),
+    "fibo-2": ((("layers", 0), ("layers", 1)), (7 + 4, 7)),  # one of them reads the text encoder
+    "z-image": ((("layers", 0), ("layers", 1)), (7, 7)),
+    "flux3": (
+        (("txt_mode_blocks", 1), ("mode_blocks.image", 1), ("mode_blocks.image_cond", 1),
+         ("single_transformer_blocks", 0)), (6,) * 4,
+    ),
+    "joyimage-edit-plus": ((("double_blocks", 1),), (8,)),
+}  # fmt: skip
+_LISTS |= dict.fromkeys(("longcat-image-edit", "fibo-edit"), _LISTS["flux1"])
+SANDWICH = ("fibo-2", "z-image")
+for _family, (_blocks, _linears) in _LISTS.items():
+    _attention = "attention" if _family in SANDWICH else "attn"
+    PARTS[_family] = sum(_linears), [f"{name}.{i}.{_attention}.processor" for name, i in _blocks]
 
 
 def small(kind):
     if kind == "qwen-image-2.1":
         return qwen_image_21.pipeline()
-    return flux2.pipeline(flux2.transformer(kind), kind)
+    if kind.startswith("klein"):
+        return flux2.pipeline(flux2.transformer(kind), kind)
+    family = next(family for family in families() if family.name == kind)
+    # the feed-forwards of Z-Image and Fibo 2 have a multiple of 16 channels with 3 heads
+    sizes = {"heads": 3, "layers": 3} if kind in SANDWICH else {"heads": 1, "layers": 3 if "joy" in kind else 2}
+    return family.random_pipeline(family.random_pipelines()[0], grid=4, **sizes)
 
 
 def relative(actual, expected):
@@ -48,6 +70,8 @@ def pipe(request):
 
 def requests(pipe):
     """Two requests; those of FLUX.2 have short embeddings, because its prompts are padded to 512 tokens."""
+    if pipe.kind in _LISTS:
+        return demo_requests(family_of(pipe), pipe, 4, 1, 1)[:4:3]  # of different sizes
     images = [flux2.picture(64, 64, 1), flux2.picture(96, 64, 2)]
     texts = [{"prompt": "an owl", "negative_prompt": " "}, {"prompt": "a cat"}]
     if pipe.kind != "qwen-image-2.1":
@@ -66,14 +90,15 @@ def test_default_parts(pipe):
     parts = fast.eight_bit_parts(pipe.transformer)
     linears, attention = PARTS[pipe.kind]
     assert (len(parts.linears), sorted(parts.attention)) == (linears, sorted(attention))
-    blocks = {name.split(".attn")[0].split(".img_mlp")[0].split(".ff")[0] for name in parts.linears}
-    assert blocks == {name.removesuffix(".attn.processor") for name in attention}
+    blocks = {name.rpartition(".attn" if "attn" in name else ".attention")[0] for name in attention}
+    assert all(any(name.startswith(f"{block}.") for block in blocks) for name in parts.linears)
     everything = fast.eight_bit_parts(pipe.transformer, [])
-    assert len(everything.attention) == sum(1 for name, _ in pipe.transformer.named_modules() if name.endswith(".attn"))
+    assert len(everything.attention) == len(family_of(pipe).packed(pipe.transformer).blocks)
     with pytest.raises(ValueError, match=r"fits no Linear"):
         fast.eight_bit_parts(pipe.transformer, ["transformer_blocks.9"])
 
 
+@pytest.mark.parametrize("pipe", [kind for kind in PARTS if kind != "longcat-image-edit"], indirect=True)
 def test_edit_and_patch_in_8_bits(pipe):
     """Both differ from the exact edit by a little; the report names each part; the weights stay as they were."""
     options = {"output_type": "latent", "progress": False}
@@ -90,24 +115,33 @@ def test_edit_and_patch_in_8_bits(pipe):
     patched = uniref_fast.patch(pipe, **FAST)
     again = uniref_fast.edit(pipe, requests(pipe), **FAST, **options)
     assert all(relative(a, b) < 0.01 for a, b in zip(again, packed, strict=True))
-    family = uniref_fast.models.family.family_of(pipe)
+    family = family_of(pipe)
     request = requests(pipe)[0]
-    result = pipe(**family.stock_arguments(pipe, request), output_type="pt").images[0]
+    result = stock_edit(family, pipe, request)
     assert patched.eight_bit == (linears, len(attention)) and not patched.fallbacks and len(patched.errors) > linears
-    assert {site.name: site.tolerance for site in patched.sites}["transformer_blocks.1.attn"] == 0.3
+    assert {site.name: site.tolerance for site in patched.sites}[attention[0].removesuffix(".processor")] == 0.3
     uniref_fast.unpatch(pipe)
-    expected = pipe(**family.stock_arguments(pipe, request), output_type="pt").images[0]
+    expected = stock_edit(family, pipe, request)
     (edited,) = uniref_fast.edit(pipe, [request], output_type="pt", progress=False, **FAST)
     assert 1e-5 < relative(result, expected) < 0.1 and relative(result, edited) < 0.02
     for name, parameter in pipe.transformer.named_parameters():
         assert parameter is weights[name]
 
 
+FEED_FORWARDS = {
+    "qwen-image-2.1": "transformer_blocks.1.img_mlp",
+    "klein": "transformer_blocks.1.ff",
+    "fibo-2": "layers.1.feed_forward",
+    "z-image": "layers.1.feed_forward",
+    "flux3": "single_transformer_blocks.0.ff",
+}
+
+
+@pytest.mark.parametrize("pipe", FEED_FORWARDS, indirect=True)
 @pytest.mark.parametrize("impl", ["reference", None])
 def test_a_feed_forward_with_swiglu(pipe, impl):
     """The input of a feed-forward with SwiGLU is quantised once; zeros stay zeros, an outlier costs its row only."""
-    block = pipe.transformer.transformer_blocks[1]
-    mlp = getattr(block, "img_mlp", None) or block.ff
+    mlp = pipe.transformer.get_submodule(FEED_FORWARDS[pipe.kind])
     linears = [module for module in mlp.modules() if isinstance(module, nn.Linear)]
     weights = [linear.weight for linear in linears]
     x = torch.randn(6, linears[0].in_features, generator=torch.Generator().manual_seed(0))
@@ -138,12 +172,13 @@ def test_zero_rows_and_outliers_in_a_packed_forward(pipe):
     """A text of zeros gives a finite result, and an outlier of one sample does not change the other one."""
     model = pipe.transformer
     parts = fast.eight_bit_parts(model, impl="reference")
-    family = uniref_fast.models.family.family_of(pipe)
+    family, guidance = family_of(pipe), 2.0 if model.config.get("guidance_embeds") else None
     packed = family.packed(model, impl="reference", attention_8bit=parts.attention)
-    layout = packed.layout([uniref_fast.Sample(5, (1, 2, 4), ((1, 2, 2),)), uniref_fast.Sample(3, (1, 4, 4))])
+    samples = (5, (1, 2, 4), ((1, 2, 2),)), (3, (1, 4, 4), ())
+    layout = packed.layout([uniref_fast.Sample(*sample, guidance=guidance) for sample in samples])
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(layout.image_length, model.config.in_channels, generator=generator)
-    text = torch.randn(layout.text_length, family.text_channels(model.config), generator=generator)
+    image = torch.randn(layout.image_length, packed.sizes(model.config).token_channels, generator=generator)
+    text = torch.randn(family.text_rows(layout), family.text_channels(model.config), generator=generator)
     text[1] = 0
     with fast.eight_bit(model, parts):
         out = layout.split_targets(packed(image, text, torch.tensor([0.5, 0.7]), layout))

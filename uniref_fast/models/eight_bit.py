@@ -15,7 +15,7 @@ from uniref_fast.models.tanh_gelu import has_tanh_gelu, runs_native_gelu
 from uniref_fast.quantised_linear import QuantisedActivation, is_quantised, quantised_input, record_error
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["attend", "feed_forward", "first_linear", "gated_input", "modulated_input"]
+__all__ = ["attend", "feed_forward", "first_linear", "gated_input", "modulated_input", "shared_input"]
 
 
 def attend(
@@ -86,6 +86,17 @@ def gated_input(
     return out, QuantisedActivation(values, row_scale, out.dtype, exact)
 
 
+def shared_input(linear: nn.Module | None, x: Tensor, impl: str | None) -> Tensor:
+    """Return the input of Linears that share it, quantised once for all of them if they are in 8 bits.
+
+    Args:
+        linear: One of the Linears.
+        x: Their input, `[..., C]`.
+        impl: Implementation forced on every op, or None.
+    """
+    return quantised_input(x, impl) if is_quantised(linear) else x
+
+
 def first_linear(mlp: Any) -> nn.Module | None:
     """Return the Linear in 8 bits that the input of a feed-forward goes to, if only Linears read that input.
 
@@ -118,14 +129,20 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
     return mlp.net[2](QuantisedActivation(*quantised, hidden.dtype, exact, hidden.shape))
 
 
-_GATED = {"Flux2FeedForward": ("linear_in",), "QwenImage21SwiGLUFeedForward": ("gate_layer", "proj")}
+_GATED = {
+    "Flux2FeedForward": ("linear_in",),
+    "Flux3FeedForward": ("linear_in",),
+    "QwenImage21SwiGLUFeedForward": ("gate_layer", "proj"),
+    "FeedForward": ("w1", "w3"),  # of Z-Image and Fibo 2
+}
 """Linears that read the input, by the class of a feed-forward with SwiGLU in diffusers."""
 
 
 def _first_of_gated(mlp: Any) -> nn.Module | None:
     """Return a Linear that reads the input of a feed-forward with SwiGLU if all of these are in 8 bits, else None."""
     kind, own = type(mlp), vars(mlp)
-    linears = [getattr(mlp, name) for name in _GATED.get(kind.__name__, ()) if kind.__module__.startswith("diffusers.")]
+    names = _GATED.get(kind.__name__, ()) if kind.__module__.startswith("diffusers.") else ()
+    linears = [getattr(mlp, name) for name in names if hasattr(mlp, name)]
     if not linears or not all(map(is_quantised, linears)):
         return None
     return None if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own else linears[0]

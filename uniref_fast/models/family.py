@@ -79,8 +79,8 @@ CAPABILITIES = {
 NOT_TRAINED = "training has no description of its sizes (`ModelSize`), and was not tested with it"
 """Reason of a family that was not prepared for training."""
 
-EDIT_ONLY = {"fast": "its blocks were not measured in 8 bits", "sft": NOT_TRAINED, "msgrpo": NOT_TRAINED}
-"""Part of `Family.missing` of a family that edits in 16 bits or more only."""
+EDIT_ONLY = {"sft": NOT_TRAINED, "msgrpo": NOT_TRAINED}
+"""Part of `Family.missing` of a family that was not prepared for training."""
 
 UNMARKED_REFERENCES = "calls of its transformer do not say which tokens are those of a reference"
 """Reason of a family whose kept references `patch` cannot find."""

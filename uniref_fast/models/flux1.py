@@ -111,6 +111,7 @@ class PackedFlux1(PackedModel):
         "transformer_blocks": Flux1DoubleStreamBlock,
         "single_transformer_blocks": Flux1SingleStreamBlock,
     }
+    modulations = ("norm", "norm1", "norm1_context")
     ends: ClassVar[tuple[str, ...]] = ("time_text_embed", "x_embedder", "context_embedder", "norm_out", "proj_out")
     row_kinds = (
         ("time_", "table"), ("norm", "table"), ("context_embedder", "text"), ("caption_projection", "text"),

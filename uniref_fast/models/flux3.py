@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from uniref_fast import ops
 from uniref_fast.layout import Grid, Kind, Position, RotaryScheme, Sample, Segment, SelfLayout
 from uniref_fast.memo import memo, version_of
-from uniref_fast.models.eight_bit import attend, gated_input, modulated_input
+from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks
 from uniref_fast.models.packed import (
@@ -94,10 +94,11 @@ class Flux3Block(PackedBlock):
         shift, scale, gate = temb.chunk(3, dim=-1)
         rows = context.modulation_rows("joint")
         x, eps = streams.pop(), self.block.norm.eps
+        first = None if first_linear(self.block.ff) is None else attn.to_q
         if residuals:
-            x, y = gated_input(None, x, *residuals.pop(), shift, scale, rows, eps, impl)
+            x, y = gated_input(first, x, *residuals.pop(), shift, scale, rows, eps, impl)
         else:
-            y = modulated_input(None, x, shift, scale, rows, eps, impl)
+            y = modulated_input(first, x, shift, scale, rows, eps, impl)
         if has_fused_projections(attn):
             projected = attn.to_qkv(y).chunk(3, dim=-1)
         else:
@@ -113,7 +114,7 @@ class Flux3Block(PackedBlock):
             plan, q, y, x = context.target_plan, q[targets], y[targets], x[targets]
         out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
-        branch = project_image(attn, out.flatten(1)) + self.block.ff(y)
+        branch = project_image(attn, out.flatten(1)) + feed_forward(self.block.ff, y, impl)
         del out, y
         if context.fuse_residual and not self.last:
             return [x], [DeferredResidual(branch, gate)]
@@ -142,6 +143,7 @@ class PackedFlux3(PackedModel):
     block_classes: ClassVar = dict.fromkeys(
         (*(blocks for _, blocks in MODES.values()), "single_transformer_blocks"), Flux3Block
     )
+    first_lists = tuple(blocks for _, blocks in MODES.values())
     ends = (
         "timestep_embedder",
         "early_stream_modulations",

@@ -18,7 +18,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from uniref_fast.budget import fit_to_budget
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import EDIT_ONLY, NOT_TRAINED, UNMARKED_REFERENCES, Family, SizedImages, Sizes, Text
+from uniref_fast.models.family import NOT_TRAINED, UNMARKED_REFERENCES, Family, SizedImages, Sizes, Text
 from uniref_fast.models.family_checks import (
     check_rotary_axes,
     check_widths,
@@ -85,7 +85,6 @@ class Flux3(Family):
     transformer = "Flux3Transformer2DModel"
     pipelines = ("Flux3ModularPipeline", "Flux3DistilledModularPipeline")
     missing: ClassVar[Mapping[str, str]] = {
-        **EDIT_ONLY,
         "patch_keep_references": UNMARKED_REFERENCES,
         "sft": f"{NOT_TRAINED}; its text and references have blocks of their own",
         "msgrpo": f"{NOT_TRAINED}; its text and references have blocks of their own",

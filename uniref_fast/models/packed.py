@@ -282,6 +282,10 @@ class PackedModel(nn.Module):
 
     Attributes:
         block_classes: Class of the family's blocks, by the name of their list in the transformer, in order.
+        attention: Name of the self-attention in a block.
+        first_lists: Lists whose first blocks get embedded tokens and not the output of another list; empty for the
+            first list alone.
+        modulations: Parts of the names of the Linears of blocks that compute modulation.
         ends: Names of the modules of the transformer that are called outside of its blocks.
         refused_options: Options of the transformer's configuration that the family's forward does not compute.
         text_channels: Name of the option that is the width of the prompt embeddings.
@@ -302,6 +306,9 @@ class PackedModel(nn.Module):
     """
 
     block_classes: ClassVar[Mapping[str, type[PackedBlock]]]
+    attention: ClassVar[str] = "attn"
+    first_lists: ClassVar[tuple[str, ...]] = ()
+    modulations: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[tuple[str, ...]]
     refused_options: ClassVar[tuple[str, ...]] = ()
     text_channels: ClassVar[str] = "joint_attention_dim"
@@ -333,7 +340,7 @@ class PackedModel(nn.Module):
         blocks: list[PackedBlock] = []
         for name, block_class in self.block_classes.items():
             for i, block in enumerate(transformer.get_submodule(name)):
-                attention = f"{name}.{i}.attn.processor"
+                attention = f"{name}.{i}.{self.attention}.processor"
                 blocks.append(block_class(block, attention_8bit=attention if attention in attention_8bit else ""))
         blocks[-1].last = True
         for packed in blocks:  # as the user has compiled the blocks of diffusers, or the whole model

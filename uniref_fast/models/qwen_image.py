@@ -258,6 +258,7 @@ class PackedQwenImage(PackedModel):
     """A `QwenImageTransformer2DModel` that runs packs of samples of different sizes; arguments as in `PackedModel`."""
 
     block_classes: ClassVar = {"transformer_blocks": DoubleStreamBlock}
+    modulations = ("img_mod", "txt_mod")
     ends = ("img_in", "txt_norm", "txt_in", "time_text_embed", "norm_out", "proj_out")
     shares_packs = True
     refused_options = ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope")

@@ -24,7 +24,7 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.layout import Segment, SelfLayout
 from uniref_fast.memo import memo
-from uniref_fast.models.eight_bit import attend
+from uniref_fast.models.eight_bit import attend, feed_forward, shared_input
 from uniref_fast.models.kept_references import ReferenceRows
 from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.packed import ForwardContext, ModelSizes, PackedBlock, PackedModel
@@ -151,6 +151,7 @@ class SandwichBlock(PackedBlock):
             x, hidden = add_and_normalise(x, residuals.pop(0), norm, scale1, rows, impl)
         else:
             hidden = normalise(x, norm, scale1, rows, impl)
+        hidden = shared_input(attn.to_q, hidden, impl)
         q, k, v = (linear(hidden).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
         del hidden
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
@@ -159,7 +160,7 @@ class SandwichBlock(PackedBlock):
             targets = context.layout.joint_index("image", x.device)[context.layout.target_rows(x.device)]
             q, x, plan = q[targets], x[targets], context.target_plan
             rows = None if rows is None else rows[targets]
-        out = attend(q, k, v, plan, impl, context.for_training, "")
+        out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
         branch = branch_of(project_image(attn, out.flatten(1)), block.attention_norm2, gate1)
         del out
@@ -168,7 +169,7 @@ class SandwichBlock(PackedBlock):
         else:
             x, hidden = self.between(x, branch, scale2, rows, context)
         del branch
-        branch = branch_of(block.feed_forward(hidden), block.ffn_norm2, gate2)
+        branch = branch_of(feed_forward(block.feed_forward, hidden, impl), block.ffn_norm2, gate2)
         if context.fuse_residual and not self.last:
             return [x], [branch]
         return [add(x, branch, rows, impl)], []
@@ -185,6 +186,8 @@ class SandwichModel(PackedModel):
 
     row_kinds = (("adaLN_modulation", "table"), ("t_embedder", "table"), ("x_embedder", "image"), ("", "joint"))
     block_classes: ClassVar = {}
+    attention = "attention"
+    modulations = ("adaLN_modulation",)
 
     def __init__(self, transformer: Any, *, visibility: str | Rule = "full", **options: Any) -> None:
         if isinstance(visibility, str) and visibility != "full":

@@ -200,6 +200,7 @@ class PackedZImage(SandwichModel):
     block_classes: ClassVar = dict.fromkeys(
         ("noise_refiner", "context_refiner", "siglip_refiner", "layers"), SandwichBlock
     )
+    first_lists = ("noise_refiner", "context_refiner", "siglip_refiner")
     ends = ("all_x_embedder", "t_embedder", "cap_embedder", "siglip_embedder", "all_final_layer")
 
     def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:

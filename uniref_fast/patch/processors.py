@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uniref_fast import ops
 from uniref_fast.models.compiled_block import TracedContext
-from uniref_fast.models.eight_bit import attend, feed_forward
+from uniref_fast.models.eight_bit import attend, feed_forward, shared_input
 from uniref_fast.models.qwen_image import Modulation, joint_qkv, stream_rows
 from uniref_fast.models.tanh_gelu import runs_native_gelu
 from uniref_fast.ops.segment_attention import PreparedPlan
@@ -38,7 +38,7 @@ from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.patch.report import EIGHT_BIT_TOLERANCE, SELF_CHECK_TOLERANCE, Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.traced import traced_attention, traced_attention_with_references
-from uniref_fast.quantised_linear import is_quantised, quantised_input, recorded_errors
+from uniref_fast.quantised_linear import recorded_errors
 
 __all__ = [
     "PatchedAttention",
@@ -323,9 +323,7 @@ class PatchedAttention:
 
     def shared_input(self, linear: Any, x: Tensor) -> Tensor:
         """Return the input of the projections of a stream, quantised once for all of them if they are in 8 bits."""
-        if self.state.parts is None or not is_quantised(linear):
-            return x
-        return quantised_input(x, self.state.impl)
+        return x if self.state.parts is None else shared_input(linear, x, self.state.impl)
 
     def _refuse(self, reason: str, original: Callable[[], tuple]) -> Any:
         if self.state.visibility != "full":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import version_of
+from uniref_fast.models.eight_bit import feed_forward
 from uniref_fast.models.packed import ForwardContext
 from uniref_fast.models.qwen_image import joint_qkv, qk_norm_eps
 from uniref_fast.models.sandwich import add, add_and_normalise, branch_of, normalise
@@ -144,11 +145,13 @@ class SandwichAttention(StreamsAttention):
         attn: Any = calls.module
         (x,), (_, mask, freqs) = streams, others
         qkv: list[Tensor] = []
+        shared = self.shared_input(attn.to_q, x)
         for name in ("to_q", "to_k", "to_v"):
-            out = calls(name, x)
+            out = calls(name, shared)
             if reason := unlike(out, (*x.shape[:2], attn.heads * self.head_dim), x, name):
                 return reason
             qkv.append(joint_rows(out).unflatten(-1, (attn.heads, -1)))
+        del shared
         calls.release()
         context = _context(self.state, x, mask, freqs)
         q, k, v = joint_qkv(attn, (qkv[0], qkv[1], qkv[2]), None, context)
@@ -287,7 +290,10 @@ class SandwichBlock(PatchedBlock):
                 return reason
             branch = branch_of(joint_rows(out), block.cross_attn_norm2, block.cross_attn_gate.tanh()[None])
         stream, hidden = add_and_normalise(stream, branch, block.ffn_norm1, scale2, rows, **options)
-        out = calls.by_parts("feed_forward", hidden.view(shape))
+        if self.state.parts is None:
+            out = calls.by_parts("feed_forward", hidden.view(shape))
+        else:
+            out = calls("feed_forward", hidden.view(shape), run=functools.partial(feed_forward, impl=self.state.impl))
         if reason := unlike(out, shape, x, "the feed-forward"):
             return reason
         stream = add(stream, branch_of(joint_rows(out), block.ffn_norm2, gate2), rows, **options)
