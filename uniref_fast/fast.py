@@ -66,12 +66,12 @@ def default_16bit(transformer: Any) -> tuple[str, ...]:
     return *(f"{name}.0" for name in first), f"{last}.{len(lists[last]) - 1}", *packed.modulations
 
 
-def _block_lists(transformer: Any) -> dict[str, nn.Module]:
+def _block_lists(transformer: Any) -> dict[str, Any]:
     """Return the lists of blocks of a transformer that are not empty, by their names, in the order in which they run.
 
     A list may be None, as the one of features of references in a Z-Image model without them.
     """
-    modules = dict(transformer.named_modules())
+    modules: dict[str, Any] = dict(transformer.named_modules())
     return {name: modules[name] for name in family_of(transformer).packed.block_classes if len(modules.get(name, ()))}
 
 

@@ -18,6 +18,7 @@ from uniref_fast.training.core.model_size import BYTES, ModelSize, model_size
 from uniref_fast.training.core.optimizer import check_optimizer, moment_bytes, update_bytes
 from uniref_fast.training.core.recipe import BudgetStage, Recipe
 from uniref_fast.training.core.suitability import (
+    check_guidance,
     check_kept_references,
     check_sizes,
     check_steps,
@@ -191,11 +192,12 @@ def make_plan(
             check_configuration(f"--model {config.model}", index)
         check_trainable(f"--model {config.model}", index, kind)
         check_steps(config, index)
+        check_guidance(config, index)
     config = with_targets(config, given, size.lora_targets)
     check_base(config)
     check_sizes(config, size.output_side)
     check_visibility(config, size)
-    check_kept_references(config, size)
+    check_kept_references(config, size, index or {})
     offloaded_blocks(size.num_blocks, config.offload_blocks)
     check_adapter(config)
     trained = (

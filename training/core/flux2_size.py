@@ -30,6 +30,7 @@ class Flux2Size(ModelSize):
     transformer_class: ClassVar[str] = "Flux2Transformer2DModel"
     lora_targets: ClassVar[tuple[str, ...]] = (*PROJECTIONS, "linear_in", "linear_out", "to_qkv_mlp_proj", "to_out")
     shares_packs: ClassVar[bool] = False
+    clean_pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinKVPipeline",)
     kept: ClassVar[int] = 26
     kept_single: ClassVar[int] = 23
     recomputing: ClassVar[int] = 36

@@ -57,6 +57,7 @@ class ModelSize:
         visibilities: Visibilities that the model can be trained with.
         shares_packs: Ranks can share a pack.
         keeps_prefix: References depend on nothing that changes between steps, under the visibility "full".
+        clean_pipelines: Classes of pipelines of whose models this is true if `keeps_prefix` is False.
         kept: Widths per token that a block keeps for the backward (`memory.activation_bytes`).
         recomputing: Widths per token of the block that is recomputed, gradients of activations included.
         coding: Numbers per pixel that the VAE holds at its peak while it encodes, and while it decodes, in widths of
@@ -82,6 +83,7 @@ class ModelSize:
     visibilities: ClassVar[tuple[str, ...]] = ("full", "reference_causal", "reference_isolated", "group_shared")
     shares_packs: ClassVar[bool] = True
     keeps_prefix: ClassVar[bool] = False
+    clean_pipelines: ClassVar[tuple[str, ...]] = ()
     kept: ClassVar[int] = 21
     recomputing: ClassVar[int] = 24
     coding: ClassVar[tuple[float, float]] = (9.1, 17.1)

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 from uniref_fast.builtin import recorded_areas
-from uniref_fast.model_kind import check_trainable
+from uniref_fast.guidance import is_guided
+from uniref_fast.model_kind import check_trainable, supported_family
 from uniref_fast.training.core.adapter import check_adapter
 from uniref_fast.training.core.base import LIBRARIES, check_base, offloaded_blocks
 from uniref_fast.training.core.known_models import KNOWN
@@ -18,6 +19,7 @@ from uniref_fast.training.core.optimizer import check_optimizer
 from uniref_fast.training.core.recipe import LORA_TARGETS, Recipe
 
 __all__ = [
+    "check_guidance",
     "check_kept_references",
     "check_model",
     "check_sizes",
@@ -50,8 +52,9 @@ def check_suitability(config: Recipe, ranks: int) -> None:
     check_adapter(config)
     index, size = _model(config)
     check_steps(config, index)
+    check_guidance(config, index)
     check_visibility(config, size)
-    check_kept_references(config, size)
+    check_kept_references(config, size, index)
     offloaded_blocks(size.num_blocks, config.offload_blocks)
     if any(stage.sequence_parallel is not None for stage in config.stages):
         from uniref_fast.training.core.memory import sharing_degrees
@@ -139,6 +142,24 @@ def check_steps(config: Recipe, index: Mapping[str, Any]) -> None:
         )
 
 
+def check_guidance(config: Recipe, index: Mapping[str, Any]) -> None:
+    """Raise ValueError if rollouts have classifier-free guidance, and the model predicts for one prompt only.
+
+    Args:
+        config: Configuration of the run.
+        index: Content of the `model_index.json` of the model.
+    """
+    scale = getattr(config, "rollout_true_cfg_scale", 1.0)  # of MSGRPO
+    if not is_guided(scale):
+        return
+    name = str(index.get("_class_name"))
+    if reason := supported_family(f"model = {config.model}", index).unguided(index):
+        raise ValueError(
+            f"rollout_true_cfg_scale = {scale:g} is not possible for model = {config.model}, a {name}: {reason}; leave "
+            "--rollout-true-cfg-scale at 1. --embedded-guidance sets the scale that a transformer embeds"
+        )
+
+
 def check_visibility(config: Recipe, size: ModelSize) -> None:
     """Raise ValueError if the model cannot be trained with the visibility of a recipe."""
     if config.visibility is not None and config.visibility not in size.visibilities:
@@ -148,10 +169,17 @@ def check_visibility(config: Recipe, size: ModelSize) -> None:
         )
 
 
-def check_kept_references(config: Recipe, size: ModelSize) -> None:
-    """Raise ValueError if rollouts are to keep references that depend on the step."""
+def check_kept_references(config: Recipe, size: ModelSize, index: Mapping[str, Any]) -> None:
+    """Raise ValueError if rollouts are to keep references that depend on the step.
+
+    Args:
+        config: Configuration of the run.
+        size: Sizes of the model.
+        index: Content of the `model_index.json` of the model.
+    """
     kept = getattr(config, "keep_references", False)  # of MSGRPO
-    if kept and config.visibility == "full" and not size.keeps_prefix:
+    is_clean = size.keeps_prefix or index.get("_class_name") in size.clean_pipelines
+    if kept and config.visibility == "full" and not is_clean:
         raise ValueError(
             'keep_references needs references that do not depend on the step: under visibility = "full" they do'
         )

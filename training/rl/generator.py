@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
@@ -41,6 +41,7 @@ from uniref_fast.training.rl.sde import Sampler
 __all__ = ["Batch", "RolloutGenerator"]
 
 Row = tuple[PackKey, Prepared]
+POLICY_OF_KV = "reference_causal"  # how `PackedFlux2` runs klein-KV, if a run names no other visibility
 SYNC_SECONDS = 60.0  # interval in which ranks that wait for rewards report their progress to each other
 
 
@@ -102,11 +103,17 @@ class RolloutGenerator:
         self.config, self.ranks, self.model, self.encoder = config, ranks, model, encoder
         self.rewards, self.signalled, self.progress = rewards, signalled, progress or running(shown=False)
         self.sampler = Sampler(config.sampler, config.noise)
-        guidance = family_of(model.pipe).training_guidance(model.pipe.transformer.config)
+        family, pipe = family_of(model.pipe), model.pipe
+        index = {"_class_name": type(pipe).__name__, "is_distilled": pipe.config.get("is_distilled")}
+        self.guided = family.unguided(index) is None
+        guidance = family.training_guidance(pipe.transformer.config)
         one = model.packed.layout([Sample(1, (1, 1, 1), ((1, 1, 1),), guidance=guidance)])
         # Text and references that come before the target, at t = 0, are the same for all members of a group.
         self.shares_text = one.causal_prefix and one.clean_references
         self.shared = config.visibility == "group_shared" or self.shares_text
+        if config.visibility in (None, "full") and one.clean_references and model.packed.visibility == POLICY_OF_KV:
+            # Text, the noise and the time do not reach the references of the model: a group has one copy of them.
+            model.packed.visibility, self.shared = "group_shared", True
         if config.keep_references:  # refuse a model for which it is not exact, before any rollout
             RefreshSchedule.of(True, None, dependence(one, model.packed.visibility))
 
@@ -133,7 +140,12 @@ class RolloutGenerator:
         since nothing is kept for a backward.
         """
         steps, scale = self.config.resolve_sampling()
-        groups = [self._group(key, prepared, number, steps, scale, ()) for number, (key, prepared) in enumerate(rows)]
+        guidance = scale if self.guided else 1.0
+        if self.encoder.guidance is not None:  # the scale is embedded, as in the requests of `uniref-fast eval`
+            rows = [(key, replace(each, sample=replace(each.sample, guidance=scale))) for key, each in rows]
+        groups = [
+            self._group(key, prepared, number, steps, guidance, ()) for number, (key, prepared) in enumerate(rows)
+        ]
         room = max(plan.pack_tokens, *(group.tokens for group in groups))
         return self._batch(groups, 1, room, None, 0)
 

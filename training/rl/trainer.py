@@ -88,7 +88,9 @@ class RLTrainer(Trainer):
 
     def open_rows(self, step: int, state: Mapping[str, Any]) -> None:
         config, model = self.config, self.model
-        self.encoder = Encoder(model.pipe, TensorCache(self.cache_folder), encoders=model.encoders)
+        self.encoder = Encoder(
+            model.pipe, TensorCache(self.cache_folder), encoders=model.encoders, guidance=config.embedded_guidance
+        )
         with self.progress.of("reading the rows"):
             self.dataset = Dataset(config.data, config.image_folder, "optional", config.columns)
         self.heldout = heldout_datasets(map(Path, config.heldout), config, "optional")

@@ -502,6 +502,14 @@ class Family:
         """Return the shift of the times of training for a target of `tokens` tokens (`schedule.shift_time`)."""
         return resolution_shift(pipe.scheduler.config, tokens)
 
+    def unguided(self, index: Mapping[str, Any]) -> str | None:
+        """Return the reason why a pipeline has no classifier-free guidance; None if it has.
+
+        Args:
+            index: Content of the `model_index.json` of the pipeline.
+        """
+        return None
+
     def prompt_template(self, pipe: Any) -> Any:
         """Return what `encode_prompt` adds to a prompt, as JSON data; it identifies kept embeddings."""
         return pipe.prompt_template_encode

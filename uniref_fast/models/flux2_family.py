@@ -91,7 +91,6 @@ class Flux2(Family):
     }
     missing: ClassVar[Mapping[str, str]] = {
         "patch_keep_references": UNMARKED_REFERENCES,
-        "msgrpo": "rollouts and replays were not tested with its guidance and kept references",
     }
     replaced = REPLACED
     packed = PackedFlux2
@@ -225,6 +224,10 @@ class Flux2(Family):
         mu = _stock().compute_empirical_mu(tokens, self.defaults(index)[0])
         return resolution_shift(pipe.scheduler.config, tokens, mu)
 
+    def unguided(self, index: Mapping[str, Any]) -> str | None:
+        kind = str(index.get("_class_name"))
+        return _EMBEDDED if kind == "Flux2Pipeline" else _one_prompt(kind, bool(index.get("is_distilled")))
+
     def prompt_template(self, pipe: Any) -> Any:
         return [pipe.tokenizer.chat_template, getattr(pipe, "system_message", None), TEXT_LENGTH]
 
@@ -266,10 +269,23 @@ def _of_klein_kv(transformer: Any) -> Any:
 def _no_negative_prompt(pipe: Any) -> str | None:
     """Return the reason why a pipeline predicts for one prompt only; None if it has classifier-free guidance."""
     if pipe.transformer.config.guidance_embeds:
-        return "true_cfg_scale is the guidance scale that its transformer embeds"
-    if not type(pipe).__name__.endswith("KleinPipeline"):
+        return _EMBEDDED
+    return _one_prompt(type(pipe).__name__, bool(pipe.config.get("is_distilled")))
+
+
+_EMBEDDED = "true_cfg_scale is the guidance scale that its transformer embeds"
+
+
+def _one_prompt(kind: str, distilled: bool) -> str | None:
+    """Return the reason why a pipeline without guidance embeddings predicts for one prompt only, or None.
+
+    Args:
+        kind: Name of its class.
+        distilled: The model is distilled.
+    """
+    if not kind.endswith("KleinPipeline"):
         return "it has no classifier-free guidance"
-    return "the model is distilled, and guidance is part of it" if pipe.config.is_distilled else None
+    return "the model is distilled, and guidance is part of it" if distilled else None
 
 
 def _stock() -> Any:

@@ -30,7 +30,6 @@ from uniref_fast.training.core.model import TrainedModel
 from uniref_fast.training.core.recipe import BudgetStage
 from uniref_fast.training.core.sampling import generate
 from uniref_fast.training.core.tracked_memory import FakeTrainedModel
-from uniref_fast.training.rl.recipes import MSGRPO, RLStage
 from uniref_fast.training.supervised.recipes import SFT, lora
 from uniref_fast.training.supervised.validation import Validation
 
@@ -305,9 +304,3 @@ def test_a_row_whose_reference_the_pipeline_refuses_is_broken(models, data, tmp_
     assert not encoder.prepare_form(one, Form(128, 128, no_references=True)).sample.references
     with pytest.raises(ValueError, match=f"{reason}; repair or remove this held-out row"):
         Validation([tmp_path / "rows.jsonl"], config(models, "klein"), None, encoder, None)
-
-
-def test_a_plan_of_msgrpo_is_refused(models):
-    stage = RLStage(128, 1, 1e-3, target_side=128)
-    with pytest.raises(ValueError, match=r"klein is a Flux2KleinPipeline, which training/msgrpo.py does not support: "):
-        make_plan("msgrpo", "test", MSGRPO((stage,), model=str(models / "klein")), PlanOptions(gpu_memory=80))
