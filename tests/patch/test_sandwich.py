@@ -131,8 +131,6 @@ def test_refused_options_and_changes():
             uniref_fast.patch(model, visibility="reference_causal")
         with pytest.raises(ValueError, match="do not say which tokens are those of a reference"):
             uniref_fast.patch(model, keep_references="auto")
-        with pytest.raises(ValueError, match="not measured in 8 bits"):
-            uniref_fast.patch(model, mode="fast")
         assert not [*deviations(model, torch.device("cpu"))], name
         model.layers[1].attention.processor = type("Own", (), {"__call__": lambda *args: None})()
         model.rope_embedder.theta = 10000.0
