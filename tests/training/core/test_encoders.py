@@ -6,13 +6,13 @@ import re
 import shutil
 
 import pytest
+import small_pipeline
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from synthetic import synthetic_sample
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from uniref_fast.builtin.store import model_folder
 from uniref_fast.data.dataset import Dataset
 from uniref_fast.loading import load_pipeline
 from uniref_fast.training.batches.encoding import EncodingPass, heldout_rows
@@ -28,8 +28,8 @@ from uniref_fast.training.supervised.validation import Validation
 
 pytestmark = pytest.mark.usefixtures("threads")
 CONFIG = SFT(
-    (BudgetStage(48, 1, 1e-3, target_side=32),), model="builtin", dtype="bfloat16", eval_samples=3, sample_count=2,
-    sample_num_inference_steps=2, sample_true_cfg_scale=2.0,
+    (BudgetStage(48, 1, 1e-3, target_side=32),), model=str(small_pipeline.folder()), dtype="bfloat16", eval_samples=3,
+    sample_count=2, sample_num_inference_steps=2, sample_true_cfg_scale=2.0,
 )  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_a_tensor_that_the_cache_has_lost_is_encoded_again_with_the_same_bits(fr
 
 def test_a_model_that_has_changed_meanwhile_is_refused(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(model_folder(), folder)
+    shutil.copytree(small_pipeline.folder(), folder)
     pipe = load_pipeline(str(folder), torch.float32, "cpu")
     encoders = Encoders(pipe, str(folder), torch.float32, torch.device("cpu"))
     encoders.free()
@@ -176,7 +176,7 @@ def test_a_model_that_has_changed_meanwhile_is_refused(tmp_path):
 def test_an_encoder_that_is_gone_is_no_broken_row(tmp_path, rows, name):
     """The handlers of broken rows let the error pass, so that it ends the run."""
     folder = tmp_path / "model"
-    shutil.copytree(model_folder(), folder)
+    shutil.copytree(small_pipeline.folder(), folder)
     pipe = load_pipeline(str(folder), torch.float32, "cpu")
     encoders = Encoders(pipe, str(folder), torch.float32, torch.device("cpu"))
     encoder = Encoder(pipe, TensorCache(tmp_path / "cache"), encoders=encoders)
