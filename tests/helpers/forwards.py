@@ -1,6 +1,7 @@
 """Small transformers of every family with fused places, the arguments of their forwards, and features of diffusers."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +42,7 @@ class Forward:
     rounded: tuple = ("timestep", "target_timestep", "guidance")
     fewer: dict = None
     visibility: str = "visibility='full' only"
-    features: tuple = ("lora", "offload", "offload_blocks", "casting", "cache")
+    features: tuple = ("lora", "offload", "offload_blocks", "offload_to_disk", "casting", "cache")
 
     def calls(self, variant):
         """Return the number of calls of fused places in a forward."""
@@ -264,6 +265,12 @@ def offload_blocks(model, kind):
     model.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
 
 
+def offload_to_disk(model, kind):
+    model.folder = tempfile.TemporaryDirectory()  # removed together with the model
+    place = {"num_blocks_per_group": 1, "offload_to_disk_path": model.folder.name}
+    model.enable_group_offload(torch.device("cpu"), offload_type="block_level", **place)
+
+
 def casting(model, kind):
     storage = torch.float8_e4m3fn if kind in ("kontext", "klein", "flux3", "joyimage") else torch.bfloat16
     model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
@@ -279,4 +286,4 @@ def cache(model, kind):
         apply_first_block_cache(model, FirstBlockCacheConfig(threshold=0.1))
 
 
-FEATURES = {each.__name__: each for each in (fuse, lora, offload, offload_blocks, casting, cache)}
+FEATURES = {each.__name__: each for each in (fuse, lora, offload, offload_blocks, offload_to_disk, casting, cache)}

@@ -233,7 +233,7 @@ def test_hooks_of_norms_run(make_transformer, place, kind):
         getattr(norm, f"register_{kind}_hook")(lambda module, *args: fired.append(module))
         each(**inputs())[0].square().mean().backward()
     assert [type(module) for module in fired] == [type(fired[0])] * 2
-    assert any("norms have hooks" in reason for reason in report.fallbacks)
+    assert any(reason in ("the norms have hooks", "a QK norm has hooks") for reason in report.fallbacks)
 
 
 @pytest.mark.parametrize("place", ["img_norm1", "attn.norm_q"])
@@ -243,7 +243,7 @@ def test_forward_hooks_of_norms_that_change_the_result(make_transformer, place):
     for each in (stock, model):
         each.transformer_blocks[1].get_submodule(place).register_forward_hook(lambda module, args, out: 2 * out)
     assert max_relative_error(run(model), run(stock)) < ROUNDING
-    assert any("norms have hooks" in reason for reason in report.fallbacks)
+    assert any(reason in ("the norms have hooks", "a QK norm has hooks") for reason in report.fallbacks)
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])

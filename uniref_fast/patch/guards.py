@@ -244,8 +244,8 @@ def _held_elsewhere(norm: nn.Module, what: str) -> str | None:
     own = vars(norm)
     registry = own.get("_diffusers_hook")
     if "_hf_hook" in own or (registry is not None and registry.hooks):
-        return f"the {what}s have hooks of diffusers or accelerate (offloaded by layer)"
-    return f"the {what}s have hooks" if has_hooks(norm) else None
+        return f"a {what} has hooks of diffusers or accelerate (offloaded by layer)"
+    return f"a {what} has hooks" if has_hooks(norm) else None
 
 
 def unlike(value: Any, shape: tuple[int, ...], like: Tensor, what: str) -> str | None:
