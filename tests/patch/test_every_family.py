@@ -122,7 +122,7 @@ def test_features_of_diffusers(kind, feature, patch_first):
 @order
 @pytest.mark.parametrize("kind", [kind for kind, feature in FEATURE_CASES if feature == "cache"])
 def test_a_first_block_cache_works_as_much_as_in_diffusers(kind, patch_first):
-    """Where diffusers has no such cache for a model, or cannot run it, the error is the same one."""
+    """The error is that of diffusers where it has no such cache for a model, or cannot run it."""
     found = []
     for patched in (False, True):
         model = FORWARDS[kind].make()
