@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import uniref_fast
 from uniref_fast.testing import max_relative_error
@@ -31,6 +32,26 @@ def inputs(dtype=torch.float32, batch=1, text=7, mask=None, seed=1, grids=GRIDS)
 def run(model, **kwargs):
     with torch.no_grad():
         return model(**inputs(**kwargs))[0]
+
+
+def assert_compiled_blocks(model, run, calls, graphs):
+    """Compare a model with itself, patched and with compiled blocks, and return the report of the patch.
+
+    Args:
+        model: The model.
+        run: Function that calls a model.
+        calls: Keyword arguments of `run` for each call.
+        graphs: Largest number of graphs of all calls.
+    """
+    expected = [run(model, **given) for given in calls]
+    report, counter = uniref_fast.patch(model), CompileCounterWithBackend("eager")
+    torch.compiler.reset()
+    model.compile_repeated_blocks(fullgraph=True, backend=counter)
+    for given, theirs in zip(calls, expected, strict=True):
+        assert max_relative_error(run(model, **given), theirs) < ROUNDING, given
+    torch.compiler.reset()
+    assert 0 < counter.frame_count <= graphs and not report.fallbacks
+    return report
 
 
 def assert_patched_equals_stock(

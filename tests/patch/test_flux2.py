@@ -6,7 +6,7 @@ import flux2
 import forwards
 import pytest
 import torch
-from patching import ROUNDING
+from patching import ROUNDING, assert_compiled_blocks
 
 import uniref_fast
 from uniref_fast.patch.stock import deviations
@@ -36,24 +36,11 @@ def test_pipelines(make_flux2, kind):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_trace_the_code_of_diffusers(make_flux2):
-    """Each kind of block is compiled once, whatever the number of steps."""
-    from torch._dynamo.testing import CompileCounter
-
-    model = make_flux2("klein")
-    expected = run(model)
-    report = uniref_fast.patch(model)
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model.compile_repeated_blocks(fullgraph=True, backend=counter)
-    frames = []
-    for step in range(12):
-        out = run(model, step=step)
-        frames.append(counter.frame_count)
-        if step == 0:
-            assert max_relative_error(out, expected) < ROUNDING
-    assert frames[0] > 0 and frames == frames[:1] * 12
-    assert all("torch.compile" in reason for reason in report.fallbacks)
+def test_compiled_blocks_trace_the_fused_places(make_flux2):
+    """Each kind of block has one graph for all steps, and another one for another number of samples."""
+    calls = [{"step": 0}, {"step": 1}, {"variant": "two"}]
+    report = assert_compiled_blocks(make_flux2("klein"), run, calls, graphs=4)
+    assert report.traces and not report.traced_originals
 
 
 def test_edit_on_a_patched_pipeline(make_flux2):

@@ -17,11 +17,19 @@ from uniref_fast import ops
 from uniref_fast.models.kept_references import TracedReferences
 from uniref_fast.ops.segment_attention import PreparedPlan, prepare_plan
 
-__all__ = ["CompiledCall", "TracedContext", "compiler_of", "mark_dynamic", "traced_context"]
+__all__ = ["CompiledCall", "TracedContext", "TracedLayout", "compiler_of", "mark_dynamic", "traced_context"]
+
+
+class TracedLayout:
+    """Layout of a call inside a graph: its tables are tensors."""
+
+    def rows(self, joint: Tensor, stream: str) -> Tensor:
+        """Return the rows of the stream "text" or "image" out of values in joint order, `[N_stream, ...]`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class TracedContext:
+class TracedContext(TracedLayout):
     """A `ForwardContext` of tensors and constants, which is its own layout.
 
     Attributes:
@@ -29,7 +37,7 @@ class TracedContext:
         table_rows: Row of the modulation table of every row of both streams and of the joint sequence, int32.
         rotary: Rotary cos and sin in joint order, float32 `[N, D / 2]` each.
         targets: Rows of the image stream that are targets, int64 `[N_target]`.
-        plan: Prepared plan of all rows.
+        plan: Prepared plan of all rows, or another object that the attention of a patched block takes.
         target_plan: Prepared plan of the targets' queries.
         impl: Implementation of every op.
         fuse_residual: A block leaves its last residual to the first norm of the next block.
@@ -41,7 +49,7 @@ class TracedContext:
     table_rows: tuple[Tensor, Tensor, Tensor]
     rotary: tuple[Tensor, Tensor]
     targets: Tensor
-    plan: PreparedPlan
+    plan: Any
     target_plan: PreparedPlan
     impl: str
     fuse_residual: bool
@@ -75,6 +83,10 @@ class TracedContext:
         if stream == "joint":
             return torch.arange(self.joint_length, dtype=torch.int32, device=self.joint_rows[0].device)
         return self.joint_rows[stream == "image"]
+
+    def rows(self, joint: Tensor, stream: str) -> Tensor:
+        """Return the rows of a stream out of values in joint order, `[N_stream, ...]`."""
+        return joint.index_select(0, self.joint_index(stream))
 
     def modulation_rows(self, stream: str, device: Any = None) -> Tensor:
         """Return the modulation row of every row of a stream, int32 `[N_stream]`."""

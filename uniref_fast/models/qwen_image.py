@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.compiled_block import TracedContext
+from uniref_fast.models.compiled_block import TracedContext, TracedLayout
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.module_hooks import onloaded
@@ -334,7 +334,7 @@ def qk_norm_eps(attn: Any) -> float:
     return eps[0] if eps else 1e-6
 
 
-def stream_rows(joint: Tensor, layout: SelfLayout | TracedContext, stream: str) -> Tensor:
+def stream_rows(joint: Tensor, layout: SelfLayout | TracedLayout, stream: str) -> Tensor:
     """Return the rows of one stream out of the joint sequence: a view for one sample, one gather for a pack.
 
     Args:
@@ -342,8 +342,8 @@ def stream_rows(joint: Tensor, layout: SelfLayout | TracedContext, stream: str) 
         layout: Layout of the pack.
         stream: "text" or "image".
     """
-    if isinstance(layout, TracedContext):
-        return joint.index_select(0, layout.joint_index(stream))
+    if isinstance(layout, TracedLayout):
+        return layout.rows(joint, stream)
     segments = layout.text_segments if stream == "text" else layout.image_segments
     if not segments:
         return joint[:0]

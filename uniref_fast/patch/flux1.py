@@ -1,7 +1,7 @@
 """Patched places of FLUX.1, LongCat-Image and FIBO: attention processors and forwards of both kinds of block.
 
 The three models have the same blocks. FIBO passes one stream to its blocks with one stream, and a mask of the padded
-text tokens to attention. The places keep the code of diffusers under torch.compile.
+text tokens to attention, which torch.compile traces as it is in diffusers.
 
 Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each.
 """
@@ -36,14 +36,12 @@ from uniref_fast.patch.processors import (
     PatchedBlock,
     fused_streams,
     joint_rows,
-    outside_compiler,
     refusal,
     register_processor,
     whole_stream,
 )
 from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.streams import TRACED
 
 __all__ = ["FIBO", "FLUX_1", "LONGCAT"]
 
@@ -93,7 +91,7 @@ class _Block(PatchedBlock):
     def _methods(self) -> tuple[Any, ...]:
         return (type(self.block).forward,)
 
-    def traced_refusal(self) -> str | None:
+    def _code_refusal(self) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} was replaced"
         children, channels = self.block._modules, self.block.attn.query_dim
@@ -113,16 +111,10 @@ class _Block(PatchedBlock):
         image_rotary_emb: Any = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self._forward(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        return self._start(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
 
     def call_refusal(self, image, text, temb, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
         return self._call_refusal(temb, image, text)
-
-    def _forward(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
 
     def _call_refusal(self, temb: Tensor, *streams: Tensor) -> str | None:
         attn, first = self.block.attn, streams[0]
@@ -220,7 +212,7 @@ class _OneStreamBlockFibo(_OneStreamBlock):
         image_rotary_emb: Any = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        return self._forward(hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        return self._start(hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
 
     def call_refusal(self, x, temb, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
         return self._call_refusal(temb, x)

@@ -1,7 +1,7 @@
 """Patched places of a `Flux2Transformer2DModel`: attention processors and forwards of both kinds of block.
 
-They keep the code of diffusers under torch.compile, whose graphs have these operators already. The attention of
-klein-KV fills and reads the cache of its pipeline as the original does.
+The attention of klein-KV fills and reads the cache of its pipeline as the original does; torch.compile traces the
+original of such calls.
 
 Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each.
 """
@@ -35,14 +35,13 @@ from uniref_fast.patch.processors import (
     PatchedBlock,
     fused_streams,
     joint_rows,
-    outside_compiler,
     refusal,
     register_processor,
     whole_stream,
 )
 from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.streams import TRACED, Choice
+from uniref_fast.patch.streams import Choice
 from uniref_fast.visibility import AttentionPlan
 
 __all__ = ["PATCH", "ModulatedBlock"]
@@ -139,8 +138,8 @@ class _OneStream(_Attention):
         mlp = calls("mlp_act_fn", mlp.unflatten(0, x.shape[:2]))
         if reason := unlike(mlp, (*x.shape[:2], attn.mlp_hidden_dim), x, "mlp_act_fn"):
             return reason
-        context = stream_context(self.state, rotary, len(x), 0, x.shape[1])
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
+        context = stream_context(self.state, rotary, len(x), 0, x.shape[1], q)
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
         joint, choice = self._joint(q, k, v, context, len(x), kv.get("num_txt_tokens", 0), mask, kv)
         del q, k, v, qkv, fused
@@ -203,7 +202,7 @@ class ModulatedBlock(PatchedBlock):
     def _methods(self) -> tuple[Any, ...]:
         return type(self.block).forward, _stock().Flux2Modulation.split
 
-    def traced_refusal(self) -> str | None:
+    def _code_refusal(self) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} or a function that it calls was replaced"
         for name in self.norms:
@@ -247,10 +246,7 @@ class _TwoStreamBlock(ModulatedBlock):
             image_rotary_emb,
             joint_attention_kwargs,
         )
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
+        return self._start(*arguments)
 
     def call_refusal(self, image, text, image_table, text_table, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
         if reason := refusal(self.state, self.site, self.block.attn.head_dim, image, text, image_table, text_table):
@@ -298,10 +294,7 @@ class _OneStreamBlock(ModulatedBlock):
             split_hidden_states,
             text_seq_len,
         )
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
+        return self._start(*arguments)
 
     def call_refusal(self, x, text, table, rotary, attention_kwargs, split, length) -> str | None:  # type: ignore[override]
         if text is not None or split:

@@ -89,6 +89,9 @@ class _Attention(OneStreamAttention):
     def code_change(self) -> str | None:
         return _attention_change()
 
+    def _untraced(self, others: tuple, kv: dict[str, Any]) -> str | None:
+        return TRACED
+
     def _qk_norm_change(self, dtype: torch.dtype, device: torch.device) -> str | None:
         reason = super()._qk_norm_change(dtype, device)
         # diffusers loads the weights of these norms in float32, whatever the dtype of the model
@@ -231,7 +234,7 @@ class _PerSample(PatchedBlock):
             return f"called with tensors of shapes {[list(each.shape) for each in tensors]}"
         return None
 
-    def traced_refusal(self) -> str | None:
+    def _code_refusal(self) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} was replaced"
         return "a modulation has hooks" if has_hooks(self.block) else _changed_linear(self.block.linear)
@@ -271,8 +274,8 @@ class _OutputNorm(_PerSample):
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:  # type: ignore[override]
         return self._start(temb, hidden_states, temb)
 
-    def traced_refusal(self) -> str | None:
-        if reason := super().traced_refusal():
+    def _code_refusal(self) -> str | None:
+        if reason := super()._code_refusal():
             return reason
         act = self.block.act_fn
         if type(act) is not nn.SiLU or has_hooks(act) or not _runs_own(act, nn_activation):

@@ -28,7 +28,8 @@ from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.stock import found_modules, processor_changes
-from uniref_fast.patch.streams import Choice, StreamsAttention, plan_of_valid
+from uniref_fast.patch.streams import MASKED, Choice, StreamsAttention, plan_of_valid
+from uniref_fast.patch.traced import TracedStreams
 from uniref_fast.visibility import AttentionPlan, Rule
 
 __all__ = [
@@ -62,7 +63,12 @@ class TextImageAttention(StreamsAttention):
         """Describe a replaced function that the attention of diffusers calls by name; None if none is replaced."""
         raise NotImplementedError
 
-    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+    def _untraced(self, others: tuple, kv: dict[str, Any]) -> str | None:
+        if others[0] is not None:
+            return MASKED
+        return "a cache of keys and values inside torch.compile" if kv.get("kv_cache") is not None else None
+
+    def _call_reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
         mask, rotary = others
         if rotary is None or any(stream is None for stream in streams) or (mask is not None and not self.takes_mask):
             return "called without text or rotary embedding, or with an external mask"
@@ -83,7 +89,10 @@ class TextImageAttention(StreamsAttention):
             is_plain(mask) and mask.dtype == torch.bool and mask.shape == (len(first), 1, 1, length)
         ):
             return "the attention mask is not a boolean tensor with one value per token"
-        return self.code_change() or self._qk_norm_change(first.dtype, first.device)
+        return None
+
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return self.code_change() or self._qk_norm_change(dtype, device)
 
     def _qk_norm_change(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Describe how the QK norms differ from those that the fused operator takes, or return None.
@@ -140,10 +149,11 @@ class TwoStreamAttention(TextImageAttention):
             qkv += parts
             del parts
         calls.release()
-        context = stream_context(self.state, rotary, len(image), text.shape[1], image.shape[1], self.rounding)
         head_dim = attn.inner_dim // attn.heads
         heads = [joint_rows(x).unflatten(-1, (-1, head_dim)) for x in qkv]
         del qkv
+        lengths = text.shape[1], image.shape[1]
+        context = stream_context(self.state, rotary, len(image), *lengths, heads[0], self.rounding)
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
         del heads
         joint, choice = self._joint(q, k, v, context, len(image), text.shape[1], mask, kv)
@@ -173,8 +183,8 @@ class OneStreamAttention(TextImageAttention):
     def _arguments(self, streams: tuple[Any, ...], others: tuple) -> tuple[Any, ...]:
         return (*streams, *[None] * (2 - len(streams)), *others)
 
-    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
-        return "called with two streams" if len(streams) > 1 else super()._reason(attn, streams, *others)
+    def _call_reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+        return "called with two streams" if len(streams) > 1 else super()._call_reason(attn, streams, *others)
 
     def _computed(
         self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
@@ -186,10 +196,10 @@ class OneStreamAttention(TextImageAttention):
         if isinstance(parts, str):
             return parts
         calls.release()
-        context = stream_context(self.state, rotary, len(x), 0, x.shape[1], self.rounding)
         head_dim = attn.inner_dim // attn.heads
         q, k, v = (joint_rows(part).unflatten(-1, (-1, head_dim)) for part in parts)
         del parts
+        context = stream_context(self.state, rotary, len(x), 0, x.shape[1], q, self.rounding)
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
         joint, choice = self._joint(q, k, v, context, len(x), 0, mask, kv)
         return (joint.flatten(1).unflatten(0, x.shape[:2]),), choice
@@ -216,8 +226,14 @@ def projected(calls: Calls, stream: Tensor, fused: str, names: tuple[str, ...]) 
 
 
 def stream_context(
-    state: PatchState, rotary: Any, batch: int, text: int, image: int, rounding: ops.Rounding = "eager"
-) -> ForwardContext:
+    state: PatchState,
+    rotary: Any,
+    batch: int,
+    text: int,
+    image: int,
+    like: Tensor,
+    rounding: ops.Rounding = "eager",
+) -> Any:
     """Return the context of a call; blocks of a kind share it in one forward.
 
     Args:
@@ -226,8 +242,15 @@ def stream_context(
         batch: Number of samples.
         text: Text tokens of each sample; 0 for a stream of all tokens.
         image: Image tokens of each sample, or all tokens.
+        like: Tensor `[..., D]` with the device, dtype and head dimension of the queries.
         rounding: Rounding of QK norm and rotary embedding.
+
+    Returns:
+        A `ForwardContext`, or inside a graph a `TracedStreams`, which has the attributes that attention reads.
     """
+    if torch.compiler.is_compiling():
+        cos, sin = (table[:, ::2] for table in rotary)
+        return TracedStreams(batch, text, image, (cos, sin), state.impl, like, rounding)
     key, saved = (batch, text, image), state.calls.context
     if saved and saved[0] == key and saved[1] is rotary[0] and saved[2] is rotary[1]:
         return saved[3]

@@ -1,7 +1,6 @@
 """Patched places of a `JoyImageEditPlusTransformer3DModel`: attention, blocks, and the tables of its rotary embedding.
 
-Attention and blocks keep the code of diffusers under torch.compile. The tables, which diffusers computes on the CPU in
-every forward, are kept from one forward to the next.
+The tables, which diffusers computes on the CPU in every forward, are kept from one forward to the next.
 
 Shapes are diffusers': streams `[B, N, C]`, of B samples that are padded to N tokens each.
 """
@@ -35,7 +34,6 @@ from uniref_fast.patch.processors import (
     PatchedMethod,
     fused_streams,
     joint_rows,
-    outside_compiler,
     refusal,
     register_processor,
 )
@@ -43,7 +41,8 @@ from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.stock import found_modules, processor_changes
-from uniref_fast.patch.streams import TRACED, StreamsAttention, plan_of_valid
+from uniref_fast.patch.streams import MASKED, TRACED, StreamsAttention, plan_of_valid
+from uniref_fast.patch.traced import TracedStreams
 from uniref_fast.visibility import AttentionPlan, Rule, plan
 
 __all__ = ["PATCH"]
@@ -81,7 +80,10 @@ class _Attention(StreamsAttention):
     ) -> tuple[Tensor, Tensor]:
         return self._call(attn, (hidden_states, encoder_hidden_states), image_rotary_emb, attention_mask)
 
-    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+    def _untraced(self, others: tuple, kv: dict[str, Any]) -> str | None:
+        return MASKED if others[1] is not None else None
+
+    def _call_reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
         rotary, mask = others
         image, text = streams
         if rotary is None or text is None:
@@ -100,7 +102,10 @@ class _Attention(StreamsAttention):
         keys = len(image), 1, 1, image.shape[1] + text.shape[1]
         if mask is not None and not (is_plain(mask) and mask.dtype == torch.bool and mask.shape == keys):
             return "the mask is not a boolean tensor with one value per key"
-        return _attention_change() or changed_qk_norm(self.attn, image.dtype, image.device, torch.nn.RMSNorm)
+        return None
+
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return _attention_change() or changed_qk_norm(self.attn, dtype, device, torch.nn.RMSNorm)
 
     def _computed(
         self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
@@ -116,7 +121,7 @@ class _Attention(StreamsAttention):
             heads.append((q, k, v))
         calls.release()
         rotary, mask = others
-        context, seen = _context(self.state, rotary, mask, len(image), text.shape[1], image.shape[1])
+        context, seen = self._tables(rotary, mask, text.shape[1], image, q)
         del out, q, k, v
         q, k, v = joint_qkv(attn, heads[0], heads[1], context)
         del heads
@@ -127,6 +132,23 @@ class _Attention(StreamsAttention):
             for name, kind, stream in (("img_attn_proj", "image", image), ("txt_attn_proj", "text", text))
         )
         return outs, choice
+
+    def _tables(self, rotary: Any, mask: Tensor | None, text: int, image: Tensor, like: Tensor) -> tuple[Any, Any]:
+        """Return the context of a call and its plan, see `_context`; inside a graph a `TracedStreams` and its plan."""
+        batch, length = image.shape[:2]
+        if not torch.compiler.is_compiling():
+            return _context(self.state, rotary, mask, batch, text, length)
+        context = TracedStreams(batch, text, length, _joint_tables(rotary, text), self.state.impl, like)
+        return context, context.plan
+
+
+def _joint_tables(rotary: Any, text: int) -> tuple[Tensor, Tensor]:
+    """Return the tables cos and sin of all tokens, text first, which is not turned, float32 `[B * N, D / 2]` each."""
+    halves = [table[:, :, ::2] for table in rotary]
+    shape = (halves[0].shape[0], text, halves[0].shape[2])
+    unturned = [halves[0].new_full(shape, value) for value in (1.0, 0.0)]
+    cos, sin = (torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(unturned, halves, strict=True))
+    return cos, sin
 
 
 def _context(
@@ -147,10 +169,8 @@ def _context(
         return saved[4]
     with torch.inference_mode(False), torch.no_grad():
         layout = SelfLayout.pack([Sample(text, (1, 1, image))] * batch, JOYIMAGE, clean_references=False)
-        halves = [table[:, :, ::2] for table in rotary]
-        unturned = [halves[0].new_full((batch, text, halves[0].shape[2]), value) for value in (1.0, 0.0)]
-        cos, sin = (torch.cat(pair, dim=1).flatten(0, 1) for pair in zip(unturned, halves, strict=True))
-        context = ForwardContext(layout=layout, visibility="full", rotary=(cos, sin), impl=state.impl, rounding="eager")
+        tables = _joint_tables(rotary, text)
+        context = ForwardContext(layout=layout, visibility="full", rotary=tables, impl=state.impl, rounding="eager")
         seen = plan(layout, "full")
         if mask is not None:
             keys = mask.flatten(1)
@@ -175,11 +195,7 @@ class _Block(PatchedBlock):
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        arguments = hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_mask
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
+        return self._start(hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_mask)
 
     def call_refusal(self, image, text, temb, rotary, mask) -> str | None:  # type: ignore[override]
         if reason := refusal(self.state, self.site, self.block.attention_head_dim, image, text, temb):
@@ -190,7 +206,7 @@ class _Block(PatchedBlock):
             return f"modulation of shape {list(temb.shape)} for streams of {list(image.shape)}"
         return None
 
-    def traced_refusal(self) -> str | None:
+    def _code_refusal(self) -> str | None:
         from diffusers.models import normalization
 
         if self._methods() != self.methods:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from uniref_fast.models.step_constants import weights_state
 from uniref_fast.patch.guards import active_backend, active_mode, attention_change, has_hooks, is_plain
 from uniref_fast.patch.processors import PatchedAttention
 from uniref_fast.patch.stock import weight_hooks
+from uniref_fast.patch.traced import TracedPlan
 
 __all__ = ["KeptBlockCall", "KeptForward", "ReferenceKeeper"]
 
@@ -134,6 +135,8 @@ class KeptBlockCall(CompiledCall):
             context = self.state.context(image, text.shape[1], mask, rotary)
             traced = traced_context(context, image.new_empty(0, attn.heads, attn.inner_dim // attn.heads))
             assert isinstance(traced, TracedContext), traced  # `_untraceable` has refused such calls
+            if traced.impl == "triton" and self.state.impl is None and mask is None and context.visibility == "full":
+                traced = replace(traced, plan=TracedPlan(len(image), "triton", False))  # PyTorch's attention is faster
             kept.traced = traced
             mark_dynamic(*rotary)
         index = given.get("modulate_index")

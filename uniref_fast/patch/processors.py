@@ -37,7 +37,7 @@ from uniref_fast.patch.guards import (
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.patch.report import EIGHT_BIT_TOLERANCE, SELF_CHECK_TOLERANCE, Site
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.traced import traced_attention, traced_attention_with_references
+from uniref_fast.patch.traced import TracedPlan, TracedStreams
 from uniref_fast.quantised_linear import recorded_errors
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "outside_compiler",
     "refusal",
     "register_processor",
+    "untraceable",
     "whole_stream",
 ]
 
@@ -98,7 +99,7 @@ def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor, atte
     return None
 
 
-def _untraceable(state: PatchState) -> str | None:
+def untraceable(state: PatchState) -> str | None:
     """Return the reason why torch.compile traces the original, or None."""
     if torch.compiler.is_exporting():
         return "torch.export: a program that is exported runs without this package"
@@ -200,25 +201,38 @@ class PatchedAttention:
             image_rotary_emb,
         )
         if torch.compiler.is_compiling():
-            if traced_context is not None and encoder_hidden_states is not None:
-                if reason := self._untraceable(attn, *arguments[:2], None, *arguments[3:]):
-                    raise RuntimeError(self._in_kept_step(reason))
-                self.record_trace(None)
-                by_pytorch = encoder_hidden_states_mask is None and self.state.visibility == "full"
-                by_pytorch = by_pytorch and self.state.impl is None
-                return traced_attention_with_references(
-                    attn, hidden_states, encoder_hidden_states, traced_context, by_pytorch
-                )
-            if self.state.visibility != "full":
+            if traced_context is None and self.state.visibility != "full":
                 raise RuntimeError(self._impossible("inside torch.compile"))
-            reason = self._untraceable(attn, *arguments)
-            self.record_trace(reason)
-            if reason is not None or encoder_hidden_states is None or image_rotary_emb is None:
-                return self._pass_on()(attn, *arguments)
-            impl = self.state.impl or ops.choose(None, hidden_states, attn.inner_dim // attn.heads)
-            forced = self.state.impl is not None
-            return traced_attention(attn, hidden_states, encoder_hidden_states, image_rotary_emb, impl, forced)
+            return self._trace(attn, *arguments, traced_context)
         return outside_compiler()(self._run, attn, *arguments, traced_context)
+
+    def _trace(
+        self, attn: Any, image: Tensor, text: Any, mask: Any, attention_mask: Any, rotary: Any, kept: Any
+    ) -> Any:
+        """Run a call as torch.compile traces it: the fused operators, or the original, in the graph.
+
+        Args:
+            attn, image, text, mask, attention_mask, rotary: Arguments of the original.
+            kept: `TracedContext` of a step with kept references, which has the plan of any mask, or None.
+        """
+        reason = self._untraceable(attn, image, text, mask if kept is None else None, attention_mask, rotary)
+        if reason is None:
+            context: Any = kept
+            if kept is None:
+                cos, sin = torch.cat([torch.view_as_real(freqs) for freqs in (rotary[1], rotary[0])]).unbind(-1)
+                context = TracedStreams(
+                    len(image), text.shape[1], image.shape[1], (cos, sin), self.state.impl,
+                    image.unflatten(-1, (-1, attn.inner_dim // attn.heads)),
+                )  # fmt: skip
+            fused = self._fused(Calls(attn, self.state, inputs=False), image, text, context)
+            if not isinstance(fused, str):
+                self.record_trace(None)
+                return fused[:2]
+            reason = fused
+        if kept is not None:
+            raise RuntimeError(self._in_kept_step(reason))
+        self.record_trace(reason)
+        return self._pass_on()(attn, image, text, mask, attention_mask, rotary)
 
     def kept_refusal(self, like: Tensor) -> str | None:
         """Return the reason why compiled code cannot keep references here, or None.
@@ -227,12 +241,12 @@ class PatchedAttention:
             like: Tensor with the dtype and device of the streams.
         """
         head_dim = self.attn.inner_dim // self.attn.heads
-        reason = _untraceable(self.state) or refusal(self.state, self.site, head_dim, like, attention=True)
+        reason = untraceable(self.state) or refusal(self.state, self.site, head_dim, like, attention=True)
         return reason or self.settings_refusal() or self._code_refusal(like.dtype, like.device)
 
     def _untraceable(self, attn: Any, *arguments: Any) -> str | None:
         """Return the reason why torch.compile traces the original for a call, or None."""
-        if reason := _untraceable(self.state) or self.call_refusal(attn, *arguments):
+        if reason := untraceable(self.state) or self.call_refusal(attn, *arguments):
             return reason
         if arguments[2] is not None:
             return "a text mask inside torch.compile, which cannot plan from its values"
@@ -293,10 +307,10 @@ class PatchedAttention:
         del qkv, out
         q, k, v = joint_qkv(attn, (heads[0], heads[1], heads[2]), (heads[3], heads[4], heads[5]), context)
         del heads
-        out, choice = self.attention(q, k, v, context.plan)
+        joint, choice = self.attention(q, k, v, context.plan)
         del q, k, v
         image_out, text_out = (
-            stream_rows(out, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
+            stream_rows(joint, context.layout, name).flatten(1).unflatten(0, stream.shape[:2])
             for name, stream in (("image", image), ("text", text))
         )
         image_out = calls("to_out.0", image_out)
@@ -309,9 +323,11 @@ class PatchedAttention:
 
         Args:
             q, k, v: Queries, keys and values, `[N, H, D]` each.
-            plan: Plan of the queries and keys, an `AttentionPlan` or a `PreparedPlan`.
+            plan: Plan of the queries and keys, an `AttentionPlan`, `PreparedPlan` or `TracedPlan`.
         """
         # Chosen once, here, so that the report counts the implementation that the operator uses.
+        if isinstance(plan, TracedPlan):
+            return plan.attend(q, k, v), (plan.impl, "inside torch.compile")
         if isinstance(plan, PreparedPlan):
             choice = plan.impl, "a compiled block that ran uncompiled"
         elif self.eight_bit:
@@ -483,18 +499,22 @@ class PatchedBlock(PatchedMethod):
             joint_attention_kwargs,
             modulate_index,
         )
+        return self._start(*arguments)
+
+    def _start(self, *arguments: Any) -> Any:
+        """Run a call, whose arguments are those of the original."""
         if torch.compiler.is_compiling():
             return self._trace(*arguments)
         return outside_compiler()(self._run, *arguments)
 
-    def _trace(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def _trace(self, *arguments: Any) -> Any:
         """Run the block as torch.compile traces it: the fused operators, or the original, in the graph."""
         image = arguments[0]
-        reason = _untraceable(self.state) or self.call_refusal(*arguments)
+        reason = untraceable(self.state) or self.call_refusal(*arguments)
         reason = reason or self.traced_refusal()
         calls = Calls(self.block, self.state, inputs=False)
         if reason is None:
-            fused = self._fused(calls, self.state.impl or ops.choose(None, image), *arguments)
+            fused = self._fused(calls, ops.choose(self.state.impl, image), *arguments)
             if not isinstance(fused, str):
                 self.record_trace(None)
                 return fused
@@ -532,7 +552,7 @@ class PatchedBlock(PatchedMethod):
 
     def refusal(self, image: Tensor, *others: Any) -> str | None:
         """Return the reason why this call must run the original, or None."""
-        return self.call_refusal(image, *others) or self.traced_refusal()
+        return self.call_refusal(image, *others) or self._code_refusal()
 
     def call_refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
         """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
@@ -551,7 +571,11 @@ class PatchedBlock(PatchedMethod):
         return None
 
     def traced_refusal(self) -> str | None:
-        """Return the reason why the code of this place needs the original, or None; see `PatchedAttention`."""
+        """Return `_code_refusal`; torch.compile does not trace it, but runs it once for each trace."""
+        return self._code_refusal()
+
+    def _code_refusal(self) -> str | None:
+        """Return the reason why the code of this place needs the original, or None."""
         block = self.block
         if self._methods() != self.methods:
             return f"forward or _modulate of {type(block).__name__} was replaced"

@@ -48,7 +48,7 @@ from uniref_fast.visibility import Rule, block_causal, plan, target_plan
 
 __all__ = ["PATCH"]
 
-_UNTRACED = "torch.compile: the fused places of this model are not traced"
+_UNTRACED = "attention inside torch.compile, which cannot plan from the segments of a call"
 
 Segments = tuple[tuple[int, int, bool], ...]
 """(start, end, whether it is text) of each part of the sequence before the target."""
@@ -247,10 +247,7 @@ class PatchedBlock21(PatchedBlock):
             hidden_states, modulation, rotary_emb, attention_mask, target_token_mask, layer_cache, kv_cache_mode,
             cache_write_slice, segments, key_valid,
         )  # fmt: skip
-        if torch.compiler.is_compiling():
-            self.record_trace(_UNTRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
+        return self._start(*arguments)
 
     def call_refusal(self, x: Tensor, *others: Any) -> str | None:  # type: ignore[override]
         modulation, _, _, mask = others[:4]
@@ -267,7 +264,7 @@ class PatchedBlock21(PatchedBlock):
             return "target_token_mask is not a boolean tensor with one value per token"
         return None
 
-    def traced_refusal(self) -> str | None:
+    def _code_refusal(self) -> str | None:
         block = self.block
         if self._methods() != self.methods:
             return f"forward or _modulate of {type(block).__name__} was replaced"
@@ -309,7 +306,10 @@ class PatchedBlock21(PatchedBlock):
     def _rows_of(self, mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Return the row of the modulation table for every token, int32 `[B * N]`; the last row is that of t = 0."""
         if mask is None:
-            return batch_rows(batch, length, device)
+            return self.state.modulation_rows(None, batch, length, device)
+        if torch.compiler.is_compiling():
+            rows = self.state.modulation_rows(None, batch, length, device).view(batch, length)
+            return torch.where(mask, rows, batch).to(torch.int32).reshape(-1)
         saved = self.state.calls.rows
         if saved and saved[0] is mask and saved[1] == batch:
             return saved[2]

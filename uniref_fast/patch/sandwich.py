@@ -119,7 +119,7 @@ class SandwichAttention(StreamsAttention):
     ) -> Tensor:
         return self._call(attn, (hidden_states,), encoder_hidden_states, attention_mask, freqs_cis)
 
-    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+    def _call_reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
         (x,), (text, mask, freqs) = streams, others
         if text is not None or freqs is None:
             return "called for another sequence, or without rotary embedding"
@@ -137,7 +137,10 @@ class SandwichAttention(StreamsAttention):
             return "the rotary embedding does not have one complex value per token and pair of channels"
         if mask is not None and not (is_plain(mask) and mask.dtype == torch.bool and mask.shape == (batch, length)):
             return "the mask of keys is not a boolean tensor with one value per key"
-        return self.model.attention_change() or changed_qk_norm(self.attn, x.dtype, x.device)
+        return None
+
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        return self.model.attention_change() or changed_qk_norm(self.attn, dtype, device)
 
     def _computed(
         self, calls: Calls, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]
@@ -254,7 +257,7 @@ class SandwichBlock(PatchedBlock):
                 return reason
         return None
 
-    def traced_refusal(self) -> str | None:
+    def _code_refusal(self) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} or select_per_token was replaced"
         return None

@@ -1,6 +1,7 @@
-"""Patched attention of models whose blocks torch.compile traces as they are in diffusers.
+"""Patched attention of models with streams of other kinds than those of Qwen-Image-Edit.
 
-A family derives its processors from `StreamsAttention`, and says which calls it accelerates and how.
+A family derives its processors from `StreamsAttention`, and says which calls it accelerates and how. torch.compile
+traces the same code, with tables that are computed from sizes (`uniref_fast.patch.traced`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uniref_fast.patch.processors import PatchedAttention, checkable, outside_compiler
+from uniref_fast.patch.processors import PatchedAttention, checkable, outside_compiler, untraceable
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["TRACED", "StreamsAttention", "plan_of_valid"]
+__all__ = ["MASKED", "TRACED", "StreamsAttention", "plan_of_valid"]
 
 TRACED = "torch.compile traces the code of diffusers"
+
+MASKED = "an attention mask inside torch.compile, which cannot plan from its values"
 
 Choice = tuple[str, str]
 """Implementation of attention, and the reason of the choice."""
@@ -61,17 +64,40 @@ class StreamsAttention(PatchedAttention):
             kv: Its keyword arguments.
         """
         if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self._pass_on()(attn, *self._arguments(streams, others), **kv)
+            return self._trace_streams(attn, streams, others, kv)
         result = outside_compiler()(self._attend, attn, streams, others, kv)
         return result if len(result) > 1 else result[0]
+
+    def _trace_streams(self, attn: Any, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]) -> Any:
+        """Run a call as torch.compile traces it: the fused operators, or the original, in the graph."""
+        reason = untraceable(self.state) or self._untraced(others, kv) or self._call_reason(attn, streams, *others)
+        reason = reason or self.traced_refusal(str(streams[0].dtype), str(streams[0].device))
+        if reason is None:
+            fused = self._computed(Calls(attn, self.state, inputs=False), streams, others, kv)
+            if not isinstance(fused, str):
+                self.record_trace(None)
+                return fused[0] if len(fused[0]) > 1 else fused[0][0]
+            reason = fused
+        self.record_trace(reason)
+        return self._pass_on()(attn, *self._arguments(streams, others), **kv)
+
+    def _untraced(self, others: tuple, kv: dict[str, Any]) -> str | None:
+        """Return the reason why torch.compile traces the original for these arguments, or None.
+
+        Args:
+            others: Positional arguments of the original after its streams.
+            kv: Its keyword arguments.
+        """
+        return TRACED
 
     def _attend(self, attn: Any, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]) -> tuple[Tensor, ...]:
         def original(instead: Any = attn) -> tuple[Tensor, ...]:
             result = self._pass_on()(instead, *self._arguments(streams, others), **kv)
             return result if isinstance(result, tuple) else (result,)
 
-        if reason := self._reason(attn, streams, *others):
+        if reason := self._call_reason(attn, streams, *others) or self._code_refusal(
+            streams[0].dtype, streams[0].device
+        ):
             return self._refuse(reason, original)
         comparable = checkable(self.site, streams[0])
         calls = Calls(attn, self.state, inputs=comparable)
@@ -91,8 +117,12 @@ class StreamsAttention(PatchedAttention):
         """Return the positional arguments of the original after the attention module."""
         return *streams, *others
 
-    def _reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
-        """Return the reason why a call must run the original, or None."""
+    def _call_reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
+        """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
+        raise NotImplementedError
+
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return the reason why the code of this place needs the original, or None."""
         raise NotImplementedError
 
     def _computed(

@@ -1,4 +1,4 @@
-"""Joint attention of a block as torch.compile traces it: all tables are computed from sizes, inside the graph.
+"""Joint attention of patched blocks as torch.compile traces it: all tables are computed from sizes, inside the graph.
 
 An uncompiled call reads its tables from a layout that is kept on the host. A graph cannot, and one that did would be
 compiled again for every layout. Here the samples of a batch have equal lengths and no padding, and each token sees its
@@ -13,81 +13,84 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from uniref_fast.models.eight_bit import attend
-from uniref_fast.models.qwen_image import joint_qkv, project_image, qk_norm_eps, qk_norm_weights, stream_rows
+from uniref_fast import ops
+from uniref_fast.models.compiled_block import TracedLayout
 from uniref_fast.ops.segment_attention import launch_numbers
 
-__all__ = ["traced_attention", "traced_attention_with_references"]
+__all__ = ["TracedPlan", "TracedStreams"]
 
 Tables = list[Tensor]
 
 
-def traced_attention(
-    attn: Any, image: Tensor, text: Tensor, rotary: tuple[Tensor, Tensor], impl: str, forced: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the attention of both streams, output projections included.
+class TracedPlan:
+    """A plan in which each query sees all keys of its sample.
 
     Args:
-        attn: The diffusers `Attention`.
-        image: Image stream, `[B, N_image, C]`.
-        text: Text stream, `[B, N_text, C]`.
-        rotary: Complex rotary tables of image and text, `[N_image, D / 2]` and `[N_text, D / 2]`.
+        batch: Number of samples.
         impl: "native" or "triton".
         forced: Use that implementation for attention as well. Without it, a GPU runs PyTorch's fused attention, which
             is fastest for one sample and needs no tables.
     """
-    batch, text_length, length = text.shape[0], text.shape[1], text.shape[1] + image.shape[1]
-    head_dim = attn.inner_dim // attn.heads
 
-    def heads(linear: Any, x: Tensor) -> Tensor:
-        return linear(x).flatten(0, 1).unflatten(-1, (-1, head_dim))  # [B * n, H, D]
+    def __init__(self, batch: int, impl: str, forced: bool) -> None:
+        self.batch, self.impl, self.forced = batch, impl, forced
 
-    image_qkv = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
-    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
-    rows = torch.arange(batch * length, dtype=torch.int32, device=image.device).view(batch, length)
-    turns = torch.cat([torch.view_as_real(freqs) for freqs in (rotary[1], rotary[0])]).repeat(batch, 1, 1)
-    q, k, v = torch.ops.uniref_fast.qk_norm_rope(
-        *text_qkv, *image_qkv, *qk_norm_weights(attn, "text"), *qk_norm_weights(attn, "image"),
-        turns[..., 0].contiguous(), turns[..., 1].contiguous(),
-        rows[:, :text_length].reshape(-1), rows[:, text_length:].reshape(-1), qk_norm_eps(attn), True, impl,
-    )  # fmt: skip
-    if impl == "triton" and not forced:
-        out = _fused_by_pytorch(q, k, v, batch)
-    else:
-        out = _within_samples(q, k, v, batch, impl)
-    out = out.view(batch, length, -1)
-    return project_image(attn, out[:, text_length:].contiguous()), attn.to_add_out(out[:, :text_length].contiguous())
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of `q`, `[B * N, H, D]`."""
+        if self.impl == "triton" and not self.forced:
+            return _fused_by_pytorch(q, k, v, self.batch)
+        return _within_samples(q, k, v, self.batch, self.impl)
 
 
-def traced_attention_with_references(
-    attn: Any, image: Tensor, text: Tensor, context: Any, by_pytorch: bool
-) -> tuple[Tensor, Tensor]:
-    """Return the attention of both streams in a step with kept references, output projections included.
+class TracedStreams(TracedLayout):
+    """A `ForwardContext` of one call inside a graph, which is its own layout.
 
     Args:
-        attn: The diffusers `Attention`.
-        image: Image stream, `[B, N_image, C]`, without the references that are kept.
-        text: Text stream, `[B, N_text, C]`.
-        context: `TracedContext` of the step, with buffers of keys and values.
-        by_pytorch: A GPU may run PyTorch's fused attention, because each query sees all keys of its sample.
+        batch: Number of samples.
+        text: Text tokens of each sample; 0 for a stream of all tokens.
+        image: Image tokens of each sample, or all tokens.
+        rotary: Tables cos and sin of all tokens of a sample, text first, or of all samples, float32 `[N, D / 2]` each.
+        impl: Implementation that the patch forces on every op, or None.
+        like: Tensor `[..., D]` with the device, dtype and head dimension of the queries.
+        rounding: Rounding of QK norm and rotary embedding, see `ops.qk_norm_rope`.
     """
-    head_dim = attn.inner_dim // attn.heads
 
-    def heads(linear: Any, x: Tensor) -> Tensor:
-        return linear(x).flatten(0, 1).unflatten(-1, (-1, head_dim))  # [B * n, H, D]
+    references = None
 
-    image_qkv = heads(attn.to_q, image), heads(attn.to_k, image), heads(attn.to_v, image)
-    text_qkv = heads(attn.add_q_proj, text), heads(attn.add_k_proj, text), heads(attn.add_v_proj, text)
-    q, k, v = joint_qkv(attn, image_qkv, text_qkv, context)
-    if context.impl == "triton" and by_pytorch:
-        out = _fused_by_pytorch(q, k, v, image.shape[0])
-    else:
-        out = attend(q, k, v, context.plan, context.impl, context.for_training, "")
-    image_out, text_out = (
-        stream_rows(out, context, name).flatten(1).view(stream.shape[0], stream.shape[1], -1)
-        for name, stream in (("image", image), ("text", text))
-    )
-    return project_image(attn, image_out), attn.to_add_out(text_out)
+    def __init__(
+        self,
+        batch: int,
+        text: int,
+        image: int,
+        rotary: tuple[Tensor, Tensor],
+        impl: str | None,
+        like: Tensor,
+        rounding: ops.Rounding = "eager",
+    ) -> None:
+        self.batch, self.text = batch, text
+        self.text_length, self.image_length, self.joint_length = batch * text, batch * image, batch * (text + image)
+        self.impl, self.rounding = impl or ops.choose(None, like, like.shape[-1]), rounding
+        self.plan = TracedPlan(batch, self.impl, impl is not None)
+        tables = (table if len(table) == self.joint_length else table.repeat(batch, 1) for table in rotary)
+        cos, sin = (table.contiguous() for table in tables)
+        self.rotary = cos, sin
+        self.all_rows = torch.arange(self.joint_length, dtype=torch.int32, device=like.device).view(batch, text + image)
+
+    @property
+    def layout(self) -> TracedStreams:
+        """The context, which has the methods of a layout that attention calls."""
+        return self
+
+    def joint_index(self, stream: str, device: Any = None) -> Tensor:
+        """Return the joint row of every row of a stream, int32 `[N_stream]`."""
+        return self.all_rows.reshape(-1) if stream == "joint" else self._part(self.all_rows, stream).reshape(-1)
+
+    def rows(self, joint: Tensor, stream: str) -> Tensor:
+        """Return the rows of a stream out of values in joint order, `[N_stream, ...]`."""
+        return self._part(joint.unflatten(0, (self.batch, -1)), stream).flatten(0, 1)
+
+    def _part(self, x: Tensor, stream: str) -> Tensor:
+        return x[:, : self.text] if stream == "text" else x[:, self.text :]
 
 
 def _fused_by_pytorch(q: Tensor, k: Tensor, v: Tensor, batch: int) -> Tensor:
