@@ -19,8 +19,7 @@ import transformers
 from transformers import AddedToken
 
 from uniref_fast.builtin.components import ASSETS
-from uniref_fast.random_models.flux2 import CHAT_OF_PARTS
-from uniref_fast.random_models.qwen_image_21 import TEMPLATE
+from uniref_fast.random_models import flux2, parts
 
 INTERNAL = "hf-internal-testing"
 QWEN_SPECIAL = [  # with the ids of Qwen2-VL, 151643 and up, which the configurations in the tests name
@@ -101,7 +100,7 @@ def qwen_tokenizer():
     )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL], True)
     assert tokenizer.convert_tokens_to_ids("<|image_pad|>") == QWEN_IDS["image_token_id"]
-    tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = parts.CHAT_OF_PARTS
     return tokenizer
 
 
@@ -111,7 +110,7 @@ def qwen_processor(kind, patch_size):
     videos = getattr(transformers, f"{kind}VideoProcessor")(patch_size=patch_size, merge_size=2, temporal_patch_size=2)
     return getattr(transformers, f"{kind}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(**sizes), tokenizer=qwen_tokenizer(),
-        video_processor=videos, chat_template=TEMPLATE,
+        video_processor=videos, chat_template=parts.CHAT_OF_PARTS,
     )  # fmt: skip
 
 
@@ -150,7 +149,7 @@ def mistral():
     tokenizer = transformers.Qwen2Tokenizer(vocabulary, merges, model_max_length=4096)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
     processor = transformers.PixtralProcessor(
-        transformers.PixtralImageProcessor(), tokenizer, patch_size=14, chat_template=CHAT_OF_PARTS
+        transformers.PixtralImageProcessor(), tokenizer, patch_size=14, chat_template=flux2.CHAT_OF_PARTS
     )
     text = transformers.MistralConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=37, num_hidden_layers=1, num_attention_heads=4,

@@ -23,7 +23,9 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import small_checkpoints
 import torch
+import transformers
 
 from uniref_fast.models.family import families
 
@@ -185,6 +187,15 @@ def test_the_table_of_the_documentation():
     results = json.loads(RESULTS.read_text())
     assert table(results) in (ROOT / "docs/patching.md").read_text(), "write `table` of the results into the page"
     assert all(row["changed"] == 0 and row["accelerated_calls"] for row in results["parts"].values())
+
+
+def test_a_stand_in_is_found_without_the_hub(tmp_path):
+    name = "peft-internal-testing/tiny-clip-text-2"
+    folder = small_checkpoints.place(tmp_path, name)
+    for part in small_checkpoints.CHECKPOINTS[name]():
+        part.save_pretrained(folder)
+    found = transformers.CLIPTextModel.from_pretrained(name, cache_dir=tmp_path, local_files_only=True)
+    assert found.config.hidden_size == 32
 
 
 @pytest.mark.slow

@@ -111,8 +111,9 @@ def test_features_of_diffusers(kind, feature, patch_first):
         report = uniref_fast.patch(model)
     for step in range(2):
         assert max_relative_error(run(model, kind, step=step), run(stock, kind, step=step)) < ROUNDING
-    if feature == "offload":  # the weights of the QK norms come with a call only
+    if feature == "offload":  # the weights of norms come with a call only; all norms of these two models have weights
         assert report.fallbacks and all("hooks of diffusers" in reason for reason in report.fallbacks)
+        assert bool(report.calls.total()) == (kind not in ("z-image", "fibo-2"))
     else:
         assert report.calls.total() > report.calls["kept"] and not report.fallbacks
     if feature == "lora":
@@ -143,6 +144,7 @@ def test_a_first_block_cache_works_as_much_as_in_diffusers(kind, patch_first):
     if isinstance(expected, Exception):
         same = type(actual) is type(expected) and str(actual)[:40] == str(expected)[:40]
         assert same or all("'hidden_states'" in str(error) for error in found), "an argument that these blocks lack"
+        # diffusers raises ValueError the first time that it looks for it in a process, and KeyError later
     else:
         assert all(max_relative_error(one, other) < ROUNDING for one, other in zip(actual, expected, strict=True))
 
