@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from patching import run
 from torch import nn
 from torch.nn.utils import parametrize
@@ -77,6 +78,34 @@ def test_other_inputs_and_weights_call_the_module(linear, kind):
     assert not runs_onednn(linear, x, impl)
 
 
+def parameter(tensor):
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    "name, tensor",
+    [
+        ("weight", lambda weight: weight.mT),
+        ("weight", lambda weight: weight.to_sparse_csr()),
+        ("weight", lambda weight: torch.empty(0)),  # sharded weights are gathered by hooks
+        ("bias", lambda bias: bias[:1].expand(WIDTH)),
+        ("bias", lambda bias: bias.repeat(2)[::2]),
+        ("bias", lambda bias: bias[:1]),
+        ("bias", lambda bias: bias[None]),
+    ],
+)
+def test_weights_in_other_memory_call_the_module(linear, name, tensor):
+    setattr(linear, name, parameter(tensor(getattr(linear, name).data)))
+    assert not runs_onednn(linear, rows(), None)
+
+
+def test_a_bias_that_is_no_parameter_calls_the_module(linear):
+    del linear.bias
+    linear.register_buffer("bias", torch.zeros(WIDTH, dtype=torch.bfloat16))
+    assert not runs_onednn(linear, rows(), None)
+
+
 @pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward", "global hook", "class", "parametrised", "compiled"])
 def test_hooks_and_own_forwards_call_the_module(linear, kind):
     handle = None
@@ -94,9 +123,11 @@ def test_hooks_and_own_forwards_call_the_module(linear, kind):
         parametrize.register_parametrization(linear, "weight", nn.Identity())
     else:
         linear._compiled_call_impl = linear._call_impl
-    assert not runs_onednn(linear, rows(), None)
-    if handle is not None:
-        handle.remove()
+    try:
+        assert not runs_onednn(linear, rows(), None)
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @pytest.mark.parametrize("owner, name", [(nn.Linear, "forward"), (nn.Module, "__call__"), (F, "linear")])
@@ -195,18 +226,18 @@ def test_adapters_and_hooks_of_one_linear_stay(make_transformer, calls):
 # ---- feed-forwards of other families ----
 
 
-class Gated(nn.Module):
-    """A feed-forward with an activation between its Linears."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear_in, self.act, self.linear_out = nn.Linear(8, 12), nn.SiLU(), nn.Linear(12, 8)
-
-    def activated(self, x):
-        return self.act(x) * 2
+class Doubled(Flux2FeedForward):
+    """A feed-forward of a user, whose forward needs the module itself."""
 
     def forward(self, x):
-        return self.linear_out(self.activated(self.linear_in(x)))
+        return 2 * super().forward(x)
+
+
+class Called(Flux2FeedForward):
+    """A feed-forward of a user whose call does more than its forward."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x)
 
 
 def hooked(module):
@@ -217,19 +248,27 @@ def replaced(module):
     module.forward = lambda x: x
 
 
+def sequence(dim):
+    return nn.Sequential(nn.Linear(dim, 12), nn.SiLU(), nn.Linear(12, dim))
+
+
 @pytest.mark.parametrize("faster", [True, False])
-@pytest.mark.parametrize("change", [None, hooked, replaced])
-def test_linears_of_a_feed_forward_are_called_one_by_one(monkeypatch, change, faster):
-    """Only where oneDNN is faster, and if no hook and no replaced code of the feed-forward would be passed over."""
+@pytest.mark.parametrize(
+    "kind, change",
+    [(Flux2FeedForward, None), (Flux2FeedForward, hooked), (Flux2FeedForward, replaced), (Doubled, None),
+     (Called, None), (sequence, None)],
+)  # fmt: skip
+def test_linears_of_a_feed_forward_are_called_one_by_one(monkeypatch, kind, change, faster):
+    """Only where oneDNN is faster, for classes of diffusers, and if no hook or replaced code would be passed over."""
     monkeypatch.setattr(replay, "onednn_is_faster", lambda: faster)
-    parent = nn.ModuleDict({"ff": Gated()})
+    parent = nn.ModuleDict({"ff": kind(8)})
     if change is not None:
         change(parent["ff"])
     x = torch.randn(5, 8)
     recorder = replay.Calls(parent, SimpleNamespace(impl="reference"), inputs=True)
     expected = parent["ff"](x)
     assert torch.equal(recorder.by_parts("ff", x), expected)
-    whole = change is not None or not faster
+    whole = change is not None or kind is not Flux2FeedForward or not faster
     assert set(recorder.made) == ({"ff"} if whole else {"ff.linear_in", "ff.linear_out"})
     stand_in = replay.StandIn(recorder)
     assert torch.equal(stand_in.ff(x), expected) and stand_in.max_rel_error == 0

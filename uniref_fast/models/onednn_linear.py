@@ -45,14 +45,13 @@ def runs_onednn(linear: Any, x: Any, impl: str | None) -> bool:
         return False
     own = vars(linear)["_parameters"]  # quicker than attributes of a module
     weight, bias = own.get("weight"), own.get("bias")
-    if not _is_plain(weight) or (bias is not None and not _is_plain(bias)):
+    if not _is_plain(weight) or weight.ndim != 2 or "bias" not in own:
         return False
     outputs, inputs = weight.shape
-    if (
-        x.numel() * outputs < FEWEST_PRODUCTS
-        or x.shape[-1] != inputs
-        or not (x.is_contiguous() and weight.is_contiguous())
-    ):
+    if x.numel() * outputs < FEWEST_PRODUCTS or x.shape[-1] != inputs or not x.is_contiguous():
+        return False
+    # oneDNN reads the bias as one value after the other, without a check
+    if bias is not None and not (_is_plain(bias) and bias.shape == (outputs,)):
         return False
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias)):
         return False
@@ -88,7 +87,13 @@ def _vendor_and_family() -> tuple[str, int]:
 
 
 def _is_plain(weight: Any) -> bool:
-    return type(weight) in _PLAIN and weight.dtype is torch.float32 and weight.is_cpu
+    return (
+        type(weight) in _PLAIN
+        and weight.dtype is torch.float32
+        and weight.is_cpu
+        and weight.layout is torch.strided
+        and weight.is_contiguous()
+    )
 
 
 def _is_forbidden() -> bool:

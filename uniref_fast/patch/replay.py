@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.models.module_hooks import has_global_hooks, runs_class_forward
+from uniref_fast.models.module_hooks import code_module, has_global_hooks, runs_class_forward
 from uniref_fast.models.onednn_linear import onednn_is_faster, onednn_linear, runs_onednn
 
 if TYPE_CHECKING:
@@ -69,12 +69,14 @@ class Calls:
     def by_parts(self, name: str, x: Tensor) -> Any:
         """Call the child with this name, such as a feed-forward, and its Linears through this recorder if that helps.
 
-        The code of the child's class runs in both cases.
+        The code of the child's class runs in both cases. Only code of diffusers runs on `_Parts` of the module: other
+        code may need the module itself, for example to call `super().forward`.
         """
         child: Any = self.child(name)
         if (
             torch.compiler.is_compiling() or not onednn_is_faster() or not isinstance(x, Tensor)
             or x.dtype is not torch.float32 or not x.is_cpu or has_global_hooks() or not runs_class_forward(child)
+            or not _is_from_diffusers(type(child))
         ):  # fmt: skip
             return self(name, x)
         return type(child).forward(_Parts(self, child, f"{name}."), x)
@@ -95,6 +97,12 @@ class Calls:
         """Free the results if no self-check needs them."""
         if not self.inputs:
             self.made.clear()
+
+
+def _is_from_diffusers(kind: Any) -> bool:
+    """Return True if a call of a module of this class runs a forward that diffusers defines, and nothing else."""
+    called = code_module(kind.__call__) == nn.Module.__module__
+    return called and code_module(kind.forward).startswith("diffusers.")
 
 
 class _Parts:
