@@ -14,7 +14,7 @@ import torch
 
 import uniref_fast
 from uniref_fast.family_demo import demo_requests, stock_edit
-from uniref_fast.models.family import families
+from uniref_fast.models.families import families
 from uniref_fast.testing import max_relative_error
 
 STEPS = 2

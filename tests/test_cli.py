@@ -126,7 +126,7 @@ def test_results_with_transparency_are_saved_in_every_format(tmp_path, ending, m
 
 def test_the_family_decides_about_transparency(tmp_path, monkeypatch, capsys):
     """The command and the server pass transparency on, and Qwen-Image-Edit gets pictures over white."""
-    from uniref_fast.models.family import families
+    from uniref_fast.models.families import families
     from uniref_fast.serve.pictures import decode
 
     Image.new("RGBA", (64, 64), (255, 0, 0, 0)).save(tmp_path / "clear.png")

@@ -24,7 +24,8 @@ from uniref_fast.family_table import facts, markdown, report
 from uniref_fast.layout import REFERENCE_PLACE, Sample
 from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.model_kind import _instead
-from uniref_fast.models.family import CAPABILITIES, families, family_of, find_transformer
+from uniref_fast.models.families import families, family_of, find_transformer
+from uniref_fast.models.family import CAPABILITIES
 from uniref_fast.models.kept_references import dependence
 from uniref_fast.patch.families import _PATCHES
 from uniref_fast.quantisation import outside

@@ -13,7 +13,7 @@ import uniref_fast
 from uniref_fast import family_demo
 from uniref_fast.cli import main
 from uniref_fast.family_demo import demo_requests, run_family_demo, stock_edit
-from uniref_fast.models.family import families, family_of
+from uniref_fast.models.families import families, family_of
 from uniref_fast.request import validated_one
 from uniref_fast.testing import max_relative_error
 

@@ -193,7 +193,7 @@ def _load(pipe: Any, adapter: Adapter, name: str) -> int:
     """Add an adapter of any known format to a pipeline, and return the number of its tensors."""
     from uniref_fast.lora.file import read_lora, to_format
     from uniref_fast.lora.names import FORMATS
-    from uniref_fast.models.family import families, family_of
+    from uniref_fast.models.families import families, family_of
 
     folder, options = str(adapter.file.parent), {"weight_name": adapter.file.name, "use_safetensors": True}
     family = family_of(pipe)

@@ -18,7 +18,8 @@ import torch
 
 from uniref_fast.layout import SelfLayout
 from uniref_fast.meta_device import FusedAttention, LivingTensors
-from uniref_fast.models.family import Family, families, family_of
+from uniref_fast.models.families import families, family_of
+from uniref_fast.models.family import Family
 from uniref_fast.quantised import compute_dtype, largest_cast, planned_bytes, stored_tensors
 from uniref_fast.request import Geometry
 from uniref_fast.visibility import Rule

@@ -20,7 +20,7 @@ from uniref_fast.edit_loop import Edit, EditLoop
 from uniref_fast.edit_report import EditReport
 from uniref_fast.edit_session import CheckedRequest, EditSession, check_output_type, warn_of_guidance
 from uniref_fast.fast import quantised_before
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.models.kept_references import (
     KeepDtype,
 )

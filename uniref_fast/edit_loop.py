@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.models.kept_references import KeptReferences
 from uniref_fast.models.pack_adapters import PackAdapters
 from uniref_fast.models.packed import PackedModel

@@ -16,7 +16,8 @@ from uniref_fast.edit_loop import Edit, encoded_edit
 from uniref_fast.fast import EightBitParts, check_mode, check_supported, eight_bit, eight_bit_parts
 from uniref_fast.guidance import is_guided
 from uniref_fast.model_kind import check_pipeline
-from uniref_fast.models.family import Family, family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
+from uniref_fast.models.family import Family
 from uniref_fast.models.kept_references import (
     KeepDtype,
     KeptReferences,

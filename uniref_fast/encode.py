@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from uniref_fast.models.family import Text, family_of
+from uniref_fast.models.families import family_of
+from uniref_fast.models.family import Text
 from uniref_fast.request import EditRequest, Geometry
 
 __all__ = [

@@ -19,7 +19,7 @@ from uniref_fast.fast import check_mode, eight_bit_parts, saved_bytes
 from uniref_fast.gpu_memory import fits_text, size_text
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.model_kind import check_pipeline
-from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
 from uniref_fast.models.image_sizes import ImageOfSize
 from uniref_fast.models.kept_references import (
     KeepDtype,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from uniref_fast.demo import GUIDANCE, MAX_REL_ERROR_FLOAT32, heldout_scenes
 from uniref_fast.edit import edit
-from uniref_fast.models.family import Family, families
+from uniref_fast.models.families import families
+from uniref_fast.models.family import Family
 from uniref_fast.patch import patch
 from uniref_fast.request import EditRequest, validated_one
 from uniref_fast.sheets import contact_sheet, difference

@@ -5,7 +5,8 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from uniref_fast.models.family import CAPABILITIES, Family, families
+from uniref_fast.models.families import families
+from uniref_fast.models.family import CAPABILITIES, Family
 
 __all__ = ["facts", "markdown", "report"]
 

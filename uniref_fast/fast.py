@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.ops._dispatch import one_of
 from uniref_fast.ops.fp8 import FP8_CAPABILITY
 from uniref_fast.quantised import stored_format

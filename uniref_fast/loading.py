@@ -162,7 +162,7 @@ def offload(pipe: Any, how: str, device: Any) -> None:
     import torch
     from diffusers.hooks import apply_group_offloading
 
-    from uniref_fast.models.family import family_of
+    from uniref_fast.models.families import family_of
 
     device = torch.device(device)
     if how == "model":
@@ -323,7 +323,7 @@ def load_transformer(pipe: Any, folder: Path, dtype: Any, *, given: str, model: 
 
     It is quantised in the same way as the transformer that it replaces.
     """
-    from uniref_fast.models.family import family_of
+    from uniref_fast.models.families import family_of
 
     kind, device = type(pipe.transformer), pipe.transformer.device
     quantised = getattr(pipe.transformer.config, "quantization_config", None)

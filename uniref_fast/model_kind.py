@@ -57,7 +57,7 @@ def supported_family(given: str, index: Mapping[str, Any]) -> Family:
 
 def _family(index: Mapping[str, Any]) -> Family | None:
     """Return the family of the pipeline of a `model_index.json`, or None if it has none."""
-    from uniref_fast.models.family import family_of_class
+    from uniref_fast.models.families import family_of_class
 
     kind = str(index.get("_class_name"))
     return family_of_class("QwenImageEditPlusPipeline" if kind == BUILTIN else kind)
@@ -119,7 +119,7 @@ def check_transformer(given: str, config: Mapping[str, Any], family: Family | No
     Raises:
         ValueError: If it has another class, or options that are not supported.
     """
-    from uniref_fast.models.family import families
+    from uniref_fast.models.families import families
 
     family = family or families()[0]
     found = config.get("_class_name", family.transformer)
@@ -158,7 +158,7 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
         TypeError: If it is of another class.
         ValueError: If its transformer has options that are not supported, or its parts belong to different models.
     """
-    from uniref_fast.models.family import families, find_transformer
+    from uniref_fast.models.families import families, find_transformer
 
     kind = type(pipe).__name__
     family = next((each for each in families() if each.has_pipeline(pipe)), None)
@@ -175,7 +175,7 @@ def check_pipeline(pipe: Any, given: str | None = None) -> None:
 
 
 def _message(given: str, kind: str, pipe: Any = None) -> str:
-    from uniref_fast.models.family import families, family_of, family_of_class
+    from uniref_fast.models.families import families, family_of, family_of_class
 
     family = family_of_class(kind)
     what = patch = ""
@@ -203,7 +203,7 @@ def _uses(family: Family) -> str:
 
 def _instead(family: Family | None) -> str:
     """Return the end of a message: which pipelines are supported."""
-    from uniref_fast.models.family import families
+    from uniref_fast.models.families import families
 
     family = family or families()[0]
     models = f"{', '.join(family.models)}, or another model" if family.models else "a model"

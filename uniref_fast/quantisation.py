@@ -58,7 +58,7 @@ def outside() -> list[str]:
 
     They are not quantised. No module of a block has one of these names.
     """
-    from uniref_fast.models.family import families
+    from uniref_fast.models.families import families
 
     return [*dict.fromkeys(name for family in families() for name in family.packed.ends)]
 

@@ -14,7 +14,8 @@ from PIL import Image
 from uniref_fast.budget import MAX_ASPECT_RATIO, MAX_SIDE, SIDE_MULTIPLE, fit_to_budget
 from uniref_fast.guidance import is_guided
 from uniref_fast.layout import Grid, Sample
-from uniref_fast.models.family import Family, Text, family_of
+from uniref_fast.models.families import family_of
+from uniref_fast.models.family import Family, Text
 from uniref_fast.step_callback import TENSOR_INPUTS
 
 __all__ = [

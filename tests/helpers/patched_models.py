@@ -8,7 +8,7 @@ import functools
 from collections import Counter
 
 import uniref_fast
-from uniref_fast.models.family import families
+from uniref_fast.models.families import families
 
 REPORTS = []
 

@@ -14,7 +14,7 @@ import uniref_fast
 from uniref_fast import EditRequest, edit, estimate
 from uniref_fast.adapters import Adapter, apply_adapters
 from uniref_fast.family_demo import stock_edit
-from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
 from uniref_fast.request import geometry, request_geometry
 from uniref_fast.testing import max_relative_error
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from uniref_fast import EditRequest, Engine, edit, engine, estimate
 from uniref_fast.edit_session import EditSession
-from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
 from uniref_fast.request import request_geometry
 from uniref_fast.schedule import shift_time
 from uniref_fast.testing import max_relative_error

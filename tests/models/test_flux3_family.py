@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from uniref_fast import EditRequest, edit, estimate
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.models.flux3_family import SIDE, _canvas, _fitted, _leaves
 from uniref_fast.models.image_sizes import at_most
 from uniref_fast.request import geometry

@@ -14,7 +14,7 @@ import uniref_fast
 from uniref_fast import EditRequest, Engine, edit, estimate
 from uniref_fast.encode import encoded_prompt
 from uniref_fast.models import joyimage_family
-from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
 from uniref_fast.random_models import joyimage as random_models
 from uniref_fast.request import geometry, request_geometry
 from uniref_fast.testing import max_relative_error

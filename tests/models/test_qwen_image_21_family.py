@@ -13,7 +13,7 @@ from qwen_image_21 import pipeline
 import uniref_fast
 from uniref_fast import EditRequest
 from uniref_fast.encode import encoded_prompt
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.models.qwen_image_21_family import _text_of
 from uniref_fast.request import geometry
 from uniref_fast.testing import max_relative_error

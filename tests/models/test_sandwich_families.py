@@ -13,7 +13,7 @@ from peft import LoraConfig
 from uniref_fast import EditRequest, edit, estimate, patch, unpatch
 from uniref_fast.evaluation.model import weights_digest
 from uniref_fast.loading import offload
-from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
 from uniref_fast.request import request_geometry
 from uniref_fast.testing import max_relative_error
 

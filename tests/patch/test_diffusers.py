@@ -27,7 +27,7 @@ import small_checkpoints
 import torch
 import transformers
 
-from uniref_fast.models.family import families
+from uniref_fast.models.families import families
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = os.environ.get("UNIREF_FAST_DIFFUSERS_TESTS")

@@ -10,7 +10,7 @@ import uniref_fast
 from uniref_fast import EditReport, EditRequest, fast
 from uniref_fast.family_demo import demo_requests, stock_edit
 from uniref_fast.models.eight_bit import feed_forward, first_linear
-from uniref_fast.models.family import families, family_of
+from uniref_fast.models.families import families, family_of
 from uniref_fast.quantised_linear import QuantisedActivation, QuantisedWeight, is_quantised
 
 FAST = {"mode": "fast", "impl": "reference"}

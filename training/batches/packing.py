@@ -82,7 +82,7 @@ class CostModel:
             family: Family of the transformer; None is Qwen-Image-Edit.
         """
         from uniref_fast.costs import transformer_flops  # it imports the models
-        from uniref_fast.models.family import families
+        from uniref_fast.models.families import families
 
         family = family or families()[0]
         guidance = family.training_guidance(config)

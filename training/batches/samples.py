@@ -19,7 +19,7 @@ from uniref_fast.encode import image_latents, prompt_embeddings, prompt_text, te
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.keyed_random import uniform
 from uniref_fast.layout import Sample
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.request import Geometry, geometry, target_size
 from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.core.encoders import EncoderError, Encoders

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.files import check_new_folder, whole_folder
-from uniref_fast.models.family import Family, families, family_of, family_of_class, unsupported_class
+from uniref_fast.models.families import families, family_of, family_of_class, unsupported_class
+from uniref_fast.models.family import Family
 from uniref_fast.runs import base_run
 from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.checkpoint import Checkpoints

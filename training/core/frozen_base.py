@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.quantised import stored_tensors
 from uniref_fast.training.core.base import Base
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from uniref_fast.files import whole_folder
 from uniref_fast.layout import Sample
 from uniref_fast.loading import inference_mode, load_pipeline, load_run, load_transformer
-from uniref_fast.models.family import Family, family_of
+from uniref_fast.models.families import family_of
+from uniref_fast.models.family import Family
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.progress import running
 from uniref_fast.runs import adapter_kind, base_run, check_export

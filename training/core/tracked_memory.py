@@ -18,7 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from uniref_fast.layout import Sample
 from uniref_fast.models import packed
-from uniref_fast.models.family import family_of, family_of_class
+from uniref_fast.models.families import family_of, family_of_class
 from uniref_fast.training.core.adapter import add_adapter
 from uniref_fast.training.core.distributed import Ranks, local, shard
 from uniref_fast.training.core.model_size import ModelSize

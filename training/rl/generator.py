@@ -14,7 +14,7 @@ from PIL import Image
 from uniref_fast.encode import decode_image, prompt_text, to_rgb
 from uniref_fast.guidance import texts_of
 from uniref_fast.layout import Sample
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.models.kept_references import RefreshSchedule, dependence
 from uniref_fast.progress import running
 from uniref_fast.rewards.types import Candidate, Failure, Scores

@@ -23,7 +23,8 @@ from torch import Tensor
 from uniref_fast.encode import text_length
 from uniref_fast.keyed_random import draw
 from uniref_fast.layout import Sample, SelfLayout
-from uniref_fast.models.family import Text, family_of
+from uniref_fast.models.families import family_of
+from uniref_fast.models.family import Text
 from uniref_fast.models.kept_references import KeptReferences
 from uniref_fast.models.packed import PackedModel
 from uniref_fast.training.batches.samples import Prepared

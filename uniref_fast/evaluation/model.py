@@ -14,7 +14,7 @@ from uniref_fast.builtin import components
 from uniref_fast.builtin.store import model_folder
 from uniref_fast.fingerprint import content_key, fingerprint
 from uniref_fast.loading import load_pipeline, load_run
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.progress import running
 from uniref_fast.runs import base_run, export_hint, read_field
 

@@ -16,7 +16,7 @@ from uniref_fast.data.dataset import Dataset, Row, RowError
 from uniref_fast.encode import prompt_embeddings, to_rgb
 from uniref_fast.guidance import negative_prompt_for
 from uniref_fast.keyed_random import draw
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.request import EditRequest, request_geometry, target_size, validated
 from uniref_fast.scenes.scene import crop_box
 

@@ -1,6 +1,6 @@
 """Packed models: the parameters of diffusers transformers, run over a `SelfLayout`."""
 
-from uniref_fast.models.family import find_transformer
+from uniref_fast.models.families import find_transformer
 from uniref_fast.models.fibo2 import PackedFibo2
 from uniref_fast.models.flux1 import PackedFibo, PackedFlux1, PackedLongCat
 from uniref_fast.models.flux2 import PackedFlux2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.quantised import compute_dtype
 from uniref_fast.request import Geometry
 

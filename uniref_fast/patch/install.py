@@ -18,7 +18,7 @@ from uniref_fast.fast import (
     restore,
 )
 from uniref_fast.layout import Sample
-from uniref_fast.models.family import family_of, find_transformer
+from uniref_fast.models.families import family_of, find_transformer
 from uniref_fast.models.kept_references import KeepDtype, RefreshSchedule, check_keep_dtype, dependence
 from uniref_fast.patch.families import Place, family_patch
 from uniref_fast.patch.kept import ReferenceKeeper

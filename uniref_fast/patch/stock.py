@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from uniref_fast.models.family import family_of
+from uniref_fast.models.families import family_of
 from uniref_fast.models.module_hooks import device_of_hooks, is_offloaded
 from uniref_fast.models.replaced import Replaced
 from uniref_fast.patch.families import family_patch

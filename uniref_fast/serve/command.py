@@ -163,7 +163,7 @@ def build_service(args: argparse.Namespace, key: str | None, address: str = "127
     from uniref_fast.evaluation.model import check_runs, on_device
     from uniref_fast.flags import parse_keep_references
     from uniref_fast.loading import defaults
-    from uniref_fast.models.family import family_of
+    from uniref_fast.models.families import family_of
     from uniref_fast.runs import run_folder
 
     keep = parse_keep_references(args.keep_references)
