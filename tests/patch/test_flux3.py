@@ -6,7 +6,7 @@ import flux3
 import forwards
 import pytest
 import torch
-from patching import ROUNDING
+from patching import ROUNDING, assert_compiled_blocks
 
 import uniref_fast
 from uniref_fast import EditRequest
@@ -53,25 +53,12 @@ def test_queries_and_keys_round_once(make_flux3, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_trace_the_code_of_diffusers(make_flux3):
-    """Each kind of block is compiled once for each kind of input, whatever the number of steps."""
-    from torch._dynamo.testing import CompileCounter
-
-    model = make_flux3()
-    expected = run(model)
-    report = uniref_fast.patch(model)
-    torch.compiler.reset()
-    counter = CompileCounter()
-    model.compile_repeated_blocks(fullgraph=True, backend=counter)
-    frames = []
-    for step in range(4):
-        out = run(model, step=step)
-        frames.append(counter.frame_count)
-        if step == 0:
-            assert max_relative_error(out, expected) < ROUNDING
-    assert frames[0] > 0 and frames == frames[:1] * 4
-    assert report.traced_originals and not report.traces
-    assert all("torch.compile traces" in reason for reason in report.traced_originals)
+def test_compiled_blocks_trace_the_fused_places(make_flux3):
+    """Two kinds of block with at most three graphs each, whatever the steps, the batch and the references."""
+    calls = [("one", 0), ("one", 1), ("two", 0), ("one without references", 0)]
+    calls = [{"variant": variant, "step": step} for variant, step in calls]
+    report = assert_compiled_blocks(make_flux3(), run, calls, graphs=6)
+    assert report.traces and not report.traced_originals
 
 
 def test_a_lora_file_loads_through_the_pipeline(make_flux3):

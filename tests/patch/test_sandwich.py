@@ -5,7 +5,7 @@ import pytest
 import torch
 import z_image
 from forwards import arguments, run
-from patching import ROUNDING
+from patching import ROUNDING, assert_compiled_blocks
 from torch import nn
 
 import uniref_fast
@@ -113,15 +113,37 @@ def test_calls_that_need_the_original(name, what, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_compiled_models_run_the_original(name):
-    torch._dynamo.reset()
-    model = MODELS[name]()
-    expected = run(model, name, "alike")
+def test_compiled_blocks_trace_the_fused_places(name):
+    """As many graphs as without the patch, whatever the steps; a mask of keys needs the original attention."""
+    calls = [{"variant": variant, "step": step} for variant, step in [("alike", 0), ("alike", 1), ("unlike", 0)]]
+    masked, graphs = (2, 6) if name == "z-image" else (0, 4)
+    report = assert_compiled_blocks(MODELS[name](), lambda model, **given: run(model, name, **given), calls, graphs)
+    assert report.traces and ["mask" in reason for reason in report.traced_originals] == [True] * (masked > 0)
+    assert report.traced_originals.total() == masked
+
+
+@pytest.mark.slow
+def test_changes_that_are_checked_when_the_compiler_traces():
+    model = z_image.transformer()
+    block, other = model.layers
+    block.ffn_norm2.register_forward_hook(lambda module, args, out: out * 2)
+    x, temb, freqs = (
+        torch.randn(2, 6, 256),
+        torch.randn(2, 256),
+        torch.polar(torch.ones(1, 6, 64), torch.randn(1, 6, 64)),
+    )
+    expected = [each(x, None, freqs, temb) for each in (block, other)]
     report = uniref_fast.patch(model)
-    model.compile_repeated_blocks(backend="eager")
-    assert max_relative_error(run(model, name, "alike"), expected) < ROUNDING
-    assert any("torch.compile" in reason for site in report.sites for reason in site.traced_originals), report
-    torch._dynamo.reset()
+    block.attention.processor._attention_backend = "_native_math"  # as set_attention_backend does
+    torch.compiler.reset()
+    model.compile_repeated_blocks(backend="eager", fullgraph=True)
+    for each, theirs in zip((block, other), expected, strict=True):
+        assert max_relative_error(each(x, None, freqs, temb), theirs) < ROUNDING
+    torch.compiler.reset()
+    assert {*report.traced_originals} == {
+        "a norm of a block has hooks", "attention backend '_native_math' was chosen with set_attention_backend",
+    }  # fmt: skip
+    assert report.traces == 2, "the other block has the fused operators"
 
 
 def test_refused_options_and_changes():

@@ -91,7 +91,7 @@ class _Block(PatchedBlock):
     def _methods(self) -> tuple[Any, ...]:
         return (type(self.block).forward,)
 
-    def _code_refusal(self) -> str | None:
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} was replaced"
         children, channels = self.block._modules, self.block.attn.query_dim

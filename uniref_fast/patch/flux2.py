@@ -202,7 +202,7 @@ class ModulatedBlock(PatchedBlock):
     def _methods(self) -> tuple[Any, ...]:
         return type(self.block).forward, _stock().Flux2Modulation.split
 
-    def _code_refusal(self) -> str | None:
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} or a function that it calls was replaced"
         for name in self.norms:

@@ -2,8 +2,8 @@
 
 Attention and feed-forward of a block share one input. The blocks of a mode run on the tokens of text, image or
 references alone, the others on all tokens. diffusers computes the modulation of every token, although all tokens of a
-sample and mode have the same time; the patched places compute one row for each sample. The places keep the code of
-diffusers under torch.compile, as those of FLUX.2 do.
+sample and mode have the same time; the patched places compute one row for each sample. torch.compile traces the
+modulation and the output norm as they are in diffusers, because a graph cannot compare the times.
 
 Shapes are diffusers': streams `[B, N, C]`, of B samples with N tokens each, and modulation `[B, N, 3 C]`.
 """
@@ -44,7 +44,7 @@ from uniref_fast.patch.processors import PatchedBlock, joint_rows, outside_compi
 from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
-from uniref_fast.patch.streams import TRACED, Choice
+from uniref_fast.patch.streams import Choice
 
 __all__ = ["PATCH"]
 
@@ -56,6 +56,9 @@ JOINT_BLOCKS = "single_transformer_blocks"
 
 MODULATIONS = ("early_stream_modulations", "single_stream_modulations")
 """Modulations of the blocks of one mode, and of the blocks of all tokens, by mode."""
+
+
+_UNTRACED = "modulation inside torch.compile, which cannot compare the times of single tokens"
 
 
 def _stock() -> Any:
@@ -89,9 +92,6 @@ class _Attention(OneStreamAttention):
     def code_change(self) -> str | None:
         return _attention_change()
 
-    def _untraced(self, others: tuple, kv: dict[str, Any]) -> str | None:
-        return TRACED
-
     def _qk_norm_change(self, dtype: torch.dtype, device: torch.device) -> str | None:
         reason = super()._qk_norm_change(dtype, device)
         # diffusers loads the weights of these norms in float32, whatever the dtype of the model
@@ -114,12 +114,6 @@ class _Block(ModulatedBlock):
 
     def _methods(self) -> tuple[Any, ...]:
         return (type(self.block).forward,)
-
-    def _start(self, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
 
     def call_refusal(self, x: Tensor, *others: Any) -> str | None:  # type: ignore[override]
         tensors = x, *others[:-1]  # the last argument is the rotary embedding
@@ -222,7 +216,7 @@ class _PerSample(PatchedBlock):
 
     def _start(self, temb: Tensor, *arguments: Any) -> Any:
         if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
+            self.record_trace(_UNTRACED)
         elif not isinstance(temb, Tensor) or temb.ndim == 3:
             return outside_compiler()(self._run, *arguments)
         return self.original(*arguments)  # packed forwards have one row for each sample
@@ -234,7 +228,7 @@ class _PerSample(PatchedBlock):
             return f"called with tensors of shapes {[list(each.shape) for each in tensors]}"
         return None
 
-    def _code_refusal(self) -> str | None:
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} was replaced"
         return "a modulation has hooks" if has_hooks(self.block) else _changed_linear(self.block.linear)
@@ -274,8 +268,8 @@ class _OutputNorm(_PerSample):
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:  # type: ignore[override]
         return self._start(temb, hidden_states, temb)
 
-    def _code_refusal(self) -> str | None:
-        if reason := super()._code_refusal():
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        if reason := super()._code_refusal(dtype, device):
             return reason
         act = self.block.act_fn
         if type(act) is not nn.SiLU or has_hooks(act) or not _runs_own(act, nn_activation):

@@ -41,7 +41,7 @@ from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState
 from uniref_fast.patch.stock import found_modules, processor_changes
-from uniref_fast.patch.streams import MASKED, TRACED, StreamsAttention, plan_of_valid
+from uniref_fast.patch.streams import MASKED, StreamsAttention, plan_of_valid
 from uniref_fast.patch.traced import TracedStreams
 from uniref_fast.visibility import AttentionPlan, Rule, plan
 
@@ -206,7 +206,7 @@ class _Block(PatchedBlock):
             return f"modulation of shape {list(temb.shape)} for streams of {list(image.shape)}"
         return None
 
-    def _code_refusal(self) -> str | None:
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         from diffusers.models import normalization
 
         if self._methods() != self.methods:
@@ -264,7 +264,7 @@ class _Tables(PatchedMethod):
     def tables(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the tokens of an image, float32 `[N, D]` each, on the CPU."""
         if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
+            self.record_trace("torch.compile traces the code of diffusers")
             return self.original(start, stop)
         config = self.transformer.config
         key = (*start, *stop, config.theta, tuple(config.rope_dim_list or ()), torch.get_default_device())

@@ -511,7 +511,7 @@ class PatchedBlock(PatchedMethod):
         """Run the block as torch.compile traces it: the fused operators, or the original, in the graph."""
         image = arguments[0]
         reason = untraceable(self.state) or self.call_refusal(*arguments)
-        reason = reason or self.traced_refusal()
+        reason = reason or self.traced_refusal(str(image.dtype), str(image.device))
         calls = Calls(self.block, self.state, inputs=False)
         if reason is None:
             fused = self._fused(calls, ops.choose(self.state.impl, image), *arguments)
@@ -552,7 +552,7 @@ class PatchedBlock(PatchedMethod):
 
     def refusal(self, image: Tensor, *others: Any) -> str | None:
         """Return the reason why this call must run the original, or None."""
-        return self.call_refusal(image, *others) or self._code_refusal()
+        return self.call_refusal(image, *others) or self._code_refusal(image.dtype, image.device)
 
     def call_refusal(self, image, text, mask, temb, rotary, attention_kwargs, index) -> str | None:
         """Return the reason why the arguments of a call need the original, or None; torch.compile traces it."""
@@ -570,12 +570,19 @@ class PatchedBlock(PatchedMethod):
             return "modulate_index does not have one value per token"
         return None
 
-    def traced_refusal(self) -> str | None:
-        """Return `_code_refusal`; torch.compile does not trace it, but runs it once for each trace."""
-        return self._code_refusal()
+    def traced_refusal(self, dtype: str, device: str) -> str | None:
+        """Return `_code_refusal` for the names of a dtype and a device.
 
-    def _code_refusal(self) -> str | None:
-        """Return the reason why the code of this place needs the original, or None."""
+        torch.compile does not trace it, but runs it once for each trace, with constants as arguments.
+        """
+        return self._code_refusal(getattr(torch, dtype.removeprefix("torch.")), torch.device(device))
+
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return the reason why the code of this place needs the original, or None.
+
+        Args:
+            dtype, device: Dtype and device of the streams.
+        """
         block = self.block
         if self._methods() != self.methods:
             return f"forward or _modulate of {type(block).__name__} was replaced"

@@ -264,7 +264,7 @@ class PatchedBlock21(PatchedBlock):
             return "target_token_mask is not a boolean tensor with one value per token"
         return None
 
-    def _code_refusal(self) -> str | None:
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         block = self.block
         if self._methods() != self.methods:
             return f"forward or _modulate of {type(block).__name__} was replaced"

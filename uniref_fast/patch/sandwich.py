@@ -36,7 +36,6 @@ from uniref_fast.patch.guards import (
 from uniref_fast.patch.processors import (
     PatchedBlock,
     joint_rows,
-    outside_compiler,
     refusal,
     register_processor,
 )
@@ -44,7 +43,8 @@ from uniref_fast.patch.replay import Calls
 from uniref_fast.patch.report import Site
 from uniref_fast.patch.state import PatchState, batch_rows
 from uniref_fast.patch.stock import processor_changes
-from uniref_fast.patch.streams import TRACED, Choice, StreamsAttention
+from uniref_fast.patch.streams import MASKED, Choice, StreamsAttention
+from uniref_fast.patch.traced import TracedStreams
 from uniref_fast.visibility import Rule
 
 __all__ = ["FIBO_2", "Z_IMAGE", "head_width"]
@@ -119,6 +119,9 @@ class SandwichAttention(StreamsAttention):
     ) -> Tensor:
         return self._call(attn, (hidden_states,), encoder_hidden_states, attention_mask, freqs_cis)
 
+    def _untraced(self, others: tuple, kv: dict[str, Any]) -> str | None:
+        return None if others[1] is None else MASKED
+
     def _call_reason(self, attn: Any, streams: tuple[Any, ...], *others: Any) -> str | None:
         (x,), (text, mask, freqs) = streams, others
         if text is not None or freqs is None:
@@ -156,7 +159,7 @@ class SandwichAttention(StreamsAttention):
             qkv.append(joint_rows(out).unflatten(-1, (attn.heads, -1)))
         del shared
         calls.release()
-        context = _context(self.state, x, mask, freqs)
+        context = _context(self.state, x, mask, freqs, qkv[0])
         q, k, v = joint_qkv(attn, (qkv[0], qkv[1], qkv[2]), None, context)
         del qkv, out
         out, choice = self.attention(q, k, v, context.plan)
@@ -167,7 +170,7 @@ class SandwichAttention(StreamsAttention):
         return (out,), choice
 
 
-def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor) -> ForwardContext:
+def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor, like: Tensor) -> Any:
     """Return the context of a call; blocks that are called with the same tables share it.
 
     Args:
@@ -175,8 +178,15 @@ def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor) -
         x: Stream.
         mask: Keys that are visible, bool `[B, N]`, or None for all.
         freqs: Complex rotary table, `[B or 1, N, D / 2]`.
+        like: Queries, `[B * N, H, D]`.
+
+    Returns:
+        A `ForwardContext`, or inside a graph a `TracedStreams`, which has the attributes that attention reads.
     """
     batch, length = x.shape[:2]
+    if torch.compiler.is_compiling():
+        cos, sin = torch.view_as_real(freqs).flatten(0, 1).unbind(-1)
+        return TracedStreams(batch, 0, length, (cos, sin), state.impl, like)
     saved = state.calls.context
     key = batch, length, None if mask is None else version_of(mask)
     if saved and saved[0] == key and saved[1] is mask and saved[2] is freqs:
@@ -232,10 +242,7 @@ class SandwichBlock(PatchedBlock):
         arguments: tuple[Any, ...] = x, attn_mask, freqs_cis, adaln_input, noise_mask, adaln_noisy, adaln_clean
         if self.model.reads_text:
             arguments += encoder_hidden_states, encoder_attention_mask
-        if torch.compiler.is_compiling():
-            self.record_trace(TRACED)
-            return self.original(*arguments)
-        return outside_compiler()(self._run, *arguments)
+        return self._start(*arguments)
 
     def call_refusal(self, x: Tensor, *others: Any) -> str | None:  # type: ignore[override]
         _, _, shared, noise_mask, noisy, clean = others[:6]
@@ -251,15 +258,15 @@ class SandwichBlock(PatchedBlock):
             return f"embeddings of the time of shapes {[list(table.shape) for table in tables]} for {len(x)} samples"
         if noise_mask is not None and not (is_plain(noise_mask) and noise_mask.shape == x.shape[:2]):
             return "noise_mask does not have one value per token"
-        names = (*_NORMS, *(_CROSS_NORMS if self._has_text else ()))
-        for norm in map(self.block._modules.get, names):
-            if reason := changed_rms_norm(norm, x.dtype, x.device, "norm of a block"):
-                return reason
         return None
 
-    def _code_refusal(self) -> str | None:
+    def _code_refusal(self, dtype: torch.dtype, device: torch.device) -> str | None:
         if self._methods() != self.methods:
             return f"forward of {type(self.block).__name__} or select_per_token was replaced"
+        names = (*_NORMS, *(_CROSS_NORMS if self._has_text else ()))
+        for norm in map(self.block._modules.get, names):
+            if reason := changed_rms_norm(norm, dtype, device, "norm of a block"):
+                return reason
         return None
 
     @property
@@ -318,13 +325,13 @@ class SandwichBlock(PatchedBlock):
 
     def _rows_of(self, noise_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Return the row of the table for every token, int32 `[B * N]`; the rows of clean tokens are the last B."""
-        rows = batch_rows(batch, length, device)
-        if noise_mask is None:
-            return rows
+        if noise_mask is None or torch.compiler.is_compiling():
+            return self.state.modulation_rows(None if noise_mask is None else noise_mask != 1, batch, length, device)
         saved = self.state.calls.rows
         if saved and saved[0] is noise_mask and saved[1] == (batch, version_of(noise_mask)):
             return saved[2]
-        rows = (rows.view(batch, length) + (noise_mask != 1).to(torch.int32) * batch).reshape(-1)
+        rows = batch_rows(batch, length, device).view(batch, length)
+        rows = (rows + (noise_mask != 1).to(torch.int32) * batch).reshape(-1)
         self.state.calls.rows = (noise_mask, (batch, version_of(noise_mask)), rows)
         return rows
 

@@ -17,9 +17,7 @@ from uniref_fast.patch.processors import PatchedAttention, checkable, outside_co
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.visibility import AttentionPlan
 
-__all__ = ["MASKED", "TRACED", "StreamsAttention", "plan_of_valid"]
-
-TRACED = "torch.compile traces the code of diffusers"
+__all__ = ["MASKED", "StreamsAttention", "plan_of_valid"]
 
 MASKED = "an attention mask inside torch.compile, which cannot plan from its values"
 
@@ -88,7 +86,7 @@ class StreamsAttention(PatchedAttention):
             others: Positional arguments of the original after its streams.
             kv: Its keyword arguments.
         """
-        return TRACED
+        raise NotImplementedError
 
     def _attend(self, attn: Any, streams: tuple[Any, ...], others: tuple, kv: dict[str, Any]) -> tuple[Tensor, ...]:
         def original(instead: Any = attn) -> tuple[Tensor, ...]:
