@@ -114,7 +114,7 @@ def test_calls_that_need_the_original(name, what, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_blocks_trace_the_fused_places(name):
-    """As many graphs as without the patch, whatever the steps; a mask of keys needs the original attention."""
+    """Compile as many graphs as without the patch, whatever the steps; a mask of keys needs the original attention."""
     calls = [{"variant": variant, "step": step} for variant, step in [("alike", 0), ("alike", 1), ("unlike", 0)]]
     masked, graphs = (2, 6) if name == "z-image" else (0, 4)
     report = assert_compiled_blocks(MODELS[name](), lambda model, **given: run(model, name, **given), calls, graphs)
