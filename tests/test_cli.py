@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -206,6 +207,22 @@ def test_doctor(capsys):
         "qk_norm_rope",
         "segment_attention",
     }
+
+
+def test_doctor_names_what_an_older_native_library_does_not_have(monkeypatch):
+    from uniref_fast import doctor, native
+    from uniref_fast.native import library
+
+    loaded, reason = library._load()
+    if loaded is None:
+        pytest.skip("not built")
+    assert native.missing() == doctor.facts()["native_missing"] == [] and "older" not in doctor.report(doctor.facts())
+    older = types.SimpleNamespace(uf_level_supported=loaded.uf_level_supported)
+    monkeypatch.setattr(library, "_load", lambda: (older, reason))
+    facts = doctor.facts()
+    assert facts["native_missing"] == ["gelu", "norms with add_one=False or branch_eps"]
+    assert "without gelu, norms with add_one=False or branch_eps; PyTorch computes these" in doctor.report(facts)
+    assert not native.has_gelu() and not native.has_branch_norm()
 
 
 BAD = [

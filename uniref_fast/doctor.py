@@ -23,6 +23,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft"
 def facts() -> dict[str, Any]:
     """Return versions, devices, the state of the native kernels, and the implementation of the operators, as JSON data.
 
+    "native_missing" names what a native library of an older version does not have.
     "served" maps a device and a dtype, such as "cpu float32", to the implementation that serves it and the reason.
     "eight_bit" maps a device to the reason why it cannot compute in 8 bits, or to None.
     "libraries" maps an implementation of attention to the version of its library, or to how to install it.
@@ -54,6 +55,7 @@ def facts() -> dict[str, Any]:
         "versions": versions,
         "devices": devices,
         "native": native.reason(),
+        "native_missing": native.missing(),
         "ops": names,
         "served": served,
         "eight_bit": {kind: unsupported(kind, None) for kind in kinds},
@@ -68,7 +70,11 @@ def report(facts: dict[str, Any]) -> str:
     lines += ["devices", *(f"  {device}" for device in facts["devices"])]
     if len(facts["devices"]) == 1:
         lines.append("  no CUDA device: Triton kernels are not used")
-    lines += ["native CPU kernels", f"  {facts['native']}", f"implementation of each op ({', '.join(facts['ops'])})"]
+    lines += ["native CPU kernels", f"  {facts['native']}"]
+    if facts["native_missing"]:
+        names = ", ".join(facts["native_missing"])
+        lines.append(f"  the library was built by an older version, without {names}; PyTorch computes these; reinstall")
+    lines.append(f"implementation of each op ({', '.join(facts['ops'])})")
     for case, choice in facts["served"].items():
         lines.append(f"  {case:<16}{choice['implementation']:<11}{choice['reason']}")
     lines.append('8 bits (mode="fast")')

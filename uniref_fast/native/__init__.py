@@ -11,7 +11,7 @@ Without a compiler at install time there is no library: `available()` is then Fa
 
 from uniref_fast.native.attention import segment_attention, segment_attention_backward
 from uniref_fast.native.gelu import gelu, gelu_backward
-from uniref_fast.native.library import available, has_branch_norm, has_gelu, levels, reason
+from uniref_fast.native.library import available, has_branch_norm, has_gelu, levels, missing, reason
 from uniref_fast.native.rope import qk_norm_rope, qk_norm_rope_backward
 from uniref_fast.native.token_ops import (
     gate_residual,
@@ -33,6 +33,7 @@ __all__ = [
     "has_branch_norm",
     "has_gelu",
     "levels",
+    "missing",
     "norm_modulate",
     "norm_modulate_backward",
     "qk_norm_rope",

@@ -14,6 +14,8 @@ _ABI_VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Best first. The levels "on_avx2" run 16-lane code in AVX2 instructions: slow, but they test AVX-512 code anywhere.
 _LEVELS = {"avx512bf16": 4, "avx512": 2, "avx2": 1, "generic": 0, "avx512_on_avx2": 3, "avx512bf16_on_avx2": 5}
+_ADDED = {"uf_gelu": "gelu", "uf_token_rows_of": "norms with add_one=False or branch_eps"}
+"""Functions that a library of an older version may lack, and what needs them."""
 _STATUS = {
     1: (MemoryError, "no memory for the kernel's work buffers"),
     3: (ValueError, "q_ranges must be disjoint [start, end) rows within q"),
@@ -73,6 +75,12 @@ def has_gelu() -> bool:
 def has_branch_norm() -> bool:
     """Return True if the library takes `add_one` and `branch_eps`; one that was built by an older version does not."""
     return hasattr(_load()[0], "uf_token_rows_of")
+
+
+def missing() -> list[str]:
+    """Return what a library that was built by an older version does not have; PyTorch computes it instead."""
+    library, _ = _load()
+    return [] if library is None else [what for name, what in _ADDED.items() if not hasattr(library, name)]
 
 
 def reason() -> str:
