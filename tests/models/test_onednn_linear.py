@@ -272,3 +272,17 @@ def test_linears_of_a_feed_forward_are_called_one_by_one(monkeypatch, kind, chan
     assert set(recorder.made) == ({"ff"} if whole else {"ff.linear_in", "ff.linear_out"})
     stand_in = replay.StandIn(recorder)
     assert torch.equal(stand_in.ff(x), expected) and stand_in.max_rel_error == 0
+
+
+def test_the_self_check_calls_no_part_of_a_feed_forward_again(monkeypatch, make_transformer):
+    """Hooks would notice, and a dropout would draw other numbers."""
+    monkeypatch.setattr(replay, "onednn_is_faster", lambda: True)
+    model, called = make_transformer(layers=1), []
+    activation, dropout, _ = model.transformer_blocks[0].img_mlp.net
+    dropout.p = 0.5
+    dropout.train()
+    uniref_fast.patch(model)
+    for module in (activation, dropout):
+        module.register_forward_hook(lambda module, args, out: called.append(module))
+    run(model)
+    assert called == [activation, dropout]

@@ -67,10 +67,10 @@ class Calls:
         return result
 
     def by_parts(self, name: str, x: Tensor) -> Any:
-        """Call the child with this name, such as a feed-forward, and its Linears through this recorder if that helps.
+        """Call the child with this name, such as a feed-forward, or run its code with recorded calls of its children.
 
-        The code of the child's class runs in both cases. Only code of diffusers runs on `_Parts` of the module: other
-        code may need the module itself, for example to call `super().forward`.
+        The latter computes its Linears by oneDNN where that is faster. Only code of diffusers runs on `_Parts` of the
+        module: other code may need the module itself, for example to call `super().forward`.
         """
         child: Any = self.child(name)
         if (
@@ -106,14 +106,16 @@ def _is_from_diffusers(kind: Any) -> bool:
 
 
 class _Parts:
-    """Replacement of a module in its forward: its Linears are calls of a recorder, all other attributes its own."""
+    """Replacement of a module in its forward: its children are calls of a recorder, all other attributes its own."""
 
     def __init__(self, calls: Calls, module: nn.Module, prefix: str) -> None:
         self.calls, self.module, self.prefix = calls, module, prefix
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.module, name)
-        return functools.partial(self.calls, self.prefix + name) if type(value) is nn.Linear else value
+        if isinstance(value, nn.ModuleList):
+            return [functools.partial(self.calls, f"{self.prefix}{name}.{i}") for i in range(len(value))]
+        return functools.partial(self.calls, self.prefix + name) if isinstance(value, nn.Module) else value
 
 
 class StandIn:
