@@ -110,6 +110,18 @@ def test_samples_of_a_batch_compute_their_references_together(make_transformer):
     assert 1 < len(steps.refreshed) < 8
 
 
+def edit(model, text, grids, steps=4, noise=5):
+    """Return the rows of the target of each step, and the steps that computed the references."""
+    outs, target = [], grids[0][1] * grids[0][2]
+    for step in range(steps):
+        given = inputs(text=text, grids=grids) | {"timestep": torch.tensor([1 - step / 8])}
+        noisy = inputs(text=text, grids=grids, seed=step + noise)["hidden_states"]
+        given["hidden_states"] = torch.cat([noisy[:, :target], given["hidden_states"][:, target:]], dim=1)
+        with torch.no_grad():
+            outs.append(model(**given)[0])
+    return [out[:, :target] for out in outs], [i for i, out in enumerate(outs) if out.shape[1] > target]
+
+
 def add_adapters(model):
     from peft import LoraConfig
 
@@ -184,6 +196,37 @@ def test_memory_of_an_ended_edit_is_freed(make_transformer):
     ):
         call(model, t, text_seed=text)
         assert len(predictions) == count
+
+
+def interrupt(model):
+    """Raise what Ctrl-C raises in the last block of the next call."""
+    linear = model.transformer_blocks[-1].attn.to_k
+
+    def interrupted(x):
+        del linear.forward
+        raise KeyboardInterrupt
+
+    linear.forward = interrupted
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_edit_that_did_not_end_does_not_reach_the_next(make_transformer, steps, interrupted):
+    """Another edit of the same images and prompt begins at the same time, with other noise."""
+    model = make_transformer(True, layers=2)
+    uniref_fast.patch(model, keep_references=2)
+    expected, computed = edit(model, 7, GRIDS)
+    uniref_fast.unpatch(model)
+    uniref_fast.patch(model, keep_references=2)
+    edit(model, 7, GRIDS, steps - interrupted, noise=50)
+    if interrupted:
+        interrupt(model)
+        with pytest.raises(KeyboardInterrupt):
+            call(model, 1 - (steps - 1) / 8)
+    outs, mine = edit(model, 7, GRIDS)
+    assert mine == computed == [0, 2]
+    assert all(map(torch.equal, outs, expected))
+    assert len(model._uniref_fast.state.calls.predictions) == 1
 
 
 def hook_on_a_block(model):
@@ -308,18 +351,6 @@ def compile_blocks(model, backend):
 LAYOUTS = [
     (5 + i, [(1, 4 + i % 3, 6 + i % 4), *((1, 3 + (i + j) % 4, 5) for j in range(i % 3 + 1))]) for i in range(4)
 ]  # text tokens and grids, 1 to 3 references
-
-
-def edit(model, text, grids, steps=4):
-    """Return the rows of the target of each step, and the steps that computed the references."""
-    outs, target = [], grids[0][1] * grids[0][2]
-    for step in range(steps):
-        given = inputs(text=text, grids=grids) | {"timestep": torch.tensor([1 - step / 8])}
-        noise = inputs(text=text, grids=grids, seed=step + 5)["hidden_states"]
-        given["hidden_states"] = torch.cat([noise[:, :target], given["hidden_states"][:, target:]], dim=1)
-        with torch.no_grad():
-            outs.append(model(**given)[0])
-    return [out[:, :target] for out in outs], [i for i, out in enumerate(outs) if out.shape[1] > target]
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ class _Prediction:
         settings: Values that are compared on the host.
         tensors: Copies of tensors that are compared on their device.
         time: Copy of the timestep of the last call.
+        target: Copy of the target latents of the first call; None after the second call.
         stores: Kept references of each sample of the batch.
         layout: Layout of the whole sequence; None before the first step has reached a block.
         rotary: Rotary tables of that layout.
@@ -74,6 +75,7 @@ class _Prediction:
     settings: tuple
     tensors: tuple[Tensor, ...]
     time: Tensor
+    target: Tensor | None
     stores: list[KeptReferences]
     layout: SelfLayout | None = None
     rotary: tuple[Tensor, Tensor] | None = None
@@ -172,6 +174,8 @@ class ReferenceKeeper:
             self.record_whole()
             return None
         calls = self.state.calls
+        if calls.kept is not None:  # an interrupt has ended the last call, whose stores may be incomplete
+            calls.predictions.remove(calls.kept.prediction)
         calls.kept = None
         given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         if not any(len(shapes) > 1 for shapes in given.get("img_shapes") or ()):
@@ -288,7 +292,8 @@ class ReferenceKeeper:
         )
         shapes, time = given["img_shapes"], given["timestep"].flatten()
         frames, height, width = shapes[0][0]
-        tensors = (image[:, frames * height * width :], text, *([] if mask is None else [mask]))
+        target, references = image.tensor_split([frames * height * width], dim=1)
+        tensors = (references, text, *([] if mask is None else [mask]))
         settings = (
             tuple(tuple(map(tuple, each)) for each in shapes), tuple((x.shape, x.dtype, x.device) for x in tensors),
             len(time), repr(given.get("attention_kwargs")), weights_state(module),
@@ -296,12 +301,12 @@ class ReferenceKeeper:
         predictions[:] = [each for each in predictions if each.time.device == time.device]
         alike = [each for each in predictions if each.settings == settings]
         same = [_equal(each.tensors, tensors) & (time < each.time).all() for each in alike]
-        newer = [time.max() > each.time.max() for each in predictions]
+        newer = [(time.max() > each.time.max()) | _begins_again(each, time, target) for each in predictions]
         # One read of the device for everything: which predictions this call may continue, and which have ended.
         flags = torch.stack([*same, *newer]).tolist() if predictions else []
         found = next((each for each, yes in zip(alike, flags, strict=False) if yes), None)
         if found is not None:
-            found.time = time.clone()
+            found.time, found.target = time.clone(), None
             return found
         ended = [each for each, yes in zip(predictions, flags[len(same) :], strict=True) if yes]
         predictions[:] = [each for each in predictions if each not in ended]
@@ -310,7 +315,8 @@ class ReferenceKeeper:
         if not predictions:
             self.state.report.references.clear()
         stores = [KeptReferences(self.schedule, self.dtype, self._total()) for _ in range(len(image))]
-        predictions.append(_Prediction(settings, tuple(x.clone() for x in tensors), time.clone(), stores))
+        copies = [x.clone() for x in (*tensors, time, target)]
+        predictions.append(_Prediction(settings, tuple(copies[:-2]), *copies[-2:], stores))
         return predictions[-1]
 
     def _scheduler(self) -> Any:
@@ -325,6 +331,18 @@ class ReferenceKeeper:
         """Return True if the scheduler of the pipeline is at its last step: decoding then needs the memory."""
         total, step = self._total(), getattr(self._scheduler(), "step_index", None)
         return total is not None and (step or 0) == total - 1
+
+
+def _begins_again(last: _Prediction, time: Tensor, target: Tensor) -> Tensor | bool:
+    """Return whether a call begins another edit at the time at which an edit was aborted after its first step.
+
+    Both predictions of guidance have the same target.
+    """
+    if last.target is None or (last.target.shape, last.target.device) != (target.shape, target.device):
+        return False
+    if last.time.shape != time.shape:
+        return False
+    return (last.time == time).all() & (last.target != target).any()
 
 
 def _equal(kept: tuple[Tensor, ...], given: tuple[Tensor, ...]) -> Tensor:
