@@ -315,8 +315,8 @@ class ReferenceKeeper:
         if not predictions:
             self.state.report.references.clear()
         stores = [KeptReferences(self.schedule, self.dtype, self._total()) for _ in range(len(image))]
-        copies = [x.clone() for x in (*tensors, time, target)]
-        predictions.append(_Prediction(settings, tuple(copies[:-2]), *copies[-2:], stores))
+        copies = tuple(x.clone() for x in tensors)
+        predictions.append(_Prediction(settings, copies, time.clone(), target.clone(), stores))
         return predictions[-1]
 
     def _scheduler(self) -> Any:
