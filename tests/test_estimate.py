@@ -475,6 +475,9 @@ def test_sizes_instead_of_images(builtin_pipe):
         uniref_fast.estimate(builtin_pipe, REQUESTS, image_sizes=sizes)
     with pytest.raises(ValueError, match="request 2: image 1 of 1 x 500 pixels is too elongated"):
         uniref_fast.estimate(builtin_pipe, bare, image_sizes=[sizes[0], [(1, 500)]])
+    for wrong in ([(64, 64)], [[64, 64]], [[("64", "64")]], [[(64.0, 64.0)]], [[(64, 64, 3)]], [None]):
+        with pytest.raises(TypeError, match=r"request 1: image_sizes must be a list with \(width, height\) in pixels"):
+            uniref_fast.estimate(builtin_pipe, bare[:1], image_sizes=wrong)
     with pytest.raises(TypeError, match="image 1 must be a PIL image"):
         uniref_fast.estimate(builtin_pipe, [EditRequest("x", [(64, 64)])])
 

@@ -129,6 +129,25 @@ def test_edit_gives_the_latents_of_the_stock_pipeline_or_says_why_not(family, na
     assert uniref_fast.edit(pipe, [one], progress=False)[0].size == (SIDE, SIDE)
 
 
+@pytest.mark.parametrize(
+    "family, name", [("flux2", "Flux2KleinPipeline"), ("flux3", "Flux3DistilledModularPipeline"),
+                     ("flux3", "Flux3ModularPipeline")]
+)  # fmt: skip
+def test_a_subclass_of_a_pipeline_has_the_guidance_of_its_class(family, name):
+    """Only some classes of a family have guidance, and the name of a user's class says nothing about it."""
+    family, guided = named(family), "Distilled" not in name
+    pipe = family.random_pipeline(name, layers=1, grid=4)
+    assert family.index(pipe)["_class_name"] == name
+    pipe.__class__ = type("Wrapped" if not guided else "DistilledFurther", (type(pipe),), {})
+    assert family.index(pipe)["_class_name"] == name and (family.unguided(family.index(pipe)) is None or not guided)
+    request = {"prompt": family.written("x"), "negative_prompt": "y", "true_cfg_scale": 4.0}
+    if guided:
+        assert validated_one(request, "request 1", pipe).negative_prompt == "y"
+        return
+    with pytest.raises(ValueError, match="Wrapped takes no negative prompt: guidance is part of it"):
+        validated_one(request, "request 1", pipe)
+
+
 @pytest.mark.parametrize("family, name", EDITED)
 def test_estimate_counts_the_tokens_of_the_edit(family, name, request, monkeypatch):
     """Sizes instead of images give the same figures; the VAE counts with the shapes of its images and latents."""

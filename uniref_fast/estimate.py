@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -357,6 +358,11 @@ def _packs_peak(model: PackedModel, samples: Sequence[Sample], pack_tokens: int 
     return (images + kept) * compute_dtype(model.transformer).itemsize + transformer_peak(model.transformer, largest)
 
 
+def _is_size(value: Any) -> bool:
+    """Return True for a width and a height in pixels."""
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(side, Integral) for side in value)
+
+
 def _with_sizes(
     requests: Sequence[EditRequest | Mapping[str, Any]], image_sizes: Sequence[Sequence[tuple[int, int]]] | None
 ) -> Sequence[EditRequest | Mapping[str, Any]]:
@@ -368,7 +374,12 @@ def _with_sizes(
         raise ValueError(f"image_sizes has sizes for {len(image_sizes)} requests, and {len(requests)} are given")
     planned: list[Any] = []
     for i, (request, sizes) in enumerate(zip(requests, image_sizes, strict=True), start=1):
-        given, images = None, [ImageOfSize(size) for size in sizes]
+        if not isinstance(sizes, Sequence) or not all(map(_is_size, sizes)):
+            raise TypeError(
+                f"request {i}: image_sizes must be a list with (width, height) in pixels for each image, got "
+                f"{sizes!r:.80}"
+            )
+        given, images = None, [ImageOfSize((width, height)) for width, height in sizes]
         if isinstance(request, Mapping):
             given, request = request.get("images"), {**request, "images": images}
         elif isinstance(request, EditRequest):

@@ -104,8 +104,7 @@ class RolloutGenerator:
         self.rewards, self.signalled, self.progress = rewards, signalled, progress or running(shown=False)
         self.sampler = Sampler(config.sampler, config.noise)
         family, pipe = family_of(model.pipe), model.pipe
-        index = {"_class_name": type(pipe).__name__, "is_distilled": pipe.config.get("is_distilled")}
-        self.guided = family.unguided(index) is None
+        self.guided = family.unguided(family.index(pipe)) is None
         guidance = family.training_guidance(pipe.transformer.config)
         one = model.packed.layout([Sample(1, (1, 1, 1), ((1, 1, 1),), guidance=guidance)])
         # Text and references that come before the target, at t = 0, are the same for all members of a group.

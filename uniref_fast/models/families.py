@@ -15,7 +15,7 @@ from torch import nn
 
 from uniref_fast.models.family import Family
 
-__all__ = ["families", "family_of", "family_of_class", "find_transformer", "stock_class", "unsupported_class"]
+__all__ = ["families", "family_of", "family_of_class", "find_transformer", "unsupported_class"]
 
 _INSTANCES = {
     "qwen-image-edit": "uniref_fast.models.qwen_image_edit:QWEN_IMAGE_EDIT",
@@ -64,12 +64,6 @@ def family_of(target: Any) -> Family:
             if base.__module__.startswith("diffusers.") and (family := family_of_class(base.__name__)):
                 return family
     raise TypeError(unsupported_class(type(target).__name__))
-
-
-def stock_class(target: Any) -> str:
-    """Return the name of the class of diffusers that a pipeline or transformer has, or that its class extends."""
-    bases = type(target).__mro__
-    return next((base.__name__ for base in bases if base.__module__.startswith("diffusers.")), bases[0].__name__)
 
 
 def unsupported_class(given: str) -> str:

@@ -122,6 +122,16 @@ class Family:
         classes = [_diffusers_class(name) for name in self.pipelines]
         return isinstance(pipe, tuple(each for each in classes if each is not None))
 
+    def index(self, pipe: Any) -> dict[str, Any]:
+        """Return what `model_index.json` says of a loaded pipeline: its options, and the class of `pipelines`.
+
+        A pipeline of a subclass gets the class that this one extends.
+        """
+        names = (base.__name__ for base in type(pipe).__mro__)
+        known = {*self.pipelines, *self.other_pipelines}
+        name = next((each for each in names if each in known), type(pipe).__name__)
+        return {**pipe.config, "_class_name": name}
+
     def defaults(self, index: Mapping[str, Any]) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale that commands use for a pipeline unless flags give others.
 

@@ -146,7 +146,7 @@ class Flux2(Family):
     def check_request(self, pipe: Any, request: EditRequest, where: str) -> EditRequest:
         """Set the negative prompt and the scale that the pipeline would use."""
         refuse_masks(request, where)
-        if reason := _no_negative_prompt(pipe):
+        if reason := self._no_negative_prompt(pipe):
             refuse_negative_prompt(pipe, request, where, reason)
             scale = request.true_cfg_scale if pipe.transformer.config.guidance_embeds else 1.0
             return replace(request, negative_prompt=None, true_cfg_scale=scale)
@@ -156,6 +156,10 @@ class Flux2(Family):
 
     def embedded_guidance(self, pipe: Any, request: EditRequest) -> float | None:
         return request.true_cfg_scale if pipe.transformer.config.guidance_embeds else None
+
+    def _no_negative_prompt(self, pipe: Any) -> str | None:
+        """Return the reason why a pipeline predicts for one prompt only; None if it has classifier-free guidance."""
+        return _EMBEDDED if pipe.transformer.config.guidance_embeds else _one_prompt(self.index(pipe))
 
     def image_areas(self, pipe: Any) -> tuple[int, int, int]:
         return AREA, AREA, (pipe.default_sample_size * pipe.vae_scale_factor) ** 2
@@ -220,13 +224,11 @@ class Flux2(Family):
 
     def training_shift(self, pipe: Any, tokens: int) -> float:
         """Return the shift that the pipeline has with its usual number of steps, on which its shift depends too."""
-        index = {"_class_name": type(pipe).__name__, "is_distilled": pipe.config.get("is_distilled")}
-        mu = _stock().compute_empirical_mu(tokens, self.defaults(index)[0])
+        mu = _stock().compute_empirical_mu(tokens, self.defaults(self.index(pipe))[0])
         return resolution_shift(pipe.scheduler.config, tokens, mu)
 
     def unguided(self, index: Mapping[str, Any]) -> str | None:
-        kind = str(index.get("_class_name"))
-        return _EMBEDDED if kind == "Flux2Pipeline" else _one_prompt(kind, bool(index.get("is_distilled")))
+        return _EMBEDDED if index.get("_class_name") == "Flux2Pipeline" else _one_prompt(index)
 
     def prompt_template(self, pipe: Any) -> Any:
         return [pipe.tokenizer.chat_template, getattr(pipe, "system_message", None), TEXT_LENGTH]
@@ -266,26 +268,14 @@ def _of_klein_kv(transformer: Any) -> Any:
     return transformer
 
 
-def _no_negative_prompt(pipe: Any) -> str | None:
-    """Return the reason why a pipeline predicts for one prompt only; None if it has classifier-free guidance."""
-    if pipe.transformer.config.guidance_embeds:
-        return _EMBEDDED
-    return _one_prompt(type(pipe).__name__, bool(pipe.config.get("is_distilled")))
-
-
 _EMBEDDED = "true_cfg_scale is the guidance scale that its transformer embeds"
 
 
-def _one_prompt(kind: str, distilled: bool) -> str | None:
-    """Return the reason why a pipeline without guidance embeddings predicts for one prompt only, or None.
-
-    Args:
-        kind: Name of its class.
-        distilled: The model is distilled.
-    """
-    if not kind.endswith("KleinPipeline"):
+def _one_prompt(index: Mapping[str, Any]) -> str | None:
+    """Return the reason why a pipeline without guidance embeddings predicts for one prompt only, or None."""
+    if not str(index.get("_class_name")).endswith("KleinPipeline"):
         return "it has no classifier-free guidance"
-    return "the model is distilled, and guidance is part of it" if distilled else None
+    return "the model is distilled, and guidance is part of it" if index.get("is_distilled") else None
 
 
 def _stock() -> Any:

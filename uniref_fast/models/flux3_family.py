@@ -295,7 +295,7 @@ def _canvas(size: tuple[int, int], patch: int) -> tuple[int, int]:
 
 
 def _is_distilled(pipe: Any) -> bool:
-    return "Distilled" in type(pipe).__name__
+    return "Distilled" in FLUX_3.index(pipe)["_class_name"]
 
 
 def _is_plain(guider: Any) -> bool:
