@@ -135,15 +135,7 @@ class PackedFibo2(SandwichModel):
         for bundle, number in enumerate(transformer.config.injection_layer_ids, 1):
             self._stages["layers"][number].bundle = bundle
 
-    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
-        """Return the layout of a pack for this model (`fibo2_layout`).
-
-        Args:
-            samples: Samples of the pack, in order.
-            shared_references: Not supported.
-        """
-        if shared_references:
-            raise ValueError("samples of this model cannot share references, which attend to their target")
+    def _layout(self, samples: Sequence[Sample]) -> SelfLayout:
         return fibo2_layout(samples, self.transformer.config)
 
     def _text_shape(self, layout: SelfLayout) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from uniref_fast import ops
 from uniref_fast.layout import Grid, Kind, Position, RotaryScheme, Sample, Segment, SelfLayout
 from uniref_fast.memo import memo, version_of
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
-from uniref_fast.models.kept_references import KeptReferences, ReferenceRows
+from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.module_hooks import may_have_hooks
 from uniref_fast.models.packed import (
     DeferredResidual,
@@ -34,6 +34,7 @@ from uniref_fast.models.packed import (
     ModelSizes,
     PackedBlock,
     PackedModel,
+    angle_dtype,
     skip,
 )
 from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, project_image
@@ -193,14 +194,7 @@ class PackedFlux3(PackedModel):
     def step_constants(self) -> StepConstants:
         return Flux3Constants()
 
-    def _predict(
-        self,
-        image: Tensor,
-        text: Tensor,
-        timestep: Tensor,
-        layout: SelfLayout,
-        kept: Sequence[KeptReferences | None] | ReferenceRows | None,
-    ) -> Tensor:
+    def _predict(self, image: Tensor, text: Tensor, timestep: Tensor, layout: SelfLayout, kept: Kept) -> Tensor:
         model, stream, whole = self.transformer, image, layout
         references = None if kept is None else self._references(layout, kept)
         if references is not None:
@@ -223,9 +217,7 @@ class PackedFlux3(PackedModel):
 
     def _rotary(self, layout: SelfLayout, device: torch.device) -> tuple[Tensor, Tensor]:
         config = self.transformer.config
-        # diffusers computes the angles in float64 where the device has it
-        dtype = torch.float32 if device.type in ("mps", "npu") else torch.float64
-        return layout.rotary(config.axes_dims_rope, device, config.rope_theta, dtype, SCALES)
+        return layout.rotary(config.axes_dims_rope, device, config.rope_theta, angle_dtype(device), SCALES)
 
     def _time_embeddings(self, timestep: Tensor) -> dict[Kind, Tensor]:
         """Return the activated embedding of the time of each sample for the tokens of each mode, `[S, C]`."""

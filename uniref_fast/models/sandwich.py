@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from uniref_fast import ops
-from uniref_fast.layout import Segment, SelfLayout
+from uniref_fast.layout import Sample, Segment, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.eight_bit import attend, feed_forward, shared_input
 from uniref_fast.models.kept_references import ReferenceRows
@@ -205,6 +205,21 @@ class SandwichModel(PackedModel):
         patch = config.get("patch_size", 2)
         layers = config.n_layers + config.n_refiner_layers  # those that compute images
         return ModelSizes(patch**2 * config.in_channels, config.n_heads, config.dim // config.n_heads, layers)
+
+    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
+        """Return the layout of a pack for this model.
+
+        Args:
+            samples: Samples of the pack, in order.
+            shared_references: Not supported.
+        """
+        if shared_references:
+            raise ValueError("samples of this model cannot share references, which attend to their target")
+        return self._layout(samples)
+
+    def _layout(self, samples: Sequence[Sample]) -> SelfLayout:
+        """Return the layout of a pack; a family defines it."""
+        raise NotImplementedError
 
     def _part(
         self,

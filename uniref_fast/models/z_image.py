@@ -203,15 +203,7 @@ class PackedZImage(SandwichModel):
     first_lists = ("noise_refiner", "context_refiner", "siglip_refiner")
     ends = ("all_x_embedder", "t_embedder", "cap_embedder", "siglip_embedder", "all_final_layer")
 
-    def layout(self, samples: Sequence[Sample], *, shared_references: bool = False) -> SelfLayout:
-        """Return the layout of a pack for this model (`z_image_layout`).
-
-        Args:
-            samples: Samples of the pack, in order.
-            shared_references: Not supported.
-        """
-        if shared_references:
-            raise ValueError("samples of this model cannot share references, which attend to their target")
+    def _layout(self, samples: Sequence[Sample]) -> SelfLayout:
         return z_image_layout(samples)
 
     def times(self, timesteps: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
