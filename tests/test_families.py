@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from family_models import FAMILIES, SIDE, picture
 
 import uniref_fast
@@ -24,6 +25,7 @@ from uniref_fast.family_table import facts, markdown, report
 from uniref_fast.layout import REFERENCE_PLACE, Sample
 from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.model_kind import _instead
+from uniref_fast.models import onednn_linear, packed
 from uniref_fast.models.families import families, family_of, find_transformer
 from uniref_fast.models.family import CAPABILITIES
 from uniref_fast.models.kept_references import dependence
@@ -190,6 +192,28 @@ def test_kept_references(family, name, request):
     else:
         with pytest.raises(ValueError, match="would not be exact"):
             edited(keep_references=True)
+
+
+@pytest.mark.parametrize("family", [family.name for family in families()])
+def test_linears_of_packed_blocks_are_called_by_one_function(family, request, monkeypatch):
+    """Check that oneDNN can compute them; those of modulation and cross-attention are called as PyTorch does."""
+    monkeypatch.setattr(onednn_linear, "onednn_is_faster", lambda: True)
+    called, chosen = set(), set()
+    linear, by_rows = F.linear, packed.row_by_row_linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, *args: (called.add(weight), linear(x, weight, *args))[1])
+    monkeypatch.setattr(
+        packed, "row_by_row_linear", lambda each, x, impl: (chosen.add(each), by_rows(each, x, impl))[1]
+    )
+    pipe, arguments = make(family, next(iter(named(family).pipelines)), request)
+    uniref_fast.edit(pipe, [request_of(arguments)], progress=False)
+    expected, kinds = set(), named(family).packed.row_kinds
+    for block in named(family).packed(find_transformer(pipe)).blocks:
+        for name, module in block.block.named_modules():
+            kind = next(kind for part, kind in kinds if part in f".{name}")
+            if type(module) is torch.nn.Linear and kind != "table" and not name.startswith("cross_attention"):
+                expected.add(module)
+    ran = {each for each in expected if each.weight in called}  # the last block skips Linears of the text
+    assert ran and {each for each in chosen if type(each) is torch.nn.Linear} == ran
 
 
 @pytest.mark.parametrize("family", [family.name for family in families()])

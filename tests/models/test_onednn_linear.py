@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.transformers.transformer_flux2 import Flux2FeedForward
 from patching import run
 from torch import nn
@@ -13,8 +14,15 @@ from torch.nn.utils import parametrize
 from torch.testing._internal.logging_tensor import LoggingTensorMode
 
 import uniref_fast
-from uniref_fast.models import onednn_linear
-from uniref_fast.models.onednn_linear import FEWEST_PRODUCTS, onednn_is_faster, runs_onednn
+from uniref_fast.layout import Sample
+from uniref_fast.models import PackedQwenImage, onednn_linear, packed
+from uniref_fast.models.onednn_linear import (
+    FEWEST_PRODUCTS,
+    FEWEST_WEIGHTS,
+    onednn_is_faster,
+    row_by_row_linear,
+    runs_onednn,
+)
 from uniref_fast.patch import replay
 from uniref_fast.testing import max_relative_error
 
@@ -146,8 +154,8 @@ def test_settings_of_pytorch_call_the_module(linear):
         assert not runs_onednn(linear, rows(), None)
     finally:
         torch.set_float32_matmul_precision(before)
-    with LoggingTensorMode():
-        assert not runs_onednn(linear, rows(), None)
+    with LoggingTensorMode():  # it sees the Linears of a patched model, and does not change the results of a packed one
+        assert not runs_onednn(linear, rows(), None) and runs_onednn(linear, rows(), None, packed=True)
     assert runs_onednn(linear, rows(), None)
 
 
@@ -260,7 +268,7 @@ def sequence(dim):
 )  # fmt: skip
 def test_linears_of_a_feed_forward_are_called_one_by_one(monkeypatch, kind, change, faster):
     """Only where oneDNN is faster, for classes of diffusers, and if no hook or replaced code would be passed over."""
-    monkeypatch.setattr(replay, "onednn_is_faster", lambda: faster)
+    monkeypatch.setattr(onednn_linear, "onednn_is_faster", lambda: faster)
     parent = nn.ModuleDict({"ff": kind(8)})
     if change is not None:
         change(parent["ff"])
@@ -276,7 +284,7 @@ def test_linears_of_a_feed_forward_are_called_one_by_one(monkeypatch, kind, chan
 
 def test_the_self_check_calls_no_part_of_a_feed_forward_again(monkeypatch, make_transformer):
     """Hooks would notice, and a dropout would draw other numbers."""
-    monkeypatch.setattr(replay, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(onednn_linear, "onednn_is_faster", lambda: True)
     model, called = make_transformer(layers=1), []
     activation, dropout, _ = model.transformer_blocks[0].img_mlp.net
     dropout.p = 0.5
@@ -286,3 +294,47 @@ def test_the_self_check_calls_no_part_of_a_feed_forward_again(monkeypatch, make_
         module.register_forward_hook(lambda module, args, out: called.append(module))
     run(model)
     assert called == [activation, dropout]
+
+
+# ---- a packed transformer ----
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 299, 300])
+def test_a_row_has_the_same_bits_in_any_pack(linear, n):
+    x = rows(300)[0]
+    whole = row_by_row_linear(linear, x, None)
+    assert torch.equal(whole, onednn_linear.onednn_linear(linear, x))
+    assert torch.equal(row_by_row_linear(linear, x[:n], None), whole[:n])
+    small = nn.Linear(WIDTH, FEWEST_WEIGHTS // WIDTH).requires_grad_(False)
+    assert torch.equal(row_by_row_linear(small, x, None), small(x)), "too small"
+    assert torch.equal(row_by_row_linear(linear, x, "reference"), linear(x))
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_hooks_that_move_weights_run_around_it(linear, replaced):
+    """Only in a packed forward, which runs them; a forward that was replaced below them is called."""
+    seen, x = [], rows()[0]
+    if replaced:
+        linear.forward = lambda x: 2 * x
+    hook = ModelHook()
+    hook.pre_forward = lambda module, *args: (seen.append("before"), (args, {}))[1]
+    hook.post_forward = lambda module, out: (seen.append("after"), out)[1]
+    add_hook_to_module(linear, hook)
+    assert runs_onednn(linear, x, None, packed=True) != replaced and not runs_onednn(linear, x, None)
+    out = row_by_row_linear(linear, x, None)
+    assert torch.equal(out, 2 * x if replaced else onednn_linear.onednn_linear(linear, x))
+    assert seen == ["before", "after"]
+
+
+@pytest.mark.parametrize("for_training", [False, True])
+def test_a_packed_transformer_uses_it_except_in_training(make_transformer, monkeypatch, for_training):
+    seen = []
+    monkeypatch.setattr(packed, "row_by_row_linear", lambda linear, x, impl: (seen.append(len(x)), linear(x))[1])
+    model = make_transformer(layers=2)
+    forward = PackedQwenImage(model, for_training=for_training)
+    layout = forward.layout([Sample(7, (1, 4, 6))])
+    with torch.no_grad():
+        forward(torch.randn(24, 64), torch.randn(7, 48), torch.ones(1), layout)
+    dropout = 1
+    expected = [24] * (3 + 1 + dropout + 2) + [7] * (3 + 1 + 2) + [24] * (3 + 1 + dropout + 2) + [7] * 3
+    assert sorted(seen) == sorted([] if for_training else expected)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from uniref_fast import ops
 from uniref_fast.models.kept_references import TracedReferences
+from uniref_fast.models.onednn_linear import call_linear
 from uniref_fast.ops.segment_attention import PreparedPlan, prepare_plan
 
 __all__ = ["CompiledCall", "TracedContext", "TracedLayout", "compiler_of", "mark_dynamic", "traced_context"]
@@ -57,6 +58,8 @@ class TracedContext(TracedLayout):
     rounding: ops.Rounding = "once"
     references: TracedReferences | None = None
     parallel: None = None
+
+    linear = staticmethod(call_linear)
 
     @property
     def layout(self) -> TracedContext:

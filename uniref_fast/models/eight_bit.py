@@ -5,12 +5,14 @@ The op that computes the input of a Linear in 8 bits also quantises it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniref_fast import ops
+from uniref_fast.models.onednn_linear import CallLinear, call_linear, forward_by_parts, runs_by_parts
 from uniref_fast.models.tanh_gelu import has_tanh_gelu, runs_native_gelu
 from uniref_fast.quantised_linear import QuantisedActivation, is_quantised, quantised_input, record_error
 from uniref_fast.visibility import AttentionPlan
@@ -105,7 +107,7 @@ def first_linear(mlp: Any) -> nn.Module | None:
     return mlp.net[0].proj if _is_eight_bit(mlp) else _first_of_gated(mlp)
 
 
-def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
+def feed_forward(mlp: Any, x: Tensor, impl: str | None, linear: CallLinear = call_linear) -> Tensor:
     """Run a feed-forward, `[..., C]` to `[..., C]`, with GELU and the quantisation after it in one pass.
 
     Args:
@@ -114,12 +116,18 @@ def feed_forward(mlp: Any, x: Tensor, impl: str | None) -> Tensor:
             `runs_native_gelu`.
         x: Input, quantised or not.
         impl: Implementation forced on every op, or None.
+        linear: Function that calls a Linear that is not in 8 bits, `ForwardContext.linear`.
     """
     if not _is_eight_bit(mlp):
         if isinstance(x, Tensor) and runs_native_gelu(mlp, x, impl):
-            return mlp.net[2](ops.gelu(mlp.net[0].proj(x)))
-        several = _first_of_gated(mlp) is not None and not isinstance(x, QuantisedActivation)
-        return mlp(quantised_input(x, impl) if several else x)
+            return linear(mlp.net[2], ops.gelu(linear(mlp.net[0].proj, x)))
+        if _first_of_gated(mlp) is not None and not isinstance(x, QuantisedActivation):
+            x = quantised_input(x, impl)
+        elif linear is not call_linear and runs_by_parts(mlp, x):
+            return forward_by_parts(
+                mlp, lambda _, each: functools.partial(linear, each) if type(each) is nn.Linear else each, x
+            )
+        return mlp(x)
     hidden = mlp.net[0].proj(x)
 
     def exact() -> Tensor:

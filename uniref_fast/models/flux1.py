@@ -28,6 +28,7 @@ from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.kept_references import Kept, ReferenceRows
+from uniref_fast.models.onednn_linear import CallLinear
 from uniref_fast.models.packed import ForwardContext, PackedModel, angle_dtype
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation, project_qkv
 from uniref_fast.models.single_stream import SingleStreamBlock
@@ -92,16 +93,17 @@ class Flux1SingleStreamBlock(SingleStreamBlock):
         shift, scale, gate = norm.linear(norm.silu(temb)).chunk(3, dim=-1)
         return shift, scale, gate
 
-    def project(self, y: Tensor, rows: Tensor | None) -> tuple[QKV, Tensor]:
-        mlp = self.block.proj_mlp(y if rows is None else y[rows])  # first, as in diffusers
-        return project_qkv(self.block.attn, y), mlp
+    def project(self, y: Tensor, rows: Tensor | None, linear: CallLinear) -> tuple[QKV, Tensor]:
+        mlp = linear(self.block.proj_mlp, y if rows is None else y[rows])  # first, as in diffusers
+        return project_qkv(self.block.attn, y, linear), mlp
 
     def activate(self, mlp: Tensor, impl: str | None) -> Tensor:
         activation = self.block.act_mlp
         return ops.gelu(mlp) if runs_native_activation(activation, mlp, impl) else activation(mlp)
 
-    def output(self, joint: Tensor) -> Tensor:
-        return self.block.proj_out(joint)
+    @property
+    def last_linear(self) -> Any:
+        return self.block.proj_out
 
 
 class PackedFlux1(PackedModel):

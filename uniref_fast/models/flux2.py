@@ -20,6 +20,7 @@ from torch import Tensor
 from uniref_fast.layout import Grid, Position, RotaryScheme, Sample, SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.kept_references import Kept
+from uniref_fast.models.onednn_linear import CallLinear
 from uniref_fast.models.packed import PackedModel, angle_dtype
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
 from uniref_fast.models.single_stream import SingleStreamBlock
@@ -76,17 +77,18 @@ class Flux2SingleStreamBlock(SingleStreamBlock):
         shift, scale, gate = temb.chunk(15, dim=-1)[12:]
         return shift, scale, gate
 
-    def project(self, y: Tensor, rows: Tensor | None) -> tuple[QKV, Tensor]:
+    def project(self, y: Tensor, rows: Tensor | None, linear: CallLinear) -> tuple[QKV, Tensor]:
         attn = self.block.attn
-        qkv, mlp = split_projection(attn, attn.to_qkv_mlp_proj(y))
+        qkv, mlp = split_projection(attn, linear(attn.to_qkv_mlp_proj, y))
         q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
         return (q, k, v), mlp if rows is None else mlp[rows]
 
     def activate(self, mlp: Tensor, impl: str | None) -> Tensor:
         return self.block.attn.mlp_act_fn(mlp)
 
-    def output(self, joint: Tensor) -> Tensor:
-        return self.block.attn.to_out(joint)
+    @property
+    def last_linear(self) -> Any:
+        return self.block.attn.to_out
 
 
 def split_projection(attn: Any, fused: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ from uniref_fast.models.packed import (
     angle_dtype,
     skip,
 )
-from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, project_image
+from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, project_output
 from uniref_fast.models.step_constants import StepConstants
 
 __all__ = ["FLUX3", "MODES", "PackedFlux3", "flux3_layout", "mode_layout"]
@@ -91,7 +91,7 @@ class Flux3Block(PackedBlock):
         temb: Tensor,
         context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
-        attn, impl = self.block.attn, context.impl
+        attn, impl, linear = self.block.attn, context.impl, context.linear
         shift, scale, gate = temb.chunk(3, dim=-1)
         rows = context.modulation_rows("joint")
         x, eps = streams.pop(), self.block.norm.eps
@@ -101,9 +101,9 @@ class Flux3Block(PackedBlock):
         else:
             y = modulated_input(first, x, shift, scale, rows, eps, impl)
         if has_fused_projections(attn):
-            projected = attn.to_qkv(y).chunk(3, dim=-1)
+            projected = linear(attn.to_qkv, y).chunk(3, dim=-1)
         else:
-            projected = attn.to_q(y), attn.to_k(y), attn.to_v(y)
+            projected = linear(attn.to_q, y), linear(attn.to_k, y), linear(attn.to_v, y)
         q, k, v = (each.unflatten(-1, (-1, attn.head_dim)) for each in projected)
         del projected
         plan = context.plan
@@ -115,7 +115,7 @@ class Flux3Block(PackedBlock):
             plan, q, y, x = context.target_plan, q[targets], y[targets], x[targets]
         out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
-        branch = project_image(attn, out.flatten(1)) + feed_forward(self.block.ff, y, impl)
+        branch = project_output(attn.to_out, out.flatten(1), linear) + feed_forward(self.block.ff, y, impl, linear)
         del out, y
         if context.fuse_residual and not self.last:
             return [x], [DeferredResidual(branch, gate)]

@@ -22,6 +22,7 @@ from uniref_fast.layout import SelfLayout
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.flux1 import FLUX1
 from uniref_fast.models.kept_references import Kept
+from uniref_fast.models.onednn_linear import CallLinear
 from uniref_fast.models.packed import ModelSizes, PackedModel, angle_dtype
 from uniref_fast.models.qwen_image import QKV, DoubleStreamBlock, Modulation
 
@@ -40,13 +41,13 @@ class JoyImageBlock(DoubleStreamBlock):
     def first_linears(self) -> tuple[nn.Module, nn.Module]:
         return self.block.attn.img_attn_qkv, self.block.attn.txt_attn_qkv
 
-    def projections(self, x: Tensor, stream: str) -> QKV:
+    def projections(self, x: Tensor, stream: str, linear: CallLinear) -> QKV:
         attn = self.block.attn
         fused = attn.img_attn_qkv if stream == "image" else attn.txt_attn_qkv
-        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in fused(x).chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, attn.head_dim)) for part in linear(fused, x).chunk(3, dim=-1))
         return q, k, v
 
-    def output(self, stream: str) -> Any:
+    def output(self, stream: str) -> nn.Module:
         attn = self.block.attn
         return attn.img_attn_proj if stream == "image" else attn.txt_attn_proj
 

@@ -8,6 +8,7 @@ transformer, its blocks and their QK norms compute without calling them, so it r
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "free_model_hooks",
     "has_global_hooks",
     "has_moving_hooks",
+    "innermost_forward",
     "is_offloaded",
     "may_have_hooks",
     "onloaded",
@@ -112,18 +114,39 @@ def _parts(module: nn.Module) -> list[Any]:
     return [part for hook in _hooks(module) for part in getattr(hook, "hooks", (hook,))]
 
 
+def innermost_forward(module: Any) -> tuple[Any, str]:
+    """Return (object, attribute) of a module's own forward, below hooks of diffusers and accelerate."""
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None and registry._fn_refs:
+        innermost = registry._fn_refs[0]
+        place = innermost, "forward" if innermost.original_forward is None else "original_forward"
+        below = hasattr(module, "_hf_hook") and isinstance(getattr(*place), functools.partial)
+        return (module, "_old_forward") if below else place  # accelerate hooked first: its hook is the inner one
+    if hasattr(module, "_hf_hook"):
+        return module, "_old_forward"
+    return module, "forward"
+
+
 # ---- modules whose parts are computed without a call ----
 
 
-def runs_class_forward(module: nn.Module) -> bool:
-    """Return True if a call of a module runs only the forward of its class, apart from global hooks."""
+def runs_class_forward(module: nn.Module, below_hooks: bool = False) -> bool:
+    """Return True if a call of a module runs only the forward of its class, apart from global hooks.
+
+    Args:
+        module: The module.
+        below_hooks: Leave out hooks of diffusers and accelerate.
+    """
     own = vars(module)  # quicker than attributes of a module
+    replaced = "forward" in own
+    if replaced and below_hooks:
+        replaced = getattr(getattr(*innermost_forward(module)), "__func__", None) is not type(module).forward
     return not (
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
-        or "forward" in own
+        or replaced
         or own.get("_compiled_call_impl")
     )
 

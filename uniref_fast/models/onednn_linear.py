@@ -8,6 +8,7 @@ another order. The weights stay where they are and as they are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uniref_fast import ops
-from uniref_fast.models.module_hooks import code_module, has_global_hooks, runs_class_forward
+from uniref_fast.models.module_hooks import (
+    code_module,
+    device_of_hooks,
+    has_global_hooks,
+    may_have_hooks,
+    onloaded,
+    runs_class_forward,
+)
 
-__all__ = ["FEWEST_PRODUCTS", "onednn_is_faster", "onednn_linear", "runs_onednn"]
+__all__ = [
+    "FEWEST_PRODUCTS",
+    "FEWEST_WEIGHTS",
+    "CallLinear",
+    "call_linear",
+    "forward_by_parts",
+    "onednn_is_faster",
+    "onednn_linear",
+    "row_by_row_linear",
+    "runs_by_parts",
+    "runs_onednn",
+]
 
 FEWEST_PRODUCTS = 1 << 21
 """Smallest Linear, in rows * inputs * outputs: below, a call of oneDNN takes longer than the Linear. Measured on a CPU
 with Zen 5, from 64 to 3072 channels."""
 
+FEWEST_WEIGHTS = 1 << 15
+"""Smallest weight of a Linear that oneDNN computes for any number of rows, see `row_by_row_linear`."""
+
+CallLinear = Callable[[Any, Tensor], Tensor]
+"""Function that calls a Linear, or any module in its place, with an input `[n, K]`."""
+
 _PLAIN = (Tensor, nn.Parameter)
 _ZEN_5 = 26
 
 
-def runs_onednn(linear: Any, x: Any, impl: str | None) -> bool:
+def runs_onednn(linear: Any, x: Any, impl: str | None, packed: bool = False) -> bool:
     """Return True if a call of a module is computed by `onednn_linear`.
 
     That is so for a Linear in float32 on a CPU where oneDNN is faster, outside torch.compile and without gradients, if
@@ -38,6 +63,9 @@ def runs_onednn(linear: Any, x: Any, impl: str | None) -> bool:
         linear: The module.
         x: Its input.
         impl: Implementation forced on every op, or None.
+        packed: Decide for a packed forward: by the size of the weight, whatever the number of rows, also if a mode of
+            PyTorch watches its operators, and also for a Linear with hooks of diffusers and accelerate, which that
+            forward runs itself.
     """
     if torch.compiler.is_compiling() or type(linear) is not nn.Linear or type(x) not in _PLAIN:
         return False
@@ -45,17 +73,22 @@ def runs_onednn(linear: Any, x: Any, impl: str | None) -> bool:
         return False
     own = vars(linear)["_parameters"]  # quicker than attributes of a module
     weight, bias = own.get("weight"), own.get("bias")
-    if not _is_plain(weight) or weight.ndim != 2 or "bias" not in own:
+    hooked = packed and may_have_hooks(linear)
+    onloaded_here = hooked and device_of_hooks(linear) == x.device
+    if not _is_plain(weight, onloaded_here) or weight.ndim != 2 or "bias" not in own:
         return False
     outputs, inputs = weight.shape
-    if x.numel() * outputs < FEWEST_PRODUCTS or x.shape[-1] != inputs or not x.is_contiguous():
+    large = weight.numel() >= FEWEST_WEIGHTS if packed else x.numel() * outputs >= FEWEST_PRODUCTS
+    if not large or not x.numel() or x.shape[-1] != inputs or not x.is_contiguous():
         return False
     # oneDNN reads the bias as one value after the other, without a check
-    if bias is not None and not (_is_plain(bias) and bias.shape == (outputs,)):
+    if bias is not None and not (_is_plain(bias, onloaded_here) and bias.shape == (outputs,)):
         return False
     if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (x, weight, bias)):
         return False
-    if not runs_class_forward(linear) or has_global_hooks() or _is_replaced() or _is_forbidden():
+    if not runs_class_forward(linear, below_hooks=hooked) or has_global_hooks() or _is_replaced() or _is_forbidden():
+        return False
+    if not packed and torch._C._len_torch_dispatch_stack() > 0:  # a mode watches the operators of PyTorch
         return False
     return ops.unavailable("native", x) is None
 
@@ -66,6 +99,70 @@ def onednn_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     The bits of a row do not depend on the other rows, unless there is only one row.
     """
     return torch.ops.mkldnn._linear_pointwise.default(x, linear.weight, linear.bias, "none", [], "")
+
+
+def row_by_row_linear(linear: nn.Module, x: Any, impl: str | None) -> Tensor:
+    """Call a Linear of a packed forward, or compute it by oneDNN so that the bits of a row do not depend on the others.
+
+    Args:
+        linear: The Linear, or any module that stands for it.
+        x: Its input, `[n, K]`.
+        impl: Implementation forced on every op, or None.
+    """
+    if not runs_onednn(linear, x, impl, packed=True):
+        return linear(x)
+    assert isinstance(linear, nn.Linear)
+    with onloaded(linear):
+        if len(x) == 1:  # the library has another function for one row
+            return onednn_linear(linear, x.expand(2, -1).contiguous())[:1]
+        return onednn_linear(linear, x)
+
+
+def call_linear(linear: Any, x: Tensor) -> Tensor:
+    """Call a Linear as PyTorch does."""
+    return linear(x)
+
+
+def runs_by_parts(module: Any, x: Any) -> bool:
+    """Return True if Linears in the forward of a module, such as a feed-forward, may be computed by oneDNN.
+
+    Only code of diffusers runs by parts: other code may need the module itself, for example to call `super().forward`.
+    """
+    return (
+        not torch.compiler.is_compiling() and onednn_is_faster() and isinstance(x, Tensor) and x.is_cpu
+        and x.dtype is torch.float32 and not has_global_hooks() and runs_class_forward(module)
+        and _is_from_diffusers(type(module))
+    )  # fmt: skip
+
+
+def _is_from_diffusers(kind: Any) -> bool:
+    """Return True if a call of a module of this class runs a forward that diffusers defines, and nothing else."""
+    called = code_module(kind.__call__) == nn.Module.__module__
+    return called and code_module(kind.forward).startswith("diffusers.")
+
+
+def forward_by_parts(module: Any, call: Callable[[str, nn.Module], Callable], x: Tensor) -> Any:
+    """Run the forward of a module's class with other functions in the place of its children.
+
+    Args:
+        module: The module.
+        call: Function of the name of a child and the child, which returns the function.
+        x: Input of the module.
+    """
+    return type(module).forward(_Parts(module, call), x)
+
+
+class _Parts:
+    """Replacement of a module in its forward: its children are other functions, all other attributes its own."""
+
+    def __init__(self, module: Any, call: Callable[[str, nn.Module], Callable]) -> None:
+        self.module, self.call = module, call
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        if isinstance(value, nn.ModuleList):
+            return [self.call(f"{name}.{i}", each) for i, each in enumerate(value)]
+        return self.call(name, value) if isinstance(value, nn.Module) else value
 
 
 @functools.cache
@@ -86,23 +183,20 @@ def _vendor_and_family() -> tuple[str, int]:
     return values.get("vendor_id", ""), int(values.get("cpu family", 0))
 
 
-def _is_plain(weight: Any) -> bool:
+def _is_plain(weight: Any, onloaded_here: bool) -> bool:
+    """Return True for an ordinary tensor in float32 that is on the CPU, or that hooks bring there."""
     return (
         type(weight) in _PLAIN
         and weight.dtype is torch.float32
-        and weight.is_cpu
+        and (weight.is_cpu or onloaded_here)
         and weight.layout is torch.strided
         and weight.is_contiguous()
     )
 
 
 def _is_forbidden() -> bool:
-    """Return True if oneDNN is off, a lower precision is allowed, or a torch mode watches the operators of PyTorch."""
-    return (
-        not torch._C._get_mkldnn_enabled()
-        or _fp32_precision("mkldnn", "matmul") not in ("none", "ieee")
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    """Return True if oneDNN is off, or a lower precision is allowed, which PyTorch's own Linear then uses."""
+    return not torch._C._get_mkldnn_enabled() or _fp32_precision("mkldnn", "matmul") not in ("none", "ieee")
 
 
 _fp32_precision = torch._C._get_fp32_precision_getter  # quicker than torch.backends.mkldnn.matmul.fp32_precision

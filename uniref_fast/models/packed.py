@@ -11,6 +11,7 @@ of them, or its part under sequence parallelism.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from uniref_fast.memo import memo
 from uniref_fast.models.compiled_block import TracedContext, compiler_of, mark_dynamic, traced_context
 from uniref_fast.models.kept_references import Kept, KeptReferences, ReferenceRows
 from uniref_fast.models.module_hooks import may_have_hooks, onloaded
+from uniref_fast.models.onednn_linear import CallLinear, call_linear, row_by_row_linear
 from uniref_fast.models.pack_adapters import PackAdapters
 from uniref_fast.models.sequence_parallel import SequenceParallel
 from uniref_fast.models.step_constants import StepConstants
@@ -106,6 +108,14 @@ class ForwardContext:
     checkpointing: bool | str = False
     fuse_residual: bool = True
     parallel: SequenceParallel | None = None
+
+    @property
+    def linear(self) -> CallLinear:
+        """Function that calls a Linear of a block with a stream: `row_by_row_linear` except in training.
+
+        In training, forwards without a gradient, such as rollouts, must have the bits of those with one.
+        """
+        return call_linear if self.for_training else functools.partial(row_by_row_linear, impl=self.impl)
 
     @property
     def plan(self) -> AttentionPlan:

@@ -9,7 +9,6 @@ R rows of the modulation table. A rank has n rows of a stream: all of them, or i
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from uniref_fast.models.compiled_block import TracedContext, TracedLayout
 from uniref_fast.models.eight_bit import attend, feed_forward, first_linear, gated_input, modulated_input
 from uniref_fast.models.kept_references import Kept
 from uniref_fast.models.module_hooks import onloaded
+from uniref_fast.models.onednn_linear import CallLinear, call_linear
 from uniref_fast.models.packed import (
     DeferredResidual,
     ForwardContext,
@@ -38,7 +38,7 @@ __all__ = [
     "Modulation",
     "PackedQwenImage",
     "joint_qkv",
-    "project_image",
+    "project_output",
     "project_qkv",
     "qk_norm_eps",
     "qk_norm_weights",
@@ -55,11 +55,17 @@ def has_fused_projections(attn: Any) -> bool:
     return hasattr(attn, "_supports_qkv_fusion") and attn.fused_projections
 
 
-def project_qkv(attn: Any, x: Tensor) -> QKV:
-    """Project an image stream, or the one stream of a block, `[n, C]`, to q, k, v, `[n, H, D]` each."""
+def project_qkv(attn: Any, x: Tensor, linear: CallLinear) -> QKV:
+    """Project an image stream, or the one stream of a block, `[n, C]`, to q, k, v, `[n, H, D]` each.
+
+    Args:
+        attn: The diffusers `Attention` that holds the projections.
+        x: The stream.
+        linear: Function that calls a Linear, `ForwardContext.linear`.
+    """
     if has_fused_projections(attn):
-        return _heads(attn, attn.to_qkv(x).chunk(3, -1))
-    return _heads(attn, (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
+        return _heads(attn, linear(attn.to_qkv, x).chunk(3, -1))
+    return _heads(attn, [linear(each, x) for each in (attn.to_q, attn.to_k, attn.to_v)])
 
 
 def _heads(attn: Any, parts: Sequence[Tensor]) -> QKV:
@@ -110,10 +116,16 @@ def _all_rows(qkv: QKV, context: ForwardContext, stream: str) -> QKV:
     return q, k, v
 
 
-def project_image(attn: Any, out: Tensor) -> Tensor:
-    """Apply the output projection of the image stream and, in training, its dropout."""
-    for module in attn.to_out:
-        out = module(out)
+def project_output(output: Any, out: Tensor, linear: CallLinear = call_linear) -> Tensor:
+    """Apply the output projection of an attention, `[n, H * D]` to `[n, C]`.
+
+    Args:
+        output: The Linear, or a list that also has its dropout.
+        out: Result of the attention.
+        linear: Function that calls a Linear.
+    """
+    for module in output if isinstance(output, nn.ModuleList) else (output,):
+        out = linear(module, out)
     return out
 
 
@@ -137,19 +149,19 @@ class DoubleStreamBlock(PackedBlock):
         """Return the first projection of the image and of the text stream; the others share their inputs."""
         return self.block.attn.to_q, self.block.attn.add_q_proj
 
-    def projections(self, x: Tensor, stream: str) -> QKV:
+    def projections(self, x: Tensor, stream: str, linear: CallLinear) -> QKV:
         """Project a modulated stream "image" or "text", `[n, C]`, to q, k, v, `[n, H, D]` each."""
         attn = self.block.attn
         if stream == "image":
-            return project_qkv(attn, x)
+            return project_qkv(attn, x, linear)
         if has_fused_projections(attn):
-            return _heads(attn, attn.to_added_qkv(x).chunk(3, -1))
-        return _heads(attn, (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)))
+            return _heads(attn, linear(attn.to_added_qkv, x).chunk(3, -1))
+        return _heads(attn, [linear(each, x) for each in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)])
 
-    def output(self, stream: str) -> Any:
-        """Return the output projection of attention for the stream "image" or "text"."""
+    def output(self, stream: str) -> nn.Module:
+        """Return the output projection of attention for the stream "image" or "text", with its dropout in a list."""
         attn = self.block.attn
-        return functools.partial(project_image, attn) if stream == "image" else attn.to_add_out
+        return attn.to_out if stream == "image" else attn.to_add_out
 
     def modulation(self, temb: Tensor, layout: SelfLayout | TracedContext) -> tuple[Modulation, Modulation]:
         """Return the modulation of both streams; text always uses the sampled timesteps, the first S rows.
@@ -194,7 +206,7 @@ class DoubleStreamBlock(PackedBlock):
                 first_linear(mlp), unchanged.pop(0), branches.pop(0), mod.gate1, mod.shift2, mod.scale2, rows, norm.eps,
                 impl,
             )  # fmt: skip
-            y = feed_forward(mlp, y, impl)
+            y = feed_forward(mlp, y, impl, context.linear)
             if context.fuse_residual:
                 left.append(DeferredResidual(y, mod.gate2))
             else:
@@ -209,7 +221,7 @@ class DoubleStreamBlock(PackedBlock):
         The list is emptied.
         """
         # In the order of diffusers, in which offloading fetches weights in advance.
-        image, text = (self.projections(normed.pop(0), stream) for stream in ("image", "text"))
+        image, text = (self.projections(normed.pop(0), stream, context.linear) for stream in ("image", "text"))
         if context.parallel is not None:
             text, image = _all_rows(text, context, "text"), _all_rows(image, context, "image")
         return joint_qkv(self.block.attn, image, text, context)
@@ -226,7 +238,7 @@ class DoubleStreamBlock(PackedBlock):
                 part = context.parallel.scatter_heads(part, context.parallel.bounds(len(part)))
             parts.append(part.flatten(1))
         del out, part
-        return [self.output(name)(parts.pop(0)) for name in ("image", "text")]
+        return [project_output(self.output(name), parts.pop(0), context.linear) for name in ("image", "text")]
 
     def _targets(self, mod: Modulation, image: Tensor, normed: list[Tensor], context: ForwardContext) -> Tensor:
         """Run the last block for the targets' queries only, because no other rows of its output are used.
@@ -243,13 +255,15 @@ class DoubleStreamBlock(PackedBlock):
             out = context.parallel.scatter_heads(out, context.parallel.targets(layout))
         mine = context.target_rows()
         rows = context.modulation_rows("image")[mine]
-        image, hidden = gated_input(
-            first_linear(block.img_mlp), image[mine], self.output("image")(out.flatten(1)), mod.gate1, mod.shift2,
-            mod.scale2, rows, block.img_norm2.eps, impl,
-        )  # fmt: skip
+        branch = project_output(self.output("image"), out.flatten(1), context.linear)
         del out
+        image, hidden = gated_input(
+            first_linear(block.img_mlp), image[mine], branch, mod.gate1, mod.shift2, mod.scale2, rows,
+            block.img_norm2.eps, impl,
+        )  # fmt: skip
+        del branch
         skip(self.output("text"))
-        hidden = feed_forward(block.img_mlp, hidden, impl)
+        hidden = feed_forward(block.img_mlp, hidden, impl, context.linear)
         skip(block.txt_mlp)
         return self.finite(ops.gate_residual(image, hidden, mod.gate2, rows, impl=impl))
 

@@ -32,7 +32,7 @@ from uniref_fast.models.packed import (
     joint_sources,
     skip,
 )
-from uniref_fast.models.qwen_image import joint_qkv, project_image
+from uniref_fast.models.qwen_image import joint_qkv, project_output
 from uniref_fast.visibility import Rule, block_causal
 
 __all__ = ["PackedQwenImage21", "interleaved_layout"]
@@ -152,12 +152,12 @@ class SingleStreamBlock(PackedBlock):
             q, x, rows, plan = q[targets], x[targets], rows[targets], context.target_plan
         out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
-        x, hidden = gated_input(
-            first_linear(block.img_mlp), x, project_image(block.attn, out.flatten(1)), gate1, None, scale2, rows,
-            block.img_norm2.eps, impl,
-        )  # fmt: skip
+        branch = project_output(block.attn.to_out, out.flatten(1), context.linear)
         del out
-        hidden = feed_forward(block.img_mlp, hidden, impl)
+        first, eps = first_linear(block.img_mlp), block.img_norm2.eps
+        x, hidden = gated_input(first, x, branch, gate1, None, scale2, rows, eps, impl)
+        del branch
+        hidden = feed_forward(block.img_mlp, hidden, impl, context.linear)
         if context.fuse_residual and not self.last:
             return [x], [DeferredResidual(hidden, gate2)]
         return [clipped(ops.gate_residual(x, hidden, gate2, rows, impl=impl))], []
@@ -166,7 +166,7 @@ class SingleStreamBlock(PackedBlock):
 def _projected(attn: Any, x: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
     """Project, normalise and rotate the joint sequence `[N, C]` into q, k, v, `[N, H, D]` each."""
     head_dim = attn.inner_dim // attn.heads
-    q, k, v = (linear(x).unflatten(-1, (-1, head_dim)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+    q, k, v = (context.linear(each, x).unflatten(-1, (-1, head_dim)) for each in (attn.to_q, attn.to_k, attn.to_v))
     return joint_qkv(attn, (q, k, v), None, context)
 
 

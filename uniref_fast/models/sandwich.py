@@ -28,7 +28,7 @@ from uniref_fast.models.eight_bit import attend, feed_forward, shared_input
 from uniref_fast.models.kept_references import ReferenceRows
 from uniref_fast.models.module_hooks import onloaded
 from uniref_fast.models.packed import ForwardContext, ModelSizes, PackedBlock, PackedModel
-from uniref_fast.models.qwen_image import joint_qkv, project_image
+from uniref_fast.models.qwen_image import joint_qkv, project_output
 from uniref_fast.visibility import Rule
 
 __all__ = [
@@ -152,7 +152,8 @@ class SandwichBlock(PackedBlock):
         else:
             hidden = normalise(x, norm, scale1, rows, impl)
         hidden = shared_input(attn.to_q, hidden, impl)
-        q, k, v = (linear(hidden).unflatten(-1, (attn.heads, -1)) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        projections = attn.to_q, attn.to_k, attn.to_v
+        q, k, v = (context.linear(each, hidden).unflatten(-1, (attn.heads, -1)) for each in projections)
         del hidden
         q, k, v = joint_qkv(attn, (q, k, v), None, context)
         plan = context.plan
@@ -162,14 +163,14 @@ class SandwichBlock(PackedBlock):
             rows = None if rows is None else rows[targets]
         out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
-        branch = branch_of(project_image(attn, out.flatten(1)), block.attention_norm2, gate1)
+        branch = branch_of(project_output(attn.to_out, out.flatten(1), context.linear), block.attention_norm2, gate1)
         del out
         if getattr(block, "cross_attention", None) is None:
             x, hidden = add_and_normalise(x, branch, block.ffn_norm1, scale2, rows, impl)
         else:
             x, hidden = self.between(x, branch, scale2, rows, context)
         del branch
-        branch = branch_of(feed_forward(block.feed_forward, hidden, impl), block.ffn_norm2, gate2)
+        branch = branch_of(feed_forward(block.feed_forward, hidden, impl, context.linear), block.ffn_norm2, gate2)
         if context.fuse_residual and not self.last:
             return [x], [branch]
         return [add(x, branch, rows, impl)], []

@@ -13,6 +13,7 @@ from torch import Tensor
 from uniref_fast import ops
 from uniref_fast.models.compiled_block import TracedContext
 from uniref_fast.models.eight_bit import attend, gated_input, modulated_input
+from uniref_fast.models.onednn_linear import CallLinear
 from uniref_fast.models.packed import DeferredResidual, ForwardContext, PackedBlock, clipped, joint_sources
 from uniref_fast.models.qwen_image import QKV, joint_qkv
 
@@ -32,16 +33,22 @@ class SingleStreamBlock(PackedBlock):
         """Linear that gets the output of the norm; others may share it."""
         raise NotImplementedError
 
+    @property
+    def last_linear(self) -> Any:
+        """Linear that gets the results of attention and feed-forward side by side."""
+        raise NotImplementedError
+
     def modulation(self, temb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return shift, scale and gate, `[R, C]` each, from the input `temb` of the block."""
         raise NotImplementedError
 
-    def project(self, y: Tensor, rows: Tensor | None) -> tuple[QKV, Tensor]:
+    def project(self, y: Tensor, rows: Tensor | None, linear: CallLinear) -> tuple[QKV, Tensor]:
         """Return the projections q, k, v, `[N, H, D]` each, and the input of the activation of the feed-forward.
 
         Args:
             y: Output of the norm, `[N, C]`.
             rows: Rows of the feed-forward that are used; None for all.
+            linear: Function that calls a Linear, `ForwardContext.linear`.
         """
         raise NotImplementedError
 
@@ -52,10 +59,6 @@ class SingleStreamBlock(PackedBlock):
             mlp: Input of the activation.
             impl: Implementation forced on every op, or None.
         """
-        raise NotImplementedError
-
-    def output(self, joint: Tensor) -> Tensor:
-        """Return the output Linear of attention and feed-forward side by side, `[N, C]`."""
         raise NotImplementedError
 
     def _run(
@@ -77,7 +80,7 @@ class SingleStreamBlock(PackedBlock):
             targets = context.target_rows()
             rows = context.modulation_rows("image")[targets]
             targets = context.layout.joint_index("image", x.device)[targets]
-        qkv, mlp = self.project(y, targets)
+        qkv, mlp = self.project(y, targets, context.linear)
         del y
         q, k, v = joint_qkv(attn, qkv, None, context)
         del qkv
@@ -86,7 +89,7 @@ class SingleStreamBlock(PackedBlock):
         mlp = self.activate(mlp, impl)
         out = attend(q, k, v, plan, impl, context.for_training, self.attention_8bit)
         del q, k, v
-        y = self.output(torch.cat([out.flatten(1), mlp], dim=-1))
+        y = context.linear(self.last_linear, torch.cat([out.flatten(1), mlp], dim=-1))
         del out, mlp
         if context.fuse_residual and not self.last:
             return [x], [DeferredResidual(y, gate)]

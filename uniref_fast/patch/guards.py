@@ -7,7 +7,6 @@ runs, so each guard finds one kind of change. Guards are cheap, because they run
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from uniref_fast.models.module_hooks import innermost_forward
 from uniref_fast.models.packed import qk_norm_names
 from uniref_fast.models.qwen_image import qk_norm_eps
 
@@ -270,19 +270,6 @@ def active_backend() -> str | None:
 
     name, _ = _AttentionBackendRegistry.get_active_backend()
     return None if name == AttentionBackendName.NATIVE else name.value
-
-
-def innermost_forward(block: Any) -> tuple[Any, str]:
-    """Return (object, attribute) of a block's own forward, below hooks of diffusers and accelerate."""
-    registry = getattr(block, "_diffusers_hook", None)
-    if registry is not None and registry._fn_refs:
-        innermost = registry._fn_refs[0]
-        place = innermost, "forward" if innermost.original_forward is None else "original_forward"
-        below = hasattr(block, "_hf_hook") and isinstance(getattr(*place), functools.partial)
-        return (block, "_old_forward") if below else place  # accelerate hooked first: its hook is the inner one
-    if hasattr(block, "_hf_hook"):
-        return block, "_old_forward"
-    return block, "forward"
 
 
 def stock_forward(block: Any, kind: Any) -> bool:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from uniref_fast.models.module_hooks import code_module, has_global_hooks, runs_class_forward
-from uniref_fast.models.onednn_linear import onednn_is_faster, onednn_linear, runs_onednn
+from uniref_fast.models.onednn_linear import forward_by_parts, onednn_linear, runs_by_parts, runs_onednn
 
 if TYPE_CHECKING:
     from uniref_fast.patch.state import PatchState
@@ -69,17 +68,12 @@ class Calls:
     def by_parts(self, name: str, x: Tensor) -> Any:
         """Call the child with this name, such as a feed-forward, or run its code with recorded calls of its children.
 
-        The latter computes its Linears by oneDNN where that is faster. Only code of diffusers runs on `_Parts` of the
-        module: other code may need the module itself, for example to call `super().forward`.
+        The latter computes its Linears by oneDNN where that is faster (`forward_by_parts`).
         """
-        child: Any = self.child(name)
-        if (
-            torch.compiler.is_compiling() or not onednn_is_faster() or not isinstance(x, Tensor)
-            or x.dtype is not torch.float32 or not x.is_cpu or has_global_hooks() or not runs_class_forward(child)
-            or not _is_from_diffusers(type(child))
-        ):  # fmt: skip
+        child = self.child(name)
+        if not runs_by_parts(child, x):
             return self(name, x)
-        return type(child).forward(_Parts(self, child, f"{name}."), x)
+        return forward_by_parts(child, lambda part, _: functools.partial(self, f"{name}.{part}"), x)
 
     def _linear(self, linear: Any, x: Tensor) -> Tensor:
         """Return the result of a Linear by oneDNN."""
@@ -97,25 +91,6 @@ class Calls:
         """Free the results if no self-check needs them."""
         if not self.inputs:
             self.made.clear()
-
-
-def _is_from_diffusers(kind: Any) -> bool:
-    """Return True if a call of a module of this class runs a forward that diffusers defines, and nothing else."""
-    called = code_module(kind.__call__) == nn.Module.__module__
-    return called and code_module(kind.forward).startswith("diffusers.")
-
-
-class _Parts:
-    """Replacement of a module in its forward: its children are calls of a recorder, all other attributes its own."""
-
-    def __init__(self, calls: Calls, module: nn.Module, prefix: str) -> None:
-        self.calls, self.module, self.prefix = calls, module, prefix
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
-        if isinstance(value, nn.ModuleList):
-            return [functools.partial(self.calls, f"{self.prefix}{name}.{i}") for i in range(len(value))]
-        return functools.partial(self.calls, self.prefix + name) if isinstance(value, nn.Module) else value
 
 
 class StandIn:

@@ -31,7 +31,7 @@ def make_generator(builtin_pipe):
         fields = {"packs": 2, "group": 2, "dtype": "float32", "rollout_num_inference_steps": STEPS,
                   "sample_num_inference_steps": STEPS, "rewards": ("scene",), **fields}  # fmt: skip
         config = MSGRPO((RLStage(64, 1, 1e-3),), model="builtin", **fields)
-        packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.visibility or "full")
+        packed = PackedQwenImage(builtin_pipe.transformer, visibility=config.visibility or "full", for_training=True)
         encoders = SimpleNamespace(present=lambda *names: contextlib.nullcontext())
         model = SimpleNamespace(
             pipe=builtin_pipe, packed=packed, config=config, ranks=ranks or FakeRanks(), encoders=encoders
