@@ -1,12 +1,9 @@
 """edit() and estimate() of Qwen-Image-2.1 against the pipeline of diffusers, request by request."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from patching import ROUNDING
-from peft import LoraConfig
 from PIL import Image
 from qwen_image_21 import pipeline
 
@@ -60,7 +57,7 @@ def edit(pipe, requests, **options):
 pytestmark = pytest.mark.filterwarnings("ignore:request .*guidance is off")
 
 
-@pytest.mark.parametrize("keep_references", [False, True, 1])
+@pytest.mark.parametrize("keep_references", [False, 1])
 def test_six_unlike_requests_equal_the_pipeline_one_by_one(pipe, keep_references):
     """Numbers and sizes of references, sizes of results, numbers of steps and guidance differ."""
     results = edit(pipe, REQUESTS, keep_references=keep_references)
@@ -69,13 +66,11 @@ def test_six_unlike_requests_equal_the_pipeline_one_by_one(pipe, keep_references
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="bfloat16 products without instructions for them")
-def test_packed_alone_and_kept_have_the_same_bits_in_bfloat16():
+def test_kept_references_have_the_same_bits_in_bfloat16():
     pipe = pipeline(torch.bfloat16)
-    together = edit(pipe, REQUESTS)
-    every_step = edit(pipe, REQUESTS, keep_references=1)
+    together = edit(pipe, REQUESTS[1:4])
+    every_step = edit(pipe, REQUESTS[1:4], keep_references=1)
     assert all(torch.equal(*pair) for pair in zip(every_step, together, strict=True))
-    for request, result in zip(REQUESTS, together, strict=True):
-        assert torch.equal(edit(pipe, [request])[0], result), request.prompt
 
 
 def test_references_are_computed_once_as_in_the_pipeline(pipe):
@@ -213,26 +208,6 @@ def test_positions_that_are_not_those_of_the_references(slots, counts):
         _text_of([each == "#" for each in slots], counts)
 
 
-def test_a_lora_of_the_pipeline(pipe):
-    """Weights of a file that `load_lora_weights` loads act as in the pipeline."""
-    pytest.importorskip("peft")
-    generator, state = torch.Generator().manual_seed(3), {}
-    for name, linear in pipe.transformer.named_modules():
-        if isinstance(linear, torch.nn.Linear) and ("attn" in name or "img_mlp" in name):
-            for part, shape in (("A", (4, linear.in_features)), ("B", (linear.out_features, 4))):
-                state[f"transformer.{name}.lora_{part}.weight"] = torch.randn(shape, generator=generator) * 0.1
-    before = edit(pipe, REQUESTS[1:3])
-    pipe.load_lora_weights(state, adapter_name="one")
-    try:
-        results = edit(pipe, REQUESTS[1:3])
-        for request, result, old in zip(REQUESTS[1:3], results, before, strict=True):
-            assert max_relative_error(result[0], stock(pipe, request)) < ROUNDING
-            assert max_relative_error(result, old) > 1e-3
-    finally:
-        pipe.unload_lora_weights()
-    assert all(torch.equal(*pair) for pair in zip(edit(pipe, REQUESTS[1:3]), before, strict=True))
-
-
 def test_changed_code_of_diffusers_is_refused(pipe, monkeypatch):
     block = pipe.transformer.transformer_blocks[1]
     monkeypatch.setattr(type(block), "_modulate", lambda *args: None)
@@ -258,30 +233,3 @@ def test_the_estimate_counts_the_operations_of_the_forward(pipe):
     kept = uniref_fast.estimate(pipe, [request])
     assert next(stage for stage in kept.stages if stage.name == "transformer").flops < stage.flops
     assert kept.computed_references == (1,)
-
-
-def test_several_images_and_a_lora_for_each_request(pipe):
-    """The results equal the pipeline with that adapter, also with kept text and references."""
-    torch.manual_seed(0)
-    targets = ["to_q", "to_v", "to_out.0", "img_in", "in_layer", "modulation.1", "norm_out.linear", "proj_out"]
-    pipe.transformer.add_adapter(LoraConfig(r=4, init_lora_weights=False, target_modules=targets), "a")
-    for name, parameter in pipe.transformer.named_parameters():
-        if ".lora_" in name:
-            parameter.data.mul_(0.3)
-    requests = [
-        dataclasses.replace(REQUESTS[1], num_images=2, seed=[7, 8], lora={"a": 0.8}),
-        dataclasses.replace(REQUESTS[2], lora={}),
-    ]
-    try:
-        pipe.transformer.disable_adapters()
-        images, other = edit(pipe, requests, keep_references=True)
-        assert max_relative_error(other[0], stock(pipe, requests[1])) < ROUNDING
-        plain = stock(pipe, dataclasses.replace(REQUESTS[1], seed=7))
-        pipe.transformer.enable_adapters()
-        pipe.transformer.set_adapters(["a"], [0.8])
-        for seed, image in zip((7, 8), images, strict=True):
-            expected = stock(pipe, dataclasses.replace(REQUESTS[1], seed=seed))
-            assert max_relative_error(image[0], expected) < ROUNDING
-        assert max_relative_error(images[0][0], plain) > 1e-2
-    finally:
-        pipe.transformer.delete_adapters(["a"])
