@@ -37,7 +37,7 @@ from uniref_fast.models.packed import (
     angle_dtype,
     skip,
 )
-from uniref_fast.models.qwen_image import has_fused_projections, joint_qkv, project_output
+from uniref_fast.models.qwen_image import joint_qkv, project_output, project_qkv
 from uniref_fast.models.step_constants import StepConstants
 
 __all__ = ["FLUX3", "MODES", "PackedFlux3", "flux3_layout", "mode_layout"]
@@ -85,11 +85,7 @@ class Flux3Block(PackedBlock):
     """A block with one stream of its tokens, in joint order, whose attention and feed-forward share their input."""
 
     def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[DeferredResidual],
-        temb: Tensor,
-        context: ForwardContext,  # or a `TracedContext`, which has the attributes that are used here
+        self, streams: list[Tensor], residuals: list[DeferredResidual], temb: Tensor, context: ForwardContext
     ) -> tuple[list[Tensor], list[DeferredResidual]]:
         attn, impl, linear = self.block.attn, context.impl, context.linear
         shift, scale, gate = temb.chunk(3, dim=-1)
@@ -100,14 +96,8 @@ class Flux3Block(PackedBlock):
             x, y = gated_input(first, x, *residuals.pop(), shift, scale, rows, eps, impl)
         else:
             y = modulated_input(first, x, shift, scale, rows, eps, impl)
-        if has_fused_projections(attn):
-            projected = linear(attn.to_qkv, y).chunk(3, dim=-1)
-        else:
-            projected = linear(attn.to_q, y), linear(attn.to_k, y), linear(attn.to_v, y)
-        q, k, v = (each.unflatten(-1, (-1, attn.head_dim)) for each in projected)
-        del projected
         plan = context.plan
-        q, k, v = joint_qkv(attn, (q, k, v), None, context)
+        q, k, v = joint_qkv(attn, project_qkv(attn, y, linear), None, context)
         if self.last:  # no other rows of its output are used
             targets = context.target_rows()
             rows = context.modulation_rows("image")[targets]

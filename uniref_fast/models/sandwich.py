@@ -137,12 +137,9 @@ class SandwichBlock(PackedBlock):
         raise NotImplementedError
 
     def _run(
-        self,
-        streams: list[Tensor],
-        residuals: list[Any],  # of `Branch`
-        temb: Tensor,
-        context: ForwardContext,
+        self, streams: list[Tensor], residuals: list[Any], temb: Tensor, context: ForwardContext
     ) -> tuple[list[Tensor], list[Any]]:
+        """Run the block as `PackedBlock.forward` describes; the residuals are `Branch`es."""
         block, attn, impl = self.block, self.block.attention, context.impl
         scale1, gate1, scale2, gate2 = self.tables(temb)
         rows = None if scale1 is None else context.modulation_rows("joint")
