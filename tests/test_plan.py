@@ -15,6 +15,7 @@ from PIL import Image
 from uniref_fast import speeds
 from uniref_fast.cli import main
 from uniref_fast.run_plan import PlanOptions, _settings, make_plan
+from uniref_fast.training.core import recipe
 from uniref_fast.training.core.known_models import KNOWN
 from uniref_fast.training.core.model_size import ModelSize, model_size
 from uniref_fast.training.supervised.recipes import SFT_RECIPES
@@ -150,6 +151,14 @@ def test_sizes_of_the_released_models_are_those_of_their_architecture(names):
         for name, value in size.transformer_config().items():
             assert value is None or transformer.config[name] == value, name
         assert size.with_vae(vae.config) == size
+
+
+def test_a_known_model_has_its_own_number_of_steps_and_scale_without_a_download(monkeypatch):
+    monkeypatch.setattr(recipe, "local_index", lambda name: None)
+    found = {name: dataclasses.replace(SFT_RECIPES["lora"](), model=name).resolve_sampling() for name in KNOWN}
+    distilled = [f"black-forest-labs/FLUX.2-klein-{kind}" for kind in ("4B", "9B", "9b-kv")]
+    own = dict.fromkeys(distilled, (4, 1.0)) | {"Qwen/Qwen-Image-2.1": (40, 1.0)}
+    assert found == dict.fromkeys(KNOWN, (50, 4.0)) | own
 
 
 def test_a_known_model_that_training_refuses_has_no_plan(capsys, monkeypatch):

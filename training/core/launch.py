@@ -162,6 +162,7 @@ def _train(
             newest = find(parsed.extra, ranks, parsed.config.keep)
         with _no_data_of_failed_start(out) if alone and ranks.rank == 0 else contextlib.nullcontext():
             before = recorded(newest, out, ranks)
+            refuse_model_of_recipe(parsed, before)
             config = with_targets(with_recorded(parsed.config, before, parsed.given, out), parsed.given)
             if before:
                 check_suitability(config, ranks.size)
@@ -360,6 +361,21 @@ def recorded(newest: Newest, out: Path, ranks: Ranks) -> dict[str, Any]:
     if initial:  # older versions wrote the settings that were given, and continued the adapter with its own
         before.update(json.loads(json.dumps(_adopted(Path(initial), before.get("lora_targets", ())))))
     return before
+
+
+def refuse_model_of_recipe(parsed: configs.Parsed[Any, Any], before: Mapping[str, Any]) -> None:
+    """Raise ValueError if a resumed run would get the model of the recipe, because no flag names its own.
+
+    Args:
+        parsed: Parsed command line.
+        before: Result of `recorded`.
+    """
+    own, config = before.get("model"), parsed.config
+    if own is not None and "model" not in parsed.given and own != config.model:
+        raise ValueError(
+            f"the run in {parsed.extra.out} trains model = {own}, and the recipe {parsed.recipe} has model = "
+            f"{config.model}; give --model {own}, or another place of the same model"
+        )
 
 
 def with_recorded(config: C, before: Mapping[str, Any], given: Collection[str], out: Path) -> C:

@@ -79,6 +79,8 @@ class Recipe:
             rank, so that this factor is 1, and sqrt(lora_rank) for rslora.
         lora_targets: Names of the Linear layers that get an adapter; if none are given, those of attention and MLPs in
             the blocks of the model.
+        embedded_guidance: Guidance scale that a model with guidance embeddings, such as FLUX.2-dev, gets in training;
+            none takes 3.5. Other models ignore it.
 
     Attributes: Data
         data: Files or folders of dataset rows; "builtin" generates a small dataset with the shipped emoji.
@@ -139,7 +141,8 @@ class Recipe:
         sample_num_inference_steps: Number of denoising steps of a sample; none takes that of `uniref-fast eval`: 8 for
             the built-in model and 50 for Qwen-Image-Edit (docs/families.md).
         sample_true_cfg_scale: True CFG scale of a sample, 1 turns guidance off; none takes that of `uniref-fast eval`:
-            1 for the built-in model and 4 for Qwen-Image-Edit (docs/families.md).
+            1 for the built-in model and 4 for Qwen-Image-Edit (docs/families.md). A model with guidance embeddings
+            gets this scale if it is above 1, else `embedded_guidance`.
 
     Attributes: Checkpoints
         save_every: Number of steps between checkpoints.
@@ -166,6 +169,7 @@ class Recipe:
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    embedded_guidance: float | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
     base: Literal["bf16", "int8", "fp8", "nf4"] | None = None
@@ -201,7 +205,8 @@ class Recipe:
             raise ValueError("a run needs at least one stage")
         least = {"packs": 1, "save_every": 1, "keep": 1, "eval_every": 0, "sample_every": 0, "eval_samples": 1,
                  "sample_count": 0, "sample_num_inference_steps": 2, "max_skipped": 1, "max_broken": 0,
-                 "workers": 1, "offload_blocks": 0, "warmup": 0, "max_grad_norm": 0, "weight_decay": 0}  # fmt: skip
+                 "workers": 1, "embedded_guidance": 0, "offload_blocks": 0, "warmup": 0, "max_grad_norm": 0,
+                 "weight_decay": 0}  # fmt: skip
         self._at_least(least)
         Columns.of(self.columns)
         if self.weights and len(self.weights) != len(self.data):
@@ -268,7 +273,11 @@ class Recipe:
 
     def resolve_sampling(self) -> tuple[int, float]:
         """Return the denoising steps and the true CFG scale of samples; defaults are those of `uniref-fast eval`."""
-        index = local_index(self.model) or {"_class_name": "QwenImageEditPlusPipeline"}  # downloads nothing
+        from uniref_fast.training.core.known_models import KNOWN  # which imports this module
+
+        known = KNOWN.get(self.model)  # nothing is downloaded
+        index = local_index(self.model) if known is None else known.index
+        index = index or {"_class_name": "QwenImageEditPlusPipeline"}
         steps, scale = defaults(self.model, index)
         return (
             steps if self.sample_num_inference_steps is None else self.sample_num_inference_steps,

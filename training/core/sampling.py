@@ -15,6 +15,8 @@ from uniref_fast.edit import edit
 from uniref_fast.encode import prompt_embeddings, prompt_text, to_rgb
 from uniref_fast.evaluation.report import sampling_text
 from uniref_fast.evaluation.requests import EvalRequest, eval_request
+from uniref_fast.guidance import is_guided
+from uniref_fast.models.families import family_of
 from uniref_fast.request import EditRequest, EncodedRequest, request_geometry
 from uniref_fast.sheets import contact_sheet
 from uniref_fast.training.core.model import TrainedModel
@@ -26,9 +28,17 @@ MOST_PROMPTS = 32
 """Largest number of rows of `validate`: each is sampled at every validation."""
 
 
-def sampling_settings(config: Recipe) -> dict[str, Any]:
-    """Return the settings of `eval_request` that all samples of a run have: those of its last stage."""
+def sampling_settings(config: Recipe, pipe: Any) -> dict[str, Any]:
+    """Return the settings of `eval_request` that all samples of a run have: those of its last stage.
+
+    Args:
+        config: Configuration of the run.
+        pipe: Pipeline of its model. If that embeds a guidance scale and samples have none, they get that of training.
+    """
     steps, scale = config.resolve_sampling()
+    usual = family_of(pipe).training_guidance(pipe.transformer.config)
+    if usual is not None and not is_guided(scale):
+        scale = usual if config.embedded_guidance is None else config.embedded_guidance
     stage = config.validation_stage
     return {
         "num_inference_steps": steps,
@@ -141,7 +151,7 @@ class PromptSamples:
     """
 
     def __init__(self, dataset: Dataset, config: Recipe, model: TrainedModel) -> None:
-        self.model, self.settings = model, sampling_settings(config)
+        self.model, self.settings = model, sampling_settings(config, model.pipe)
         self._requests = [
             eval_request(model.pipe, dataset[i], ("validate", i), seed=0, **self.settings) for i in range(len(dataset))
         ]

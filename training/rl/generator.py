@@ -23,6 +23,7 @@ from uniref_fast.training.batches.samples import Encoder, Prepared
 from uniref_fast.training.core.distributed import Ranks
 from uniref_fast.training.core.memory import MemoryPlan
 from uniref_fast.training.core.model import TrainedModel
+from uniref_fast.training.core.sampling import sampling_settings
 from uniref_fast.training.rl.recipes import MSGRPO
 from uniref_fast.training.rl.rewards import RewardSet
 from uniref_fast.training.rl.rollout import (
@@ -138,7 +139,8 @@ class RolloutGenerator:
         The members start from the same noise in every run, so that validations can be compared. No row is too large,
         since nothing is kept for a backward.
         """
-        steps, scale = self.config.resolve_sampling()
+        settings = sampling_settings(self.config, self.model.pipe)
+        steps, scale = settings["num_inference_steps"], settings["true_cfg_scale"]
         guidance = scale if self.guided else 1.0
         if self.encoder.guidance is not None:  # the scale is embedded, as in the requests of `uniref-fast eval`
             rows = [(key, replace(each, sample=replace(each.sample, guidance=scale))) for key, each in rows]

@@ -69,8 +69,6 @@ class MSGRPO(Recipe):
             noise in all steps but the last, which never has any.
         window_end: First step that no window reaches; none takes the middle of the rollout.
         rollout_true_cfg_scale: True CFG scale of rollouts and updates; 1 turns guidance off.
-        embedded_guidance: Guidance scale that a model with guidance embeddings, such as FLUX.2-dev, gets in rollouts
-            and updates; none takes 3.5. Other models ignore it.
         keep_references: Compute the references once per rollout instead of in every step. It needs references that
             depend on nothing that changes between steps: a visibility other than "full" and a model with zero_cond_t,
             FLUX.2 klein-KV, or Qwen-Image-2.1, of which it also keeps the text.
@@ -128,7 +126,6 @@ class MSGRPO(Recipe):
     window: int | None = None
     window_end: int | None = None
     rollout_true_cfg_scale: float = 1.0
-    embedded_guidance: float | None = None
     keep_references: bool = False
     timesteps: float = 1.0
     updates: int = 1

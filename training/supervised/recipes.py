@@ -38,9 +38,6 @@ class SFT(Recipe):
             guidance.
         drop_references: Share of samples, from 0 to 1, that are trained without their references.
 
-        embedded_guidance: Guidance scale that a model with guidance embeddings, such as FLUX.2-dev, gets in training;
-            none takes 3.5. Other models ignore it.
-
     Attributes: Masks
         mask_weight_outside: Weight, from 0 to 1, of what the mask of a row leaves out of the loss, next to a weight of
             1 for what is white; rows without a mask are not affected.
@@ -54,7 +51,6 @@ class SFT(Recipe):
     t_std: float = 1.0
     drop_text: float = 0.1
     drop_references: float = 0.05
-    embedded_guidance: float | None = None
     mask_weight_outside: float = 0.0
     cost: Literal["measured", "flops"] = "measured"
     visibility: Literal["full", "reference_causal", "reference_isolated"] | None = None

@@ -75,7 +75,7 @@ class Validation:
         self.config, self.model, self.encoder, self.ranks = config, model, encoder, ranks
         self.datasets = heldout_datasets(files, config)
         self.stage = config.validation_stage
-        self.settings = sampling_settings(config)
+        self.settings = sampling_settings(config, model.pipe)
         self._encoded: dict[str, list[tuple[Prepared, Encoded | None]]] = {}
         for dataset in self.datasets.values():
             for i in range(min(heldout_count(config), len(dataset))):

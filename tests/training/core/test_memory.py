@@ -420,6 +420,7 @@ def test_wrong_values_of_a_stage(field, value, message):
         ("workers", 0, "workers must be at least 1"),
         ("warmup", -1, "warmup must be at least 0"),
         ("t_std", -0.1, "t_std must be at least 0"),
+        ("embedded_guidance", math.nan, "embedded_guidance must be at least 0"),
         ("t_std", math.nan, "t_std must be at least 0"),
         ("max_grad_norm", math.nan, "max_grad_norm must be at least 0"),
         ("weight_decay", -1e-9, "weight_decay must be at least 0"),

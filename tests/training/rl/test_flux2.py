@@ -1,6 +1,7 @@
 """MSGRPO on FLUX.2: rollouts, replays and runs on small models of the real classes with random weights."""
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from uniref_fast.training.batches.latent_cache import TensorCache
 from uniref_fast.training.batches.samples import Encoder
 from uniref_fast.training.core import flux2_size
 from uniref_fast.training.core.memory import MemoryPlan
+from uniref_fast.training.core.sampling import PromptSamples
 from uniref_fast.training.core.suitability import check_suitability
 from uniref_fast.training.rl.generator import RolloutGenerator
 from uniref_fast.training.rl.on_policy import TOLERANCE, check_on_policy
@@ -69,8 +71,8 @@ def rollouts(folder):
         pipe = pipes.setdefault(kind, pipeline(kind))
         stage = RLStage(128, 1, 1e-3)
         config = MSGRPO((stage,), group=2, packs=1, dtype="float32", rollout_num_inference_steps=3, visibility="full",
-                        model="klein", rewards=("scene",), sample_num_inference_steps=2, sample_true_cfg_scale=2.5,
-                        **options)  # fmt: skip
+                        model="klein", rewards=("scene",), sample_num_inference_steps=2,
+                        **{"sample_true_cfg_scale": 2.5} | options)  # fmt: skip
         encoder = Encoder(pipe, TensorCache(None), guidance=config.embedded_guidance)
         if pipe.text_encoder is None:
             encoder.encode_text = lambda prepared, images, text=None: torch.randn(
@@ -135,6 +137,8 @@ def test_guidance_is_that_of_the_pipeline(rollouts):
         _, batch = rollouts(kind, heldout=True)
         assert {len(member.group.prompts) for pack in batch.packs for member in pack.members} == {sequences}, kind
         assert {each for pack in batch.packs for each in pack.layout.guidance} == scale, kind
+    _, batch = rollouts("dev", heldout=True, sample_true_cfg_scale=1.0, embedded_guidance=1.5)
+    assert {each for pack in batch.packs for each in pack.layout.guidance} == {1.5}, "samples are as rollouts"
     one, two = latents(rollouts("dev")[1]), latents(rollouts("dev", embedded_guidance=1.0)[1])
     assert not torch.equal(one, two), "the scale of rollouts is a setting"
 
@@ -172,17 +176,48 @@ def dark(candidate):
     return {"quality": 10 - 10 * sum(candidate.image.convert("L").resize((1, 1), Image.Resampling.BOX).getdata()) / 255}
 
 
-@pytest.mark.slow
-def test_a_run_resumes_exactly_and_edit_takes_its_adapter(folder, tmp_path):
-    out = tmp_path / "run"
-    given = {"recipe": "tiny", "model": folder / "klein", "data": folder / "train.jsonl", "out": out, "steps": 2,
+def flags(folder, model, out, **more):
+    """Return the arguments of a run of two steps."""
+    given = {"recipe": "tiny", "model": model, "data": folder / "train.jsonl", "out": out, "steps": 2,
              "prompts": 2, "group": 2, "packs": 1, "lora-rank": 2, "rollout-num-inference-steps": 3,
              "eval-every": 0, "sample-every": 0, "save-every": 1, "tensorboard": "false",
-             "rewards": f"{__name__}:dark"}  # fmt: skip
+             "rewards": f"{__name__}:dark", **more}  # fmt: skip
     for i in (0, 1):
         given |= {f"stages.{i}.budget": 128, f"stages.{i}.target-side": 128, f"stages.{i}.pack-tokens": 3000,
                   f"stages.{i}.references": "any"}  # fmt: skip
-    words = [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="PixtralProcessor needs torchvision")
+def test_a_run_of_dev_embeds_the_scale_that_is_given(folder, tmp_path, monkeypatch):
+    """Rollouts, samples of held-out rows and samples of the prompts of `validate` have the same scale."""
+    small = flux2.transformer("dev", heads=1, layers=1, single_layers=2)
+    flux2.pipeline(small, "dev", mistral=True).save_pretrained(tmp_path / "dev")
+    found, settings = [], []
+    generate, grid = RolloutGenerator.generate_and_score, PromptSamples.grid
+
+    def recorded(self, batch, step):
+        found.append({scale for pack in batch.packs for scale in pack.layout.guidance})
+        return generate(self, batch, step)
+
+    def recorded_grid(self, pack_tokens):
+        settings.append(self.settings["true_cfg_scale"])
+        return grid(self, pack_tokens)
+
+    monkeypatch.setattr(RolloutGenerator, "generate_and_score", recorded)
+    monkeypatch.setattr(PromptSamples, "grid", recorded_grid)
+    rows = folder / "train.jsonl"
+    more = {"embedded-guidance": 2.5, "heldout": rows, "eval-samples": 1, "sample-count": 1, "validate": rows,
+            "eval-every": 2, "sample-every": 2, "sample-num-inference-steps": 2, "encoders": "free"}  # fmt: skip
+    assert msgrpo.main(flags(folder, tmp_path / "dev", tmp_path / "run", **more)) == 0
+    assert found == [{2.5}] * 4 and settings == [2.5] * 2, "two steps; held-out rows before and after them"
+
+
+@pytest.mark.slow
+def test_a_run_resumes_exactly_and_edit_takes_its_adapter(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = flags(folder, folder / "klein", out)
     assert msgrpo.main(words) == 0
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     checks = [event["worst_log_ratio"] for event in events if event["kind"] == "on-policy check"]
@@ -191,6 +226,10 @@ def test_a_run_resumes_exactly_and_edit_takes_its_adapter(folder, tmp_path):
     assert any(tensor.abs().max() > 0 for name, tensor in before.items() if "lora_B" in name), "it was trained"
     shutil.rmtree(out / "lora")
     shutil.rmtree(out / "checkpoints" / "step-000002")
+    capsys.readouterr()
+    assert msgrpo.main(["--recipe", "tiny", "--out", str(out), "--resume", "auto"]) == 2
+    expected = f"trains model = {folder / 'klein'}, and the recipe tiny has model = builtin; give --model"
+    assert expected in capsys.readouterr().err
     assert msgrpo.main([*words, "--resume", "auto"]) == 0
     after = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items()), "bit for bit"
