@@ -19,7 +19,7 @@ from peft.utils import set_peft_model_state_dict
 
 from uniref_fast import EditRequest, edit, patch, unpatch
 from uniref_fast.family_demo import stock_edit
-from uniref_fast.models.family import families, family_of
+from uniref_fast.models.families import families, family_of
 from uniref_fast.testing import max_relative_error
 
 RELATIVE = 5e-5
