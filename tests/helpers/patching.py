@@ -51,6 +51,12 @@ def assert_compiled_blocks(model, run, calls, graphs):
         assert max_relative_error(run(model, **given), theirs) < ROUNDING, given
     torch.compiler.reset()
     assert 0 < counter.frame_count <= graphs and not report.fallbacks
+    kinds = {
+        type(block): block.forward.__code__
+        for block in model.modules()
+        if type(block).__name__ in model._repeated_blocks
+    }
+    assert len({*kinds.values()}) == len(kinds), "the graphs of two kinds of block share one limit"
     return report
 
 

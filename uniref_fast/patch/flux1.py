@@ -103,16 +103,6 @@ class _Block(PatchedBlock):
                 return reason
         return norm_change()
 
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Any = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return self._start(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
-
     def call_refusal(self, image, text, temb, rotary, attention_kwargs) -> str | None:  # type: ignore[override]
         return self._call_refusal(temb, image, text)
 
@@ -149,6 +139,16 @@ class _TwoStreamBlock(_Block):
     adaptive_norms = ("norm1", "norm1_context")
     norms = ("norm2", "norm2_context")
 
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._start(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+
     def _fused(self, calls: Calls, impl: str, image, text, temb, rotary, attention_kwargs) -> Any:  # type: ignore[override]
         block, mods, rows, temb = self.block, [], [], F.silu(temb)
         for name, stream in (("norm1.linear", image), ("norm1_context.linear", text)):
@@ -169,6 +169,16 @@ class _OneStreamBlock(_Block):
 
     adaptive = "AdaLayerNormZeroSingle"
     adaptive_norms = ("norm",)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # its own code, as torch.compile keeps the graphs of a function together and limits their number
+        return self._start(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
 
     def _fused(self, calls: Calls, impl: str, image, text, temb, rotary, attention_kwargs) -> Any:  # type: ignore[override]
         out = self._stream(calls, impl, torch.cat([text, image], dim=1), temb, rotary, attention_kwargs)
