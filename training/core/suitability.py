@@ -181,7 +181,8 @@ def check_kept_references(config: Recipe, size: ModelSize, index: Mapping[str, A
     is_clean = size.keeps_prefix or index.get("_class_name") in size.clean_pipelines
     if kept and config.visibility == "full" and not is_clean:
         raise ValueError(
-            'keep_references needs references that do not depend on the step: under visibility = "full" they do'
+            f'keep_references is not possible for model = {config.model}: under visibility = "full" its references '
+            "depend on the time of each step; leave --keep-references out"
         )
 
 

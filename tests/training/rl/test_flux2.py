@@ -156,7 +156,7 @@ def test_what_a_model_cannot_have_is_refused(folder, tmp_path):
     config = MSGRPO((RLStage(1024, 4, 1e-3),), model=str(folder / "klein"), visibility="full",
                     rollout_true_cfg_scale=4.0)  # fmt: skip
     check_suitability(config, 1)
-    refused(dataclasses.replace(config, keep_references=True), 'under visibility = "full" they do')
+    refused(dataclasses.replace(config, keep_references=True), 'under visibility = "full" its references depend')
     shutil.copytree(folder / "klein", tmp_path / "other")
     path = tmp_path / "other" / "model_index.json"
     index = json.loads(path.read_text())

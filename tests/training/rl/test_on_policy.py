@@ -187,7 +187,7 @@ def test_rollouts_that_keep_their_references_are_on_policy(
 
 def test_references_that_depend_on_the_step_are_not_kept(make_generator):
     config = MSGRPO((RLStage(64, 1, 1e-3),), visibility="full", keep_references=True)
-    with pytest.raises(ValueError, match='under visibility = "full" they do'):
+    with pytest.raises(ValueError, match='under visibility = "full" its references depend'):
         check_kept_references(config, ModelSize(), {})
     check_kept_references(config, QwenImage21Size(), {})
     with pytest.raises(ValueError, match="would not be exact: references attend to text and target"):
