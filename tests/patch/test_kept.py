@@ -453,3 +453,15 @@ def test_what_cannot_be_traced_with_kept_references(make_transformer, backend):
         assert not any(is_kept(call(model, t)) for t in (0.9, 0.8))
         assert any(reason in each for each in report.references_not_kept), report
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", [{"keep_references": 2}, {"visibility": "reference_causal"}])
+def test_a_thread_does_not_notice_that_another_compiles(make_transformer, monkeypatch, options):
+    """PyTorch sets this flag for the whole process while a thread compiles."""
+    model = make_transformer(True, layers=2)
+    report = uniref_fast.patch(model, **options)
+    expected, computed = edit(model, 7, GRIDS)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    outs, mine = edit(model, 7, GRIDS)
+    assert mine == computed and all(map(torch.equal, outs, expected))
+    assert not report.traces and not report.references_not_kept

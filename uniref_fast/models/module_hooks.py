@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from uniref_fast import ops
+
 __all__ = [
     "code_module",
     "device_of_hooks",
@@ -42,7 +44,7 @@ def onloaded(*modules: nn.Module | None) -> contextlib.AbstractContextManager[No
     Args:
         *modules: Modules in the order in which diffusers calls them; None stands for a missing one.
     """
-    if torch.compiler.is_compiling():  # only blocks whose QK norms have no hooks are compiled
+    if ops.is_traced():  # only blocks whose QK norms have no hooks are compiled
         return _NO_HOOKS
     hooked = [each for each in modules if each is not None and may_have_hooks(each)]
     return _hooks_run(hooked) if hooked else _NO_HOOKS

@@ -67,7 +67,7 @@ def runs_onednn(linear: Any, x: Any, impl: str | None, packed: bool = False) -> 
             PyTorch watches its operators, and also for a Linear with hooks of diffusers and accelerate, which that
             forward runs itself.
     """
-    if torch.compiler.is_compiling() or type(linear) is not nn.Linear or type(x) not in _PLAIN:
+    if ops.is_traced() or type(linear) is not nn.Linear or type(x) not in _PLAIN:
         return False
     if x.dtype is not torch.float32 or not x.is_cpu or not onednn_is_faster() or impl in ("reference", "triton"):
         return False
@@ -129,7 +129,7 @@ def runs_by_parts(module: Any, x: Any) -> bool:
     Only code of diffusers runs by parts: other code may need the module itself, for example to call `super().forward`.
     """
     return (
-        not torch.compiler.is_compiling() and onednn_is_faster() and isinstance(x, Tensor) and x.is_cpu
+        not ops.is_traced() and onednn_is_faster() and isinstance(x, Tensor) and x.is_cpu
         and x.dtype is torch.float32 and not has_global_hooks() and runs_class_forward(module)
         and _is_from_diffusers(type(module))
     )  # fmt: skip

@@ -45,7 +45,7 @@ def runs_native_activation(activation: Any, x: Tensor, impl: str | None) -> bool
 
 
 def _is_native(x: Tensor, impl: str | None) -> bool:
-    if torch.compiler.is_compiling() or not x.is_cpu or impl in ("reference", "triton") or not native.has_gelu():
+    if ops.is_traced() or not x.is_cpu or impl in ("reference", "triton") or not native.has_gelu():
         return False
     return ops.unavailable("native", x) is None
 

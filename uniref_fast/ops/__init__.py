@@ -4,7 +4,15 @@ GELU has no Triton kernel. Attention has more implementations, which are librari
 attention), "flash" (FlashAttention 2, 3 and 4) and "cudnn_flex" (cuDNN's flex attention).
 """
 
-from uniref_fast.ops._dispatch import ATTENTION_LIBRARIES, IMPLEMENTATIONS, Rounding, choose, explain, unavailable
+from uniref_fast.ops._dispatch import (
+    ATTENTION_LIBRARIES,
+    IMPLEMENTATIONS,
+    Rounding,
+    choose,
+    explain,
+    is_traced,
+    unavailable,
+)
 from uniref_fast.ops.attention_fp8 import attention_fp8
 from uniref_fast.ops.fp8 import (
     gate_residual_norm_modulate_fp8,
@@ -32,6 +40,7 @@ __all__ = [
     "gate_residual_norm_modulate_fp8",
     "gelu",
     "gelu_fp8",
+    "is_traced",
     "norm_modulate",
     "norm_modulate_fp8",
     "qk_norm_rope",

@@ -26,6 +26,7 @@ __all__ = [
     "explain",
     "first_order_only",
     "inside_transform",
+    "is_traced",
     "module",
     "not_batched",
     "observed",
@@ -154,6 +155,14 @@ def define_op(function: Kernel) -> Kernel:
     LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, torch.compiler.disable(function), "CompositeExplicitAutograd")  # not compiled piece by piece
     return function
+
+
+def is_traced() -> bool:
+    """Return True where torch.compile or torch.export traces this call.
+
+    `torch.compiler.is_compiling` is also true in other threads of the process while one of them compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 
 
 def observed(*tensors: torch.Tensor | None) -> bool:

@@ -215,7 +215,7 @@ class _PerSample(PatchedBlock):
         return (type(self.block).forward,)
 
     def _start(self, temb: Tensor, *arguments: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             self.record_trace(_UNTRACED)
         elif not isinstance(temb, Tensor) or temb.ndim == 3:
             return outside_compiler()(self._run, *arguments)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniref_fast import ops
 from uniref_fast.edit_report import ReferenceReport
 from uniref_fast.layout import SelfLayout
 from uniref_fast.models.compiled_block import CompiledCall, TracedContext, mark_dynamic, traced_context
@@ -127,7 +128,7 @@ class KeptBlockCall(CompiledCall):
         self.block, self.state = block, state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kept = None if torch.compiler.is_compiling() else self.state.calls.kept
+        kept = None if ops.is_traced() else self.state.calls.kept
         if kept is None:
             return self.compiled(*args, **kwargs)
         attn, given = self.block.attn, {**dict(zip(BLOCK_ARGUMENTS, args, strict=False)), **kwargs}
@@ -170,7 +171,7 @@ class ReferenceKeeper:
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Return the arguments of a kept step; None leaves them as they are (a forward pre-hook)."""
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             self.record_whole()
             return None
         calls = self.state.calls
@@ -200,7 +201,7 @@ class ReferenceKeeper:
 
     def after(self, module: Any, args: tuple, output: Any) -> None:
         """Count the step, or forget a prediction whose references not all blocks have stored (a forward hook)."""
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             return
         calls = self.state.calls
         forward, calls.kept = calls.kept, None

@@ -76,7 +76,7 @@ def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor, atte
     """
     if site.disabled:
         return site.disabled
-    if not torch.compiler.is_compiling() and (reason := active_mode()):
+    if not ops.is_traced() and (reason := active_mode()):
         return reason
     first = tensors[0]
     for tensor in tensors:
@@ -200,7 +200,7 @@ class PatchedAttention:
             attention_mask,
             image_rotary_emb,
         )
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             if traced_context is None and self.state.visibility != "full":
                 raise RuntimeError(self._impossible("inside torch.compile"))
             return self._trace(attn, *arguments, traced_context)
@@ -503,7 +503,7 @@ class PatchedBlock(PatchedMethod):
 
     def _start(self, *arguments: Any) -> Any:
         """Run a call, whose arguments are those of the original."""
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             return self._trace(*arguments)
         return outside_compiler()(self._run, *arguments)
 

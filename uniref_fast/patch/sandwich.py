@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniref_fast import ops
 from uniref_fast.layout import Kind, Segment, SelfLayout
 from uniref_fast.memo import version_of
 from uniref_fast.models.eight_bit import feed_forward
@@ -184,7 +185,7 @@ def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor, l
         A `ForwardContext`, or inside a graph a `TracedStreams`, which has the attributes that attention reads.
     """
     batch, length = x.shape[:2]
-    if torch.compiler.is_compiling():
+    if ops.is_traced():
         cos, sin = torch.view_as_real(freqs).flatten(0, 1).unbind(-1)
         return TracedStreams(batch, 0, length, (cos, sin), state.impl, like)
     saved = state.calls.context
@@ -325,7 +326,7 @@ class SandwichBlock(PatchedBlock):
 
     def _rows_of(self, noise_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Return the row of the table for every token, int32 `[B * N]`; the rows of clean tokens are the last B."""
-        if noise_mask is None or torch.compiler.is_compiling():
+        if noise_mask is None or ops.is_traced():
             return self.state.modulation_rows(None if noise_mask is None else noise_mask != 1, batch, length, device)
         saved = self.state.calls.rows
         if saved and saved[0] is noise_mask and saved[1] == (batch, version_of(noise_mask)):

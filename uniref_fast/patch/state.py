@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from uniref_fast import ops
 from uniref_fast.fast import EightBitParts
 from uniref_fast.layout import Sample, SelfLayout
 from uniref_fast.models.packed import ForwardContext
@@ -158,7 +159,7 @@ class PatchState:
             length: Tokens of each sample in the stream.
             device: Device of the result.
         """
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             rows = torch.arange(batch, dtype=torch.int32, device=device)[:, None].expand(batch, length)
             return (rows if index is None else rows + (index != 0).to(torch.int32) * batch).reshape(-1).contiguous()
         if index is None:

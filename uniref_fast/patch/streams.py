@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uniref_fast import ops
 from uniref_fast.patch.processors import PatchedAttention, checkable, outside_compiler, untraceable
 from uniref_fast.patch.replay import Calls, StandIn
 from uniref_fast.visibility import AttentionPlan
@@ -61,7 +62,7 @@ class StreamsAttention(PatchedAttention):
             others: Its other positional arguments.
             kv: Its keyword arguments.
         """
-        if torch.compiler.is_compiling():
+        if ops.is_traced():
             return self._trace_streams(attn, streams, others, kv)
         result = outside_compiler()(self._attend, attn, streams, others, kv)
         return result if len(result) > 1 else result[0]
