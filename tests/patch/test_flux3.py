@@ -159,7 +159,10 @@ def test_times_of_single_tokens_run_the_original(make_flux3):
             assert max_relative_error(head(each), head.linear(each)) < ROUNDING
             expected = type(norm).forward(norm, x, each)
             assert max_relative_error(norm(x, each), expected) < ROUNDING
-    assert report.fallbacks == {"tokens of a sample have different times": 2} and report.calls.total() == 2
+        with pytest.raises(RuntimeError, match="must match the size"):
+            norm(x, equal[:, :3])  # also after the self-check, which would raise this error itself
+    reasons = {"tokens of a sample have different times": 2, "embeddings of the time of 3 tokens for 5 tokens": 1}
+    assert report.fallbacks == reasons and report.calls.total() == 2
 
 
 def test_other_frequencies_and_backends_are_refused_by_edit(make_flux3):

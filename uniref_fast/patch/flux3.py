@@ -277,6 +277,8 @@ class _OutputNorm(_PerSample):
         return changed_norm(self.block.norm, self.block.linear.in_features) or norm_change()
 
     def _fused(self, calls: Calls, impl: str, x: Tensor, temb: Tensor) -> Any:  # type: ignore[override]
+        if temb.shape[1] not in (1, x.shape[1]):
+            return f"embeddings of the time of {temb.shape[1]} tokens for {x.shape[1]} tokens"
         one = self._one_token(temb)
         if isinstance(one, str):
             return one
