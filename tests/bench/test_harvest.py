@@ -1,8 +1,6 @@
 """bench/harvest.py on a machine without a GPU, in processes of its own: its imports live in bench/."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ pytest.importorskip("pytest_benchmark")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-FORKED_PARTS = """
+FORKED = """
 import os, sys
 import pytest
 import harvest
@@ -41,6 +39,8 @@ def forked(arguments, seconds, on_line=None):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 harvest.run = forked
+"""
+ALL_PARTS = """
 del harvest.KERNEL_TESTS["attention"]
 sys.exit(harvest.main())
 """
@@ -48,7 +48,7 @@ sys.exit(harvest.main())
 
 def test_every_part_runs_and_writes_its_results(tmp_path):
     """The benchmarks run in forks, and one of the groups of kernel tests as it is: each imports PyTorch otherwise."""
-    done = warm.run("-c", FORKED_PARTS, "--out", tmp_path, "--tiny", cwd=BENCH)
+    done = warm.run("-c", FORKED + ALL_PARTS, "--out", tmp_path, "--tiny", cwd=BENCH)
     assert done.returncode == 0, done.stdout + done.stderr
     results = {path.stem.split("-", 3)[-1]: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     groups = {
@@ -67,12 +67,12 @@ def test_every_part_runs_and_writes_its_results(tmp_path):
 
 
 FAULTY_PARTS = """
-import sys, time
-import harvest
+import time
 
 start = time.monotonic()
-assert harvest.run(["-c", "import time; time.sleep(600)"], 0.5) is None, "stopped at the time limit"
+assert run(["-c", "import time; time.sleep(600)"], 0.5) is None, "stopped at the time limit"
 assert time.monotonic() - start < 300
+assert run(["-c", "import os; os.abort()"], 60) == -6
 # A part whose process dies after its first measurement, and one that works.
 folder = sys.argv[1]
 harvest.PARTS = tuple(harvest.Part(name, 300, (), (f"{folder}/{name}.py",)) for name in ("dies", "works"))
@@ -94,12 +94,11 @@ def test_second(benchmark):
 
 
 def test_a_part_that_fails_costs_the_next_part_nothing(tmp_path):
+    """The parts run in forks; a process of its own is stopped or dies before."""
     (tmp_path / "conftest.py").write_text((BENCH / "conftest.py").read_text())
     (tmp_path / "works.py").write_text(MEASURED)
     (tmp_path / "dies.py").write_text(MEASURED + DIES)
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTY_PARTS, tmp_path], cwd=BENCH, capture_output=True, text=True, timeout=600
-    )
+    done = warm.run("-c", FORKED + FAULTY_PARTS, tmp_path, cwd=BENCH)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "dies: failed with exit status -6" in done.stdout and "works: complete" in done.stdout
     kept = {path.stem.rsplit("-", 1)[-1]: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
