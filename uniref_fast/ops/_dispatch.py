@@ -157,12 +157,11 @@ def define_op(function: Kernel) -> Kernel:
     return function
 
 
-def is_traced() -> bool:
-    """Return True where torch.compile or torch.export traces this call.
-
-    `torch.compiler.is_compiling` is also true in other threads of the process while one of them compiles.
-    """
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+is_traced = torch.compiler.is_dynamo_compiling
+"""Return True where torch.compile traces this call. It is PyTorch's own function and not one that calls it: Dynamo
+would compile a function of this package, with True as its result, also where it runs the caller uncompiled after a
+graph break. `torch.compiler.is_compiling` is also true in other threads of the process while one of them compiles.
+"""
 
 
 def observed(*tensors: torch.Tensor | None) -> bool:

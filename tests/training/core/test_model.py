@@ -77,7 +77,7 @@ def predicted(packed, dtype=torch.float32):
 @pytest.fixture
 def untrained(threads):
     """Return the predictions before training; another number of threads would round differently."""
-    return predicted(PackedQwenImage(builtin.load(torch.float32).transformer))
+    return predicted(PackedQwenImage(builtin.load(torch.float32).transformer, for_training=True))
 
 
 # ---- running ----
@@ -87,7 +87,7 @@ def test_sharding_changes_no_bit_in_either_dtype(trained, untrained):
     assert torch.equal(predicted(trained(moved=False).packed), untrained)
     model = trained(moved=False, dtype="bfloat16")
     assert {p.dtype for p in model.parameters.values()} == {torch.float32}, "master weights"
-    expected = predicted(PackedQwenImage(builtin.load(torch.bfloat16).transformer), torch.bfloat16)
+    expected = predicted(PackedQwenImage(builtin.load(torch.bfloat16).transformer, for_training=True), torch.bfloat16)
     assert torch.equal(predicted(model.packed, torch.bfloat16), expected)
 
 
@@ -105,7 +105,7 @@ def test_a_step_after_a_validation_uses_its_own_weights(trained):
     assert torch.equal(after, before) and not torch.equal(averaged, before.detach())
     whole = builtin.load(torch.float32).transformer
     whole.load_state_dict({name: values.full_tensor() for name, values in average.average.items()})
-    assert torch.equal(predicted(PackedQwenImage(whole)), averaged)
+    assert torch.equal(predicted(PackedQwenImage(whole, for_training=True)), averaged)
 
 
 def test_only_what_is_trained_gets_gradients(trained):
@@ -185,7 +185,9 @@ def test_all_weights_load_as_a_transformer_and_predict_the_same(trained, untrain
     assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
     loaded = QwenImageTransformer2DModel.from_pretrained(tmp_path / "transformer", use_safetensors=True)
     expected = predicted(model.packed)
-    assert torch.equal(predicted(PackedQwenImage(loaded)), expected) and not torch.equal(expected, untrained)
+    assert torch.equal(predicted(PackedQwenImage(loaded, for_training=True)), expected) and not torch.equal(
+        expected, untrained
+    )
     saved = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     assert saved.keys() == model.parameters.keys()
     config = json.loads((tmp_path / "transformer" / "config.json").read_text())

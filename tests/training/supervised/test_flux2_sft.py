@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import flux2
 import pytest
@@ -303,4 +304,6 @@ def test_a_row_whose_reference_the_pipeline_refuses_is_broken(models, data, tmp_
         encoder.prepare(one, (0, 0), 128, 128)
     assert not encoder.prepare_form(one, Form(128, 128, no_references=True)).sample.references
     with pytest.raises(ValueError, match=f"{reason}; repair or remove this held-out row"):
-        Validation([tmp_path / "rows.jsonl"], config(models, "klein"), None, encoder, None)
+        Validation(
+            [tmp_path / "rows.jsonl"], config(models, "klein"), SimpleNamespace(pipe=encoder.pipe), encoder, None
+        )
