@@ -161,6 +161,7 @@ is_traced = torch.compiler.is_dynamo_compiling
 """Return True where torch.compile traces this call. It is PyTorch's own function and not one that calls it: Dynamo
 would compile a function of this package, with True as its result, also where it runs the caller uncompiled after a
 graph break. `torch.compiler.is_compiling` is also true in other threads of the process while one of them compiles.
+torch.export without Dynamo has a flag of its own, `torch.compiler.is_exporting`.
 """
 
 

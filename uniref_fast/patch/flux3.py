@@ -215,7 +215,7 @@ class _PerSample(PatchedBlock):
         return (type(self.block).forward,)
 
     def _start(self, temb: Tensor, *arguments: Any) -> Any:
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             self.record_trace(_UNTRACED)
         elif not isinstance(temb, Tensor) or temb.ndim == 3:
             return outside_compiler()(self._run, *arguments)

@@ -248,7 +248,7 @@ def stream_context(
     Returns:
         A `ForwardContext`, or inside a graph a `TracedStreams`, which has the attributes that attention reads.
     """
-    if ops.is_traced():
+    if ops.is_traced() or torch.compiler.is_exporting():
         cos, sin = (table[:, ::2] for table in rotary)
         return TracedStreams(batch, text, image, (cos, sin), state.impl, like, rounding)
     key, saved = (batch, text, image), state.calls.context

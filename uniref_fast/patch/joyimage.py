@@ -137,7 +137,7 @@ class _Attention(StreamsAttention):
     def _tables(self, rotary: Any, mask: Tensor | None, text: int, image: Tensor, like: Tensor) -> tuple[Any, Any]:
         """Return the context of a call and its plan, see `_context`; inside a graph a `TracedStreams` and its plan."""
         batch, length = image.shape[:2]
-        if not ops.is_traced():
+        if not (ops.is_traced() or torch.compiler.is_exporting()):
             return _context(self.state, rotary, mask, batch, text, length)
         context = TracedStreams(batch, text, length, _joint_tables(rotary, text), self.state.impl, like)
         return context, context.plan
@@ -264,7 +264,7 @@ class _Tables(PatchedMethod):
 
     def tables(self, start: tuple[int, int, int], stop: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the tokens of an image, float32 `[N, D]` each, on the CPU."""
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             self.record_trace("torch.compile traces the code of diffusers")
             return self.original(start, stop)
         config = self.transformer.config

@@ -128,7 +128,7 @@ class KeptBlockCall(CompiledCall):
         self.block, self.state = block, state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kept = None if ops.is_traced() else self.state.calls.kept
+        kept = None if ops.is_traced() or torch.compiler.is_exporting() else self.state.calls.kept
         if kept is None:
             return self.compiled(*args, **kwargs)
         attn, given = self.block.attn, {**dict(zip(BLOCK_ARGUMENTS, args, strict=False)), **kwargs}
@@ -171,7 +171,7 @@ class ReferenceKeeper:
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """Return the arguments of a kept step; None leaves them as they are (a forward pre-hook)."""
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             self.record_whole()
             return None
         calls = self.state.calls
@@ -201,7 +201,7 @@ class ReferenceKeeper:
 
     def after(self, module: Any, args: tuple, output: Any) -> None:
         """Count the step, or forget a prediction whose references not all blocks have stored (a forward hook)."""
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             return
         calls = self.state.calls
         forward, calls.kept = calls.kept, None

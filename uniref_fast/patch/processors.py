@@ -76,7 +76,7 @@ def refusal(state: PatchState, site: Site, head_dim: int, *tensors: Tensor, atte
     """
     if site.disabled:
         return site.disabled
-    if not ops.is_traced() and (reason := active_mode()):
+    if not (ops.is_traced() or torch.compiler.is_exporting()) and (reason := active_mode()):
         return reason
     first = tensors[0]
     for tensor in tensors:
@@ -149,8 +149,11 @@ class PatchedAttention:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """Class of the original processor; `type` returns the one of this object."""
-        return type(self.stock)
+        """Class of the original processor; `type` returns the one of this object, and so does this while Dynamo traces.
+
+        Dynamo of torch 2.13 would trace the calls of that class in place of the calls of this one.
+        """
+        return type(self) if torch.compiler.is_compiling() else type(self.stock)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return how pickle constructs a copy: the way it takes by default needs `type` and `__class__` to be equal."""
@@ -200,7 +203,7 @@ class PatchedAttention:
             attention_mask,
             image_rotary_emb,
         )
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             if traced_context is None and self.state.visibility != "full":
                 raise RuntimeError(self._impossible("inside torch.compile"))
             return self._trace(attn, *arguments, traced_context)
@@ -503,7 +506,7 @@ class PatchedBlock(PatchedMethod):
 
     def _start(self, *arguments: Any) -> Any:
         """Run a call, whose arguments are those of the original."""
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             return self._trace(*arguments)
         return outside_compiler()(self._run, *arguments)
 

@@ -73,7 +73,7 @@ class PatchedAttention21(PatchedAttention):
             hidden_states, attention_mask, rotary_emb, layer_cache, kv_cache_mode, cache_write_slice, segments,
             key_valid,
         )  # fmt: skip
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             self.record_trace(_UNTRACED)
             return self._pass_on()(attn, *arguments)
         return outside_compiler()(self._run, attn, *arguments)
@@ -307,7 +307,7 @@ class PatchedBlock21(PatchedBlock):
         """Return the row of the modulation table for every token, int32 `[B * N]`; the last row is that of t = 0."""
         if mask is None:
             return self.state.modulation_rows(None, batch, length, device)
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             rows = self.state.modulation_rows(None, batch, length, device).view(batch, length)
             return torch.where(mask, rows, batch).to(torch.int32).reshape(-1)
         saved = self.state.calls.rows

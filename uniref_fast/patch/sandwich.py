@@ -185,7 +185,7 @@ def _context(state: PatchState, x: Tensor, mask: Tensor | None, freqs: Tensor, l
         A `ForwardContext`, or inside a graph a `TracedStreams`, which has the attributes that attention reads.
     """
     batch, length = x.shape[:2]
-    if ops.is_traced():
+    if ops.is_traced() or torch.compiler.is_exporting():
         cos, sin = torch.view_as_real(freqs).flatten(0, 1).unbind(-1)
         return TracedStreams(batch, 0, length, (cos, sin), state.impl, like)
     saved = state.calls.context
@@ -326,7 +326,7 @@ class SandwichBlock(PatchedBlock):
 
     def _rows_of(self, noise_mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
         """Return the row of the table for every token, int32 `[B * N]`; the rows of clean tokens are the last B."""
-        if noise_mask is None or ops.is_traced():
+        if noise_mask is None or ops.is_traced() or torch.compiler.is_exporting():
             return self.state.modulation_rows(None if noise_mask is None else noise_mask != 1, batch, length, device)
         saved = self.state.calls.rows
         if saved and saved[0] is noise_mask and saved[1] == (batch, version_of(noise_mask)):

@@ -159,7 +159,7 @@ class PatchState:
             length: Tokens of each sample in the stream.
             device: Device of the result.
         """
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             rows = torch.arange(batch, dtype=torch.int32, device=device)[:, None].expand(batch, length)
             return (rows if index is None else rows + (index != 0).to(torch.int32) * batch).reshape(-1).contiguous()
         if index is None:

@@ -62,7 +62,7 @@ class StreamsAttention(PatchedAttention):
             others: Its other positional arguments.
             kv: Its keyword arguments.
         """
-        if ops.is_traced():
+        if ops.is_traced() or torch.compiler.is_exporting():
             return self._trace_streams(attn, streams, others, kv)
         result = outside_compiler()(self._attend, attn, streams, others, kv)
         return result if len(result) > 1 else result[0]
