@@ -19,7 +19,6 @@ from uniref_fast import EditRequest, builtin
 from uniref_fast.builtin import BuiltinProcessor, SmallQwenImageEditPlusPipeline, components, store
 from uniref_fast.loading import defaults, load_pipeline
 from uniref_fast.request import image_areas
-from uniref_fast.testing import max_relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -162,13 +161,12 @@ def test_a_saved_pipeline_is_the_same_model(folder, tmp_path, variant):
     before.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved" / "uniref_fast.json").write_text("{}")  # another program's file
     after = load_pipeline(str(tmp_path / "saved"), torch.float32, "cpu")
-    expected = small_edit(before)
     again = plain(tmp_path / "saved")  # through a pipeline that does not have image areas
-    for pipe in (after, again):
-        if variant is cast:  # its Linears have hooks, so that PyTorch computes them on every CPU
-            assert max_relative_error(small_edit(pipe), expected) < 1e-5
-        else:
-            assert torch.equal(small_edit(pipe), expected)
+    # Linears with hooks are computed by PyTorch on every CPU, the others by oneDNN where that is faster
+    with torch.backends.mkldnn.flags(enabled=variant is not cast):
+        expected = small_edit(before)
+        assert torch.equal(small_edit(after), expected)
+        assert torch.equal(small_edit(again), expected)
     given = [EditRequest("a crown", num_inference_steps=2)], [[(90, 60)]]
     tokens = [
         uniref_fast.estimate(model, given[0], image_sizes=given[1]).tokens
